@@ -1,0 +1,520 @@
+"""What a handler may ask of this host: the mechanisms, their specs and values. Types only.
+
+Implemented for real in `handlers/host/`, one mechanism per file, and in memory by `tests/fakes`;
+`tests/contract` runs the same tests against both. All paths are absolute host paths, all sizes in
+bytes unless a name says otherwise. Every method raises a `Failure` of `handlers/errors.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from handlers.steps import Mechanism
+from schemas.files import InstanceFile, PoolSpec, TenantConfig
+from schemas.records import DiskIdentity, InstanceRecord, NetworkRecord, Tombstone, VmmIdentity
+from schemas.requests import InstanceRef, TenantNet
+from schemas.settings import Settings
+
+# -- network ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeSpec:
+    """A tenant's bridge with its gateway address. `key` is the link's name."""
+
+    tenant_id: str
+    net: TenantNet
+
+    @property
+    def key(self) -> str:
+        return self.net.bridge_name
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRulesSpec:
+    """A tenant's NAT, isolation and input rules; removal also flushes the tenant's conntrack."""
+
+    tenant_id: str
+    net: TenantNet
+
+    @property
+    def key(self) -> str:
+        return f"{self.net.tenant_net_id},{self.net.ipv4_subnet},{self.net.gateway_ip}"
+
+
+@dataclass(frozen=True, slots=True)
+class PinSpec:
+    """MAC and address pinned to a TAP in the bridge table; made before the TAP is up."""
+
+    tap: str
+    mac: str
+    guest_ip: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.tap},{self.mac},{self.guest_ip}"
+
+
+@dataclass(frozen=True, slots=True)
+class TapSpec:
+    """A TAP owned by the jail's uid, attached to the bridge, up, with static FDB and neighbour.
+
+    `alias` (`hostd:<t>/<p>/<i>`) marks it as ours: one without it is foreign and never touched.
+    """
+
+    name: str
+    bridge: str
+    owner_uid: int
+    mac: str
+    guest_ip: str
+    alias: str
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+
+class Networks(Protocol):
+    """Questions about the host's network, and what no single resource owns."""
+
+    async def overlapping_route(self, subnet: str, *, except_bridge: str) -> str | None:
+        """A host route, other than the default route and the exempt ones, that overlaps."""
+        ...
+
+    async def taps_on(self, bridge: str) -> Sequence[str]:
+        """Names of the links enslaved to the bridge."""
+        ...
+
+    async def prepare(self) -> None:
+        """Base table, `ip_forward`, `bridge-nf-call-*` of this namespace; idempotent."""
+        ...
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+class SharedFiles(Protocol):
+    """agentd's folders: every open resolves beneath the tenant's folder, following no link."""
+
+    async def tenant(self, tenant_id: str) -> TenantConfig: ...
+
+    async def pool(self, tenant_id: str, pool_id: str) -> PoolSpec: ...
+
+    async def instance(self, ref: InstanceRef) -> InstanceFile: ...
+
+    async def has_instance(self, ref: InstanceRef) -> bool: ...
+
+    async def current_revision(self, tenant_id: str, pool_id: str) -> str: ...
+
+    async def secrets(self, tenant_id: str) -> bytes | None: ...
+
+    async def update_instance(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
+        """Change hostd's six fields, keeping all else; atomic, owner, group and mode kept."""
+        ...
+
+    async def remove_instance(self, ref: InstanceRef, *, keep_volumes: bool) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactSpec:
+    tenant_id: str
+    pool_id: str
+    revision: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.tenant_id}/{self.pool_id}/{self.revision}"
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """An imported revision: root:root 0444 files below `<state>/artifacts`."""
+
+    vmlinux: str
+    rootfs: str
+    initrd: str | None
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class DataDiskSpec:
+    """`volumes/data.ext4` of an instance. `known` is the one hostd recorded, if any."""
+
+    ref: InstanceRef
+    size_mib: int
+    known: DiskIdentity | None
+
+    @property
+    def key(self) -> str:
+        return str(self.ref)
+
+
+@dataclass(frozen=True, slots=True)
+class DataDisk:
+    path: str
+    identity: DiskIdentity
+
+
+class DataDisks(Mechanism[DataDiskSpec, DataDisk], Protocol):
+    async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
+        """Overwrite or discard the blocks, verify, unlink; absent already is success."""
+        ...
+
+
+# -- jail and VMM ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupSpec:
+    """Leaf `<limits.cgroup>/<tenant>/<jail id>` of the cgroup2 tree; limits are read back."""
+
+    tenant_id: str
+    jail_id: str
+    memory_max_bytes: int
+    cpu_quota_us: int
+    pids_max: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.tenant_id}/{self.jail_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class JailFile:
+    """A hard link into the jail. `writable` ones are chowned to the jail's uid while in use."""
+
+    name: str
+    source: str
+    writable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JailSpec:
+    """The jail's root before the jailer starts: links, log, small drives, secrets on tmpfs.
+
+    `config` and `secrets` are the contents for new `config.ext4` and `secrets.ext4`; a path in
+    `kept_config`, `kept_secrets` (images kept with a snapshot) is used instead where given.
+    """
+
+    ref: InstanceRef
+    jail_id: str
+    uid: int
+    files: tuple[JailFile, ...]
+    config: bytes | None = None
+    secrets: bytes | None = None
+    kept_config: str | None = None
+    kept_secrets: str | None = None
+    serial: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.jail_id
+
+
+@dataclass(frozen=True, slots=True)
+class Jail:
+    """`root` is `<jail_base>/firecracker/<jail id>/root`."""
+
+    root: str
+    has_config: bool
+    has_secrets: bool
+
+
+class Jails(Mechanism[JailSpec, Jail], Protocol):
+    """Removal unmounts the tmpfs, gives the data disk back to root and keeps the launch's log."""
+
+    async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
+        """The VMM's log of a launch, live or kept (the last 3 are); empty if there is none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchSpec:
+    """One jailer execution. The cgroup leaf must exist: the jailer silently does without."""
+
+    jail_id: str
+    uid: int
+    cgroup: str
+
+    @property
+    def key(self) -> str:
+        return self.jail_id
+
+
+@dataclass(frozen=True, slots=True)
+class DriveConfig:
+    drive_id: str
+    path_in_jail: str
+    read_only: bool
+    root_device: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BootConfig:
+    """All that the API calls before InstanceStart say; paths are inside the jail."""
+
+    vcpus: int
+    mem_mib: int
+    kernel: str
+    initrd: str | None
+    boot_args: str
+    drives: tuple[DriveConfig, ...]
+    tap: str
+    mac: str
+    vsock: str
+    serial: str | None = None
+
+
+class Vmm(Protocol):
+    """The API of one live VMM, typed; one request at a time. Closed by `close`."""
+
+    async def configure(self, config: BootConfig) -> None: ...
+
+    async def start(self) -> None: ...
+
+    async def pause(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def state(self) -> str:
+        """`Not started`, `Running` or `Paused`."""
+        ...
+
+    async def version(self) -> str: ...
+
+    async def create_snapshot(self, state_path: str, mem_path: str) -> None:
+        """Paths inside the jail. Full snapshot; the VM must be paused."""
+        ...
+
+    async def load_snapshot(self, state_path: str, mem_path: str) -> None:
+        """`resume_vm: false`. After a failure the VMM is gone."""
+        ...
+
+    async def send_ctrl_alt_del(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
+    """VMM processes. `ensure` launches through the jailer, waits for the API, proves identity.
+
+    `remove(jail_id)` sends SIGKILL by pidfd after the proof and waits until it is gone.
+    """
+
+    async def find(self, jail_id: str) -> VmmIdentity | None:
+        """The live VMM of a jail, proven from the kernel, or None."""
+        ...
+
+    async def alive(self, identity: VmmIdentity) -> bool: ...
+
+    async def wait_exit(self, identity: VmmIdentity, timeout_s: float) -> bool:
+        """True once it is gone; false when the time is up."""
+        ...
+
+    async def terminate(self, identity: VmmIdentity) -> None:
+        """SIGTERM by pidfd (ignored in a pid namespace of its own)."""
+        ...
+
+    async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
+        """Read back root, uid, gid, capabilities, no_new_privs, seccomp on all threads, cgroup,
+        pid namespace, once the VM is started or loaded.
+
+        Raises:
+            HostFault: names the first fact that does not hold.
+        """
+        ...
+
+    def api(self, jail_id: str) -> Vmm: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """A guest agent's answer. `detail` is untrusted text, bounded to 200 characters."""
+
+    success: bool
+    detail: str | None = None
+
+
+class Agents(Protocol):
+    """The guest agent on vsock, framed JSON; untrusted, bounded in size and time.
+
+    Each call connects anew and retries until `timeout_s`: the first connection after a resume
+    may be cut, a paused guest never answers.
+
+    Raises:
+        Unavailable: no well-formed answer within `timeout_s`.
+    """
+
+    async def ping(self, jail_id: str, port: int, *, timeout_s: float) -> None: ...
+
+    async def sleep_prep(
+        self, jail_id: str, port: int, *, drain_timeout_s: int, timeout_s: float
+    ) -> Ack: ...
+
+    async def wake(self, jail_id: str, port: int, *, timeout_s: float) -> Ack: ...
+
+    async def set_clock(self, jail_id: str, port: int, *, timeout_s: float) -> float:
+        """Step the guest's clock to the host's; returns the seconds it was off before."""
+        ...
+
+
+# -- snapshots -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotFacts:
+    """What the handler knows of a snapshot and the manifest must name."""
+
+    ref: InstanceRef
+    number: int
+    launch: int
+    revision: str
+    vcpus: int
+    mem_mib: int
+    vmm_version: str
+    disk: DiskIdentity | None
+    data_disk_path: str | None
+    keep_drives: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """A sealed snapshot. `kept_config`, `kept_secrets`: images kept with it, or None."""
+
+    number: int
+    directory: str
+    state_path: str
+    mem_path: str
+    launch: int
+    revision: str
+    vcpus: int
+    mem_mib: int
+    size_bytes: int
+    kept_config: str | None
+    kept_secrets: str | None
+    has_secrets: bool
+
+
+class Snapshots(Protocol):
+    """`<state>/snapshots/<t>/<p>/<i>/<n>/{state,mem,manifest.json}`."""
+
+    async def begin(self, jail_id: str, uid: int) -> tuple[str, str]:
+        """An empty folder in the jail for the VMM to write to; the two paths inside the jail."""
+        ...
+
+    async def seal(self, jail_id: str, facts: SnapshotFacts) -> SnapshotInfo:
+        """Move the files out of the jail, hash the state, write and fsync; no manifest yet."""
+        ...
+
+    async def publish(self, ref: InstanceRef, number: int) -> None:
+        """Rename the manifest into place and fsync the folder: Sleep's point of no return."""
+        ...
+
+    async def read(self, ref: InstanceRef) -> SnapshotInfo | None:
+        """The published snapshot with the highest number, or None."""
+        ...
+
+    async def verify(self, ref: InstanceRef, number: int, vmm_version: str) -> SnapshotInfo:
+        """Check manifest, state hash, memory identity or hash, disks, CPU, VMM version.
+
+        Raises:
+            HostFault: what differs; the instance stays asleep and a file put right can be woken.
+        """
+        ...
+
+    async def hash_memory(self, ref: InstanceRef, number: int) -> str | None:
+        """In the background after Sleep: sha256 bound to the file's identity; None if gone."""
+        ...
+
+    async def link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
+        """Hard-link state and memory into the jail, owned by the uid; the paths inside it."""
+        ...
+
+    async def settle(self, ref: InstanceRef, number: int) -> None:
+        """After a failed wake: files to root again, memory identity recorded anew."""
+        ...
+
+    async def discard(self, ref: InstanceRef, *, below: int | None = None) -> None:
+        """Remove all (or those numbered below), memory blocks discarded; absent is success."""
+        ...
+
+
+# -- the whole -------------------------------------------------------------------------------------
+
+
+class Records(Protocol):
+    """The journal's side of instances and networks: reads from memory, writes committed.
+
+    A put whose `status` differs from the stored one also writes the `status` event and the state
+    row, in the same transaction.
+    """
+
+    def instance(self, ref: InstanceRef) -> InstanceRecord | None: ...
+
+    def instances(self, tenant_id: str | None = None) -> Sequence[InstanceRecord]: ...
+
+    async def put_instance(
+        self,
+        record: InstanceRecord,
+        *,
+        reason: str | None = None,
+        detail: dict[str, Any] | None = None,
+        durable: bool = False,
+    ) -> None:
+        """Raises Conflict if uid slot or offset are taken by another instance."""
+        ...
+
+    async def drop_instance(self, ref: InstanceRef, tombstone: Tombstone | None) -> None: ...
+
+    def tombstone(self, ref: InstanceRef) -> Tombstone | None: ...
+
+    def network(self, tenant_id: str) -> NetworkRecord | None: ...
+
+    def networks(self) -> Sequence[NetworkRecord]: ...
+
+    async def put_network(self, record: NetworkRecord) -> None: ...
+
+    async def drop_network(self, tenant_id: str) -> None: ...
+
+    async def event(
+        self,
+        kind: str,
+        *,
+        ref: InstanceRef | None = None,
+        tenant_id: str | None = None,
+        reason: str | None = None,
+        detail: dict[str, Any] | None = None,
+        command_id: str | None = None,
+    ) -> None: ...
+
+
+class HostFacts(Protocol):
+    def boot_id(self) -> str: ...
+
+    def memory_mib(self) -> int:
+        """Total memory of the host."""
+        ...
+
+    def free_bytes(self, path: str) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Everything a handler touches. One for the worker, one made by each test."""
+
+    settings: Settings
+    records: Records
+    facts: HostFacts
+    shared: SharedFiles
+    networks: Networks
+    bridges: Mechanism[BridgeSpec, None]
+    tenant_rules: Mechanism[TenantRulesSpec, None]
+    pins: Mechanism[PinSpec, None]
+    taps: Mechanism[TapSpec, None]
+    artifacts: Mechanism[ArtifactSpec, Artifact]
+    data_disks: DataDisks
+    cgroups: Mechanism[CgroupSpec, None]
+    jails: Jails
+    vmms: Vmms
+    agents: Agents
+    snapshots: Snapshots

@@ -1,0 +1,282 @@
+"""Do in order, undo last first. A step's undo is data: a row that names a mechanism and a key.
+
+The intent of a step is committed before its effect, together with whether the resource was there
+already; so "created by this command" is known over all its runs, also after kill -9 between the
+effect and the next row. "Was it there" is read first, under the lane's lock, never guessed from
+EEXIST. Past a point of no return there is no undo, only completion.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import structlog
+
+from handlers.errors import Expired, Failure, Superseded
+from schemas.envelopes import StepTaken
+
+log = structlog.get_logger()
+UNDO_TIMEOUT_S = 30.0
+
+T = TypeVar("T")
+SpecT = TypeVar("SpecT", bound="Keyed", contravariant=True)
+ValueT = TypeVar("ValueT", covariant=True)
+
+
+class Keyed(Protocol):
+    @property
+    def key(self) -> str:
+        """Names one resource of its mechanism; enough to remove it after a restart."""
+        ...
+
+
+class Removable(Protocol):
+    """What undo needs of a mechanism."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def exists(self, key: str) -> bool:
+        """Whether the resource, or any part of it, is on this host. No effect."""
+        ...
+
+    async def remove(self, key: str) -> None:
+        """Make it absent; absent already is success."""
+        ...
+
+
+class Mechanism(Removable, Protocol[SpecT, ValueT]):
+    """One kind of resource on this host, e.g. TAPs. `spec.key` names one of them in the journal."""
+
+    async def ensure(self, spec: SpecT) -> ValueT:
+        """Make it so, all or nothing; found as asked changes nothing. Half-work is cleaned here."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """A row of the step log: `existed` before the command's first run of it."""
+
+    mechanism: str
+    key: str
+    existed: bool
+
+
+class StepLog(Protocol):
+    """The journal's side of the steps of one command."""
+
+    async def begin(self, command_id: str, mechanism: str, key: str, *, existed: bool) -> StepRow:
+        """Commit the intent; an earlier run's row is returned as it was."""
+        ...
+
+    async def forget(self, command_id: str, mechanism: str, key: str) -> None: ...
+
+    def rows(self, command_id: str) -> Sequence[StepRow]:
+        """In the order of `begin`."""
+        ...
+
+    async def reach(self, command_id: str, point: str) -> None:
+        """Commit a point of no return with `synchronous=FULL`."""
+        ...
+
+    def reached(self, command_id: str, point: str) -> bool: ...
+
+
+class Traced(Protocol):
+    def __call__(self, moment: str) -> Awaitable[None]:
+        """Called at traced points (`before:<step>`, `after:<step>`); tests stop the worker here."""
+        ...
+
+
+async def no_trace(moment: str) -> None:
+    """The trace hook of a worker in production."""
+
+
+class Steps:
+    """The steps of one run of one command."""
+
+    def __init__(
+        self,
+        command_id: str,
+        step_log: StepLog,
+        mechanisms: Mapping[str, Removable],
+        *,
+        deadline_ms: int | None = None,
+        trace: Traced = no_trace,
+        observe: Callable[[str, float], None] = lambda step, seconds: None,
+    ) -> None:
+        self.command_id = command_id
+        self.deadline_ms = deadline_ms
+        self.taken: list[StepTaken] = []
+        self._log = step_log
+        self._mechanisms = mechanisms
+        self._superseded = asyncio.Event()
+        self._superseded_by = ""
+        self._trace = trace
+        self._observe = observe
+        self._final = False
+
+    # -- doing ---------------------------------------------------------------------------------
+
+    async def ensure(self, mechanism: Mechanism[SpecT, T], spec: SpecT) -> T:
+        """Make one resource, having recorded that this command is about to.
+
+        Raises:
+            Superseded, Expired: at the safe point before the step; nothing of it was done.
+        """
+        self.safe_point()
+        existed = await mechanism.exists(spec.key)
+        row = await self._log.begin(self.command_id, mechanism.name, spec.key, existed=existed)
+        return await self._timed(
+            mechanism.name,
+            lambda: mechanism.ensure(spec),
+            outcome="found" if existed and row.existed else "done",
+        )
+
+    async def remove(self, mechanism: Removable, key: str) -> None:
+        """Make one resource absent; never undone, so no row is needed."""
+        await self._timed(f"remove_{mechanism.name}", lambda: mechanism.remove(key))
+
+    async def act(self, name: str, do: Callable[[], Awaitable[T]]) -> T:
+        """A step that makes no resource, e.g. to pause; timed and shown in the reply."""
+        if not self._final:
+            self.safe_point()
+        return await self._timed(name, do)
+
+    async def interruptible(self, name: str, do: Callable[[], Awaitable[T]]) -> T:
+        """A long wait that a superseding command or the deadline ends at once.
+
+        Raises:
+            Superseded, Expired: the wait was cut; what it waited for is cancelled.
+        """
+        if self._final:
+            return await self._timed(name, do)
+        self.safe_point()
+
+        async def until_cut() -> T:
+            work = asyncio.ensure_future(do())
+            cut = asyncio.ensure_future(self._superseded.wait())
+            try:
+                await asyncio.wait(
+                    {work, cut}, timeout=self.left_s(), return_when=asyncio.FIRST_COMPLETED
+                )
+                if work.done():
+                    return work.result()
+                self.safe_point()
+                raise Expired("the deadline passed while waiting", detail={"step": name})
+            finally:
+                for task in (work, cut):
+                    task.cancel()
+                await asyncio.gather(work, cut, return_exceptions=True)
+
+        return await self._timed(name, until_cut)
+
+    async def reach(self, point: str) -> None:
+        """Pass a point of no return, durably: from here on there is only completion."""
+        await self._trace(f"before:{point}")
+        await self._log.reach(self.command_id, point)
+        self._final = True
+        await self._trace(f"after:{point}")
+
+    def finalize(self) -> None:
+        """For commands that are completed, never undone (Stop, Destroy, Teardown)."""
+        self._final = True
+
+    def reached(self, point: str) -> bool:
+        """Whether an earlier run, or this one, passed the point."""
+        done = self._log.reached(self.command_id, point)
+        self._final = self._final or done
+        return done
+
+    @property
+    def final(self) -> bool:
+        """No undo any more."""
+        return self._final
+
+    # -- stopping ------------------------------------------------------------------------------
+
+    def supersede(self, by: str) -> None:
+        """Ask the command to end at its next safe point; past its last point it goes on."""
+        self._superseded_by = by
+        self._superseded.set()
+
+    def safe_point(self) -> None:
+        """Raise if a later command won or the deadline passed, unless there is no way back."""
+        if self._final:
+            return
+        if self._superseded.is_set():
+            raise Superseded(
+                f"superseded by {self._superseded_by}", detail={"by": self._superseded_by}
+            )
+        left = self.left_s()
+        if left is not None and left <= 0:
+            raise Expired("the deadline passed before the command was done")
+
+    def left_s(self) -> float | None:
+        """Seconds until the deadline, or None."""
+        if self.deadline_ms is None:
+            return None
+        return self.deadline_ms / 1000 - time.time()
+
+    # -- undoing -------------------------------------------------------------------------------
+
+    async def undo(self) -> tuple[str, ...]:
+        """Remove all that this command made in any of its runs, last first.
+
+        Returns what could not be removed, as `<mechanism> <key>`; those rows stay in the log and
+        the sweep removes them later. A second cancellation does not cut it short.
+        """
+        work = asyncio.ensure_future(self._undo())
+        while True:
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                if work.cancelled():
+                    raise
+
+    async def _undo(self) -> tuple[str, ...]:
+        left: list[str] = []
+        for row in reversed(self._log.rows(self.command_id)):
+            if not row.existed:
+                mechanism = self._mechanisms[row.mechanism]
+                started = time.perf_counter()
+                try:
+                    async with asyncio.timeout(UNDO_TIMEOUT_S):
+                        await mechanism.remove(row.key)
+                except (Failure, OSError, TimeoutError) as error:
+                    log.warning("step.left_behind", step=row.mechanism, key=row.key, error=error)
+                    left.append(f"{row.mechanism} {row.key}")
+                    continue
+                took_us = int((time.perf_counter() - started) * 1e6)
+                self.taken.append(StepTaken(name=row.mechanism, took_us=took_us, outcome="undone"))
+            await self._log.forget(self.command_id, row.mechanism, row.key)
+        return tuple(left)
+
+    async def _timed(
+        self, name: str, do: Callable[[], Awaitable[T]], *, outcome: str = "done"
+    ) -> T:
+        await self._trace(f"before:{name}")
+        started = time.perf_counter()
+        try:
+            value = await do()
+        except BaseException:
+            outcome = "failed"
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            self._observe(name, seconds)
+            self.taken.append(StepTaken(name=name, took_us=int(seconds * 1e6), outcome=outcome))
+        await self._trace(f"after:{name}")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a handler gives back on success; `changed` false means the host already was as asked."""
+
+    changed: bool
+    status: str | None
+    detail: Mapping[str, Any]
+    left_behind: tuple[str, ...] = ()

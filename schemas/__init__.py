@@ -1,0 +1,1 @@
+"""The wire and the files shared with agentd: types, codec, subjects. No I/O."""

@@ -1,0 +1,94 @@
+"""Command, reply and event envelopes. Always maps on the wire, whatever form the request has."""
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from schemas.codes import Code
+from schemas.requests import Request, Response
+
+
+class Form(StrEnum):
+    """Which rmp-serde layout the serde types have: `named` maps or `compact` arrays."""
+
+    NAMED = "named"
+    COMPACT = "compact"
+
+
+class Command(msgspec.Struct, frozen=True):
+    """One decoded command envelope; times are absolute Unix milliseconds."""
+
+    id: str
+    request: Request
+    form: Form = Form.NAMED
+    issued_at_ms: int | None = None
+    deadline_ms: int | None = None
+    reply_to: str | None = None
+    issuer: str | None = None
+    traceparent: str | None = None
+    unknown_keys: tuple[str, ...] = ()
+
+
+class StepTaken(msgspec.Struct, frozen=True):
+    """One step of a command as its reply shows it. `outcome`: done, found, failed, undone."""
+
+    name: str
+    took_us: int
+    outcome: str
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """A reply envelope, DESIGN 2."""
+
+    v: int = 1
+    id: str
+    host_id: str
+    response: Response
+    code: Code
+    retryable: bool = False
+    changed: bool = False
+    status: str | None = None
+    attempts: int = 0
+    replayed: bool = False
+    received_at_ms: int
+    finished_at_ms: int
+    steps: tuple[StepTaken, ...] = ()
+    left_behind: tuple[str, ...] = ()
+    supported: tuple[str, ...] = ()
+    detail: dict[str, Any] = {}
+
+
+class EventKind(StrEnum):
+    STATUS = "status"
+    COMMAND = "command"
+    VMM_EXITED = "vmm_exited"
+    NETWORK = "network"
+    DRIFT = "drift"
+    REMOVED = "removed"
+    QUARANTINED = "quarantined"
+    SNAPSHOT = "snapshot"
+    RECOVERED = "recovered"
+    DRAINING = "draining"
+    AUDIT = "audit"
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """An event envelope; `id` is `<host_id>:<journal_id>:<seq>`. The journal gives `seq`."""
+
+    v: int = 1
+    id: str
+    host_id: str
+    boot_id: str
+    journal_id: str
+    seq: int
+    at_ms: int
+    kind: EventKind
+    tenant_id: str | None = None
+    pool_id: str | None = None
+    instance_id: str | None = None
+    from_: str | None = msgspec.field(default=None, name="from")
+    to: str | None = None
+    command_id: str | None = None
+    reason: str | None = None
+    detail: dict[str, Any] = {}

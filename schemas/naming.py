@@ -1,0 +1,47 @@
+"""Names, addresses and ids that are derived, never read from a file or a request. Pure."""
+
+import hashlib
+import ipaddress
+import re
+
+from schemas.requests import InstanceRef, TenantNet
+
+ID_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+HOST_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,63}")
+COMMAND_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+REVISION_PATTERN = re.compile(r"[0-9a-z]{1,64}")
+TENANT_NET_ID_MAX = 4095
+OFFSET_MIN, OFFSET_MAX = 3, 254
+
+
+def bridge_name(tenant_net_id: int) -> str:
+    """`br-tenant-<id>`; at most 14 characters."""
+    return f"br-tenant-{tenant_net_id}"
+
+
+def tap_name(tenant_net_id: int, offset: int) -> str:
+    """`tn<net>i<off>`; at most 10 characters."""
+    return f"tn{tenant_net_id}i{offset}"
+
+
+def mac_address(tenant_net_id: int, offset: int) -> str:
+    """`02:fc:<net hi>:<net lo>:00:<off>`, lower-case hex."""
+    return f"02:fc:{tenant_net_id >> 8:02x}:{tenant_net_id & 255:02x}:00:{offset:02x}"
+
+
+def guest_ip(net: TenantNet, offset: int) -> str:
+    """The subnet's base address plus the offset."""
+    return str(ipaddress.IPv4Network(net.ipv4_subnet).network_address + offset)
+
+
+def prefix_len(net: TenantNet) -> int:
+    return ipaddress.IPv4Network(net.ipv4_subnet).prefixlen
+
+
+def netmask(net: TenantNet) -> str:
+    return str(ipaddress.IPv4Network(net.ipv4_subnet).netmask)
+
+
+def jail_id(ref: InstanceRef, launch: int) -> str:
+    """First 12 hex of sha256 of `t/p/i`, `-`, the launch number; also the VMM's `--id`."""
+    return f"{hashlib.sha256(str(ref).encode()).hexdigest()[:12]}-{launch}"

@@ -1,0 +1,103 @@
+"""Every setting of hostd with its default and unit. Types only; read by `worker/settings.py`."""
+
+import msgspec
+
+
+class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[host]`. `id` empty means the machine id; `production` refuses to run with limits off."""
+
+    id: str = ""
+    cell: str = "default"
+    production: bool = True
+
+
+class NatsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[nats]`. `root` empty means `hostd.v1.<cell>`; `creds` and `tls` (a CA file) are paths."""
+
+    url: str = "nats://127.0.0.1:4222"
+    creds: str = ""
+    tls: str = ""
+    root: str = ""
+    inbox_prefixes: tuple[str, ...] = ("_INBOX.",)
+
+
+class PathSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[paths]`: shared with agentd, hostd's own, volatile."""
+
+    data: str = "/var/lib/mvm"
+    state: str = "/var/lib/hostd"
+    run: str = "/run/hostd"
+
+
+class VmmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[vmm]`. `jail_base` empty means `<state>/jails`; times in seconds, sizes in bytes."""
+
+    firecracker: str = "/usr/local/bin/firecracker"
+    jailer: str = "/usr/local/bin/jailer"
+    jail_base: str = ""
+    uid_base: int = 2_000_000_000
+    uid_count: int = 65_536
+    boot_args: str = ""
+    ready_timeout_s: float = 60.0
+    api_timeout_s: float = 10.0
+    snapshot_timeout_s: float = 300.0
+    log_bytes: int = 1_048_576
+
+
+class MetricsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[metrics]`: `host:port` of `/metrics`, `/livez`, `/readyz`; empty turns it off."""
+
+    listen: str = "127.0.0.1:9464"
+
+
+class NetworkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[network]`. `uplinks` empty means the links of the default routes.
+
+    `host_services` are `tcp/<port>` or `udp/<port>` that guests may reach on their gateway.
+    `exempt_routes` are CIDRs of host routes that a tenant's subnet may overlap.
+    """
+
+    allowed: tuple[str, ...] = ("10.240.0.0/12",)
+    uplinks: tuple[str, ...] = ()
+    host_services: tuple[str, ...] = ()
+    isolate_guests: bool = False
+    exempt_routes: tuple[str, ...] = ()
+
+
+class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[limits]`: how much at once. `mem_reserve_mib` is kept free for the host."""
+
+    enforce: bool = True
+    cgroup: str = "hostd"
+    max_drain_s: int = 3600
+    lane_depth: int = 100
+    host_depth: int = 5000
+    boots: int = 8
+    restores: int = 16
+    snapshots: int = 2
+    networks: int = 4
+    mem_reserve_mib: int = 512
+    vmm_overhead_mib: int = 64
+    shutdown_s: float = 20.0
+    retry_budget_s: float = 30.0
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file; each key `a.b` is also `HOSTD_A_B` in the environment, which wins."""
+
+    host: HostSettings = HostSettings()
+    nats: NatsSettings = NatsSettings()
+    paths: PathSettings = PathSettings()
+    vmm: VmmSettings = VmmSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    network: NetworkSettings = NetworkSettings()
+    limits: LimitSettings = LimitSettings()
+
+    @property
+    def root(self) -> str:
+        """The subject root, e.g. `hostd.v1.default`."""
+        return self.nats.root or f"hostd.v1.{self.host.cell}"
+
+    @property
+    def jail_base(self) -> str:
+        return self.vmm.jail_base or f"{self.paths.state}/jails"

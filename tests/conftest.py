@@ -1,0 +1,36 @@
+"""How many tests of each kind ran is part of the result: a kind that ran none fails CI."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+KINDS = ("unit", "contract", "kernel", "broker", "vm", "crash", "lab")
+HERE = Path(__file__).parent
+
+
+def kind_of(nodeid_path: Path) -> str:
+    """The folder below tests/ names the kind."""
+    return nodeid_path.relative_to(HERE).parts[0]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ran = dict.fromkeys(KINDS, 0)
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            kind = Path(report.nodeid.split("::")[0]).parts[1]
+            ran[kind] = ran.get(kind, 0) + 1
+    terminalreporter.write_line("tests by kind: " + ", ".join(f"{k} {n}" for k, n in ran.items()))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """In CI, with the whole suite asked for, each kind must have run at least one test."""
+    asked = {Path(arg).name for arg in session.config.args}
+    if not os.environ.get("CI") or not set(KINDS) <= asked or exitstatus:
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    assert reporter is not None
+    kinds = {Path(r.nodeid.split("::")[0]).parts[1] for r in reporter.stats.get("passed", [])}
+    if missing := set(KINDS) - kinds:
+        reporter.write_line(f"no test ran of kind: {', '.join(sorted(missing))}")
+        session.exitstatus = 1

@@ -1,0 +1,1 @@
+"""How commands arrive and results leave: bus, intake, journal, lanes, dispatch, outbox."""
