@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from schemas.codes import Code
-from schemas.requests import Request, Response
+from schemas.requests import PROTOCOL_MIN, Request, Response
 
 
 class Form(StrEnum):
@@ -17,7 +17,10 @@ class Form(StrEnum):
 
 
 class Command(msgspec.Struct, frozen=True):
-    """One decoded command envelope; times are absolute Unix milliseconds."""
+    """One decoded command envelope; times are absolute Unix milliseconds.
+
+    `form` and `protocol` are how the request was written, no part of what it means.
+    """
 
     id: str
     request: Request
@@ -28,6 +31,7 @@ class Command(msgspec.Struct, frozen=True):
     issuer: str | None = None
     traceparent: str | None = None
     unknown_keys: tuple[str, ...] = ()
+    protocol: int = PROTOCOL_MIN
 
 
 class StepTaken(msgspec.Struct, frozen=True):

@@ -1,0 +1,362 @@
+"""Command, reply and event envelopes to bytes and back.
+
+Decoding raises `Malformed` and nothing else, whatever the bytes. It checks types, ranges and the
+rules for ids; it does not check what needs settings or the host: whether `reply_to` is allowed and
+the lane right (`schemas/subjects.py`), whether a `TenantNet` is sound (`schemas/tenant_net.py`).
+"""
+
+import contextlib
+import re
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgpack
+import msgspec
+
+from schemas import naming
+from schemas.codes import Code
+from schemas.envelopes import Command, Event, Form, Reply, StepTaken
+from schemas.malformed import Malformed, child
+from schemas.requests import (
+    PROTOCOL_MAX,
+    PROTOCOL_MIN,
+    DestroyInstance,
+    Error,
+    InstanceRequest,
+    NetworkRequest,
+    Ok,
+    Ping,
+    Pong,
+    Request,
+    Response,
+    SetupNetwork,
+    SleepInstance,
+    StartInstance,
+    StopInstance,
+    TeardownNetwork,
+    WakeInstance,
+)
+from schemas.subjects import LANE_IDS, REPLY_TO_PATTERN, Lane
+from schemas.tagged import Tag, Tagged
+from schemas.unpack import (
+    ANSWER,
+    COMMAND,
+    MESSAGE_MAX_BYTES,
+    UNREADABLE,
+    convert,
+    pack,
+    unpack,
+    unpack_map,
+)
+
+U64_MAX = 2**64 - 1
+SUPPORTED = tuple(str(each) for each in range(PROTOCOL_MIN, PROTOCOL_MAX + 1))
+RANGE = f"hostd speaks protocol {PROTOCOL_MIN} to {PROTOCOL_MAX}"
+
+REQUEST: Tagged[Request] = Tagged(
+    "HostdRequest",
+    (
+        StartInstance,
+        StopInstance,
+        SleepInstance,
+        WakeInstance,
+        DestroyInstance,
+        SetupNetwork,
+        TeardownNetwork,
+        Ping,
+    ),
+    later=frozenset({"workspace_id", "volumes"}),
+)
+RESPONSE: Tagged[Response] = Tagged("HostdResponse", (Ok, Error, Pong))
+
+RequestWithFields = InstanceRequest | NetworkRequest
+LINE_MAX = 512
+Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+Line = Annotated[str, msgspec.Meta(max_length=LINE_MAX)]
+
+
+class _CommandKeys(msgspec.Struct, frozen=True):
+    v: Literal[1]
+    id: str
+    request: Any
+    issued_at_ms: Unsigned | None = None
+    deadline_ms: Unsigned | None = None
+    reply_to: Line | None = None
+    issuer: Line | None = None
+    traceparent: Line | None = None
+
+
+class _ReplyKeys(msgspec.Struct, frozen=True, kw_only=True):
+    v: Literal[1]
+    id: str
+    host_id: str
+    response: Any
+    code: Code
+    retryable: bool
+    changed: bool
+    status: str | None = None
+    attempts: Unsigned
+    replayed: bool
+    received_at_ms: Unsigned
+    finished_at_ms: Unsigned
+    steps: tuple[StepTaken, ...] = ()
+    left_behind: tuple[str, ...] = ()
+    supported: tuple[str, ...] = ()
+    detail: dict[str, Any] = {}
+
+
+class _Versioned(msgspec.Struct, frozen=True):
+    v: Literal[1]
+
+
+COMMAND_KEYS = frozenset(_CommandKeys.__struct_fields__)
+
+
+class Peeked(NamedTuple):
+    """What could be read of an envelope; either is None if it is missing or not usable."""
+
+    id: str | None
+    reply_to: str | None
+
+
+# -- requests ----------------------------------------------------------------------------------
+
+
+def read_request(raw: object, path: str = "$") -> Tag[Request]:
+    """A request in plain objects, with the rules that need no settings.
+
+    Raises:
+        Malformed: with the path below `path`; `unsupported` also for non-empty `volumes`.
+    """
+    try:
+        tag = REQUEST.read(raw, path)
+    except Malformed as error:
+        if error.code is not Code.UNSUPPORTED:
+            raise
+        message = f"{error.message}; {RANGE}"
+        raise Malformed(error.path, message, code=error.code) from None
+    request = tag.value
+    if not isinstance(request, Ping):
+        _check_request(request, child(path, type(request).__name__))
+    return tag
+
+
+def encode_request(request: Request, form: Form = Form.NAMED) -> bytes:
+    """The request alone. The named form is canonical: equal requests, equal bytes."""
+    return pack(REQUEST.write(request, compact=form is Form.COMPACT))
+
+
+def decode_request(data: bytes) -> Request:
+    """The request alone, in either form.
+
+    Raises:
+        Malformed: see `decode_command`.
+    """
+    return read_request(unpack(data)).value
+
+
+# -- commands ----------------------------------------------------------------------------------
+
+
+def read_command(raw: dict[str, object]) -> Command:
+    """A command envelope in plain objects.
+
+    Raises:
+        Malformed: see `decode_command`.
+    """
+    keys = convert(raw, _CommandKeys)
+    if not naming.COMMAND_ID_PATTERN.fullmatch(keys.id):
+        raise Malformed("$.id", "is not 1 to 64 characters of A-Z a-z 0-9 _ -")
+    _check_u64("$.issued_at_ms", keys.issued_at_ms)
+    _check_u64("$.deadline_ms", keys.deadline_ms)
+    request, compact, later = read_request(keys.request, "$.request")
+    return Command(
+        id=keys.id,
+        request=request,
+        form=Form.COMPACT if compact else Form.NAMED,
+        issued_at_ms=keys.issued_at_ms,
+        deadline_ms=keys.deadline_ms,
+        reply_to=keys.reply_to,
+        issuer=keys.issuer,
+        traceparent=keys.traceparent,
+        unknown_keys=tuple(key for key in raw if key not in COMMAND_KEYS),
+        protocol=PROTOCOL_MAX if later else PROTOCOL_MIN,
+    )
+
+
+def decode_command(data: bytes) -> Command:
+    """A command envelope, the request in either form.
+
+    Unknown keys of the envelope are kept in `unknown_keys` to be counted.
+
+    Raises:
+        Malformed: `unsupported` for an unknown variant, field or surplus element of the request
+            and for `volumes`, `invalid` for everything else.
+    """
+    return read_command(unpack_map(data))
+
+
+def encode_command(command: Command) -> bytes:
+    """The inverse of `decode_command`, `unknown_keys` aside."""
+    return pack(write_command(command, compact=command.form is Form.COMPACT))
+
+
+def write_command(command: Command, *, compact: bool = False) -> dict[str, object]:
+    """The envelope as plain objects in wire order; optional keys that are not set are left out."""
+    later = command.protocol > PROTOCOL_MIN
+    raw: dict[str, object] = {
+        "v": 1,
+        "id": command.id,
+        "request": REQUEST.write(command.request, compact=compact, later=later),
+    }
+    for name in ("issued_at_ms", "deadline_ms", "reply_to", "issuer", "traceparent"):
+        value = getattr(command, name)
+        if value is not None:
+            raw[name] = value
+    return raw
+
+
+def peek(data: bytes) -> Peeked:
+    """The `id` and `reply_to` of an envelope that may be bad in any other way, also cut short.
+
+    Values only; whether hostd may publish to `reply_to` is `subjects.check_reply_to`'s to say. The
+    rest is skipped without making objects of it; of a too long message only the start is read.
+    """
+    found: dict[str, list[object]] = {"id": [], "reply_to": []}
+    reader = msgpack.Unpacker(
+        raw=False,
+        strict_map_key=True,
+        unicode_errors="surrogateescape",
+        max_buffer_size=MESSAGE_MAX_BYTES,
+        max_array_len=0,
+        max_map_len=0,
+    )
+    reader.feed(data[:MESSAGE_MAX_BYTES])
+    with contextlib.suppress(*UNREADABLE):
+        for _ in range(min(reader.read_map_header(), COMMAND.items)):
+            key: object = reader.unpack()
+            if isinstance(key, str) and key in found:
+                found[key].append(reader.unpack())
+            else:
+                reader.skip()
+    command_id = _only(found["id"], naming.COMMAND_ID_PATTERN)
+    return Peeked(command_id, _only(found["reply_to"], REPLY_TO_PATTERN))
+
+
+def _only(values: list[object], pattern: re.Pattern[str]) -> str | None:
+    """The one usable value; of two that repeat neither is."""
+    match values:
+        case [str(value)] if pattern.fullmatch(value):
+            return value
+        case _:
+            return None
+
+
+# -- replies -----------------------------------------------------------------------------------
+
+
+def read_reply(raw: dict[str, object]) -> Reply:
+    """A reply envelope in plain objects.
+
+    Raises:
+        Malformed: with the path of the fault.
+    """
+    keys = convert(raw, _ReplyKeys)
+    response = RESPONSE.read(keys.response, "$.response").value
+    fields: dict[str, Any] = {name: getattr(keys, name) for name in _ReplyKeys.__struct_fields__}
+    fields["response"] = response
+    return Reply(**fields)
+
+
+def decode_reply(data: bytes) -> Reply:
+    """A reply envelope, the response in either form.
+
+    Raises:
+        Malformed: with the path of the fault.
+    """
+    return read_reply(unpack_map(data, ANSWER))
+
+
+def encode_reply(reply: Reply, form: Form = Form.NAMED) -> bytes:
+    """The envelope, its response in the form that the request had."""
+    return pack(write_reply(reply, compact=form is Form.COMPACT))
+
+
+def write_reply(reply: Reply, *, compact: bool = False) -> dict[str, object]:
+    """The envelope as plain objects in wire order; `supported` only if there is something in it."""
+    raw: dict[str, object] = {name: getattr(reply, name) for name in Reply.__struct_fields__}
+    raw["response"] = RESPONSE.write(reply.response, compact=compact)
+    raw["steps"] = [
+        {"name": step.name, "took_us": step.took_us, "outcome": step.outcome}
+        for step in reply.steps
+    ]
+    if not reply.supported:
+        del raw["supported"]
+    return raw
+
+
+def mark_replayed(data: bytes) -> bytes:
+    """A stored reply as it goes out again: byte for byte the same but for `replayed: true`."""
+    raw = unpack_map(data, ANSWER)
+    raw["replayed"] = True
+    return pack(raw)
+
+
+# -- events ------------------------------------------------------------------------------------
+
+
+def read_event(raw: dict[str, object]) -> Event:
+    """An event envelope in plain objects.
+
+    Raises:
+        Malformed: with the path of the fault.
+    """
+    convert(raw, _Versioned)
+    return convert(raw, Event)
+
+
+def decode_event(data: bytes) -> Event:
+    """An event envelope.
+
+    Raises:
+        Malformed: with the path of the fault.
+    """
+    return read_event(unpack_map(data, ANSWER))
+
+
+def encode_event(event: Event) -> bytes:
+    """The envelope; keys that are not set are left out, `from_` is `from`."""
+    return pack(write_event(event))
+
+
+def write_event(event: Event) -> dict[str, object]:
+    """The envelope as plain objects in wire order."""
+    named = zip(Event.__struct_encode_fields__, Event.__struct_fields__, strict=True)
+    raw = {wire: getattr(event, name) for wire, name in named}
+    return {wire: value for wire, value in raw.items() if value is not None}
+
+
+# -- rules -------------------------------------------------------------------------------------
+
+
+def _check_request(request: RequestWithFields, path: str) -> None:
+    """Ids and ranges that the types do not say."""
+    for name in LANE_IDS[Lane.of_request(request).kind]:
+        if not naming.ID_PATTERN.fullmatch(getattr(request, name)):
+            raise Malformed(child(path, name), "is not 1 to 63 of a-z 0-9 -, no - at either end")
+    if isinstance(request, SetupNetwork | TeardownNetwork):
+        if not 0 <= request.net.tenant_net_id <= naming.TENANT_NET_ID_MAX:
+            at = f"{path}.net.tenant_net_id"
+            raise Malformed(at, f"is not 0 to {naming.TENANT_NET_ID_MAX}")
+        return
+    if isinstance(request, SleepInstance):
+        _check_u64(f"{path}.drain_timeout_secs", request.drain_timeout_secs)
+    if isinstance(request, StartInstance) and request.volumes:
+        message = f"volumes cannot be attached yet; {RANGE}, without them"
+        raise Malformed(f"{path}.volumes", message, code=Code.UNSUPPORTED)
+    if request.workspace_id is not None and len(request.workspace_id) > LINE_MAX:
+        raise Malformed(f"{path}.workspace_id", f"is longer than {LINE_MAX} characters")
+
+
+def _check_u64(path: str, value: int | None) -> None:
+    if value is not None and not 0 <= value <= U64_MAX:
+        raise Malformed(path, "is not an unsigned integer of 64 bits")

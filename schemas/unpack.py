@@ -1,0 +1,255 @@
+"""Untrusted msgpack and JSON to plain objects, under limits, each fault with its path.
+
+Here is everything that does not depend on what the bytes mean: sizes, duplicate keys, text that is
+not UTF-8, bin, ext, NaN, depth. Meaning is checked afterwards (`schemas/codec.py`, `files.py`).
+Reading never costs more than its input: msgpack makes an object per container, so their number is
+counted while it reads and a bomb of small ones ends after a few microseconds.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar, cast
+
+import msgpack
+import msgspec
+
+from schemas.malformed import Malformed, child, quoted
+
+MESSAGE_MAX_BYTES = 65_536
+MSGSPEC_ERROR = re.compile(r"(.*?)(?: - at `(?:key in )?\$([^`]*)`)?", re.DOTALL)
+UNREADABLE = (ValueError, TypeError, OverflowError, RecursionError, msgpack.OutOfData)
+T = TypeVar("T")
+Items = dict[str | bytes, object] | list[object]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`containers` in all, `items` in each of them, `depth` of containers in containers."""
+
+    size_bytes: int = MESSAGE_MAX_BYTES
+    containers: int = 128
+    items: int = 32
+    depth: int = 8
+
+
+COMMAND = Limits()
+ANSWER = Limits(containers=4096, items=4096, depth=16)
+FILE = Limits(size_bytes=1_048_576, containers=65_536, items=65_536, depth=32)
+
+
+class _Repeated:
+    """Stands where a map has a key twice, until the walk finds its path."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+
+class _TooMany(Exception):
+    pass
+
+
+class _Fault(Exception):
+    """A fault on its way up the walk, which collects where it was."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.keys: list[str | int] = []
+
+
+class _Containers:
+    """Counts containers while a reader makes them, and finds keys that repeat."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._left = limits.containers
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise _TooMany
+
+    def of_pairs(self, pairs: list[tuple[object, object]]) -> object:
+        self._count()
+        made = dict(pairs)
+        if len(made) == len(pairs):
+            return made
+        seen: set[object] = set()
+        for key, _ in pairs:
+            if key in seen:
+                return _Repeated(key if isinstance(key, str) else ascii(key))
+            seen.add(key)
+        return made
+
+    def of_items(self, items: list[object]) -> list[object]:
+        self._count()
+        return items
+
+
+def unpack(data: bytes, limits: Limits = COMMAND) -> object:
+    """Plain objects from msgpack: dict with str keys, list, str, int, bool, float, None.
+
+    Raises:
+        Malformed: not one msgpack value, past the limits, or holding what hostd takes nowhere.
+    """
+    if len(data) > limits.size_bytes:
+        raise Malformed("$", f"{len(data)} bytes; at most {limits.size_bytes} are read")
+    containers = _Containers(limits)
+    try:
+        value = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=containers.of_pairs,
+            list_hook=containers.of_items,
+            # Bin, ext and what is not UTF-8 are let through here, so that `check` can say where.
+            unicode_errors="surrogateescape",
+            max_array_len=limits.items,
+            max_map_len=limits.items,
+        )
+    except _TooMany:
+        raise Malformed("$", f"more than {limits.containers} maps and arrays") from None
+    except msgpack.ExtraData as error:
+        raise Malformed("$", f"{len(error.extra)} bytes follow the value") from None
+    except UNREADABLE as error:
+        raise Malformed("$", f"not msgpack within limits: {_reason(error)}") from error
+    return check(value, limits)
+
+
+def unpack_map(data: bytes, limits: Limits = COMMAND) -> dict[str, object]:
+    """As `unpack`, for what must be a map.
+
+    Raises:
+        Malformed: as `unpack`, or not a map.
+    """
+    return _as_map(unpack(data, limits))
+
+
+def read_json(text: bytes | str, limits: Limits = FILE) -> dict[str, object]:
+    """Plain objects from a JSON object; as strict as `unpack`.
+
+    Raises:
+        Malformed: not one JSON object, past the limits, a duplicate key, NaN.
+    """
+    if len(text) > limits.size_bytes:
+        raise Malformed("$", f"{len(text)} bytes; at most {limits.size_bytes} are read")
+    containers = _Containers(limits)
+    try:
+        decoded = text if isinstance(text, str) else text.decode()
+        value = json.loads(decoded, object_pairs_hook=containers.of_pairs)
+    except _TooMany:
+        raise Malformed("$", f"more than {limits.containers} objects") from None
+    except (ValueError, RecursionError) as error:
+        raise Malformed("$", f"not JSON: {_reason(error)}") from error
+    return _as_map(check(value, limits))
+
+
+def convert(raw: object, kind: type[T], path: str = "$") -> T:
+    """Typed validation of plain objects by msgspec, strict: no int for bool, no "1" for 1.
+
+    Raises:
+        Malformed: with the path of the field below `path`.
+    """
+    try:
+        return msgspec.convert(raw, kind, strict=True)
+    except msgspec.ValidationError as error:
+        found = MSGSPEC_ERROR.fullmatch(str(error))
+        what, at = found.groups() if found else (str(error), None)
+        where = path + (at or "")
+        missing = what.removeprefix("Object missing required field `")
+        if missing != what:
+            raise Malformed(child(where, missing.rstrip("`")), "is missing") from error
+        # The text may quote a value of the input.
+        raise Malformed(where, ascii(what[:200])[1:-1].replace("`", "")) from error
+
+
+def check(value: object, limits: Limits, path: str = "$") -> object:
+    """The value itself, if nothing in it is of a kind that hostd takes nowhere.
+
+    Raises:
+        Malformed: a duplicate key, a bin or ext, NaN or infinity, text that is not UTF-8, too deep.
+    """
+    try:
+        _walk(value, limits.depth)
+    except _Fault as fault:
+        for key in reversed(fault.keys):
+            path = child(path, key)
+        raise Malformed(path, fault.message) from None
+    return value
+
+
+def _walk(value: object, depth: int) -> None:
+    if isinstance(value, str):
+        _check_text(value, "the text")
+    elif isinstance(value, dict | list):
+        if depth == 0:
+            raise _Fault("is nested too deeply")
+        _walk_into(cast("Items", value), depth - 1)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise _Fault("is not a finite number")
+    elif value is not None and not isinstance(value, int):
+        _refuse(value)
+
+
+def _walk_into(value: Items, depth: int) -> None:
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(key, bytes):
+            raise _Fault("a key of the map is bin, which no field takes")
+        if isinstance(key, str):
+            _check_text(key, "a key of the map")
+        try:
+            _walk(item, depth)
+        except _Fault as fault:
+            fault.keys.append(key)
+            raise
+
+
+def _check_text(text: str, what: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _Fault(f"{what} is not UTF-8") from None
+
+
+def _refuse(value: object) -> NoReturn:
+    if isinstance(value, _Repeated):
+        fault = _Fault("is there twice")
+        fault.keys.append(value.key)
+        raise fault
+    if isinstance(value, bytes):
+        raise _Fault("is bin, which no field takes")
+    raise _Fault("is a msgpack extension, which no field takes")
+
+
+def _as_map(value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise Malformed("$", f"expected a map, got {kind_of(value)}")
+    return cast("dict[str, object]", value)
+
+
+def pack(value: object) -> bytes:
+    """Plain objects to msgpack. Text from file names may hold surrogates; it goes out escaped."""
+    return msgpack.packb(value, use_bin_type=True, unicode_errors="backslashreplace")
+
+
+def kind_of(value: object) -> str:
+    """The msgpack word for a plain value, for messages."""
+    words: dict[type, str] = {
+        dict: "map",
+        list: "array",
+        str: "str",
+        bool: "bool",
+        int: "int",
+        float: "float",
+    }
+    return words.get(type(value), "nil")
+
+
+def _reason(error: Exception) -> str:
+    """The decoder's own words, which hold numbers and no input; or its class if it has none."""
+    return (
+        quoted(" ".join(str(part) for part in error.args)) if error.args else type(error).__name__
+    )
