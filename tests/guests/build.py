@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 
 from tests.guests.firecracker import ensure_firecracker
+from tests.guests.mini.build import ensure_mini_guest
 
 TARGETS: dict[str, Callable[[], bool]] = {
     "firecracker and jailer": ensure_firecracker,
+    "mini guest": ensure_mini_guest,
 }
 
 

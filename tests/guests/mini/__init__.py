@@ -1,0 +1,1 @@
+"""The mini guest: a freestanding program that Firecracker boots in place of a kernel."""

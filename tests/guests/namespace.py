@@ -1,0 +1,100 @@
+"""A network namespace of a test's own, with one TAP in it, gone at the end of its `with`."""
+
+import contextlib
+import ctypes
+import os
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+from typing import Self
+
+CLONE_NEWNET = 0x40000000
+ICMP_ECHO = 8
+IPV4_HEADER = 20
+TAP = "tap0"
+HOST_IP = "10.77.0.1"
+GUEST_IP = "10.77.0.2"
+BOOT_ARGS = f"reboot=k panic=1 ip={GUEST_IP}::{HOST_IP}:255.255.255.0::eth0:off"
+
+
+class TestNamespace:
+    """`tap0` is up and carries HOST_IP/24; nothing leads out."""
+
+    __test__ = False  # not a test class
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> Self:
+        subprocess.run(["ip", "netns", "add", self.name], check=True)
+        for command in (
+            "link set lo up",
+            f"tuntap add {TAP} mode tap",
+            f"addr add {HOST_IP}/24 dev {TAP}",
+            f"link set {TAP} up",
+        ):
+            subprocess.run(["ip", "-n", self.name, *command.split()], check=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["ip", "netns", "delete", self.name], check=True)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """This thread is in the namespace inside the `with`; sockets made there stay in it."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        there = os.open(f"/run/netns/{self.name}", os.O_RDONLY)
+        try:
+            if libc.setns(there, CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"setns {self.name}")
+            try:
+                yield
+            finally:
+                libc.setns(home, CLONE_NEWNET)
+        finally:
+            os.close(there)
+            os.close(home)
+
+    def udp_echo(self, payload: bytes, timeout_s: float = 3.0) -> bytes:
+        """What comes back from the guest's UDP port 7."""
+        with self.entered():
+            datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with datagrams:
+            datagrams.settimeout(timeout_s)
+            datagrams.sendto(payload, (GUEST_IP, 7))
+            return datagrams.recv(65536)
+
+    def tcp_connect(self, timeout_s: float = 3.0) -> socket.socket:
+        """A stream to the guest's TCP port 7."""
+        with self.entered():
+            stream = socket.socket()
+        stream.settimeout(timeout_s)
+        stream.connect((GUEST_IP, 7))
+        return stream
+
+    def ping(self, timeout_s: float = 2.0) -> bool:
+        """Whether the guest answers one ICMP echo request."""
+        request = struct.pack(">BBHHH8s", ICMP_ECHO, 0, 0, os.getpid() & 0xFFFF, 1, os.urandom(8))
+        request = request[:2] + struct.pack(">H", _checksum(request)) + request[4:]
+        with self.entered():
+            packets = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+        with packets:
+            packets.settimeout(timeout_s)
+            packets.sendto(request, (GUEST_IP, 0))
+            try:
+                while True:
+                    icmp = packets.recv(65536)[IPV4_HEADER:]
+                    if icmp[0] == 0 and icmp[4:] == request[4:] and _checksum(icmp) == 0:
+                        return True
+            except TimeoutError:
+                return False
+
+
+def _checksum(data: bytes) -> int:
+    """RFC 1071, of an even number of bytes."""
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
