@@ -1,0 +1,192 @@
+"""A real nats-server for tests, with what is needed to hurt it; and an administrator's link."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from schemas.settings import NatsSettings
+from schemas.subjects import Subjects
+from worker.bus import BusError, Delivery
+from worker.embedded import EmbeddedNats
+from worker.nats_bus import NatsBus
+from worker.nats_client import ALL_GUARDS, Guard
+from worker.nats_link import Link, Tuning
+from worker.provision import provision
+
+CELL = "test"
+HOST = "h1"
+SUBJECTS = Subjects(f"hostd.v1.{CELL}", HOST, CELL)
+OLD_SERVER = Path(__file__).parents[2] / "build" / "nats-server-2.9.10"
+
+# As the product's, but all waits short, so that a test sees the healing soon.
+QUICK = Tuning(
+    ping_s=0.3,
+    pings=2,
+    connect_timeout_s=1.0,
+    backoff_base_s=0.05,
+    backoff_cap_s=0.3,
+    request_timeout_s=2.0,
+    heartbeat_s=0.5,
+    pull_expires_s=3.0,
+    missing_retry_s=0.2,
+)
+
+
+class Server(EmbeddedNats):
+    """An embedded server that can be paused, killed and restarted."""
+
+    def pause(self) -> None:
+        self.process.signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.signal(signal.SIGCONT)
+
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
+
+
+@asynccontextmanager
+async def running_server(
+    folder: Path, *, config: str = "", program: str = ""
+) -> AsyncIterator[Server]:
+    """A started server in a folder of its own, gone afterwards."""
+    server = Server(str(folder), config=config, program=program)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+@asynccontextmanager
+async def linked(
+    url: str,
+    *,
+    creds: str = "",
+    guards: frozenset[Guard] = ALL_GUARDS,
+    tuning: Tuning = QUICK,
+    inbox: str = "_INBOX.admin",
+) -> AsyncIterator[Link]:
+    """A connected link, closed afterwards."""
+    link = Link(
+        NatsSettings(url=url, creds=creds), name="test", inbox=inbox, guards=guards, tuning=tuning
+    )
+    await link.start()
+    try:
+        await asyncio.wait_for(link.wait_connected(), 10)
+        yield link
+    finally:
+        await link.close()
+
+
+class Receiver:
+    """Takes deliveries, acknowledges them, remembers them."""
+
+    def __init__(self, *, ack: bool = True) -> None:
+        self.got: list[Delivery] = []
+        self.running = 0
+        self.most = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._ack = ack
+        self._news = asyncio.Event()
+
+    async def __call__(self, delivery: Delivery) -> None:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await self.gate.wait()
+            if self._ack:
+                await delivery.ack()
+        finally:
+            self.running -= 1
+            self.got.append(delivery)
+            self._news.set()
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [delivery.data for delivery in self.got]
+
+    async def wait_for(self, body: bytes, timeout_s: float) -> bool:
+        """Whether that body comes within the time."""
+        return await eventually(lambda: body in self.bodies, timeout_s, self._news)
+
+
+async def eventually(
+    holds: Callable[[], bool], timeout_s: float, news: asyncio.Event | None = None
+) -> bool:
+    """Whether a condition comes true within the time; looked at on news, or every 10 ms."""
+    end = time.monotonic() + timeout_s
+    while not holds():
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        if news is None:
+            await asyncio.sleep(min(left, 0.01))
+            continue
+        news.clear()
+        try:
+            await asyncio.wait_for(news.wait(), left)
+        except TimeoutError:
+            return holds()
+    return True
+
+
+class Host:
+    """A provisioned cell with one host's bus that consumes into `receiver`."""
+
+    def __init__(self, server: Server, admin: Link, bus: NatsBus, receiver: Receiver) -> None:
+        self.server, self.admin, self.bus, self.receiver = server, admin, bus, receiver
+        self._sent = 0
+
+    async def command(self, body: bytes, *, msg_id: str = "", lane: str = "host") -> None:
+        """Publish a command as agentd would, again and again until the stream has it."""
+        self._sent += 1
+        headers = {"Nats-Msg-Id": msg_id or f"{body.decode()}-{self._sent}"}
+        subject = f"{SUBJECTS.root}.{HOST}.cmd.{lane}"
+        end = time.monotonic() + 20
+        while True:
+            try:
+                await self.admin.request(subject, body, headers=headers, timeout_s=1)
+            except BusError:
+                if time.monotonic() > end:
+                    raise
+                await asyncio.sleep(0.02)
+            else:
+                return
+
+
+@asynccontextmanager
+async def consuming_host(
+    server: Server,
+    *,
+    guards: frozenset[Guard] = ALL_GUARDS,
+    window: int = 8,
+    tuning: Tuning = QUICK,
+    url: str = "",
+    creds: str = "",
+    admin_creds: str = "",
+    receiver: Receiver | None = None,
+) -> AsyncIterator[Host]:
+    """Provision, start a bus and consume."""
+    receiver = receiver or Receiver()
+    async with linked(server.url, creds=admin_creds) as admin:
+        await provision(admin, SUBJECTS, [HOST])
+        settings = NatsSettings(url=url or server.url, creds=creds)
+        bus = NatsBus(settings, SUBJECTS, guards=guards, window=window, tuning=tuning)
+        await bus.start()
+        consumer = asyncio.create_task(bus.consume(receiver))
+        try:
+            assert await eventually(lambda: bus.connected, 10)
+            yield Host(server, admin, bus, receiver)
+        finally:
+            if server.process.running():
+                os.kill(server.process.pid(), signal.SIGCONT)
+            consumer.cancel()
+            await asyncio.gather(consumer, return_exceptions=True)
+            await bus.close()

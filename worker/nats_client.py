@@ -1,0 +1,207 @@
+"""nats-py's client with a guard for each of its defects that would leave a worker deaf.
+
+The private methods overridden here are checked at start (`check_library`), because a new nats-py
+may rename them. No subjects, no streams, no policy: `nats_link.py` decides when to connect.
+Each guard can be left out, so that the tests in tests/broker show what it is there for.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+# pyright: reportMissingTypeArgument=false
+
+import asyncio
+import inspect
+import random
+from collections.abc import Callable
+from enum import StrEnum
+from importlib.metadata import version
+from typing import Any
+
+from nats import errors
+from nats.aio.client import Client, Srv
+from nats.protocol.parser import PERMISSIONS_ERR
+
+
+class Guard(StrEnum):
+    """One defect of nats-py each; what happens without it stands in its test."""
+
+    LATE_PONG = "late_pong"
+    DEAD_READER = "dead_reader"
+    FATAL_ERR = "fatal_err"
+    SAFE_CALLBACKS = "safe_callbacks"
+    JITTER = "jitter"
+    ABORT = "abort"
+    PING = "ping"
+    REBUILD = "rebuild"
+    FAIL_FAST = "fail_fast"
+    REREAD_CREDS = "reread_creds"
+    REPULL = "repull"
+    HEARTBEAT = "heartbeat"
+    FRESH_INBOX = "fresh_inbox"
+    STATUS = "status"
+    MSG_ID = "msg_id"
+
+
+ALL_GUARDS = frozenset(Guard)
+
+_OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "_process_pong": ("self",),
+    "_read_loop": ("self",),
+    "_process_err": ("self", "err_msg"),
+    "_process_op_err": ("self", "e"),
+    "_attempt_reconnect": ("self",),
+    "_connect_to_server": ("self", "s"),
+    "_select_next_server": ("self",),
+}
+_READ = ("_pongs", "_pongs_received", "_pings_outstanding", "_reading_task", "_status", "_resp_map")
+
+
+class LibraryMismatch(Exception):
+    """The installed nats-py is not the one that the guards were written for."""
+
+
+def check_library() -> None:
+    """Check that what the guards override and read exists in the installed nats-py.
+
+    Raises:
+        LibraryMismatch: install the nats-py of the lock file.
+    """
+    wrong: list[str] = []
+    for name, parameters in _OVERRIDDEN.items():
+        method = getattr(Client, name, None)
+        if not inspect.iscoroutinefunction(method):
+            wrong.append(name)
+        elif tuple(inspect.signature(method).parameters) != parameters:
+            wrong.append(f"{name}{inspect.signature(method)}")
+    fresh = Client()
+    wrong += [name for name in _READ if not hasattr(fresh, name)]
+    if wrong:
+        raise LibraryMismatch(
+            f"nats-py {version('nats-py')} does not fit the guards of hostd: {', '.join(wrong)}"
+        )
+
+
+class Backoff:
+    """Delays before the next attempt, full jitter: uniform in 0..min(cap, base * 2^n) seconds."""
+
+    def __init__(self, base_s: float, cap_s: float, *, jitter: bool = True) -> None:
+        self._base_s, self._cap_s, self._jitter = base_s, cap_s, jitter
+        self._attempt = 0
+
+    def next_s(self) -> float:
+        limit_s = min(self._cap_s, self._base_s * float(2 ** min(self._attempt, 16)))
+        self._attempt += 1
+        return random.uniform(0, limit_s) if self._jitter else self._cap_s  # noqa: S311
+
+    def reset(self) -> None:
+        self._attempt = 0
+
+
+class GuardedClient(Client):
+    """One connection, used once: when `dead` is called, build another.
+
+    Args:
+        guards: those in force.
+        backoff: the wait before each attempt to connect.
+        dead: called at most once when this object can not come back by itself; must not raise.
+    """
+
+    def __init__(
+        self, guards: frozenset[Guard], backoff: Backoff, dead: Callable[[str], None]
+    ) -> None:
+        super().__init__()
+        self._guards = guards
+        self._backoff = backoff
+        self._dead = dead
+        self.reader_deaths = 0
+
+    async def _process_pong(self) -> None:
+        # A PONG after its flush() timed out sets a cancelled future: InvalidStateError ends the
+        # reader while is_connected stays true.
+        if Guard.LATE_PONG not in self._guards:
+            await super()._process_pong()
+            return
+        if self._pongs:
+            waiter = self._pongs.pop(0)
+            if not waiter.done():
+                waiter.set_result(True)
+        self._pongs_received += 1
+        self._pings_outstanding = 0
+
+    async def _read_loop(self) -> None:
+        # Upstream logs any exception that it did not expect and leaves the connection unread.
+        mine = asyncio.current_task()
+        await super()._read_loop()
+        if (
+            Guard.DEAD_READER in self._guards
+            and self._reading_task is mine
+            and self._status == Client.CONNECTED
+        ):
+            self.reader_deaths += 1
+            await self._process_op_err(errors.UnexpectedEOF())
+
+    async def _process_err(self, err_msg: str) -> None:
+        # Upstream closes for good on every -ERR but two; credentials that expire or rotate, or a
+        # connection limit, would end the worker's bus.
+        if Guard.FATAL_ERR not in self._guards or PERMISSIONS_ERR in err_msg:
+            await super()._process_err(err_msg)
+            return
+        error = errors.Error("nats: " + err_msg.strip("'"))
+        self._err = error
+        await self._error_cb(error)
+        await self._process_op_err(error)
+
+    async def _attempt_reconnect(self) -> None:
+        # Closing politely waits until what is buffered is sent: to a stalled peer, for ever.
+        if Guard.ABORT in self._guards:
+            self._abort_transport()
+        if Guard.FAIL_FAST in self._guards:
+            self._fail_requests()
+        try:
+            await super()._attempt_reconnect()
+        except Exception as error:
+            # Upstream would stay "reconnecting" with nobody at work on it.
+            if Guard.REBUILD not in self._guards:
+                raise
+            self._dead(f"reconnecting failed: {type(error).__name__}: {error}")
+
+    async def _select_next_server(self) -> None:
+        # Upstream waits a fixed time, the same on every host: a herd after a broker restart.
+        if Guard.JITTER not in self._guards:
+            await super()._select_next_server()
+            return
+        while True:
+            if not self._server_pool:
+                self._current_server = None
+                raise errors.NoServersError
+            server = self._server_pool.pop(0)
+            self._server_pool.append(server)
+            await asyncio.sleep(self._backoff.next_s())
+            try:
+                await self._connect_to_server(server)
+            except (TimeoutError, OSError, errors.Error) as error:
+                self._err = error
+                await self._error_cb(error)
+            else:
+                self._current_server = server
+                return
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        # Upstream forgets the socket of an attempt that was refused: one descriptor each time.
+        self._abort_transport()
+        await super()._connect_to_server(s)
+
+    def _abort_transport(self) -> None:
+        writer: Any = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
+    def _fail_requests(self) -> None:
+        # Upstream lets requests wait for their full timeout though no answer can come any more.
+        for waiter in list(self._resp_map.values()):
+            if not waiter.done():
+                waiter.set_exception(errors.ConnectionClosedError())
+
+    def abort(self) -> None:
+        """Drop the socket without sending what is buffered."""
+        self._abort_transport()

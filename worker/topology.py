@@ -1,0 +1,135 @@
+"""Streams, bucket and consumers as hostd needs them, as data. Used to make and to check them.
+
+Configurations are written in the server's own JSON names and units (nanoseconds, bytes), so that
+what a server gives back can be compared field by field: servers older than a field drop it
+without an error.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from schemas.subjects import Subjects
+
+NS = 1_000_000_000
+DAY_NS = 86_400 * NS
+MESSAGE_BYTES = 65_536
+REPLY_BYTES = 1 << 30
+DEDUPE_NS = 600 * NS
+ACK_WAIT_NS = 10 * NS
+MAX_CONSUMERS = 1000
+ACK_PENDING = 256
+MAX_WAITING = 16
+
+
+def bucket_stream(subjects: Subjects) -> str:
+    """The stream that carries the state bucket."""
+    return f"KV_{subjects.state_bucket}"
+
+
+def state_subject(subjects: Subjects, key: str) -> str:
+    """The subject of one key of the bucket."""
+    return f"$KV.{subjects.state_bucket}.{key}"
+
+
+def inbox_prefix(host_id: str) -> str:
+    """Of a host's own inboxes: outside `_INBOX.`, where hosts may send replies (ADR 0201)."""
+    return f"_INBOX_HOSTD.{host_id}"
+
+
+def stream_of(subjects: Subjects, subject: str) -> str | None:
+    """The stream that one of this host's own subjects belongs to."""
+    kind = subject.removeprefix(f"{subjects.root}.{subjects.host_id}.").split(".", 1)[0]
+    return {
+        "evt": subjects.events_stream,
+        "reply": subjects.replies_stream,
+        "dead": subjects.dead_stream,
+    }.get(kind)
+
+
+def stream_configs(subjects: Subjects, *, replicas: int = 1) -> tuple[dict[str, Any], ...]:
+    """The four streams and the bucket of a cell. `max_consumers` is explicit: servers differ."""
+
+    def stream(name: str, kind: str, **more: Any) -> dict[str, Any]:
+        return {
+            "name": name,
+            "subjects": [subjects.of_all_hosts(kind)],
+            "retention": "limits",
+            "storage": "file",
+            "discard": "old",
+            "num_replicas": replicas,
+            "max_consumers": MAX_CONSUMERS,
+            "duplicate_window": DEDUPE_NS,
+            **more,
+        }
+
+    return (
+        stream(
+            subjects.commands_stream,
+            "cmd",
+            retention="workqueue",
+            discard="new",
+            max_age=7 * DAY_NS,
+            max_msg_size=MESSAGE_BYTES,
+        ),
+        stream(subjects.events_stream, "evt", max_age=7 * DAY_NS, allow_direct=True),
+        stream(
+            subjects.replies_stream,
+            "reply",
+            max_age=DAY_NS,
+            max_bytes=REPLY_BYTES,
+            allow_direct=True,
+        ),
+        stream(subjects.dead_stream, "dead", max_age=30 * DAY_NS, allow_direct=True),
+        {
+            "name": bucket_stream(subjects),
+            "subjects": [f"$KV.{subjects.state_bucket}.>"],
+            "retention": "limits",
+            "storage": "file",
+            "discard": "new",
+            "num_replicas": replicas,
+            "max_consumers": MAX_CONSUMERS,
+            "duplicate_window": 120 * NS,
+            "max_msgs_per_subject": 1,
+            "max_msg_size": MESSAGE_BYTES,
+            "allow_rollup_hdrs": True,
+            "deny_delete": True,
+            "allow_direct": True,
+        },
+    )
+
+
+def consumer_config(subjects: Subjects) -> dict[str, Any]:
+    """This host's durable pull consumer. No `max_deliver`: a command is never given up."""
+    return {
+        "durable_name": subjects.consumer,
+        "filter_subject": subjects.command_filter,
+        "deliver_policy": "all",
+        "ack_policy": "explicit",
+        "ack_wait": ACK_WAIT_NS,
+        "max_deliver": -1,
+        "max_ack_pending": ACK_PENDING,
+        "max_waiting": MAX_WAITING,
+        "replay_policy": "instant",
+    }
+
+
+def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Fields that are not as wanted, e.g. `max_age: is 0, must be 86400000000000`."""
+    wrong: list[str] = []
+    for field, value in wanted.items():
+        # The server leaves out what is zero or false.
+        is_value = found.get(field, type(value)())
+        if is_value != value:
+            wrong.append(f"{field}: is {is_value!r}, must be {value!r}")
+    return wrong
+
+
+def needed_of_stream(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the worker can not do without; sizes, ages and replicas are the operator's to change."""
+    keep = ("name", "retention", "allow_direct", "max_msgs_per_subject", "allow_rollup_hdrs")
+    return {field: config[field] for field in keep if field in config}
+
+
+def needed_of_consumer(config: Mapping[str, Any]) -> dict[str, Any]:
+    keep = ("durable_name", "filter_subject", "ack_policy", "max_deliver", "deliver_policy")
+    return {field: config[field] for field in keep if field in config}
