@@ -1,1 +1,1 @@
-"""Tests, by kind: see docs/testing.md."""
+"""Real VMMs through the real jailer."""

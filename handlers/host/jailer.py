@@ -1,0 +1,134 @@
+"""One execution of the jailer, which turns itself into a jailed VMM and leaves.
+
+The jailer is silent about much: a missing parent cgroup, a VMM that dies after it daemonized. So
+what it needs is checked before, and what it did is read back by `vmms` and `confinement`.
+
+Source: docs/jailer.md of Firecracker; the facts are proven in tests/contract/test_jailer.py.
+"""
+
+import asyncio
+import os
+import shutil
+
+from handlers.errors import HostFault
+from handlers.host.cgroups import CgroupTree
+from handlers.host.confinement import NO_FILE
+from handlers.host.errnos import os_failure
+from handlers.host.jail_paths import (
+    API_SOCKET,
+    PID_FILE,
+    VMM_COPY,
+    VMM_LOG,
+    VSOCK_SOCKET,
+    JailPaths,
+)
+from handlers.host.launches import LaunchLog
+from handlers.host.uncut import uncut
+from handlers.machine import LaunchSpec
+from schemas.settings import Settings
+
+STDERR_BYTES = 4096
+JAILER_MAKES = ("dev", "run", PID_FILE, VMM_COPY, API_SOCKET, VSOCK_SOCKET)
+
+
+class Jailer:
+    """Runs the jailer for jails below `[vmm] jail_base`.
+
+    Needs: CAP_SYS_ADMIN, CAP_MKNOD, CAP_CHOWN, CAP_SETUID, CAP_SETGID, CAP_DAC_OVERRIDE.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.path = settings.vmm.jailer
+        self.firecracker = settings.vmm.firecracker
+        self._paths = JailPaths.of(settings)
+        self._tree = CgroupTree.of(settings)
+        self._launches = LaunchLog(settings.paths.state)
+
+    def prepare(self, spec: LaunchSpec, root: str) -> None:
+        """Check what the jailer needs and would not complain of; clear a dead run's leftovers."""
+        executable = os.path.basename(os.path.realpath(self.firecracker))
+        if executable != VMM_COPY:
+            raise HostFault(
+                f"vmm.firecracker is a file named {executable}; the jails' folder follows that "
+                f"name, so it must be {VMM_COPY}",
+                path=self.firecracker,
+            )
+        if not os.path.isdir(self._tree.path(spec.cgroup)):
+            raise HostFault(f"the cgroup {spec.cgroup} is missing; the jailer would not say so")
+        if not os.path.isfile(f"{root}/{VMM_LOG}"):
+            raise HostFault("the jail has no log file; the VMM would die without a word", path=root)
+        clear(root)
+
+        try:
+            self._launches.record(spec.jail_id, spec.uid)
+        except OSError as error:
+            raise os_failure(error, "cannot write the log of launches") from error
+
+    def _arguments(self, spec: LaunchSpec) -> list[str]:
+        return [
+            self.path,
+            *("--id", spec.jail_id),
+            *("--exec-file", self.firecracker),
+            *("--uid", str(spec.uid)),
+            *("--gid", str(spec.uid)),
+            *("--chroot-base-dir", self._paths.jail_base),
+            *("--cgroup-version", "2"),
+            *("--parent-cgroup", spec.cgroup),
+            *("--resource-limit", f"no-file={NO_FILE}"),
+            "--new-pid-ns",
+            "--daemonize",
+            "--",
+            *("--api-sock", f"/{API_SOCKET}"),
+            *("--log-path", f"/{VMM_LOG}"),
+            *("--level", "Info"),
+        ]
+
+    async def run(self, spec: LaunchSpec, words: int) -> None:
+        """Run until its first process ends, which it does when daemonized.
+
+        Its umask makes the sockets in the jail private to root and the jail's uid.
+        """
+        try:
+            jailer = await asyncio.create_subprocess_exec(
+                *self._arguments(spec),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=words,
+                stderr=words,
+                env={},
+                cwd="/",
+                umask=0o077,
+            )
+        except OSError as error:
+            raise os_failure(error, f"cannot execute {self.path}") from error
+        try:
+            code = await jailer.wait()
+        finally:
+            if jailer.returncode is None:
+                jailer.kill()
+                await uncut(jailer.wait())
+        if code != 0:
+            said = os.pread(words, STDERR_BYTES, 0).decode(errors="replace").strip()
+            raise HostFault(
+                f"the jailer failed with {code}: {said.splitlines()[0][:400] if said else ''}",
+                detail={"exit_code": code, "jailer": said},
+            )
+
+
+def clear(root: str) -> None:
+    """Remove what a jailer makes in a jail: it refuses to start over any of it."""
+    try:
+        folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        for name in JAILER_MAKES:
+            try:
+                os.unlink(name, dir_fd=folder)
+            except FileNotFoundError:
+                continue
+            except (IsADirectoryError, PermissionError):
+                shutil.rmtree(name, dir_fd=folder)
+    except OSError as error:
+        raise os_failure(error, f"cannot clear the jail {root}") from error
+    finally:
+        os.close(folder)
