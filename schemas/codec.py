@@ -15,28 +15,10 @@ import msgspec
 from schemas import naming
 from schemas.codes import Code
 from schemas.envelopes import Command, Event, Form, Reply, StepTaken
-from schemas.malformed import Malformed, child
-from schemas.requests import (
-    PROTOCOL_MAX,
-    PROTOCOL_MIN,
-    DestroyInstance,
-    Error,
-    InstanceRequest,
-    NetworkRequest,
-    Ok,
-    Ping,
-    Pong,
-    Request,
-    Response,
-    SetupNetwork,
-    SleepInstance,
-    StartInstance,
-    StopInstance,
-    TeardownNetwork,
-    WakeInstance,
-)
-from schemas.subjects import LANE_IDS, REPLY_TO_PATTERN, Lane
-from schemas.tagged import Tag, Tagged
+from schemas.malformed import Malformed
+from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Request
+from schemas.serde import LINE_MAX, REQUEST, RESPONSE, check_u64, read_request
+from schemas.subjects import REPLY_TO_PATTERN
 from schemas.unpack import (
     ANSWER,
     COMMAND,
@@ -48,28 +30,6 @@ from schemas.unpack import (
     unpack_map,
 )
 
-U64_MAX = 2**64 - 1
-SUPPORTED = tuple(str(each) for each in range(PROTOCOL_MIN, PROTOCOL_MAX + 1))
-RANGE = f"hostd speaks protocol {PROTOCOL_MIN} to {PROTOCOL_MAX}"
-
-REQUEST: Tagged[Request] = Tagged(
-    "HostdRequest",
-    (
-        StartInstance,
-        StopInstance,
-        SleepInstance,
-        WakeInstance,
-        DestroyInstance,
-        SetupNetwork,
-        TeardownNetwork,
-        Ping,
-    ),
-    later=frozenset({"workspace_id", "volumes"}),
-)
-RESPONSE: Tagged[Response] = Tagged("HostdResponse", (Ok, Error, Pong))
-
-RequestWithFields = InstanceRequest | NetworkRequest
-LINE_MAX = 512
 Unsigned = Annotated[int, msgspec.Meta(ge=0)]
 Line = Annotated[str, msgspec.Meta(max_length=LINE_MAX)]
 
@@ -121,25 +81,6 @@ class Peeked(NamedTuple):
 # -- requests ----------------------------------------------------------------------------------
 
 
-def read_request(raw: object, path: str = "$") -> Tag[Request]:
-    """A request in plain objects, with the rules that need no settings.
-
-    Raises:
-        Malformed: with the path below `path`; `unsupported` also for non-empty `volumes`.
-    """
-    try:
-        tag = REQUEST.read(raw, path)
-    except Malformed as error:
-        if error.code is not Code.UNSUPPORTED:
-            raise
-        message = f"{error.message}; {RANGE}"
-        raise Malformed(error.path, message, code=error.code) from None
-    request = tag.value
-    if not isinstance(request, Ping):
-        _check_request(request, child(path, type(request).__name__))
-    return tag
-
-
 def encode_request(request: Request, form: Form = Form.NAMED) -> bytes:
     """The request alone. The named form is canonical: equal requests, equal bytes."""
     return pack(REQUEST.write(request, compact=form is Form.COMPACT))
@@ -166,8 +107,8 @@ def read_command(raw: dict[str, object]) -> Command:
     keys = convert(raw, _CommandKeys)
     if not naming.COMMAND_ID_PATTERN.fullmatch(keys.id):
         raise Malformed("$.id", "is not 1 to 64 characters of A-Z a-z 0-9 _ -")
-    _check_u64("$.issued_at_ms", keys.issued_at_ms)
-    _check_u64("$.deadline_ms", keys.deadline_ms)
+    check_u64("$.issued_at_ms", keys.issued_at_ms)
+    check_u64("$.deadline_ms", keys.deadline_ms)
     request, compact, later = read_request(keys.request, "$.request")
     return Command(
         id=keys.id,
@@ -333,30 +274,3 @@ def write_event(event: Event) -> dict[str, object]:
     named = zip(Event.__struct_encode_fields__, Event.__struct_fields__, strict=True)
     raw = {wire: getattr(event, name) for wire, name in named}
     return {wire: value for wire, value in raw.items() if value is not None}
-
-
-# -- rules -------------------------------------------------------------------------------------
-
-
-def _check_request(request: RequestWithFields, path: str) -> None:
-    """Ids and ranges that the types do not say."""
-    for name in LANE_IDS[Lane.of_request(request).kind]:
-        if not naming.ID_PATTERN.fullmatch(getattr(request, name)):
-            raise Malformed(child(path, name), "is not 1 to 63 of a-z 0-9 -, no - at either end")
-    if isinstance(request, SetupNetwork | TeardownNetwork):
-        if not 0 <= request.net.tenant_net_id <= naming.TENANT_NET_ID_MAX:
-            at = f"{path}.net.tenant_net_id"
-            raise Malformed(at, f"is not 0 to {naming.TENANT_NET_ID_MAX}")
-        return
-    if isinstance(request, SleepInstance):
-        _check_u64(f"{path}.drain_timeout_secs", request.drain_timeout_secs)
-    if isinstance(request, StartInstance) and request.volumes:
-        message = f"volumes cannot be attached yet; {RANGE}, without them"
-        raise Malformed(f"{path}.volumes", message, code=Code.UNSUPPORTED)
-    if request.workspace_id is not None and len(request.workspace_id) > LINE_MAX:
-        raise Malformed(f"{path}.workspace_id", f"is longer than {LINE_MAX} characters")
-
-
-def _check_u64(path: str, value: int | None) -> None:
-    if value is not None and not 0 <= value <= U64_MAX:
-        raise Malformed(path, "is not an unsigned integer of 64 bits")

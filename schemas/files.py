@@ -1,24 +1,41 @@
 """The JSON files shared with agentd: fields, types and defaults as the contract fixes them.
 
+They lie where an unprivileged process writes, so nothing in them is believed: each is read under a
+size limit, checked for types, ranges and rules, and must carry the ids of the folders it lies in.
 Unknown fields are allowed and kept by whoever rewrites a file; a missing optional field reads as
-its default. Parsing and its errors are in `schemas/codec.py`; no I/O here.
+its default. No I/O here; who reads the bytes gives them and the name for messages.
 """
 
-from typing import Any
+import ipaddress
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from schemas.requests import TenantNet
+from schemas import naming
+from schemas.malformed import Malformed, quoted
+from schemas.requests import InstanceRef, TenantNet
+from schemas.tenant_net import address_of, check_net
+from schemas.unpack import FILE, convert, read_json
+
+PORT_PATTERN = re.compile(r"[1-9][0-9]{0,4}")
+U8 = Annotated[int, msgspec.Meta(ge=0, le=2**8 - 1)]
+U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+U64 = Annotated[int, msgspec.Meta(ge=0)]
+Some32 = Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
+Vcpus = Annotated[int, msgspec.Meta(ge=1, le=32)]  # Firecracker's own limit
+FileT = TypeVar("FileT", bound="TenantConfig | PoolSpec | InstanceFile")
 
 
 class TenantQuota(msgspec.Struct, frozen=True):
-    max_vcpus: int
-    max_mem_mib: int
-    max_running: int
-    max_warm: int
-    max_pools: int
-    max_instances_per_pool: int
-    max_disk_gib: int
+    max_vcpus: U32
+    max_mem_mib: U64
+    max_running: U32
+    max_warm: U32
+    max_pools: U32
+    max_instances_per_pool: U32
+    max_disk_gib: U64
 
 
 class TenantConfig(msgspec.Struct, frozen=True):
@@ -27,26 +44,26 @@ class TenantConfig(msgspec.Struct, frozen=True):
     tenant_id: str
     quotas: TenantQuota
     net: TenantNet
-    secrets_epoch: int = 0
-    config_version: int = 1
+    secrets_epoch: U64 = 0
+    config_version: U64 = 1
     pinned: bool = False
-    audit_retention_days: int = 0
+    audit_retention_days: U32 = 0
     created_at: str = ""
 
 
 class InstanceResources(msgspec.Struct, frozen=True):
-    vcpus: int
-    mem_mib: int
-    data_disk_mib: int = 0
+    vcpus: Vcpus
+    mem_mib: Some32
+    data_disk_mib: U32 = 0
 
 
 class RuntimePolicy(msgspec.Struct, frozen=True):
     """All in seconds."""
 
-    min_running_seconds: int = 60
-    min_warm_seconds: int = 30
-    drain_timeout_seconds: int = 30
-    graceful_shutdown_seconds: int = 15
+    min_running_seconds: U64 = 60
+    min_warm_seconds: U64 = 30
+    drain_timeout_seconds: U64 = 30
+    graceful_shutdown_seconds: U64 = 15
 
 
 class PoolMetadata(msgspec.Struct, frozen=True):
@@ -63,7 +80,7 @@ class PoolSpec(msgspec.Struct, frozen=True):
     instance_resources: InstanceResources
     runtime_policy: RuntimePolicy = RuntimePolicy()
     metadata: PoolMetadata = PoolMetadata()
-    seccomp_policy: str = "baseline"
+    seccomp_policy: Literal["baseline", "strict"] = "baseline"
 
     @property
     def ready(self) -> str:
@@ -85,18 +102,126 @@ class InstanceNet(msgspec.Struct, frozen=True):
     mac: str
     guest_ip: str
     gateway_ip: str
-    cidr: int
+    cidr: U8
 
 
 class InstanceFile(msgspec.Struct, frozen=True):
-    """`instance.json`; only what hostd reads. Everything else in the file is agentd's."""
+    """`instance.json`; only what hostd reads. `extra` is everything else, which is agentd's."""
 
     instance_id: str
     pool_id: str
     tenant_id: str
-    status: str
+    status: Literal["created", "ready", "running", "warm", "sleeping", "stopped"]
     net: InstanceNet
     revision_hash: str | None = None
-    firecracker_pid: int | None = None
+    firecracker_pid: U32 | None = None
     entered_running_at: str | None = None
     extra: dict[str, Any] = {}
+
+
+def parse_tenant(data: bytes, file: str, tenant_id: str) -> TenantConfig:
+    """`tenant.json` of the folder `tenant_id`. Whether its net lies in what is allowed is not
+    judged here, all else of it is.
+
+    Raises:
+        Malformed: the path names `file` and the field, e.g. `tenant.json: $.quotas.max_vcpus`.
+    """
+    tenant = _parse(data, file, TenantConfig, {"tenant_id": tenant_id})
+    check_net(tenant.net, ("0.0.0.0/0",), f"{file}: $.net")
+    return tenant
+
+
+def parse_pool(data: bytes, file: str, tenant_id: str, pool_id: str) -> PoolSpec:
+    """`pool.json` of the folders given, tags of hostd's checked.
+
+    Raises:
+        Malformed: the path names `file` and the field, e.g. `pool.json: $.metadata.tags`.
+    """
+    pool = _parse(data, file, PoolSpec, {"tenant_id": tenant_id, "pool_id": pool_id})
+    tags = pool.metadata.tags
+    _check_tag(file, tags, "hostd.ready", tags.get("hostd.ready", "agent") in ("agent", "api"))
+    _check_tag(file, tags, "hostd.serial", tags.get("hostd.serial", "true") in ("true", "false"))
+    port = tags.get("hostd.agent_port", "1")
+    is_port = PORT_PATTERN.fullmatch(port) is not None and int(port) <= 65_535
+    _check_tag(file, tags, "hostd.agent_port", is_port)
+    return pool
+
+
+def parse_instance(data: bytes, file: str, ref: InstanceRef) -> InstanceFile:
+    """`instance.json` of the folders that `ref` names, all fields that hostd does not know in
+    `extra`. Its addresses are not judged here: see `check_instance_net`.
+
+    Raises:
+        Malformed: the path names `file` and the field, e.g. `instance.json: $.status`.
+    """
+    ids = {"tenant_id": ref.tenant_id, "pool_id": ref.pool_id, "instance_id": ref.instance_id}
+    instance = _parse(data, file, InstanceFile, ids)
+    revision = instance.revision_hash
+    if revision is not None and not naming.REVISION_PATTERN.fullmatch(revision):
+        raise Malformed(f"{file}: $.revision_hash", f"{quoted(revision)} is no revision")
+    return instance
+
+
+def offset_of(guest_ip: str, net: TenantNet, path: str = "instance.json: $.net.guest_ip") -> int:
+    """Which address of a sound net a guest has: 3 to 254, whatever the prefix length.
+
+    Raises:
+        Malformed: no IPv4 address, outside the subnet, out of range, broadcast or the gateway's.
+    """
+    address = address_of(guest_ip, path)
+    subnet = ipaddress.IPv4Network(net.ipv4_subnet)
+    if address not in subnet:
+        raise Malformed(path, f"{address} is not in {subnet}")
+    offset = int(address) - int(subnet.network_address)
+    if not naming.OFFSET_MIN <= offset <= naming.OFFSET_MAX:
+        raise Malformed(
+            path, f"{address} is number {offset}, not {naming.OFFSET_MIN} to {naming.OFFSET_MAX}"
+        )
+    if address == subnet.broadcast_address or str(address) == net.gateway_ip:
+        raise Malformed(path, f"{address} is the broadcast or gateway address of {subnet}")
+    return offset
+
+
+def check_instance_net(
+    instance: InstanceFile, net: TenantNet, offset: int, file: str = "instance.json"
+) -> None:
+    """That the file says of the instance's network what is derived from the tenant's.
+
+    Raises:
+        Malformed: a value disagrees; the derived one is in the message.
+    """
+    derived = InstanceNet(
+        tap_dev=naming.tap_name(net.tenant_net_id, offset),
+        mac=naming.mac_address(net.tenant_net_id, offset),
+        guest_ip=naming.guest_ip(net, offset),
+        gateway_ip=net.gateway_ip,
+        cidr=naming.prefix_len(net),
+    )
+    for name in InstanceNet.__struct_fields__:
+        own, due = getattr(instance.net, name), getattr(derived, name)
+        if own != due:
+            raise Malformed(f"{file}: $.net.{name}", f"is {quoted(str(own))}, not {due}")
+
+
+def _parse(data: bytes, file: str, kind: type[FileT], ids: Mapping[str, str]) -> FileT:
+    try:
+        raw = read_json(data, FILE)
+        if kind is InstanceFile:
+            known = set(InstanceFile.__struct_fields__) - {"extra"}
+            extra = {name: value for name, value in raw.items() if name not in known}
+            raw = {name: value for name, value in raw.items() if name in known}
+            raw["extra"] = extra
+        parsed = convert(raw, kind)
+    except Malformed as error:
+        raise Malformed(f"{file}: {error.path}", error.message) from error
+    for name, due in ids.items():
+        own = getattr(parsed, name)
+        if own != due:
+            raise Malformed(f"{file}: $.{name}", f"is {quoted(own)}, but the folder is {due}")
+    return parsed
+
+
+def _check_tag(file: str, tags: Mapping[str, str], tag: str, sound: bool) -> None:
+    if not sound:
+        path = f"{file}: $.metadata.tags['{tag}']"
+        raise Malformed(path, f"{quoted(tags[tag])} is no value of it")

@@ -10,7 +10,6 @@ ID_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 HOST_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,63}")
 COMMAND_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 REVISION_PATTERN = re.compile(r"[0-9a-z]{1,64}")
-TENANT_NET_ID_MAX = 4095
 OFFSET_MIN, OFFSET_MAX = 3, 254
 
 

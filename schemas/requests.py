@@ -1,17 +1,19 @@
 """`HostdRequest`, field for field as serde declares it; that order is the compact wire form."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
 
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 2
+TENANT_NET_ID_MAX = 4095
+TenantNetId = Annotated[int, msgspec.Meta(ge=0, le=TENANT_NET_ID_MAX)]
 
 
 class TenantNet(msgspec.Struct, frozen=True):
     """A tenant's network. `bridge_name` is derived from `tenant_net_id` and only checked."""
 
-    tenant_net_id: int
+    tenant_net_id: TenantNetId
     ipv4_subnet: str
     gateway_ip: str
     bridge_name: str

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from schemas import naming
 from schemas.malformed import Malformed, quoted
-from schemas.requests import TenantNet
+from schemas.requests import TENANT_NET_ID_MAX, TenantNet
 
 PREFIX_MIN, PREFIX_MAX = 8, 29
 
@@ -24,8 +24,8 @@ def check_net(net: TenantNet, allowed: Sequence[str], path: str = "$.net") -> No
     Raises:
         Malformed: with the path of the first field that breaks a rule, below `path`.
     """
-    if not 0 <= net.tenant_net_id <= naming.TENANT_NET_ID_MAX:
-        raise Malformed(f"{path}.tenant_net_id", f"is not 0 to {naming.TENANT_NET_ID_MAX}")
+    if not 0 <= net.tenant_net_id <= TENANT_NET_ID_MAX:
+        raise Malformed(f"{path}.tenant_net_id", f"is not 0 to {TENANT_NET_ID_MAX}")
     subnet = _subnet(net.ipv4_subnet, f"{path}.ipv4_subnet")
     if not any(subnet.subnet_of(ipaddress.IPv4Network(each)) for each in allowed):
         raise Malformed(f"{path}.ipv4_subnet", f"{subnet} is not in {', '.join(allowed)}")
@@ -37,26 +37,6 @@ def check_net(net: TenantNet, allowed: Sequence[str], path: str = "$.net") -> No
     derived = naming.bridge_name(net.tenant_net_id)
     if net.bridge_name != derived:
         raise Malformed(f"{path}.bridge_name", f"is {quoted(net.bridge_name)}, not {derived}")
-
-
-def offset_of(guest_ip: str, net: TenantNet, path: str = "$.net.guest_ip") -> int:
-    """Which address of a sound net a guest has: 3 to 254, whatever the prefix length.
-
-    Raises:
-        Malformed: no IPv4 address, outside the subnet, out of range, broadcast or the gateway's.
-    """
-    address = address_of(guest_ip, path)
-    subnet = ipaddress.IPv4Network(net.ipv4_subnet)
-    if address not in subnet:
-        raise Malformed(path, f"{address} is not in {subnet}")
-    offset = int(address) - int(subnet.network_address)
-    if not naming.OFFSET_MIN <= offset <= naming.OFFSET_MAX:
-        raise Malformed(
-            path, f"{address} is number {offset}, not {naming.OFFSET_MIN} to {naming.OFFSET_MAX}"
-        )
-    if address == subnet.broadcast_address or str(address) == net.gateway_ip:
-        raise Malformed(path, f"{address} is the broadcast or gateway address of {subnet}")
-    return offset
 
 
 def address_of(text: str, path: str) -> ipaddress.IPv4Address:

@@ -36,7 +36,7 @@ class Limits:
 
 COMMAND = Limits()
 ANSWER = Limits(containers=4096, items=4096, depth=16)
-FILE = Limits(size_bytes=1_048_576, containers=65_536, items=65_536, depth=32)
+FILE = Limits(size_bytes=262_144, containers=8192, items=4096, depth=16)
 
 
 class _Repeated:
@@ -126,20 +126,20 @@ def unpack_map(data: bytes, limits: Limits = COMMAND) -> dict[str, object]:
     return _as_map(unpack(data, limits))
 
 
-def read_json(text: bytes | str, limits: Limits = FILE) -> dict[str, object]:
+def read_json(data: bytes, limits: Limits = FILE) -> dict[str, object]:
     """Plain objects from a JSON object; as strict as `unpack`.
 
     Raises:
         Malformed: not one JSON object, past the limits, a duplicate key, NaN.
     """
-    if len(text) > limits.size_bytes:
-        raise Malformed("$", f"{len(text)} bytes; at most {limits.size_bytes} are read")
+    if len(data) > limits.size_bytes:
+        raise Malformed("$", f"{len(data)} bytes; at most {limits.size_bytes} are read")
+    # Counted before the reader, which has no limits of its own, makes anything of them.
+    if data.count(b"{") + data.count(b"[") > limits.containers:
+        raise Malformed("$", f"more than {limits.containers} objects and arrays")
     containers = _Containers(limits)
     try:
-        decoded = text if isinstance(text, str) else text.decode()
-        value = json.loads(decoded, object_pairs_hook=containers.of_pairs)
-    except _TooMany:
-        raise Malformed("$", f"more than {limits.containers} objects") from None
+        value = json.loads(data.decode(), object_pairs_hook=containers.of_pairs)
     except (ValueError, RecursionError) as error:
         raise Malformed("$", f"not JSON: {_reason(error)}") from error
     return _as_map(check(value, limits))
@@ -171,7 +171,7 @@ def check(value: object, limits: Limits, path: str = "$") -> object:
         Malformed: a duplicate key, a bin or ext, NaN or infinity, text that is not UTF-8, too deep.
     """
     try:
-        _walk(value, limits.depth)
+        _walk(value, limits.depth, limits.items)
     except _Fault as fault:
         for key in reversed(fault.keys):
             path = child(path, key)
@@ -179,13 +179,16 @@ def check(value: object, limits: Limits, path: str = "$") -> object:
     return value
 
 
-def _walk(value: object, depth: int) -> None:
+def _walk(value: object, depth: int, items: int) -> None:
     if isinstance(value, str):
         _check_text(value, "the text")
     elif isinstance(value, dict | list):
         if depth == 0:
             raise _Fault("is nested too deeply")
-        _walk_into(cast("Items", value), depth - 1)
+        inner = cast("Items", value)
+        if len(inner) > items:
+            raise _Fault(f"has {len(inner)} items; at most {items} are read")
+        _walk_into(inner, depth - 1, items)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise _Fault("is not a finite number")
@@ -193,14 +196,14 @@ def _walk(value: object, depth: int) -> None:
         _refuse(value)
 
 
-def _walk_into(value: Items, depth: int) -> None:
+def _walk_into(value: Items, depth: int, items: int) -> None:
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(key, bytes):
             raise _Fault("a key of the map is bin, which no field takes")
         if isinstance(key, str):
             _check_text(key, "a key of the map")
         try:
-            _walk(item, depth)
+            _walk(item, depth, items)
         except _Fault as fault:
             fault.keys.append(key)
             raise

@@ -8,6 +8,7 @@ import pytest
 
 from schemas import codec
 from schemas.envelopes import Form
+from schemas.serde import REQUEST, RESPONSE
 from schemas.unpack import pack, unpack
 
 VECTORS = json.loads((Path(__file__).parents[1] / "golden" / "rmp-vectors.json").read_text())
@@ -35,9 +36,9 @@ def test_a_request_is_read_and_written_as_rmp_serde_does(
 
     request = codec.decode_request(data)
 
-    assert codec.REQUEST.write(request) == vector["request"]
+    assert REQUEST.write(request) == vector["request"]
     assert codec.encode_request(request, form) == data
-    assert codec.REQUEST.read(vector["request"], "$").value == request
+    assert REQUEST.read(vector["request"], "$").value == request
 
 
 @pytest.mark.parametrize("form", list(Form))
@@ -47,8 +48,8 @@ def test_a_response_is_read_and_written_as_rmp_serde_does(
 ) -> None:
     data = bytes.fromhex(vector[f"{form}_hex"])
 
-    response = codec.RESPONSE.read(unpack(data), "$").value
+    response = RESPONSE.read(unpack(data), "$").value
 
     compact = form is Form.COMPACT
-    assert codec.RESPONSE.write(response) == vector["response"]
-    assert pack(codec.RESPONSE.write(response, compact=compact)) == data
+    assert RESPONSE.write(response) == vector["response"]
+    assert pack(RESPONSE.write(response, compact=compact)) == data
