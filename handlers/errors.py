@@ -1,6 +1,8 @@
 """The failure vocabulary: the class says who must act. Only the dispatcher makes it a reply."""
 
-from typing import Any, ClassVar
+import errno
+import os
+from typing import Any, ClassVar, Final
 
 from schemas.codes import Code
 
@@ -26,6 +28,12 @@ class Failure(Exception):
         self.path = path
         self.detail: dict[str, Any] = detail or {}
         self.left_behind: tuple[str, ...] = ()
+        self.final = False
+
+    def for_good(self) -> "Failure":
+        """The same failure, not to be tried again under this command id."""
+        self.final = True
+        return self
 
 
 class Unavailable(Failure):
@@ -92,3 +100,29 @@ class HostFault(Failure):
 
     code = Code.HOST_FAULT
     act = "operator"
+
+
+_OF_ERRNO: Final[dict[int, type[Failure]]] = {
+    errno.EAGAIN: Unavailable,
+    errno.EBUSY: Unavailable,
+    errno.EINTR: Unavailable,
+    errno.ENOBUFS: Unavailable,
+    errno.ETIMEDOUT: Unavailable,
+    errno.ECONNREFUSED: Unavailable,  # the API socket of a VMM that is not ready
+    errno.ENOMEM: Exhausted,
+    errno.ENOSPC: Exhausted,
+    errno.EDQUOT: Exhausted,
+    errno.EMFILE: Exhausted,
+}
+
+
+def of_os_error(error: OSError) -> Failure:
+    """Who must act on what the kernel said; unlisted numbers (EACCES, EPERM, EIO) page someone."""
+    if isinstance(error, TimeoutError):
+        return Unavailable("a step did not end in time")
+    number = error.errno or 0
+    what = os.strerror(number) if number else type(error).__name__
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    message = f"{what}: {' -> '.join(names)}" if names else what
+    detail = {"errno": errno.errorcode.get(number, str(number))}
+    return _OF_ERRNO.get(number, HostFault)(message, detail=detail)

@@ -7,6 +7,7 @@ EEXIST. Past a point of no return there is no undo, only completion.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,13 @@ class StepLog(Protocol):
     def reached(self, command_id: str, point: str) -> bool: ...
 
 
+class Halted(Exception):
+    """The worker shuts down: stop here, undo nothing, answer nothing; the next worker goes on.
+
+    No `Failure`: handlers must let it pass.
+    """
+
+
 class Traced(Protocol):
     def __call__(self, moment: str) -> Awaitable[None]:
         """Called at traced points (`before:<step>`, `after:<step>`); tests stop the worker here."""
@@ -112,8 +120,9 @@ class Steps:
         self.taken: list[StepTaken] = []
         self._log = step_log
         self._mechanisms = mechanisms
-        self._superseded = asyncio.Event()
+        self._cut = asyncio.Event()
         self._superseded_by = ""
+        self._halted = False
         self._trace = trace
         self._observe = observe
         self._final = False
@@ -124,7 +133,7 @@ class Steps:
         """Make one resource, having recorded that this command is about to.
 
         Raises:
-            Superseded, Expired: at the safe point before the step; nothing of it was done.
+            Superseded, Expired, Halted: at the safe point before it; nothing of it was done.
         """
         self.safe_point()
         existed = await mechanism.exists(spec.key)
@@ -149,7 +158,7 @@ class Steps:
         """A long wait that a superseding command or the deadline ends at once.
 
         Raises:
-            Superseded, Expired: the wait was cut; what it waited for is cancelled.
+            Superseded, Expired, Halted: the wait was cut; what it waited for is cancelled.
         """
         if self._final:
             return await self._timed(name, do)
@@ -157,7 +166,7 @@ class Steps:
 
         async def until_cut() -> T:
             work = asyncio.ensure_future(do())
-            cut = asyncio.ensure_future(self._superseded.wait())
+            cut = asyncio.ensure_future(self._cut.wait())
             try:
                 await asyncio.wait(
                     {work, cut}, timeout=self.left_s(), return_when=asyncio.FIRST_COMPLETED
@@ -200,19 +209,39 @@ class Steps:
     def supersede(self, by: str) -> None:
         """Ask the command to end at its next safe point; past its last point it goes on."""
         self._superseded_by = by
-        self._superseded.set()
+        self._cut.set()
+
+    def halt(self) -> None:
+        """Ask the command to stop at its next safe point, to be continued by the next worker."""
+        self._halted = True
+        self._cut.set()
 
     def safe_point(self) -> None:
         """Raise if a later command won or the deadline passed, unless there is no way back."""
+        if self._halted:
+            raise Halted
         if self._final:
             return
-        if self._superseded.is_set():
+        if self._superseded_by:
             raise Superseded(
                 f"superseded by {self._superseded_by}", detail={"by": self._superseded_by}
             )
         left = self.left_s()
         if left is not None and left <= 0:
             raise Expired("the deadline passed before the command was done")
+
+    async def pause(self, seconds: float) -> None:
+        """Wait between two attempts; what ends the command ends the wait.
+
+        Raises:
+            Superseded, Expired, Halted: see `safe_point`.
+        """
+        if self._final and not self._halted:
+            await asyncio.sleep(seconds)
+        else:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._cut.wait(), seconds)
+        self.safe_point()
 
     def left_s(self) -> float | None:
         """Seconds until the deadline, or None."""

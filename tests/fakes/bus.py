@@ -1,0 +1,191 @@
+"""The bus in memory: streams that keep, redeliver and lose, and a broker that can be down."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from worker.bus import BusError, Delivery, Receive, StateConflict
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A message that a stream took."""
+
+    subject: str
+    payload: bytes
+    msg_id: str
+    headers: Mapping[str, str]
+
+
+@dataclass(slots=True)
+class _Command:
+    subject: str
+    data: bytes
+    msg_id: str | None
+    seq: int
+    delivered: int = 0
+
+
+@dataclass(slots=True)
+class FakeBus:
+    """Implements `worker.bus.Bus`. `up = False` is a broker that is gone.
+
+    A command stays in its stream until it is acknowledged and is delivered again by `redeliver`.
+    The streams that take what is published swallow a `msg_id` that they had, `window` or not.
+    `lose_next_ack` lets the stream take the next message, but its confirmation gets lost.
+    """
+
+    commands: dict[int, _Command] = field(default_factory=dict)
+    published: list[Published] = field(default_factory=list)
+    sent: list[tuple[str, bytes]] = field(default_factory=list)
+    state: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    up: bool = True
+    lose_next_ack: bool = False
+    paused: bool = False
+    dedupe_commands: bool = True
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    attempts: list[str] = field(default_factory=list)
+    _seq: int = 0
+    _known: set[str] = field(default_factory=set)
+    _known_commands: set[str] = field(default_factory=set)
+    _revision: int = 0
+    _due: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
+
+    # -- the sender's side ---------------------------------------------------------------------
+
+    def command(self, subject: str, data: bytes, msg_id: str | None = None) -> int | None:
+        """Put a command into the stream; None if it swallowed a duplicate `msg_id`."""
+        if msg_id is not None and self.dedupe_commands:
+            if msg_id in self._known_commands:
+                return None
+            self._known_commands.add(msg_id)
+        self._seq += 1
+        self.commands[self._seq] = _Command(subject, data, msg_id, self._seq)
+        self._due.put_nowait(self._seq)
+        return self._seq
+
+    def redeliver(self) -> None:
+        """Deliver everything again that was not acknowledged."""
+        for seq in self.commands:
+            self._due.put_nowait(seq)
+
+    def replies(self) -> list[Published]:
+        return [p for p in self.published if ".reply." in p.subject]
+
+    def events(self) -> list[Published]:
+        return [p for p in self.published if ".evt." in p.subject]
+
+    def dead(self) -> list[Published]:
+        return [p for p in self.published if ".dead." in p.subject]
+
+    def sent_to(self, subject: str) -> list[bytes]:
+        return [payload for to, payload in self.sent if to == subject]
+
+    async def until(self, *, replies: int = 0, sent: int = 0, events: int = 0) -> None:
+        """Wait until at least so much came out."""
+        async with asyncio.timeout(20):
+            while (
+                len(self.replies()) < replies
+                or len(self.sent) < sent
+                or len(self.events()) < events
+            ):
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def until_acked(self) -> None:
+        """Wait until no command is left in the stream."""
+        async with asyncio.timeout(20):
+            while self.commands:
+                self.changed.clear()
+                await self.changed.wait()
+
+    # -- the worker's side ---------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        return self.up
+
+    async def consume(self, receive: Receive) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                seq = await self._due.get()
+                command = self.commands.get(seq)
+                if command is not None:
+                    group.create_task(receive(self._delivery(command)))
+
+    def delivery(self, seq: int) -> Delivery:
+        """Hand one command to the worker by hand."""
+        return self._delivery(self.commands[seq])
+
+    def _delivery(self, command: _Command) -> Delivery:
+        command.delivered += 1
+
+        async def ack() -> None:
+            await asyncio.sleep(0)
+            self._check_up()
+            self.commands.pop(command.seq, None)
+            self.changed.set()
+
+        return Delivery(
+            subject=command.subject,
+            data=command.data,
+            msg_id=command.msg_id,
+            stream_seq=command.seq,
+            delivered=command.delivered,
+            ack=ack,
+        )
+
+    def pause(self) -> None:
+        self.paused = True
+        self.changed.set()
+
+    def resume(self) -> None:
+        self.paused = False
+        self.changed.set()
+
+    async def publish(
+        self, subject: str, payload: bytes, *, msg_id: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self.attempts.append(msg_id)
+        self.changed.set()
+        await asyncio.sleep(0)
+        self._check_up()
+        stream = next(kind for kind in ("reply", "evt", "dead") if f".{kind}." in subject)
+        key = f"{stream}:{msg_id}"
+        if key not in self._known:
+            self._known.add(key)
+            self.published.append(Published(subject, payload, msg_id, dict(headers or {})))
+            self.changed.set()
+        if self.lose_next_ack:
+            self.lose_next_ack = False
+            raise BusError("no confirmation came")
+
+    async def send(self, subject: str, payload: bytes) -> None:
+        await asyncio.sleep(0)
+        self._check_up()
+        self.sent.append((subject, payload))
+        self.changed.set()
+
+    async def read_state(self, key: str) -> tuple[bytes, int] | None:
+        self._check_up()
+        return self.state.get(key)
+
+    async def write_state(self, key: str, value: bytes, *, revision: int | None) -> int:
+        self._check_up()
+        self._compare(key, revision)
+        self._revision += 1
+        self.state[key] = (value, self._revision)
+        return self._revision
+
+    async def delete_state(self, key: str, *, revision: int | None) -> None:
+        self._check_up()
+        self._compare(key, revision)
+        self.state.pop(key, None)
+
+    def _compare(self, key: str, revision: int | None) -> None:
+        if revision is not None and self.state.get(key, (b"", 0))[1] != revision:
+            raise StateConflict(f"{key} has another revision")
+
+    def _check_up(self) -> None:
+        if not self.up:
+            raise BusError("the broker is gone")

@@ -1,0 +1,297 @@
+"""One run of one command: handler, attempts, undo, outcome. Here alone an error becomes a reply."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+import structlog
+import tenacity
+from structlog.contextvars import bound_contextvars
+
+from handlers.errors import (
+    Draining,
+    Exhausted,
+    Expired,
+    Failure,
+    HostFault,
+    Superseded,
+    Unavailable,
+    of_os_error,
+)
+from handlers.machine import Host
+from handlers.registry import Handler
+from handlers.steps import Done, Halted, Removable, Steps, Traced, no_trace
+from schemas import serde
+from schemas.codes import Code
+from schemas.envelopes import Reply, StepTaken
+from schemas.requests import (
+    Error,
+    Ok,
+    Ping,
+    SetupNetwork,
+    StartInstance,
+    TeardownNetwork,
+    WakeInstance,
+)
+from worker.journal import Journal
+from worker.journal_file import now_ms
+from worker.journal_mirror import CommandRow
+from worker.journal_writer import JournalFault
+from worker.lanes import Work
+
+BACKOFF_S: Final = 0.1
+BACKOFF_MAX_S: Final = 5.0
+STEPS_SHOWN: Final = 100
+
+log = structlog.get_logger()
+
+
+class Meters(Protocol):
+    """What dispatch counts (`worker/metrics.py`)."""
+
+    def command_done(self, kind: str, code: Code, seconds: float) -> None: ...
+
+    def step(self, name: str, seconds: float) -> None: ...
+
+    def retry(self, kind: str, code: Code) -> None: ...
+
+
+class Dispatch:
+    """Runs commands with their handlers; the lanes say which and when.
+
+    Args:
+        mechanisms: by name, all that a step row may name: what undo removes with.
+        draining: whether the host takes no new VMs.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        handlers: Mapping[type, Handler],
+        host: Host,
+        mechanisms: Mapping[str, Removable],
+        *,
+        meters: Meters,
+        draining: Callable[[], bool] = lambda: False,
+        trace: Traced = no_trace,
+    ) -> None:
+        self._journal = journal
+        self._handlers = handlers
+        self._host = host
+        self._mechanisms = mechanisms
+        self._meters = meters
+        self._draining = draining
+        self._trace = trace
+        self._budget_s = host.settings.limits.retry_budget_s
+
+    async def run(self, work: Work) -> None:
+        """Run to the outcome, journal it. A shutdown leaves the command unfinished instead."""
+        row = work.row
+        with bound_contextvars(command_id=row.id, lane=str(row.lane)):
+            try:
+                refusal = self._refusal(work)
+                if refusal is not None:
+                    await self._finish(row, self._failed(row, refusal, ()))
+                    return
+                steps = Steps(
+                    row.id,
+                    self._journal,
+                    self._mechanisms,
+                    deadline_ms=row.command.deadline_ms,
+                    trace=self._trace,
+                    observe=self._meters.step,
+                )
+                work.began(steps)
+                await self._finish(row, await self._outcome(row, steps))
+            except Halted:
+                log.info("command.halted", attempts=row.attempts)
+            finally:
+                work.steps = None
+
+    async def answer_superseded(self, work: Work) -> None:
+        """The final answer of a command that never ran."""
+        failure = _superseded(work)
+        with bound_contextvars(command_id=work.row.id, lane=str(work.row.lane)):
+            await self._finish(work.row, self._failed(work.row, failure, ()))
+
+    # -- one run -------------------------------------------------------------------------------
+
+    def _refusal(self, work: Work) -> Failure | None:
+        """Why a command is not even begun; one that an earlier worker began always goes on."""
+        row = work.row
+        if row.attempts:
+            return None
+        if work.superseded_by is not None:
+            return _superseded(work)
+        deadline_ms = row.command.deadline_ms
+        if deadline_ms is not None and deadline_ms <= now_ms():
+            return Expired("the deadline passed before the command was started")
+        if isinstance(row.command.request, StartInstance | WakeInstance) and self._draining():
+            return Draining("this host is being drained and takes no new VMs")
+        return None
+
+    async def _outcome(self, row: CommandRow, steps: Steps) -> Reply:
+        try:
+            done = await self._attempts(row, steps)
+        except Failure as failure:
+            return await self._undone(row, steps, failure)
+        except OSError as error:
+            return await self._undone(row, steps, of_os_error(error))
+        except Halted:
+            raise
+        except Exception:
+            log.exception("command.bug", type=row.command.request.kind)
+            return await self._undone(row, steps, None)
+        return self._reply(
+            row,
+            steps.taken,
+            response=Ok(),
+            code=Code.OK,
+            changed=done.changed,
+            status=done.status,
+            left_behind=done.left_behind,
+            detail=dict(done.detail),
+        )
+
+    async def _attempts(self, row: CommandRow, steps: Steps) -> Done:
+        """Try until it succeeds, fails for good, or deadline or budget are used up."""
+        kind = row.command.request.kind
+        handler = self._handlers[type(row.command.request)]
+
+        def may_retry(error: BaseException) -> bool:
+            failure = of_os_error(error) if isinstance(error, OSError) else error
+            if not isinstance(failure, Failure) or failure.final:
+                return False
+            if isinstance(failure, Unavailable | JournalFault):
+                return True
+            # past a point of no return there is only completion
+            return steps.final and isinstance(failure, HostFault | Exhausted)
+
+        def before_sleep(state: tenacity.RetryCallState) -> None:
+            error = state.outcome and state.outcome.exception()
+            failure = of_os_error(error) if isinstance(error, OSError) else error
+            if isinstance(failure, Failure):
+                self._meters.retry(kind, failure.code)
+                log.info("command.retry", code=failure.code, message=failure.message)
+
+        budget_s, left_s = self._budget_s, steps.left_s()
+        if left_s is not None:
+            budget_s = min(budget_s, max(left_s, 0.0))
+        async for attempt in tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(may_retry),
+            wait=tenacity.wait_random_exponential(BACKOFF_S, BACKOFF_MAX_S),
+            stop=tenacity.stop_before_delay(budget_s),
+            sleep=lambda seconds: self._pause(steps, seconds),
+            before_sleep=before_sleep,
+            reraise=True,
+        ):
+            with attempt:
+                count = self._journal.begin_attempt(row.id)
+                with bound_contextvars(attempt=count):
+                    return await handler(row.command.request, steps, self._host)
+        raise AssertionError("tenacity ends with a result or an error")
+
+    async def _pause(self, steps: Steps, seconds: float) -> None:
+        """Wait before the next attempt; a superseding command or the shutdown ends it at once."""
+        await self._journal.until_writable()
+        await steps.pause(seconds)
+
+    async def _undone(self, row: CommandRow, steps: Steps, failure: Failure | None) -> Reply:
+        """Take back what the command made, unless there is no way back, and say how it failed."""
+        left: tuple[str, ...] = failure.left_behind if failure is not None else ()
+        if not steps.final:
+            left += await self._undo(steps)
+        return self._failed(row, failure, steps.taken, left)
+
+    async def _undo(self, steps: Steps) -> tuple[str, ...]:
+        while True:
+            try:
+                return await steps.undo()
+            except JournalFault:
+                await self._journal.until_writable()
+
+    # -- the outcome ---------------------------------------------------------------------------
+
+    async def _finish(self, row: CommandRow, reply: Reply) -> None:
+        while True:
+            try:
+                await self._journal.finish(reply)
+                break
+            except JournalFault:
+                await self._journal.until_writable()
+            except (TypeError, ValueError, OverflowError):
+                if reply.code is Code.INTERNAL:
+                    raise
+                log.exception("command.bug", type=row.command.request.kind)  # no msgpack of it
+                reply = self._failed(row, None, ())
+        seconds = (reply.finished_at_ms - reply.received_at_ms) / 1000
+        kind = row.command.request.kind
+        self._meters.command_done(kind, reply.code, seconds)
+        log.info(
+            "command.done",
+            type=kind,
+            code=reply.code.value,
+            changed=reply.changed,
+            attempts=reply.attempts,
+            took_ms=reply.finished_at_ms - reply.received_at_ms,
+            left_behind=list(reply.left_behind),
+        )
+
+    def _failed(
+        self,
+        row: CommandRow,
+        failure: Failure | None,
+        taken: list[StepTaken] | tuple[()],
+        left: tuple[str, ...] = (),
+    ) -> Reply:
+        """The reply of a failure; None stands for a bug, whose facts are in the log only."""
+        if failure is None:
+            return self._reply(
+                row,
+                taken,
+                response=Error("internal error, see the host's log"),
+                code=Code.INTERNAL,
+                status=self._status(row),
+                left_behind=left,
+                detail={"act": "operator"},
+            )
+        detail = {**failure.detail, "act": failure.act}
+        if failure.path is not None:
+            detail["path"] = failure.path
+        return self._reply(
+            row,
+            taken,
+            response=Error(failure.message),
+            code=failure.code,
+            retryable=failure.retryable,
+            status=self._status(row),
+            left_behind=left,
+            supported=serde.SUPPORTED if failure.code is Code.UNSUPPORTED else (),
+            detail=detail,
+        )
+
+    def _reply(self, row: CommandRow, taken: list[StepTaken] | tuple[()], **facts: Any) -> Reply:
+        return Reply(
+            id=row.id,
+            host_id=self._journal.source.subjects.host_id,
+            attempts=row.attempts,
+            received_at_ms=row.received_at_ms,
+            finished_at_ms=now_ms(),
+            steps=tuple(taken[-STEPS_SHOWN:]),
+            **facts,
+        )
+
+    def _status(self, row: CommandRow) -> str | None:
+        """The status now of what the command is about, if the journal knows it."""
+        request = row.command.request
+        if isinstance(request, Ping):
+            return None
+        if isinstance(request, SetupNetwork | TeardownNetwork):
+            network = self._journal.network(request.tenant_id)
+            return None if network is None else network.status
+        instance = self._journal.instance(request.ref)
+        return None if instance is None else instance.status.value
+
+
+def _superseded(work: Work) -> Superseded:
+    by = work.superseded_by or ""
+    return Superseded(f"superseded by {by}", detail={"by": by})

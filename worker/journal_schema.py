@@ -1,0 +1,163 @@
+"""The journal's file: its tables, how it is opened, and which versions of it this hostd reads."""
+
+import sqlite3
+import uuid
+from typing import Final
+
+from handlers.errors import HostFault
+
+VERSION: Final = 1
+APPLICATION_ID: Final = 0x686F7374  # "host"
+
+TABLES: Final = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+
+-- One row per command id. `request` is the canonical (named) form and, with the id, the command's
+-- identity; a message that did not decode has `digest`, the sha256 of its bytes, instead.
+-- Unfinished while `finished_at_ms` is NULL. `reply` is what went out, byte for byte.
+CREATE TABLE command (
+    n INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    lane TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    stream_seq INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    request BLOB,
+    digest BLOB,
+    form TEXT NOT NULL,
+    issued_at_ms INTEGER,
+    deadline_ms INTEGER,
+    reply_to TEXT,
+    issuer TEXT,
+    traceparent TEXT,
+    received_at_ms INTEGER NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    code TEXT,
+    reply BLOB,
+    finished_at_ms INTEGER
+);
+CREATE INDEX command_unfinished ON command (lane) WHERE finished_at_ms IS NULL;
+CREATE INDEX command_finished ON command (finished_at_ms) WHERE finished_at_ms IS NOT NULL;
+
+-- Further copies of an unfinished command, each to be told the outcome on its own inbox.
+CREATE TABLE joiner (
+    command_id TEXT NOT NULL,
+    stream_seq INTEGER NOT NULL,
+    reply_to TEXT NOT NULL,
+    PRIMARY KEY (command_id, stream_seq)
+) WITHOUT ROWID;
+
+CREATE TABLE step (
+    n INTEGER PRIMARY KEY AUTOINCREMENT,
+    command_id TEXT NOT NULL,
+    mechanism TEXT NOT NULL,
+    key TEXT NOT NULL,
+    existed INTEGER NOT NULL,
+    UNIQUE (command_id, mechanism, key)
+);
+CREATE TABLE point (
+    command_id TEXT NOT NULL,
+    name TEXT NOT NULL,
+    PRIMARY KEY (command_id, name)
+) WITHOUT ROWID;
+
+-- `record` is JSON. `address_offset` is set only while it excludes others: live or asleep.
+CREATE TABLE instance (
+    tenant_id TEXT NOT NULL,
+    pool_id TEXT NOT NULL,
+    instance_id TEXT NOT NULL,
+    uid_slot INTEGER UNIQUE,
+    address_offset INTEGER,
+    record BLOB NOT NULL,
+    PRIMARY KEY (tenant_id, pool_id, instance_id),
+    UNIQUE (tenant_id, address_offset)
+) WITHOUT ROWID;
+CREATE TABLE tombstone (
+    tenant_id TEXT NOT NULL,
+    pool_id TEXT NOT NULL,
+    instance_id TEXT NOT NULL,
+    record BLOB NOT NULL,
+    PRIMARY KEY (tenant_id, pool_id, instance_id)
+) WITHOUT ROWID;
+CREATE TABLE network (
+    tenant_id TEXT PRIMARY KEY,
+    tenant_net_id INTEGER NOT NULL UNIQUE,
+    record BLOB NOT NULL
+) WITHOUT ROWID;
+
+-- The last `to` that was announced per lane: the next event's `from`, also after a Destroy.
+CREATE TABLE announced (lane TEXT PRIMARY KEY, status TEXT NOT NULL) WITHOUT ROWID;
+
+CREATE TABLE outbox (
+    n INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    msg_id TEXT NOT NULL,
+    headers BLOB NOT NULL,
+    payload BLOB NOT NULL
+);
+CREATE INDEX outbox_kind ON outbox (kind, n);
+
+-- The newest value per key; a NULL value means that the key is to go.
+CREATE TABLE state (
+    key TEXT PRIMARY KEY,
+    value BLOB,
+    seq INTEGER NOT NULL,
+    dirty INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX state_dirty ON state (key) WHERE dirty;
+"""
+
+
+def open_file(path: str) -> sqlite3.Connection:
+    """Open the journal, making it if it is not there.
+
+    Raises:
+        HostFault: the file is not a journal, or of a newer hostd; says what to do.
+        sqlite3.Error: it cannot be opened now.
+    """
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+    try:
+        _prepare(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: str) -> None:
+    try:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise
+        raise HostFault(f"{path} is not a journal of hostd, or is damaged: {error}") from error
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    if version and application != APPLICATION_ID:
+        raise HostFault(f"{path} is a database, but not a journal of hostd")
+    if version > VERSION:
+        raise HostFault(
+            f"the journal {path} has schema version {version}, this hostd reads up to {VERSION}: "
+            "run the newer hostd again, or move the journal away"
+        )
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=OFF")
+    connection.execute("PRAGMA temp_store=MEMORY")
+    connection.execute("PRAGMA cache_size=-4096")
+    if not version:
+        connection.executescript(f"BEGIN IMMEDIATE; {TABLES}")
+        write_meta(connection, "journal_id", str(uuid.uuid4()))
+        write_meta(connection, "seq", "0")
+        connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version={VERSION}")
+        connection.execute("COMMIT")
+
+
+def read_meta(connection: sqlite3.Connection, key: str) -> str | None:
+    row = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def write_meta(connection: sqlite3.Connection, key: str, value: str) -> None:
+    connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))

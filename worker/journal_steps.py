@@ -1,0 +1,78 @@
+"""The step log (`handlers.steps.StepLog`): what each command is about to make, and what it made."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from handlers.steps import StepRow
+from worker.journal_file import JournalFile
+from worker.journal_writer import Transaction
+
+# What these make is gone after a reboot, and so may their rows be. All others are synced.
+VOLATILE: Final = frozenset({"bridges", "tenant_rules", "pins", "taps", "cgroups", "vmms"})
+
+
+class JournalSteps(JournalFile):
+    """Rows of unfinished commands, and of finished ones what they left behind."""
+
+    async def begin(self, command_id: str, mechanism: str, key: str, *, existed: bool) -> StepRow:
+        """Commit the intent; an earlier run's row is returned as it was."""
+        known = self._mirror.steps.get(command_id, {}).get((mechanism, key))
+        if known is not None:
+            return known
+        row = StepRow(mechanism, key, existed)
+
+        def do(tx: Transaction) -> None:
+            tx.execute(
+                "INSERT OR IGNORE INTO step (command_id, mechanism, key, existed) "
+                "VALUES (?, ?, ?, ?)",
+                (command_id, mechanism, key, existed),
+            )
+
+        def apply(_: None) -> None:
+            self._mirror.steps.setdefault(command_id, {})[mechanism, key] = row
+
+        await self._writer.submit(do, apply=apply, durable=mechanism not in VOLATILE)
+        return row
+
+    async def forget(self, command_id: str, mechanism: str, key: str) -> None:
+        """The resource is gone, or was not this command's."""
+
+        def do(tx: Transaction) -> None:
+            tx.execute(
+                "DELETE FROM step WHERE command_id = ? AND mechanism = ? AND key = ?",
+                (command_id, mechanism, key),
+            )
+
+        def apply(_: None) -> None:
+            rows = self._mirror.steps.get(command_id, {})
+            rows.pop((mechanism, key), None)
+            if not rows:
+                self._mirror.steps.pop(command_id, None)
+
+        await self._writer.submit(do, apply=apply)
+
+    def rows(self, command_id: str) -> Sequence[StepRow]:
+        """In the order of `begin`."""
+        return tuple(self._mirror.steps.get(command_id, {}).values())
+
+    def leftovers(self) -> Mapping[str, Sequence[StepRow]]:
+        """What finished commands could not undo, by command id; ours by record, for the sweep."""
+        return {
+            command_id: tuple(rows.values())
+            for command_id, rows in self._mirror.steps.items()
+            if command_id not in self._mirror.commands
+        }
+
+    async def reach(self, command_id: str, point: str) -> None:
+        """Commit a point of no return, or a mark, durably."""
+
+        def do(tx: Transaction) -> None:
+            tx.execute("INSERT OR IGNORE INTO point VALUES (?, ?)", (command_id, point))
+
+        def apply(_: None) -> None:
+            self._mirror.points.setdefault(command_id, set()).add(point)
+
+        await self._writer.submit(do, apply=apply, durable=True)
+
+    def reached(self, command_id: str, point: str) -> bool:
+        return point in self._mirror.points.get(command_id, ())

@@ -1,0 +1,329 @@
+"""The one thread that writes the journal: submissions queue up, one transaction takes them all.
+
+Group commit. Everything that waits when the thread is free becomes one transaction, each part in a
+savepoint of its own, so that one part's failure fails no other. The transaction is synced to disk
+(`synchronous=FULL`) if any part asks for it. Parts are committed in the order of submission, so
+what was submitted later is never on disk without what was submitted before.
+
+If a commit fails (disk full, I/O error), all its parts fail with `JournalFault`, the file is opened
+anew (what SQLite kept in memory after a failed fsync proves nothing), and a probe writes every
+half second until one succeeds.
+"""
+
+import asyncio
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, TypeVar
+
+import structlog
+
+from handlers.errors import HostFault
+from worker import journal_schema
+
+BATCH: Final = 256
+LAZY_S: Final = 0.02
+PROBE_S: Final = 0.5
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+
+class JournalFault(HostFault):
+    """The journal cannot commit now: nothing of it was written. It recovers by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutRow:
+    """One message to send. `kind`: reply, direct (to a `reply_to`), dead, event."""
+
+    n: int
+    kind: str
+    subject: str
+    msg_id: str
+    headers: bytes
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StateRow:
+    """The newest value of one key of the state bucket; None: the key is to go."""
+
+    key: str
+    value: bytes | None
+    seq: int
+
+
+@dataclass(slots=True)
+class Transaction:
+    """What one commit does. `seq` is that of the last event; `out` and `states` what it queued."""
+
+    connection: sqlite3.Connection
+    seq: int
+    out: list[OutRow] = field(default_factory=list[OutRow])
+    states: list[StateRow] = field(default_factory=list[StateRow])
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        return self.connection.execute(sql, values)
+
+
+@dataclass(slots=True)
+class _Part(Generic[T]):
+    do: Callable[[Transaction], T]
+    apply: Callable[[T], None] | None = None
+    future: asyncio.Future[T] | None = None
+    durable: bool = False
+    lazy: bool = False
+    read: bool = False
+    result: T | None = None
+    error: BaseException | None = None
+
+    def settle(self) -> None:
+        """On the loop: bring memory up to the commit, then wake the caller (if still there)."""
+        if self.error is None and self.apply is not None:
+            self.apply(self.result)  # type: ignore[arg-type]
+        if self.future is None or self.future.done():
+            return
+        if self.error is None:
+            self.future.set_result(self.result)  # type: ignore[arg-type]
+        else:
+            self.future.set_exception(self.error)
+
+
+class Writer:
+    """Owns the connection and the thread. All methods are for the event loop's thread.
+
+    Args:
+        committed: called on the loop after each commit, before its callers go on.
+        load: called in the thread after a fault, once it can commit again; what it read of the
+            whole file goes to `reopened` on the loop.
+        changed: called on the loop when `writable` changed.
+        observe: seconds of each commit.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        committed: Callable[[Transaction], None],
+        load: Callable[[sqlite3.Connection], T],
+        reopened: Callable[[T], None],
+        changed: Callable[[bool], None],
+        observe: Callable[[float], None],
+    ) -> None:
+        self.writable = True
+        self._path = path
+        self._committed = committed
+        self._load: Callable[[sqlite3.Connection], Any] = load
+        self._reopened: Callable[[Any], None] = reopened
+        self._changed = changed
+        self._observe = observe
+        self._queue: queue.SimpleQueue[_Part[Any] | None] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._connection: sqlite3.Connection | None = None
+        self._seq = 0
+        self._faulty = False
+        self._closing = False
+
+    def start(self, connection: sqlite3.Connection) -> None:
+        """Take over an open connection."""
+        self._connection = connection
+        self._seq = int(journal_schema.read_meta(connection, "seq") or 0)
+        self._thread.start()
+
+    def submit(
+        self,
+        do: Callable[[Transaction], T],
+        *,
+        apply: Callable[[T], None] | None = None,
+        durable: bool = False,
+    ) -> asyncio.Future[T]:
+        """Run `do` in the next commit; the future is done when it is on disk as asked.
+
+        Raises:
+            JournalFault: by the future; the commit failed.
+        """
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._put(_Part(do, apply, future, durable))
+        return future
+
+    def later(
+        self, do: Callable[[Transaction], T], *, apply: Callable[[T], None] | None = None
+    ) -> None:
+        """Run `do` together with the next commit, or within 20 ms; nobody waits for it."""
+        self._put(_Part(do, apply, lazy=True))
+
+    def read(
+        self, do: Callable[[Transaction], T], *, apply: Callable[[T], None] | None = None
+    ) -> asyncio.Future[T]:
+        """Read what is committed, also while nothing can be written."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._put(_Part(do, apply, future, read=True))
+        return future
+
+    async def close(self) -> None:
+        """Commit what was submitted, then close the file."""
+        self._closing = True
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+        # the last parts' callbacks were scheduled by the thread before it ended
+        await asyncio.sleep(0)
+
+    def _put(self, part: _Part[Any]) -> None:
+        if self._closing:
+            raise JournalFault("the journal is closed")
+        self._queue.put(part)
+
+    # -- in the thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        more = True
+        while more:
+            batch, more = self._gather()
+            writes = [part for part in batch if not part.read]
+            if writes or self._faulty:
+                self._write(writes)
+            for part in batch:
+                if part.read:
+                    self._read(part)
+            reads = [part for part in batch if part.read]
+            if reads:
+                self._loop.call_soon_threadsafe(_settle, reads)
+        if self._connection is not None:
+            self._connection.close()
+
+    def _gather(self) -> tuple[list[_Part[Any]], bool]:
+        """Wait for work; false when the journal closes."""
+        batch: list[_Part[Any]] = []
+        timeout = PROBE_S if self._faulty else None
+        while len(batch) < BATCH:
+            try:
+                part = self._queue.get(timeout=timeout)
+            except queue.Empty:
+                break
+            if part is None:
+                return batch, False
+            batch.append(part)
+            if not part.lazy:
+                timeout = 0.0
+            elif timeout is None:
+                timeout = LAZY_S
+        return batch, True
+
+    def _write(self, batch: list[_Part[Any]]) -> None:
+        started = time.perf_counter()
+        loaded: Any = None
+        try:
+            if self._connection is None:
+                self._connection = journal_schema.open_file(self._path)
+                self._seq = int(journal_schema.read_meta(self._connection, "seq") or 0)
+            transaction = self._transact(self._connection, batch)
+            if self._faulty:
+                loaded = self._load(self._connection)
+        except (sqlite3.Error, HostFault) as error:
+            self._fail(batch, error)
+            return
+        if transaction is not None:
+            self._seq = transaction.seq
+        recovered, self._faulty = self._faulty, False
+        seconds = time.perf_counter() - started
+        self._loop.call_soon_threadsafe(
+            self._finish, batch, transaction, seconds, recovered, loaded
+        )
+
+    def _transact(
+        self, connection: sqlite3.Connection, batch: list[_Part[Any]]
+    ) -> Transaction | None:
+        durable = self._faulty or any(part.durable for part in batch)
+        connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+        connection.execute("BEGIN IMMEDIATE")
+        transaction = Transaction(connection, self._seq)
+        if self._faulty:
+            journal_schema.write_meta(connection, "probe", str(time.time()))
+        for part in batch:
+            self._do(transaction, part)
+        if transaction.seq != self._seq:
+            journal_schema.write_meta(connection, "seq", str(transaction.seq))
+        connection.execute("COMMIT")
+        return transaction
+
+    @staticmethod
+    def _do(transaction: Transaction, part: _Part[Any]) -> None:
+        before = (transaction.seq, len(transaction.out), len(transaction.states))
+        transaction.execute("SAVEPOINT part")
+        try:
+            part.result = part.do(transaction)
+        except (sqlite3.OperationalError, sqlite3.InternalError):
+            raise  # the disk or the file, not this part
+        except sqlite3.DatabaseError as error:
+            if type(error) is sqlite3.DatabaseError:
+                raise  # malformed image
+            part.error = error
+        except Exception as error:  # noqa: BLE001 - handed to its caller, who waits for it
+            part.error = error
+        if part.error is not None:
+            transaction.execute("ROLLBACK TO part")
+            transaction.seq = before[0]
+            del transaction.out[before[1] :]
+            del transaction.states[before[2] :]
+        transaction.execute("RELEASE part")
+
+    def _read(self, part: _Part[Any]) -> None:
+        if self._connection is None:
+            part.error = JournalFault("the journal cannot be read now")
+            return
+        try:
+            part.result = part.do(Transaction(self._connection, self._seq))
+        except Exception as error:  # noqa: BLE001 - handed to its caller, who waits for it
+            part.error = error
+
+    def _fail(self, batch: list[_Part[Any]], error: Exception) -> None:
+        first, self._faulty = not self._faulty, True
+        if self._connection is not None:
+            self._connection.close()  # rolls back
+        try:
+            self._connection = journal_schema.open_file(self._path)
+        except (sqlite3.Error, HostFault):
+            self._connection = None
+        for part in batch:
+            part.result = None
+            part.error = JournalFault(f"the journal {self._path} cannot commit: {error}")
+            part.error.__cause__ = error
+        self._loop.call_soon_threadsafe(self._broke, batch, error, first)
+
+    # -- back on the loop ----------------------------------------------------------------------
+
+    def _finish(
+        self,
+        batch: list[_Part[Any]],
+        transaction: Transaction | None,
+        seconds: float,
+        recovered: bool,
+        loaded: Any,
+    ) -> None:
+        self._observe(seconds)
+        if recovered:
+            self._reopened(loaded)
+        elif transaction is not None:
+            self._committed(transaction)
+        _settle(batch)
+        if recovered:
+            log.info("journal.recovered")
+            self.writable = True
+            self._changed(True)
+
+    def _broke(self, batch: list[_Part[Any]], error: Exception, first: bool) -> None:
+        self.writable = False
+        if first:
+            log.error("journal.fault", error=str(error), path=self._path)
+            self._changed(False)
+        _settle(batch)
+
+
+def _settle(batch: list[_Part[Any]]) -> None:
+    for part in batch:
+        part.settle()
