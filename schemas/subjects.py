@@ -14,7 +14,11 @@ from schemas.requests import InstanceRef, Ping, Request, SetupNetwork, TeardownN
 CELL_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,32}")
 ROOT_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63}){0,7}")
 REPLY_TO_PATTERN = re.compile(r"[\x21-\x7e]{1,255}")
-LANE_IDS = {"instance": ("tenant_id", "pool_id", "instance_id"), "network": ("tenant_id",)}
+LANE_IDS: dict[str, tuple[str, ...]] = {
+    "instance": ("tenant_id", "pool_id", "instance_id"),
+    "network": ("tenant_id",),
+    "host": (),
+}
 VERBS = ("ping", "status", "list", "describe", "result", "explain")
 
 
@@ -57,8 +61,7 @@ class Lane:
             Malformed: not a lane, or an id in it that breaks the rule for ids; path `subject`.
         """
         kind, *ids = tokens.split(".")
-        known = {"host": 0, "network": 1, "instance": 3}
-        if len(ids) != known.get(kind, -1):
+        if kind not in LANE_IDS or len(ids) != len(LANE_IDS[kind]):
             raise Malformed("subject", f"{quoted(tokens)} is no lane")
         for token in ids:
             if not naming.ID_PATTERN.fullmatch(token):
@@ -185,6 +188,21 @@ class Subjects:
         if not subject.startswith(own):
             raise Malformed("subject", f"{quoted(subject)} is not below {own[:-1]}")
         return Lane.parse(subject[len(own) :])
+
+
+def lane_of_any(subject: str, kind: str) -> Lane:
+    """The lane of a subject of any host below any root; `kind` is `cmd`, `reply`, `evt`, `dead`.
+
+    Raises:
+        Malformed: it is no such subject; path `subject`.
+    """
+    tokens = subject.split(".")
+    # A root, a host, the kind, the lane; a cell or an id may be called `cmd` too.
+    for at in range(2, len(tokens) - 1):
+        if tokens[at] == kind and tokens[at + 1] in LANE_IDS:
+            end = len(tokens) - 1 if kind == "evt" else len(tokens)
+            return Lane.parse(".".join(tokens[at + 1 : end]))
+    raise Malformed("subject", f"{quoted(subject)} is not <root>.<host>.{kind}.<lane>")
 
 
 def check_reply_to(reply_to: str, prefixes: Sequence[str]) -> None:
