@@ -127,7 +127,7 @@ class VsockAgents:
                         last = "silence"
                         silence_s = min(silence_s * 2, LAST_SILENCE_S)
                     except (OSError, EOFError) as error:
-                        last = "no listener" if isinstance(error, EOFError) else "no socket"
+                        last = "no socket" if isinstance(error, FileNotFoundError) else "cut"
                     await asyncio.sleep(wait_s)
                     wait_s = min(wait_s * 1.5, LAST_WAIT_S)
         except TimeoutError:

@@ -21,6 +21,14 @@ def read_status(path: str) -> dict[str, str]:
     return {name: " ".join(value.split()) for name, value in pairs}
 
 
+def read_uid(pid: int) -> int | None:
+    """The real uid of a process; None if it is gone."""
+    try:
+        return int(read_status(f"/proc/{pid}/status")["Uid"].split()[0])
+    except (FileNotFoundError, ProcessLookupError, KeyError):
+        return None
+
+
 def check(pid: int, *, uid: int, cgroup: str, root: str) -> None:
     """Check every fact of a started or loaded VMM; seccomp and no_new_privs hold from then on.
 

@@ -29,6 +29,7 @@ from handlers.host.firecracker_api import (
 from handlers.host.jail_paths import API_SOCKET, connect
 from handlers.machine import BootConfig
 
+OLDEST: Version = (1, 12, 0)
 BODY_BYTES = 262_144
 READ_BYTES = 65_536
 
@@ -55,7 +56,8 @@ class FirecrackerApi:
         self._version: Version | None = None
 
     async def configure(self, config: BootConfig) -> None:
-        for method, path, body in boot_requests(config, await self._known_version()):
+        version = OLDEST if config.serial is None else await self._known_version()
+        for method, path, body in boot_requests(config, version):
             await self._send(method, path, body)
 
     async def start(self) -> None:
