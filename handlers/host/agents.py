@@ -107,7 +107,7 @@ class VsockAgents:
         so by `answer_timeout_s`.
         """
         root = self._paths.root(jail_id)
-        last = "no attempt was made"
+        last = "silence"
         wait_s = FIRST_WAIT_S
         silence_s = FIRST_SILENCE_S
         refusals = 0
@@ -115,6 +115,7 @@ class VsockAgents:
             async with asyncio.timeout(timeout_s):
                 while True:
                     try:
+                        last = "silence"
                         return await _attempt(
                             root, port, request, silence_s, answer_timeout_s or silence_s
                         )
@@ -124,7 +125,6 @@ class VsockAgents:
                         if refusals >= REFUSALS:
                             break
                     except TimeoutError:
-                        last = "silence"
                         silence_s = min(silence_s * 2, LAST_SILENCE_S)
                     except (OSError, EOFError) as error:
                         last = "no socket" if isinstance(error, FileNotFoundError) else "cut"

@@ -109,9 +109,15 @@ class Jailer:
         if code != 0:
             said = os.pread(words, STDERR_BYTES, 0).decode(errors="replace").strip()
             raise HostFault(
-                f"the jailer failed with {code}: {said.splitlines()[0][:400] if said else ''}",
+                f"the jailer failed with {code}: {_reason(said)}",
                 detail={"exit_code": code, "jailer": said},
             )
+
+
+def _reason(said: str) -> str:
+    """The one line that says why, out of a panic's several."""
+    lines = said.splitlines() or ["without a word"]
+    return next((line for line in lines if "error" in line), lines[0])[:400]
 
 
 def clear(root: str) -> None:

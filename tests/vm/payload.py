@@ -22,6 +22,12 @@ RESET = b"\x66\xba\x64\x00\xb0\xfe\xee\xf4\xeb\xfd"
 CRASH = b"\x0f\x0b"
 """ud2 without an interrupt table: a triple fault, on which the VMM ends with 0 as well."""
 
+EXIT_0 = b"\x31\xff\xb8\x3c\x00\x00\x00\x0f\x05"
+"""Not for a guest but for the host: a program that calls exit(0)."""
+
+WAIT = b"\xb8\x22\x00\x00\x00\x0f\x05\xeb\xf7"
+"""Not for a guest but for the host: a program that calls pause(2) for ever."""
+
 
 def write(path: Path, code: bytes = HALT) -> Path:
     """Write a bootable ELF with one segment at 1 MiB."""
@@ -30,4 +36,5 @@ def write(path: Path, code: bytes = HALT) -> Path:
     )
     segment = struct.pack("<IIQQQQQQ", 1, 7, CODE_OFFSET, BASE, BASE, len(code), len(code), 0x1000)
     path.write_bytes((header + segment).ljust(CODE_OFFSET, b"\0") + code)
+    path.chmod(0o755)
     return path

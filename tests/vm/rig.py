@@ -132,7 +132,7 @@ class Rig:
     async def remove(self, spec: LaunchSpec) -> None:
         await self.vmms.remove(spec.jail_id)
         await self.cgroups.remove(spec.cgroup.split("/", 1)[1])
-        shutil.rmtree(self.root(spec).parent)
+        shutil.rmtree(self.root(spec).parent, ignore_errors=True)
 
 
 @contextlib.asynccontextmanager
