@@ -153,8 +153,7 @@ async def rig(folder: Path) -> AsyncIterator[Rig]:
         yield made
     finally:
         for spec in made.launches:
-            if made.root(spec).exists():
-                await made.remove(spec)
+            await made.remove(spec)
         with contextlib.suppress(FileNotFoundError):
             os.rmdir(made.tree.path(base))
 
