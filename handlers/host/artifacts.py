@@ -1,0 +1,211 @@
+"""Revisions imported below `<state>/artifacts`, so that nobody changes a running VM's files.
+
+Jails hard-link from there; agentd may rewrite or remove its own copy at any time.
+"""
+
+import asyncio
+import contextlib
+import os
+import stat
+from collections.abc import Callable
+from typing import ClassVar
+
+import msgspec
+
+from handlers.errors import HostFault, Invalid, Unavailable
+from handlers.host.beneath import Folder
+from handlers.host.copies import copy_sparse, sha256_of
+from handlers.host.errnos import os_failure
+from handlers.host.sealed_json import read_sealed, write_sealed
+from handlers.host.shared_files import open_tenant
+from handlers.host.state_folders import ids, make_folder, remove_empty, sync_folder
+from handlers.host.threads import to_end
+from handlers.host.trees import remove_tree
+from handlers.machine import Artifact, ArtifactSpec
+
+REQUIRED = ("vmlinux", "rootfs.ext4")
+OPTIONAL = ("initrd",)
+FACTS = "artifact.json"
+
+
+class ArtifactFile(msgspec.Struct, frozen=True):
+    sha256: str
+    size_bytes: int
+
+
+class ArtifactFacts(msgspec.Struct, frozen=True):
+    """`artifact.json`, written last."""
+
+    files: dict[str, ArtifactFile]
+
+
+class Artifacts:
+    """Imported revisions; the key is `t/p/revision`.
+
+    `in_use(key)` says whether an instance, awake or sleeping, refers to a revision: such a one is
+    not removed.
+    """
+
+    name: ClassVar[str] = "artifacts"
+
+    def __init__(
+        self, *, data: str, state: str, in_use: Callable[[str], bool] = lambda key: False
+    ) -> None:
+        self._data = data
+        self._base = f"{state}/artifacts"
+        self._in_use = in_use
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    async def ensure(self, spec: ArtifactSpec) -> Artifact:
+        """Import a revision, unless it is there; all or nothing, sha256 recorded.
+
+        Raises:
+            NotFound: the revision, its `vmlinux` or its `rootfs.ext4` is missing.
+            Invalid: one of them is a link, not a regular file, or may be another's file.
+            Exhausted: the disk is full.
+            Unavailable: a file was changed while it was copied; try again.
+        """
+        async with self._lock(spec.key):
+            return await to_end(self._ensure, spec)
+
+    async def exists(self, key: str) -> bool:
+        return os.path.exists(self._folder(key))
+
+    async def remove(self, key: str) -> None:
+        """Remove a revision that nothing refers to; one in use stays, absent is success."""
+        async with self._lock(key):
+            if not self._in_use(key):
+                await to_end(self._remove, key)
+
+    async def list_keys(self) -> list[str]:
+        """All imported revisions, for inventory and sweep."""
+
+        def look() -> list[str]:
+            keys: list[str] = []
+            for path, folders, _ in os.walk(self._base):
+                key = os.path.relpath(path, self._base)
+                if key.count("/") == 2:
+                    folders.clear()
+                    if not os.path.basename(path).startswith("."):
+                        keys.append(key)
+            return sorted(keys)
+
+        return await to_end(look)
+
+    def _lock(self, key: str) -> asyncio.Lock:
+        for other in [each for each, lock in self._locks.items() if not lock.locked()]:
+            if other != key:
+                del self._locks[other]
+        return self._locks.setdefault(key, asyncio.Lock())
+
+    def _folder(self, key: str) -> str:
+        return f"{self._base}/{'/'.join(ids(key, 3))}"
+
+    def _ensure(self, spec: ArtifactSpec) -> Artifact:
+        folder = self._folder(spec.key)
+        try:
+            found = self._found(folder)
+            if found is None:
+                self._import(spec, folder)
+                found = self._found(folder)
+        except OSError as error:
+            raise os_failure(error, f"cannot import {spec.key}") from error
+        if found is None:
+            raise HostFault(f"{folder} vanished", path=folder)
+        return found
+
+    def _found(self, folder: str) -> Artifact | None:
+        facts = read_sealed(f"{folder}/{FACTS}", ArtifactFacts)
+        if facts is None:
+            return None
+        for name, file in facts.files.items():
+            path = f"{folder}/{name}"
+            try:
+                size = os.stat(path, follow_symlinks=False).st_size
+            except FileNotFoundError as error:
+                raise HostFault(f"{path} is gone from hostd's own files", path=path) from error
+            if size != file.size_bytes:
+                raise HostFault(f"{path} was {file.size_bytes} bytes, now {size}", path=path)
+        initrd = f"{folder}/initrd" if "initrd" in facts.files else None
+        return Artifact(
+            vmlinux=f"{folder}/vmlinux",
+            rootfs=f"{folder}/rootfs.ext4",
+            initrd=initrd,
+            sha256={name: file.sha256 for name, file in facts.files.items()},
+        )
+
+    def _import(self, spec: ArtifactSpec, folder: str) -> None:
+        pool = make_folder(os.path.dirname(folder), sync=True)
+        part = f"{pool}/.{spec.revision}.part"
+        remove_path(part)
+        try:
+            with self._source(spec) as source:
+                os.mkdir(part, 0o700)
+                files = {name: _copied(source, name, part) for name in REQUIRED}
+                for name in OPTIONAL:
+                    if source.stat(name) is not None:
+                        files[name] = _copied(source, name, part)
+            write_sealed(f"{part}/{FACTS}", ArtifactFacts(files))
+            sync_folder(part)
+            remove_path(folder)  # half of one: without its facts
+            os.rename(part, folder)
+            sync_folder(pool)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove_path(part)
+                remove_empty(pool, up_to=self._base)
+            raise
+
+    def _source(self, spec: ArtifactSpec) -> Folder:
+        with open_tenant(self._data, spec.tenant_id) as tenant:
+            return tenant.folder(f"pools/{spec.pool_id}/artifacts/revisions/{spec.revision}")
+
+    def _remove(self, key: str) -> None:
+        folder = self._folder(key)
+        try:
+            remove_path(folder)
+            remove_path(f"{os.path.dirname(folder)}/.{os.path.basename(folder)}.part")
+            remove_empty(os.path.dirname(folder), up_to=self._base)
+        except OSError as error:
+            raise os_failure(error, f"cannot remove the artefact {key}") from error
+
+
+def remove_path(path: str) -> None:
+    """Remove a folder of hostd's own with all in it; absent is success."""
+    try:
+        parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        remove_tree(parent, os.path.basename(path))
+    finally:
+        os.close(parent)
+
+
+def _copied(source: Folder, name: str, part: str) -> ArtifactFile:
+    """Copy one file, root:root 0444. Hashed is what was written, not what was read."""
+    with source.file(name) as original:
+        before = os.fstat(original)
+        _check_names(source, name, before)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        copy = os.open(f"{part}/{name}", flags, 0o400)
+        try:
+            copy_sparse(original, copy)
+            after = os.fstat(original)
+            if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+                path = source.named(name)
+                raise Unavailable(f"{path} was changed while it was copied", path=path)
+            os.fchmod(copy, 0o444)
+            os.fsync(copy)
+            digest = sha256_of(copy) or ""
+        finally:
+            os.close(copy)
+    return ArtifactFile(sha256=digest, size_bytes=before.st_size)
+
+
+def _check_names(source: Folder, name: str, found: os.stat_result) -> None:
+    """A file with several names may be another's that its maker could link but not read."""
+    open_to_all = bool(stat.S_IMODE(found.st_mode) & stat.S_IROTH)
+    if found.st_nlink > 1 and not open_to_all and found.st_uid != os.fstat(source.fd).st_uid:
+        path = source.named(name)
+        raise Invalid(f"{path} has several names and another owner", path=path)

@@ -1,0 +1,300 @@
+"""The jail of one launch: everything the VMM will see, made ready before the jailer starts.
+
+Kernel and disks are hard links, never copies: a write to a copied disk would be lost with the jail.
+What hostd makes it can also take away whatever the VMM did to the folder meanwhile.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Generator
+from typing import ClassVar
+
+import msgspec
+
+from handlers.errors import Conflict, Failure, HostFault
+from handlers.host import disk_marks, disk_wipe
+from handlers.host.beneath import Folder
+from handlers.host.copies import copy_sparse
+from handlers.host.data_disks import DATA_DISK
+from handlers.host.errnos import os_failure
+from handlers.host.jail_folders import (
+    CONFIG_DRIVE,
+    FACTS,
+    LOG,
+    SECRETS_DRIVE,
+    SECRETS_FOLDER,
+    SERIAL,
+    FileId,
+    JailFacts,
+    JailFolders,
+    launch_of,
+)
+from handlers.host.jail_logs import JailLogs
+from handlers.host.sealed_json import write_sealed
+from handlers.host.shared_files import open_tenant
+from handlers.host.small_drives import CONFIG, SECRETS, SmallDrives
+from handlers.host.state_folders import make_folder
+from handlers.host.syscalls import link_open, mount_tmpfs, unmount
+from handlers.host.threads import to_end
+from handlers.host.trees import remove_names, remove_tree
+from handlers.machine import Jail, JailFile, JailSpec
+from schemas.requests import InstanceRef
+
+SECRETS_TMPFS_BYTES = SECRETS.size_bytes + (1 << 20)
+SECRETS_TMPFS_INODES = 8
+NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Jails:
+    """The Protocol of `handlers/machine.py`; the key is the jail id.
+
+    Needs: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_SYS_ADMIN.
+    """
+
+    name: ClassVar[str] = "jails"
+
+    def __init__(self, *, data: str, state: str, jail_base: str, log_bytes: int = 1 << 20) -> None:
+        self._data = data
+        self._folders = JailFolders(jail_base)
+        self._logs = JailLogs(self._folders, state=state, limit_bytes=log_bytes)
+        self._drives = SmallDrives()
+
+    async def ensure(self, spec: JailSpec) -> Jail:
+        """Make the jail, all or nothing; half of one is removed first.
+
+        Raises:
+            Conflict: a jail of that id belongs to another instance or uid.
+            Invalid: the data disk is not one that hostd made for the instance.
+            HostFault: a file is on another file system than the jails.
+            Exhausted: the disk is full.
+        """
+        return await to_end(self._ensure, spec)
+
+    async def exists(self, key: str) -> bool:
+        return os.path.lexists(self._folders.folder(key))
+
+    async def remove(self, key: str) -> None:
+        """Remove the jail; its VMM must be gone. The log is kept, the data disk given to root."""
+        await to_end(self._remove, key)
+
+    async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
+        return await to_end(self._logs.read, ref, launch)
+
+    async def bound_logs(self) -> int:
+        """Keep the logs of live jails within their limit; call it every few seconds.
+
+        Returns the bytes given back.
+        """
+        return await to_end(self._logs.bound)
+
+    async def list_ids(self) -> list[str]:
+        """All jails on this host, half-made ones included."""
+        return await to_end(self._folders.list_ids)
+
+    async def facts(self, jail_id: str) -> JailFacts | None:
+        """Whose jail it is, from the note beside it; None if there is none or it is damaged."""
+        return await to_end(self._folders.facts, jail_id)
+
+    # -- making --------------------------------------------------------------------------------
+
+    def _ensure(self, spec: JailSpec) -> Jail:
+        root = self._folders.root(spec.jail_id)
+        facts = self._folders.facts(spec.jail_id)
+        if facts is not None and facts.complete:
+            if (facts.ref, facts.uid) != (spec.ref, spec.uid):
+                raise Conflict(f"the jail {spec.jail_id} is another's", detail={"uid": facts.uid})
+            return Jail(root, has_config=facts.has_config, has_secrets=facts.has_secrets)
+        self._remove(spec.jail_id, keep_log=False)
+        try:
+            return self._make(spec, root)
+        except (Failure, OSError) as error:
+            with contextlib.suppress(Failure):
+                self._remove(spec.jail_id, keep_log=False)
+            if isinstance(error, OSError):
+                raise os_failure(error, f"cannot make the jail {spec.jail_id}") from error
+            raise
+
+    def _make(self, spec: JailSpec, root: str) -> Jail:
+        folder = os.path.dirname(root)
+        has_secrets = spec.secrets is not None or spec.kept_secrets is not None
+        has_config = spec.config is not None or spec.kept_config is not None
+        facts = JailFacts(
+            ref=spec.ref,
+            uid=spec.uid,
+            launch=launch_of(spec.jail_id),
+            complete=False,
+            has_config=has_config,
+            has_secrets=has_secrets,
+            disks=tuple(file.source for file in spec.files if file.writable),
+        )
+        make_folder(self._folders.base)
+        os.mkdir(folder, 0o700)
+        # First of all, so that a disk given to the uid is given back even after kill -9.
+        write_sealed(f"{folder}/{FACTS}", facts, sync=False)
+        os.mkdir(root, 0o700)
+        ours: dict[str, FileId] = {}
+        with Folder.trusted(root) as opened:
+            for file in spec.files:
+                self._link(spec, file, opened.fd)
+        for name in (LOG, SERIAL) if spec.serial else (LOG,):
+            ours[name] = _new_file(f"{root}/{name}", 0o600, uid=spec.uid)
+        if has_config:
+            ours[CONFIG_DRIVE] = self._make_config(spec, f"{root}/{CONFIG_DRIVE}")
+        if has_secrets:
+            self._make_secrets(spec, f"{root}/{SECRETS_FOLDER}")
+        os.chown(root, spec.uid, spec.uid)
+        facts = msgspec.structs.replace(facts, complete=True, ours=ours)
+        write_sealed(f"{folder}/{FACTS}", facts, sync=False)
+        return Jail(root, has_config=has_config, has_secrets=has_secrets)
+
+    def _link(self, spec: JailSpec, file: JailFile, root: int) -> None:
+        with self._source(file) as fd:
+            if file.writable:
+                disk_marks.check_mark(fd, spec.ref, file.source)
+                disk_marks.write_mark(fd, spec.ref, new=False)
+                os.fchmod(fd, 0o600)
+                os.fchown(fd, spec.uid, spec.uid)
+            try:
+                link_open(fd, root, file.name)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                raise HostFault(
+                    f"{file.source} and the jails in {self._folders.base} are on different file"
+                    " systems: set [vmm] jail_base, [paths] state and data on one",
+                    path=file.source,
+                ) from error
+
+    @contextlib.contextmanager
+    def _source(self, file: JailFile) -> Generator[int, None, None]:
+        """Open what is to be linked; below the data root through `openat2`, as anything there."""
+        tenants = f"{self._data}/tenants/"
+        if file.source.startswith(tenants):
+            tenant, _, rest = file.source.removeprefix(tenants).partition("/")
+            flags = os.O_RDWR if file.writable else os.O_RDONLY
+            with open_tenant(self._data, tenant) as folder, folder.file(rest, flags) as fd:
+                yield fd
+            return
+        fd = os.open(file.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _make_config(self, spec: JailSpec, path: str) -> FileId:
+        if spec.kept_config is not None:
+            os.link(spec.kept_config, path)
+            return FileId.of(os.stat(path))
+        fd = os.open(path, NEW, 0o400)
+        try:
+            self._drives.write(fd, CONFIG, spec.config or b"")
+            os.fchmod(fd, 0o444)
+            return FileId.of(os.fstat(fd))
+        finally:
+            os.close(fd)
+
+    def _make_secrets(self, spec: JailSpec, folder: str) -> None:
+        """On a tmpfs, so that they never reach a disk and are gone with the jail."""
+        os.mkdir(folder, 0o700)
+        mount_tmpfs(
+            folder, size_bytes=SECRETS_TMPFS_BYTES, inodes=SECRETS_TMPFS_INODES, uid=spec.uid
+        )
+        fd = os.open(f"{folder}/{SECRETS_DRIVE}", NEW, 0o400)
+        try:
+            if spec.kept_secrets is None:
+                self._drives.write(fd, SECRETS, spec.secrets or b"")
+            else:
+                kept = os.open(spec.kept_secrets, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    copy_sparse(kept, fd)
+                finally:
+                    os.close(kept)
+            os.fchown(fd, spec.uid, spec.uid)
+        finally:
+            os.close(fd)
+
+    # -- removing ------------------------------------------------------------------------------
+
+    def _remove(self, jail_id: str, *, keep_log: bool = True) -> None:
+        path = self._folders.folder(jail_id)
+        try:
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise os_failure(error, f"cannot open the jail {jail_id}") from error
+        facts = self._folders.facts(jail_id)
+        try:
+            _unmount(f"{path}/root/{SECRETS_FOLDER}")
+            if facts is not None:
+                if keep_log:
+                    self._logs.keep(jail_id, facts)
+                self._release_disks(jail_id, facts)
+            remove_tree(folder, "root", before_unlink=_discard_memory)
+            remove_names(folder, keep=frozenset({FACTS}))
+            remove_names(folder)
+            os.rmdir(path)
+        except OSError as error:
+            raise os_failure(error, f"cannot remove the jail {jail_id}") from error
+        finally:
+            os.close(folder)
+
+    def _release_disks(self, jail_id: str, facts: JailFacts) -> None:
+        """Give data disks back to root, unless a newer jail of the instance has them by now."""
+        for source in facts.disks:
+            with (
+                contextlib.suppress(Failure),
+                self._source(JailFile(DATA_DISK, source, True)) as fd,
+            ):
+                mark = disk_marks.read_mark(fd)
+                if mark is None or mark.ref != str(facts.ref) or self._used(jail_id, facts.ref, fd):
+                    continue
+                os.fchown(fd, 0, 0)
+                os.fchmod(fd, 0o600)
+
+    def _used(self, jail_id: str, ref: InstanceRef, disk: int) -> bool:
+        for other in self._folders.ids_of(ref):
+            if other != jail_id:
+                with self._folders.file(other, DATA_DISK) as fd:
+                    if fd is not None and os.path.sameopenfile(fd, disk):
+                        return True
+        return False
+
+
+def _new_file(path: str, mode: int, *, uid: int) -> FileId:
+    fd = os.open(path, NEW, mode)
+    try:
+        os.fchown(fd, uid, uid)
+        return FileId.of(os.fstat(fd))
+    finally:
+        os.close(fd)
+
+
+def _unmount(path: str) -> None:
+    """Take the secrets away; nothing mounted there is success, twice mounted both go."""
+    while True:
+        try:
+            unmount(path)
+        except OSError as error:
+            if error.errno in {errno.EINVAL, errno.ENOENT, errno.ENOTDIR}:
+                return
+            if error.errno != errno.EBUSY:
+                raise
+            unmount(path, detach=True)
+
+
+def _discard_memory(folder: int, name: str) -> None:
+    """Free the blocks of a woken VM's memory file with its last name: they hold the guest's RAM."""
+    if name not in {"mem", "state"}:
+        return
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with contextlib.suppress(OSError):
+        fd = os.open(name, flags, dir_fd=folder)
+        try:
+            found = os.fstat(fd)
+            if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+                disk_wipe.discard(fd)
+        finally:
+            os.close(fd)

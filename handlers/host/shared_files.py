@@ -1,0 +1,250 @@
+"""agentd's folders: `<data>/tenants/<t>/...`, read with suspicion and written with courtesy.
+
+`instance.json` is a copy for agentd; the truth is hostd's journal and the kernel.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from handlers.errors import Invalid, NotFound, Unavailable
+from handlers.host.beneath import Folder
+from handlers.host.errnos import os_failure
+from handlers.host.threads import to_end
+from handlers.host.trees import remove_names
+from schemas import naming
+from schemas.files import (
+    InstanceFile,
+    PoolSpec,
+    TenantConfig,
+    parse_instance,
+    parse_pool,
+    parse_tenant,
+)
+from schemas.malformed import Malformed
+from schemas.requests import InstanceRef
+
+JSON_MAX_BYTES = 1 << 20
+SECRETS_MAX_BYTES = 1 << 20
+CURRENT = re.compile(r"revisions/([0-9a-z]{1,64})")
+OURS = frozenset(
+    {
+        "status",
+        "firecracker_pid",
+        "revision_hash",
+        "last_started_at",
+        "last_stopped_at",
+        "entered_running_at",
+        "entered_warm_at",
+    }
+)
+STATUSES = frozenset({"created", "ready", "running", "warm", "sleeping", "stopped"})
+REREADS = 8
+
+T = TypeVar("T")
+
+
+def instance_path(ref: InstanceRef) -> str:
+    """Below the tenant's folder."""
+    return f"pools/{ref.pool_id}/instances/{ref.instance_id}"
+
+
+def open_tenant(data: str, tenant_id: str) -> Folder:
+    """The tenant's folder below the data root; everything else is opened beneath it.
+
+    Raises:
+        NotFound: there is no such tenant.
+        Invalid: the id is none, or the folder is a link.
+    """
+    if naming.ID_PATTERN.fullmatch(tenant_id) is None:
+        raise Invalid(f"not a tenant id: {tenant_id[:64]!r}")
+    with Folder.trusted(data) as root:
+        return root.folder(f"tenants/{tenant_id}")
+
+
+def open_instance(data: str, ref: InstanceRef) -> Folder:
+    """The instance's folder. Raises as `open_tenant`."""
+    for each in (ref.pool_id, ref.instance_id):
+        if naming.ID_PATTERN.fullmatch(each) is None:
+            raise Invalid(f"not an id: {each[:64]!r}")
+    with open_tenant(data, ref.tenant_id) as tenant:
+        return tenant.folder(instance_path(ref))
+
+
+class SharedFiles:
+    """The Protocol of `handlers/machine.py`; `data` is the data root."""
+
+    def __init__(self, data: str) -> None:
+        self._data = data
+
+    async def tenant(self, tenant_id: str) -> TenantConfig:
+        return await to_end(
+            self._parsed,
+            tenant_id,
+            "tenant.json",
+            lambda data, file: parse_tenant(data, file, tenant_id),
+        )
+
+    async def pool(self, tenant_id: str, pool_id: str) -> PoolSpec:
+        return await to_end(
+            self._parsed,
+            tenant_id,
+            f"pools/{pool_id}/pool.json",
+            lambda data, file: parse_pool(data, file, tenant_id, pool_id),
+        )
+
+    async def instance(self, ref: InstanceRef) -> InstanceFile:
+        return await to_end(
+            self._parsed,
+            ref.tenant_id,
+            f"{instance_path(ref)}/instance.json",
+            lambda data, file: parse_instance(data, file, ref),
+        )
+
+    async def has_instance(self, ref: InstanceRef) -> bool:
+        """Whether `instance.json` exists, be it sound or not."""
+
+        def look() -> bool:
+            try:
+                with open_instance(self._data, ref) as folder:
+                    return folder.stat("instance.json") is not None
+            except NotFound:
+                return False
+
+        return await to_end(look)
+
+    async def current_revision(self, tenant_id: str, pool_id: str) -> str:
+        """What `artifacts/current` names now.
+
+        Raises:
+            NotFound: the pool has no artefacts.
+            Invalid: `current` is anything but the relative link `revisions/<hash>`.
+        """
+
+        def look() -> str:
+            with open_tenant(self._data, tenant_id) as tenant:
+                name = f"pools/{pool_id}/artifacts/current"
+                path = tenant.named(name)
+                try:
+                    target = tenant.link_target(name)
+                except NotFound as error:
+                    raise NotFound(f"the pool has no artefacts: {path}", path=path) from error
+                found = CURRENT.fullmatch(target)
+                if found is None:
+                    raise Invalid(f"{path} does not say revisions/<hash>", path=path)
+                return found[1]
+
+        return await to_end(look)
+
+    async def secrets(self, tenant_id: str) -> bytes | None:
+        """The tenant's `secrets.json` as it is; None if there is none. Not to be logged."""
+
+        def look() -> bytes | None:
+            with open_tenant(self._data, tenant_id) as tenant:
+                try:
+                    data, _ = tenant.read("secrets.json", SECRETS_MAX_BYTES)
+                except NotFound:
+                    return None
+                return data
+
+        return await to_end(look)
+
+    async def update_instance(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
+        """Change hostd's fields of `instance.json`; `failed` is written as `stopped`.
+
+        Everything else, unknown fields and the order of keys included, stays byte for byte. A
+        write by agentd between the last look and the rename, microseconds, is lost; the fields it
+        may write do not matter to hostd, which has its own journal.
+        """
+        changes = dict(changes)
+        if changes.get("status") == "failed":
+            changes["status"] = "stopped"
+        if not changes.keys() <= OURS or changes.get("status", "ready") not in STATUSES:
+            raise ValueError(f"not hostd's to write into instance.json: {changes}")
+        await to_end(self._update, ref, changes)
+
+    async def remove_instance(self, ref: InstanceRef, *, keep_volumes: bool) -> None:
+        """Remove the instance's folder, or all of it but `volumes/`; absent is success."""
+        await to_end(self._remove, ref, keep_volumes=keep_volumes)
+
+    def _parsed(self, tenant_id: str, name: str, parse: Callable[[bytes, str], T]) -> T:
+        with open_tenant(self._data, tenant_id) as tenant:
+            path = tenant.named(name)
+            data, _ = tenant.read(name, JSON_MAX_BYTES)
+            try:
+                return parse(data, path)
+            except Malformed as error:
+                raise Invalid(str(error), path=error.path) from error
+
+    def _update(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
+        with open_instance(self._data, ref) as folder:
+            path = folder.named("instance.json")
+            for _ in range(REREADS):
+                data, read = folder.read("instance.json", JSON_MAX_BYTES)
+                new = merged(data, changes, path)
+                if new == data:
+                    return
+                now = folder.stat("instance.json")
+                if now is not None and _same(now, read):
+                    folder.replace("instance.json", new, like=read)
+                    return
+            raise Unavailable(f"{path} is being written over and over", path=path)
+
+    def _remove(self, ref: InstanceRef, *, keep_volumes: bool) -> None:
+        try:
+            instance = open_instance(self._data, ref)
+        except NotFound:
+            return
+        with instance:
+            try:
+                instance.unlink("instance.json")
+                keep = frozenset({"volumes"}) if keep_volumes else frozenset[str]()
+                remove_names(instance.fd, keep=keep)
+                os.fsync(instance.fd)
+                if not os.listdir(instance.fd):
+                    self._remove_folder(ref)
+            except OSError as error:
+                raise os_failure(error, f"cannot empty {instance.path}") from error
+
+    def _remove_folder(self, ref: InstanceRef) -> None:
+        with (
+            open_tenant(self._data, ref.tenant_id) as tenant,
+            tenant.folder(f"pools/{ref.pool_id}/instances") as parent,
+            contextlib.suppress(FileNotFoundError),
+        ):
+            os.rmdir(ref.instance_id, dir_fd=parent.fd)
+
+
+def merged(data: bytes, changes: dict[str, Any], path: str) -> bytes:
+    """The JSON object with some values changed or added, and every other value's bytes kept.
+
+    Raises:
+        Invalid: not a JSON object.
+    """
+    try:
+        fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Invalid(f"{path} is not a JSON object", path=path) from error
+    old = {key: bytes(value) for key, value in fields.items()}
+    new = {key: msgspec.json.encode(value) for key, value in changes.items()}
+    if all(old.get(key) == value for key, value in new.items()):
+        return data
+    lines = [
+        json.dumps(key, ensure_ascii=False).encode() + b": " + value
+        for key, value in {**old, **new}.items()
+    ]
+    return b"{\n  " + b",\n  ".join(lines) + b"\n}\n"
+
+
+def _same(one: os.stat_result, other: os.stat_result) -> bool:
+    return (one.st_dev, one.st_ino, one.st_mtime_ns, one.st_size) == (
+        other.st_dev,
+        other.st_ino,
+        other.st_mtime_ns,
+        other.st_size,
+    )

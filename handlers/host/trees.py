@@ -1,0 +1,97 @@
+"""Removal of a whole folder, whatever somebody hostile has put into it.
+
+No link is followed, and neither depth nor number of files matters: a folder that is not empty is
+moved up to the top and emptied there, so two descriptors are enough for any depth.
+"""
+
+import contextlib
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Callable
+
+Last = Callable[[int, str], None]
+
+
+def remove_tree(parent: int, name: str, *, before_unlink: Last | None = None) -> None:
+    """Remove `name` in the folder `parent`, with all below it; absent is success.
+
+    Nobody else may write to `parent` itself. `before_unlink(folder, name)` sees each file first.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    numbers = itertools.count()
+    waiting = [name]
+    while waiting:
+        top = waiting[-1]
+        try:
+            folder = os.open(top, flags, dir_fd=parent)
+        except FileNotFoundError:
+            waiting.pop()
+            continue
+        except OSError as error:
+            if error.errno not in {errno.ENOTDIR, errno.ELOOP}:
+                raise
+            waiting.pop()
+            _remove_file(parent, top, before_unlink)
+            continue
+        try:
+            waiting += _empty(folder, parent, f".gone-{name[:64]}", numbers, before_unlink)
+        finally:
+            os.close(folder)
+        if waiting[-1] == top:
+            try:
+                os.rmdir(top, dir_fd=parent)
+                waiting.pop()
+            except FileNotFoundError:
+                waiting.pop()
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+
+
+def remove_names(folder: int, *, keep: frozenset[str] = frozenset()) -> None:
+    """Empty an open folder but for the names in `keep`."""
+    for name in os.listdir(folder):
+        if name not in keep:
+            remove_tree(folder, name)
+
+
+def _empty(
+    folder: int, parent: int, prefix: str, numbers: "itertools.count[int]", before: Last | None
+) -> list[str]:
+    """Unlink what can be; move sub-folders up. Returns their new names."""
+    moved: list[str] = []
+    for entry in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(entry, dir_fd=folder, follow_symlinks=False)
+            if not stat.S_ISDIR(found.st_mode):
+                _remove_file(folder, entry, before)
+                continue
+            try:
+                os.rmdir(entry, dir_fd=folder)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+                name = _free_name(parent, prefix, numbers)
+                os.rename(entry, name, src_dir_fd=folder, dst_dir_fd=parent)
+                moved.append(name)
+    return moved
+
+
+def _free_name(parent: int, prefix: str, numbers: "itertools.count[int]") -> str:
+    """A name not taken in `parent`; an earlier removal may have been cut short there."""
+    for number in numbers:
+        name = f"{prefix}-{number}"
+        try:
+            os.stat(name, dir_fd=parent, follow_symlinks=False)
+        except FileNotFoundError:
+            return name
+    raise AssertionError("unreachable")
+
+
+def _remove_file(folder: int, name: str, before: Last | None) -> None:
+    if before is not None:
+        before(folder, name)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
