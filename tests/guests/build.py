@@ -7,11 +7,17 @@ import time
 from collections.abc import Callable
 
 from tests.guests.firecracker import ensure_firecracker
+from tests.guests.kernel import ensure_kernel
+from tests.guests.linux.build import ensure_linux_guest
 from tests.guests.mini.build import ensure_mini_guest
+from tests.lab.build import ensure_lab
 
 TARGETS: dict[str, Callable[[], bool]] = {
     "firecracker and jailer": ensure_firecracker,
     "mini guest": ensure_mini_guest,
+    "kernel": ensure_kernel,
+    "Linux guest": ensure_linux_guest,
+    "lab": ensure_lab,
 }
 
 

@@ -69,8 +69,12 @@ def ensure(target: Path, inputs: str, make: Callable[[Path], None]) -> bool:
         fresh.mkdir()
         make(fresh)
         (fresh / ".inputs").write_text(inputs)
-        shutil.rmtree(target, ignore_errors=True)
+        replaced = target.with_name(f".{target.name}.old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            os.rename(target, replaced)
         os.rename(fresh, target)
+        shutil.rmtree(replaced, ignore_errors=True)
         return True
 
 

@@ -10,6 +10,8 @@
 //   cad=on|off                    whether Ctrl-Alt-Del resets
 #include "mini.h"
 
+#include "../json.h"
+
 enum { DEFAULT_PORT = 5252, FRAME_HEADER = 4, MAX_FRAME = BUFFER_SIZE - FRAME_HEADER - 1 };
 
 static struct mode { const char *key; char value[24]; } modes[] = {
@@ -169,39 +171,41 @@ static void release_held(struct connection *connection)
     connection->ack_held = false; // agent_poll answers it
 }
 
-static void handle(struct connection *from, const char *json)
+static void release(struct connection *from)
 {
-    const char *name, *body;
-    u32 length = 0;
-    body = json_variant(json, &name, &length);
-#define IS(word) (body && length == sizeof word - 1 && same(name, word, sizeof word - 1))
+    vsock_each(release_held);
+    answer_with(from, "\"Ok\"");
+}
+
+static void handle(struct connection *from, const char *request)
+{
+    const char *body;
     if (mode_is(AGENT, "deaf"))
         return;
-    if (IS("Ping"))
+    if (json_body(request, "Ping"))
         answer_with(from, "\"Pong\"");
-    else if (IS("SleepPrep"))
+    else if (json_body(request, "SleepPrep"))
         sleep_prep(from);
-    else if (IS("Wake"))
+    else if (json_body(request, "Wake"))
         wake(from);
-    else if (IS("SetClock")) // there is no clock to set, so it was right
+    else if (json_body(request, "SetClock")) // there is no clock to set, so it was right
         answer_with(from, "{\"ClockAck\":{\"was_off_nanos\":0}}");
-    else if (IS("Stat"))
+    else if (json_body(request, "Stat"))
         stat(from);
-    else if (IS("Drives"))
+    else if (json_body(request, "Drives"))
         list_drives(from);
-    else if (IS("Set"))
+    else if ((body = json_body(request, "Set")))
         set(from, body);
-    else if (IS("Release"))
-        vsock_each(release_held), answer_with(from, "\"Ok\"");
-    else if (IS("Crash"))
+    else if (json_body(request, "Release"))
+        release(from);
+    else if (json_body(request, "Crash"))
         crash();
-    else if (IS("Reset"))
+    else if (json_body(request, "Reset"))
         reset();
-    else if (IS("Hang"))
+    else if (json_body(request, "Hang"))
         hang();
     else
         answer_with(from, "{\"Error\":{\"message\":\"unknown request\"}}");
-#undef IS
 }
 
 void agent_receive(struct connection *from, const u8 *data, u32 size)

@@ -28,7 +28,7 @@ ROOTFS_OPTIONS = ["-q", "-F", "-L", "mini-root", "-O", "^has_journal", "-N", "16
 
 def ensure_mini_guest() -> bool:
     """Have the mini guest built from the source beside this file; True if it was built now."""
-    return cache.ensure(TARGET, cache.digest(SOURCE), _build)
+    return cache.ensure(TARGET, cache.digest(SOURCE, SOURCE.parent / "json.h"), _build)
 
 
 def _build(folder: Path) -> None:
@@ -37,7 +37,8 @@ def _build(folder: Path) -> None:
     command = [*COMPILE, *FREESTANDING, *PLAIN_CODE, *LINK, script, *sources]
     subprocess.run([*command, "-o", str(folder / "vmlinux")], check=True)
     rootfs = folder / "rootfs.ext4"
-    subprocess.run(["mkfs.ext4", *ROOTFS_OPTIONS, str(rootfs), "1M"], check=True)
+    make_rootfs = ["mkfs.ext4", *ROOTFS_OPTIONS, str(rootfs), "1M"]
+    subprocess.run(make_rootfs, check=True, capture_output=True)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ u32 read32(u64 address);
 u64 read64(u64 address);
 void write32(u64 address, u32 value);
 
-// -- text.c: copying, and just enough text and JSON -----------------------------------------------
+// -- text.c: copying, and just enough text --------------------------------------------------------
 struct text {
     char data[2048];
     u32 length;
@@ -47,9 +47,6 @@ void add_hex(struct text *to, u64 value); // 16 digits
 u64 number(const char **at, u32 base);    // moves `at` past the digits
 bool begins(const char *text, const char *prefix);
 bool value_is(const char *value, const char *word); // also "word:..." counts
-// A request is "Name" or {"Name":body}. Returns the body ("" for none), or 0 if it is neither.
-const char *json_variant(const char *json, const char **name, u32 *name_length);
-const char *json_field(const char *body, const char *key); // the value's first character, or 0
 
 // -- virtio.c ------------------------------------------------------------------------------------
 enum { QUEUE_SIZE = 32, BUFFER_SIZE = 4096, DEVICE_READS = 0, CHAINED = 1, DEVICE_WRITES = 2 };

@@ -1,4 +1,4 @@
-// Copying, and just enough text and JSON for the agent's protocol.
+// Copying, and just enough text for the command line and the agent's answers.
 #include "mini.h"
 
 void copy(void *to, const void *from, u64 size)
@@ -79,42 +79,4 @@ bool value_is(const char *value, const char *word)
         return false;
     char end = value[length_of(word)];
     return end == 0 || end == ':';
-}
-
-static const char *skip_blanks(const char *at)
-{
-    while (*at == ' ' || *at == '\t' || *at == '\n' || *at == '\r')
-        at++;
-    return at;
-}
-
-const char *json_variant(const char *json, const char **name, u32 *name_length)
-{
-    bool map = *(json = skip_blanks(json)) == '{';
-    if (map)
-        json = skip_blanks(json + 1);
-    if (*json != '"')
-        return 0;
-    for (*name = ++json; *json && *json != '"'; json++)
-        ;
-    if (!*json)
-        return 0;
-    *name_length = json - *name;
-    json = skip_blanks(json + 1);
-    if (!map)
-        return *json ? 0 : "";
-    return *json == ':' ? skip_blanks(json + 1) : 0;
-}
-
-const char *json_field(const char *body, const char *key)
-{
-    u64 size = length_of(key);
-    for (; *body; body++) {
-        if (*body != '"' || !same(body + 1, key, size) || body[1 + size] != '"')
-            continue;
-        const char *after = skip_blanks(body + size + 2);
-        if (*after == ':')
-            return skip_blanks(after + 1);
-    }
-    return 0;
 }

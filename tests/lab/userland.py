@@ -1,0 +1,118 @@
+"""A Debian userland, copied from the packages installed on this machine. Nothing is downloaded.
+
+Their maintainer scripts do not run: the folder holds the files, a linker cache, byte code and the
+few files of /etc that programs look for.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+PACKAGES = (
+    "base-files",
+    "bash",
+    "busybox-static",
+    "coreutils",
+    "dash",
+    "e2fsprogs",
+    "findutils",
+    "grep",
+    "iproute2",
+    "kmod",
+    "libc-bin",
+    "mount",
+    "nftables",
+    "procps",
+    "python3.11",
+    "sed",
+    "util-linux",
+)
+UNWANTED = ("/usr/share/doc", "/usr/share/man", "/usr/share/locale", "/usr/share/bash-completion")
+UNWANTED_PACKAGES = {"perl-base", "debconf", "dpkg", "tar", "systemd", "libpam-modules"}
+MERGED = ("bin", "sbin", "lib", "lib64")  # links into usr/, as on every Debian since 12
+ETC = {
+    "passwd": "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534::/nonexistent:/bin/false\n",
+    "group": "root:x:0:\nnogroup:x:65534:\n",
+    "hosts": "127.0.0.1 localhost lab\n::1 localhost\n",
+    "hostname": "lab\n",
+    "machine-id": "6c6162006c6162006c6162006c616200\n",
+    "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+}
+
+
+def versions() -> str:
+    """The packages that a userland would be made of, each with its version."""
+    facts = _installed()
+    return "\n".join(f"{name} {facts[name][0]}" for name in _closure(facts))
+
+
+def make_userland(tree: Path) -> None:
+    """Fill an empty folder."""
+    for name in MERGED:
+        (tree / "usr" / name).mkdir(parents=True)
+        (tree / name).symlink_to(f"usr/{name}")
+    for folder in ("dev", "proc", "sys", "tmp", "run", "root", "payload", "var/lib", "etc"):
+        (tree / folder).mkdir(parents=True, exist_ok=True)
+    for package in _closure(_installed()):
+        _copy_package(package, tree)
+    for name, content in ETC.items():
+        (tree / "etc" / name).write_text(content)
+    subprocess.run(["ldconfig", "-r", str(tree)], check=True)
+    library = tree / "usr/lib/python3.11"
+    compileall = ["/usr/bin/python3.11", "-m", "compileall", "-q", "-s", str(tree), "-p", "/"]
+    subprocess.run([*compileall, str(library)], check=True)
+
+
+def _installed() -> dict[str, tuple[str, list[str]]]:
+    """Package name -> (version, names it depends on), for all that is installed."""
+    fields = (
+        "${Package}\t${Version}\t${Pre-Depends}, ${Depends}\t${Provides}\t${db:Status-Status}\n"
+    )
+    listing = subprocess.run(
+        ["dpkg-query", "-W", "-f", fields], check=True, capture_output=True, text=True
+    ).stdout
+    facts: dict[str, tuple[str, list[str]]] = {}
+    for line in listing.splitlines():
+        name, version, depends, _, status = line.split("\t")
+        if status == "installed":
+            facts[name] = (version, list(_names(depends)))
+    return facts
+
+
+def _names(depends: str) -> Iterable[str]:
+    for alternatives in depends.split(","):
+        for alternative in alternatives.split("|"):
+            words = alternative.split()
+            if words:
+                yield words[0].split(":")[0]
+
+
+def _closure(facts: dict[str, tuple[str, list[str]]]) -> list[str]:
+    missing = [name for name in PACKAGES if name not in facts]
+    if missing:
+        raise SystemExit(f"the lab is made of installed packages; missing: {' '.join(missing)}")
+    wanted, todo = set(PACKAGES), list(PACKAGES)
+    while todo:
+        for name in facts[todo.pop()][1]:
+            if name in facts and name not in wanted | UNWANTED_PACKAGES:
+                wanted.add(name)
+                todo.append(name)
+    return sorted(wanted)
+
+
+def _copy_package(package: str, tree: Path) -> None:
+    listing = subprocess.run(
+        ["dpkg-query", "-L", package], check=True, capture_output=True, text=True
+    ).stdout
+    for line in listing.splitlines():
+        source = Path(line)
+        if line.startswith(UNWANTED) or not line.startswith("/") or not os.path.lexists(source):
+            continue
+        target = tree / line.lstrip("/")
+        if source.is_dir() and not source.is_symlink():
+            target.mkdir(parents=True, exist_ok=True)
+        elif not os.path.lexists(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target, follow_symlinks=False)
