@@ -5,30 +5,20 @@ rules for ids; it does not check what needs settings or the host: whether `reply
 the lane right (`schemas/subjects.py`), whether a `TenantNet` is sound (`schemas/tenant_net.py`).
 """
 
-import contextlib
-import re
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-import msgpack
 import msgspec
 
 from schemas import naming
 from schemas.codes import Code
 from schemas.envelopes import Command, Event, Form, Reply, StepTaken
 from schemas.malformed import Malformed
-from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Request
+from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Request
 from schemas.serde import LINE_MAX, REQUEST, RESPONSE, check_u64, read_request
-from schemas.subjects import REPLY_TO_PATTERN
-from schemas.unpack import (
-    ANSWER,
-    COMMAND,
-    MESSAGE_MAX_BYTES,
-    UNREADABLE,
-    convert,
-    pack,
-    unpack,
-    unpack_map,
-)
+from schemas.unpack import ANSWER, MESSAGE_MAX_BYTES, OWN, convert, pack, unpack, unpack_map
+
+# What goes out; the rest up to the limit of a message is for the headers, which a stream counts.
+SENT_MAX_BYTES = MESSAGE_MAX_BYTES - 4096
 
 Unsigned = Annotated[int, msgspec.Meta(ge=0)]
 Line = Annotated[str, msgspec.Meta(max_length=LINE_MAX)]
@@ -69,13 +59,6 @@ class _Versioned(msgspec.Struct, frozen=True):
 
 
 COMMAND_KEYS = frozenset(_CommandKeys.__struct_fields__)
-
-
-class Peeked(NamedTuple):
-    """What could be read of an envelope; either is None if it is missing or not usable."""
-
-    id: str | None
-    reply_to: str | None
 
 
 # -- requests ----------------------------------------------------------------------------------
@@ -156,42 +139,6 @@ def write_command(command: Command, *, compact: bool = False) -> dict[str, objec
     return raw
 
 
-def peek(data: bytes) -> Peeked:
-    """The `id` and `reply_to` of an envelope that may be bad in any other way, also cut short.
-
-    Values only; whether hostd may publish to `reply_to` is `subjects.check_reply_to`'s to say. The
-    rest is skipped without making objects of it; of a too long message only the start is read.
-    """
-    found: dict[str, list[object]] = {"id": [], "reply_to": []}
-    reader = msgpack.Unpacker(
-        raw=False,
-        strict_map_key=True,
-        unicode_errors="surrogateescape",
-        max_buffer_size=MESSAGE_MAX_BYTES,
-        max_array_len=0,
-        max_map_len=0,
-    )
-    reader.feed(data[:MESSAGE_MAX_BYTES])
-    with contextlib.suppress(*UNREADABLE):
-        for _ in range(min(reader.read_map_header(), COMMAND.items)):
-            key: object = reader.unpack()
-            if isinstance(key, str) and key in found:
-                found[key].append(reader.unpack())
-            else:
-                reader.skip()
-    command_id = _only(found["id"], naming.COMMAND_ID_PATTERN)
-    return Peeked(command_id, _only(found["reply_to"], REPLY_TO_PATTERN))
-
-
-def _only(values: list[object], pattern: re.Pattern[str]) -> str | None:
-    """The one usable value; of two that repeat neither is."""
-    match values:
-        case [str(value)] if pattern.fullmatch(value):
-            return value
-        case _:
-            return None
-
-
 # -- replies -----------------------------------------------------------------------------------
 
 
@@ -218,8 +165,23 @@ def decode_reply(data: bytes) -> Reply:
 
 
 def encode_reply(reply: Reply, form: Form = Form.NAMED) -> bytes:
-    """The envelope, its response in the form that the request had."""
-    return pack(write_reply(reply, compact=form is Form.COMPACT))
+    """The envelope, its response in the form that the request had.
+
+    One that would be too long for a message loses what makes it long, and `detail` says so: an
+    answer always goes out.
+    """
+    data = pack(write_reply(reply, compact=form is Form.COMPACT))
+    if len(data) <= SENT_MAX_BYTES:
+        return data
+    response = reply.response
+    short = msgspec.structs.replace(
+        reply,
+        response=Error(response.message[:2000]) if isinstance(response, Error) else response,
+        steps=reply.steps[-64:],
+        left_behind=tuple(each[:256] for each in reply.left_behind[:32]),
+        detail={"shortened_from_bytes": len(data)},
+    )
+    return pack(write_reply(short, compact=form is Form.COMPACT))
 
 
 def write_reply(reply: Reply, *, compact: bool = False) -> dict[str, object]:
@@ -237,7 +199,7 @@ def write_reply(reply: Reply, *, compact: bool = False) -> dict[str, object]:
 
 def mark_replayed(data: bytes) -> bytes:
     """A stored reply as it goes out again: byte for byte the same but for `replayed: true`."""
-    raw = unpack_map(data, ANSWER)
+    raw = unpack_map(data, OWN)
     raw["replayed"] = True
     return pack(raw)
 
@@ -265,8 +227,13 @@ def decode_event(data: bytes) -> Event:
 
 
 def encode_event(event: Event) -> bytes:
-    """The envelope; keys that are not set are left out, `from_` is `from`."""
-    return pack(write_event(event))
+    """The envelope; keys that are not set are left out, `from_` is `from`. Shortened as replies."""
+    data = pack(write_event(event))
+    if len(data) <= SENT_MAX_BYTES:
+        return data
+    reason = None if event.reason is None else event.reason[:2000]
+    detail = {"shortened_from_bytes": len(data)}
+    return pack(write_event(msgspec.structs.replace(event, reason=reason, detail=detail)))
 
 
 def write_event(event: Event) -> dict[str, object]:

@@ -36,6 +36,7 @@ class Limits:
 
 COMMAND = Limits()
 ANSWER = Limits(containers=4096, items=4096, depth=16)
+OWN = Limits(size_bytes=2**24, containers=2**20, items=2**20, depth=64)  # what hostd itself wrote
 FILE = Limits(size_bytes=262_144, containers=8192, items=4096, depth=16)
 
 

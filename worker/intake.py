@@ -16,6 +16,7 @@ from schemas.codes import Code
 from schemas.envelopes import Command, Form, Reply
 from schemas.malformed import Malformed
 from schemas.naming import COMMAND_ID_PATTERN
+from schemas.peek import peek
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Ping, Pong, Request
 from schemas.subjects import Lane, check_reply_to
 from worker.bus import Bus, BusError, Delivery
@@ -132,7 +133,8 @@ class Intake:
             Malformed: invalid or unsupported.
         """
         delivery = message.delivery
-        peeked = codec.peek(delivery.data)
+        peeked = peek(delivery.data)
+        message.form = peeked.form
         message.id = self._id_of(peeked.id, delivery)
         bad_inbox: Malformed | None = None
         if peeked.reply_to is not None:

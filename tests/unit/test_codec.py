@@ -4,12 +4,14 @@ import time
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 
 from schemas import codec
 from schemas.codes import Code
 from schemas.envelopes import Command, Event, EventKind, Form, Reply, StepTaken
 from schemas.malformed import Malformed
+from schemas.peek import peek
 from schemas.requests import Error, Ok, Ping, SetupNetwork, SleepInstance, StartInstance, TenantNet
 
 IDS = {"tenant_id": "acme", "pool_id": "web", "instance_id": "i-1"}
@@ -353,6 +355,7 @@ def test_a_broken_rule_of_a_request_is_invalid_and_names_the_field(
         (b"\x81\x01\x01", "$"),
         (b"\x81\xc4\x01v\x01", "$"),
         (b"\x81\xc4\x00\x01", "$"),
+        (b"\x81\xa1k\x81\xc4\x01v\x01", "$.k"),
         (b"\x81\xa1\xff\x01", "$"),
         (b"\x82\xa2id\xa1a\xa2id\xa1a", "$.id"),
         (b"\x81\xa1k\x82\xa1a\x01\xa1a\x01", "$.k.a"),
@@ -425,44 +428,10 @@ def test_decoding_costs_no_more_than_the_input(bomb: bytes) -> None:
     def cost_s() -> float:
         started = time.thread_time()
         assert refusal(bomb)[0] == "invalid"
-        codec.peek(bomb)
+        peek(bomb)
         return time.thread_time() - started
 
     assert min(cost_s() for _ in range(10)) < 0.001
-
-
-# -- peek ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("data", "found"),
-    [
-        (msgpack.packb({"id": "a", "reply_to": "_INBOX.x"}), ("a", "_INBOX.x")),
-        (
-            msgpack.packb({"reply_to": "_INBOX.x", "request": [{}] * 5, "id": "a"}),
-            ("a", "_INBOX.x"),
-        ),
-        (msgpack.packb({"v": 9, "id": "a", "request": 7})[:-1], ("a", None)),
-        (b"\x83\xa2id\xa1a\xa1k\xc1\xa8reply_to\xa1x", ("a", None)),
-        (b"\x83\xa1k\xa1\xff\xa2id\xa1a\xa1\xff\x01", ("a", None)),
-        (b"\x82\xa1k\xdc\xea\x60" + b"\x80" * 60_000 + b"\xa2id\xa1a", ("a", None)),
-        (b"\x83\xa2id\xa1a\xa1k\xdd\x00\x01\x86\xa0" + b"\x80" * 100_000, ("a", None)),
-        (b"\x82\xa2id\xa1a\xa2id\xa1b", (None, None)),
-        (msgpack.packb({"id": "a b", "reply_to": "x y"}), (None, None)),
-        (msgpack.packb({"id": "a\n", "reply_to": "x\r\nPUB"}), (None, None)),
-        (msgpack.packb({"id": 1, "reply_to": ["x"]}), (None, None)),
-        (msgpack.packb({"id": b"a", "reply_to": "x"}), (None, "x")),
-        (msgpack.packb(["id", "a"]), (None, None)),
-        (b"\xdf\xff\xff\xff\xff\xa2id\xa1a", ("a", None)),
-        (b"", (None, None)),
-        (b"\xc1", (None, None)),
-    ],
-    ids=lambda value: ascii(value)[:30],
-)
-def test_id_and_reply_to_are_read_of_a_bad_message(
-    data: bytes, found: tuple[str | None, str | None]
-) -> None:
-    assert codec.peek(data) == found
 
 
 # -- replies and events --------------------------------------------------------------------------
@@ -600,3 +569,38 @@ def test_a_message_quotes_hostile_text_cut_and_escaped() -> None:
     assert str(caught.value).isprintable()
     assert str(caught.value).isascii()
     assert len(str(caught.value)) < 1100
+
+
+def test_a_reply_too_long_for_a_message_goes_out_shorter() -> None:
+    for long in (
+        {"detail": {"log": "x" * 70_000}},
+        {"response": Error("\u00e9" * 70_000)},
+        {"steps": (StepTaken("taps", 1, "done"),) * 9000},
+        {"left_behind": ("tap " + "x" * 300,) * 300},
+    ):
+        whole = msgspec.structs.replace(REPLY, **long)
+
+        data = codec.encode_reply(whole)
+
+        sent = codec.decode_reply(data)
+        assert len(data) <= codec.SENT_MAX_BYTES
+        assert (sent.id, sent.code, sent.status) == (whole.id, whole.code, whole.status)
+        assert sent.detail["shortened_from_bytes"] > codec.SENT_MAX_BYTES
+
+
+def test_an_event_too_long_for_a_message_goes_out_shorter() -> None:
+    data = codec.encode_event(
+        msgspec.structs.replace(EVENT, reason="r" * 5000, detail={"log": "x" * 70_000})
+    )
+
+    assert len(data) <= codec.SENT_MAX_BYTES
+    assert codec.decode_event(data).detail["shortened_from_bytes"] > 75_000
+
+
+def test_a_stored_reply_of_any_size_is_replayed() -> None:
+    data = msgpack.packb({"replayed": False, "detail": {"x": ["y"] * 50_000}})
+
+    again = codec.mark_replayed(data)
+
+    assert msgpack.unpackb(again)["replayed"] is True
+    assert len(again) == len(data)

@@ -14,6 +14,7 @@ from schemas import codec
 from schemas.codes import Code
 from schemas.envelopes import Command, Event, Form, Reply
 from schemas.malformed import Malformed
+from schemas.peek import peek
 from schemas.requests import Request
 from schemas.serde import read_request
 from schemas.unpack import pack, read_json
@@ -62,7 +63,8 @@ def test_a_command_survives_the_wire_and_can_be_peeked_at(command: Command) -> N
     data = codec.encode_command(command)
 
     assert codec.decode_command(data) == command
-    assert codec.peek(data).id == command.id
+    assert peek(data).id == command.id
+    assert peek(data).form == command.form
 
 
 @BOUNDED
@@ -104,7 +106,7 @@ def refusal(decode: Callable[[bytes], object], data: bytes) -> Malformed | None:
 
 def only_malformed(data: bytes) -> bool:
     """Whether any decoder took it; the codes and paths of those that did not are sound."""
-    codec.peek(data)
+    peek(data)
     refusals = [refusal(decode, data) for decode in DECODERS]
     for error in filter(None, refusals):
         assert error.code in (Code.INVALID, Code.UNSUPPORTED)
