@@ -12,6 +12,16 @@ from handlers.host.processes import FileIdentity, read_cgroup
 
 NO_FILE = 2048
 NO_CAPABILITIES = "0" * 16
+OF_EACH_THREAD = (
+    ("CapEff", NO_CAPABILITIES),
+    ("CapPrm", NO_CAPABILITIES),
+    ("CapInh", NO_CAPABILITIES),
+    ("CapAmb", NO_CAPABILITIES),
+    ("NoNewPrivs", "1"),
+    ("Seccomp", "2"),
+)
+
+Fact = tuple[str, object, object]
 
 
 def read_status(path: str) -> dict[str, str]:
@@ -29,8 +39,8 @@ def read_uid(pid: int) -> int | None:
         return None
 
 
-def check(pid: int, *, uid: int, cgroup: str, root: str) -> None:
-    """Check every fact of a started or loaded VMM; seccomp and no_new_privs hold from then on.
+def check_process(pid: int, *, uid: int, cgroup: str, root: str) -> None:
+    """Check what the jailer settled before it executed the VMM.
 
     Raises:
         HostFault: names the first fact that does not hold, what was wanted and what holds.
@@ -39,7 +49,7 @@ def check(pid: int, *, uid: int, cgroup: str, root: str) -> None:
     status = read_status(f"/proc/{pid}/status")
     same_id = " ".join([str(uid)] * 4)
     in_namespaces = status["NSpid"].split()
-    facts: list[tuple[str, object, object]] = [
+    facts: list[Fact] = [
         ("uid", same_id, status["Uid"]),
         ("gid", same_id, status["Gid"]),
         ("groups", "", status["Groups"]),
@@ -48,20 +58,24 @@ def check(pid: int, *, uid: int, cgroup: str, root: str) -> None:
         ("root", FileIdentity.of(root), FileIdentity.of(f"/proc/{pid}/root")),
         ("open files limit", str(NO_FILE), _limit(pid, "Max open files")),
     ]
+    _require(pid, facts)
+
+
+def check_threads(pid: int) -> None:
+    """Check what every thread of a started or loaded VMM gave up.
+
+    A vCPU thread puts its own filter on as it begins, which may be just after the API answered.
+
+    Raises:
+        HostFault, OSError: as `check_process`.
+    """
     for thread in os.listdir(f"/proc/{pid}/task"):
-        of_thread = read_status(f"/proc/{pid}/task/{thread}/status")
-        name = of_thread["Name"]
-        facts += [
-            (f"{field} of thread {name}", wanted, of_thread[field])
-            for field, wanted in (
-                ("CapEff", NO_CAPABILITIES),
-                ("CapPrm", NO_CAPABILITIES),
-                ("CapInh", NO_CAPABILITIES),
-                ("CapAmb", NO_CAPABILITIES),
-                ("NoNewPrivs", "1"),
-                ("Seccomp", "2"),
-            )
-        ]
+        status = read_status(f"/proc/{pid}/task/{thread}/status")
+        name = status["Name"]
+        _require(pid, [(f"{of} of thread {name}", is_, status[of]) for of, is_ in OF_EACH_THREAD])
+
+
+def _require(pid: int, facts: list[Fact]) -> None:
     for fact, wanted, holds in facts:
         if wanted != holds:
             raise HostFault(

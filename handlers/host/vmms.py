@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections.abc import Generator
 from typing import ClassVar
 
@@ -37,6 +38,7 @@ from schemas.settings import Settings
 LOG_TAIL_BYTES = 4096
 FIRST_LOOK_S, LAST_LOOK_S = 0.0005, 0.05
 KILL_TIMEOUT_S = 10.0
+THREADS_TIMEOUT_S = 1.0
 
 
 class JailedVmms:
@@ -132,13 +134,29 @@ class JailedVmms:
                 raise Unavailable(f"the VMM of jail {spec.jail_id} is gone")
             try:
                 await asyncio.to_thread(
-                    confinement.check, identity.pid, uid=spec.uid, cgroup=spec.cgroup, root=root
+                    confinement.check_process,
+                    identity.pid,
+                    uid=spec.uid,
+                    cgroup=spec.cgroup,
+                    root=root,
                 )
+                await self._check_threads(identity.pid)
             except (OSError, KeyError) as error:
                 raise Unavailable(f"the VMM of jail {spec.jail_id} went away") from error
             # What was read is of this process only if it lives still.
             if processes.has_exited(pidfd):
                 raise Unavailable(f"the VMM of jail {spec.jail_id} went away")
+
+    async def _check_threads(self, pid: int) -> None:
+        """Look again for a moment: a vCPU thread may not have begun yet."""
+        until = time.monotonic() + THREADS_TIMEOUT_S
+        while True:
+            try:
+                return await asyncio.to_thread(confinement.check_threads, pid)
+            except HostFault:
+                if time.monotonic() > until:
+                    raise
+            await asyncio.sleep(FIRST_LOOK_S)
 
     def api(self, jail_id: str) -> Vmm:
         return FirecrackerApi(

@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from handlers.errors import HostFault, Unavailable
+from handlers.host import vmms
 from handlers.host.processes import ExitWatch
 from handlers.machine import LaunchSpec
 from schemas.records import VmmIdentity
@@ -67,7 +68,10 @@ async def test_a_guest_that_ends_by_itself_is_noticed(rig: Rig, code: bytes) -> 
     assert not await rig.vmms.alive(identity)
 
 
-async def test_confinement_is_complete_only_once_the_vm_is_started(rig: Rig) -> None:
+async def test_confinement_is_complete_only_once_the_vm_is_started(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vmms, "THREADS_TIMEOUT_S", 0.01)
     spec = await rig.prepare()
     identity = await rig.vmms.ensure(spec)
 
