@@ -150,7 +150,7 @@ def _poisoned(table: str, row: object) -> Generator[None]:
     try:
         yield
     except (Malformed, msgspec.DecodeError, ValueError) as error:
-        log.exception("journal.poisoned", table=table, row=row, error=error)
+        log.error("journal.poisoned", table=table, row=row, error=str(error))  # noqa: TRY400
 
 
 def read_out(connection: sqlite3.Connection, kind: str, *, after: int) -> list[OutRow]:

@@ -31,7 +31,7 @@ class Outbox:
     def __init__(self, bus: Bus, journal: Journal) -> None:
         self._bus = bus
         self._journal = journal
-        self._woken = asyncio.Event()
+        self._woken = {kind: asyncio.Event() for kind in OUT_KINDS}
 
     async def run(self) -> None:
         """Send all kinds, each in its task."""
@@ -41,7 +41,8 @@ class Outbox:
 
     def wake(self) -> None:
         """Try again now; the bus is connected again."""
-        self._woken.set()
+        for woken in self._woken.values():
+            woken.set()
 
     async def drained(self) -> None:
         """Return when all replies and dead letters are sent; for the shutdown, with a timeout."""
@@ -57,6 +58,7 @@ class Outbox:
             except JournalFault:
                 await self._journal.until_writable()
                 continue
+            self._woken[kind].clear()
             sent = await self._send(rows)
             if sent:
                 self._journal.sent(sent)
@@ -64,7 +66,7 @@ class Outbox:
                 failures = 0
             else:
                 failures += 1
-                await self._back_off(failures)
+                await self._back_off(kind, failures)
 
     async def _send(self, rows: Sequence[OutRow]) -> list[OutRow]:
         """Those that the bus confirmed."""
@@ -91,11 +93,10 @@ class Outbox:
             return error
         return None
 
-    async def _back_off(self, failures: int) -> None:
-        """Full jitter; a wake ends it."""
-        self._woken.clear()
+    async def _back_off(self, kind: str, failures: int) -> None:
+        """Full jitter; a wake, also one while it was being sent, ends it."""
         limit = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(failures, 10))
         try:
-            await asyncio.wait_for(self._woken.wait(), random.uniform(0, limit))  # noqa: S311
+            await asyncio.wait_for(self._woken[kind].wait(), random.uniform(0, limit))  # noqa: S311
         except TimeoutError:
             return

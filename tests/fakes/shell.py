@@ -196,6 +196,7 @@ async def shell(
     limits: LimitSettings = LimitSettings(retry_budget_s=2.0),  # noqa: B008 (frozen)
     consume: bool = True,
     send: bool = True,
+    run: bool = True,
 ) -> AsyncIterator[Shell]:
     """A worker on the journal at `path`, recovering what is in it."""
     bus = bus or FakeBus()
@@ -224,7 +225,8 @@ async def shell(
     outbox = Outbox(bus, journal)
     for row in journal.unfinished():
         lanes.put(row)
-    lanes.start()
+    if run:
+        lanes.start()
     tasks: list[asyncio.Task[None]] = []
     if send:
         tasks.append(asyncio.create_task(outbox.run()))

@@ -1,35 +1,324 @@
-"""From bytes on a subject to exactly one effect and one reply per id."""
+"""From bytes on a subject to exactly one effect and one reply per id, or one clear refusal."""
 
+import asyncio
+import hashlib
 from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
 
 from schemas import codec
 from schemas.codes import Code
-from schemas.requests import Ok
-from tests.fakes.shell import shell, start
+from schemas.envelopes import Form, Reply
+from schemas.requests import Error, Ok, Ping, Pong, Request
+from schemas.subjects import Lane
+from tests.fakes.shell import REF, SUBJECTS, Machine, Shell, command, shell, start, stop
+from worker.journal_file import now_ms
+
+LANE = "instance.acme.web.a1"
+CMD = f"hostd.v1.test.h1.cmd.{LANE}"
+
+
+def envelope(**changes: Any) -> dict[str, Any]:
+    """A good command in plain objects, with some of it changed."""
+    good = msgpack.unpackb(codec.encode_command(command(start(), reply_to="_INBOX.1")))
+    return {**good, **changes}
+
+
+async def only_reply(worker: Shell) -> Reply:
+    await worker.bus.until(replies=1)
+    await worker.bus.until_acked()
+    (reply,) = worker.replies()
+    return reply
+
+
+# -- once ------------------------------------------------------------------------------------------
 
 
 async def test_a_command_is_run_answered_and_announced(tmp_path: Path) -> None:
     async with shell(tmp_path / "j") as worker:
         worker.send(start(), reply_to="_INBOX.1")
-        reply = await worker.reply()
+        reply = await only_reply(worker)
         await worker.bus.until(events=1, sent=1)
-        await worker.bus.until_acked()
 
         assert (reply.code, reply.response, reply.changed) == (Code.OK, Ok(), True)
         assert worker.machine.things.made == ["acme/web/a1"]
         assert worker.bus.sent_to("_INBOX.1") == [worker.bus.replies()[0].payload]
         assert [(e.seq, e.kind, e.command_id) for e in worker.events()] == [(1, "command", "c1")]
+        assert worker.bus.events()[0].subject == f"hostd.v1.test.h1.evt.{LANE}.command"
 
 
-async def test_ten_copies_of_a_command_have_one_effect_and_one_kept_reply(tmp_path: Path) -> None:
+@pytest.mark.parametrize("msg_id", [False, True])
+@pytest.mark.parametrize("copies", [2, 10])
+async def test_copies_sent_at_once_have_one_effect_and_one_kept_reply(
+    tmp_path: Path, copies: int, msg_id: bool
+) -> None:
+    machine = Machine(gate=asyncio.Event())
+    async with shell(tmp_path / "j", machine=machine) as worker:
+        for n in range(copies):
+            worker.send(start(), reply_to=f"_INBOX.{n}", msg_id=msg_id)
+        await machine.at_gate.wait()
+        await worker.bus.until_acked()
+        machine.gate.set()
+        told = 1 if msg_id else copies  # the server swallows what has a known Nats-Msg-Id
+        await worker.bus.until(replies=1, sent=told)
+
+        assert machine.things.made == ["acme/web/a1"]
+        assert machine.runs == [("c1", "StartInstance")]
+        (kept,) = worker.bus.replies()
+        assert (kept.msg_id, len(worker.bus.sent)) == ("c1", told)
+        assert worker.bus.sent_to("_INBOX.0") == [kept.payload]
+        copies_sent = [data for to, data in worker.bus.sent if to != "_INBOX.0"]
+        assert set(copies_sent) <= {codec.mark_replayed(kept.payload)}
+
+
+@pytest.mark.parametrize("msg_id", [False, True])
+async def test_a_copy_after_a_restart_gets_the_stored_reply_even_past_its_deadline(
+    tmp_path: Path, msg_id: bool
+) -> None:
+    deadline = now_ms() + 60_000
     async with shell(tmp_path / "j") as worker:
-        for n in range(10):
-            worker.send(start(), reply_to=f"_INBOX.{n}")
-        await worker.bus.until(replies=1, sent=10)
+        worker.send(start(), reply_to="_INBOX.1", msg_id=msg_id, deadline_ms=deadline)
+        await worker.bus.until(replies=1, sent=1, events=1)
+        bus, machine = worker.bus, worker.machine
+    bus.dedupe_commands = False  # the server's window has passed
+    async with shell(tmp_path / "j", bus, machine) as worker:
+        worker.send(start(), reply_to="_INBOX.2", msg_id=msg_id, deadline_ms=1)
+        await bus.until(sent=2)
+        await bus.until_acked()
 
-        assert worker.machine.things.made == ["acme/web/a1"]
-        assert worker.machine.runs == [("c1", "StartInstance")]
+        (kept,) = bus.replies()
+        assert bus.sent_to("_INBOX.2") == [codec.mark_replayed(kept.payload)]
+        assert len(machine.runs) == 1
+
+
+async def test_a_message_delivered_again_is_acknowledged_and_told_nothing_twice(
+    tmp_path: Path,
+) -> None:
+    async with shell(tmp_path / "j", consume=False) as worker:
+        worker.send(start(), reply_to="_INBOX.1")
+        worker.bus.up = False
+        await worker.intake.receive(worker.bus.delivery(1))
+        assert list(worker.bus.commands) == [1]  # the acknowledgement was lost
+        worker.bus.up = True
+        await worker.intake.receive(worker.bus.delivery(1))
+        await worker.bus.until(replies=1, sent=1)
+
+        assert worker.bus.commands == {}
+        assert (len(worker.machine.runs), len(worker.bus.sent)) == (1, 1)
+        assert worker.meters.redeliveries == 1
+
+
+async def test_the_same_id_with_another_request_is_a_conflict_told_to_its_sender_only(
+    tmp_path: Path,
+) -> None:
+    async with shell(tmp_path / "j") as worker:
+        worker.send(start(), reply_to="_INBOX.1")
+        await worker.bus.until(replies=1, sent=1)
+        worker.send(stop(), reply_to="_INBOX.2")
+        await worker.bus.until(sent=2)
+
+        reply = codec.decode_reply(worker.bus.sent_to("_INBOX.2")[0])
+        assert (reply.code, reply.id, reply.detail["path"]) == (Code.CONFLICT, "c1", "$.id")
         assert len(worker.bus.replies()) == 1
-        kept = worker.bus.replies()[0].payload
-        copies = {data for _, data in worker.bus.sent}
-        assert copies == {kept, codec.mark_replayed(kept)}
+        assert worker.bus.dead() == []
+        assert worker.machine.things.there == {"acme/web/a1"}
+
+
+async def test_the_answer_has_the_form_of_the_request(tmp_path: Path) -> None:
+    machine = Machine()
+    async with shell(tmp_path / "j", machine=machine) as worker:
+        late = now_ms() - 1
+        worker.send(start(), "named", deadline_ms=late)
+        worker.send(start(), "compact", deadline_ms=late, form=Form.COMPACT)
+        await worker.bus.until(replies=2)
+
+        raw = {p.msg_id: msgpack.unpackb(p.payload)["response"] for p in worker.bus.replies()}
+        assert isinstance(raw["named"]["Error"], dict)
+        assert isinstance(raw["compact"]["Error"], list)
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "subject", "code", "path"),
+    [
+        (envelope(v=2), CMD, Code.INVALID, "$.v"),
+        (envelope(request={"Grow": {}}), CMD, Code.UNSUPPORTED, "$.request.Grow"),
+        (envelope(request="Ping"), CMD, Code.INVALID, "$.request.Ping"),
+        (envelope(), CMD.replace("a1", "a2"), Code.INVALID,
+         "$.request.StartInstance.instance_id"),
+        (envelope(), CMD + ".more", Code.INVALID, "subject"),
+        (envelope(), CMD.replace("h1", "h2"), Code.INVALID, "subject"),
+        (envelope(deadline_ms=-1), CMD, Code.INVALID, "$.deadline_ms"),
+    ],
+)  # fmt: skip
+async def test_what_is_wrong_is_answered_kept_as_dead_and_changes_nothing(
+    tmp_path: Path, data: dict[str, Any], subject: str, code: Code, path: str
+) -> None:
+    packed = msgpack.packb(data)
+    async with shell(tmp_path / "j") as worker:
+        worker.bus.command(subject, packed)
+        reply = await only_reply(worker)
+        await worker.bus.until(sent=1)
+
+        assert (reply.id, reply.code, reply.detail["path"]) == ("c1", code, path)
+        assert isinstance(reply.response, Error)
+        assert reply.supported == (("1", "2") if code is Code.UNSUPPORTED else ())
+        assert worker.bus.sent_to("_INBOX.1") == [worker.bus.replies()[0].payload]
+        (dead,) = worker.bus.dead()
+        assert (dead.payload, dead.msg_id) == (packed, "c1")
+        assert dead.headers["Hostd-Sha256"] == hashlib.sha256(packed).hexdigest()
+        assert path in dead.headers["Hostd-Reason"]
+        assert worker.machine.runs == []
+
+
+@pytest.mark.parametrize("reply_to", ["hostd.v1.test.h2.cmd.host", "_INBOX.*", "_INBOX.>", "a b"])
+async def test_hostd_publishes_to_no_inbox_but_those_allowed(tmp_path: Path, reply_to: str) -> None:
+    async with shell(tmp_path / "j") as worker:
+        worker.send(start(), reply_to=reply_to)
+        reply = await only_reply(worker)
+
+        assert (reply.code, reply.detail["path"]) == (Code.INVALID, "$.reply_to")
+        assert worker.bus.sent == []
+        assert len(worker.bus.dead()) == 1
+        assert worker.machine.runs == []
+
+
+@pytest.mark.parametrize("msg_id", ["m-1", None, "not an id"])
+async def test_bytes_without_an_id_are_answered_under_that_of_the_message(
+    tmp_path: Path, msg_id: str | None
+) -> None:
+    async with shell(tmp_path / "j") as worker:
+        worker.bus.command(CMD, b"\xc1 no msgpack", msg_id)
+        reply = await only_reply(worker)
+
+        assert reply.id == ("m-1" if msg_id == "m-1" else "seq-1")
+        assert reply.code is Code.INVALID
+        assert len(worker.bus.dead()) == 1
+        assert worker.bus.replies()[0].subject == f"hostd.v1.test.h1.reply.{LANE}"
+
+
+async def test_a_bomb_of_empty_maps_is_refused_and_the_next_command_runs(tmp_path: Path) -> None:
+    async with shell(tmp_path / "j") as worker:
+        worker.bus.command(CMD, b"\xdd\x00\x10\x00\x00" + b"\x80" * 2**20)
+        worker.send(start())
+
+        assert (await worker.reply("seq-1")).code is Code.INVALID
+        assert (await worker.reply("c1")).code is Code.OK
+
+
+async def test_bad_bytes_with_a_known_id_disturb_nothing(tmp_path: Path) -> None:
+    machine = Machine(gate=asyncio.Event())
+    async with shell(tmp_path / "j", machine=machine) as worker:
+        worker.send(start(), reply_to="_INBOX.1")
+        await machine.at_gate.wait()
+        worker.bus.command(CMD, msgpack.packb(envelope(v=9, reply_to="_INBOX.2")))
+        await worker.bus.until(sent=1)
+        machine.gate.set()
+        reply = await only_reply(worker)
+        await worker.bus.until(sent=2)
+
+        assert reply.code is Code.OK
+        refusal = codec.decode_reply(worker.bus.sent_to("_INBOX.2")[0])
+        assert refusal.code is Code.INVALID
+        assert len(worker.bus.dead()) == 1
+
+
+async def test_a_refusal_is_final_for_its_id_and_repeats_as_it_was(tmp_path: Path) -> None:
+    bad = msgpack.packb(envelope(v=9))
+    async with shell(tmp_path / "j") as worker:
+        worker.bus.command(CMD, bad)
+        await worker.bus.until(replies=1, sent=1)
+        worker.bus.command(CMD, bad)
+        await worker.bus.until(sent=2)
+        worker.send(start(), reply_to="_INBOX.3")
+        await worker.bus.until(sent=3)
+
+        (kept,) = worker.bus.replies()
+        assert worker.bus.sent_to("_INBOX.1") == [kept.payload, codec.mark_replayed(kept.payload)]
+        assert codec.decode_reply(worker.bus.sent_to("_INBOX.3")[0]).code is Code.CONFLICT
+        assert worker.machine.runs == []
+
+
+async def test_a_refused_message_delivered_again_is_answered_once(tmp_path: Path) -> None:
+    async with shell(tmp_path / "j", consume=False) as worker:
+        worker.bus.command(CMD, msgpack.packb(envelope(v=9)))
+        worker.bus.up = False
+        await worker.intake.receive(worker.bus.delivery(1))
+        worker.bus.up = True
+        await worker.intake.receive(worker.bus.delivery(1))
+        await worker.bus.until(replies=1, sent=1)
+        await worker.outbox.drained()
+
+        assert (len(worker.bus.sent), len(worker.bus.dead())) == (1, 1)
+
+
+async def test_keys_of_the_envelope_that_are_not_known_are_ignored_and_counted(
+    tmp_path: Path,
+) -> None:
+    async with shell(tmp_path / "j") as worker:
+        worker.bus.command(CMD, msgpack.packb(envelope(color="red", size=3)))
+        reply = await only_reply(worker)
+
+        assert (reply.code, worker.intake.unknown_keys) == (Code.OK, 2)
+
+
+# -- Ping ------------------------------------------------------------------------------------------
+
+
+def ping(worker: Shell, command_id: str, request: Request = Ping(), **more: Any) -> None:  # noqa: B008 (frozen)
+    worker.send(request, command_id, **more)
+
+
+async def test_ping_is_answered_while_all_lanes_are_busy_and_not_journalled(tmp_path: Path) -> None:
+    machine = Machine(gate=asyncio.Event())
+    async with shell(tmp_path / "j", machine=machine) as worker:
+        for n in range(20):
+            worker.send(start(f"a{n}"), f"c{n}")
+        await worker.bus.until_acked()
+        ping(worker, "p1", reply_to="_INBOX.1")
+        reply = await worker.reply("p1")
+
+        assert (reply.code, reply.response) == (Code.OK, Pong())
+        assert set(reply.detail) == {
+            "version", "protocol", "uptime_s", "boot_id", "host_state", "capacity",
+        }  # fmt: skip
+        assert reply.detail["protocol"] == {"min": 1, "max": 2}
+        assert worker.bus.sent_to("_INBOX.1") == [worker.bus.replies()[0].payload]
+        assert await worker.journal.result("p1") is None
+        machine.gate.set()
+        await worker.lanes.idle()
+
+
+async def test_a_ping_past_its_deadline_is_expired(tmp_path: Path) -> None:
+    async with shell(tmp_path / "j") as worker:
+        ping(worker, "p1", deadline_ms=1)
+
+        assert (await worker.reply("p1")).code is Code.EXPIRED
+
+
+async def test_a_ping_with_the_id_of_a_command_is_a_conflict(tmp_path: Path) -> None:
+    async with shell(tmp_path / "j") as worker:
+        worker.send(start())
+        await worker.bus.until(replies=1)
+        ping(worker, "c1", reply_to="_INBOX.1")
+        await worker.bus.until(sent=1)
+
+        assert codec.decode_reply(worker.bus.sent_to("_INBOX.1")[0]).code is Code.CONFLICT
+        assert len(worker.bus.replies()) == 1
+
+
+async def test_a_ping_that_cannot_be_answered_stays_in_the_stream(tmp_path: Path) -> None:
+    async with shell(tmp_path / "j", consume=False) as worker:
+        ping(worker, "p1")
+        worker.bus.up = False
+        await worker.intake.receive(worker.bus.delivery(1))
+
+        assert list(worker.bus.commands) == [1]
+
+
+def test_the_lane_of_the_tests_is_that_of_their_instance() -> None:
+    assert SUBJECTS.command(Lane.instance(REF)) == CMD

@@ -1,0 +1,184 @@
+"""Who may run now: order in a lane, no order between lanes, and who wins over whom."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from handlers.steps import Done, Steps
+from schemas.codes import Code
+from schemas.requests import DestroyInstance, Request, SleepInstance, StopInstance, WakeInstance
+from schemas.settings import LimitSettings
+from schemas.subjects import Lane
+from tests.fakes.shell import REF, Machine, command, shell, start, stop
+
+DESTROY = DestroyInstance("acme", "web", "a1", wipe_volumes=False)
+SLEEP = SleepInstance("acme", "web", "a1", force=False)
+WAKE = WakeInstance("acme", "web", "a1")
+
+
+async def test_a_lane_runs_in_order_and_lanes_run_at_once(tmp_path: Path) -> None:
+    machine = Machine(gate=asyncio.Event())
+    async with shell(tmp_path / "j", machine=machine) as worker:
+        worker.send(start(), "c1")
+        worker.send(start(), "c2")
+        await machine.at_gate.wait()
+        machine.at_gate.clear()
+        worker.send(start("a2"), "d1")
+        await machine.at_gate.wait()
+
+        assert [run[0] for run in machine.runs] == ["c1", "d1"]
+        assert worker.lanes.counts() == {"busy": 2, "waiting": 1}
+        machine.gate.set()
+        await worker.reply("c2")
+        await worker.reply("d1")
+        await worker.lanes.idle()
+        assert [run[0] for run in machine.runs] == ["c1", "d1", "c2"]
+        assert worker.lanes.counts() == {"busy": 0, "waiting": 0}
+
+
+async def test_500_commands_at_one_lane_hold_up_no_other(tmp_path: Path) -> None:
+    machine = Machine(gate=asyncio.Event())
+    async with shell(tmp_path / "j", machine=machine) as worker:
+        for n in range(500):
+            worker.send(start(), f"c{n}")
+        await worker.bus.until(replies=400)
+        worker.send(stop("a2"), "other")
+        assert (await worker.reply("other")).code is Code.OK
+
+        refused = [reply for reply in worker.replies() if reply.id != "other"]
+        assert {(r.code, r.retryable, r.detail["act"]) for r in refused} == {
+            (Code.EXHAUSTED, True, "scheduler")
+        }
+        assert len(refused) == 400
+        machine.gate.set()
+        await worker.bus.until(replies=501)
+        await worker.bus.until_acked()
+        codes = [reply.code for reply in worker.replies()]
+        assert (codes.count(Code.OK), codes.count(Code.EXHAUSTED)) == (101, 400)
+        assert len({reply.id for reply in worker.replies()}) == 501
+
+
+async def test_an_exhausted_command_stays_exhausted_for_its_id(tmp_path: Path) -> None:
+    machine = Machine(gate=asyncio.Event())
+    limits = LimitSettings(lane_depth=1)
+    async with shell(tmp_path / "j", machine=machine, limits=limits) as worker:
+        worker.send(start(), "c1")
+        await machine.at_gate.wait()
+        worker.send(start(), "c2")
+        await worker.reply("c2")
+        machine.gate.set()
+        await worker.reply("c1")
+        worker.send(start(), "c2", reply_to="_INBOX.2")
+        await worker.bus.until(sent=1)
+
+        assert len(worker.bus.replies()) == 2
+        assert worker.bus.dead() == []
+
+
+@pytest.mark.parametrize("winner", [stop(), DESTROY])
+@pytest.mark.parametrize("loser", [start(), WAKE, SLEEP])
+async def test_stop_and_destroy_end_what_runs_and_what_waits(
+    tmp_path: Path, winner: StopInstance, loser: Request
+) -> None:
+    machine = Machine(gate=asyncio.Event())
+    async with shell(tmp_path / "j", machine=machine) as worker:
+        worker.send(loser, "runs")
+        await machine.at_gate.wait()
+        worker.send(loser, "waits")
+        worker.send(winner, "wins")
+        replies = {name: await worker.reply(name) for name in ("runs", "waits", "wins")}
+
+        assert replies["runs"].code is Code.SUPERSEDED
+        assert replies["waits"].code is Code.SUPERSEDED
+        assert replies["waits"].attempts == 0
+        assert replies["runs"].steps[-1].outcome == "undone"
+        assert replies["wins"].code is Code.OK
+        assert machine.things.there == set()
+        assert not worker.journal.leftovers()
+
+
+async def test_a_queued_loser_is_answered_before_the_winner_waits(tmp_path: Path) -> None:
+    release = asyncio.Event()
+
+    async def stubborn(request: Request, steps: Steps) -> Done:
+        if steps.command_id == "runs":
+            await release.wait()
+        return Done(changed=True, status=None, detail={})
+
+    async with shell(tmp_path / "j", machine=Machine(behave=stubborn)) as worker:
+        worker.send(stop(), "runs")
+        worker.send(start(), "waits")
+        worker.send(stop(), "wins")
+        reply = await worker.reply("waits")
+
+        assert (reply.code, reply.detail["by"]) == (Code.SUPERSEDED, "wins")
+        assert [r.id for r in worker.replies()] == ["waits"]
+        release.set()
+        assert (await worker.reply("wins")).code is Code.OK
+
+
+async def test_a_stop_supersedes_no_other_instance(tmp_path: Path) -> None:
+    machine = Machine(gate=asyncio.Event())
+    async with shell(tmp_path / "j", machine=machine) as worker:
+        worker.send(start(), "c1")
+        await machine.at_gate.wait()
+        worker.send(stop("a2"), "other")
+        await worker.reply("other")
+        machine.gate.set()
+
+        assert (await worker.reply("c1")).code is Code.OK
+
+
+async def test_past_its_point_of_no_return_nothing_is_superseded(tmp_path: Path) -> None:
+    reached, release = asyncio.Event(), asyncio.Event()
+
+    async def waking(request: Request, steps: Steps) -> Done | None:
+        if not isinstance(request, WakeInstance):
+            return None
+        await steps.reach("consumed")
+        reached.set()
+        await steps.interruptible("agent", release.wait)
+        return Done(changed=True, status="running", detail={})
+
+    async with shell(tmp_path / "j", machine=Machine(behave=waking)) as worker:
+        worker.send(WAKE, "wake")
+        await reached.wait()
+        worker.send(stop(), "stop")
+        await worker.bus.until_acked()
+        release.set()
+
+        assert (await worker.reply("wake")).code is Code.OK
+        assert (await worker.reply("stop")).code is Code.OK
+
+
+async def test_after_a_restart_what_an_earlier_run_made_is_undone_before_superseded(
+    tmp_path: Path,
+) -> None:
+    machine = Machine(gate=asyncio.Event())
+    async with shell(tmp_path / "j", machine=machine, send=False) as worker:
+        worker.send(start(), "began")
+        await machine.at_gate.wait()
+        worker.send(start(), "waits")
+        await worker.bus.until_acked()
+        bus = worker.bus
+    assert machine.things.there == {str(REF)}
+
+    async with shell(tmp_path / "j", bus, machine, consume=False, run=False) as worker:
+        # the Stop comes while recovery still holds the lanes
+        accepted = await worker.journal.accept(
+            command(stop(), "c9"),
+            lane=Lane.instance(REF),
+            subject="s",
+            stream_seq=9,
+            received_at_ms=1,
+        )
+        assert accepted.row is not None
+        worker.lanes.put(accepted.row)
+        assert (await worker.reply("waits")).attempts == 0
+        worker.lanes.start()
+        codes = [(await worker.reply(name)).code for name in ("began", "waits", "c9")]
+
+        assert codes == [Code.SUPERSEDED, Code.SUPERSEDED, Code.OK]
+        assert machine.things.there == set()
+        assert not worker.journal.leftovers()
