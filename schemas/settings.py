@@ -82,6 +82,12 @@ class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retry_budget_s: float = 30.0
 
 
+class LogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[log]`: `level` is debug, info, warning or error."""
+
+    level: str = "info"
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file; each key `a.b` is also `HOSTD_A_B` in the environment, which wins."""
 
@@ -92,6 +98,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics: MetricsSettings = MetricsSettings()
     network: NetworkSettings = NetworkSettings()
     limits: LimitSettings = LimitSettings()
+    log: LogSettings = LogSettings()
 
     @property
     def root(self) -> str:

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Everything that `make` needs, on a bare Debian 12: apt packages, .venv, promtool, test guests.
+# Idempotent: each part is done again only when what it is made from has changed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PACKAGES=(ca-certificates e2fsprogs iproute2 libnftables1 nftables python3-venv)
+TOOLS=build/tools
+STAMPS=build/stamps
+LOG=$PWD/build/apt.log
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+digest() { # of the files named, contents and names
+    cat -- "$@" | sha256sum | cut -c1-64
+}
+
+fresh() { # NAME DIGEST: was this part done from just this?
+    [[ -f $STAMPS/$1 && $(<"$STAMPS/$1") == "$2" ]]
+}
+
+done_with() { printf '%s\n' "$2" >"$STAMPS/$1"; }
+
+python() {
+    local name
+    for name in python3.11 python3 python3.12 python3.13; do
+        if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            command -v "$name"
+            return
+        fi
+    done
+    die "Python 3.11 or later is missing: apt-get install python3"
+}
+
+apt() {
+    [[ $(id -u) == 0 ]] || die "needs root to install: ${missing[*]}"
+    command -v apt-get >/dev/null || die "needs apt-get (Debian 12) to install: ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    if [[ -z ${updated-} ]]; then
+        apt-get -q update >"$LOG" 2>&1 ||
+            die "apt-get update failed: is the Debian mirror reachable? See $LOG"
+        updated=1
+    fi
+    apt-get -q "$@" >>"$LOG" 2>&1 || die "apt-get $* failed. See $LOG"
+}
+
+packages() {
+    local wanted=("${PACKAGES[@]}") name
+    missing=()
+    if [[ -f tests/guests/packages.txt ]]; then
+        while read -r name; do
+            [[ -z $name || $name == \#* ]] || wanted+=("$name")
+        done <tests/guests/packages.txt
+    fi
+    fresh packages "$(digest deploy/setup.sh <(printf '%s\n' "${wanted[@]}"))" && return
+    local installed
+    installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' 2>/dev/null | sed -n 's/^installed //p')
+    for name in "${wanted[@]}"; do
+        grep -qxF -- "$name" <<<"$installed" || missing+=("$name")
+    done
+    if ((${#missing[@]})); then
+        say "installing with apt: ${missing[*]}"
+        apt install -y --no-install-recommends "${missing[@]}"
+    fi
+    done_with packages "$(digest deploy/setup.sh <(printf '%s\n' "${wanted[@]}"))"
+}
+
+# Only the one program: the package as a whole would start a Prometheus on this machine.
+promtool() {
+    [[ -x $TOOLS/promtool ]] && return
+    if command -v promtool >/dev/null; then
+        ln -sf "$(command -v promtool)" "$TOOLS/promtool"
+        return
+    fi
+    say "fetching promtool with apt"
+    missing=(promtool)
+    rm -f "$TOOLS"/prometheus_*.deb
+    (cd "$TOOLS" && apt -o APT::Sandbox::User=root download prometheus)
+    dpkg-deb --fsys-tarfile "$TOOLS"/prometheus_*.deb | tar -xO ./usr/bin/promtool >"$TOOLS/promtool.new"
+    chmod 755 "$TOOLS/promtool.new"
+    mv "$TOOLS/promtool.new" "$TOOLS/promtool"
+    rm -f "$TOOLS"/prometheus_*.deb
+}
+
+venv() {
+    local made_from
+    made_from=$(digest requirements-dev.lock pyproject.toml)
+    [[ -x .venv/bin/hostd ]] && fresh venv "$made_from" && return
+    [[ -x .venv/bin/python ]] || "$(python)" -m venv .venv || die "cannot make .venv"
+    say "installing into .venv from PyPI"
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check --quiet)
+    "${pip[@]}" install --require-hashes -r requirements-dev.lock ||
+        die "pip failed: is PyPI reachable (or PIP_INDEX_URL set)?"
+    "${pip[@]}" install --no-deps --no-build-isolation -e . || die "cannot install hostd itself"
+    done_with venv "$made_from"
+}
+
+guests() {
+    [[ -f tests/guests/build.py || -d tests/guests/build ]] || return 0
+    local made_from
+    made_from=$(find tests/guests tests/lab -type f ! -name '*.pyc' -print0 2>/dev/null | sort -z |
+        xargs -0 sha256sum | sha256sum)
+    fresh guests "$made_from" && return
+    say "building the test guests"
+    .venv/bin/python -m tests.guests.build || die "cannot build the test guests"
+    done_with guests "$made_from"
+}
+
+mkdir -p "$TOOLS" "$STAMPS"
+exec 9>build/setup.lock
+flock 9
+packages
+promtool
+venv
+guests

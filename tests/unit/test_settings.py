@@ -1,0 +1,152 @@
+"""Settings: the file, the environment which wins, and errors that name file and key."""
+
+from pathlib import Path
+
+import pytest
+
+from schemas.settings import Settings
+from worker.settings import SettingsError, keys, load, load_with_origins
+
+HOST = {"HOSTD_HOST_ID": "h1"}
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "hostd.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_without_a_file_the_defaults_hold() -> None:
+    settings = load(None, HOST)
+
+    assert settings.host.id == "h1"
+    assert settings.nats == Settings().nats
+    assert settings.root == "hostd.v1.default"
+    assert settings.jail_base == "/var/lib/hostd/jails"
+
+
+def test_an_empty_host_id_is_the_machine_id() -> None:
+    loaded = load_with_origins(None, {})
+
+    assert loaded.settings.host.id == Path("/etc/machine-id").read_text().strip()[:32]
+    assert loaded.origins["host.id"] == "/etc/machine-id"
+
+
+def test_the_file_beats_the_default_and_the_environment_beats_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, '[host]\nid = "filed"\ncell = "c1"\n[limits]\nmax_drain_s = 10\n')
+
+    loaded = load_with_origins(path, {"HOSTD_HOST_ID": "env"})
+
+    assert loaded.settings.host.id == "env"
+    assert loaded.settings.host.cell == "c1"
+    assert loaded.settings.limits.max_drain_s == 10
+    assert loaded.origins["host.id"] == "HOSTD_HOST_ID"
+    assert loaded.origins["host.cell"] == path
+    assert loaded.origins["nats.url"] == "default"
+
+
+def test_the_environment_reads_booleans_lists_and_numbers() -> None:
+    settings = load(
+        None,
+        {
+            **HOST,
+            "HOSTD_HOST_PRODUCTION": "false",
+            "HOSTD_NETWORK_ALLOWED": '["10.240.0.0/13", "10.248.0.0/13"]',
+            "HOSTD_LIMITS_BOOTS": "3",
+            "HOSTD_VMM_API_TIMEOUT_S": "2.5",
+            "HOSTD_METRICS_LISTEN": "127.0.0.1:0",
+        },
+    )
+
+    assert settings.host.production is False
+    assert settings.network.allowed == ("10.240.0.0/13", "10.248.0.0/13")
+    assert settings.limits.boots == 3
+    assert settings.vmm.api_timeout_s == 2.5
+    assert settings.metrics.listen == "127.0.0.1:0"
+
+
+def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default() -> None:
+    for key in keys():
+        default = key.default
+        if isinstance(default, bool):
+            text = str(default).lower()
+        elif isinstance(default, tuple):
+            text = "[" + ", ".join(f'"{item}"' for item in default) + "]"
+        else:
+            text = str(default)
+        settings = load(None, {**HOST, key.env: text or ""})
+        value = getattr(getattr(settings, key.table), key.name)
+        assert value == (default or value), key.dotted
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "says"),
+    [
+        ('[host]\nidd = "x"', "host.idd", "no such setting"),
+        ("[hosts]\n", "hosts", "no such table"),
+        ("host = 1", "host", "is a table"),
+        ('[host]\nproduction = "yes"', "host.production", "Expected `bool`, got `str`"),
+        ("[limits]\nboots = true", "limits.boots", "Expected `int`, got `bool`"),
+        ("[limits]\nboots = 1.5", "limits.boots", "Expected `int`, got `float`"),
+        ("[limits]\nboots = 0", "limits.boots", "not in 1.."),
+        ("[limits]\nmax_drain_s = -1", "limits.max_drain_s", "not in 0..86400"),
+        ('[network]\nallowed = ["10.240.0.1/12"]', "network.allowed", "not an IPv4 network"),
+        ("[network]\nallowed = []", "network.allowed", "no network at all"),
+        ("[network]\nallowed = [1]", "network.allowed", "Expected `str`"),
+        ('[network]\nhost_services = ["tcp/0"]', "network.host_services", "tcp/<port>"),
+        ('[host]\nid = "a.b"', "host.id", "1 to 63 of"),
+        ('[host]\nid = "a\\n"', "host.id", "1 to 63 of"),
+        ('[host]\ncell = ""', "host.cell", "1 to 63 of"),
+        ('[nats]\nroot = "a.>"', "nats.root", "without wildcards"),
+        ('[nats]\ninbox_prefixes = ["_INBOX"]', "nats.inbox_prefixes", "ends in a dot"),
+        ('[nats]\nurl = "http://x"', "nats.url", "nats://host:port"),
+        ('[metrics]\nlisten = "9464"', "metrics.listen", "host:port"),
+        ('[paths]\nstate = "var"', "paths.state", "absolute path"),
+        ('[paths]\nstate = "/var/../x"', "paths.state", "absolute path"),
+        ("[vmm]\nuid_base = 0", "vmm.uid_base", "not in 65536.."),
+        ("[vmm]\nuid_base = 4294967000", "vmm.uid_count", "passes 4294967294"),
+        ('[limits]\ncgroup = "/hostd"', "limits.cgroup", "below the cgroup2 mount"),
+        ('[log]\nlevel = "loud"', "log.level", "not one of"),
+    ],
+)
+def test_a_wrong_file_names_itself_the_key_and_the_fault(
+    tmp_path: Path, text: str, key: str, says: str
+) -> None:
+    path = write(tmp_path, text)
+
+    with pytest.raises(SettingsError) as caught:
+        load(path, {} if "id =" in text else HOST)
+
+    assert caught.value.key == key
+    assert says in caught.value.message
+    if "uid_count" not in key:
+        assert caught.value.source == path
+
+
+def test_a_file_that_is_not_toml_or_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"hostd.toml: not TOML: Invalid value"):
+        load(write(tmp_path, "a = "), HOST)
+    with pytest.raises(SettingsError, match="No such file"):
+        load(str(tmp_path / "none"), HOST)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("HOSTD_LIMITS_ENFORCE", "yes", "'yes' is not true or false"),
+        ("HOSTD_LIMITS_BOOTS", "many", "not a whole number"),
+        ("HOSTD_NETWORK_ALLOWED", "10.0.0.0/8", "not a JSON list"),
+        ("HOSTD_NETWORK_ALLOWED", '{"a": 1}', "Expected `array`"),
+        ("HOSTD_LIMITS_BOOT", "1", "no such setting"),
+    ],
+)
+def test_a_wrong_variable_names_itself(name: str, text: str, says: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(None, {**HOST, name: text})
+
+    assert caught.value.source == name
+    assert says in caught.value.message
+
+
+def test_variables_outside_the_tables_are_none_of_its_business() -> None:
+    assert load(None, {**HOST, "HOSTD_CONFIG": "/x", "HOSTDISH": "1"}).host.id == "h1"

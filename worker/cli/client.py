@@ -1,0 +1,232 @@
+"""A command's sender: plain nats-py with short timeouts, as an agentd may do it in any language.
+
+Nothing of the worker is used but the wire, so this is also the example of how to speak to it.
+"""
+
+import asyncio
+import os
+import ssl
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import msgpack  # type: ignore[import-untyped] # has no hints
+import msgspec
+import nats
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client as Nats
+
+from schemas.requests import Ping, Request, SetupNetwork, TeardownNetwork
+from schemas.settings import Settings
+from worker.cli.context import CliError, NoAnswer
+
+CONNECT_TIMEOUT_S: Final = 3
+PUBLISH_TIMEOUT_S: Final = 5.0
+ASK_TIMEOUT_S: Final = 5.0
+RESULT_INTERVAL_S: Final = 0.25
+
+
+def new_id() -> str:
+    """A UUIDv7 in hex: 48 bits of Unix milliseconds, then random bits; sorts by time."""
+    now_ms = time.time_ns() // 1_000_000
+    random = int.from_bytes(os.urandom(10), "big")
+    value = now_ms << 80 | random
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    text = f"{value:032x}"
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def encode_request(request: Request) -> str | dict[str, Any]:
+    """As serde writes it in the named form: externally tagged, a unit variant as a string."""
+    if isinstance(request, Ping):
+        return request.kind
+    return {request.kind: msgspec.to_builtins(request)}
+
+
+def lane_of(request: Request) -> str:
+    """The subject tokens after `cmd`."""
+    if isinstance(request, Ping):
+        return "host"
+    if isinstance(request, SetupNetwork | TeardownNetwork):
+        return f"network.{request.tenant_id}"
+    return f"instance.{request.tenant_id}.{request.pool_id}.{request.instance_id}"
+
+
+class Client:
+    """One connection to the bus; made by `connect`. Raises NoAnswer and CliError only."""
+
+    def __init__(self, connection: Nats, root: str) -> None:
+        self._nats = connection
+        self._root = root
+
+    async def send(
+        self,
+        host: str,
+        request: Request,
+        *,
+        timeout_s: float,
+        command_id: str | None = None,
+        deadline_ms: int | None = None,
+        issuer: str = "hostd-cli",
+    ) -> dict[str, Any]:
+        """Publish one command and wait for its reply envelope, as a map.
+
+        The id may be given to ask again for the outcome of a command sent before.
+        """
+        command_id = command_id or new_id()
+        inbox = self._nats.new_inbox()
+        envelope: dict[str, Any] = {
+            "v": 1,
+            "id": command_id,
+            "request": encode_request(request),
+            "issued_at_ms": time.time_ns() // 1_000_000,
+            "reply_to": inbox,
+            "issuer": issuer,
+        }
+        if deadline_ms is not None:
+            envelope["deadline_ms"] = deadline_ms
+        subject = f"{self._root}.{host}.cmd.{lane_of(request)}"
+        replies = await self._nats.subscribe(inbox)
+        try:
+            async with asyncio.timeout(timeout_s):
+                if await self._publish(subject, msgpack.packb(envelope), command_id):
+                    return await self._result(host, command_id)
+                message = await replies.next_msg(timeout=timeout_s)
+                return _map(message.data)
+        except (TimeoutError, nats.errors.Error) as error:
+            raise NoAnswer(
+                f"no reply from host {host} to command {command_id} within {timeout_s:g} s; "
+                "it may still be carried out"
+            ) from error
+        finally:
+            await replies.unsubscribe()
+
+    async def _publish(self, subject: str, payload: bytes, command_id: str) -> bool:
+        """Whether the server took it for a duplicate."""
+        try:
+            ack = await self._nats.jetstream().publish(
+                subject, payload, timeout=PUBLISH_TIMEOUT_S, headers={"Nats-Msg-Id": command_id}
+            )
+        except nats.js.errors.NoStreamResponseError as error:
+            raise NoAnswer(f"no stream takes {subject}; see `hostd provision --help`") from error
+        except nats.js.errors.APIError as error:
+            raise NoAnswer(f"the stream refused {subject}: {error.description}") from error
+        return bool(ack.duplicate)
+
+    async def _result(self, host: str, command_id: str) -> dict[str, Any]:
+        """The stored reply of a command that was sent before, once it is done."""
+        while True:
+            answer = await self.ask(host, "result", {"id": command_id})
+            if answer.get("state") == "done":
+                return dict(answer["reply"])
+            await asyncio.sleep(RESULT_INTERVAL_S)
+
+    async def ask(
+        self, host: str, question: str, body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A read-only question to a worker.
+
+        Raises:
+            CliError: the worker's error; NoAnswer: nobody answers for this host.
+        """
+        subject = f"{self._root}.{host}.ask.{question}"
+        try:
+            message = await self._nats.request(
+                subject, msgpack.packb(dict(body or {})), timeout=ASK_TIMEOUT_S
+            )
+        except nats.errors.NoRespondersError as error:
+            raise NoAnswer(f"no worker answers for host {host}") from error
+        except nats.errors.TimeoutError as error:
+            raise NoAnswer(
+                f"host {host} did not answer {question} in {ASK_TIMEOUT_S:g} s"
+            ) from error
+        answer = _map(message.data)
+        if refused := answer.get("error"):
+            raise CliError(str(refused.get("code")), str(refused.get("message")))
+        return answer
+
+    async def live_events(self, host: str) -> AsyncIterator[dict[str, Any]]:
+        """Events from now on, of one host or (`*`) of all, for ever."""
+        subscription = await self._nats.subscribe(f"{self._root}.{host}.evt.>")
+        await self._nats.flush()
+
+        async def each() -> AsyncIterator[dict[str, Any]]:
+            async for message in subscription.messages:
+                yield _map(message.data)
+
+        return each()
+
+    async def kept_events(self, stream: str, host: str) -> AsyncIterator[dict[str, Any]]:
+        """Events that the stream still keeps, the oldest first, up to now."""
+        context = self._nats.jetstream()
+        try:
+            subscription = await context.pull_subscribe(f"{self._root}.{host}.evt.>", stream=stream)
+        except nats.js.errors.Error as error:
+            raise NoAnswer(f"stream {stream} cannot be read: {error}") from error
+        pending = (await subscription.consumer_info()).num_pending or 0
+        while pending > 0:
+            for message in await subscription.fetch(min(pending, 256), timeout=ASK_TIMEOUT_S):
+                pending -= 1
+                await message.ack()
+                yield _map(message.data)
+        await subscription.unsubscribe()
+
+
+@asynccontextmanager
+async def connect(
+    settings: Settings, *, url: str | None = None, creds: str | None = None
+) -> AsyncIterator[Client]:
+    """Connect once, without retries; raises NoAnswer if that fails."""
+    target = url or settings.nats.url
+    options: dict[str, Any] = {}
+    if path := creds or settings.nats.creds:
+        options["user_credentials"] = path
+    if settings.nats.tls:
+        options["tls"] = _trust(settings.nats.tls)
+    seen: list[Exception] = []
+
+    async def note(error: Exception) -> None:
+        seen.append(error)
+
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            connection = await nats.connect(
+                [server.strip() for server in target.split(",")],
+                name="hostd-cli",
+                connect_timeout=CONNECT_TIMEOUT_S,
+                allow_reconnect=False,
+                max_reconnect_attempts=1,  # 0 means: for ever
+                reconnect_time_wait=0.1,
+                error_cb=note,
+                inbox_prefix=settings.nats.inbox_prefixes[0].removesuffix("."),
+                **options,
+            )
+    except (OSError, nats.errors.Error, TimeoutError) as error:
+        why = seen[0] if seen else error
+        raise NoAnswer(f"{target}: {str(why) or type(why).__name__}") from error
+    try:
+        yield Client(connection, settings.root)
+    finally:
+        await connection.close()
+
+
+def _trust(ca_file: str) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        raise CliError("invalid", f"{ca_file}: {error.strerror or error}") from error
+
+
+def _map(payload: bytes) -> dict[str, Any]:
+    """An envelope as a map.
+
+    Raises:
+        CliError: `internal`; a worker answered something else.
+    """
+    try:
+        return msgspec.convert(msgpack.unpackb(payload), dict[str, Any])
+    except (ValueError, msgpack.UnpackException, msgspec.ValidationError) as error:
+        raise CliError("internal", f"an answer that is no envelope: {payload[:64]!r}") from error

@@ -1,0 +1,96 @@
+"""What the subcommands share: settings, output, and how a failure becomes an exit code."""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any, Final, NoReturn, TypeVar
+
+import click
+
+from schemas.codes import EXIT_CODES, EXIT_NO_ANSWER, Code
+from schemas.settings import Settings
+from worker.settings import DEFAULT_FILE, Loaded, SettingsError, load_with_origins
+
+NO_ANSWER: Final = "no answer"
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class CliError(Exception):
+    """Ends the subcommand: `main` prints it and exits with the code of its class."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+
+class NoAnswer(CliError):
+    """Nobody answered: no connection, no stream, no worker, or the time was up."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(NO_ANSWER, message)
+
+
+def exit_code(code: str) -> int:
+    """The exit code of a result code; one that this version does not know counts as internal."""
+    if code == NO_ANSWER:
+        return EXIT_NO_ANSWER
+    try:
+        return EXIT_CODES[Code(code)]
+    except ValueError:
+        return EXIT_CODES[Code.INTERNAL]
+
+
+def config_option(command: F) -> F:
+    """`--config FILE`, after the subcommand too."""
+    return click.option(
+        "--config",
+        metavar="FILE",
+        type=click.Path(dir_okay=False),
+        help=f"Settings, TOML. Default: $HOSTD_CONFIG, or {DEFAULT_FILE} if it is there.",
+    )(command)
+
+
+def json_option(command: F) -> F:
+    """`--json`, as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def load(config: str | None) -> Loaded:
+    """The settings of `--config`, here or before the subcommand, or of the default file.
+
+    Raises:
+        CliError: `invalid`, naming file and key.
+    """
+    context = click.get_current_context(silent=True)
+    path = config or (context.find_root().params.get("config") if context else None)
+    path = path or os.environ.get("HOSTD_CONFIG")
+    if not path and os.path.exists(DEFAULT_FILE):
+        path = DEFAULT_FILE
+    try:
+        return load_with_origins(path or None, os.environ)
+    except SettingsError as error:
+        raise CliError(Code.INVALID, str(error)) from error
+
+
+def settings_of(config: str | None) -> Settings:
+    return load(config).settings
+
+
+def print_json(value: object) -> None:
+    """One JSON document on one line."""
+    click.echo(json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain))
+
+
+def _plain(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def progress(text: str) -> None:
+    """A line about work under way; on stderr, so that stdout is the result alone."""
+    click.echo(text, err=True)
+
+
+def leave(code: str) -> NoReturn:
+    """End with the exit code of a result that was already printed."""
+    raise SystemExit(exit_code(code))

@@ -1,0 +1,70 @@
+"""The `hostd` command: one explicit table of subcommands, each loaded when it is used."""
+
+import importlib
+from importlib.metadata import version
+from typing import Any, Final
+
+import click
+
+from worker.cli.context import CliError, config_option, exit_code, print_json
+
+COMMANDS: Final[dict[str, str]] = {
+    # the worker
+    "run": "worker.cli.service:run",
+    "check-config": "worker.cli.config:check_config",
+    # commands, over the bus
+    "ping": "worker.cli.commands:ping",
+    "start": "worker.cli.commands:start",
+    "stop": "worker.cli.commands:stop",
+    "sleep": "worker.cli.commands:sleep",
+    "wake": "worker.cli.commands:wake",
+    "destroy": "worker.cli.commands:destroy",
+    "net-up": "worker.cli.commands:net_up",
+    "net-down": "worker.cli.commands:net_down",
+    # questions, over the bus
+    "ls": "worker.cli.questions:ls",
+    "show": "worker.cli.questions:show",
+    "events": "worker.cli.questions:events",
+    # on this host's files
+    "seed": "worker.cli.seed:seed",
+}
+
+
+class Lazy(click.Group):
+    """A group that imports a subcommand when it is asked for: `hostd decode` needs no bus."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command = getattr(importlib.import_module(module), name)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{COMMANDS[cmd_name]} is no command")
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand; a failure is printed once, here."""
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except CliError as error:
+            if as_json:
+                print_json({"error": {"code": error.code, "message": error.message}})
+            else:
+                click.echo(error, err=True)
+            ctx.exit(exit_code(error.code))
+
+
+@click.command(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("hostd"), prog_name="hostd")
+@config_option
+def main(config: str | None) -> None:
+    """The host daemon of a Firecracker fleet.
+
+    Exit codes: 0 done, 2 usage, 10 invalid, 11 unsupported, 12 conflict, 13 not found,
+    14 exhausted, 15 unavailable, 16 expired, 17 superseded, 18 draining, 20 host fault,
+    21 internal, 30 no answer.
+    """

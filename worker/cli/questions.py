@@ -1,0 +1,160 @@
+"""Questions to a worker over `ask`, and its events: ls show events. None changes the host."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+from worker.cli.client import connect
+from worker.cli.commands import bus_options
+from worker.cli.context import NoAnswer, print_json, settings_of
+
+
+def ask(question: str, body: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """One question to one host; `options` are those of `bus_options`."""
+    settings = settings_of(options["config"])
+
+    async def exchange() -> dict[str, Any]:
+        async with connect(settings, url=options["url"], creds=options["creds"]) as client:
+            return await client.ask(options["host"] or settings.host.id, question, body)
+
+    return asyncio.run(exchange())
+
+
+def clock(at_ms: int) -> str:
+    """Unix milliseconds as UTC, to the millisecond."""
+    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
+
+
+@click.command("ls")
+@bus_options
+def ls(as_json: bool, **options: Any) -> None:
+    """List the host's networks and instances with their status."""
+    answer = ask("list", {}, options)
+    if as_json:
+        print_json(answer)
+        return
+    rows = [
+        (network["tenant_id"], "network", network["status"], network["bridge_name"])
+        for network in answer["networks"]
+    ] + [
+        (
+            f"{instance['tenant_id']}/{instance['pool_id']}/{instance['instance_id']}",
+            "instance",
+            instance["status"],
+            f"since {clock(instance['since_ms'])}",
+        )
+        for instance in answer["instances"]
+    ]
+    if not rows:
+        click.echo("nothing here")
+        return
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        click.echo("  ".join([*cells, row[3]]))
+
+
+@click.command()
+@click.argument("tenant_id", metavar="TENANT")
+@click.argument("pool_id", metavar="[POOL", required=False)
+@click.argument("instance_id", metavar="INSTANCE]", required=False)
+@bus_options
+def show(
+    tenant_id: str, pool_id: str | None, instance_id: str | None, as_json: bool, **options: Any
+) -> None:
+    """Show all that the host knows of a tenant's network or of an instance."""
+    if (pool_id is None) != (instance_id is None):
+        raise click.UsageError("give TENANT, or TENANT POOL INSTANCE")
+    body = {"tenant_id": tenant_id}
+    if pool_id is not None and instance_id is not None:
+        body |= {"pool_id": pool_id, "instance_id": instance_id}
+    answer = ask("describe", body, options)
+    if as_json:
+        print_json(answer)
+        return
+    for name, value in answer.items():
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        click.echo(
+            f"{name}: {clock(value)}" if name.endswith("_ms") and value else f"{name}: {text}"
+        )
+
+
+@click.command()
+@click.option("--all-hosts", is_flag=True, help="Of all hosts of the cell.")
+@click.option("--kept", is_flag=True, help="First what the stream still keeps, the oldest first.")
+@click.option("--no-follow", is_flag=True, help="Do not wait for new ones.")
+@click.option("--count", type=click.IntRange(min=1), help="Stop after this many.")
+@click.option("--timeout", "timeout_s", type=float, metavar="S", help="Stop after S seconds.")
+@bus_options
+def events(
+    all_hosts: bool,
+    kept: bool,
+    no_follow: bool,
+    count: int | None,
+    timeout_s: float | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Follow the event stream. With --json one event per line.
+
+    Exit code 30 if --timeout passed before --count events came.
+    """
+    if no_follow and not kept:
+        raise click.UsageError("--no-follow shows something only with --kept")
+    settings = settings_of(options["config"])
+    host = "*" if all_hosts else options["host"] or settings.host.id
+    shown = 0
+    newest: dict[str, int] = {}
+
+    def show_event(event: dict[str, Any]) -> bool:
+        """Whether it was the last one asked for; one that comes twice is shown once."""
+        nonlocal shown
+        journal = f"{event['host_id']}:{event['journal_id']}"
+        if event["seq"] > newest.get(journal, 0):
+            newest[journal] = event["seq"]
+            shown += 1
+            print_json(event) if as_json else click.echo(describe_event(event))
+        return shown == count
+
+    async def follow() -> None:
+        async with connect(settings, url=options["url"], creds=options["creds"]) as client:
+            live = await client.live_events(host)
+            if kept:
+                stream = f"HOSTD_EVT_{settings.host.cell}"
+                if await _until(client.kept_events(stream, host), show_event) or no_follow:
+                    return
+            await _until(live, show_event)
+
+    async def bounded() -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await follow()
+        except TimeoutError as error:
+            if count is not None:
+                raise NoAnswer(f"{shown} of {count} events within {timeout_s} s") from error
+
+    with suppress(KeyboardInterrupt):
+        asyncio.run(bounded())
+
+
+async def _until(
+    source: AsyncIterator[dict[str, Any]], last: Callable[[dict[str, Any]], bool]
+) -> bool:
+    async for event in source:
+        if last(event):
+            return True
+    return False
+
+
+def describe_event(event: dict[str, Any]) -> str:
+    """One event on one line."""
+    ids = (event.get("tenant_id"), event.get("pool_id"), event.get("instance_id"))
+    about = "/".join(part for part in ids if part) or event["host_id"]
+    change = f" {event.get('from')} -> {event['to']}" if event.get("to") else ""
+    reason = f" ({event['reason']})" if event.get("reason") else ""
+    return f"{clock(event['at_ms'])} {event['seq']} {event['kind']} {about}{change}{reason}"

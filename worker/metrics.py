@@ -1,0 +1,204 @@
+"""The worker's metrics: one registry of its own, one small method per fact.
+
+Never a tenant, pool or instance as a label: the number of series must not grow with tenants. Names
+and labels are a contract (docs/operations.md lists them); `promtool check metrics` runs in a test.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from schemas.codes import Code
+from schemas.records import Status
+
+LAG_INTERVAL_S: Final = 0.5
+_FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_LONG = (*_FAST, 30.0, 60.0, 300.0)
+_BYTES = tuple(float(2**exponent) for exponent in range(20, 37, 2))
+
+
+class Metrics:
+    """All metrics of one worker. Methods only count; none blocks, fails or awaits."""
+
+    def __init__(self, version: str) -> None:
+        # `_created` series double a counter's cost and fail promtool's naming rules
+        disable_created_metrics()  # type: ignore[no-untyped-call] # its module has no hints
+        registry = self.registry = CollectorRegistry()
+        self._collect: Callable[[], None] = lambda: None
+        self._commands = Counter(
+            "hostd_commands_total",
+            "Commands that ended, by type and result code.",
+            ["type", "code"],
+            registry=registry,
+        )
+        self._command_seconds = Histogram(
+            "hostd_command_duration_seconds",
+            "From a command's receipt to its outcome, waiting in its lane included.",
+            ["type"],
+            buckets=_LONG,
+            registry=registry,
+        )
+        self._step_seconds = Histogram(
+            "hostd_step_duration_seconds",
+            "Duration of one step of a command.",
+            ["step"],
+            buckets=_FAST,
+            registry=registry,
+        )
+        self._retries = Counter(
+            "hostd_retries_total",
+            "Attempts beyond a command's first, by type and the code of the failure.",
+            ["type", "code"],
+            registry=registry,
+        )
+        self._lanes = Gauge("hostd_lanes", "Lanes, by state.", ["state"], registry=registry)
+        self._unfinished = Gauge(
+            "hostd_commands_unfinished",
+            "Commands in the journal without an outcome.",
+            registry=registry,
+        )
+        self._commit_seconds = Histogram(
+            "hostd_journal_commit_seconds",
+            "Duration of one commit of the journal.",
+            buckets=_FAST,
+            registry=registry,
+        )
+        self._outbox = Gauge(
+            "hostd_outbox_rows", "Replies, events and state rows not yet sent.", registry=registry
+        )
+        self._connected = Gauge(
+            "hostd_bus_connected", "1 while the bus is connected, else 0.", registry=registry
+        )
+        self._reconnects = Counter(
+            "hostd_bus_reconnects_total", "Times the bus connected again.", registry=registry
+        )
+        self._redeliveries = Counter(
+            "hostd_redeliveries_total",
+            "Messages that came with a delivery count above one.",
+            registry=registry,
+        )
+        self._instances = Gauge(
+            "hostd_instances", "Instances of this host, by status.", ["status"], registry=registry
+        )
+        self._exits = Counter(
+            "hostd_vmm_exits_total",
+            "VMMs that ended without a command, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        self._snapshot_seconds = Histogram(
+            "hostd_snapshot_duration_seconds",
+            "Duration of writing one snapshot.",
+            buckets=_LONG,
+            registry=registry,
+        )
+        self._snapshot_bytes = Histogram(
+            "hostd_snapshot_bytes",
+            "Size of one snapshot, state and memory.",
+            buckets=_BYTES,
+            registry=registry,
+        )
+        self._orphans = Gauge(
+            "hostd_orphans",
+            "Things on this host that carry our mark and belong to no record, by kind.",
+            ["kind"],
+            registry=registry,
+        )
+        self._lag = Histogram(
+            "hostd_loop_lag_seconds",
+            "How late the event loop ran a timer.",
+            buckets=_FAST,
+            registry=registry,
+        )
+        build = Gauge("hostd_build_info", "Always 1.", ["version"], registry=registry)
+        build.labels(version).set(1)
+        self.lanes(busy=0, waiting=0)
+        self.instances({})
+
+    def on_collect(self, collect: Callable[[], None]) -> None:
+        """Have `collect` set the gauges just before each scrape; it must be fast."""
+        self._collect = collect
+
+    def render(self) -> bytes:
+        """The text exposition format, gauges fresh."""
+        self._collect()
+        return generate_latest(self.registry)
+
+    # -- what happened -------------------------------------------------------------------------
+
+    def command_done(self, kind: str, code: Code, seconds: float) -> None:
+        """A command of this type ended, `seconds` after it was received."""
+        self._commands.labels(kind, code.value).inc()
+        self._command_seconds.labels(kind).observe(seconds)
+
+    def step(self, name: str, seconds: float) -> None:
+        self._step_seconds.labels(name).observe(seconds)
+
+    def retry(self, kind: str, code: Code) -> None:
+        self._retries.labels(kind, code.value).inc()
+
+    def commit(self, seconds: float) -> None:
+        self._commit_seconds.observe(seconds)
+
+    def reconnected(self) -> None:
+        self._reconnects.inc()
+
+    def redelivered(self) -> None:
+        self._redeliveries.inc()
+
+    def vmm_exited(self, reason: str) -> None:
+        """`reason` is one of a few words, never a text of the VMM's."""
+        self._exits.labels(reason).inc()
+
+    def snapshot(self, seconds: float, size_bytes: int) -> None:
+        self._snapshot_seconds.observe(seconds)
+        self._snapshot_bytes.observe(size_bytes)
+
+    def loop_lag(self, seconds: float) -> None:
+        self._lag.observe(seconds)
+
+    # -- how things are ------------------------------------------------------------------------
+
+    def lanes(self, *, busy: int, waiting: int) -> None:
+        """Lanes with a command running, and lanes whose first command waits for a permit."""
+        self._lanes.labels("busy").set(busy)
+        self._lanes.labels("waiting").set(waiting)
+
+    def unfinished(self, count: int) -> None:
+        self._unfinished.set(count)
+
+    def outbox_rows(self, count: int) -> None:
+        self._outbox.set(count)
+
+    def bus_connected(self, connected: bool) -> None:
+        self._connected.set(int(connected))
+
+    def instances(self, counts: Mapping[Status, int]) -> None:
+        """A status that is not in `counts` has none."""
+        for status in Status:
+            if status is not Status.DESTROYED:
+                self._instances.labels(status.value).set(counts.get(status, 0))
+
+    def orphans(self, counts: Mapping[str, int]) -> None:
+        """By kind of the inventory; a kind left out keeps no series."""
+        self._orphans.clear()
+        for kind, count in counts.items():
+            self._orphans.labels(kind).set(count)
+
+
+async def sample_loop_lag(metrics: Metrics, interval_s: float = LAG_INTERVAL_S) -> None:
+    """Until cancelled: note how much later than asked the loop wakes this task."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + interval_s
+        await asyncio.sleep(interval_s)
+        metrics.loop_lag(max(0.0, loop.time() - due))

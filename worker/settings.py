@@ -1,0 +1,308 @@
+"""Read the settings: one TOML file, each key `a.b` also as `HOSTD_A_B`, which wins.
+
+Types, defaults and units are in `schemas/settings.py`. Nothing is guessed: an unknown key, a wrong
+type or a value that breaks a rule stops the start and names its file and key.
+"""
+
+import ipaddress
+import json
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from schemas.naming import HOST_ID_PATTERN
+from schemas.settings import Settings
+
+MACHINE_ID_FILE = "/etc/machine-id"
+DEFAULT_FILE = "/etc/hostd/hostd.toml"
+ENV_PREFIX = "HOSTD_"
+DEFAULT = "default"
+
+_CELL = re.compile(r"[A-Za-z0-9_-]{1,63}")
+_SUBJECT = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_SERVICE = re.compile(r"(tcp|udp)/([0-9]{1,5})")
+_URL = re.compile(r"(nats|tls|ws|wss)://[^\s,]+")
+_UID_MIN, _UID_MAX = 65_536, 2**32 - 2
+_WANTED: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class SettingsError(Exception):
+    """A setting is wrong.
+
+    Args:
+        source: the file, or the name of the environment variable.
+        key: `table.key`, or empty when the file as a whole is wrong.
+        message: what is wrong with it.
+    """
+
+    def __init__(self, source: str, key: str, message: str) -> None:
+        super().__init__(f"{source}: {key}: {message}" if key else f"{source}: {message}")
+        self.source = source
+        self.key = key
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The settings, and for each `table.key` where its value is from."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One setting as the types declare it."""
+
+    table: str
+    name: str
+    type: Any
+    default: Any
+
+    @property
+    def dotted(self) -> str:
+        return f"{self.table}.{self.name}"
+
+    @property
+    def env(self) -> str:
+        return f"{ENV_PREFIX}{self.table}_{self.name}".upper()
+
+    @property
+    def unit(self) -> str:
+        """Of a number: its name ends in it; empty for a plain count or what is no number."""
+        for suffix, unit in (("_s", "seconds"), ("_mib", "MiB"), ("_bytes", "bytes")):
+            if self.name.endswith(suffix):
+                return unit
+        return ""
+
+
+def keys() -> tuple[Key, ...]:
+    """Every setting there is, in the order of the types."""
+    return tuple(
+        Key(table.name, field.name, field.type, field.default)
+        for table in msgspec.structs.fields(Settings)
+        for field in msgspec.structs.fields(table.type)
+    )
+
+
+def load(path: str | None, environ: Mapping[str, str]) -> Settings:
+    """Read and check the settings; without `path` only defaults and the environment count.
+
+    Raises:
+        SettingsError: names file or variable, key, and what is wrong.
+    """
+    return load_with_origins(path, environ).settings
+
+
+def load_with_origins(path: str | None, environ: Mapping[str, str]) -> Loaded:
+    """As `load`, and tell where each value is from: `default`, the file, or a variable."""
+    known = {key.dotted: key for key in keys()}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = dict.fromkeys(known, DEFAULT)
+    for dotted, value in _read_file(path).items() if path is not None else ():
+        if dotted not in known:
+            raise SettingsError(str(path), dotted, "no such setting")
+        values[dotted] = _convert(str(path), known[dotted], value)
+        origins[dotted] = str(path)
+    for dotted, (name, text) in _read_environ(known, environ).items():
+        values[dotted] = _convert(name, known[dotted], _parse(name, known[dotted], text))
+        origins[dotted] = name
+    if not values.get("host.id"):
+        values["host.id"] = _machine_id()
+        origins["host.id"] = MACHINE_ID_FILE
+    tables: dict[str, dict[str, Any]] = {key.table: {} for key in known.values()}
+    for dotted, value in values.items():
+        tables[known[dotted].table][known[dotted].name] = value
+    settings = msgspec.convert(tables, Settings)
+    _check(settings, origins)
+    return Loaded(settings, origins)
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            tables = tomllib.load(file)
+    except OSError as error:
+        raise SettingsError(path, "", error.strerror or "cannot be read") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(path, "", f"not TOML: {error}") from error
+    found: dict[str, Any] = {}
+    for table, content in tables.items():
+        if table not in {key.table for key in keys()}:
+            raise SettingsError(path, table, "no such table")
+        try:
+            pairs = msgspec.convert(content, dict[str, Any])
+        except msgspec.ValidationError as error:
+            raise SettingsError(path, table, "is a table") from error
+        found.update({f"{table}.{name}": value for name, value in pairs.items()})
+    return found
+
+
+def _read_environ(
+    known: Mapping[str, Key], environ: Mapping[str, str]
+) -> dict[str, tuple[str, str]]:
+    by_env = {key.env: key for key in known.values()}
+    tables = {f"{ENV_PREFIX}{key.table}_".upper() for key in known.values()}
+    found: dict[str, tuple[str, str]] = {}
+    for name, text in sorted(environ.items()):
+        if key := by_env.get(name):
+            found[key.dotted] = (name, text)
+        elif any(name.startswith(table) for table in tables):
+            raise SettingsError(name, "", "no such setting")
+    return found
+
+
+def _parse(name: str, key: Key, text: str) -> object:
+    """The environment's text as the value that TOML would give."""
+    try:
+        if key.type is str:
+            return text
+        if key.type is bool:
+            return {"true": True, "false": False}[text]
+        if key.type is int:
+            return int(text)
+        if key.type is float:
+            return float(text)
+        return json.loads(text)
+    except (ValueError, KeyError) as error:
+        wanted = _WANTED.get(key.type, "a JSON list")
+        raise SettingsError(name, key.dotted, f"{text!r} is not {wanted}") from error
+
+
+def _convert(source: str, key: Key, value: object) -> object:
+    try:
+        return msgspec.convert(value, key.type, strict=True)
+    except msgspec.ValidationError as error:
+        raise SettingsError(source, key.dotted, f"{error}") from error
+
+
+def _machine_id() -> str:
+    try:
+        with open(MACHINE_ID_FILE, encoding="ascii") as file:
+            text = file.read().strip()
+    except OSError as error:
+        raise SettingsError(
+            MACHINE_ID_FILE, "host.id", "is not set, and there is no machine id to take"
+        ) from error
+    if not re.fullmatch(r"[0-9a-f]{32}", text[:32]):
+        raise SettingsError(MACHINE_ID_FILE, "host.id", "is not set, and this holds no machine id")
+    return text[:32]
+
+
+# -- rules -----------------------------------------------------------------------------------------
+
+
+def _check(settings: Settings, origins: Mapping[str, str]) -> None:
+    for dotted, rule in _RULES.items():
+        table, name = dotted.split(".")
+        value = getattr(getattr(settings, table), name)
+        if wrong := rule(value):
+            raise SettingsError(origins[dotted], dotted, wrong)
+    if settings.vmm.uid_base + settings.vmm.uid_count - 1 > _UID_MAX:
+        raise SettingsError(
+            origins["vmm.uid_count"], "vmm.uid_count", f"uid_base + uid_count passes {_UID_MAX}"
+        )
+
+
+def _matches(pattern: re.Pattern[str], what: str) -> Callable[[str], str]:
+    return lambda value: "" if pattern.fullmatch(value) else f"{value!r} is not {what}"
+
+
+def _absolute(value: str) -> str:
+    good = value.startswith("/") and "\0" not in value and "/../" not in f"{value}/"
+    return "" if good else f"{value!r} is not an absolute path"
+
+
+def _or_empty(rule: Callable[[str], str]) -> Callable[[str], str]:
+    return lambda value: rule(value) if value else ""
+
+
+def _each(rule: Callable[[str], str]) -> Callable[[tuple[str, ...]], str]:
+    return lambda values: next((wrong for value in values if (wrong := rule(value))), "")
+
+
+def _between(low: float, high: float) -> Callable[[float], str]:
+    return lambda value: "" if low <= value <= high else f"{value} is not in {low:g}..{high:g}"
+
+
+def _cidr(value: str) -> str:
+    try:
+        ipaddress.IPv4Network(value, strict=True)
+    except ValueError:
+        return f"{value!r} is not an IPv4 network, e.g. 10.240.0.0/12"
+    return ""
+
+
+def _listen(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        return f"{value!r} is not host:port"
+    return ""
+
+
+def _service(value: str) -> str:
+    match = _SERVICE.fullmatch(value)
+    good = match is not None and 0 < int(match[2]) <= 65_535
+    return "" if good else f"{value!r} is not tcp/<port> or udp/<port>"
+
+
+def _inbox(value: str) -> str:
+    good = value.endswith(".") and _SUBJECT.fullmatch(value[:-1])
+    return "" if good else f"{value!r} is not a subject prefix that ends in a dot"
+
+
+def _urls(value: str) -> str:
+    good = all(_URL.fullmatch(url.strip()) for url in value.split(","))
+    return "" if good else f"{value!r} is not nats://host:port (several with commas)"
+
+
+def _cgroup(value: str) -> str:
+    good = all(part not in {"", ".", ".."} for part in value.split("/"))
+    return "" if good else f"{value!r} is not a path below the cgroup2 mount, e.g. hostd"
+
+
+_COUNT = _between(1, 1_000_000)
+_SECONDS = _between(0.1, 86_400)
+_RULES: dict[str, Callable[[Any], str]] = {
+    "host.id": _matches(HOST_ID_PATTERN, "1 to 63 of A-Z a-z 0-9 _ -"),
+    "host.cell": _matches(_CELL, "1 to 63 of A-Z a-z 0-9 _ -"),
+    "nats.url": _urls,
+    "nats.creds": _or_empty(_absolute),
+    "nats.tls": _or_empty(_absolute),
+    "nats.root": _or_empty(_matches(_SUBJECT, "a subject without wildcards")),
+    "nats.inbox_prefixes": _each(_inbox),
+    "paths.data": _absolute,
+    "paths.state": _absolute,
+    "paths.run": _absolute,
+    "vmm.firecracker": _absolute,
+    "vmm.jailer": _absolute,
+    "vmm.jail_base": _or_empty(_absolute),
+    "vmm.uid_base": _between(_UID_MIN, _UID_MAX),
+    "vmm.uid_count": _between(1, 2**31),
+    "vmm.ready_timeout_s": _SECONDS,
+    "vmm.api_timeout_s": _SECONDS,
+    "vmm.snapshot_timeout_s": _SECONDS,
+    "vmm.log_bytes": _between(4096, 2**30),
+    "metrics.listen": _or_empty(_listen),
+    "network.allowed": lambda value: _each(_cidr)(value) if value else "allows no network at all",
+    "network.host_services": _each(_service),
+    "network.exempt_routes": _each(_cidr),
+    "limits.cgroup": _cgroup,
+    "limits.max_drain_s": _between(0, 86_400),
+    "limits.lane_depth": _COUNT,
+    "limits.host_depth": _COUNT,
+    "limits.boots": _COUNT,
+    "limits.restores": _COUNT,
+    "limits.snapshots": _COUNT,
+    "limits.networks": _COUNT,
+    "limits.mem_reserve_mib": _between(0, 2**30),
+    "limits.vmm_overhead_mib": _between(0, 2**20),
+    "limits.shutdown_s": _SECONDS,
+    "limits.retry_budget_s": _SECONDS,
+    "log.level": lambda value: "" if value in LEVELS else f"{value!r} is not one of {LEVELS}",
+}
