@@ -16,14 +16,13 @@ import msgspec
 
 from schemas.naming import HOST_ID_PATTERN
 from schemas.settings import Settings
+from schemas.subjects import CELL_PATTERN, ROOT_PATTERN
 
 MACHINE_ID_FILE = "/etc/machine-id"
 DEFAULT_FILE = "/etc/hostd/hostd.toml"
 ENV_PREFIX = "HOSTD_"
 DEFAULT = "default"
 
-_CELL = re.compile(r"[A-Za-z0-9_-]{1,63}")
-_SUBJECT = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _SERVICE = re.compile(r"(tcp|udp)/([0-9]{1,5})")
 _URL = re.compile(r"(nats|tls|ws|wss)://[^\s,]+")
 _UID_MIN, _UID_MAX = 65_536, 2**32 - 2
@@ -252,7 +251,7 @@ def _service(value: str) -> str:
 
 
 def _inbox(value: str) -> str:
-    good = value.endswith(".") and _SUBJECT.fullmatch(value[:-1])
+    good = value.endswith(".") and ROOT_PATTERN.fullmatch(value[:-1])
     return "" if good else f"{value!r} is not a subject prefix that ends in a dot"
 
 
@@ -270,11 +269,11 @@ _COUNT = _between(1, 1_000_000)
 _SECONDS = _between(0.1, 86_400)
 _RULES: dict[str, Callable[[Any], str]] = {
     "host.id": _matches(HOST_ID_PATTERN, "1 to 63 of A-Z a-z 0-9 _ -"),
-    "host.cell": _matches(_CELL, "1 to 63 of A-Z a-z 0-9 _ -"),
+    "host.cell": _matches(CELL_PATTERN, "1 to 32 of A-Z a-z 0-9 _ -"),
     "nats.url": _urls,
     "nats.creds": _or_empty(_absolute),
     "nats.tls": _or_empty(_absolute),
-    "nats.root": _or_empty(_matches(_SUBJECT, "a subject without wildcards")),
+    "nats.root": _or_empty(_matches(ROOT_PATTERN, "a subject without wildcards")),
     "nats.inbox_prefixes": _each(_inbox),
     "paths.data": _absolute,
     "paths.state": _absolute,

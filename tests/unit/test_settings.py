@@ -96,7 +96,7 @@ def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default() -
         ('[network]\nhost_services = ["tcp/0"]', "network.host_services", "tcp/<port>"),
         ('[host]\nid = "a.b"', "host.id", "1 to 63 of"),
         ('[host]\nid = "a\\n"', "host.id", "1 to 63 of"),
-        ('[host]\ncell = ""', "host.cell", "1 to 63 of"),
+        ('[host]\ncell = ""', "host.cell", "1 to 32 of"),
         ('[nats]\nroot = "a.>"', "nats.root", "without wildcards"),
         ('[nats]\ninbox_prefixes = ["_INBOX"]', "nats.inbox_prefixes", "ends in a dot"),
         ('[nats]\nurl = "http://x"', "nats.url", "nats://host:port"),

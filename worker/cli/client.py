@@ -3,29 +3,36 @@
 Nothing of the worker is used but the wire, so this is also the example of how to speak to it.
 """
 
+# pyright: reportUnknownMemberType=false
+# (nats-py leaves some of its parameters without types)
+
 import asyncio
 import os
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, cast
 
-import msgpack  # type: ignore[import-untyped] # has no hints
-import msgspec
 import nats
 import nats.errors
 import nats.js.errors
 from nats.aio.client import Client as Nats
 
-from schemas.requests import Ping, Request, SetupNetwork, TeardownNetwork
+from schemas import codec
+from schemas.envelopes import Command
+from schemas.malformed import Malformed
+from schemas.requests import Request
 from schemas.settings import Settings
+from schemas.subjects import Lane, Subjects
+from schemas.unpack import Limits, pack, unpack_map
 from worker.cli.context import CliError, NoAnswer
 
 CONNECT_TIMEOUT_S: Final = 3
 PUBLISH_TIMEOUT_S: Final = 5.0
 ASK_TIMEOUT_S: Final = 5.0
 RESULT_INTERVAL_S: Final = 0.25
+_ANSWER = Limits(size_bytes=8 << 20, containers=100_000, items=50_000, depth=16)
 
 
 def new_id() -> str:
@@ -39,28 +46,19 @@ def new_id() -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
-def encode_request(request: Request) -> str | dict[str, Any]:
-    """As serde writes it in the named form: externally tagged, a unit variant as a string."""
-    if isinstance(request, Ping):
-        return request.kind
-    return {request.kind: msgspec.to_builtins(request)}
-
-
-def lane_of(request: Request) -> str:
-    """The subject tokens after `cmd`."""
-    if isinstance(request, Ping):
-        return "host"
-    if isinstance(request, SetupNetwork | TeardownNetwork):
-        return f"network.{request.tenant_id}"
-    return f"instance.{request.tenant_id}.{request.pool_id}.{request.instance_id}"
-
-
 class Client:
     """One connection to the bus; made by `connect`. Raises NoAnswer and CliError only."""
 
-    def __init__(self, connection: Nats, root: str) -> None:
+    def __init__(self, connection: Nats, root: str, cell: str) -> None:
         self._nats = connection
         self._root = root
+        self._cell = cell
+
+    def _subjects(self, host: str) -> Subjects:
+        try:
+            return Subjects(self._root, host, self._cell)
+        except ValueError as error:
+            raise CliError("invalid", str(error)) from error
 
     async def send(
         self,
@@ -76,29 +74,25 @@ class Client:
 
         The id may be given to ask again for the outcome of a command sent before.
         """
-        command_id = command_id or new_id()
-        inbox = self._nats.new_inbox()
-        envelope: dict[str, Any] = {
-            "v": 1,
-            "id": command_id,
-            "request": encode_request(request),
-            "issued_at_ms": time.time_ns() // 1_000_000,
-            "reply_to": inbox,
-            "issuer": issuer,
-        }
-        if deadline_ms is not None:
-            envelope["deadline_ms"] = deadline_ms
-        subject = f"{self._root}.{host}.cmd.{lane_of(request)}"
+        command = Command(
+            id=command_id or new_id(),
+            request=request,
+            issued_at_ms=time.time_ns() // 1_000_000,
+            deadline_ms=deadline_ms,
+            reply_to=(inbox := self._nats.new_inbox()),
+            issuer=issuer,
+        )
+        subject = self._subjects(host).command(Lane.of_request(request))
         replies = await self._nats.subscribe(inbox)
         try:
             async with asyncio.timeout(timeout_s):
-                if await self._publish(subject, msgpack.packb(envelope), command_id):
-                    return await self._result(host, command_id)
+                if await self._publish(subject, codec.encode_command(command), command.id):
+                    return await self._result(host, command.id)
                 message = await replies.next_msg(timeout=timeout_s)
                 return _map(message.data)
         except (TimeoutError, nats.errors.Error) as error:
             raise NoAnswer(
-                f"no reply from host {host} to command {command_id} within {timeout_s:g} s; "
+                f"no reply from host {host} to command {command.id} within {timeout_s:g} s; "
                 "it may still be carried out"
             ) from error
         finally:
@@ -121,7 +115,7 @@ class Client:
         while True:
             answer = await self.ask(host, "result", {"id": command_id})
             if answer.get("state") == "done":
-                return dict(answer["reply"])
+                return _inner(answer, "reply")
             await asyncio.sleep(RESULT_INTERVAL_S)
 
     async def ask(
@@ -132,10 +126,10 @@ class Client:
         Raises:
             CliError: the worker's error; NoAnswer: nobody answers for this host.
         """
-        subject = f"{self._root}.{host}.ask.{question}"
+        subject = self._subjects(host).ask(question)
         try:
             message = await self._nats.request(
-                subject, msgpack.packb(dict(body or {})), timeout=ASK_TIMEOUT_S
+                subject, pack(dict(body or {})), timeout=ASK_TIMEOUT_S
             )
         except nats.errors.NoRespondersError as error:
             raise NoAnswer(f"no worker answers for host {host}") from error
@@ -178,7 +172,7 @@ class Client:
 @asynccontextmanager
 async def connect(
     settings: Settings, *, url: str | None = None, creds: str | None = None
-) -> AsyncIterator[Client]:
+) -> AsyncGenerator[Client]:
     """Connect once, without retries; raises NoAnswer if that fails."""
     target = url or settings.nats.url
     options: dict[str, Any] = {}
@@ -208,7 +202,7 @@ async def connect(
         why = seen[0] if seen else error
         raise NoAnswer(f"{target}: {str(why) or type(why).__name__}") from error
     try:
-        yield Client(connection, settings.root)
+        yield Client(connection, settings.root, settings.host.cell)
     finally:
         await connection.close()
 
@@ -227,6 +221,14 @@ def _map(payload: bytes) -> dict[str, Any]:
         CliError: `internal`; a worker answered something else.
     """
     try:
-        return msgspec.convert(msgpack.unpackb(payload), dict[str, Any])
-    except (ValueError, msgpack.UnpackException, msgspec.ValidationError) as error:
-        raise CliError("internal", f"an answer that is no envelope: {payload[:64]!r}") from error
+        return unpack_map(payload, _ANSWER)
+    except Malformed as error:
+        raise CliError("internal", f"an answer that is no envelope: {error}") from error
+
+
+def _inner(answer: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A map inside an answer."""
+    value = answer.get(name)
+    if not isinstance(value, dict):
+        raise CliError("internal", f"an answer without {name}")
+    return cast("dict[str, Any]", value)

@@ -1,7 +1,6 @@
 """The commands, sent over the bus: ping start stop sleep wake destroy net-up net-down."""
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,9 +8,13 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from schemas import codec
+from schemas.envelopes import Reply
 from schemas.files import TenantConfig
+from schemas.malformed import Malformed
 from schemas.requests import (
     DestroyInstance,
+    Error,
     Ping,
     Request,
     SetupNetwork,
@@ -100,39 +103,37 @@ def send(
                 deadline_ms=deadline_ms,
             )
 
-    reply = asyncio.run(exchange())
+    raw = asyncio.run(exchange())
+    try:
+        reply = codec.read_reply(raw)
+    except Malformed as error:
+        raise CliError("internal", f"an answer that is no reply: {error}") from error
     if as_json:
-        print_json(reply)
+        print_json(raw)
     else:
         click.echo(describe_reply(request, reply))
-    leave(str(reply.get("code")))
+    leave(reply.code)
 
 
-def describe_reply(request: Request, reply: dict[str, Any]) -> str:
+def describe_reply(request: Request, reply: Reply) -> str:
     """A reply for people: outcome, subject, status, time, and what is left behind."""
-    took_ms = int(reply.get("finished_at_ms", 0)) - int(reply.get("received_at_ms", 0))
     about = _subject_of(request)
-    code = str(reply.get("code"))
-    if code == "ok":
-        state = reply.get("status")
-        words = [f"ok: {about}"]
-        if state:
-            words.append(f"is {state}")
-        if not reply.get("changed") and not isinstance(request, Ping):
-            words.append("(nothing to do)")
-        if reply.get("replayed"):
-            words.append("(outcome of before)")
-        lines = [f"{' '.join(words)}, {took_ms} ms"]
-        if isinstance(request, Ping):
-            lines.append(json.dumps(reply.get("detail", {})))
+    if isinstance(reply.response, Error):
+        again = "; may be sent again with a new id" if reply.retryable else ""
+        lines = [f"{reply.code}: {about}: {reply.response.message}{again}"]
+        if reply.supported:
+            lines.append(f"supported: {', '.join(reply.supported)}")
     else:
-        response = reply.get("response")
-        message = response.get("Error", {}).get("message", "") if isinstance(response, dict) else ""
-        again = "; may be sent again with a new id" if reply.get("retryable") else ""
-        lines = [f"{code}: {about}: {message}{again}"]
-        if supported := reply.get("supported"):
-            lines.append(f"supported: {', '.join(supported)}")
-    lines.extend(f"left behind: {what}" for what in reply.get("left_behind", ()))
+        words = [f"ok: {about}"]
+        if reply.status:
+            words.append(f"is {reply.status}")
+        if not reply.changed and not isinstance(request, Ping):
+            words.append("(nothing to do)")
+        if reply.replayed:
+            words.append("(outcome of before)")
+        lines = [f"{' '.join(words)}, {reply.finished_at_ms - reply.received_at_ms} ms"]
+        lines += [f"  {name}: {value}" for name, value in reply.detail.items()]
+    lines.extend(f"left behind: {what}" for what in reply.left_behind)
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ COMMANDS: Final[dict[str, str]] = {
     # the worker
     "run": "worker.cli.service:run",
     "check-config": "worker.cli.config:check_config",
+    "provision": "worker.cli.provision:provision",
     # commands, over the bus
     "ping": "worker.cli.commands:ping",
     "start": "worker.cli.commands:start",
@@ -27,6 +28,10 @@ COMMANDS: Final[dict[str, str]] = {
     "events": "worker.cli.questions:events",
     # on this host's files
     "seed": "worker.cli.seed:seed",
+    "logs": "worker.cli.host:logs",
+    # without a host
+    "decode": "worker.cli.wire:decode",
+    "encode": "worker.cli.wire:encode",
 }
 
 

@@ -84,6 +84,14 @@ def show(
         )
 
 
+def _text(name: str, value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and value and name.endswith("_ms"):
+        return clock(value)
+    return json.dumps(value, default=str)
+
+
 @click.command()
 @click.option("--all-hosts", is_flag=True, help="Of all hosts of the cell.")
 @click.option("--kept", is_flag=True, help="First what the stream still keeps, the oldest first.")
