@@ -78,10 +78,7 @@ def show(
         print_json(answer)
         return
     for name, value in answer.items():
-        text = value if isinstance(value, str) else json.dumps(value, default=str)
-        click.echo(
-            f"{name}: {clock(value)}" if name.endswith("_ms") and value else f"{name}: {text}"
-        )
+        click.echo(f"{name}: {_text(name, value)}")
 
 
 def _text(name: str, value: object) -> str:
