@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from handlers.locks import TenantLocks
 from handlers.steps import Mechanism
 from schemas.files import InstanceFile, PoolSpec, TenantConfig
 from schemas.records import DiskIdentity, InstanceRecord, NetworkRecord, Tombstone, VmmIdentity
@@ -16,6 +17,7 @@ from schemas.requests import InstanceRef, TenantNet
 from schemas.settings import Settings
 
 # -- network ---------------------------------------------------------------------------------------
+# `ensure` of these mechanisms gives true if anything had to be made or repaired.
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +87,8 @@ class Networks(Protocol):
         """Names of the links enslaved to the bridge."""
         ...
 
-    async def prepare(self) -> None:
-        """Base table, `ip_forward`, `bridge-nf-call-*` of this namespace; idempotent."""
+    async def prepare(self) -> bool:
+        """Base table, uplinks, `ip_forward`, `bridge-nf-call-*`; true if any had to change."""
         ...
 
 
@@ -503,14 +505,15 @@ class Host:
     """Everything a handler touches. One for the worker, one made by each test."""
 
     settings: Settings
+    locks: TenantLocks
     records: Records
     facts: HostFacts
     shared: SharedFiles
     networks: Networks
-    bridges: Mechanism[BridgeSpec, None]
-    tenant_rules: Mechanism[TenantRulesSpec, None]
-    pins: Mechanism[PinSpec, None]
-    taps: Mechanism[TapSpec, None]
+    bridges: Mechanism[BridgeSpec, bool]
+    tenant_rules: Mechanism[TenantRulesSpec, bool]
+    pins: Mechanism[PinSpec, bool]
+    taps: Mechanism[TapSpec, bool]
     artifacts: Mechanism[ArtifactSpec, Artifact]
     data_disks: DataDisks
     cgroups: Mechanism[CgroupSpec, None]

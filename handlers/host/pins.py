@@ -1,0 +1,63 @@
+"""Pins: the one MAC and address that may come out of a TAP. Made before the TAP is up.
+
+A port that is pinned is held to its pins by the bridge table, for IPv4 and inside ARP; all other
+protocols from it are dropped.
+"""
+
+from handlers.errors import HostFault
+from handlers.host.base_rules import BaseRules
+from handlers.host.nftables import Member, Nft
+from handlers.machine import PinSpec
+
+GUESTS, PINS = "bridge hostd guests", "bridge hostd pins"
+
+
+class Pins:
+    """Pins by `<tap>,<mac>,<address>`. `ensure` is true if anything had to be made or repaired.
+
+    Source: nft(8). Needs: CAP_NET_ADMIN.
+    """
+
+    name = "pin"
+
+    def __init__(self, nft: Nft, base: BaseRules) -> None:
+        self._nft = nft
+        self._base = base
+
+    async def exists(self, key: str) -> bool:
+        for name, element in pin_members(key):
+            if element in await self._nft.members(name):
+                return True
+        return False
+
+    async def ensure(self, spec: PinSpec) -> bool:
+        """Pin the TAP to this MAC and address alone, base rules in force, and read it back.
+
+        Raises:
+            HostFault: the kernel does not hold what was set: the TAP must not come up.
+        """
+        changed = await self._base.ensure()
+        wanted = pin_members(spec.key)
+        stray = [
+            (PINS, element)
+            for element in await self._nft.members(PINS)
+            if element[0] == spec.tap and (PINS, element) not in wanted
+        ]
+        missing = [m for m in wanted if m[1] not in await self._nft.members(m[0])]
+        if not stray and not missing:
+            return changed
+        await self._nft.change(remove=stray, add=wanted)
+        if not await self._nft.has(wanted):
+            raise HostFault(f"nftables does not hold the pin of {spec.tap}")
+        return True
+
+    async def remove(self, key: str) -> None:
+        doomed = [m for m in pin_members(key) if m[1] in await self._nft.members(m[0])]
+        if doomed:
+            await self._nft.change(remove=doomed)
+
+
+def pin_members(key: str) -> tuple[Member, Member]:
+    """What makes the bridge table hold a TAP to its pin."""
+    tap, mac, address = key.split(",")
+    return (GUESTS, (tap,)), (PINS, (tap, mac, address))

@@ -1,0 +1,80 @@
+"""A tenant's membership in the base rules: NAT, isolation and input rules are in force by it.
+
+All of a tenant's elements come and go in one transaction. Removal also takes what an earlier crash
+may have left of its guests' pins, and ends its flows: an established one would outlive the rules.
+"""
+
+from ipaddress import IPv4Network
+
+from handlers.errors import HostFault
+from handlers.host.base_rules import BaseRules
+from handlers.host.conntrack import flush_conntrack
+from handlers.host.netlink import Netlink
+from handlers.host.nftables import Member, Nft
+from handlers.host.pins import GUESTS, PINS
+from handlers.machine import TenantRulesSpec
+from schemas import naming
+
+TENANTS, GATEWAYS, DROPPED = "inet hostd tenants", "inet hostd gateways", "inet hostd dropped"
+
+
+class TenantRules:
+    """Tenants' rules by `<tenant_net_id>,<subnet>,<gateway>`. `ensure` is true if it changed any.
+
+    Source: nft(8). Needs: CAP_NET_ADMIN.
+    """
+
+    name = "tenant_rules"
+
+    def __init__(self, nft: Nft, base: BaseRules, netlink: Netlink) -> None:
+        self._nft = nft
+        self._base = base
+        self._netlink = netlink
+
+    async def exists(self, key: str) -> bool:
+        for name, element in tenant_members(key):
+            if element in await self._nft.members(name):
+                return True
+        return False
+
+    async def ensure(self, spec: TenantRulesSpec) -> bool:
+        """Put the rules in force, and nothing else for this bridge, and read them back.
+
+        Raises:
+            HostFault: the kernel does not hold what was set.
+        """
+        changed = await self._base.ensure()
+        wanted = tenant_members(spec.key)
+        stray = [
+            (GATEWAYS, element)
+            for element in await self._nft.members(GATEWAYS)
+            if element[0] == spec.net.bridge_name and element[1] != spec.net.gateway_ip
+        ]
+        missing = [m for m in wanted if m[1] not in await self._nft.members(m[0])]
+        if not stray and not missing:
+            return changed
+        await self._nft.change(remove=stray, add=wanted)
+        if not await self._nft.has(wanted):
+            raise HostFault(f"nftables does not hold the rules of {spec.net.bridge_name}")
+        return True
+
+    async def remove(self, key: str) -> None:
+        """Take the tenant's elements, leftover pins and conntrack entries away."""
+        net_id, subnet, _gateway = key.split(",")
+        doomed = [m for m in tenant_members(key) if m[1] in await self._nft.members(m[0])]
+        for name in (PINS, GUESTS):
+            doomed += [
+                (name, element)
+                for element in await self._nft.members(name)
+                if element[0].startswith(f"tn{net_id}i")
+            ]
+        if doomed:
+            await self._nft.change(remove=doomed)
+        await self._netlink.run(lambda _: flush_conntrack(IPv4Network(subnet)))
+
+
+def tenant_members(key: str) -> tuple[Member, ...]:
+    """All that makes the rules apply to a tenant."""
+    net_id, _subnet, gateway = key.split(",")
+    bridge = naming.bridge_name(int(net_id))
+    return ((DROPPED, (bridge,)), (GATEWAYS, (bridge, gateway)), (TENANTS, (bridge,)))

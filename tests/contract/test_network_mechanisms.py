@@ -1,0 +1,203 @@
+"""What every implementation of the network mechanisms keeps to: the real one and the fake.
+
+An implementation is a factory: it makes an empty host and gives its mechanisms and the few things
+that happen on a host behind hostd's back.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
+
+import pytest
+
+from handlers.errors import Conflict
+from handlers.machine import BridgeSpec, Networks, PinSpec, TapSpec, TenantRulesSpec
+from handlers.steps import Mechanism
+from tests.kernel.netns import HostNet
+from tests.kernel.plans import GuestPlan, net_of
+
+ACME, UMBRA = net_of(3), net_of(300)
+GUEST = GuestPlan("acme", ACME, 5)
+BRIDGE = BridgeSpec("acme", ACME)
+RULES = TenantRulesSpec("acme", ACME)
+
+
+class NetworkHost(Protocol):
+    """An implementation under test."""
+
+    networks: Networks
+    bridges: Mechanism[BridgeSpec, bool]
+    tenant_rules: Mechanism[TenantRulesSpec, bool]
+    pins: Mechanism[PinSpec, bool]
+    taps: Mechanism[TapSpec, bool]
+
+    async def plant_link(self, name: str) -> None:
+        """A link that is not hostd's appears."""
+        ...
+
+    async def plant_route(self, subnet: str) -> None:
+        """A route that is not hostd's appears."""
+        ...
+
+    async def has_link(self, name: str) -> bool: ...
+
+
+class RealNetworkHost:
+    """The kernel's, in a namespace of its own."""
+
+    def __init__(self, net: HostNet) -> None:
+        self._net = net
+        self.networks = net.mechanisms.networks
+        self.bridges = net.mechanisms.bridges
+        self.tenant_rules = net.mechanisms.tenant_rules
+        self.pins = net.mechanisms.pins
+        self.taps = net.mechanisms.taps
+
+    async def plant_link(self, name: str) -> None:
+        self._net.host.ip(f"tuntap add {name} mode tap")
+
+    async def plant_route(self, subnet: str) -> None:
+        self._net.host.ip(f"route add {subnet} via 198.51.100.2")
+
+    async def has_link(self, name: str) -> bool:
+        return await self._net.link(name) is not None
+
+
+@asynccontextmanager
+async def real() -> AsyncIterator[NetworkHost]:
+    with HostNet() as net:
+        yield RealNetworkHost(net)
+
+
+Factory = Callable[[], AbstractAsyncContextManager[NetworkHost]]
+IMPLEMENTATIONS: dict[str, Factory] = {"real": real}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+async def host(request: pytest.FixtureRequest) -> AsyncIterator[NetworkHost]:
+    async with IMPLEMENTATIONS[request.param]() as made:
+        yield made
+
+
+class TestNetworkMechanisms:
+    async def test_a_network_is_made_once_and_found_after(self, host: NetworkHost) -> None:
+        assert await host.networks.prepare()
+
+        assert await host.tenant_rules.ensure(RULES)
+        assert await host.bridges.ensure(BRIDGE)
+
+        assert not await host.networks.prepare()
+        assert not await host.tenant_rules.ensure(RULES)
+        assert not await host.bridges.ensure(BRIDGE)
+        assert await host.tenant_rules.exists(RULES.key)
+        assert await host.bridges.exists(BRIDGE.key)
+
+    async def test_a_guest_is_plugged_in_once_and_found_after(self, host: NetworkHost) -> None:
+        await self.set_up(host)
+
+        assert await host.pins.ensure(GUEST.pin)
+        assert await host.taps.ensure(GUEST.spec)
+
+        assert not await host.pins.ensure(GUEST.pin)
+        assert not await host.taps.ensure(GUEST.spec)
+        assert await host.pins.exists(GUEST.pin.key)
+        assert await host.taps.exists(GUEST.spec.key)
+        assert list(await host.networks.taps_on(ACME.bridge_name)) == [GUEST.tap]
+
+    async def test_all_is_removed_by_key_alone_and_absent_is_success(
+        self, host: NetworkHost
+    ) -> None:
+        await self.set_up(host)
+        await host.pins.ensure(GUEST.pin)
+        await host.taps.ensure(GUEST.spec)
+        made = [
+            (host.taps, GUEST.spec.key),
+            (host.pins, GUEST.pin.key),
+            (host.bridges, BRIDGE.key),
+            (host.tenant_rules, RULES.key),
+        ]
+
+        for _twice in range(2):
+            for mechanism, key in made:
+                await mechanism.remove(key)
+
+                assert not await mechanism.exists(key)
+        assert not await host.has_link(GUEST.tap)
+        assert not await host.has_link(ACME.bridge_name)
+
+    async def test_nothing_is_there_before_the_base_table_is(self, host: NetworkHost) -> None:
+        assert not await host.tenant_rules.exists(RULES.key)
+        assert not await host.pins.exists(GUEST.pin.key)
+        await host.tenant_rules.remove(RULES.key)
+        await host.pins.remove(GUEST.pin.key)
+
+    async def test_one_tenants_end_leaves_the_others(self, host: NetworkHost) -> None:
+        await self.set_up(host)
+        await host.tenant_rules.ensure(TenantRulesSpec("umbra", UMBRA))
+        await host.bridges.ensure(BridgeSpec("umbra", UMBRA))
+
+        await host.bridges.remove(UMBRA.bridge_name)
+        await host.tenant_rules.remove(TenantRulesSpec("umbra", UMBRA).key)
+
+        assert not await host.tenant_rules.ensure(RULES)
+        assert not await host.bridges.ensure(BRIDGE)
+
+    async def test_a_foreign_link_with_the_taps_name_is_a_conflict_and_left_alone(
+        self, host: NetworkHost
+    ) -> None:
+        await self.set_up(host)
+        await host.plant_link(GUEST.tap)
+
+        with pytest.raises(Conflict):
+            await host.taps.ensure(GUEST.spec)
+        await host.taps.remove(GUEST.spec.key)
+
+        assert not await host.taps.exists(GUEST.spec.key)
+        assert await host.has_link(GUEST.tap)
+
+    async def test_a_foreign_link_with_the_bridges_name_is_a_conflict_and_left_alone(
+        self, host: NetworkHost
+    ) -> None:
+        await host.plant_link(ACME.bridge_name)
+
+        with pytest.raises(Conflict):
+            await host.bridges.ensure(BRIDGE)
+        await host.bridges.remove(BRIDGE.key)
+
+        assert not await host.bridges.exists(BRIDGE.key)
+        assert await host.has_link(ACME.bridge_name)
+
+    async def test_another_tenants_bridge_or_tap_is_a_conflict(self, host: NetworkHost) -> None:
+        await self.set_up(host)
+        await host.taps.ensure(GUEST.spec)
+
+        with pytest.raises(Conflict):
+            await host.bridges.ensure(BridgeSpec("umbra", ACME))
+        with pytest.raises(Conflict):
+            await host.taps.ensure(GuestPlan("umbra", ACME, 5).spec)
+
+    async def test_a_tap_needs_its_bridge(self, host: NetworkHost) -> None:
+        with pytest.raises(Conflict):
+            await host.taps.ensure(GUEST.spec)
+
+        assert not await host.has_link(GUEST.tap)
+
+    async def test_a_route_that_overlaps_is_found(self, host: NetworkHost) -> None:
+        async def overlapping(subnet: str) -> str | None:
+            return await host.networks.overlapping_route(subnet, except_bridge=ACME.bridge_name)
+
+        await self.set_up(host)
+        await host.plant_route("10.250.1.0/25")
+
+        assert await overlapping("10.250.1.0/24") == "10.250.1.0/25"
+        assert await overlapping("10.250.1.64/26") == "10.250.1.0/25"
+        assert await overlapping("10.250.2.0/24") is None
+        assert await overlapping(ACME.ipv4_subnet) is None, "the bridge's own route"
+
+    async def test_no_bridge_has_no_taps(self, host: NetworkHost) -> None:
+        assert list(await host.networks.taps_on("br-tenant-9")) == []
+
+    async def set_up(self, host: NetworkHost) -> None:
+        await host.networks.prepare()
+        await host.tenant_rules.ensure(RULES)
+        await host.bridges.ensure(BRIDGE)

@@ -1,0 +1,100 @@
+"""The journal's and agentd's side of a host, in memory, for tests that run network handlers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from handlers.errors import NotFound
+from handlers.locks import TenantLocks
+from handlers.machine import Host
+from handlers.steps import StepRow, Steps
+from schemas.files import TenantConfig, TenantQuota
+from schemas.records import InstanceRecord, NetworkRecord
+from schemas.requests import InstanceRef, TenantNet
+from schemas.settings import NetworkSettings, Settings
+from tests.kernel.netns import HostNet
+
+QUOTA = TenantQuota(8, 8192, 8, 8, 8, 8, 100)
+
+
+@dataclass
+class Books:
+    """Networks and instances on record, and the tenants' files."""
+
+    tenants: dict[str, TenantNet] = field(default_factory=dict)
+    networks_up: dict[str, NetworkRecord] = field(default_factory=dict)
+    records: dict[InstanceRef, InstanceRecord] = field(default_factory=dict)
+
+    async def tenant(self, tenant_id: str) -> TenantConfig:
+        if tenant_id not in self.tenants:
+            raise NotFound(f"there is no tenant.json of {tenant_id}")
+        return TenantConfig(tenant_id, QUOTA, self.tenants[tenant_id])
+
+    def instances(self, tenant_id: str | None = None) -> Sequence[InstanceRecord]:
+        return [r for r in self.records.values() if tenant_id in {None, r.ref.tenant_id}]
+
+    def network(self, tenant_id: str) -> NetworkRecord | None:
+        return self.networks_up.get(tenant_id)
+
+    def networks(self) -> Sequence[NetworkRecord]:
+        return list(self.networks_up.values())
+
+    async def put_network(self, record: NetworkRecord) -> None:
+        self.networks_up[record.tenant_id] = record
+
+    async def drop_network(self, tenant_id: str) -> None:
+        self.networks_up.pop(tenant_id, None)
+
+
+class StepBook:
+    """The step log; it outlives a run of a command, as the journal does."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, str, str], StepRow] = {}
+
+    async def begin(self, command_id: str, mechanism: str, key: str, *, existed: bool) -> StepRow:
+        row = StepRow(mechanism, key, existed)
+        return self._rows.setdefault((command_id, mechanism, key), row)
+
+    async def forget(self, command_id: str, mechanism: str, key: str) -> None:
+        self._rows.pop((command_id, mechanism, key), None)
+
+    def rows(self, command_id: str) -> Sequence[StepRow]:
+        return [row for (owner, *_), row in self._rows.items() if owner == command_id]
+
+    async def reach(self, command_id: str, point: str) -> None:
+        raise NotImplementedError
+
+    def reached(self, command_id: str, point: str) -> bool:
+        return False
+
+
+def host_of(net: HostNet, books: Books, settings: NetworkSettings | None = None) -> Host:
+    """A host whose network is real and whose other parts no network handler may touch."""
+    nothing = cast("Any", None)
+    mechanisms = net.mechanisms
+    return Host(
+        settings=Settings(network=settings or NetworkSettings()),
+        locks=TenantLocks(),
+        records=cast("Any", books),
+        facts=nothing,
+        shared=cast("Any", books),
+        networks=mechanisms.networks,
+        bridges=mechanisms.bridges,
+        tenant_rules=mechanisms.tenant_rules,
+        pins=mechanisms.pins,
+        taps=mechanisms.taps,
+        artifacts=nothing,
+        data_disks=nothing,
+        cgroups=nothing,
+        jails=nothing,
+        vmms=nothing,
+        agents=nothing,
+        snapshots=nothing,
+    )
+
+
+def steps_of(host: Host, log: StepBook, command_id: str = "cmd-1") -> Steps:
+    """A new run of a command."""
+    mechanisms = (host.bridges, host.tenant_rules, host.pins, host.taps)
+    return Steps(command_id, log, {mechanism.name: mechanism for mechanism in mechanisms})
