@@ -20,7 +20,7 @@ from handlers.host.sealed_json import read_sealed, write_sealed
 from handlers.host.shared_files import open_tenant
 from handlers.host.state_folders import ids, make_folder, remove_empty, sync_folder
 from handlers.host.threads import to_end
-from handlers.host.trees import remove_tree
+from handlers.host.trees import remove_path
 from handlers.machine import Artifact, ArtifactSpec
 
 REQUIRED = ("vmlinux", "rootfs.ext4")
@@ -168,18 +168,6 @@ class Artifacts:
             remove_empty(os.path.dirname(folder), up_to=self._base)
         except OSError as error:
             raise os_failure(error, f"cannot remove the artefact {key}") from error
-
-
-def remove_path(path: str) -> None:
-    """Remove a folder of hostd's own with all in it; absent is success."""
-    try:
-        parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        remove_tree(parent, os.path.basename(path))
-    finally:
-        os.close(parent)
 
 
 def _copied(source: Folder, name: str, part: str) -> ArtifactFile:

@@ -23,6 +23,7 @@ CONFIG_DRIVE = "config.ext4"
 SECRETS_FOLDER = "secrets"
 SECRETS_DRIVE = "secrets.ext4"
 SNAPSHOT_FOLDER = "snap"
+WOKEN_FOLDER = "woken"
 FACTS = "hostd.json"
 
 

@@ -11,17 +11,20 @@ import os
 import stat
 from collections.abc import Callable
 
+REFILLS = 64
 Last = Callable[[int, str], None]
 
 
 def remove_tree(parent: int, name: str, *, before_unlink: Last | None = None) -> None:
     """Remove `name` in the folder `parent`, with all below it; absent is success.
 
-    Nobody else may write to `parent` itself. `before_unlink(folder, name)` sees each file first.
+    `before_unlink(folder, name)` sees each file first. Somebody who keeps filling the folder is
+    not waited for: OSError with ENOTEMPTY.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     numbers = itertools.count()
     waiting = [name]
+    refilled = 0
     while waiting:
         top = waiting[-1]
         try:
@@ -46,8 +49,21 @@ def remove_tree(parent: int, name: str, *, before_unlink: Last | None = None) ->
             except FileNotFoundError:
                 waiting.pop()
             except OSError as error:
-                if error.errno != errno.ENOTEMPTY:
+                refilled += 1
+                if error.errno != errno.ENOTEMPTY or refilled > REFILLS:
                     raise
+
+
+def remove_path(path: str) -> None:
+    """Remove a folder of hostd's own with all in it; absent is success."""
+    try:
+        parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        remove_tree(parent, os.path.basename(path))
+    finally:
+        os.close(parent)
 
 
 def remove_names(folder: int, *, keep: frozenset[str] = frozenset()) -> None:

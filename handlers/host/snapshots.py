@@ -1,0 +1,287 @@
+"""Memory snapshots: taken out of the jail, sealed, published, checked, linked in again, discarded.
+
+A snapshot is what has a manifest: its rename is Sleep's point of no return. Files without one are
+leftovers. Nothing is loaded that cannot be shown to be what was saved.
+"""
+
+import asyncio
+import contextlib
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from handlers.errors import HostFault, NotFound
+from handlers.host.beneath import Folder
+from handlers.host.copies import sha256_of
+from handlers.host.errnos import os_failure
+from handlers.host.jail_folders import SNAPSHOT_FOLDER, WOKEN_FOLDER, JailFolders
+from handlers.host.memory_facts import Memories
+from handlers.host.snapshot_manifest import (
+    MANIFEST,
+    MEMORY,
+    STATE,
+    UNPUBLISHED,
+    Manifest,
+    SnapshotFolder,
+    numbers_of,
+)
+from handlers.host.snapshot_sealing import (
+    Sealer,
+    discard_folder,
+    disk_facts,
+    fresh_folder,
+)
+from handlers.host.state_folders import remove_empty, sync_folder
+from handlers.host.syscalls import link_open
+from handlers.host.threads import to_end
+from handlers.host.trees import remove_tree
+from handlers.machine import SnapshotFacts, SnapshotInfo
+from schemas.requests import InstanceRef
+
+
+class Snapshots:
+    """The Protocol of `handlers/machine.py`. `close` ends a hash that is being taken."""
+
+    def __init__(
+        self, *, data: str, state: str, jail_base: str, cpu_model: str, kernel_release: str
+    ) -> None:
+        self._data = data
+        self._base = f"{state}/snapshots"
+        self._folders = JailFolders(jail_base)
+        self._cpu_model = cpu_model
+        self._memories = Memories()
+        self._sealer = Sealer(
+            data=data,
+            base=self._base,
+            folders=self._folders,
+            memories=self._memories,
+            cpu_model=cpu_model,
+            kernel_release=kernel_release,
+        )
+        self._stop = threading.Event()
+        # One at a time and at the lowest priority: hashing must never slow a wake.
+        self._hashing = ThreadPoolExecutor(1, "hash-memory", initializer=_be_nice)
+
+    def close(self) -> None:
+        """Stop hashing; a hash not finished is not noted and can be taken again."""
+        self._stop.set()
+        self._hashing.shutdown()
+
+    # -- Sleep ---------------------------------------------------------------------------------
+
+    async def begin(self, jail_id: str, uid: int) -> tuple[str, str]:
+        """An empty folder of the uid's in the jail, for the VMM to write to.
+
+        Returns the paths of state and memory as the VMM sees them.
+        """
+        root = self._folders.root(jail_id)
+        await to_end(fresh_folder, root, SNAPSHOT_FOLDER, uid=uid, gid=uid, mode=0o700)
+        return f"/{SNAPSHOT_FOLDER}/{STATE}", f"/{SNAPSHOT_FOLDER}/{MEMORY}"
+
+    async def seal(self, jail_id: str, facts: SnapshotFacts) -> SnapshotInfo:
+        """Move the files out of the jail, hash the state, write the manifest beside its name.
+
+        All or nothing: what cannot be sealed is removed. Everything is synced when it returns.
+
+        Raises:
+            HostFault: the VMM's files are not a whole snapshot, or not the VMM's own.
+            Exhausted: the disk is full.
+        """
+        manifest = await to_end(self._sealer.seal, jail_id, facts)
+        return SnapshotFolder(self._base, facts.ref, facts.number).info(manifest)
+
+    async def publish(self, ref: InstanceRef, number: int) -> None:
+        """Rename the manifest into place, durably. Published already is success."""
+        folder = SnapshotFolder(self._base, ref, number)
+
+        def rename() -> None:
+            try:
+                if not folder.published:
+                    os.rename(folder.file(UNPUBLISHED), folder.file(MANIFEST))
+                sync_folder(folder.path)
+            except OSError as error:
+                raise os_failure(error, f"cannot publish {folder.path}") from error
+
+        await to_end(rename)
+
+    async def hash_memory(self, ref: InstanceRef, number: int) -> str | None:
+        """Take the memory's sha256, once, and bind it to the file; None if it is gone by then.
+
+        Raises:
+            HostFault: the file is not what was sealed any more.
+        """
+        folder = SnapshotFolder(self._base, ref, number)
+        stop = threading.Event()
+
+        def work() -> str | None:
+            return None if self._stop.is_set() else self._memories.hash(folder, stop)
+
+        if self._stop.is_set():
+            return None
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._hashing, work)
+        finally:
+            stop.set()
+
+    # -- Wake ----------------------------------------------------------------------------------
+
+    async def read(self, ref: InstanceRef) -> SnapshotInfo | None:
+        """The published snapshot with the highest number, or None.
+
+        Raises:
+            HostFault: its manifest is damaged.
+        """
+
+        def look() -> SnapshotInfo | None:
+            for number in numbers_of(self._base, ref):
+                folder = SnapshotFolder(self._base, ref, number)
+                if folder.published:
+                    return folder.info(folder.manifest())
+            return None
+
+        return await to_end(look)
+
+    async def verify(self, ref: InstanceRef, number: int, vmm_version: str) -> SnapshotInfo:
+        """Check all that can be checked before a load; see DESIGN's snapshot truth.
+
+        Raises:
+            HostFault: names what differs. The snapshot stays; once put right it can be woken.
+        """
+        return await to_end(self._verify, SnapshotFolder(self._base, ref, number), vmm_version)
+
+    async def link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
+        """Hard-link state and memory into the jail, for the uid to read and not to write.
+
+        Returns their paths as the VMM sees them.
+        """
+        await to_end(self._link_into, jail_id, uid, info)
+        return f"/{WOKEN_FOLDER}/{STATE}", f"/{WOKEN_FOLDER}/{MEMORY}"
+
+    async def settle(self, ref: InstanceRef, number: int) -> None:
+        """After a failed wake, before or after its jail is gone: the files are root's again."""
+        folder = SnapshotFolder(self._base, ref, number)
+
+        def settle() -> None:
+            try:
+                os.chown(folder.file(STATE), 0, 0)
+                os.chmod(folder.file(STATE), 0o600)
+                self._memories.tighten(folder)
+            except OSError as error:
+                raise os_failure(error, f"cannot settle {folder.path}") from error
+
+        await to_end(settle)
+
+    async def discard(self, ref: InstanceRef, *, below: int | None = None) -> None:
+        """Remove all snapshots (or those numbered below), blocks given back; absent is success.
+
+        With all of them goes what a failed snapshot left in the instance's jail.
+        """
+        await to_end(self._discard, ref, below)
+
+    async def list_all(self) -> list[tuple[InstanceRef, int, bool]]:
+        """Every snapshot folder on this host with whether it is published; for inventory, sweep."""
+
+        def look() -> list[tuple[InstanceRef, int, bool]]:
+            found: list[tuple[InstanceRef, int, bool]] = []
+            for path, folders, _ in os.walk(self._base):
+                parts = os.path.relpath(path, self._base).split("/")
+                if len(parts) == 3:
+                    folders.clear()
+                    ref = InstanceRef(*parts)
+                    found += [
+                        (ref, number, SnapshotFolder(self._base, ref, number).published)
+                        for number in numbers_of(self._base, ref)
+                    ]
+            return sorted(found)
+
+        return await to_end(look)
+
+    # -- in a thread ---------------------------------------------------------------------------
+
+    def _verify(self, folder: SnapshotFolder, vmm_version: str) -> SnapshotInfo:
+        manifest = folder.manifest()
+        for what, sealed, now in (
+            ("by VMM version", manifest.vmm_version, vmm_version),
+            ("on the CPU", manifest.cpu_model, self._cpu_model),
+        ):
+            if sealed != now:
+                raise HostFault(f"{folder.path} was saved {what} {sealed}, this is {now}")
+        try:
+            _check_file(folder, STATE, manifest.state_bytes, manifest.state_sha256)
+            for name, drive in manifest.kept.items():
+                _check_file(folder, name, drive.size_bytes, drive.sha256)
+            self._memories.verify(folder, manifest.mem_bytes)
+        except OSError as error:
+            raise os_failure(error, f"cannot check {folder.path}") from error
+        self._check_disk(manifest)
+        return folder.info(manifest)
+
+    def _check_disk(self, manifest: Manifest) -> None:
+        """Old memory over a newer disk would corrupt it."""
+        if manifest.disk is None:
+            return
+        path = manifest.disk.path
+        try:
+            now = disk_facts(self._data, path)
+        except NotFound as error:
+            raise HostFault(f"the data disk {path} is gone", path=path) from error
+        for field in ("ino", "size_bytes", "mtime_ns"):
+            if getattr(now, field) != getattr(manifest.disk, field):
+                raise HostFault(
+                    f"the data disk {path} is not as it was at sleep: its {field} differs",
+                    path=path,
+                )
+
+    def _link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> None:
+        ref = InstanceRef(*os.path.relpath(info.directory, self._base).split("/")[:3])
+        folder = SnapshotFolder(self._base, ref, info.number)
+        try:
+            self._memories.loosen(folder)
+            root = self._folders.root(jail_id)
+            fresh_folder(root, WOKEN_FOLDER, uid=0, gid=uid, mode=0o750)
+            with Folder.trusted(f"{root}/{WOKEN_FOLDER}") as woken:
+                for name in (STATE, MEMORY):
+                    fd = os.open(folder.file(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                    try:
+                        # Not the uid's own: what may have to be tried again must not be written.
+                        os.fchown(fd, 0, uid)
+                        os.fchmod(fd, 0o440)
+                        link_open(fd, woken.fd, name)
+                    finally:
+                        os.close(fd)
+        except OSError as error:
+            raise os_failure(error, f"cannot link {folder.path} into the jail") from error
+
+    def _discard(self, ref: InstanceRef, below: int | None) -> None:
+        try:
+            for number in numbers_of(self._base, ref):
+                if below is None or number < below:
+                    discard_folder(SnapshotFolder(self._base, ref, number))
+            remove_empty(f"{self._base}/{ref}", up_to=self._base)
+            if below is None:
+                for jail_id in self._folders.ids_of(ref):
+                    with (
+                        contextlib.suppress(NotFound),
+                        Folder.trusted(self._folders.root(jail_id)) as root,
+                    ):
+                        remove_tree(root.fd, SNAPSHOT_FOLDER)
+        except OSError as error:
+            raise os_failure(error, f"cannot discard the snapshots of {ref}") from error
+
+
+def _check_file(folder: SnapshotFolder, name: str, size_bytes: int, sha256: str) -> None:
+    path = folder.file(name)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise HostFault(f"{path} is gone", path=path) from error
+    try:
+        if os.fstat(fd).st_size != size_bytes or sha256_of(fd) != sha256:
+            raise HostFault(f"{path} is not what was saved", path=path)
+    finally:
+        os.close(fd)
+
+
+def _be_nice() -> None:
+    """The lowest priority, of this thread alone. Source: setpriority(2), NPTL note."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
