@@ -79,7 +79,10 @@ class CgroupTree:
                 yield name
 
     def pids(self, name: str) -> list[int]:
-        """Live processes in a cgroup (zombies are not listed); empty if it does not exist."""
+        """Live processes in a cgroup; empty if it does not exist.
+
+        Zombies are not listed; a kernel thread that KVM made for a VM (kvm-nx-lpage-recovery) is.
+        """
         try:
             text = Path(self.path(name), "cgroup.procs").read_text()
         except (FileNotFoundError, OSError) as error:
@@ -172,10 +175,23 @@ class Cgroups:
                 )
             enabled = Path(at, "cgroup.subtree_control").read_text().split()
             if wanted := [f"+{name}" for name in CONTROLLERS if name not in enabled]:
-                _write(f"{at}/cgroup.subtree_control", " ".join(wanted))
+                self._enable(at, wanted)
             at = f"{at}/{part}"
             if at != leaf:
                 os.makedirs(at, exist_ok=True)
+
+    def _enable(self, at: str, controllers: list[str]) -> None:
+        try:
+            _write(f"{at}/cgroup.subtree_control", " ".join(controllers))
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            # The rule of no internal processes: it stays so until an operator moves them.
+            raise HostFault(
+                f"the cgroup {at} holds processes of its own, so no limits hold below it; "
+                "give limits.cgroup one without",
+                detail={"cgroup": at},
+            ) from error
 
     def _limit(self, leaf: str, spec: CgroupSpec) -> None:
         page = os.sysconf("SC_PAGESIZE")

@@ -99,10 +99,14 @@ class JailedVmms:
         root = self._paths.root(key)
         try:
             async with asyncio.timeout(KILL_TIMEOUT_S):
-                # Again until none is left: a jailer on its way may have forked meanwhile.
+                # Again until none is left: a jailer on its way may have forked meanwhile, and a
+                # kernel thread of KVM goes a moment after its VM.
+                wait_s = FIRST_LOOK_S
                 while pids := await asyncio.to_thread(self._pids, key):
                     for pid in pids:
                         await self._kill(pid, key, root)
+                    await asyncio.sleep(wait_s)
+                    wait_s = min(wait_s * 2, LAST_LOOK_S)
         except TimeoutError as error:
             raise Unavailable(
                 f"the VMM of jail {key} does not end", detail={"pids": self._pids(key)}
@@ -194,7 +198,7 @@ class JailedVmms:
         if not pids:
             raise HostFault(f"the VMM of jail {spec.jail_id} ended as it started")
         written = read_tail(root, PID_FILE, 16)
-        if not written.isdigit() or pids != [int(written)]:
+        if not written.isdigit() or int(written) not in pids:
             return None
         try:
             with connect(root, API_SOCKET) as api:
@@ -202,7 +206,7 @@ class JailedVmms:
         except (FileNotFoundError, ConnectionRefusedError):
             return None
         identity = self._find(spec.jail_id, (spec.cgroup,))
-        if identity is None or listener != identity.pid:
+        if identity is None or identity.pid != int(written) or identity.pid != listener:
             raise HostFault(
                 f"the API of jail {spec.jail_id} is not served by the VMM in its cgroup",
                 detail={"listener": listener, "pids": pids},

@@ -136,7 +136,7 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def rig(folder: Path) -> AsyncIterator[Rig]:
+async def rig(folder: Path, *, enforce: bool = False) -> AsyncIterator[Rig]:
     """A host below `folder`; whatever was prepared is removed at the end."""
     need(FIRECRACKER, JAILER, "/dev/kvm", "/dev/net/tun")
     base = f"hostd-test-{os.getpid()}-{next(_numbers)}"
@@ -144,7 +144,7 @@ async def rig(folder: Path) -> AsyncIterator[Rig]:
         host=HostSettings(production=False),
         paths=PathSettings(data=f"{folder}/mvm", state=str(folder), run=f"{folder}/run"),
         vmm=VmmSettings(firecracker=str(FIRECRACKER), jailer=str(JAILER)),
-        limits=LimitSettings(enforce=False, cgroup=base),
+        limits=LimitSettings(enforce=enforce, cgroup=base),
     )
     Path(settings.jail_base).mkdir(parents=True)
     cgroups = Cgroups(settings)

@@ -1,0 +1,143 @@
+"""Limits with the real controllers of cgroup v2: in force, read back, and around a jailed VMM."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from handlers.errors import HostFault
+from handlers.host.cgroups import CONTROLLERS, Cgroups
+from handlers.machine import CgroupSpec
+from schemas.settings import LimitSettings, Settings
+from tests.vm.rig import TAP, UID, Rig, add_tap, own_network, rig
+
+MIB = 1024 * 1024
+SPEC = CgroupSpec("acme", "a1-1", 32 * MIB + 1, 20_000, 8)
+KEY = "acme/a1-1"
+
+
+@pytest.fixture
+def cgroups() -> Iterator[Cgroups]:
+    made = Cgroups(Settings(limits=LimitSettings(cgroup=f"hostd-test-{os.getpid()}/vms")))
+    base = made.tree.path(made.tree.base)
+    yield made
+    for path in (base, os.path.dirname(base)):
+        if os.path.isdir(path):
+            os.rmdir(path)
+
+
+def value(cgroups: Cgroups, name: str) -> str:
+    leaf = cgroups.tree.path(cgroups.tree.name("acme", "a1-1"))
+    return Path(leaf, name).read_text().strip()
+
+
+def run_inside(cgroups: Cgroups, program: str) -> subprocess.CompletedProcess[str]:
+    """A program that enters the leaf first."""
+    leaf = cgroups.tree.path(cgroups.tree.name("acme", "a1-1"))
+    enter = f"import os; open('{leaf}/cgroup.procs', 'w').write(str(os.getpid())); "
+    return subprocess.run(
+        [sys.executable, "-c", enter + program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+async def test_limits_are_set_read_back_and_set_anew(cgroups: Cgroups) -> None:
+    await cgroups.ensure(SPEC)
+    await cgroups.ensure(SPEC)
+
+    assert value(cgroups, "memory.max") == str(32 * MIB)
+    assert value(cgroups, "memory.swap.max") == "0"
+    assert value(cgroups, "cpu.max") == "20000 100000"
+    assert value(cgroups, "pids.max") == "8"
+
+    await cgroups.ensure(dataclasses.replace(SPEC, pids_max=9))
+    assert value(cgroups, "pids.max") == "9"
+    await cgroups.remove(KEY)
+    assert not await cgroups.exists(KEY)
+
+
+async def test_controllers_are_enabled_on_the_way_and_not_in_the_leaf(cgroups: Cgroups) -> None:
+    await cgroups.ensure(SPEC)
+
+    above = Path(cgroups.tree.path(f"{cgroups.tree.base}/acme"), "cgroup.subtree_control")
+    assert set(CONTROLLERS) <= set(above.read_text().split())
+    assert value(cgroups, "cgroup.subtree_control") == ""
+
+    await cgroups.remove(KEY)
+
+
+async def test_memory_past_the_limit_ends_the_process(cgroups: Cgroups) -> None:
+    await cgroups.ensure(SPEC)
+
+    outcome = run_inside(cgroups, "x = b'x' * (64 << 20); print(len(x))")
+
+    assert (outcome.returncode, outcome.stdout) == (-9, "")
+    await cgroups.remove(KEY)
+
+
+async def test_processes_past_the_limit_are_refused(cgroups: Cgroups) -> None:
+    await cgroups.ensure(SPEC)
+
+    outcome = run_inside(
+        cgroups,
+        "import time\nfor n in range(20):\n try:\n  p = os.fork()\n"
+        " except BlockingIOError: print(n); break\n if not p: time.sleep(1); os._exit(0)",
+    )
+
+    assert outcome.stdout == "7\n"
+    await cgroups.remove(KEY)
+
+
+async def test_a_base_that_holds_a_process_is_a_host_fault_and_nothing_is_left(
+    cgroups: Cgroups,
+) -> None:
+    base = Path(cgroups.tree.path(cgroups.tree.base))
+    base.mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"]) as inside:
+        (base / "cgroup.procs").write_text(str(inside.pid))
+        try:
+            with pytest.raises(HostFault, match="holds processes of its own"):
+                await cgroups.ensure(SPEC)
+
+            assert not (base / "acme").exists()
+        finally:
+            inside.kill()
+
+
+@pytest_asyncio.fixture
+async def host(tmp_path: Path) -> AsyncIterator[Rig]:
+    with own_network():
+        add_tap(TAP, UID)
+        async with rig(tmp_path, enforce=True) as made:
+            yield made
+
+
+async def test_a_jailed_vmm_boots_within_its_limits(host: Rig) -> None:
+    spec = await host.prepare()
+    identity = await host.vmms.ensure(spec)
+    api = host.vmms.api(spec.jail_id)
+    await api.configure(host.boot_config(spec))
+    await api.start()
+    await api.close()
+
+    await host.vmms.check_confinement(identity, spec)
+    await host.agents.ping(spec.jail_id, 5252, timeout_s=20)
+
+    leaf = Path(host.tree.path(spec.cgroup))
+    assert str(identity.pid) in (leaf / "cgroup.procs").read_text().split()
+    assert int((leaf / "memory.current").read_text()) > 0
+    assert (leaf / "memory.max").read_text().strip() == str(256 * MIB)
+    assert await host.vmms.find(spec.jail_id) == identity
+
+    await host.vmms.remove(spec.jail_id)
+
+    assert not await host.vmms.exists(spec.jail_id)
+    assert (leaf / "cgroup.procs").read_text() == ""
