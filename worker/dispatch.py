@@ -5,7 +5,7 @@ from typing import Any, Final, Protocol
 
 import structlog
 import tenacity
-from structlog.contextvars import bound_contextvars
+from structlog.contextvars import bind_contextvars
 
 from handlers.errors import (
     Draining,
@@ -86,32 +86,32 @@ class Dispatch:
     async def run(self, work: Work) -> None:
         """Run to the outcome, journal it. A shutdown leaves the command unfinished instead."""
         row = work.row
-        with bound_contextvars(command_id=row.id, lane=str(row.lane)):
-            try:
-                refusal = self._refusal(work)
-                if refusal is not None:
-                    await self._finish(row, self._failed(row, refusal, ()))
-                    return
-                steps = Steps(
-                    row.id,
-                    self._journal,
-                    self._mechanisms,
-                    deadline_ms=row.command.deadline_ms,
-                    trace=self._trace,
-                    observe=self._meters.step,
-                )
-                work.began(steps)
-                await self._finish(row, await self._outcome(row, steps))
-            except Halted:
-                log.info("command.halted", attempts=row.attempts)
-            finally:
-                work.steps = None
+        # no unbinding: each lane's task, and each answer's, has a context of its own
+        bind_contextvars(command_id=row.id, lane=str(row.lane), attempt=row.attempts)
+        refusal = self._refusal(work)
+        if refusal is not None:
+            await self._finish(row, self._failed(row, refusal, ()))
+            return
+        steps = Steps(
+            row.id,
+            self._journal,
+            self._mechanisms,
+            deadline_ms=row.command.deadline_ms,
+            trace=self._trace,
+            observe=self._meters.step,
+        )
+        work.began(steps)
+        try:
+            await self._finish(row, await self._outcome(row, steps))
+        except Halted:
+            log.info("command.halted", attempts=row.attempts)
+        finally:
+            work.steps = None
 
     async def answer_superseded(self, work: Work) -> None:
         """The final answer of a command that never ran."""
-        failure = _superseded(work)
-        with bound_contextvars(command_id=work.row.id, lane=str(work.row.lane)):
-            await self._finish(work.row, self._failed(work.row, failure, ()))
+        bind_contextvars(command_id=work.row.id, lane=str(work.row.lane), attempt=0)
+        await self._finish(work.row, self._failed(work.row, _superseded(work), ()))
 
     # -- one run -------------------------------------------------------------------------------
 
@@ -154,41 +154,40 @@ class Dispatch:
 
     async def _attempts(self, row: CommandRow, steps: Steps) -> Done:
         """Try until it succeeds, fails for good, or deadline or budget are used up."""
-        kind = row.command.request.kind
-        handler = self._handlers[type(row.command.request)]
-
-        def may_retry(error: BaseException) -> bool:
-            failure = of_os_error(error) if isinstance(error, OSError) else error
-            if not isinstance(failure, Failure) or failure.final:
-                return False
-            if isinstance(failure, Unavailable | JournalFault):
-                return True
-            # past a point of no return there is only completion
-            return steps.final and isinstance(failure, HostFault | Exhausted)
-
-        def before_sleep(state: tenacity.RetryCallState) -> None:
-            error = state.outcome and state.outcome.exception()
-            failure = of_os_error(error) if isinstance(error, OSError) else error
-            if isinstance(failure, Failure):
-                self._meters.retry(kind, failure.code)
-                log.info("command.retry", code=failure.code, message=failure.message)
-
+        try:
+            return await self._attempt(row, steps)
+        except (Failure, OSError) as error:
+            if not _may_retry(error, steps):
+                raise
+            made: list[Failure | OSError] = [error]
         budget_s, left_s = self._budget_s, steps.left_s()
         if left_s is not None:
             budget_s = min(budget_s, max(left_s, 0.0))
         async for attempt in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(may_retry),
+            retry=tenacity.retry_if_exception(lambda error: _may_retry(error, steps)),
             wait=tenacity.wait_random_exponential(BACKOFF_S, BACKOFF_MAX_S),
             stop=tenacity.stop_before_delay(budget_s),
             sleep=lambda seconds: self._pause(steps, seconds),
-            before_sleep=before_sleep,
+            before_sleep=lambda state: self._note_retry(row, state),
             reraise=True,
         ):
             with attempt:
-                count = self._journal.begin_attempt(row.id)
-                with bound_contextvars(attempt=count):
-                    return await handler(row.command.request, steps, self._host)
+                if made:  # the one above counts as the first
+                    raise made.pop()
+                return await self._attempt(row, steps)
         raise AssertionError("tenacity ends with a result or an error")
+
+    async def _attempt(self, row: CommandRow, steps: Steps) -> Done:
+        bind_contextvars(attempt=self._journal.begin_attempt(row.id))
+        request = row.command.request
+        return await self._handlers[type(request)](request, steps, self._host)
+
+    def _note_retry(self, row: CommandRow, state: tenacity.RetryCallState) -> None:
+        error = state.outcome and state.outcome.exception()
+        failure = of_os_error(error) if isinstance(error, OSError) else error
+        if isinstance(failure, Failure):
+            self._meters.retry(row.command.request.kind, failure.code)
+            log.info("command.retry", code=failure.code.value, reason=failure.message)
 
     async def _pause(self, steps: Steps, seconds: float) -> None:
         """Wait before the next attempt; a superseding command or the shutdown ends it at once."""
@@ -290,6 +289,16 @@ class Dispatch:
             return None if network is None else network.status
         instance = self._journal.instance(request.ref)
         return None if instance is None else instance.status.value
+
+
+def _may_retry(error: BaseException, steps: Steps) -> bool:
+    failure = of_os_error(error) if isinstance(error, OSError) else error
+    if not isinstance(failure, Failure) or failure.final:
+        return False
+    if isinstance(failure, Unavailable | JournalFault):
+        return True
+    # past a point of no return there is only completion
+    return steps.final and isinstance(failure, HostFault | Exhausted)
 
 
 def _superseded(work: Work) -> Superseded:

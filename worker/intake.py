@@ -16,7 +16,7 @@ from schemas.codes import Code
 from schemas.envelopes import Command, Form, Reply
 from schemas.malformed import Malformed
 from schemas.naming import COMMAND_ID_PATTERN
-from schemas.peek import peek
+from schemas.peek import Peeked, peek
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Ping, Pong, Request
 from schemas.subjects import Lane, check_reply_to
 from worker.bus import Bus, BusError, Delivery
@@ -133,36 +133,27 @@ class Intake:
             Malformed: invalid or unsupported.
         """
         delivery = message.delivery
-        peeked = peek(delivery.data)
-        message.form = peeked.form
-        message.id = self._id_of(peeked.id, delivery)
-        bad_inbox: Malformed | None = None
-        if peeked.reply_to is not None:
+        malformed: Malformed | None = None
+        seen: Command | Peeked
+        try:
+            seen = codec.decode_command(delivery.data)
+        except Malformed as error:
+            seen, malformed = peek(delivery.data), error
+        message.id, message.form = seen.id or _fallback_id(delivery), seen.form
+        if seen.reply_to is not None:
             try:
-                check_reply_to(peeked.reply_to, self._prefixes)
-                message.reply_to = peeked.reply_to
+                check_reply_to(seen.reply_to, self._prefixes)
+                message.reply_to = seen.reply_to
             except Malformed as error:
-                bad_inbox = error
+                malformed = malformed or error
         message.lane = self._subjects.parse_command(delivery.subject)
-        command = codec.decode_command(delivery.data)
-        message.form = command.form
-        if bad_inbox is not None:
-            raise bad_inbox
-        if command.reply_to is not None:
-            check_reply_to(command.reply_to, self._prefixes)
-        message.lane.check(command.request)
-        if command.unknown_keys:
-            self.unknown_keys += len(command.unknown_keys)
-            log.debug("intake.unknown_keys", command_id=message.id, keys=command.unknown_keys)
-        return command
-
-    @staticmethod
-    def _id_of(peeked: str | None, delivery: Delivery) -> str:
-        if peeked is not None:
-            return peeked
-        if delivery.msg_id is not None and COMMAND_ID_PATTERN.fullmatch(delivery.msg_id):
-            return delivery.msg_id
-        return f"seq-{delivery.stream_seq}"
+        if isinstance(seen, Peeked) or malformed is not None:
+            raise malformed or Malformed("$", "does not decode")
+        message.lane.check(seen.request)
+        if seen.unknown_keys:
+            self.unknown_keys += len(seen.unknown_keys)
+            log.debug("intake.unknown_keys", command_id=message.id, keys=seen.unknown_keys)
+        return seen
 
     async def _go_on(self, message: _Message, command: Command, accepted: Accepted) -> None:
         match accepted.kind:
@@ -289,3 +280,10 @@ class Intake:
             supported=supported,
             detail=detail,
         )
+
+
+def _fallback_id(delivery: Delivery) -> str:
+    """What answers a message whose own id cannot be read."""
+    if delivery.msg_id is not None and COMMAND_ID_PATTERN.fullmatch(delivery.msg_id):
+        return delivery.msg_id
+    return f"seq-{delivery.stream_seq}"

@@ -46,6 +46,7 @@ class JournalFile:
         self._taking = True
         self._arrivals: dict[str, asyncio.Event] = {}
         self._gone: set[int] = set()  # sent, but perhaps still in the file
+        self._forgetting = False
         self._writer = Writer(
             path,
             committed=self._committed,
@@ -171,6 +172,7 @@ class JournalFile:
                 del queue.rows[n]
                 queue.count -= 1
         self._mirror = mirror
+        self._forgetting = False  # what was to be forgotten failed with the rest
         for kind in (*journal_mirror.OUT_KINDS, "state"):
             self._arrival(kind).set()
 

@@ -47,13 +47,11 @@ class Source:
         headers: dict[str, str] | None = None,
     ) -> None:
         """Add one outbox row, sent after all earlier ones of its kind."""
-        packed = msgspec.json.encode(headers or {})
-        cursor = transaction.execute(
-            "INSERT INTO outbox (kind, subject, msg_id, headers, payload) VALUES (?, ?, ?, ?, ?)",
-            (kind, subject, msg_id, packed, payload),
-        )
-        n = cursor.lastrowid or 0
-        transaction.out.append(OutRow(n, kind, subject, msg_id, packed, payload))
+        packed = msgspec.json.encode(headers) if headers else b"{}"
+        transaction.n += 1
+        values = (transaction.n, kind, subject, msg_id, packed, payload)
+        transaction.execute("INSERT INTO outbox VALUES (?, ?, ?, ?, ?, ?)", values)
+        transaction.out.append(OutRow(*values))
 
     def event(self, transaction: Transaction, draft: EventDraft, at_ms: int) -> int:
         """Add one event; returns its `seq`, the next without a gap."""

@@ -56,17 +56,23 @@ class JournalOutbox(JournalFile):
                 queue.count -= 1
                 self._gone.add(row.n)
         self._arrival("sent").set()
-        gone = tuple(self._gone)
-
-        def do(tx: Transaction) -> None:
-            tx.connection.executemany("DELETE FROM outbox WHERE n = ?", ((n,) for n in gone))
-
-        def apply(_: None) -> None:
-            self._gone.difference_update(gone)
-
-        self._writer.later(do, apply=apply)
+        if not self._forgetting:
+            self._forgetting = True
+            self._writer.later(self._forget_gone, apply=self._forgot)
         if not self._taking and self.writable and not self.backlogged:
             self._tell()
+
+    def _forget_gone(self, tx: Transaction) -> tuple[int, ...]:
+        """In the writer's thread: all that are gone by now."""
+        gone = tuple(self._gone)
+        tx.connection.executemany("DELETE FROM outbox WHERE n = ?", ((n,) for n in gone))
+        return gone
+
+    def _forgot(self, gone: tuple[int, ...]) -> None:
+        self._gone.difference_update(gone)
+        self._forgetting = False
+        if self._gone:
+            self.sent(())
 
     # -- state ---------------------------------------------------------------------------------
 

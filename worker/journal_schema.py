@@ -16,7 +16,7 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 -- identity; a message that did not decode has `digest`, the sha256 of its bytes, instead.
 -- Unfinished while `finished_at_ms` is NULL. `reply` is what went out, byte for byte.
 CREATE TABLE command (
-    n INTEGER PRIMARY KEY AUTOINCREMENT,
+    n INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
     lane TEXT NOT NULL,
     subject TEXT NOT NULL,
@@ -48,7 +48,7 @@ CREATE TABLE joiner (
 ) WITHOUT ROWID;
 
 CREATE TABLE step (
-    n INTEGER PRIMARY KEY AUTOINCREMENT,
+    n INTEGER PRIMARY KEY,
     command_id TEXT NOT NULL,
     mechanism TEXT NOT NULL,
     key TEXT NOT NULL,
@@ -88,15 +88,15 @@ CREATE TABLE network (
 -- The last `to` that was announced per lane: the next event's `from`, also after a Destroy.
 CREATE TABLE announced (lane TEXT PRIMARY KEY, status TEXT NOT NULL) WITHOUT ROWID;
 
+-- `n` is counted by the writer and never used twice while the file is open.
 CREATE TABLE outbox (
-    n INTEGER PRIMARY KEY AUTOINCREMENT,
+    n INTEGER PRIMARY KEY,
     kind TEXT NOT NULL,
     subject TEXT NOT NULL,
     msg_id TEXT NOT NULL,
     headers BLOB NOT NULL,
     payload BLOB NOT NULL
 );
-CREATE INDEX outbox_kind ON outbox (kind, n);
 
 -- The newest value per key; a NULL value means that the key is to go.
 CREATE TABLE state (

@@ -11,6 +11,7 @@ half second until one succeeds.
 """
 
 import asyncio
+import contextlib
 import queue
 import sqlite3
 import threading
@@ -59,10 +60,11 @@ class StateRow:
 
 @dataclass(slots=True)
 class Transaction:
-    """What one commit does. `seq` is that of the last event; `out` and `states` what it queued."""
+    """What one commit does. `seq`, `n`: of the last event and outbox row; `out`, `states`: new."""
 
     connection: sqlite3.Connection
     seq: int
+    n: int
     out: list[OutRow] = field(default_factory=list[OutRow])
     states: list[StateRow] = field(default_factory=list[StateRow])
 
@@ -121,18 +123,19 @@ class Writer:
         self._reopened: Callable[[Any], None] = reopened
         self._changed = changed
         self._observe = observe
-        self._queue: queue.SimpleQueue[_Part[Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Part[Any]] | None] = queue.SimpleQueue()
+        self._later: list[_Part[Any]] = []
+        self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._connection: sqlite3.Connection | None = None
-        self._seq = 0
+        self._seq = self._n = 0
         self._faulty = False
         self._closing = False
 
     def start(self, connection: sqlite3.Connection) -> None:
         """Take over an open connection."""
-        self._connection = connection
-        self._seq = int(journal_schema.read_meta(connection, "seq") or 0)
+        self._adopt(connection)
         self._thread.start()
 
     def submit(
@@ -154,8 +157,13 @@ class Writer:
     def later(
         self, do: Callable[[Transaction], T], *, apply: Callable[[T], None] | None = None
     ) -> None:
-        """Run `do` together with the next commit, or within 20 ms; nobody waits for it."""
-        self._put(_Part(do, apply, lazy=True))
+        """Run `do` together with the next commit, or within 20 ms; nobody waits for it.
+
+        It must be such that it can only fail with the disk.
+        """
+        self._later.append(_Part(do, apply, lazy=True))
+        if self._timer is None:
+            self._timer = self._loop.call_later(LAZY_S, self._flush)
 
     def read(
         self, do: Callable[[Transaction], T], *, apply: Callable[[T], None] | None = None
@@ -167,6 +175,7 @@ class Writer:
 
     async def close(self) -> None:
         """Commit what was submitted, then close the file."""
+        self._flush()
         self._closing = True
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
@@ -176,7 +185,16 @@ class Writer:
     def _put(self, part: _Part[Any]) -> None:
         if self._closing:
             raise JournalFault("the journal is closed")
-        self._queue.put(part)
+        self._later.append(part)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Hand over everything in the order of submission."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        parts, self._later = self._later, []
+        self._queue.put(parts)
 
     # -- in the thread -------------------------------------------------------------------------
 
@@ -197,51 +215,48 @@ class Writer:
             self._connection.close()
 
     def _gather(self) -> tuple[list[_Part[Any]], bool]:
-        """Wait for work; false when the journal closes."""
+        """Wait for work and take all that there is; false when the journal closes."""
         batch: list[_Part[Any]] = []
         timeout = PROBE_S if self._faulty else None
-        while len(batch) < BATCH:
-            try:
-                part = self._queue.get(timeout=timeout)
-            except queue.Empty:
-                break
-            if part is None:
-                return batch, False
-            batch.append(part)
-            if not part.lazy:
+        with contextlib.suppress(queue.Empty):
+            while len(batch) < BATCH:
+                parts = self._queue.get(timeout=timeout)
+                if parts is None:
+                    return batch, False
+                batch += parts
                 timeout = 0.0
-            elif timeout is None:
-                timeout = LAZY_S
         return batch, True
+
+    def _adopt(self, connection: sqlite3.Connection) -> sqlite3.Connection:
+        self._connection = connection
+        self._seq = int(journal_schema.read_meta(connection, "seq") or 0)
+        (last,) = connection.execute("SELECT max(n) FROM outbox").fetchone()
+        self._n = max(self._n, last or 0)
+        return connection
 
     def _write(self, batch: list[_Part[Any]]) -> None:
         started = time.perf_counter()
         loaded: Any = None
         try:
-            if self._connection is None:
-                self._connection = journal_schema.open_file(self._path)
-                self._seq = int(journal_schema.read_meta(self._connection, "seq") or 0)
-            transaction = self._transact(self._connection, batch)
+            connection = self._connection or self._adopt(journal_schema.open_file(self._path))
+            transaction = self._transact(connection, batch)
             if self._faulty:
-                loaded = self._load(self._connection)
+                loaded = self._load(connection)
         except (sqlite3.Error, HostFault) as error:
             self._fail(batch, error)
             return
-        if transaction is not None:
-            self._seq = transaction.seq
+        self._seq, self._n = transaction.seq, transaction.n
         recovered, self._faulty = self._faulty, False
         seconds = time.perf_counter() - started
         self._loop.call_soon_threadsafe(
             self._finish, batch, transaction, seconds, recovered, loaded
         )
 
-    def _transact(
-        self, connection: sqlite3.Connection, batch: list[_Part[Any]]
-    ) -> Transaction | None:
+    def _transact(self, connection: sqlite3.Connection, batch: list[_Part[Any]]) -> Transaction:
         durable = self._faulty or any(part.durable for part in batch)
         connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
         connection.execute("BEGIN IMMEDIATE")
-        transaction = Transaction(connection, self._seq)
+        transaction = Transaction(connection, self._seq, self._n)
         if self._faulty:
             journal_schema.write_meta(connection, "probe", str(time.time()))
         for part in batch:
@@ -253,6 +268,9 @@ class Writer:
 
     @staticmethod
     def _do(transaction: Transaction, part: _Part[Any]) -> None:
+        if part.lazy:  # one statement, that breaks no rule: needs no savepoint
+            part.result = part.do(transaction)
+            return
         before = (transaction.seq, len(transaction.out), len(transaction.states))
         transaction.execute("SAVEPOINT part")
         try:
@@ -277,7 +295,7 @@ class Writer:
             part.error = JournalFault("the journal cannot be read now")
             return
         try:
-            part.result = part.do(Transaction(self._connection, self._seq))
+            part.result = part.do(Transaction(self._connection, self._seq, self._n))
         except Exception as error:  # noqa: BLE001 - handed to its caller, who waits for it
             part.error = error
 
@@ -285,10 +303,9 @@ class Writer:
         first, self._faulty = not self._faulty, True
         if self._connection is not None:
             self._connection.close()  # rolls back
-        try:
-            self._connection = journal_schema.open_file(self._path)
-        except (sqlite3.Error, HostFault):
-            self._connection = None
+        self._connection = None
+        with contextlib.suppress(sqlite3.Error, HostFault):
+            self._adopt(journal_schema.open_file(self._path))
         for part in batch:
             part.result = None
             part.error = JournalFault(f"the journal {self._path} cannot commit: {error}")
@@ -300,7 +317,7 @@ class Writer:
     def _finish(
         self,
         batch: list[_Part[Any]],
-        transaction: Transaction | None,
+        transaction: Transaction,
         seconds: float,
         recovered: bool,
         loaded: Any,
@@ -308,7 +325,7 @@ class Writer:
         self._observe(seconds)
         if recovered:
             self._reopened(loaded)
-        elif transaction is not None:
+        else:
             self._committed(transaction)
         _settle(batch)
         if recovered:

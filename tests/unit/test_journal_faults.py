@@ -118,7 +118,7 @@ async def test_while_the_journal_cannot_commit_the_stream_keeps_the_commands(
         monkeypatch.setattr(
             writer,
             "_transact",
-            lambda *args: commit_fails(Transaction(*args[:1], 0)) if broken else transact(*args),
+            lambda *args: commit_fails(Transaction(*args[:1], 0, 0)) if broken else transact(*args),
         )
         with pytest.raises(JournalFault):
             await worker.journal.put_meta("a", "b")
