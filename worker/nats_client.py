@@ -17,9 +17,12 @@ from enum import StrEnum
 from importlib.metadata import version
 from typing import Any
 
+import structlog
 from nats import errors
 from nats.aio.client import Client, Srv
 from nats.protocol.parser import PERMISSIONS_ERR
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 
 class Guard(StrEnum):
@@ -40,6 +43,7 @@ class Guard(StrEnum):
     FRESH_INBOX = "fresh_inbox"
     STATUS = "status"
     MSG_ID = "msg_id"
+    CANCEL = "cancel"
 
 
 ALL_GUARDS = frozenset(Guard)
@@ -161,9 +165,9 @@ class GuardedClient(Client):
             await super()._attempt_reconnect()
         except Exception as error:
             # Upstream would stay "reconnecting" with nobody at work on it.
-            if Guard.REBUILD not in self._guards:
-                raise
-            self._dead(f"reconnecting failed: {type(error).__name__}: {error}")
+            log.exception("bus.reconnect_failed")
+            if Guard.REBUILD in self._guards:
+                self._dead(f"reconnecting failed: {type(error).__name__}: {error}")
 
     async def _select_next_server(self) -> None:
         # Upstream waits a fixed time, the same on every host: a herd after a broker restart.

@@ -13,8 +13,9 @@ import os
 import re
 import ssl
 import stat
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -220,11 +221,13 @@ class Link:
             self._client = None
         self._up.clear()
         try:
-            await asyncio.wait_for(client.close(), 2)
+            async with asyncio.timeout(2):
+                await client.close()
         except (TimeoutError, OSError, errors.Error):
             client.abort()
             with contextlib.suppress(OSError, errors.Error, asyncio.TimeoutError):
-                await asyncio.wait_for(client.close(), 2)
+                async with asyncio.timeout(2):
+                    await client.close()
 
     # -- what nats-py calls ------------------------------------------------------------------------
 
@@ -259,7 +262,7 @@ class Link:
             self._up.clear()
             log.warning("bus.disconnected", error=self.last_error)
         for listener in list(self._losses):
-            listener()
+            self._tell(listener)
 
     async def _on_reconnected(self) -> None:
         self.reconnects += 1
@@ -278,7 +281,16 @@ class Link:
         self._up.set()
         log.info("bus.connected", url=self._url, reconnects=self.reconnects)
         for listener in list(self._listeners):
-            listener(fresh)
+            self._tell(partial(listener, fresh))
+
+    def _tell(self, listener: Callable[[], None]) -> None:
+        """One listener's bug must not keep the others from hearing."""
+        try:
+            listener()
+        except Exception:
+            if Guard.SAFE_CALLBACKS not in self.guards:
+                raise
+            log.exception("bus.listener_failed")
 
     # -- for the worker ----------------------------------------------------------------------------
 
@@ -320,7 +332,8 @@ class Link:
         """
         try:
             client = self._present()
-            await client.publish(subject, payload, reply, dict(headers) if headers else None)
+            with self._cancellable():
+                await client.publish(subject, payload, reply, dict(headers) if headers else None)
         except (OSError, errors.Error) as error:
             raise BusError(f"{subject}: {_text(error)}") from error
 
@@ -341,9 +354,10 @@ class Link:
         limit_s = self.tuning.request_timeout_s if timeout_s is None else timeout_s
         try:
             # A copy: nats-py adds to the headers that it is given.
-            answer = await self._present().request(
-                subject, payload, limit_s, headers=dict(headers) if headers else None
-            )
+            with self._cancellable():
+                answer = await self._present().request(
+                    subject, payload, limit_s, headers=dict(headers) if headers else None
+                )
         except errors.NoRespondersError as error:
             raise NoResponder(f"{subject}: nobody listens there") from error
         except (TimeoutError, OSError, errors.Error) as error:
@@ -364,11 +378,21 @@ class Link:
             await receive(_message(message))
 
         try:
-            return await self._present().subscribe(
-                subject, queue=queue, cb=callback, pending_msgs_limit=limit
-            )
+            with self._cancellable():
+                return await self._present().subscribe(
+                    subject, queue=queue, cb=callback, pending_msgs_limit=limit
+                )
         except (OSError, errors.Error) as error:
             raise BusError(f"{subject}: {_text(error)}") from error
+
+    @contextlib.contextmanager
+    def _cancellable(self) -> Iterator[None]:
+        """nats-py swallows a cancellation that comes while it flushes or as an answer comes."""
+        task = asyncio.current_task()
+        before = task.cancelling() if task else 0
+        yield
+        if task and task.cancelling() > before and Guard.CANCEL in self.guards:
+            raise asyncio.CancelledError
 
     def _present(self) -> GuardedClient:
         client = self._client

@@ -97,8 +97,10 @@ class PullLoop:
             while True:
                 self._wake.clear()
                 await self._step()
+                # Not wait_for: Python 3.11's loses a cancellation that comes with the event.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._pause_s())
+                    async with asyncio.timeout(self._pause_s()):
+                        await self._wake.wait()
         finally:
             await self._unsubscribe()
             if self._tasks:
@@ -196,6 +198,8 @@ class PullLoop:
                 self.deliveries += 1
                 self.redeliveries += delivery.delivered > 1
                 await self._receive(delivery)
+            except BusError as error:
+                log.warning("bus.not_acknowledged", subject=message.subject, error=str(error))
             except Exception:
                 # Not acknowledged, so it comes again after ack_wait.
                 log.exception("bus.receive_failed", subject=message.subject)
@@ -213,13 +217,18 @@ class PullLoop:
         self._wake.set()
         if status in ("404", "408"):
             return
-        if Guard.STATUS in self._link.guards and (status == "503" or text.lower() in GONE):
-            self._missing = self._stale = True
-            return
-        if status != "409":
-            log.warning("bus.pull_refused", status=status, text=text)
-        self._not_before = time.monotonic() + 0.1
         self._stale = True
+        if Guard.STATUS not in self._link.guards:
+            self._not_before = time.monotonic() + 0.1
+        elif status == "503" or text.lower() in GONE:
+            self._missing = True
+        elif status == "409" and not text.startswith("Exceeded"):
+            # The leader of the consumer moved, or the server goes down.
+            self._not_before = time.monotonic() + 0.1
+        else:
+            self._not_before = time.monotonic() + self._link.tuning.missing_retry_s
+            self._missing = True
+            self._trouble(f"the server refuses to deliver: {status} {text}")
 
 
 def to_delivery(message: Message, link: Link) -> Delivery:

@@ -38,7 +38,12 @@ class Made:
 
 
 async def provision(
-    link: Link, subjects: Subjects, hosts: Sequence[str], *, replicas: int = 1
+    link: Link,
+    subjects: Subjects,
+    hosts: Sequence[str],
+    *,
+    replicas: int = 1,
+    ack_wait_ns: int = topology.ACK_WAIT_NS,
 ) -> list[Made]:
     """Make or correct everything of the cell, and a consumer for each of `hosts`.
 
@@ -48,7 +53,8 @@ async def provision(
         link: connected with the administrator's credential.
         subjects: of the cell; its host is not used.
         hosts: ids of the hosts that get a consumer.
-        replicas: of streams and consumers.
+        replicas: of the streams.
+        ack_wait_ns: how soon a command comes again that was delivered and not acknowledged.
 
     Raises:
         NotProvisioned: something is there that can not be changed into what is needed; the text
@@ -58,7 +64,7 @@ async def provision(
     api = _Api(link)
     wanted = topology.stream_configs(subjects, replicas=replicas)
     made = [await _stream(api, config) for config in wanted]
-    made += [await _consumer(api, replace(subjects, host_id=host)) for host in hosts]
+    made += [await _consumer(api, replace(subjects, host_id=host), ack_wait_ns) for host in hosts]
     return made
 
 
@@ -81,10 +87,10 @@ async def _stream(api: "_Api", config: Mapping[str, Any]) -> Made:
     return Made(what, "changed", "; ".join(wrong) + _short_of(config, got, what))
 
 
-async def _consumer(api: "_Api", subjects: Subjects) -> Made:
+async def _consumer(api: "_Api", subjects: Subjects, ack_wait_ns: int) -> Made:
     stream, name = subjects.commands_stream, subjects.consumer
     what = f"consumer {name} of {stream}"
-    config = topology.consumer_config(subjects)
+    config = topology.consumer_config(subjects, ack_wait_ns=ack_wait_ns)
     found = await api.config(f"CONSUMER.INFO.{stream}.{name}")
     wrong = topology.differences(config, found) if found is not None else []
     if found is not None and not wrong:

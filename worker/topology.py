@@ -15,7 +15,9 @@ DAY_NS = 86_400 * NS
 MESSAGE_BYTES = 65_536
 REPLY_BYTES = 1 << 30
 DEDUPE_NS = 600 * NS
-ACK_WAIT_NS = 10 * NS
+# Commands are acknowledged as soon as they are journalled, in milliseconds. What was delivered into
+# a connection that died comes again only after this time, however soon the worker is back.
+ACK_WAIT_NS = 3 * NS
 MAX_CONSUMERS = 1000
 ACK_PENDING = 256
 MAX_WAITING = 16
@@ -98,14 +100,14 @@ def stream_configs(subjects: Subjects, *, replicas: int = 1) -> tuple[dict[str, 
     )
 
 
-def consumer_config(subjects: Subjects) -> dict[str, Any]:
+def consumer_config(subjects: Subjects, *, ack_wait_ns: int = ACK_WAIT_NS) -> dict[str, Any]:
     """This host's durable pull consumer. No `max_deliver`: a command is never given up."""
     return {
         "durable_name": subjects.consumer,
         "filter_subject": subjects.command_filter,
         "deliver_policy": "all",
         "ack_policy": "explicit",
-        "ack_wait": ACK_WAIT_NS,
+        "ack_wait": ack_wait_ns,
         "max_deliver": -1,
         "max_ack_pending": ACK_PENDING,
         "max_waiting": MAX_WAITING,

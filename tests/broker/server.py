@@ -40,13 +40,23 @@ class Server(EmbeddedNats):
     """An embedded server that can be paused, killed and restarted."""
 
     def pause(self) -> None:
+        """Stop every thread of it; returns when the kernel says so."""
         self.process.signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid()}/task")
+        while {(t / "stat").read_text().rsplit(") ", 1)[1][0] for t in tasks.iterdir()} != {"T"}:
+            time.sleep(0.001)
 
     def go_on(self) -> None:
         self.process.signal(signal.SIGCONT)
 
     async def restart(self) -> None:
+        """In good order: the server tells its clients and their pulls."""
         await self.stop()
+        await self.start()
+
+    async def crash(self) -> None:
+        """As a power cut would, without a word to anybody; and start again."""
+        await asyncio.to_thread(self.process.kill)
         await self.start()
 
 
@@ -176,7 +186,7 @@ async def consuming_host(
     """Provision, start a bus and consume."""
     receiver = receiver or Receiver()
     async with linked(server.url, creds=admin_creds) as admin:
-        await provision(admin, SUBJECTS, [HOST])
+        await provision(admin, SUBJECTS, [HOST], ack_wait_ns=500_000_000)
         settings = NatsSettings(url=url or server.url, creds=creds)
         bus = NatsBus(settings, SUBJECTS, guards=guards, window=window, tuning=tuning)
         await bus.start()
