@@ -13,7 +13,7 @@ import os
 import re
 import ssl
 import stat
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -386,7 +386,7 @@ class Link:
             raise BusError(f"{subject}: {_text(error)}") from error
 
     @contextlib.contextmanager
-    def _cancellable(self) -> Iterator[None]:
+    def _cancellable(self) -> Generator[None]:
         """nats-py swallows a cancellation that comes while it flushes or as an answer comes."""
         task = asyncio.current_task()
         before = task.cancelling() if task else 0
