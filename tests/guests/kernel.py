@@ -49,14 +49,26 @@ def _build(folder: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
+    try:
+        return _download_as_listed(folder)
+    except (LookupError, subprocess.CalledProcessError):
+        # No package lists on this machine, or ones that are older than the mirror.
+        subprocess.run(["apt-get", "update", "--quiet", "--quiet"], check=True)
+        return _download_as_listed(folder)
+
+
+def _download_as_listed(folder: Path) -> Path:
     depends = subprocess.run(
         ["apt-cache", "depends", "--important", METAPACKAGE],
         check=True,
         capture_output=True,
         text=True,
     ).stdout
-    name = next(word for word in depends.split() if word.startswith("linux-image-6"))
-    subprocess.run(["apt-get", "download", "--quiet", name], check=True, cwd=folder)
+    names = [word for word in depends.split() if word.startswith("linux-image-6")]
+    if not names:
+        raise LookupError(f"apt knows no dependency of {METAPACKAGE}")
+    download = ["apt-get", "download", "--quiet", "--quiet", names[0]]
+    subprocess.run(download, check=True, cwd=folder, stderr=subprocess.DEVNULL)
     (package,) = folder.glob("*.deb")
     return package
 

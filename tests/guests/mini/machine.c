@@ -78,6 +78,8 @@ void machine_init(void)
     out(PIC1, 0x11), out(PIC1 + 1, VECTOR_BASE), out(PIC1 + 1, 4), out(PIC1 + 1, 3);
     out(PIC2, 0x11), out(PIC2 + 1, VECTOR_BASE + 8), out(PIC2 + 1, 2), out(PIC2 + 1, 3);
     out(PIC1 + 1, 0), out(PIC2 + 1, 0);
+    // Priorities rotate: on a slow machine the timer, always due again, would starve the devices.
+    out(PIC1, 0x80), out(PIC2, 0x80);
     set_timer(QUICK_HZ);
 }
 

@@ -1,0 +1,74 @@
+"""How the lab's console is read, and that a lab which hangs is started once more."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lab import run
+from tests.lab.run import LabFailure, LabResult, run_in_lab
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A Python script in place of QEMU; write it to the path that this gives."""
+    script = tmp_path / "lab.py"
+    monkeypatch.setattr(run, "ensure_lab", lambda: False)
+    monkeypatch.setattr(run, "SILENCE_S", 1.0)
+    monkeypatch.setattr(
+        run.qemu, "command_line", lambda *_, **__: [sys.executable, "-u", str(script)]
+    )
+    return script
+
+
+def test_exit_code_and_output_come_back_without_the_signs_of_life(lab: Path) -> None:
+    lab.write_text(r"print('one\x1e two \xfc', end='\n\x1e\n\x1f7\n')")
+    seen: list[str] = []
+
+    result = run_in_lab(["true"], sink=seen.append)
+
+    assert result == LabResult(7, "one two ü\n")
+    assert "".join(seen) == "one two ü\n\n"
+
+
+def test_characters_and_marks_may_come_in_pieces(lab: Path) -> None:
+    lab.write_text(
+        "import os, time\n"
+        r"for piece in (b'\xc3', b'\xbc', b'\n\x1f', b'1', b'2\n'):"
+        "\n    os.write(1, piece)\n    time.sleep(0.02)\n"
+    )
+
+    assert run_in_lab(["true"]) == LabResult(12, "ü")
+
+
+def test_a_lab_without_a_sign_of_life_is_started_once_more(lab: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    lab.write_text(
+        "import pathlib, time\n"
+        f"again = pathlib.Path({str(second)!r})\n"
+        "if again.exists():\n    print('\\n\\x1f0')\n"
+        "else:\n    again.touch()\n    time.sleep(60)\n"
+    )
+
+    assert run_in_lab(["true"]).exit_code == 0
+
+
+def test_a_lab_that_hangs_twice_is_a_failure(lab: Path) -> None:
+    lab.write_text("import time\ntime.sleep(60)")
+
+    with pytest.raises(LabFailure, match="hung 2 times"):
+        run_in_lab(["true"])
+
+
+def test_signs_of_life_do_not_extend_the_timeout(lab: Path) -> None:
+    lab.write_text("import time\nwhile True:\n    print('\\x1e')\n    time.sleep(0.05)")
+
+    with pytest.raises(LabFailure, match="not done after"):
+        run_in_lab(["true"], timeout_s=0.5)
+
+
+def test_an_end_without_an_exit_code_is_a_failure(lab: Path) -> None:
+    lab.write_text("print('Kernel panic')")
+
+    with pytest.raises(LabFailure, match="Kernel panic"):
+        run_in_lab(["true"])
