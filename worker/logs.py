@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import MutableMapping
-from typing import Any, TextIO
+from typing import Any
 
 import structlog
 
@@ -22,8 +22,12 @@ _HIDDEN = frozenset({"secrets", "secret", "creds", "password", "token", "payload
 _TEXT_MAX = 2000
 
 
-def configure(level: str, *, stream: TextIO | None = None) -> None:
-    """Send all logs of this process at `level` and above to `stream` (stdout by default)."""
+def configure(level: str, *, stream: str = "stdout") -> None:
+    """Send all logs of this process at `level` and above to `stdout` or `stderr`."""
+
+    def current(*_: object) -> structlog.WriteLogger:
+        return structlog.WriteLogger(sys.stderr if stream == "stderr" else sys.stdout)
+
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -34,7 +38,7 @@ def configure(level: str, *, stream: TextIO | None = None) -> None:
             structlog.processors.JSONRenderer(serializer=_dump),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(stream or sys.stdout),
+        logger_factory=current,
         cache_logger_on_first_use=False,
     )
 

@@ -1,10 +1,12 @@
-"""What is on this host, read locally and as root."""
+"""What is on this host, read locally and as root: logs inventory."""
 
 import asyncio
 
 import click
+from msgspec import to_builtins
 
 from handlers.errors import Failure
+from handlers.host.inventory import take
 from handlers.host.jails import Jails
 from schemas.requests import InstanceRef
 from worker.cli.commands import instance_arguments
@@ -40,3 +42,27 @@ def logs(
         print_json({"log": text})
     else:
         click.echo(text, nl=False)
+
+
+@click.command()
+@click.option("--names", is_flag=True, help="Tell what they are, not only how many.")
+@config_option
+@json_option
+def inventory(names: bool, config: str | None, as_json: bool) -> None:
+    """Count what hostd owns on this host, from the kernel and the file systems."""
+    settings = settings_of(config)
+    try:
+        found = take(settings)
+    except Failure as error:
+        raise CliError(error.code, error.message) from error
+    except PermissionError as error:
+        raise CliError(
+            "host_fault", f"{error.filename}: {error.strerror}; run it as root"
+        ) from error
+    if as_json:
+        print_json(to_builtins(found) if names else found.counts)
+        return
+    for kind, count in found.counts.items():
+        click.echo(f"{kind:<10} {count:>6}")
+        for name in getattr(found, kind) if names else ():
+            click.echo(f"  {name}")

@@ -5,7 +5,9 @@ from importlib.metadata import version
 from typing import Any, Final
 
 import click
+import structlog
 
+from worker import logs
 from worker.cli.context import CliError, config_option, exit_code, print_json
 
 COMMANDS: Final[dict[str, str]] = {
@@ -29,6 +31,7 @@ COMMANDS: Final[dict[str, str]] = {
     # on this host's files
     "seed": "worker.cli.seed:seed",
     "logs": "worker.cli.host:logs",
+    "inventory": "worker.cli.host:inventory",
     # without a host
     "decode": "worker.cli.wire:decode",
     "encode": "worker.cli.wire:encode",
@@ -66,10 +69,14 @@ class Lazy(click.Group):
 @click.command(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("hostd"), prog_name="hostd")
 @config_option
-def main(config: str | None) -> None:
+@click.pass_context
+def main(ctx: click.Context, config: str | None) -> None:
     """The host daemon of a Firecracker fleet.
 
     Exit codes: 0 done, 2 usage, 10 invalid, 11 unsupported, 12 conflict, 13 not found,
     14 exhausted, 15 unavailable, 16 expired, 17 superseded, 18 draining, 20 host fault,
     21 internal, 30 no answer.
     """
+    del config  # read by `context.load`
+    logs.configure("warning", stream="stderr")
+    ctx.call_on_close(structlog.reset_defaults)
