@@ -54,7 +54,8 @@ class NetworkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[network]`. `uplinks` empty means the links of the default routes.
 
     `host_services` are `tcp/<port>` or `udp/<port>` that guests may reach on their gateway.
-    `exempt_routes` are CIDRs of host routes that a tenant's subnet may overlap.
+    `exempt_routes` are CIDRs of host routes that a tenant's subnet may overlap. `max_flows` is how
+    many flows a tenant may have open to the outside at once, lest one fill the host's conntrack.
     """
 
     allowed: tuple[str, ...] = ("10.240.0.0/12",)
@@ -62,6 +63,7 @@ class NetworkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host_services: tuple[str, ...] = ()
     isolate_guests: bool = False
     exempt_routes: tuple[str, ...] = ()
+    max_flows: int = 16_384
 
 
 class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -293,6 +293,7 @@ _RULES: dict[str, Callable[[Any], str]] = {
     "network.exempt_routes": _each(_cidr),
     "limits.cgroup": _cgroup,
     "limits.max_drain_s": _between(0, 86_400),
+    "network.max_flows": _COUNT,
     "limits.lane_depth": _COUNT,
     "limits.host_depth": _COUNT,
     "limits.boots": _COUNT,

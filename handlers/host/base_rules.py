@@ -24,8 +24,6 @@ ECHO_TO_GATEWAY = "iifname . ip daddr @gateways icmp type echo-request"
 # Frames to 01:80:c2:00:00:0x (802.1X and others) pass by prerouting and go to the host's own
 # sockets. LLDP goes there past every hook of this family; only a listener on the TAP sees it.
 LINK_LOCAL = "ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00"
-# Per tenant, so that none can fill the host's connection tracking table.
-CONNECTIONS = "iifname ct count over 16384"
 
 SETS = {
     "inet": {
@@ -35,7 +33,7 @@ SETS = {
         "gateways": "type ifname . ipv4_addr;",
         "dropped": "type ifname; counter;",
         "echo_rates": "type ifname; size 65535; flags dynamic,timeout; timeout 1m;",
-        "connections": "type ifname; size 65535; flags dynamic;",
+        "flows": "type ifname; size 65535; flags dynamic;",
     },
     "bridge": {
         "guests": "type ifname;",
@@ -59,7 +57,8 @@ CHAINS: dict[str, dict[str, tuple[str, ...]]] = {
             "meta nfproto != ipv4 goto drop_from",
             "ip daddr 169.254.0.0/16 goto drop_from",
             "ct state invalid goto drop_from",
-            f"ct state new add @connections {{ {CONNECTIONS} }} goto drop_from",
+            # Per tenant, so that none can fill the host's connection tracking table.
+            "ct state new add @flows { iifname ct count over MAX_FLOWS } goto drop_from",
             "oifname @uplinks ct direction original accept",
             "goto drop_from",
         ),
@@ -125,6 +124,7 @@ class BaseRules:
             (protocol, port)
             for protocol, _, port in (service.partition("/") for service in settings.host_services)
         )
+        self._script = base_script(settings.max_flows)
         self._left: tuple[int, str] | None = None
 
     async def ensure(self, uplinks: Iterable[str] | None = None) -> bool:
@@ -158,7 +158,7 @@ class BaseRules:
         self._left = None
         changes = await self._nft.outside_changes()
         try:
-            await self._nft.apply(base_script())
+            await self._nft.apply(self._script)
             listing = await self._listing()
             fits = layout_of(json.loads(listing)) == expected_layout()
         except Failure:
@@ -200,10 +200,10 @@ class BaseRules:
             for name in names:
                 for element in await self._nft.members(f"{family} hostd {name}"):
                     carried += f"add element {spelled((f'{family} hostd {name}', element))}\n"
-        await self._nft.apply(script + base_script() + carried)
+        await self._nft.apply(script + self._script + carried)
 
 
-def base_script() -> str:
+def base_script(max_flows: int) -> str:
     """The transaction that makes both tables, keeping elements; repeating it changes nothing."""
     lines: list[str] = []
     for family, chains in CHAINS.items():
@@ -215,7 +215,7 @@ def base_script() -> str:
         lines += ["}"]
         lines += [f"flush chain {family} hostd {name}" for name in chains]
         lines += [
-            f"add rule {family} hostd {name} {rule}"
+            f"add rule {family} hostd {name} {rule}".replace("MAX_FLOWS", str(max_flows))
             for name, rules in chains.items()
             for rule in rules[1:]
         ]

@@ -6,6 +6,7 @@ from ipaddress import IPv4Network
 
 from handlers.host.base_rules import CARRIED, BaseRules
 from handlers.host.bridges import ALIAS_PREFIX, Bridges
+from handlers.host.drift import HostWatch
 from handlers.host.kernel_thread import stay
 from handlers.host.netlink import RT_TABLE_MAIN, Kernel, Netlink
 from handlers.host.nftables import Nft
@@ -120,6 +121,7 @@ class NetworkMechanisms:
     tenant_rules: TenantRules
     pins: Pins
     taps: Taps
+    watch: HostWatch
 
     def close(self) -> None:
         """End both threads; what was made stays."""
@@ -142,4 +144,5 @@ def open_network_mechanisms(
         tenant_rules=TenantRules(nft, base, netlink),
         pins=Pins(nft, base),
         taps=Taps(netlink, isolate_guests=settings.isolate_guests),
+        watch=HostWatch(netlink, nft, enter),
     )

@@ -86,8 +86,10 @@ class Program:
 
     def run(self, text: str, flags: int) -> str:
         options = [o for f, o in ((STATELESS, "-s"), (JSON, "-j"), (TERSE, "-t")) if flags & f]
-        done = subprocess.run(  # noqa: S603 - a fixed program, its text on stdin
-            [PROGRAM, *options, "-f", "-"],
+        # With -j a file must be JSON, so a question, which is short, goes as an argument.
+        source = [text] if flags & JSON else ["-f", "-"]
+        done = subprocess.run(  # noqa: S603 - a fixed program, text of our own making
+            [PROGRAM, *options, *source],
             input=text,
             capture_output=True,
             text=True,

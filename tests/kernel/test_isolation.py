@@ -444,6 +444,19 @@ async def test_echo_to_the_gateway_is_limited_per_tenant(stage: Stage) -> None:
     assert stage.b1.wait_for(token), "another tenant's echo is not limited by this one's"
 
 
+async def test_flows_of_a_tenant_are_limited_and_another_tenants_are_not() -> None:
+    async for stage in play(NetworkSettings(max_flows=10)):
+        sent_tokens = [next(tokens) for _ in range(30)]
+        for number, token in enumerate(sent_tokens):
+            stage.a1.send(to_gateway(udp(A1.ip, INTERNET, 20_000 + number, 5001, token)))
+        token = next(tokens)
+        packet = udp(B1.ip, INTERNET, 5000, 5001, token)
+        stage.b1.send(ethernet(B1.mac, B1.gateway_mac, IPV4, packet))
+
+        assert stage.outside.wait_for(token), "another tenant is not held to this one's limit"
+        assert [stage.outside.saw(token) for token in sent_tokens] == [True] * 10 + [False] * 20
+
+
 async def test_the_gateway_answers_arp_for_its_own_address_alone(stage: Stage) -> None:
     for address in (UPLINK, B1.net.gateway_ip, A1.net.gateway_ip):
         request = arp(REQUEST, A1.mac, A1.ip, "00:00:00:00:00:00", address)

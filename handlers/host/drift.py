@@ -1,0 +1,200 @@
+"""What other hands do to hostd's links and rules, as it happens: a stream of hints, no repair.
+
+A hint says where to look, not what is wrong: much of what is reported is hostd's own doing or its
+effect. Who reads it checks by `ensure`, which changes nothing where all is in force. Not reported,
+and left to the periodic pass: FDB and neighbour entries, port flags, kernel settings.
+"""
+
+import asyncio
+import errno
+import re
+import socket
+import struct
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+
+from handlers.host.bridges import ALIAS_PREFIX, GATEWAY_OFFSET
+from handlers.host.kernel_thread import KernelThread, stay
+from handlers.host.netlink import IFF_UP, Netlink
+from handlers.host.netlink_wire import HEADER, attributes
+from handlers.host.nftables import NETLINK_NETFILTER, Nft
+from handlers.host.taps import TAP_NAME
+from schemas import naming
+
+# linux/rtnetlink.h, linux/if_link.h, linux/netfilter/nfnetlink.h
+RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
+RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR = 16, 17, 20, 21
+RTM_NEWROUTE, RTM_DELROUTE = 24, 25
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MASTER, IFLA_IFALIAS = 1, 3, 10, 20
+IFA_LABEL, RTA_OIF = 3, 4
+SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES = 270, 1, 7
+LINK = struct.Struct("=BxHiII")
+ADDRESS_SIZE, ROUTE_SIZE = 8, 12
+BRIDGE_NAME = re.compile(r"br-tenant-([0-9]{1,4})")
+QUIET_S = 0.1
+"""How long changes are gathered: a setup is some ten messages, a teardown by hand a burst."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A hint. `kind`: `link` (of the tenant with this net id), `rules`, `uplinks`, or `all` when
+    the kernel dropped messages and everything must be looked at."""
+
+    kind: str
+    tenant_net_id: int | None = None
+
+
+class HostWatch:
+    """Listens to rtnetlink and nftables in the namespace. Needs: CAP_NET_ADMIN for nftables.
+
+    Source: rtnetlink(7), nf_tables' NFT_MSG_NEWGEN notification.
+    """
+
+    def __init__(self, netlink: Netlink, nft: Nft, enter: Callable[[], None] = stay) -> None:
+        self._netlink = netlink
+        self._nft = nft
+        self._enter = enter
+
+    async def changes(self) -> AsyncGenerator[Change]:
+        """Changes for as long as it is read, each at most once per `QUIET_S`.
+
+        The first is `all`: what happened before it listened is not known.
+        """
+        links, rules = await self._listen()
+        known = await self._nft.outside_changes()
+        readers: set[asyncio.Task[set[Change]]] = set()
+        queue: asyncio.Queue[set[Change]] = asyncio.Queue()
+        try:
+            readers = {
+                asyncio.create_task(self._read_links(links, queue)),
+                asyncio.create_task(self._read_rules(rules, known, queue)),
+            }
+            yield Change("all")
+            while True:
+                gathered = await next_of(queue, readers)
+                await asyncio.sleep(QUIET_S)
+                while not queue.empty():
+                    gathered |= queue.get_nowait()
+                for change in sorted(gathered, key=repr):
+                    yield change
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+            links.close()
+            rules.close()
+
+    async def _listen(self) -> tuple[socket.socket, socket.socket]:
+        """The two sockets, of the namespace that `enter` leads to."""
+
+        def opened() -> tuple[socket.socket, socket.socket]:
+            links = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+            links.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
+            rules = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+            rules.bind((0, 0))  # without a port id of its own it hears nothing
+            rules.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES)
+            for opened_one in (links, rules):
+                opened_one.setblocking(False)
+            return links, rules
+
+        thread = KernelThread("drift", self._enter)
+        try:
+            return await thread.run(opened)
+        finally:
+            thread.stop(stay)
+
+    async def _read_links(
+        self, links: socket.socket, queue: asyncio.Queue[set[Change]]
+    ) -> set[Change]:
+        while True:
+            messages = await receive(links)
+            if messages is None:
+                queue.put_nowait({Change("all")})
+                continue
+            found: set[Change] = set()
+            routes: set[int] = set()
+            for kind, body in messages:
+                if kind in {RTM_NEWLINK, RTM_DELLINK}:
+                    found |= of_link(kind, body)
+                elif kind in {RTM_NEWADDR, RTM_DELADDR}:
+                    label = attributes(body[ADDRESS_SIZE:]).get(IFA_LABEL, b"")
+                    found |= named(text(label))
+                elif kind in {RTM_NEWROUTE, RTM_DELROUTE} and body[1] == 0:
+                    found.add(Change("uplinks"))
+                elif kind == RTM_DELROUTE:
+                    out = attributes(body[ROUTE_SIZE:]).get(RTA_OIF)
+                    routes |= {int.from_bytes(out, "little")} if out else set()
+            names = await self._netlink.run(lambda kernel: kernel.link_names(routes))  # noqa: B023
+            for name in names:
+                found |= named(name)
+            if found:
+                queue.put_nowait(found)
+
+    async def _read_rules(
+        self, rules: socket.socket, known: int, queue: asyncio.Queue[set[Change]]
+    ) -> set[Change]:
+        while True:
+            await receive(rules)
+            now = await self._nft.outside_changes()
+            if now != known:
+                known = now
+                queue.put_nowait({Change("rules")})
+
+
+async def next_of(
+    queue: asyncio.Queue[set[Change]], readers: set[asyncio.Task[set[Change]]]
+) -> set[Change]:
+    """The next changes; a reader that ended takes the watch with it."""
+    getter = asyncio.create_task(queue.get())
+    try:
+        await asyncio.wait({getter, *readers}, return_when=asyncio.FIRST_COMPLETED)
+        for reader in readers:
+            if reader.done():
+                reader.result()
+        return await getter
+    finally:
+        getter.cancel()
+
+
+async def receive(listener: socket.socket) -> list[tuple[int, bytes]] | None:
+    """The messages of one datagram; None if the kernel had to drop some before it."""
+    try:
+        data = await asyncio.get_running_loop().sock_recv(listener, 1 << 17)
+    except OSError as error:
+        if error.errno == errno.ENOBUFS:
+            return None
+        raise
+    messages: list[tuple[int, bytes]] = []
+    at = 0
+    while at + HEADER.size <= len(data):
+        size, kind, *_ = HEADER.unpack_from(data, at)
+        messages.append((kind, data[at + HEADER.size : at + size]))
+        at += (size + 3) & ~3
+    return messages
+
+
+def of_link(kind: int, body: bytes) -> set[Change]:
+    """A change, if the message says that a link of ours is gone or not as it should be."""
+    family, _type, _index, flags, _mask = LINK.unpack_from(body)
+    held = attributes(body[LINK.size :])
+    name = text(held.get(IFLA_IFNAME, b""))
+    if kind == RTM_DELLINK or not flags & IFF_UP:
+        return named(name)
+    if family == socket.AF_BRIDGE:
+        return set()
+    if (match := BRIDGE_NAME.fullmatch(name)) is not None:
+        mac = naming.mac_address(int(match[1]), GATEWAY_OFFSET)
+        alias = text(held.get(IFLA_IFALIAS, b""))
+        sound = held.get(IFLA_ADDRESS, b"").hex(":") == mac and alias.startswith(ALIAS_PREFIX)
+        return set() if sound else named(name)
+    return set() if IFLA_MASTER in held else named(name)
+
+
+def named(name: str) -> set[Change]:
+    """A change of the tenant that a bridge's or TAP's name belongs to; of none for other links."""
+    match = BRIDGE_NAME.fullmatch(name) or TAP_NAME.fullmatch(name)
+    return set() if match is None else {Change("link", int(match[1]))}
+
+
+def text(value: bytes) -> str:
+    return value.rstrip(b"\0").decode(errors="replace")
