@@ -139,7 +139,7 @@ class DataDisks:
             ours = mark is not None and mark.ref == str(spec.ref)
             if spec.known is None and not (ours and mark is not None and mark.new):
                 raise Invalid(f"{path} was not made by hostd: see `hostd adopt`", path=path)
-            if spec.known is not None and spec.known != identity:
+            if spec.known is not None and not _is(identity, spec.known, marked=ours):
                 raise Invalid(f"{path} is not the disk that hostd recorded", path=path)
             self._check_names(spec.ref, fd, path)
             if not ours:
@@ -198,6 +198,15 @@ class DataDisks:
                     raise os_failure(error, f"cannot wipe {path}") from error
                 if not disk_wipe.is_empty(fd):
                     raise HostFault(f"{path} still holds data after the wipe", path=path)
+
+
+def _is(found: DiskIdentity, known: DiskIdentity, *, marked: bool) -> bool:
+    """Device, inode and size as recorded; under the mark, the device may be numbered anew by a
+    reboot: the mark is bound to the inode, and no copy carries it.
+    """
+    if marked:
+        return (found.ino, found.size_bytes) == (known.ino, known.size_bytes)
+    return found == known
 
 
 def _make_folder(instance: Folder) -> bool:

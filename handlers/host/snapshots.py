@@ -158,7 +158,10 @@ class Snapshots:
         return f"/{WOKEN_FOLDER}/{STATE}", f"/{WOKEN_FOLDER}/{MEMORY}"
 
     async def settle(self, ref: InstanceRef, number: int) -> None:
-        """After a failed wake, before or after its jail is gone: the files are root's again."""
+        """After a failed wake, before or after its jail is gone: the files are root's again.
+
+        A snapshot that is gone needs none.
+        """
         folder = SnapshotFolder(self._base, ref, number)
 
         def settle() -> None:
@@ -166,6 +169,8 @@ class Snapshots:
                 os.chown(folder.file(STATE), 0, 0)
                 os.chmod(folder.file(STATE), 0o600)
                 self._memories.tighten(folder)
+            except FileNotFoundError:
+                return
             except OSError as error:
                 raise os_failure(error, f"cannot settle {folder.path}") from error
 

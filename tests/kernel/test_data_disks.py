@@ -61,6 +61,13 @@ async def test_the_known_disk_is_found_and_never_resized(disks: DataDisks) -> No
     assert again == disk
 
 
+async def test_a_device_numbered_anew_by_a_reboot_is_no_other_disk(disks: DataDisks) -> None:
+    disk = await disks.ensure(SPEC)
+    before = msgspec.structs.replace(disk.identity, dev=disk.identity.dev + 1)
+
+    assert await disks.ensure(replace(SPEC, known=before)) == disk
+
+
 async def test_a_creation_cut_short_before_its_record_goes_on(disks: DataDisks) -> None:
     first = await disks.ensure(SPEC)
 
