@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PACKAGES=(ca-certificates e2fsprogs iproute2 libnftables1 nftables python3-venv)
+PACKAGES=(ca-certificates e2fsprogs iproute2 libnftables1 nftables python3-venv xfsprogs)
 TOOLS=build/tools
 STAMPS=build/stamps
 LOG=$PWD/build/apt.log

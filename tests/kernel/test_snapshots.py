@@ -4,9 +4,12 @@ import asyncio
 import hashlib
 import mmap
 import os
+import shutil
 import stat
+import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,9 +91,9 @@ def new_snapshots(world: World, cpu_model: str = "GenuineTest 6 85 7") -> Snapsh
     )
 
 
-@pytest.fixture
-async def asleep(tmp_path: Path) -> AsyncIterator[Asleep]:
-    world = make_world(tmp_path)
+@asynccontextmanager
+async def at_sleep(top: Path) -> AsyncIterator[Asleep]:
+    world = make_world(top)
     jails = Jails(data=str(world.data), state=str(world.state), jail_base=str(world.jails))
     disks = DataDisks(data=str(world.data), jail_base=str(world.jails))
     disk = await disks.ensure(DataDiskSpec(REF, 8, None))
@@ -113,6 +116,12 @@ async def asleep(tmp_path: Path) -> AsyncIterator[Asleep]:
     snapshots.close()
     for jail in await jails.list_ids():
         await jails.remove(jail)
+
+
+@pytest.fixture
+async def asleep(tmp_path: Path) -> AsyncIterator[Asleep]:
+    async with at_sleep(tmp_path) as one:
+        yield one
 
 
 async def test_the_vmm_gets_an_empty_folder_of_its_own(asleep: Asleep) -> None:
@@ -612,3 +621,34 @@ async def test_another_file_system_is_named(asleep: Asleep, tmpfs: Path) -> None
     with pytest.raises(HostFault, match="different file systems"):
         await elsewhere.seal(asleep.jail_id, asleep.facts)
     elsewhere.close()
+
+
+async def test_a_disk_that_fills_up_at_any_point_of_the_seal_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    """On a small file system of its own, really full: the VM can be resumed, and sleep later."""
+    there = tmp_path / "small"
+    there.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", there], check=True)
+    try:
+        async with at_sleep(there) as asleep:
+            asleep.facts = replace(asleep.facts, keep_drives=True)
+            await asleep.vmm_writes()
+            filler = there / "filler"
+            filler.write_bytes(b"\1" * shutil.disk_usage(there).free)
+
+            for pages in range(0, 40, 4):
+                os.truncate(filler, filler.stat().st_size - pages * 4096)
+                try:
+                    await asleep.snapshots.seal(asleep.jail_id, asleep.facts)
+                except Exhausted:
+                    assert await asleep.snapshots.list_all() == []
+                    await asleep.vmm_writes()
+                else:
+                    break
+
+            assert pages > 0
+            await asleep.snapshots.publish(REF, 1)
+            await asleep.verify()
+    finally:
+        subprocess.run(["umount", "-l", there], check=True)
