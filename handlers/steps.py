@@ -112,6 +112,7 @@ class Steps:
         mechanisms: Mapping[str, Removable],
         *,
         deadline_ms: int | None = None,
+        admission: asyncio.Future[None] | None = None,
         trace: Traced = no_trace,
         observe: Callable[[str, float], None] = lambda step, seconds: None,
     ) -> None:
@@ -119,6 +120,7 @@ class Steps:
         self.deadline_ms = deadline_ms
         self.taken: list[StepTaken] = []
         self._log = step_log
+        self._admission = admission
         self._mechanisms = mechanisms
         self._cut = asyncio.Event()
         self._superseded_by = ""
@@ -286,6 +288,9 @@ class Steps:
     async def _timed(
         self, name: str, do: Callable[[], Awaitable[T]], *, outcome: str = "done"
     ) -> T:
+        if self._admission is not None:  # no effect before the command is on disk
+            await asyncio.shield(self._admission)
+            self._admission = None
         await self._trace(f"before:{name}")
         started = time.perf_counter()
         try:

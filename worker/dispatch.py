@@ -86,6 +86,8 @@ class Dispatch:
     async def run(self, work: Work) -> None:
         """Run to the outcome, journal it. A shutdown leaves the command unfinished instead."""
         row = work.row
+        if row.withdrawn:
+            return
         # no unbinding: each lane's task, and each answer's, has a context of its own
         bind_contextvars(command_id=row.id, lane=str(row.lane), attempt=row.attempts)
         refusal = self._refusal(work)
@@ -97,6 +99,7 @@ class Dispatch:
             self._journal,
             self._mechanisms,
             deadline_ms=row.command.deadline_ms,
+            admission=row.admission,
             trace=self._trace,
             observe=self._meters.step,
         )
@@ -178,6 +181,8 @@ class Dispatch:
         raise AssertionError("tenacity ends with a result or an error")
 
     async def _attempt(self, row: CommandRow, steps: Steps) -> Done:
+        if row.withdrawn:
+            raise Halted  # its message is still in the stream, and comes again
         bind_contextvars(attempt=self._journal.begin_attempt(row.id))
         request = row.command.request
         return await self._handlers[type(request)](request, steps, self._host)
@@ -216,12 +221,16 @@ class Dispatch:
                 await self._journal.finish(reply)
                 break
             except JournalFault:
+                if row.withdrawn:
+                    return
                 await self._journal.until_writable()
             except (TypeError, ValueError, OverflowError):
                 if reply.code is Code.INTERNAL:
                     raise
                 log.exception("command.bug", type=row.command.request.kind)  # no msgpack of it
                 reply = self._failed(row, None, ())
+        if row.withdrawn:
+            return
         seconds = (reply.finished_at_ms - reply.received_at_ms) / 1000
         kind = row.command.request.kind
         self._meters.command_done(kind, reply.code, seconds)

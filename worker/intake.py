@@ -4,6 +4,7 @@ A message is acknowledged when the journal owns it, or when it was answered and 
 (Ping, a replay, a conflict). What fails before that stays in the stream and comes again.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -116,6 +117,18 @@ class Intake:
             await self._answer_ping(message, command)
             return
         delivery = message.delivery
+        if delivery.delivered == 1:
+            row = self._journal.admit(
+                command,
+                lane=message.lane,
+                subject=delivery.subject,
+                stream_seq=delivery.stream_seq,
+                received_at_ms=message.received_at_ms,
+            )
+            if row is not None and row.admission is not None:
+                self._lanes.put(row)
+                await asyncio.shield(row.admission)
+                return
         accepted = await self._journal.accept(
             command,
             lane=message.lane,

@@ -5,7 +5,8 @@ This file has the commands: taken in, counted, answered. `journal_steps`, `journ
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -14,6 +15,7 @@ from schemas import codec
 from schemas.envelopes import Command, EventKind, Form, Reply
 from schemas.requests import Request
 from schemas.subjects import Lane
+from worker.journal_admission import JournalAdmission, insert_command
 from worker.journal_messages import EventDraft
 from worker.journal_mirror import CommandRow
 from worker.journal_outbox import JournalOutbox
@@ -72,7 +74,7 @@ class CommandState:
     reply: bytes | None = None
 
 
-class Journal(JournalSteps, JournalRecords, JournalOutbox):
+class Journal(JournalAdmission, JournalSteps, JournalRecords, JournalOutbox):
     """One file, one process. Every async method returns when its change is committed.
 
     Raises:
@@ -98,11 +100,6 @@ class Journal(JournalSteps, JournalRecords, JournalOutbox):
         """
         request = codec.encode_request(command.request)
         crowded = len(self._mirror.commands) * 2 >= self.host_depth
-        values = (
-            command.id, str(lane), subject, stream_seq, command.request.kind, request,
-            command.form.value, command.issued_at_ms, command.deadline_ms, command.reply_to,
-            command.issuer, command.traceparent, received_at_ms,
-        )  # fmt: skip
 
         def do(tx: Transaction) -> Accepted:
             known = tx.execute(
@@ -117,20 +114,24 @@ class Journal(JournalSteps, JournalRecords, JournalOutbox):
                 return Accepted(Found.LANE_FULL)
             if crowded and self._unfinished(tx, None) >= self.host_depth:
                 return Accepted(Found.HOST_FULL)
-            cursor = tx.execute(
-                "INSERT INTO command (id, lane, subject, stream_seq, kind, request, form, "
-                "issued_at_ms, deadline_ms, reply_to, issuer, traceparent, received_at_ms) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                values,
-            )
-            row = CommandRow(cursor.lastrowid or 0, command, lane, stream_seq, received_at_ms)
+            row = CommandRow(0, command, lane, stream_seq, received_at_ms)
+            insert_command(tx, command, row, subject, request)
             return Accepted(Found.NEW, row)
 
         def apply(accepted: Accepted) -> None:
             if accepted.row is not None:
                 self._mirror.add_command(accepted.row)
 
-        return await self._writer.submit(do, apply=apply, durable=True)
+        with self._deciding(command.id):
+            return await self._writer.submit(do, apply=apply, durable=True)
+
+    @contextmanager
+    def _deciding(self, command_id: str) -> Generator[None]:
+        self._undecided.add(command_id)
+        try:
+            yield
+        finally:
+            self._undecided.discard(command_id)
 
     @staticmethod
     def _again(
@@ -210,7 +211,8 @@ class Journal(JournalSteps, JournalRecords, JournalOutbox):
                     headers={"Hostd-Sha256": digest.hex(), "Hostd-Reason": refusal.dead},
                 )
 
-        await self._writer.submit(do, durable=True)
+        with self._deciding(reply.id):
+            await self._writer.submit(do, durable=True)
 
     @staticmethod
     def _insert_refused(

@@ -1,6 +1,7 @@
 """The open journal: its file, its memory, whether it can take more. The base of its parts."""
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import Callable
 from typing import Final, Self
@@ -28,6 +29,7 @@ class JournalFile:
         path: str,
         mirror: Mirror,
         source: Source,
+        reader: sqlite3.Connection,
         *,
         lane_depth: int,
         host_depth: int,
@@ -39,6 +41,8 @@ class JournalFile:
         self.lane_depth = lane_depth
         self.host_depth = host_depth
         self._mirror = mirror
+        self._reader = reader
+        self._undecided: set[str] = set()  # ids that are being looked up in the file
         self._now_ms = clock_ms
         self._watchers: list[Callable[[], None]] = []
         self._writable = asyncio.Event()
@@ -81,6 +85,7 @@ class JournalFile:
                 path,
                 mirror,
                 source,
+                journal_schema.open_reader(path),
                 lane_depth=lane_depth,
                 host_depth=host_depth,
                 observe_commit=observe_commit,
@@ -95,6 +100,7 @@ class JournalFile:
     async def close(self) -> None:
         """Commit what was submitted and close the file."""
         await self._writer.close()
+        self._reader.close()
 
     @property
     def journal_id(self) -> str:
@@ -167,6 +173,8 @@ class JournalFile:
         for command_id, known in self._mirror.commands.items():
             if command_id in mirror.commands:
                 mirror.commands[command_id] = known  # lanes hold it, and it counts attempts
+            elif known.admission is not None and not known.admission.done():
+                mirror.add_command(known)
         for queue in mirror.out.values():
             for n in self._gone & queue.rows.keys():
                 del queue.rows[n]

@@ -1,5 +1,6 @@
 """What of the journal is kept in memory, so that reading never waits for the disk."""
 
+import asyncio
 import sqlite3
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -29,7 +30,10 @@ NETWORK = msgspec.json.Decoder(NetworkRecord)
 
 @dataclass(slots=True)
 class CommandRow:
-    """An unfinished command. `attempts` counts over all workers; `n` is the order of intake."""
+    """An unfinished command. `attempts` counts over all workers; `n` is the order of intake.
+
+    While `admission` is not done the command is not on disk yet; `withdrawn`: it never was.
+    """
 
     n: int
     command: Command
@@ -37,6 +41,8 @@ class CommandRow:
     stream_seq: int
     received_at_ms: int
     attempts: int = 0
+    admission: asyncio.Future[None] | None = None
+    withdrawn: bool = False
 
     @property
     def id(self) -> str:

@@ -3,6 +3,7 @@
 import sqlite3
 import uuid
 from typing import Final
+from urllib.parse import quote
 
 from handlers.errors import HostFault
 
@@ -123,6 +124,11 @@ def open_file(path: str) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def open_reader(path: str) -> sqlite3.Connection:
+    """A second connection to an open journal, that can only read what is committed."""
+    return sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, isolation_level=None)
 
 
 def _prepare(connection: sqlite3.Connection, path: str) -> None:

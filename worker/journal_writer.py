@@ -80,6 +80,7 @@ class _Part(Generic[T]):
     durable: bool = False
     lazy: bool = False
     read: bool = False
+    failed: Callable[[], None] | None = None
     result: T | None = None
     error: BaseException | None = None
 
@@ -87,6 +88,8 @@ class _Part(Generic[T]):
         """On the loop: bring memory up to the commit, then wake the caller (if still there)."""
         if self.error is None and self.apply is not None:
             self.apply(self.result)  # type: ignore[arg-type]
+        elif self.error is not None and self.failed is not None:
+            self.failed()
         if self.future is None or self.future.done():
             return
         if self.error is None:
@@ -154,6 +157,24 @@ class Writer:
         self._put(_Part(do, apply, future, durable))
         return future
 
+    def submit_soon(
+        self,
+        do: Callable[[Transaction], T],
+        *,
+        apply: Callable[[T], None],
+        failed: Callable[[], None],
+    ) -> asyncio.Future[T]:
+        """Like `submit`, durably; what is submitted in the next two turns of the loop goes along.
+
+        `failed` is called where `apply` would have been.
+        """
+        if self._closing:
+            raise JournalFault("the journal is closed")
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._later.append(_Part(do, apply, future, durable=True, failed=failed))
+        self._loop.call_soon(self._loop.call_soon, self._flush)
+        return future
+
     def later(
         self, do: Callable[[Transaction], T], *, apply: Callable[[T], None] | None = None
     ) -> None:
@@ -194,7 +215,8 @@ class Writer:
             self._timer.cancel()
             self._timer = None
         parts, self._later = self._later, []
-        self._queue.put(parts)
+        if parts:
+            self._queue.put(parts)
 
     # -- in the thread -------------------------------------------------------------------------
 
@@ -335,10 +357,10 @@ class Writer:
 
     def _broke(self, batch: list[_Part[Any]], error: Exception, first: bool) -> None:
         self.writable = False
+        _settle(batch)
         if first:
             log.error("journal.fault", error=str(error), path=self._path)
             self._changed(False)
-        _settle(batch)
 
 
 def _settle(batch: list[_Part[Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from handlers.steps import Done
 from schemas import codec
 from schemas.codes import Code
 from schemas.envelopes import Form, Reply
@@ -137,6 +138,32 @@ async def test_the_answer_has_the_form_of_the_request(tmp_path: Path) -> None:
         raw = {p.msg_id: msgpack.unpackb(p.payload)["response"] for p in worker.bus.replies()}
         assert isinstance(raw["named"]["Error"], dict)
         assert isinstance(raw["compact"]["Error"], list)
+
+
+async def test_two_requests_under_one_id_at_once_are_one_command_and_one_conflict(
+    tmp_path: Path,
+) -> None:
+    async with shell(tmp_path / "j") as worker:
+        worker.send(start(), reply_to="_INBOX.1")
+        worker.send(stop(), reply_to="_INBOX.2")
+        await worker.bus.until(replies=1, sent=2)
+
+        (told,) = worker.bus.sent_to("_INBOX.2")
+        assert codec.decode_reply(told).code is Code.CONFLICT
+        assert [run[1] for run in worker.machine.runs] == ["StartInstance"]
+
+
+async def test_a_command_that_changes_nothing_costs_one_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = Done(changed=False, status="stopped", detail={})
+    async with shell(tmp_path / "j", machine=Machine(behave=lambda *_: same)) as worker:
+        commits: list[float] = []
+        monkeypatch.setattr(worker.journal._writer, "_observe", commits.append)
+        worker.send(stop())
+        reply = await only_reply(worker)
+
+        assert (reply.code, reply.changed, len(commits)) == (Code.OK, False, 1)
 
 
 # -- refusals --------------------------------------------------------------------------------------

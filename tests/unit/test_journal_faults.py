@@ -2,13 +2,16 @@
 
 import asyncio
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from handlers.errors import HostFault
 from schemas.codes import Code
-from tests.fakes.shell import command, shell, start
+from schemas.requests import Request
+from tests.fakes.shell import Machine, Shell, command, shell, start, stop
 from tests.unit.test_journal import accept, events, opened, record
 from worker.journal import Found, Journal
 from worker.journal_writer import JournalFault, Transaction
@@ -104,33 +107,85 @@ async def test_reads_go_on_while_nothing_can_be_written(tmp_path: Path) -> None:
         assert journal.is_unfinished("c1")
 
 
+def break_commits(worker: Shell, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From now on no commit succeeds, until the function returned is called."""
+    broken = True
+    writer = worker.journal._writer
+    transact = writer._transact
+
+    def breaking(connection: sqlite3.Connection, batch: list[Any]) -> Transaction:
+        if broken:
+            raise sqlite3.OperationalError("database or disk is full")
+        return transact(connection, batch)
+
+    def mend() -> None:
+        nonlocal broken
+        broken = False
+
+    monkeypatch.setattr(writer, "_transact", breaking)
+    return mend
+
+
+async def until_paused(worker: Shell) -> None:
+    async with asyncio.timeout(10):
+        while not worker.bus.paused:
+            worker.bus.changed.clear()
+            await worker.bus.changed.wait()
+
+
 async def test_while_the_journal_cannot_commit_the_stream_keeps_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with shell(tmp_path / "j") as worker:
-        broken = True
-
-        def commit_fails(tx: Transaction) -> None:
-            raise sqlite3.OperationalError("database or disk is full")
-
-        writer = worker.journal._writer
-        transact = writer._transact
-        monkeypatch.setattr(
-            writer,
-            "_transact",
-            lambda *args: commit_fails(Transaction(*args[:1], 0, 0)) if broken else transact(*args),
-        )
+        mend = break_commits(worker, monkeypatch)
         with pytest.raises(JournalFault):
             await worker.journal.put_meta("a", "b")
         worker.send(start())
-        async with asyncio.timeout(10):
-            while not worker.bus.paused:
-                worker.bus.changed.clear()
-                await worker.bus.changed.wait()
+        await until_paused(worker)
         assert (len(worker.bus.commands), worker.replies()) == (1, [])
 
-        broken = False
+        mend()
         reply = await worker.reply()
         await worker.bus.until_acked()
         assert (reply.code, worker.bus.paused) == (Code.OK, False)
         assert worker.machine.things.made == ["acme/web/a1"]
+
+
+@pytest.mark.parametrize("request_", [start(), stop()])
+async def test_a_command_whose_own_commit_fails_has_no_effect_until_it_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: Request
+) -> None:
+    machine = Machine()
+    machine.things.there.add("acme/web/a1")
+    async with shell(tmp_path / "j", machine=machine) as worker:
+        mend = break_commits(worker, monkeypatch)
+        worker.send(request_)
+        await until_paused(worker)
+        assert machine.things.there == {"acme/web/a1"}
+        assert machine.things.made == []
+        assert (len(worker.bus.commands), worker.journal.unfinished()) == (1, [])
+
+        mend()
+        reply = await worker.reply()
+        await worker.bus.until_acked()
+        assert reply.code is Code.OK
+        assert reply.changed is (request_ == stop())
+        assert worker.meters.done == [(request_.kind, Code.OK)]
+        assert len(worker.bus.replies()) == 1
+
+
+async def test_a_running_command_waits_for_the_disk_and_then_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(gate=asyncio.Event())
+    async with shell(tmp_path / "j", machine=machine) as worker:
+        worker.send(start())
+        await machine.at_gate.wait()
+        mend = break_commits(worker, monkeypatch)
+        machine.gate.set()
+        await until_paused(worker)
+        assert worker.replies() == []
+
+        mend()
+        reply = await worker.reply()
+        assert (reply.code, reply.attempts, machine.things.made) == (Code.OK, 1, ["acme/web/a1"])
