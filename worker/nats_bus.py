@@ -14,7 +14,7 @@ import structlog
 
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
-from worker import topology
+from worker import nats_check, topology
 from worker.bus import BusError, NotProvisioned, Receive, StateConflict
 from worker.nats_client import ALL_GUARDS, Guard
 from worker.nats_link import Link, NoResponder, Tuning
@@ -23,7 +23,6 @@ from worker.nats_pull import PullLoop
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 WRONG_LAST_SEQUENCE = (10071, 10164)
-NOT_FOUND = (10014, 10059)
 
 
 class NatsBus:
@@ -105,30 +104,7 @@ class NatsBus:
             NotProvisioned: what is missing or wrong, and what to run.
             BusError: it can not be told now.
         """
-        wrong: list[str] = []
-        for config in topology.stream_configs(self.subjects):
-            name = str(config["name"])
-            found = await self._info(f"STREAM.INFO.{name}", f"stream {name}")
-            if found is None:
-                wrong.append(f"stream {name} is missing")
-                continue
-            needed = topology.needed_of_stream(config)
-            wrong += [f"stream {name}: {text}" for text in topology.differences(needed, found)]
-            if not set(config["subjects"]) <= set(found.get("subjects", ())):
-                wrong.append(f"stream {name}: does not take {', '.join(config['subjects'])}")
-        stream, consumer = self.subjects.commands_stream, self.subjects.consumer
-        what = f"consumer {consumer} of {stream}"
-        found = await self._info(f"CONSUMER.INFO.{stream}.{consumer}", what)
-        if found is None:
-            wrong.append(f"{what} is missing")
-        else:
-            needed = topology.needed_of_consumer(topology.consumer_config(self.subjects))
-            wrong += [f"{what}: {text}" for text in topology.differences(needed, found)]
-        if wrong:
-            raise NotProvisioned(
-                f"{'; '.join(wrong)}. Run `hostd provision` with an admin's credentials"
-                f" for cell {self.subjects.cell} and host {self.subjects.host_id}"
-            )
+        await nats_check.verify(self.link, self.subjects)
 
     async def wait_provisioned(self) -> None:
         """Return when `verify` is content; says what is wrong each time that it changes."""
@@ -142,31 +118,6 @@ class NatsBus:
             else:
                 self._set_trouble("")
                 return
-
-    async def _info(self, endpoint: str, what: str) -> dict[str, Any] | None:
-        try:
-            answer = await self._api(endpoint, {})
-        except NoResponder as error:
-            raise NotProvisioned(
-                "this account of the NATS server has no JetStream: see deploy/nats/hostd.conf"
-            ) from error
-        except BusError as error:
-            raise BusError(
-                f"no answer about {what}: {error} (JetStream not ready, or no permission for"
-                f" $JS.API.{endpoint})"
-            ) from error
-        if "error" in answer:
-            if answer["error"].get("err_code") in NOT_FOUND:
-                return None
-            raise BusError(f"{what}: {answer['error'].get('description')}")
-        config: dict[str, Any] = answer.get("config", {})
-        return config
-
-    async def _api(self, endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        payload = json.dumps(body).encode() if body else b""
-        answer = await self.link.request(f"$JS.API.{endpoint}", payload)
-        found: dict[str, Any] = json.loads(answer.data)
-        return found
 
     def _set_trouble(self, text: str) -> None:
         if text == self.trouble:

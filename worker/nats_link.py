@@ -9,10 +9,8 @@ object that died. Everything above (`nats_pull`, `nats_bus`, `ask`) sees typed m
 
 import asyncio
 import contextlib
-import os
 import re
 import ssl
-import stat
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +24,9 @@ from nats.aio.msg import Msg
 from schemas.settings import NatsSettings
 from worker.bus import BusError
 from worker.nats_client import ALL_GUARDS, Backoff, Guard, GuardedClient, check_library
+from worker.nats_login import CredentialsFile
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
-
-JWT_MARK = b"-----BEGIN NATS USER JWT-----"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,43 +63,6 @@ class Subscription(Protocol):
 
 class NoResponder(BusError):
     """Nobody listens on that subject: no such stream, consumer or service."""
-
-
-class CredentialsFile:
-    """`[nats] creds`, read at every attempt to connect, so that a rotation needs no restart.
-
-    Either a NATS credentials file (JWT and seed; needs the `nkeys` package) or one line
-    `user:password`. Replace it by rename.
-    """
-
-    def __init__(self, path: str, *, reread: bool = True) -> None:
-        self.path = path
-        self._reread = reread
-        self._pair: tuple[str, str] | None = None
-
-    def is_jwt(self) -> bool:
-        try:
-            return JWT_MARK in self._read()
-        except (OSError, errors.Error):
-            return False
-
-    def user(self) -> str:
-        """Read the file; nats-py asks for the password of the same attempt right after."""
-        if self._pair is None or self._reread:
-            user, colon, password = self._read().decode(errors="replace").strip().partition(":")
-            if not colon or not user or "\n" in password:
-                raise errors.Error(f"{self.path}: neither NATS credentials nor one user:password")
-            self._pair = user, password
-        return self._pair[0]
-
-    def password(self) -> str:
-        return self._pair[1] if self._pair else ""
-
-    def _read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise errors.Error(f"{self.path}: readable by others; chmod 600 it")
-            return file.read(65_536)
 
 
 class Link:

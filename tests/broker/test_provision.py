@@ -1,0 +1,159 @@
+"""Provisioning: complete, repeatable, corrects what differs, says what it can not; old servers."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas.settings import NatsSettings
+from schemas.subjects import Subjects
+from tests.broker.server import (
+    HOST,
+    OLD_SERVER,
+    QUICK,
+    SUBJECTS,
+    Server,
+    consuming_host,
+    linked,
+    running_server,
+)
+from worker import topology
+from worker.bus import BusError, NotProvisioned
+from worker.nats_bus import NatsBus
+from worker.nats_link import Link
+from worker.provision import provision
+
+OBJECTS = 5
+
+
+async def api(link: Link, endpoint: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    data = json.dumps(body).encode() if body else b""
+    answer: dict[str, Any] = json.loads((await link.request(f"$JS.API.{endpoint}", data)).data)
+    return answer
+
+
+async def test_it_makes_everything_once(server: Server) -> None:
+    async with linked(server.url) as admin:
+        first = await provision(admin, SUBJECTS, ["h1", "h2"])
+        second = await provision(admin, SUBJECTS, ["h1", "h2"])
+
+        assert [made.how for made in first] == ["made"] * (OBJECTS + 2)
+        assert [made.detail for made in first] == [""] * (OBJECTS + 2)
+        assert [made.how for made in second] == ["found"] * (OBJECTS + 2)
+        assert str(first[-1]) == f"made    consumer h2 of {SUBJECTS.commands_stream}"
+        for host in ("h1", "h2"):
+            bus = NatsBus(
+                NatsSettings(url=server.url),
+                Subjects(SUBJECTS.root, host, SUBJECTS.cell),
+                tuning=QUICK,
+            )
+            await bus.start()
+            await bus.wait_provisioned()
+            await bus.close()
+
+
+async def test_it_brings_back_what_was_changed(server: Server) -> None:
+    async with linked(server.url) as admin:
+        await provision(admin, SUBJECTS, [HOST])
+        name = SUBJECTS.events_stream
+        config = (await api(admin, f"STREAM.INFO.{name}"))["config"]
+        config |= {"max_age": 60 * topology.NS, "duplicate_window": 60 * topology.NS}
+        assert "error" not in await api(admin, f"STREAM.UPDATE.{name}", config)
+        stream = SUBJECTS.commands_stream
+        consumer = (await api(admin, f"CONSUMER.INFO.{stream}.{HOST}"))["config"]
+        body = {"stream_name": stream, "config": {**consumer, "max_deliver": 3}}
+        assert "error" not in await api(admin, f"CONSUMER.DURABLE.CREATE.{stream}.{HOST}", body)
+
+        made = await provision(admin, SUBJECTS, [HOST])
+
+        changed = {one.what: one.detail for one in made if one.how == "changed"}
+        assert set(changed) == {f"stream {name}", f"consumer {HOST} of {stream}"}
+        assert "max_age: is 60000000000, must be 604800000000000" in changed[f"stream {name}"]
+        assert changed[f"consumer {HOST} of {stream}"] == "max_deliver: is 3, must be -1"
+        assert {one.how for one in await provision(admin, SUBJECTS, [HOST])} == {"found"}
+
+
+async def test_it_says_what_it_can_not_change(server: Server) -> None:
+    async with linked(server.url) as admin:
+        name = SUBJECTS.commands_stream
+        wrong = {"name": name, "subjects": [SUBJECTS.of_all_hosts("cmd")], "storage": "memory"}
+        await api(admin, f"STREAM.CREATE.{name}", wrong)
+
+        with pytest.raises(NotProvisioned, match=r"storage: is 'memory'.*remove it first"):
+            await provision(admin, SUBJECTS, [HOST])
+
+
+async def test_overlapping_subjects_are_told(server: Server) -> None:
+    async with linked(server.url) as admin:
+        foreign = {"name": "ALL", "subjects": [f"{SUBJECTS.root}.>"], "storage": "file"}
+        await api(admin, "STREAM.CREATE.ALL", foreign)
+
+        with pytest.raises(NotProvisioned, match="overlap"):
+            await provision(admin, SUBJECTS, [HOST])
+
+
+async def test_without_jetstream_it_says_so(tmp_path: Path) -> None:
+    accounts = "accounts { A { users: [{ user: a, password: a }] } }"
+    async with running_server(tmp_path / "nats", config=accounts) as server:
+        url = server.url.replace("//", "//a:a@")
+        async with linked(url) as admin:
+            with pytest.raises((NotProvisioned, BusError), match=r"[Jj]et[Ss]tream"):
+                await provision(admin, SUBJECTS, [HOST])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "part"),
+    [
+        ("max_deliver", 5, "max_deliver: is 5, must be -1"),
+        ("filter_subject", f"{SUBJECTS.root}.h9.cmd.>", "filter_subject: is"),
+    ],
+)
+async def test_the_worker_finds_a_wrong_consumer(
+    server: Server, field: str, value: object, part: str
+) -> None:
+    async with consuming_host(server) as host:
+        stream = SUBJECTS.commands_stream
+        await api(host.admin, f"CONSUMER.DELETE.{stream}.{HOST}")
+        config = topology.consumer_config(SUBJECTS) | {field: value}
+        body = {"stream_name": stream, "config": config}
+        await api(host.admin, f"CONSUMER.DURABLE.CREATE.{stream}.{HOST}", body)
+
+        with pytest.raises(NotProvisioned) as raised:
+            await host.bus.verify()
+
+        assert f"consumer {HOST} of {stream}: {part}" in str(raised.value)
+        assert "Run `hostd provision`" in str(raised.value)
+
+
+async def test_commands_are_limited_in_size(server: Server) -> None:
+    async with consuming_host(server) as host:
+        subject = f"{SUBJECTS.root}.{HOST}.cmd.host"
+        largest = b"x" * 65_000
+        assert b'"seq"' in (await host.admin.request(subject, largest)).data
+
+        refused = await host.admin.request(subject, b"x" * 66_000)
+
+        assert json.loads(refused.data)["error"]["err_code"] == 10054
+
+
+@pytest.mark.skipif(not OLD_SERVER.exists() and not os.environ.get("CI"), reason=f"no {OLD_SERVER}")
+async def test_the_oldest_server_that_is_supported(tmp_path: Path) -> None:
+    async with (
+        running_server(tmp_path / "nats", program=str(OLD_SERVER)) as server,
+        consuming_host(server, window=4) as host,
+    ):
+        assert {one.how for one in await provision(host.admin, SUBJECTS, ["h2"])} >= {"found"}
+        await host.bus.verify()
+        for number in range(20):
+            await host.command(f"c{number}".encode())
+        await host.command(b"last")
+        assert await host.receiver.wait_for(b"last", 5)
+        revision = await host.bus.write_state("h1.host", b"v", revision=0)
+        assert await host.bus.read_state("h1.host") == (b"v", revision)
+        await server.crash()
+        await host.command(b"again")
+        assert await host.receiver.wait_for(b"again", 5)
+        assert host.receiver.most <= 4

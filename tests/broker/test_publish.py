@@ -1,0 +1,111 @@
+"""Out to the bus: acknowledged, once, and honestly refused when the bus is not there."""
+
+import asyncio
+import json
+import time
+
+import pytest
+
+from tests.broker.proxy import proxied
+from tests.broker.server import HOST, SUBJECTS, Server, consuming_host, eventually, linked
+from tests.broker.test_client_guards import guard_cases
+from worker.bus import BusError, NotProvisioned
+from worker.nats_client import Guard
+from worker.nats_link import Link
+
+REPLY = f"{SUBJECTS.root}.{HOST}.reply.host"
+
+
+async def stored(admin: Link, stream: str) -> int:
+    answer = await admin.request(f"$JS.API.STREAM.INFO.{stream}", b"")
+    number: int = json.loads(answer.data)["state"]["messages"]
+    return number
+
+
+@pytest.mark.parametrize(("guards", "once"), guard_cases(Guard.MSG_ID))
+async def test_published_again_after_a_lost_acknowledgement_it_is_there_once(
+    server: Server, guards: frozenset[Guard], once: bool
+) -> None:
+    async with (
+        proxied(server.port) as proxy,
+        consuming_host(server, guards=guards, url=proxy.url) as host,
+    ):
+        proxy.mute = True
+        with pytest.raises(BusError):
+            await host.bus.publish(REPLY, b"r", msg_id="c-1")
+        proxy.mute = False
+
+        assert await eventually(lambda: host.bus.connected, 5)
+        await host.bus.publish(REPLY, b"r", msg_id="c-1")
+
+        assert (await stored(host.admin, SUBJECTS.replies_stream) == 1) == once
+
+
+async def test_without_a_connection_it_is_refused_at_once_and_not_sent_later(
+    server: Server,
+) -> None:
+    async with consuming_host(server) as host:
+        await server.stop()
+        assert await eventually(lambda: not host.bus.connected, 5)
+        began = time.monotonic()
+
+        with pytest.raises(BusError, match="not connected"):
+            await host.bus.publish(REPLY, b"r", msg_id="c-1")
+        with pytest.raises(BusError, match="not connected"):
+            await host.bus.send("_INBOX.x", b"r")
+        with pytest.raises(BusError, match="not connected"):
+            await host.bus.write_state("h1.host", b"v", revision=None)
+
+        assert time.monotonic() - began < 0.5
+        await server.start()
+        assert await eventually(lambda: host.bus.connected and host.admin.connected, 5)
+        assert await stored(host.admin, SUBJECTS.replies_stream) == 0
+
+
+async def test_a_subject_that_no_stream_takes_says_what_to_provision(server: Server) -> None:
+    async with consuming_host(server) as host:
+        with pytest.raises(NotProvisioned, match="hostd provision"):
+            await host.bus.publish("elsewhere.x", b"r", msg_id="c-1")
+
+
+async def test_the_stream_s_refusal_is_told(server: Server) -> None:
+    async with consuming_host(server) as host:
+        config = {"name": SUBJECTS.dead_stream, "subjects": [SUBJECTS.of_all_hosts("dead")]}
+        limited = {**config, "storage": "file", "max_msgs": 1, "discard": "new"}
+        name = SUBJECTS.dead_stream
+        await host.admin.request(f"$JS.API.STREAM.DELETE.{name}", b"")
+        await host.admin.request(f"$JS.API.STREAM.CREATE.{name}", json.dumps(limited).encode())
+        subject = f"{SUBJECTS.root}.{HOST}.dead.host"
+        await host.bus.publish(subject, b"1", msg_id="d-1")
+
+        with pytest.raises(BusError, match="maximum messages exceeded"):
+            await host.bus.publish(subject, b"2", msg_id="d-2")
+
+
+async def test_the_headers_of_the_caller_stay_as_they_are(server: Server) -> None:
+    # nats-py writes into the headers that it is given.
+    async with consuming_host(server) as host:
+        headers = {"Hostd-Reason": "x"}
+
+        await host.bus.publish(REPLY, b"r", msg_id="c-1", headers=headers)
+
+        assert headers == {"Hostd-Reason": "x"}
+
+
+@pytest.mark.parametrize(("guards", "cancelled"), guard_cases(Guard.CANCEL))
+async def test_a_cancellation_while_nats_py_flushes_is_not_lost(
+    server: Server, guards: frozenset[Guard], cancelled: bool
+) -> None:
+    async with linked(server.url, guards=guards - {Guard.PING}) as link:
+        server.pause()
+        block = b"x" * 1_000_000
+        stuck = [asyncio.create_task(link.send("x.y", block)) for _ in range(20)]
+        _, waiting = await asyncio.wait(stuck, timeout=0.3)
+        assert waiting
+
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+
+        assert any(task.cancelled() for task in waiting) == cancelled
+        server.go_on()

@@ -1,0 +1,45 @@
+"""`[nats] creds`: who the worker is on the bus, read anew whenever it connects."""
+
+import os
+import stat
+
+from nats import errors
+
+JWT_MARK = b"-----BEGIN NATS USER JWT-----"
+
+
+class CredentialsFile:
+    """`[nats] creds`, read at every attempt to connect, so that a rotation needs no restart.
+
+    Either a NATS credentials file (JWT and seed; needs the `nkeys` package) or one line
+    `user:password`. Replace it by rename.
+    """
+
+    def __init__(self, path: str, *, reread: bool = True) -> None:
+        self.path = path
+        self._reread = reread
+        self._pair: tuple[str, str] | None = None
+
+    def is_jwt(self) -> bool:
+        try:
+            return JWT_MARK in self._read()
+        except (OSError, errors.Error):
+            return False
+
+    def user(self) -> str:
+        """Read the file; nats-py asks for the password of the same attempt right after."""
+        if self._pair is None or self._reread:
+            user, colon, password = self._read().decode(errors="replace").strip().partition(":")
+            if not colon or not user or "\n" in password:
+                raise errors.Error(f"{self.path}: neither NATS credentials nor one user:password")
+            self._pair = user, password
+        return self._pair[0]
+
+    def password(self) -> str:
+        return self._pair[1] if self._pair else ""
+
+    def _read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                raise errors.Error(f"{self.path}: readable by others; chmod 600 it")
+            return file.read(65_536)
