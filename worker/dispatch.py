@@ -212,6 +212,10 @@ class Dispatch:
                 return await steps.undo()
             except JournalFault:
                 await self._journal.until_writable()
+            except Exception:
+                log.exception("command.bug", doing="undo")
+                rows = self._journal.rows(steps.command_id)
+                return tuple(f"{row.mechanism} {row.key}" for row in rows if not row.existed)
 
     # -- the outcome ---------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Self
 
+from handlers.errors import HostFault
 from schemas.subjects import Subjects
 from worker import journal_mirror, journal_schema
 from worker.journal_messages import Source
@@ -75,9 +76,12 @@ class JournalFile:
         """Open the file, or make it with a new `journal_id`. One process at a time.
 
         Raises:
-            HostFault: it is of a newer hostd, or no journal.
+            HostFault: it is of a newer hostd, no journal, or cannot be opened.
         """
-        connection = await asyncio.to_thread(journal_schema.open_file, path)
+        try:
+            connection = await asyncio.to_thread(journal_schema.open_file, path)
+        except sqlite3.Error as error:
+            raise HostFault(f"the journal {path} cannot be opened: {error}") from error
         try:
             mirror = await asyncio.to_thread(journal_mirror.load, connection)
             source = Source(subjects, boot_id, mirror.meta[JOURNAL_ID])

@@ -185,6 +185,22 @@ async def test_what_cannot_be_undone_is_left_behind_by_name_and_record(tmp_path:
         assert [row.key for row in worker.journal.leftovers()["c1"]] == ["made"]
 
 
+async def test_a_bug_in_an_undo_leaves_behind_and_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def buggy(key: str) -> None:
+        raise KeyError(key)
+
+    machine = failing(Conflict("no"))
+    monkeypatch.setattr(machine.things, "remove", buggy)
+    async with shell(tmp_path / "j", machine=machine) as worker:
+        worker.send(start())
+        reply = await worker.reply()
+
+        assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("things made",))
+        assert [row.key for row in worker.journal.leftovers()["c1"]] == ["made"]
+
+
 async def test_past_a_point_of_no_return_a_failure_is_retried_and_never_undone(
     tmp_path: Path,
 ) -> None:

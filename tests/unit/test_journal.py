@@ -98,6 +98,12 @@ async def test_a_file_that_is_no_journal_is_refused(tmp_path: Path, content: byt
             pass
 
 
+async def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HostFault, match="missing/journal cannot be opened"):
+        async with opened(tmp_path / "missing"):
+            pass
+
+
 async def test_the_journal_id_is_made_with_the_file_and_stays(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         first = journal.journal_id

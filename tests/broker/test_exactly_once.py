@@ -1,0 +1,179 @@
+"""The whole way of a command over a real nats-server: one effect, one kept reply."""
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from schemas import codec
+from schemas.codes import Code
+from schemas.requests import Request
+from schemas.settings import NatsSettings
+from schemas.subjects import Lane
+from tests.broker.server import HOST, QUICK, SUBJECTS, Server, eventually, linked
+from tests.fakes import shell as fakes
+from tests.fakes.bus import FakeBus
+from tests.fakes.shell import Machine, Shell, command, start, stop
+from worker.bus import BusError
+from worker.nats_bus import NatsBus
+from worker.nats_link import Link, Message
+from worker.provision import provision
+
+
+class Agentd:
+    """The sender: publishes until the stream has it, listens on inboxes, reads the streams."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.told: list[bytes] = []
+
+    async def listen(self, inbox: str) -> None:
+        async def hear(message: Message) -> None:
+            self.told.append(message.data)
+
+        await self.link.subscribe(inbox, hear)
+
+    async def send(
+        self, request: Request, command_id: str, *, msg_id: bool = False, **more: Any
+    ) -> None:
+        data = codec.encode_command(command(request, command_id, **more))
+        subject = SUBJECTS.command(Lane.of_request(request))
+        headers = {"Nats-Msg-Id": command_id} if msg_id else {}
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    await self.link.request(subject, data, headers=headers, timeout_s=1)
+                except BusError:
+                    await asyncio.sleep(0.02)
+                else:
+                    return
+
+    async def kept(self, stream: str) -> list[bytes]:
+        """All messages of a stream, in order."""
+        info = json.loads((await self.link.request(f"$JS.API.STREAM.INFO.{stream}", b"")).data)
+        found: list[bytes] = []
+        for seq in range(1, info["state"]["last_seq"] + 1):
+            body = json.dumps({"seq": seq}).encode()
+            answer = await self.link.request(f"$JS.API.STREAM.MSG.GET.{stream}", body)
+            found.append(base64.b64decode(json.loads(answer.data)["message"]["data"]))
+        return found
+
+    async def replies(self, count: int) -> list[bytes]:
+        """The reply stream, once it has at least so many; a moment later, so extra ones show."""
+        end = asyncio.get_running_loop().time() + 20
+        while True:
+            found: list[bytes] = []
+            with suppress(BusError):
+                found = await self.kept(SUBJECTS.replies_stream)
+            if len(found) >= count or asyncio.get_running_loop().time() > end:
+                return found
+            await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def agentd(server: Server) -> AsyncIterator[Agentd]:
+    async with linked(server.url) as link:
+        await provision(link, SUBJECTS, [HOST], ack_wait_ns=500_000_000)
+        yield Agentd(link)
+
+
+@asynccontextmanager
+async def worker(
+    server: Server, path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Shell]:
+    monkeypatch.setattr(fakes, "SUBJECTS", SUBJECTS)
+    bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
+    await bus.start()
+    try:
+        async with fakes.shell(path, cast("FakeBus", bus), machine) as running:
+            bus.on_connection(running.outbox.wake)
+            yield running
+    finally:
+        await bus.close()
+
+
+@pytest.mark.parametrize("msg_id", [False, True])
+async def test_ten_copies_at_once_and_ten_after_a_restart_are_one_command(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, msg_id: bool
+) -> None:
+    machine = Machine(gate=asyncio.Event())
+    async with agentd(server) as sender:
+        await sender.listen("_INBOX.me")
+        copies = [
+            sender.send(start(), "c1", msg_id=msg_id, reply_to="_INBOX.me") for _ in range(10)
+        ]
+        async with worker(server, tmp_path / "j", machine, monkeypatch) as running:
+            await asyncio.gather(*copies)
+            await machine.at_gate.wait()
+            assert machine.gate is not None
+            machine.gate.set()
+            told = 1 if msg_id else 10  # the server swallows a duplicate within its window
+            assert await eventually(lambda: len(sender.told) >= told, 10)
+            (reply,) = await sender.replies(1)
+            assert await eventually(lambda: running.journal.depth == 0, 10)
+
+        async with worker(server, tmp_path / "j", machine, monkeypatch):
+            for n in range(10):
+                await sender.send(start(), "c1", deadline_ms=n + 1, reply_to="_INBOX.me")
+            assert await eventually(lambda: len(sender.told) >= told + 10, 10)
+            assert await sender.replies(1) == [reply]
+
+    assert codec.decode_reply(reply).code is Code.OK
+    assert set(sender.told) == {reply, codec.mark_replayed(reply)}
+    assert (machine.runs, machine.things.made) == ([("c1", "StartInstance")], ["acme/web/a1"])
+
+
+async def test_a_server_that_crashes_while_commands_run_costs_and_doubles_none(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine()
+    names = [f"c{n}" for n in range(60)]
+    async with (
+        agentd(server) as sender,
+        worker(server, tmp_path / "j", machine, monkeypatch) as running,
+    ):
+
+        async def send_all() -> None:
+            for n, name in enumerate(names):
+                await sender.send(start(f"a{n}"), name)
+
+        sending = asyncio.create_task(send_all())
+        for after in (15, 35):
+            await eventually(lambda: len(machine.runs) >= after or sending.done(), 10)  # noqa: B023
+            await server.crash()
+        await sending
+        replies = [codec.decode_reply(data) for data in await sender.replies(60)]
+        assert await eventually(lambda: running.journal.depth == 0, 20)
+        events = [codec.decode_event(data) for data in await sender.kept(SUBJECTS.events_stream)]
+
+    assert sorted(reply.id for reply in replies) == sorted(names)
+    assert {reply.code for reply in replies} == {Code.OK}
+    assert sorted(machine.things.made) == sorted(f"acme/web/a{n}" for n in range(60))
+    assert [event.seq for event in events] == list(range(1, 61))
+
+
+async def test_outcomes_of_a_worker_killed_without_a_server_are_sent_by_the_next(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(gate=asyncio.Event())
+    async with agentd(server) as sender:
+        async with worker(server, tmp_path / "j", machine, monkeypatch) as running:
+            await sender.send(start(), "c1")
+            await machine.at_gate.wait()
+            await server.stop()
+            assert machine.gate is not None
+            machine.gate.set()
+            assert await eventually(lambda: not running.journal.is_unfinished("c1"), 10)
+            assert running.journal.count("reply") == 1
+        await server.start()
+        async with worker(server, tmp_path / "j", machine, monkeypatch):
+            await sender.send(stop(), "c2")
+            replies = [codec.decode_reply(data) for data in await sender.replies(2)]
+
+    assert [reply.id for reply in replies] == ["c1", "c2"]
+    assert machine.runs == [("c1", "StartInstance"), ("c2", "StopInstance")]
