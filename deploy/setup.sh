@@ -83,6 +83,20 @@ promtool() {
     rm -f "$TOOLS"/prometheus_*.deb
 }
 
+# The oldest NATS server that is supported is Debian's; only the program, nothing is started.
+nats_server() {
+    local to=$TOOLS/nats-server-debian
+    [[ -x $to ]] && return
+    say "fetching Debian's nats-server with apt"
+    missing=(nats-server)
+    rm -f "$TOOLS"/nats-server_*.deb
+    (cd "$TOOLS" && apt -o APT::Sandbox::User=root download nats-server)
+    dpkg-deb --fsys-tarfile "$TOOLS"/nats-server_*.deb | tar -xO ./usr/sbin/nats-server >"$to.new"
+    chmod 755 "$to.new"
+    mv "$to.new" "$to"
+    rm -f "$TOOLS"/nats-server_*.deb
+}
+
 venv() {
     local made_from
     made_from=$(digest requirements-dev.lock pyproject.toml)
@@ -112,5 +126,6 @@ exec 9>build/setup.lock
 flock 9
 packages
 promtool
+nats_server
 venv
 guests

@@ -19,7 +19,8 @@ import structlog
 from schemas.malformed import Malformed
 from schemas.subjects import check_reply_to
 from worker.bus import BusError
-from worker.nats_link import Link, Message, Subscription
+from worker.nats_link import Link
+from worker.nats_message import Message, Subscription
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

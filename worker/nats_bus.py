@@ -16,8 +16,9 @@ from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
 from worker import nats_check, topology
 from worker.bus import BusError, NotProvisioned, Receive, StateConflict
-from worker.nats_client import ALL_GUARDS, Guard
-from worker.nats_link import Link, NoResponder, Tuning
+from worker.nats_client import ALL_GUARDS, STANDARD, Guard, Tuning
+from worker.nats_link import Link
+from worker.nats_message import NoResponder
 from worker.nats_pull import PullLoop
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -46,7 +47,7 @@ class NatsBus:
         *,
         guards: frozenset[Guard] = ALL_GUARDS,
         window: int = 64,
-        tuning: Tuning = Tuning(),  # noqa: B008 (frozen)
+        tuning: Tuning = STANDARD,
         name: str = "",
     ) -> None:
         self.subjects = subjects

@@ -9,7 +9,8 @@ from typing import Any
 from schemas.subjects import Subjects
 from worker import topology
 from worker.bus import BusError, NotProvisioned
-from worker.nats_link import Link, NoResponder
+from worker.nats_link import Link
+from worker.nats_message import NoResponder
 
 NOT_FOUND = (10014, 10059)
 

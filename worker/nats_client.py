@@ -13,6 +13,7 @@ import asyncio
 import inspect
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import version
 from typing import Any
@@ -58,6 +59,25 @@ _OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_select_next_server": ("self",),
 }
 _READ = ("_pongs", "_pongs_received", "_pings_outstanding", "_reading_task", "_status", "_resp_map")
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Times in seconds. A stalled connection is found within `ping_s * (pings + 1)`."""
+
+    ping_s: float = 4.0
+    pings: int = 2
+    connect_timeout_s: float = 2.0
+    backoff_base_s: float = 0.25
+    backoff_cap_s: float = 1.5
+    request_timeout_s: float = 5.0
+    pending_bytes: int = 262_144
+    heartbeat_s: float = 4.0
+    pull_expires_s: float = 30.0
+    missing_retry_s: float = 1.0
+
+
+STANDARD = Tuning()
 
 
 class LibraryMismatch(Exception):

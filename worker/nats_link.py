@@ -11,10 +11,10 @@ import asyncio
 import contextlib
 import re
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Generator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 from nats import errors
@@ -23,46 +23,22 @@ from nats.aio.msg import Msg
 
 from schemas.settings import NatsSettings
 from worker.bus import BusError
-from worker.nats_client import ALL_GUARDS, Backoff, Guard, GuardedClient, check_library
+from worker.nats_client import (
+    ALL_GUARDS,
+    STANDARD,
+    Backoff,
+    Guard,
+    GuardedClient,
+    Tuning,
+    check_library,
+)
 from worker.nats_login import CredentialsFile
+from worker.nats_message import Message, NoResponder, Subscription, to_message
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
-
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """Times in seconds. A stalled connection is found within `ping_s * (pings + 1)`."""
-
-    ping_s: float = 4.0
-    pings: int = 2
-    connect_timeout_s: float = 2.0
-    backoff_base_s: float = 0.25
-    backoff_cap_s: float = 1.5
-    request_timeout_s: float = 5.0
-    pending_bytes: int = 262_144
-    heartbeat_s: float = 4.0
-    pull_expires_s: float = 30.0
-    missing_retry_s: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message as it came; `reply` is empty where no answer is asked for."""
-
-    subject: str
-    reply: str
-    data: bytes
-    headers: Mapping[str, str]
-
-
-class Subscription(Protocol):
-    """What is left of nats-py's once it is made."""
-
-    async def unsubscribe(self, limit: int = 0) -> None: ...
-
-
-class NoResponder(BusError):
-    """Nobody listens on that subject: no such stream, consumer or service."""
+# A connection that lasted as long was a good one: the next attempt comes soon.
+STEADY_S = 5.0
 
 
 class Link:
@@ -84,7 +60,7 @@ class Link:
         name: str,
         inbox: str,
         guards: frozenset[Guard] = ALL_GUARDS,
-        tuning: Tuning = Tuning(),
+        tuning: Tuning = STANDARD,
     ) -> None:
         check_library()
         self.tuning = tuning
@@ -103,6 +79,10 @@ class Link:
         self._losses: list[Callable[[], None]] = []
         self._up = asyncio.Event()
         self._dead = asyncio.Event()
+        self._backoff = Backoff(
+            tuning.backoff_base_s, tuning.backoff_cap_s, jitter=Guard.JITTER in guards
+        )
+        self._up_at = 0.0
         self._said = ""
         self._denied: set[str] = set()
         self.reconnects = 0
@@ -125,19 +105,13 @@ class Link:
         self._up.clear()
 
     async def _supervise(self) -> None:
-        backoff = Backoff(
-            self.tuning.backoff_base_s,
-            self.tuning.backoff_cap_s,
-            jitter=Guard.JITTER in self.guards,
-        )
         while True:
             self._dead.clear()
-            client = GuardedClient(self.guards, backoff, self._on_dead)
+            client = GuardedClient(self.guards, self._backoff, self._on_dead)
             try:
                 await self._connect(client)
                 if client.is_connected:
                     self._client = client
-                    backoff.reset()
                     self._came_up(fresh=True)
                     await self._dead.wait()
             except (TimeoutError, OSError, errors.Error, ValueError, ImportError) as error:
@@ -146,7 +120,7 @@ class Link:
                 await self._discard(client)
             if Guard.REBUILD not in self.guards:
                 return
-            await asyncio.sleep(backoff.next_s())
+            await asyncio.sleep(self._backoff.next_s())
 
     async def _connect(self, client: GuardedClient) -> None:
         options: dict[str, Any] = {"connect_timeout": self.tuning.connect_timeout_s}
@@ -220,6 +194,8 @@ class Link:
     async def _on_lost(self) -> None:
         if self._up.is_set():
             self._up.clear()
+            if time.monotonic() - self._up_at > STEADY_S:
+                self._backoff.reset()
             log.warning("bus.disconnected", error=self.last_error)
         for listener in list(self._losses):
             self._tell(listener)
@@ -238,6 +214,7 @@ class Link:
 
     def _came_up(self, *, fresh: bool) -> None:
         self._said = self.last_error = ""
+        self._up_at = time.monotonic()
         self._up.set()
         log.info("bus.connected", url=self._url, reconnects=self.reconnects)
         for listener in list(self._listeners):
@@ -322,7 +299,7 @@ class Link:
             raise NoResponder(f"{subject}: nobody listens there") from error
         except (TimeoutError, OSError, errors.Error) as error:
             raise BusError(f"{subject}: {_text(error)}") from error
-        return _message(answer)
+        return to_message(answer)
 
     async def subscribe(
         self,
@@ -335,7 +312,7 @@ class Link:
         """Until the client is replaced; `receive` must return at once and not raise."""
 
         async def callback(message: Msg) -> None:
-            await receive(_message(message))
+            await receive(to_message(message))
 
         try:
             with self._cancellable():
@@ -359,10 +336,6 @@ class Link:
         if client is None or not client.is_connected:
             raise BusError(f"not connected to {self._url}: {self.last_error or 'starting'}")
         return client
-
-
-def _message(message: Msg) -> Message:
-    return Message(message.subject, message.reply, message.data, message.headers or {})
 
 
 def _text(error: BaseException) -> str:

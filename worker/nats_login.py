@@ -1,5 +1,6 @@
 """`[nats] creds`: who the worker is on the bus, read anew whenever it connects."""
 
+import importlib.util
 import os
 import stat
 
@@ -21,10 +22,18 @@ class CredentialsFile:
         self._pair: tuple[str, str] | None = None
 
     def is_jwt(self) -> bool:
+        """Whether it is a NATS credentials file; false while it can not be read.
+
+        Raises:
+            nats.errors.Error: it is, but the package that signs with it is missing.
+        """
         try:
-            return JWT_MARK in self._read()
+            found = JWT_MARK in self._read()
         except (OSError, errors.Error):
             return False
+        if found and importlib.util.find_spec("nkeys") is None:
+            raise errors.Error(f"{self.path} is a JWT: install the package nkeys beside hostd")
+        return found
 
     def user(self) -> str:
         """Read the file; nats-py asks for the password of the same attempt right after."""

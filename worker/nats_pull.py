@@ -18,7 +18,8 @@ import structlog
 
 from worker.bus import BusError, Delivery, NotProvisioned, Receive
 from worker.nats_client import Guard
-from worker.nats_link import Link, Message, Subscription
+from worker.nats_link import Link
+from worker.nats_message import Message, Subscription
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

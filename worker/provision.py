@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from schemas.subjects import Subjects
 from worker import topology
 from worker.bus import BusError, NotProvisioned
-from worker.nats_link import Link, Message, NoResponder
+from worker.nats_link import Link
+from worker.nats_message import Message, NoResponder
 
 NOT_FOUND = (10014, 10059)
 FIXED = ("retention", "storage", "max_consumers", "deny_delete", "name")

@@ -13,14 +13,14 @@ from schemas.subjects import Subjects
 from worker.bus import BusError, Delivery
 from worker.embedded import EmbeddedNats
 from worker.nats_bus import NatsBus
-from worker.nats_client import ALL_GUARDS, Guard
-from worker.nats_link import Link, Tuning
+from worker.nats_client import ALL_GUARDS, Guard, Tuning
+from worker.nats_link import Link
 from worker.provision import provision
 
 CELL = "test"
 HOST = "h1"
 SUBJECTS = Subjects(f"hostd.v1.{CELL}", HOST, CELL)
-OLD_SERVER = Path(__file__).parents[2] / "build" / "nats-server-2.9.10"
+OLD_SERVER = Path(__file__).parents[2] / "build" / "tools" / "nats-server-debian"
 
 # As the product's, but all waits short, so that a test sees the healing soon.
 QUICK = Tuning(

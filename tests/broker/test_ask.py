@@ -17,7 +17,8 @@ from worker.ask import ANSWER_BYTES, ask_service
 from worker.bus import BusError
 from worker.micro import MicroService
 from worker.nats_bus import NatsBus
-from worker.nats_link import Link, Message
+from worker.nats_link import Link
+from worker.nats_message import Message
 
 
 class Answers:

@@ -20,7 +20,8 @@ from tests.broker.test_ask import Answers
 from worker.ask import ask_service
 from worker.bus import BusError
 from worker.nats_bus import NatsBus
-from worker.nats_link import Link, Message
+from worker.nats_link import Link
+from worker.nats_message import Message
 from worker.provision import provision
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "nats" / "hostd.conf"

@@ -23,7 +23,7 @@ from tests.broker.server import (
 from tests.broker.test_client_guards import SLOW_PINGS, guard_cases, still_delivers
 from worker.nats_bus import NatsBus
 from worker.nats_client import Guard
-from worker.nats_link import Message
+from worker.nats_message import Message
 from worker.provision import provision
 
 CONSUMER = f"{SUBJECTS.commands_stream}.{HOST}"
