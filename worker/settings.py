@@ -197,7 +197,7 @@ def _machine_id() -> str:
 
 
 def _check(settings: Settings, origins: Mapping[str, str]) -> None:
-    for dotted, rule in _RULES.items():
+    for dotted, rule in RULES.items():
         table, name = dotted.split(".")
         value = getattr(getattr(settings, table), name)
         if wrong := rule(value):
@@ -267,7 +267,7 @@ def _cgroup(value: str) -> str:
 
 _COUNT = _between(1, 1_000_000)
 _SECONDS = _between(0.1, 86_400)
-_RULES: dict[str, Callable[[Any], str]] = {
+RULES: dict[str, Callable[[Any], str]] = {
     "host.id": _matches(HOST_ID_PATTERN, "1 to 63 of A-Z a-z 0-9 _ -"),
     "host.cell": _matches(CELL_PATTERN, "1 to 32 of A-Z a-z 0-9 _ -"),
     "nats.url": _urls,
@@ -291,6 +291,7 @@ _RULES: dict[str, Callable[[Any], str]] = {
     "network.allowed": lambda value: _each(_cidr)(value) if value else "allows no network at all",
     "network.host_services": _each(_service),
     "network.exempt_routes": _each(_cidr),
+    "network.max_flows": _between(1, 2**31),
     "limits.cgroup": _cgroup,
     "limits.max_drain_s": _between(0, 86_400),
     "network.max_flows": _COUNT,

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from schemas.settings import Settings
+from worker import settings as settings_module
 from worker.settings import SettingsError, keys, load, load_with_origins
 
 HOST = {"HOSTD_HOST_ID": "h1"}
@@ -150,3 +151,10 @@ def test_a_wrong_variable_names_itself(name: str, text: str, says: str) -> None:
 
 def test_variables_outside_the_tables_are_none_of_its_business() -> None:
     assert load(None, {**HOST, "HOSTD_CONFIG": "/x", "HOSTDISH": "1"}).host.id == "h1"
+
+
+def test_every_setting_has_a_rule_but_those_that_may_be_anything() -> None:
+    free = {"vmm.boot_args", "network.uplinks"}
+
+    checked = {key.dotted for key in keys() if key.type is not bool} - free
+    assert checked == set(settings_module.RULES)
