@@ -59,6 +59,7 @@ packages() {
     for name in "${wanted[@]}"; do
         grep -qxF -- "$name" <<<"$installed" || missing+=("$name")
     done
+    mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u | sed '/^$/d')
     if ((${#missing[@]})); then
         say "installing with apt: ${missing[*]}"
         apt install -y --no-install-recommends "${missing[@]}"

@@ -294,7 +294,6 @@ RULES: dict[str, Callable[[Any], str]] = {
     "network.max_flows": _between(1, 2**31),
     "limits.cgroup": _cgroup,
     "limits.max_drain_s": _between(0, 86_400),
-    "network.max_flows": _COUNT,
     "limits.lane_depth": _COUNT,
     "limits.host_depth": _COUNT,
     "limits.boots": _COUNT,

@@ -14,7 +14,7 @@ from schemas.codes import Code
 from schemas.records import Status
 from worker.metrics import Metrics, sample_loop_lag
 
-TOOLS = Path(__file__).parents[2] / "build" / "tools"
+ROOT = Path(__file__).parents[2]
 CONTRACT = {
     "hostd_commands": ("counter", {"type", "code"}),
     "hostd_command_duration_seconds": ("histogram", {"type"}),
@@ -68,6 +68,17 @@ def test_names_types_and_labels_are_the_contracts() -> None:
     assert found == CONTRACT
 
 
+def test_the_operators_page_lists_them_all() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+
+    listed = re.findall(r"^\| `(hostd_\w+)` \| (\w+) \|(.*)\|$", page, re.MULTILINE)
+    found = {
+        name.removesuffix("_total"): (kind, set(re.findall(r"`(\w+)`", labels)))
+        for name, kind, labels in listed
+    }
+    assert found == CONTRACT
+
+
 def test_histograms_of_time_begin_at_one_millisecond() -> None:
     text = used().render().decode()
 
@@ -103,7 +114,7 @@ def test_two_workers_in_one_process_do_not_share_a_registry() -> None:
 
 
 def test_promtool_finds_nothing_to_improve() -> None:
-    promtool = shutil.which("promtool", path=f"{TOOLS}:{os.environ['PATH']}")
+    promtool = shutil.which("promtool", path=f"{ROOT}/build/tools:{os.environ['PATH']}")
     if promtool is None:
         assert not os.environ.get("CI"), "promtool is missing"
         pytest.skip("promtool is missing")
