@@ -6,11 +6,11 @@ what it needs is checked before, and what it did is read back by `vmms` and `con
 Source: docs/jailer.md of Firecracker; the facts are proven in tests/contract/test_jailer.py.
 """
 
-import asyncio
 import os
 import shutil
 
 from handlers.errors import HostFault
+from handlers.host import spawn
 from handlers.host.cgroups import CgroupTree
 from handlers.host.confinement import NO_FILE
 from handlers.host.errnos import os_failure
@@ -23,7 +23,6 @@ from handlers.host.jail_paths import (
     JailPaths,
 )
 from handlers.host.launches import LaunchLog
-from handlers.host.uncut import uncut
 from handlers.machine import LaunchSpec
 from schemas.settings import Settings
 
@@ -86,26 +85,13 @@ class Jailer:
     async def run(self, spec: LaunchSpec, words: int) -> None:
         """Run until its first process ends, which it does when daemonized.
 
-        Its umask makes the sockets in the jail private to root and the jail's uid.
+        Raises:
+            HostFault: it cannot be executed, or failed; its words are in the detail.
         """
         try:
-            jailer = await asyncio.create_subprocess_exec(
-                *self._arguments(spec),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=words,
-                stderr=words,
-                env={},
-                cwd="/",
-                umask=0o077,
-            )
+            code = await spawn.run(self._arguments(spec), words)
         except OSError as error:
             raise os_failure(error, f"cannot execute {self.path}") from error
-        try:
-            code = await jailer.wait()
-        finally:
-            if jailer.returncode is None:
-                jailer.kill()
-                await uncut(jailer.wait())
         if code != 0:
             said = os.pread(words, STDERR_BYTES, 0).decode(errors="replace").strip()
             raise HostFault(

@@ -75,10 +75,10 @@ class JailedVmms:
             Unavailable: the API did not listen within `[vmm] api_timeout_s`.
         """
         root = self._paths.root(spec.jail_id)
-        found = await asyncio.to_thread(self._find, spec.jail_id)
+        found, pids = await asyncio.to_thread(self._survey, spec.jail_id)
         if found is not None and os.path.exists(f"{root}/{API_SOCKET}"):
             return self._as_asked(found, spec)
-        if found is not None or self._pids(spec.jail_id):
+        if pids:
             await self.remove(spec.jail_id)
         await asyncio.to_thread(self._jailer.prepare, spec, root)
         try:
@@ -231,6 +231,9 @@ class JailedVmms:
 
     def _pids(self, jail_id: str) -> list[int]:
         return [pid for leaf in self._tree.leaves(jail_id) for pid in self._tree.pids(leaf)]
+
+    def _survey(self, jail_id: str) -> tuple[VmmIdentity | None, list[int]]:
+        return self._find(jail_id), self._pids(jail_id)
 
     def _find(self, jail_id: str, leaves: tuple[str, ...] | None = None) -> VmmIdentity | None:
         """The process in the jail's leaf whose root and executable are the jail's own."""
