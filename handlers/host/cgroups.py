@@ -6,10 +6,12 @@ This module kills nothing: the VMM in a leaf belongs to `vmms`.
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 import re
 import select
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +27,6 @@ CONTROLLERS = ("cpu", "memory", "pids")
 PERIOD_US = 100_000
 EMPTY_TIMEOUT_S = 5.0
 RMDIR_TIMEOUT_S = 2.0
-ATTEMPTS = 8
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -104,6 +105,7 @@ class Cgroups:
     def __init__(self, settings: Settings) -> None:
         self.tree = CgroupTree.of(settings)
         self._enforce = settings.limits.enforce
+        self._locks: dict[str, threading.Lock] = {}
 
     async def exists(self, key: str) -> bool:
         return os.path.isdir(self.tree.path(self._leaf(key)))
@@ -132,36 +134,34 @@ class Cgroups:
 
     def _ensure(self, spec: CgroupSpec) -> None:
         leaf = self.tree.path(self._leaf(spec.key))
-        created = False
+        made = False
         try:
-            created = self._make(leaf)
+            with self._lock_of(leaf):
+                made = self._make(leaf)
             if self._enforce:
                 self._limit(leaf, spec)
         except (Failure, OSError) as error:
-            if created:
+            if made:
                 self._remove(self._leaf(spec.key))
             if isinstance(error, OSError):
                 raise os_failure(error, f"cannot make the cgroup {spec.key}") from error
             raise
 
-    def _make(self, leaf: str) -> bool:
-        """Make leaf and parents; true if the leaf is new.
+    def _lock_of(self, leaf: str) -> threading.Lock:
+        """One per tenant: its last leaf takes the folder along while a first one may come."""
+        return self._locks.setdefault(os.path.dirname(leaf), threading.Lock())
 
-        Tried again while a tenant's last leaf goes at the same moment and takes the folder along.
-        """
-        for _ in range(ATTEMPTS):
-            try:
-                if self._enforce:
-                    self._enable_on_the_way(leaf)
-                else:
-                    os.makedirs(os.path.dirname(leaf), exist_ok=True)
-                os.mkdir(leaf)
-            except FileExistsError:
-                return False
-            except FileNotFoundError:
-                continue
-            return True
-        raise Unavailable(f"the parents of the cgroup {leaf} keep vanishing")
+    def _make(self, leaf: str) -> bool:
+        """Make leaf and parents; true if the leaf is new."""
+        if self._enforce:
+            self._enable_on_the_way(leaf)
+        else:
+            os.makedirs(os.path.dirname(leaf), exist_ok=True)
+        try:
+            os.mkdir(leaf)
+        except FileExistsError:
+            return False
+        return True
 
     def _enable_on_the_way(self, leaf: str) -> None:
         """Enable the controllers in each cgroup above the leaf, making those that are missing."""
@@ -218,14 +218,14 @@ class Cgroups:
         leaf = self.tree.path(name)
         try:
             self._wait_empty(name)
-            _rmdir(leaf)
+            with self._lock_of(leaf):
+                _rmdir(leaf)
+                with contextlib.suppress(FileNotFoundError):
+                    os.rmdir(os.path.dirname(leaf))
         except OSError as error:
-            raise os_failure(error, f"cannot remove the cgroup {name}") from error
-        try:
-            os.rmdir(os.path.dirname(leaf))
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EBUSY, errno.ENOENT):
-                raise os_failure(error, f"cannot remove the cgroup above {name}") from error
+            # EBUSY is of the tenant's folder: another leaf is in it.
+            if error.errno not in (errno.EBUSY, errno.ENOTEMPTY) or os.path.exists(leaf):
+                raise os_failure(error, f"cannot remove the cgroup {name}") from error
 
     def _wait_empty(self, name: str) -> None:
         """Wait for `populated 0`, which the kernel announces by POLLPRI."""
