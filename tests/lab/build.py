@@ -104,7 +104,7 @@ def _add_modules(target: Path) -> None:
 def _payload_inputs() -> str:
     installed = sorted(path.name for path in SITE_PACKAGES.glob("*.dist-info"))
     stamps = [(path / ".inputs").read_text() for path in _targets_inside()]
-    paths = [str(VENV), str(cache.BUILD), *LEFT_OUT, *PROGRAMS]
+    paths = [str(VENV), *LEFT_OUT, *PROGRAMS]
     return cache.digest(Path(__file__), *installed, *stamps, *paths)
 
 
