@@ -19,7 +19,7 @@ from handlers.host.errnos import os_failure
 from handlers.host.sealed_json import read_sealed, write_sealed
 from handlers.host.shared_files import open_tenant
 from handlers.host.state_folders import ids, make_folder, remove_empty, sync_folder
-from handlers.host.threads import to_end
+from handlers.host.threads import Pace, to_end, to_end_slowly
 from handlers.host.trees import remove_path
 from handlers.machine import Artifact, ArtifactSpec
 
@@ -65,15 +65,18 @@ class Artifacts:
             Exhausted: the disk is full.
             Unavailable: a file was changed while it was copied; try again.
         """
-        async with self._lock(spec.key):
-            return await to_end(self._ensure, spec)
+        found = await to_end(self._look, spec.key)
+        if found is not None:
+            return found
+        async with self._lock(spec.tenant_id):
+            return await to_end_slowly(lambda pace: self._ensure(spec, pace))
 
     async def exists(self, key: str) -> bool:
         return os.path.exists(self._folder(key))
 
     async def remove(self, key: str) -> None:
         """Remove a revision that nothing refers to; one in use stays, absent is success."""
-        async with self._lock(key):
+        async with self._lock(ids(key, 3)[0]):
             if not self._in_use(key):
                 await to_end(self._remove, key)
 
@@ -92,29 +95,32 @@ class Artifacts:
 
         return await to_end(look)
 
-    def _lock(self, key: str) -> asyncio.Lock:
+    def _lock(self, tenant_id: str) -> asyncio.Lock:
+        """One import or removal per tenant at a time: they share the folders above."""
         for other in [each for each, lock in self._locks.items() if not lock.locked()]:
-            if other != key:
+            if other != tenant_id:
                 del self._locks[other]
-        return self._locks.setdefault(key, asyncio.Lock())
+        return self._locks.setdefault(tenant_id, asyncio.Lock())
 
     def _folder(self, key: str) -> str:
         return f"{self._base}/{'/'.join(ids(key, 3))}"
 
-    def _ensure(self, spec: ArtifactSpec) -> Artifact:
+    def _ensure(self, spec: ArtifactSpec, pace: Pace) -> Artifact:
+        found = self._look(spec.key)
+        if found is not None:
+            return found
         folder = self._folder(spec.key)
         try:
-            found = self._found(folder)
-            if found is None:
-                self._import(spec, folder)
-                found = self._found(folder)
+            self._import(spec, folder, pace)
         except OSError as error:
             raise os_failure(error, f"cannot import {spec.key}") from error
+        found = self._look(spec.key)
         if found is None:
             raise HostFault(f"{folder} vanished", path=folder)
         return found
 
-    def _found(self, folder: str) -> Artifact | None:
+    def _look(self, key: str) -> Artifact | None:
+        folder = self._folder(key)
         facts = read_sealed(f"{folder}/{FACTS}", ArtifactFacts)
         if facts is None:
             return None
@@ -134,17 +140,17 @@ class Artifacts:
             sha256={name: file.sha256 for name, file in facts.files.items()},
         )
 
-    def _import(self, spec: ArtifactSpec, folder: str) -> None:
+    def _import(self, spec: ArtifactSpec, folder: str, pace: Pace) -> None:
         pool = make_folder(os.path.dirname(folder), sync=True)
         part = f"{pool}/.{spec.revision}.part"
         remove_path(part)
         try:
             with self._source(spec) as source:
                 os.mkdir(part, 0o700)
-                files = {name: _copied(source, name, part) for name in REQUIRED}
+                files = {name: _copied(source, name, part, pace) for name in REQUIRED}
                 for name in OPTIONAL:
                     if source.stat(name) is not None:
-                        files[name] = _copied(source, name, part)
+                        files[name] = _copied(source, name, part, pace)
             write_sealed(f"{part}/{FACTS}", ArtifactFacts(files))
             sync_folder(part)
             remove_path(folder)  # half of one: without its facts
@@ -170,7 +176,7 @@ class Artifacts:
             raise os_failure(error, f"cannot remove the artefact {key}") from error
 
 
-def _copied(source: Folder, name: str, part: str) -> ArtifactFile:
+def _copied(source: Folder, name: str, part: str, pace: Pace) -> ArtifactFile:
     """Copy one file, root:root 0444. Hashed is what was written, not what was read."""
     with source.file(name) as original:
         before = os.fstat(original)
@@ -178,14 +184,14 @@ def _copied(source: Folder, name: str, part: str) -> ArtifactFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         copy = os.open(f"{part}/{name}", flags, 0o400)
         try:
-            copy_sparse(original, copy)
+            copy_sparse(original, copy, check=pace.check)
             after = os.fstat(original)
             if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
                 path = source.named(name)
                 raise Unavailable(f"{path} was changed while it was copied", path=path)
             os.fchmod(copy, 0o444)
             os.fsync(copy)
-            digest = sha256_of(copy) or ""
+            digest = sha256_of(copy, check=pace.check)
         finally:
             os.close(copy)
     return ArtifactFile(sha256=digest, size_bytes=before.st_size)

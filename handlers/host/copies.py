@@ -12,13 +12,16 @@ CANNOT_SHARE = frozenset(
 )
 CANNOT_COPY_THERE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 CHUNK_BYTES = 1 << 20
-COPY_BYTES = 1 << 30
+Check = Callable[[], None]
+COPY_BYTES = 64 << 20
 
 
-def copy_sparse(source: int, target: int) -> None:
+def copy_sparse(source: int, target: int, *, check: Check = lambda: None) -> None:
     """Make the empty file `target` equal to `source`, sharing blocks if the file system can.
 
     Holes stay holes: a plain copy_file_range over the whole file would fill them on ext4.
+
+    `check` is called between chunks and may raise to end it.
 
     Source: ioctl_ficlone(2), lseek(2) SEEK_DATA, copy_file_range(2).
     """
@@ -31,7 +34,7 @@ def copy_sparse(source: int, target: int) -> None:
     size = os.fstat(source).st_size
     os.ftruncate(target, size)
     for start, end in data_ranges(source, size):
-        _copy_range(source, target, start, end)
+        _copy_range(source, target, start, end, check)
 
 
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -48,21 +51,21 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def sha256_of(fd: int, *, go_on: Callable[[], bool] = lambda: True) -> str | None:
-    """Hex sha256 of a whole file, a chunk at a time; None once `go_on` says no."""
+def sha256_of(fd: int, *, check: Check = lambda: None) -> str:
+    """Hex sha256 of a whole file, a chunk at a time; `check` may raise between two to end it."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK_BYTES))
     at = 0
     while got := os.preadv(fd, [buffer], at):
-        if not go_on():
-            return None
+        check()
         digest.update(buffer[:got])
         at += got
     return digest.hexdigest()
 
 
-def _copy_range(source: int, target: int, start: int, end: int) -> None:
+def _copy_range(source: int, target: int, start: int, end: int, check: Check) -> None:
     while start < end:
+        check()
         try:
             done = os.copy_file_range(source, target, min(end - start, COPY_BYTES), start, start)
         except OSError as error:

@@ -17,7 +17,7 @@ from handlers.host.mkfs import make_ext4
 from handlers.host.shared_files import open_instance
 from handlers.host.state_folders import ids
 from handlers.host.syscalls import link_open
-from handlers.host.threads import to_end
+from handlers.host.threads import Pace, to_end, to_end_slowly
 from handlers.machine import DataDisk, DataDiskSpec
 from schemas import naming
 from schemas.records import DiskIdentity
@@ -80,7 +80,7 @@ class DataDisks:
             Invalid: not a disk that hostd made for this instance; nothing is touched.
             HostFault: the blocks did not read back as zeros; the file stays.
         """
-        await to_end(self._wipe, ref, known)
+        await to_end_slowly(lambda pace: self._wipe(ref, known, pace))
 
     async def adopt(self, ref: InstanceRef) -> DiskIdentity:
         """Take the file that is there as the instance's disk: the operator's word, `hostd adopt`.
@@ -176,7 +176,7 @@ class DataDisks:
         except OSError as error:
             raise os_failure(error, f"cannot remove the data disk of {ref}") from error
 
-    def _wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
+    def _wipe(self, ref: InstanceRef, known: DiskIdentity | None, pace: Pace) -> None:
         try:
             volumes = self._volumes(ref)
         except NotFound:
@@ -191,7 +191,7 @@ class DataDisks:
                 if os.fstat(fd).st_nlink > 1:
                     raise Invalid(f"{path} has several names", path=path)
                 try:
-                    disk_wipe.wipe(fd)
+                    disk_wipe.wipe(fd, check=pace.check)
                     _unlink_same(volumes, fd)
                     os.fsync(volumes.fd)
                 except OSError as error:

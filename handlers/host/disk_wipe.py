@@ -11,14 +11,16 @@ and the old ones are only freed; a device may keep what it remapped. There only 
 import os
 
 from handlers.errors import HostFault
-from handlers.host.copies import CHUNK_BYTES, data_ranges
+from handlers.host.copies import CHUNK_BYTES, Check, data_ranges
 from handlers.host.syscalls import punch_hole
 
 ZEROS = bytes(CHUNK_BYTES)
 
 
-def wipe(fd: int) -> None:
+def wipe(fd: int, *, check: Check = lambda: None) -> None:
     """Overwrite all data of an open file with zeros, check, and free its blocks. Its size stays.
+
+    `check` is called between chunks and may raise to end it; a wipe begun anew does it all again.
 
     Source: lseek(2) SEEK_DATA, posix_fadvise(2), fallocate(2).
 
@@ -29,12 +31,14 @@ def wipe(fd: int) -> None:
     ranges = list(data_ranges(fd, size))
     for start, end in ranges:
         for at in range(start, end, CHUNK_BYTES):
+            check()
             os.pwrite(fd, memoryview(ZEROS)[: min(CHUNK_BYTES, end - at)], at)
     os.fsync(fd)
     for start, end in ranges:
         # Out of the page cache first, so that the reading is from the device.
         os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
         for at in range(start, end, CHUNK_BYTES):
+            check()
             read = os.pread(fd, min(CHUNK_BYTES, end - at), at)
             if read != ZEROS[: len(read)] or not read:
                 raise HostFault("the disk does not read back as zeros after the overwrite")

@@ -14,16 +14,14 @@ from typing import ClassVar
 import msgspec
 
 from handlers.errors import Conflict, Failure, HostFault
-from handlers.host import disk_marks, disk_wipe
+from handlers.host import disk_marks, disk_wipe, jail_secrets
 from handlers.host.beneath import Folder
-from handlers.host.copies import copy_sparse
-from handlers.host.data_disks import DATA_DISK
+from handlers.host.data_disks import DATA_DISK, ref_of
 from handlers.host.errnos import os_failure
 from handlers.host.jail_folders import (
     CONFIG_DRIVE,
     FACTS,
     LOG,
-    SECRETS_DRIVE,
     SECRETS_FOLDER,
     SERIAL,
     FileId,
@@ -36,14 +34,13 @@ from handlers.host.sealed_json import write_sealed
 from handlers.host.shared_files import open_tenant
 from handlers.host.small_drives import CONFIG, SECRETS, SmallDrives
 from handlers.host.state_folders import make_folder
-from handlers.host.syscalls import link_open, mount_tmpfs, unmount
+from handlers.host.syscalls import link_open
 from handlers.host.threads import to_end
 from handlers.host.trees import remove_names, remove_tree
 from handlers.machine import Jail, JailFile, JailSpec
+from schemas import naming
 from schemas.requests import InstanceRef
 
-SECRETS_TMPFS_BYTES = SECRETS.size_bytes + (1 << 20)
-SECRETS_TMPFS_INODES = 8
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -143,7 +140,11 @@ class Jails:
         if has_config:
             ours[CONFIG_DRIVE] = self._make_config(spec, f"{root}/{CONFIG_DRIVE}")
         if has_secrets:
-            self._make_secrets(spec, f"{root}/{SECRETS_FOLDER}")
+            with jail_secrets.new_drive(f"{root}/{SECRETS_FOLDER}", spec.uid) as fd:
+                if spec.kept_secrets is None:
+                    self._drives.write(fd, SECRETS, spec.secrets or b"")
+                else:
+                    jail_secrets.copy_drive(spec.kept_secrets, fd)
         os.chown(root, spec.uid, spec.uid)
         facts = msgspec.structs.replace(facts, complete=True, ours=ours)
         write_sealed(f"{folder}/{FACTS}", facts, sync=False)
@@ -195,26 +196,6 @@ class Jails:
         finally:
             os.close(fd)
 
-    def _make_secrets(self, spec: JailSpec, folder: str) -> None:
-        """On a tmpfs, so that they never reach a disk and are gone with the jail."""
-        os.mkdir(folder, 0o700)
-        mount_tmpfs(
-            folder, size_bytes=SECRETS_TMPFS_BYTES, inodes=SECRETS_TMPFS_INODES, uid=spec.uid
-        )
-        fd = os.open(f"{folder}/{SECRETS_DRIVE}", NEW, 0o400)
-        try:
-            if spec.kept_secrets is None:
-                self._drives.write(fd, SECRETS, spec.secrets or b"")
-            else:
-                kept = os.open(spec.kept_secrets, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    copy_sparse(kept, fd)
-                finally:
-                    os.close(kept)
-            os.fchown(fd, spec.uid, spec.uid)
-        finally:
-            os.close(fd)
-
     # -- removing ------------------------------------------------------------------------------
 
     def _remove(self, jail_id: str, *, keep_log: bool = True) -> None:
@@ -227,11 +208,10 @@ class Jails:
             raise os_failure(error, f"cannot open the jail {jail_id}") from error
         facts = self._folders.facts(jail_id)
         try:
-            _unmount(f"{path}/root/{SECRETS_FOLDER}")
-            if facts is not None:
-                if keep_log:
-                    self._logs.keep(jail_id, facts)
-                self._release_disks(jail_id, facts)
+            jail_secrets.unmount_secrets(f"{path}/root/{SECRETS_FOLDER}")
+            if facts is not None and keep_log:
+                self._logs.keep(jail_id, facts)
+            self._release_disks(jail_id, facts.disks if facts is not None else ())
             remove_tree(folder, "root", before_unlink=_discard_memory)
             remove_names(folder, keep=frozenset({FACTS}))
             remove_names(folder)
@@ -241,18 +221,32 @@ class Jails:
         finally:
             os.close(folder)
 
-    def _release_disks(self, jail_id: str, facts: JailFacts) -> None:
-        """Give data disks back to root, unless a newer jail of the instance has them by now."""
-        for source in facts.disks:
+    def _release_disks(self, jail_id: str, sources: tuple[str, ...]) -> None:
+        """Give data disks back to root, unless a newer jail of the instance has them by now.
+
+        Looked for where they were linked from and in the jail: agentd may have moved the one, the
+        VMM the other. hostd's mark tells them from anything else.
+        """
+        with self._folders.file(jail_id, DATA_DISK, os.O_RDWR) as fd:
+            if fd is not None:
+                self._release(jail_id, fd)
+        for source in sources:
             with (
                 contextlib.suppress(Failure),
                 self._source(JailFile(DATA_DISK, source, True)) as fd,
             ):
-                mark = disk_marks.read_mark(fd)
-                if mark is None or mark.ref != str(facts.ref) or self._used(jail_id, facts.ref, fd):
-                    continue
-                os.fchown(fd, 0, 0)
-                os.fchmod(fd, 0o600)
+                self._release(jail_id, fd)
+
+    def _release(self, jail_id: str, disk: int) -> None:
+        mark = disk_marks.read_mark(disk)
+        if mark is None:
+            return
+        ref = ref_of(mark.ref)
+        if naming.jail_id(ref, launch_of(jail_id)) == jail_id and not self._used(
+            jail_id, ref, disk
+        ):
+            os.fchown(disk, 0, 0)
+            os.fchmod(disk, 0o600)
 
     def _used(self, jail_id: str, ref: InstanceRef, disk: int) -> bool:
         for other in self._folders.ids_of(ref):
@@ -270,19 +264,6 @@ def _new_file(path: str, mode: int, *, uid: int) -> FileId:
         return FileId.of(os.fstat(fd))
     finally:
         os.close(fd)
-
-
-def _unmount(path: str) -> None:
-    """Take the secrets away; nothing mounted there is success, twice mounted both go."""
-    while True:
-        try:
-            unmount(path)
-        except OSError as error:
-            if error.errno in {errno.EINVAL, errno.ENOENT, errno.ENOTDIR}:
-                return
-            if error.errno != errno.EBUSY:
-                raise
-            unmount(path, detach=True)
 
 
 def _discard_memory(folder: int, name: str) -> None:

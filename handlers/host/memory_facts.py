@@ -11,9 +11,13 @@ import threading
 import msgspec
 
 from handlers.errors import HostFault
-from handlers.host.copies import sha256_of
+from handlers.host.copies import Check, sha256_of
 from handlers.host.sealed_json import read_sealed, write_sealed
 from handlers.host.snapshot_manifest import MEMORY, MEMORY_FACTS, SnapshotFolder
+
+
+class _Stopped(Exception):
+    """The hash is not wanted any more."""
 
 
 class MemoryFacts(msgspec.Struct, frozen=True):
@@ -111,14 +115,21 @@ class Memories:
         Raises:
             HostFault: the file is not the one that was sealed, or was changed while it was read.
         """
+
+        def check() -> None:
+            if stop.is_set() or not folder.published:
+                raise _Stopped
+
         try:
-            return self._hash(folder, stop)
+            return self._hash(folder, check)
+        except _Stopped:
+            return None
         except HostFault:
             if folder.published:
                 raise
             return None
 
-    def _hash(self, folder: SnapshotFolder, stop: threading.Event) -> str | None:
+    def _hash(self, folder: SnapshotFolder, check: Check) -> str:
         before = self._read(folder)
         if before.sha256 is not None:
             return before.sha256
@@ -126,9 +137,7 @@ class Memories:
         try:
             if not before.fits(os.fstat(fd)):
                 raise _touched(folder)
-            digest = sha256_of(fd, go_on=lambda: not stop.is_set() and folder.published)
-            if digest is None:
-                return None
+            digest = sha256_of(fd, check=check)
             with self._lock:
                 after = self._read(folder)
                 # A wake may have linked the file meanwhile: its ctime moved, its content did not.

@@ -119,7 +119,7 @@ class Sealer:
                 kernel_release=self._kernel_release,
                 sealed_at_ms=time.time_ns() // 1_000_000,
                 state_bytes=state_bytes,
-                state_sha256=sha256_of(state) or "",
+                state_sha256=sha256_of(state),
                 mem_bytes=mem_bytes,
                 disk=disk_facts(self._data, facts.data_disk_path) if facts.data_disk_path else None,
                 has_secrets=jail.has_secrets,
@@ -251,7 +251,7 @@ def _keep(
         try:
             copy_sparse(original, copy)
             os.fsync(copy)
-            return KeptDrive(os.fstat(copy).st_size, sha256_of(copy) or "")
+            return KeptDrive(os.fstat(copy).st_size, sha256_of(copy))
         finally:
             os.close(copy)
     finally:

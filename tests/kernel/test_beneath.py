@@ -7,11 +7,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from handlers.errors import Exhausted, Invalid, NotFound, Unavailable
 from handlers.host import beneath
 from handlers.host.beneath import Folder
-from handlers.host.threads import to_end
+from handlers.host.threads import Pace, to_end, to_end_slowly
 from handlers.host.trees import remove_tree
 from tests.kernel.store_world import write
 
@@ -121,6 +123,50 @@ def test_a_tree_of_any_depth_is_removed_and_no_link_followed(tmp_path: Path) -> 
 
     assert sorted(os.listdir(tmp_path)) == ["outside"]
     assert outside.read_bytes() == b"untouched"
+
+
+PARTS = st.sampled_from(
+    ["..", ".", "", "in", "sub", "up", "out", "abs", "file", "loop", "\n", "a" * 256]
+)
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(parts=st.lists(PARTS, min_size=1, max_size=8), slash=st.booleans())
+def test_whatever_the_name_only_what_is_inside_is_read(
+    tmp_path: Path, parts: list[str], slash: bool
+) -> None:
+    if not (tmp_path / "in").exists():
+        write(tmp_path / "file", b"outside")
+        write(tmp_path / "in" / "sub" / "file", b"inside")
+        write(tmp_path / "in" / "file", b"inside")
+        for name, target in (("up", ".."), ("out", "../file"), ("abs", "/"), ("loop", "loop")):
+            (tmp_path / "in" / "sub" / name).symlink_to(target)
+            (tmp_path / "in" / name).symlink_to(target)
+
+    with Folder.trusted(str(tmp_path / "in")) as folder:
+        try:
+            data, _ = folder.read("/" * slash + "/".join(parts), 100)
+        except (Invalid, NotFound):
+            return
+    assert data == b"inside"
+
+
+async def test_cancelled_slow_work_ends_at_its_next_chunk() -> None:
+    started = threading.Event()
+
+    def work(pace: Pace) -> None:
+        started.set()
+        while True:
+            pace.check()
+
+    task = asyncio.create_task(to_end_slowly(work))
+    await asyncio.to_thread(started.wait, 10)
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 10)
 
 
 async def test_a_cancelled_caller_still_waits_for_its_thread() -> None:

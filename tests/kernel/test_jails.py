@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from handlers.errors import Conflict, Failure, HostFault, Invalid
+from handlers.host import jail_secrets
 from handlers.host import jails as jails_module
 from handlers.host.artifacts import Artifacts
 from handlers.host.data_disks import DataDisks
@@ -244,7 +245,7 @@ async def test_the_last_three_launches_are_kept(ready: Ready) -> None:
     assert await ready.jails.read_log(REF) == b"launch 5"
 
 
-@pytest.mark.parametrize("at", ["_link", "_make_config", "_make_secrets", "os.chown"])
+@pytest.mark.parametrize("at", ["_link", "_make_config", "mount_tmpfs", "os.chown"])
 async def test_a_failure_half_way_leaves_nothing(
     ready: Ready, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
@@ -253,6 +254,8 @@ async def test_a_failure_half_way_leaves_nothing(
 
     if at == "os.chown":
         monkeypatch.setattr(jails_module.os, "chown", fail)
+    elif at == "mount_tmpfs":
+        monkeypatch.setattr(jail_secrets, at, fail)
     else:
         monkeypatch.setattr(Jails, at, fail)
     with pytest.raises(Failure, match="No space left"):
@@ -302,7 +305,7 @@ async def test_half_a_jail_can_be_removed_and_the_disk_comes_back(
     def killed(*args: object, **kwargs: object) -> None:
         raise Killed
 
-    monkeypatch.setattr(Jails, "_make_secrets", killed)
+    monkeypatch.setattr(jail_secrets, "mount_tmpfs", killed)
     with pytest.raises(Killed):
         ready.jails._ensure(ready.spec)
     assert ready.disk.stat().st_uid == UID
@@ -310,6 +313,16 @@ async def test_half_a_jail_can_be_removed_and_the_disk_comes_back(
     await ready.jails.remove(JAIL)
 
     assert (ready.disk.stat().st_uid, ready.disk.stat().st_nlink) == (0, 1)
+
+
+async def test_a_disk_comes_back_though_its_name_and_the_note_are_gone(ready: Ready) -> None:
+    await ready.jails.ensure(ready.spec)
+    elsewhere = ready.disk.rename(ready.disk.with_name("moved"))
+    (ready.root.parent / FACTS).write_bytes(b"damaged")
+
+    await ready.jails.remove(JAIL)
+
+    assert (elsewhere.stat().st_uid, elsewhere.stat().st_nlink) == (0, 1)
 
 
 async def test_a_stale_jail_does_not_take_the_disk_from_a_newer_one(ready: Ready) -> None:

@@ -443,10 +443,10 @@ async def test_a_wake_while_the_hash_is_taken_disturbs_neither(
     reading, go_on = threading.Event(), threading.Event()
     real = memory_facts.sha256_of
 
-    def slow(fd: int, *, go_on: Callable[[], bool] = lambda: True) -> str | None:
+    def slow(fd: int, *, check: Callable[[], None]) -> str:
         reading.set()
         wait()
-        return real(fd, go_on=go_on)
+        return real(fd, check=check)
 
     def wait() -> None:
         assert go_on.wait(10)
@@ -471,7 +471,7 @@ async def test_a_snapshot_discarded_while_the_hash_is_taken_gives_none(
     await asleep.sleep()
     reading, go_on = threading.Event(), threading.Event()
 
-    def slow(fd: int, *, go_on: Callable[[], bool]) -> str | None:
+    def slow(fd: int, *, check: Callable[[], None]) -> str:
         reading.set()
         wait()
         return "0" * 64

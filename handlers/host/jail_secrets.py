@@ -1,0 +1,54 @@
+"""The secrets drive of a jail: an image on a small tmpfs, so that it never reaches a disk."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Generator
+
+from handlers.host.copies import copy_sparse
+from handlers.host.jail_folders import SECRETS_DRIVE
+from handlers.host.small_drives import SECRETS
+from handlers.host.syscalls import mount_tmpfs, unmount
+
+TMPFS_BYTES = SECRETS.size_bytes + (1 << 20)
+TMPFS_INODES = 8
+NOTHING_MOUNTED = frozenset({errno.EINVAL, errno.ENOENT, errno.ENOTDIR})
+
+
+@contextlib.contextmanager
+def new_drive(folder: str, uid: int) -> Generator[int, None, None]:
+    """Mount the tmpfs on a new folder and give an empty file for the image; the uid's at the end.
+
+    Needs: CAP_SYS_ADMIN.
+    """
+    os.mkdir(folder, 0o700)
+    mount_tmpfs(folder, size_bytes=TMPFS_BYTES, inodes=TMPFS_INODES, uid=uid)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(f"{folder}/{SECRETS_DRIVE}", flags, 0o400)
+    try:
+        yield fd
+        os.fchown(fd, uid, uid)
+    finally:
+        os.close(fd)
+
+
+def copy_drive(kept: str, fd: int) -> None:
+    """The image that was kept with a snapshot, as it is."""
+    source = os.open(kept, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        copy_sparse(source, fd)
+    finally:
+        os.close(source)
+
+
+def unmount_secrets(folder: str) -> None:
+    """Take the secrets away; nothing mounted there is success, twice mounted both go."""
+    while True:
+        try:
+            unmount(folder)
+        except OSError as error:
+            if error.errno in NOTHING_MOUNTED:
+                return
+            if error.errno != errno.EBUSY:
+                raise
+            unmount(folder, detach=True)

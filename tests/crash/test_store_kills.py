@@ -1,0 +1,300 @@
+"""kill -9 at every system call of the store: what comes after puts it right, whatever the spot.
+
+A forked child does the work and kills itself at its n-th audited call, for n from 0 until it gets
+to the end. Then a new "worker" goes on, as recovery would.
+"""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from handlers.errors import HostFault
+from handlers.host.artifacts import Artifacts
+from handlers.host.data_disks import DataDisks
+from handlers.host.jails import Jails
+from handlers.host.shared_files import SharedFiles
+from handlers.host.small_drives import CONFIG, SECRETS, SmallDrives
+from handlers.host.snapshots import Snapshots
+from handlers.host.threads import Pace
+from handlers.machine import ArtifactSpec, DataDiskSpec, JailFile, JailSpec, SnapshotFacts
+from schemas import naming
+from tests.kernel.store_world import REF, REVISION, World, make_world
+
+UID = 2_000_000_007
+KEY = str(REF)
+EFFECTS = ("open", "os.", "subprocess.", "ctypes.call", "fcntl.")
+NEVER_MORE_THAN = 400
+DRIVES = SmallDrives()  # templates of images, made once for all lives: a child forks with them
+
+
+def killed_at(n: int, work: Callable[[], object]) -> bool:
+    """Run the work in a child that dies before its n-th effect; false if it got to its end."""
+    child = os.fork()
+    if child == 0:
+        count = itertools.count()
+
+        def hook(event: str, _arguments: object) -> None:
+            if event.startswith(EFFECTS) and next(count) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(hook)
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
+
+
+class Worker:
+    """The store's mechanisms as one worker has them; a new one for each life."""
+
+    def __init__(self, world: World) -> None:
+        places = {"data": str(world.data), "state": str(world.state)}
+        base = str(world.jails)
+        self.world = world
+        self.shared = SharedFiles(places["data"])
+        self.artifacts = Artifacts(**places)
+        self.disks = DataDisks(data=places["data"], jail_base=base)
+        self.jails = Jails(**places, jail_base=base)
+        self.jails._drives = DRIVES
+        self.snapshots = Snapshots(
+            **places, jail_base=base, cpu_model="test", kernel_release="test"
+        )
+
+    @property
+    def disk(self) -> Path:
+        return self.world.instance / "volumes" / "data.ext4"
+
+    def make_disk(self) -> None:
+        self.disks._ensure(DataDiskSpec(REF, 4, None))
+
+    def jail(self, launch: int) -> str:
+        jail_id = naming.jail_id(REF, launch)
+        files = (JailFile("data.ext4", str(self.disk), writable=True),)
+        self.jails._ensure(JailSpec(REF, jail_id, UID, files, config=b"{}", secrets=b"{}"))
+        return jail_id
+
+    def vmm_writes(self, launch: int) -> None:
+        root = self.world.jails / "firecracker" / naming.jail_id(REF, launch) / "root"
+        (root / "snap").mkdir(exist_ok=True)
+        for name, data in (("state", b"state"), ("mem", b"\1" * (1 << 20))):
+            (root / "snap" / name).write_bytes(data)
+            os.chown(root / "snap" / name, UID, UID)
+
+    def seal(self) -> None:
+        facts = SnapshotFacts(
+            ref=REF,
+            number=1,
+            launch=1,
+            revision=REVISION,
+            vcpus=1,
+            mem_mib=1,
+            vmm_version="1.12.1",
+            disk=None,
+            data_disk_path=str(self.disk),
+            keep_drives=True,
+        )
+        self.snapshots._sealer.seal(naming.jail_id(REF, 1), facts)
+
+    async def sleep(self) -> None:
+        self.vmm_writes(1)
+        self.seal()
+        await self.snapshots.publish(REF, 1)
+        self.jails._remove(naming.jail_id(REF, 1))
+
+    async def remove_all(self) -> None:
+        """After this no trace of the instance may be left but its disk, which is root's."""
+        for jail_id in await self.jails.list_ids():
+            await self.jails.remove(jail_id)
+        assert str(self.world.jails) not in Path("/proc/mounts").read_text()
+        assert self.disk.stat().st_nlink == 1
+        assert self.disk.stat().st_uid == 0
+
+
+@pytest.fixture
+def worlds(tmp_path: Path) -> Callable[[int], Worker]:
+    for drive in (CONFIG, SECRETS):
+        with tempfile.TemporaryFile() as file:
+            DRIVES.write(file.fileno(), drive, b"{}")
+    return lambda n: Worker(make_world(tmp_path / str(n)))
+
+
+async def test_an_import(worlds: Callable[[int], Worker]) -> None:
+    spec = ArtifactSpec("acme", "web", REVISION)
+    for n in range(NEVER_MORE_THAN):
+        first = worlds(n)
+        killed = killed_at(n, lambda first=first: first.artifacts._ensure(spec, Pace()))
+
+        second = Worker(first.world)
+        found = await second.artifacts.ensure(spec)
+
+        original = (first.world.revision / "rootfs.ext4").read_bytes()
+        assert Path(found.rootfs).read_bytes() == original
+        assert await second.artifacts.list_keys() == [spec.key]
+        assert os.listdir(first.world.state / "artifacts" / "acme" / "web") == [REVISION]
+        if not killed:
+            break
+    assert n > 10
+
+
+async def test_a_disk_being_made(worlds: Callable[[int], Worker]) -> None:
+    for n in range(NEVER_MORE_THAN):
+        first = worlds(n)
+        killed = killed_at(n, first.make_disk)
+
+        second = Worker(first.world)
+        disk = await second.disks.ensure(DataDiskSpec(REF, 4, None))
+
+        subprocess.run(["e2fsck", "-fn", disk.path], check=True, capture_output=True)
+        assert os.listdir(second.disk.parent) == ["data.ext4"]
+        await second.disks.remove(KEY)
+        assert os.listdir(second.disk.parent) == []
+        if not killed:
+            break
+    assert n > 5
+
+
+async def test_a_wipe(worlds: Callable[[int], Worker]) -> None:
+    for n in range(NEVER_MORE_THAN):
+        first = worlds(n)
+        first.make_disk()
+        killed = killed_at(n, lambda first=first: first.disks._wipe(REF, None, Pace()))
+
+        second = Worker(first.world)
+        await second.disks.wipe(REF, None)
+
+        assert not await second.disks.exists(KEY)
+        if not killed:
+            break
+    assert n > 2
+
+
+@pytest.mark.parametrize("then", ["remove", "ensure"])
+async def test_a_jail_being_made(worlds: Callable[[int], Worker], then: str) -> None:
+    for n in range(NEVER_MORE_THAN):
+        first = worlds(n)
+        first.make_disk()
+        killed = killed_at(n, lambda first=first: first.jail(1))
+
+        second = Worker(first.world)
+        if then == "ensure":
+            second.jail(1)
+            assert second.disk.stat().st_nlink == 2
+            assert second.disk.stat().st_uid == UID
+        await second.remove_all()
+        if not killed:
+            break
+    assert n > 20
+
+
+async def test_a_jail_being_removed(worlds: Callable[[int], Worker]) -> None:
+    for n in range(NEVER_MORE_THAN):
+        first = worlds(n)
+        first.make_disk()
+        jail_id = first.jail(1)
+        killed = killed_at(n, lambda first=first, jail=jail_id: first.jails._remove(jail))
+
+        await Worker(first.world).remove_all()
+        if not killed:
+            break
+    assert n > 10
+
+
+async def test_a_snapshot_being_sealed(worlds: Callable[[int], Worker]) -> None:
+    for n in range(NEVER_MORE_THAN):
+        first = worlds(n)
+        first.make_disk()
+        first.jail(1)
+        first.vmm_writes(1)
+        killed = killed_at(n, first.seal)
+
+        second = Worker(first.world)
+        assert await second.snapshots.read(REF) is None
+        await second.sleep()
+
+        assert (await second.snapshots.verify(REF, 1, "1.12.1")).kept_secrets is not None
+        await second.remove_all()
+        if not killed:
+            break
+    assert n > 30
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+async def test_a_snapshot_being_linked(worlds: Callable[[int], Worker], hashed: bool) -> None:
+    for n in range(NEVER_MORE_THAN):
+        first = worlds(n)
+        first.make_disk()
+        first.jail(1)
+        await first.sleep()
+        if hashed:
+            await first.snapshots.hash_memory(REF, 1)
+            first.snapshots.close()
+        info = await first.snapshots.verify(REF, 1, "1.12.1")
+        jail_id = first.jail(2)
+        killed = killed_at(
+            n,
+            lambda first=first, jail=jail_id, info=info: first.snapshots._link_into(
+                jail, UID, info
+            ),
+        )
+
+        second = Worker(first.world)
+        await second.remove_all()
+        await second.snapshots.settle(REF, 1)
+
+        assert await second.snapshots.verify(REF, 1, "1.12.1") == info
+        if not killed:
+            break
+    assert n > 10
+
+
+async def test_a_snapshot_being_discarded(worlds: Callable[[int], Worker]) -> None:
+    for n in range(NEVER_MORE_THAN):
+        first = worlds(n)
+        first.make_disk()
+        first.jail(1)
+        await first.sleep()
+        killed = killed_at(n, lambda first=first: first.snapshots._discard(REF, None))
+
+        second = Worker(first.world)
+        if await second.snapshots.read(REF) is not None:
+            await second.snapshots.verify(REF, 1, "1.12.1")
+        else:
+            with pytest.raises(HostFault):
+                await second.snapshots.verify(REF, 1, "1.12.1")
+        await second.snapshots.discard(REF)
+
+        assert os.listdir(first.world.state / "snapshots") == []
+        if not killed:
+            break
+    assert n > 10
+
+
+async def test_an_instance_file_being_written(worlds: Callable[[int], Worker]) -> None:
+    changes = {"firecracker_pid": 4711}
+    for n in range(NEVER_MORE_THAN):
+        first = worlds(n)
+        path = first.world.instance / "instance.json"
+        killed = killed_at(n, lambda first=first: first.shared._update(REF, changes))
+
+        assert json.loads(path.read_text()).get("firecracker_pid") in {None, 4711}
+        await Worker(first.world).shared.update_instance(REF, changes | {"status": "running"})
+
+        assert json.loads(path.read_text())["firecracker_pid"] == 4711
+        assert os.listdir(path.parent) == ["instance.json"]
+        if not killed:
+            break
+    assert n > 5
