@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from handlers.errors import Failure, HostFault
-from handlers.host.nftables import Element, Member, Nft, spelled
+from handlers.host.nftables import Element, Member, Nft, Tables, spelled
 from schemas.settings import NetworkSettings
 
 # Per tenant, and per guest.
@@ -120,10 +120,10 @@ class BaseRules:
 
     def __init__(self, nft: Nft, settings: NetworkSettings) -> None:
         self._nft = nft
-        self._services = frozenset(
+        self._services = {
             (protocol, port)
             for protocol, _, port in (service.partition("/") for service in settings.host_services)
-        )
+        }
         self._script = base_script(settings.max_flows)
         self._left: tuple[int, str] | None = None
 
@@ -135,72 +135,75 @@ class BaseRules:
         Raises:
             HostFault: the kernel does not hold what was set.
         """
-        changed = not await self._holds()
-        if changed:
-            await self._put_in_force()
-        return await self._ensure_elements(uplinks) or changed
+        return await self._nft.run(lambda tables: self.put_in(tables, uplinks))
 
-    async def _holds(self) -> bool:
+    def put_in(self, tables: Tables, uplinks: Iterable[str] | None = None) -> bool:
+        """`ensure`, for a mechanism that is at work in the thread."""
+        changed = not self._holds(tables)
+        if changed:
+            self._put_in_force(tables)
+        return self._ensure_elements(tables, uplinks) or changed
+
+    def _holds(self, tables: Tables) -> bool:
         """Whether the tables are as they were left; read only after another hand's change."""
         if self._left is None:
             return False
         changes, listing = self._left
-        now = await self._nft.outside_changes()
-        if now == changes:
-            return True
-        if await self._listing() != listing:
+        now = tables.outside_changes()
+        if now != changes and listing_of(tables) != listing:
             return False
         self._left = (now, listing)
         return True
 
-    async def _put_in_force(self) -> None:
+    def _put_in_force(self, tables: Tables) -> None:
         """Flush and fill the chains; where what is there does not fit, replace the tables."""
         self._left = None
-        changes = await self._nft.outside_changes()
+        changes = tables.outside_changes()
         try:
-            await self._nft.apply(self._script)
-            listing = await self._listing()
+            tables.apply(self._script)
+            listing = listing_of(tables)
             fits = layout_of(json.loads(listing)) == expected_layout()
         except Failure:
             listing, fits = "", False
         if not fits:
-            await self._rebuild()
-            listing = await self._listing()
+            self._rebuild(tables)
+            listing = listing_of(tables)
             if layout_of(json.loads(listing)) != expected_layout():
                 raise HostFault("nftables does not hold the rules that were set")
         self._left = (changes, listing)
 
-    async def _ensure_elements(self, uplinks: Iterable[str] | None) -> bool:
+    def _ensure_elements(self, tables: Tables, uplinks: Iterable[str] | None) -> bool:
         wanted: dict[str, set[Element]] = {"inet hostd services": set(self._services)}
         if uplinks is not None:
             wanted["inet hostd uplinks"] = {(name,) for name in uplinks}
         remove: list[Member] = []
         add: list[Member] = []
         for name, elements in wanted.items():
-            found = await self._nft.members(name)
+            found = tables.members(name)
             remove += [(name, element) for element in sorted(found - elements)]
             add += [(name, element) for element in sorted(elements - found)]
         if remove or add:
-            await self._nft.change(remove=remove, add=add)
+            tables.change(remove=remove, add=add)
         return bool(remove or add)
 
-    async def _listing(self) -> str:
-        """Both tables without their elements, as one comparable text."""
-        tables: list[dict[str, Any]] = []
-        for family in CHAINS:
-            tables += await self._nft.read(f"table {family} hostd", terse=True)
-        return json.dumps([without_handle(entry) for entry in tables], sort_keys=True)
-
-    async def _rebuild(self) -> None:
+    def _rebuild(self, tables: Tables) -> None:
         """Replace tables of another layout by ours, guests and tenants kept, in one transaction."""
         script = ""
         carried = ""
         for family, names in CARRIED.items():
             script += f"add table {family} hostd\ndelete table {family} hostd\n"
             for name in names:
-                for element in await self._nft.members(f"{family} hostd {name}"):
+                for element in tables.members(f"{family} hostd {name}"):
                     carried += f"add element {spelled((f'{family} hostd {name}', element))}\n"
-        await self._nft.apply(script + self._script + carried)
+        tables.apply(script + self._script + carried)
+
+
+def listing_of(tables: Tables) -> str:
+    """Both tables without their elements, as one comparable text."""
+    listed: list[dict[str, Any]] = []
+    for family in CHAINS:
+        listed += tables.read(f"table {family} hostd", terse=True)
+    return json.dumps([without_handle(entry) for entry in listed], sort_keys=True)
 
 
 def base_script(max_flows: int) -> str:

@@ -7,7 +7,14 @@ through a teardown finds its gateway where it left it. Ownership is the link's a
 from ipaddress import IPv4Network
 
 from handlers.errors import Conflict, HostFault
-from handlers.host.netlink import Address, Kernel, Link, Netlink
+from handlers.host.netlink import Kernel, Netlink
+from handlers.host.netlink_read import (
+    IFLA_BR_FORWARD_DELAY,
+    IFLA_BR_MCAST_SNOOPING,
+    IFLA_BR_STP_STATE,
+    Address,
+    Link,
+)
 from handlers.host.sysctls import ensure_sysctl
 from handlers.machine import BridgeSpec
 from schemas import naming
@@ -27,7 +34,7 @@ SYSCTLS = {
     "ipv4/conf/{}/accept_source_route": "0",
     "ipv4/conf/{}/proxy_arp": "0",
 }
-BRIDGE = {"IFLA_BR_STP_STATE": 0, "IFLA_BR_FORWARD_DELAY": 0, "IFLA_BR_MCAST_SNOOPING": 0}
+BRIDGE = {IFLA_BR_STP_STATE: 0, IFLA_BR_FORWARD_DELAY: 0, IFLA_BR_MCAST_SNOOPING: 0}
 
 
 class Bridges:
@@ -106,11 +113,8 @@ def gateway(spec: BridgeSpec) -> Address:
 
 
 def converge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> bool:
-    """Change what differs; order matters: no IPv6 before the link is up, no address before MAC."""
+    """Change what differs; it goes up last, without IPv6 and with its alias, in one message."""
     changed = False
-    if link.alias != ALIAS_PREFIX + spec.tenant_id:
-        kernel.set_link(link.index, ifalias=ALIAS_PREFIX + spec.tenant_id)
-        changed = True
     if link.mac != mac:
         kernel.set_link(link.index, address=mac)
         changed = True
@@ -128,8 +132,9 @@ def converge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> bool:
     if gateway(spec) not in present:
         kernel.add_address(link.index, gateway(spec))
         changed = True
-    if not link.up:
-        kernel.set_link(link.index, state="up")
+    alias = ALIAS_PREFIX + spec.tenant_id
+    if not link.up or link.alias != alias:
+        kernel.set_link(link.index, state="up", ifalias=alias)
         changed = True
     return connect(kernel, link, spec) or changed
 

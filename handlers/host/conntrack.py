@@ -12,15 +12,23 @@ from ipaddress import IPv4Address, IPv4Network
 
 from handlers.errors import Unavailable
 from handlers.host.errnos import os_failure
-from handlers.host.netlink_wire import HEADER, Attributes, attribute, attributes
+from handlers.host.netlink_wire import (
+    HEADER,
+    NLM_F_ACK,
+    NLM_F_DUMP,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    Attributes,
+    attribute,
+    attributes,
+    messages,
+)
 
 # linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h
 NETLINK_NETFILTER = 12
 CT_GET, CT_DELETE = (1 << 8) | 1, (1 << 8) | 2
 CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_ID, CTA_ZONE = 1, 2, 12, 18
 CTA_TUPLE_IP, CTA_IP_V4_SRC, CTA_IP_V4_DST = 1, 1, 2
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 1, 4, 0x300
-NLMSG_ERROR, NLMSG_DONE = 2, 3
 FAMILY = struct.pack("=BBH", socket.AF_INET, 0, 0)
 TIMEOUT_S = 10.0
 
@@ -96,8 +104,5 @@ def answers(ctnetlink: socket.socket) -> Iterator[tuple[int, bytes]]:
             raise Unavailable("the kernel does not answer about conntrack") from error
         except OSError as error:
             raise os_failure(error, "read conntrack") from error
-        at = 0
-        while at + HEADER.size <= len(data):
-            size, kind, _flags, _seq, _port = HEADER.unpack_from(data, at)
-            yield kind, data[at + HEADER.size : at + size]
-            at += (size + 3) & ~3
+        for kind, _flags, _sequence, body in messages(data):
+            yield kind, body

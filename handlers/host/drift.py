@@ -9,14 +9,25 @@ import asyncio
 import errno
 import re
 import socket
-import struct
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from handlers.host.bridges import ALIAS_PREFIX, GATEWAY_OFFSET
 from handlers.host.kernel_thread import KernelThread, stay
-from handlers.host.netlink import IFF_UP, Netlink
-from handlers.host.netlink_wire import HEADER, attributes
+from handlers.host.netlink import Kernel, Netlink
+from handlers.host.netlink_read import (
+    ADDRESS,
+    IFF_UP,
+    LINK,
+    ROUTE,
+    RTA_OIF,
+    SOL_NETLINK,
+    link_of,
+    number,
+    text,
+)
+from handlers.host.netlink_wire import attributes, messages
 from handlers.host.nftables import NETLINK_NETFILTER, Nft
 from handlers.host.taps import TAP_NAME
 from schemas import naming
@@ -25,11 +36,8 @@ from schemas import naming
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
 RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR = 16, 17, 20, 21
 RTM_NEWROUTE, RTM_DELROUTE = 24, 25
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MASTER, IFLA_IFALIAS = 1, 3, 10, 20
-IFA_LABEL, RTA_OIF = 3, 4
-SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES = 270, 1, 7
-LINK = struct.Struct("=BxHiII")
-ADDRESS_SIZE, ROUTE_SIZE = 8, 12
+IFA_LABEL = 3
+NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES = 1, 7
 BRIDGE_NAME = re.compile(r"br-tenant-([0-9]{1,4})")
 QUIET_S = 0.1
 """How long changes are gathered: a setup is some ten messages, a teardown by hand a burst."""
@@ -107,26 +115,25 @@ class HostWatch:
         self, links: socket.socket, queue: asyncio.Queue[set[Change]]
     ) -> set[Change]:
         while True:
-            messages = await receive(links)
-            if messages is None:
+            received = await receive(links)
+            if received is None:
                 queue.put_nowait({Change("all")})
                 continue
             found: set[Change] = set()
             routes: set[int] = set()
-            for kind, body in messages:
+            for kind, body in received:
                 if kind in {RTM_NEWLINK, RTM_DELLINK}:
                     found |= of_link(kind, body)
                 elif kind in {RTM_NEWADDR, RTM_DELADDR}:
-                    label = attributes(body[ADDRESS_SIZE:]).get(IFA_LABEL, b"")
+                    label = attributes(body[ADDRESS.size :]).get(IFA_LABEL, b"")
                     found |= named(text(label))
                 elif kind in {RTM_NEWROUTE, RTM_DELROUTE} and body[1] == 0:
                     found.add(Change("uplinks"))
                 elif kind == RTM_DELROUTE:
-                    out = attributes(body[ROUTE_SIZE:]).get(RTA_OIF)
-                    routes |= {int.from_bytes(out, "little")} if out else set()
-            names = await self._netlink.run(lambda kernel: kernel.link_names(routes))  # noqa: B023
-            for name in names:
-                found |= named(name)
+                    out = attributes(body[ROUTE.size :]).get(RTA_OIF)
+                    routes |= {number(out)} if out else set()
+            if routes:
+                found |= await self._netlink.run(partial(of_indexes, routes))
             if found:
                 queue.put_nowait(found)
 
@@ -164,37 +171,31 @@ async def receive(listener: socket.socket) -> list[tuple[int, bytes]] | None:
         if error.errno == errno.ENOBUFS:
             return None
         raise
-    messages: list[tuple[int, bytes]] = []
-    at = 0
-    while at + HEADER.size <= len(data):
-        size, kind, *_ = HEADER.unpack_from(data, at)
-        messages.append((kind, data[at + HEADER.size : at + size]))
-        at += (size + 3) & ~3
-    return messages
+    return [(kind, body) for kind, _flags, _sequence, body in messages(data)]
+
+
+def of_indexes(indexes: set[int], kernel: Kernel) -> set[Change]:
+    """Changes of the links with these indexes that are still there."""
+    names = (kernel.link_name(index) for index in indexes)
+    return {change for name in names if name is not None for change in named(name)}
 
 
 def of_link(kind: int, body: bytes) -> set[Change]:
     """A change, if the message says that a link of ours is gone or not as it should be."""
     family, _type, _index, flags, _mask = LINK.unpack_from(body)
-    held = attributes(body[LINK.size :])
-    name = text(held.get(IFLA_IFNAME, b""))
+    link = link_of(body)
     if kind == RTM_DELLINK or not flags & IFF_UP:
-        return named(name)
+        return named(link.name)
     if family == socket.AF_BRIDGE:
         return set()
-    if (match := BRIDGE_NAME.fullmatch(name)) is not None:
+    if (match := BRIDGE_NAME.fullmatch(link.name)) is not None:
         mac = naming.mac_address(int(match[1]), GATEWAY_OFFSET)
-        alias = text(held.get(IFLA_IFALIAS, b""))
-        sound = held.get(IFLA_ADDRESS, b"").hex(":") == mac and alias.startswith(ALIAS_PREFIX)
-        return set() if sound else named(name)
-    return set() if IFLA_MASTER in held else named(name)
+        sound = link.mac == mac and link.alias.startswith(ALIAS_PREFIX)
+        return set() if sound else named(link.name)
+    return named(link.name) if link.master is None else set()
 
 
 def named(name: str) -> set[Change]:
     """A change of the tenant that a bridge's or TAP's name belongs to; of none for other links."""
     match = BRIDGE_NAME.fullmatch(name) or TAP_NAME.fullmatch(name)
     return set() if match is None else {Change("link", int(match[1]))}
-
-
-def text(value: bytes) -> str:
-    return value.rstrip(b"\0").decode(errors="replace")

@@ -1,12 +1,24 @@
-"""Netlink's own framing: a message's header and its attributes, as bytes. No I/O."""
+"""Netlink's own framing: messages and their attributes, as bytes. No I/O."""
 
 import struct
+from collections.abc import Iterator
 
-# linux/netlink.h: length, type, flags, sequence number, port id
+# linux/netlink.h; the header: length, type, flags, sequence number, port id
 HEADER = struct.Struct("=IHHII")
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
+NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLA_NESTED, NLA_TYPE = 0x8000, 0x3FFF
 
 Attributes = dict[int, bytes]
+
+
+def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Type, flags, sequence number and body of each message of a datagram."""
+    at = 0
+    while at + HEADER.size <= len(data):
+        size, kind, flags, sequence, _port = HEADER.unpack_from(data, at)
+        yield kind, flags, sequence, data[at + HEADER.size : at + size]
+        at += max(HEADER.size, (size + 3) & ~3)
 
 
 def attributes(data: bytes) -> Attributes:

@@ -8,7 +8,8 @@ from handlers.host.base_rules import CARRIED, BaseRules
 from handlers.host.bridges import ALIAS_PREFIX, Bridges
 from handlers.host.drift import HostWatch
 from handlers.host.kernel_thread import stay
-from handlers.host.netlink import RT_TABLE_MAIN, Kernel, Netlink
+from handlers.host.netlink import Kernel, Netlink
+from handlers.host.netlink_read import RT_TABLE_MAIN
 from handlers.host.nftables import Nft
 from handlers.host.pins import Pins
 from handlers.host.rules import TenantRules
@@ -40,22 +41,13 @@ class HostNetworks:
 
     async def prepare(self) -> bool:
         """Base table, uplinks, `ip_forward` and `bridge-nf-call-*`; true if any had to change."""
-        changed = await self._netlink.run(
-            lambda _: [ensure_sysctl(name, value) for name, value in SYSCTLS.items()]
-        )
-        return await self._base.ensure(await self.uplinks()) or any(changed)
 
-    async def uplinks(self) -> Sequence[str]:
-        """The links that guests reach the outside by: as set, or those of the default routes."""
-        if self._uplinks:
-            return self._uplinks
+        def prepared(kernel: Kernel) -> tuple[bool, Sequence[str]]:
+            changed = [ensure_sysctl(name, value) for name, value in SYSCTLS.items()]
+            return any(changed), self._uplinks or default_links(kernel)
 
-        def default_links(kernel: Kernel) -> list[str]:
-            routes = kernel.routes(table=RT_TABLE_MAIN)
-            indexes = {link for r in routes if r.dst == DEFAULT_ROUTE for link in r.links}
-            return sorted(kernel.link_names(indexes))
-
-        return await self._netlink.run(default_links)
+        changed, uplinks = await self._netlink.run(prepared)
+        return await self._base.ensure(uplinks) or changed
 
     async def overlapping_route(self, subnet: str, *, except_bridge: str) -> str | None:
         """The first host route that overlaps the subnet, or None.
@@ -107,6 +99,13 @@ class HostNetworks:
             for name in names:
                 count += len(await self._nft.members(f"{family} hostd {name}"))
         return count
+
+
+def default_links(kernel: Kernel) -> Sequence[str]:
+    """The links of the default routes: the uplinks, unless they are set."""
+    routes = kernel.routes(table=RT_TABLE_MAIN)
+    indexes = {link for route in routes if route.dst == DEFAULT_ROUTE for link in route.links}
+    return sorted(name for name in map(kernel.link_name, indexes) if name is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ protocols from it are dropped.
 
 from handlers.errors import HostFault
 from handlers.host.base_rules import BaseRules
-from handlers.host.nftables import Member, Nft
+from handlers.host.nftables import Member, Nft, Tables
 from handlers.machine import PinSpec
 
 GUESTS, PINS = "bridge hostd guests", "bridge hostd pins"
@@ -25,10 +25,8 @@ class Pins:
         self._base = base
 
     async def exists(self, key: str) -> bool:
-        for name, element in pin_members(key):
-            if element in await self._nft.members(name):
-                return True
-        return False
+        wanted = pin_members(key)
+        return await self._nft.run(lambda tables: len(tables.missing(wanted)) < len(wanted))
 
     async def ensure(self, spec: PinSpec) -> bool:
         """Pin the TAP to this MAC and address alone, base rules in force, and read it back.
@@ -36,25 +34,30 @@ class Pins:
         Raises:
             HostFault: the kernel does not hold what was set: the TAP must not come up.
         """
-        changed = await self._base.ensure()
+        return await self._nft.run(lambda tables: self._put_in(tables, spec))
+
+    async def remove(self, key: str) -> None:
+        def take_out(tables: Tables) -> None:
+            doomed = [m for m in pin_members(key) if m[1] in tables.members(m[0])]
+            if doomed:
+                tables.change(remove=doomed)
+
+        await self._nft.run(take_out)
+
+    def _put_in(self, tables: Tables, spec: PinSpec) -> bool:
+        changed = self._base.put_in(tables)
         wanted = pin_members(spec.key)
         stray = [
             (PINS, element)
-            for element in await self._nft.members(PINS)
+            for element in tables.members(PINS)
             if element[0] == spec.tap and (PINS, element) not in wanted
         ]
-        missing = [m for m in wanted if m[1] not in await self._nft.members(m[0])]
-        if not stray and not missing:
+        if not stray and not tables.missing(wanted):
             return changed
-        await self._nft.change(remove=stray, add=wanted)
-        if not await self._nft.has(wanted):
+        tables.change(remove=stray, add=wanted)
+        if not tables.has(wanted):
             raise HostFault(f"nftables does not hold the pin of {spec.tap}")
         return True
-
-    async def remove(self, key: str) -> None:
-        doomed = [m for m in pin_members(key) if m[1] in await self._nft.members(m[0])]
-        if doomed:
-            await self._nft.change(remove=doomed)
 
 
 def pin_members(key: str) -> tuple[Member, Member]:

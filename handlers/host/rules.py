@@ -10,7 +10,7 @@ from handlers.errors import HostFault
 from handlers.host.base_rules import BaseRules
 from handlers.host.conntrack import flush_conntrack
 from handlers.host.netlink import Netlink
-from handlers.host.nftables import Member, Nft
+from handlers.host.nftables import Member, Nft, Tables
 from handlers.host.pins import GUESTS, PINS
 from handlers.machine import TenantRulesSpec
 from schemas import naming
@@ -32,10 +32,8 @@ class TenantRules:
         self._netlink = netlink
 
     async def exists(self, key: str) -> bool:
-        for name, element in tenant_members(key):
-            if element in await self._nft.members(name):
-                return True
-        return False
+        wanted = tenant_members(key)
+        return await self._nft.run(lambda tables: len(tables.missing(wanted)) < len(wanted))
 
     async def ensure(self, spec: TenantRulesSpec) -> bool:
         """Put the rules in force, and nothing else for this bridge, and read them back.
@@ -43,34 +41,37 @@ class TenantRules:
         Raises:
             HostFault: the kernel does not hold what was set.
         """
-        changed = await self._base.ensure()
-        wanted = tenant_members(spec.key)
-        stray = [
-            (GATEWAYS, element)
-            for element in await self._nft.members(GATEWAYS)
-            if element[0] == spec.net.bridge_name and element[1] != spec.net.gateway_ip
-        ]
-        missing = [m for m in wanted if m[1] not in await self._nft.members(m[0])]
-        if not stray and not missing:
-            return changed
-        await self._nft.change(remove=stray, add=wanted)
-        if not await self._nft.has(wanted):
-            raise HostFault(f"nftables does not hold the rules of {spec.net.bridge_name}")
-        return True
+        return await self._nft.run(lambda tables: self._put_in(tables, spec))
 
     async def remove(self, key: str) -> None:
         """Take the tenant's elements, leftover pins and conntrack entries away."""
         net_id, subnet, _gateway = key.split(",")
-        doomed = [m for m in tenant_members(key) if m[1] in await self._nft.members(m[0])]
-        for name in (PINS, GUESTS):
-            doomed += [
-                (name, element)
-                for element in await self._nft.members(name)
-                if element[0].startswith(f"tn{net_id}i")
-            ]
-        if doomed:
-            await self._nft.change(remove=doomed)
+
+        def take_out(tables: Tables) -> None:
+            doomed = [m for m in tenant_members(key) if m[1] in tables.members(m[0])]
+            for name in (PINS, GUESTS):
+                found = tables.members(name)
+                doomed += [(name, e) for e in found if e[0].startswith(f"tn{net_id}i")]
+            if doomed:
+                tables.change(remove=doomed)
+
+        await self._nft.run(take_out)
         await self._netlink.run(lambda _: flush_conntrack(IPv4Network(subnet)))
+
+    def _put_in(self, tables: Tables, spec: TenantRulesSpec) -> bool:
+        changed = self._base.put_in(tables)
+        wanted = tenant_members(spec.key)
+        stray = [
+            (GATEWAYS, (bridge, address))
+            for bridge, address in tables.members(GATEWAYS)
+            if bridge == spec.net.bridge_name and address != spec.net.gateway_ip
+        ]
+        if not stray and not tables.missing(wanted):
+            return changed
+        tables.change(remove=stray, add=wanted)
+        if not tables.has(wanted):
+            raise HostFault(f"nftables does not hold the rules of {spec.net.bridge_name}")
+        return True
 
 
 def tenant_members(key: str) -> tuple[Member, ...]:

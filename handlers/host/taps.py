@@ -14,7 +14,15 @@ import struct
 from handlers.errors import Conflict, Failure, HostFault
 from handlers.host.bridges import ALIAS_PREFIX, reread
 from handlers.host.errnos import os_failure
-from handlers.host.netlink import Kernel, Link, Netlink
+from handlers.host.netlink import Kernel, Netlink
+from handlers.host.netlink_read import (
+    IFLA_BRPORT_ISOLATED,
+    IFLA_BRPORT_LEARNING,
+    IFLA_BRPORT_UNICAST_FLOOD,
+    IFLA_TUN_OWNER,
+    IFLA_TUN_PERSIST,
+    Link,
+)
 from handlers.host.sysctls import ensure_sysctl
 from handlers.machine import TapSpec
 from schemas import naming
@@ -104,7 +112,7 @@ def create(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) -> Non
 
 def own(link: Link, spec: TapSpec) -> bool:
     """Give an existing TAP to the launch's uid; it can be held by nobody while that changes."""
-    owner, persists = link.info.get("IFLA_TUN_OWNER"), link.info.get("IFLA_TUN_PERSIST")
+    owner, persists = link.info.get(IFLA_TUN_OWNER), link.info.get(IFLA_TUN_PERSIST)
     if owner == spec.owner_uid and persists:
         return False
     descriptor = attach(spec.name, FLAGS)
@@ -125,8 +133,7 @@ def converge(kernel: Kernel, link: Link, spec: TapSpec, bridge: Link, *, isolate
     wanted = port_flags(isolate=isolate)
     port = reread(kernel, spec.name).port
     if any(port.get(flag) != value for flag, value in wanted.items()):
-        settings = {flag.removeprefix("IFLA_BRPORT_").lower(): v for flag, v in wanted.items()}
-        kernel.set_port(link.index, **settings)
+        kernel.set_port(link.index, isolated=int(isolate), learning=0, unicast_flood=0)
         changed = True
     if not kernel.has_static_fdb(link.index, spec.mac):
         kernel.add_static_fdb(link.index, spec.mac)
@@ -140,11 +147,11 @@ def converge(kernel: Kernel, link: Link, spec: TapSpec, bridge: Link, *, isolate
     return changed
 
 
-def port_flags(*, isolate: bool) -> dict[str, int]:
+def port_flags(*, isolate: bool) -> dict[int, int]:
     return {
-        "IFLA_BRPORT_ISOLATED": int(isolate),
-        "IFLA_BRPORT_LEARNING": 0,
-        "IFLA_BRPORT_UNICAST_FLOOD": 0,
+        IFLA_BRPORT_ISOLATED: int(isolate),
+        IFLA_BRPORT_LEARNING: 0,
+        IFLA_BRPORT_UNICAST_FLOOD: 0,
     }
 
 
@@ -152,8 +159,8 @@ def verify(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) -> Non
     link = reread(kernel, spec.name)
     holds = {
         "alias": link.alias == spec.alias,
-        "owner": link.info.get("IFLA_TUN_OWNER") == spec.owner_uid,
-        "persistence": link.info.get("IFLA_TUN_PERSIST") == 1,
+        "owner": link.info.get(IFLA_TUN_OWNER) == spec.owner_uid,
+        "persistence": link.info.get(IFLA_TUN_PERSIST) == 1,
         "master": link.master == bridge.index,
         "flags": all(link.port.get(f) == v for f, v in port_flags(isolate=isolate).items()),
         "FDB entry": kernel.has_static_fdb(link.index, spec.mac),

@@ -18,7 +18,7 @@ from typing import Self, TypeVar
 
 import pytest
 
-from handlers.host.netlink import Link
+from handlers.host.netlink_read import Link
 from handlers.host.networks import NetworkMechanisms, open_network_mechanisms
 from handlers.host.taps import FLAGS, attach
 from schemas.settings import NetworkSettings

@@ -8,6 +8,7 @@ import pytest
 
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound
 from handlers.host.bridges import Bridges
+from handlers.host.netlink_read import IFLA_TUN_OWNER
 from handlers.machine import BridgeSpec, Host
 from handlers.network import Restored, restore_network, setup_network, teardown_network
 from handlers.steps import Done
@@ -376,4 +377,4 @@ async def test_owner_of_the_tap_is_the_launchs_uid_and_follows_it(desk: Desk) ->
     link = await desk.net.link(GUEST.tap)
     assert changed
     assert link is not None
-    assert link.info["IFLA_TUN_OWNER"] == OWNER_UID + 1
+    assert link.info[IFLA_TUN_OWNER] == OWNER_UID + 1

@@ -8,7 +8,8 @@ import pytest
 
 from handlers.errors import HostFault
 from handlers.host.base_rules import BaseRules
-from handlers.host.nftables import Engine, Library, Nft, Program, open_engine
+from handlers.host.nft_engine import Engine, Library, Program, open_engine
+from handlers.host.nftables import Nft
 from handlers.host.pins import Pins
 from handlers.machine import BridgeSpec, TenantRulesSpec
 from schemas.settings import NetworkSettings
@@ -226,8 +227,10 @@ async def test_a_transaction_takes_effect_as_a_whole_or_not_at_all(net: HostNet)
     before = net.host.ruleset()
 
     with pytest.raises(HostFault):
-        await net.mechanisms.nft.change(
-            add=[("inet hostd tenants", ("br-tenant-9",)), ("inet hostd none", ("x",))]
+        await net.mechanisms.nft.run(
+            lambda tables: tables.change(
+                add=[("inet hostd tenants", ("br-tenant-9",)), ("inet hostd none", ("x",))]
+            )
         )
 
     assert net.host.ruleset() == before

@@ -1,0 +1,116 @@
+"""nft's language, run by libnftables or, where that is missing, by the `nft` program.
+
+Each call is one batch: all of it takes effect or none. pyroute2's nftables cannot do transactions.
+"""
+
+import ctypes
+import subprocess
+from typing import Protocol
+
+from handlers.errors import Exhausted, Failure, HostFault, Unavailable
+
+LIBRARY = "libnftables.so.1"
+PROGRAM = "nft"
+# nftables/libnftables.h, enum nft output flags
+STATELESS, JSON, TERSE = 1 << 1, 1 << 4, 1 << 11
+ABSENT = "No such file or directory"
+TIMEOUT_S = 30.0
+
+
+class Absent(HostFault):
+    """The transaction names a table, chain, set or element that is not there."""
+
+
+class Engine(Protocol):
+    """What runs nft's language: the output and error text, or raises NftRefusal."""
+
+    def run(self, text: str, flags: int) -> str: ...
+
+    def close(self) -> None: ...
+
+
+class NftRefusal(Exception):
+    """nft's own message."""
+
+
+class Library:
+    """libnftables by ctypes; one context, not shared between threads.
+
+    Source: libnftables(3). Needs: CAP_NET_ADMIN. The netlink socket is made with the context, so
+    it is of the namespace that the thread is in then.
+    """
+
+    def __init__(self) -> None:
+        self._lib = ctypes.CDLL(LIBRARY)
+        self._lib.nft_ctx_new.restype = ctypes.c_void_p
+        for name in ("nft_ctx_get_output_buffer", "nft_ctx_get_error_buffer"):
+            getattr(self._lib, name).restype = ctypes.c_char_p
+        self._context = ctypes.c_void_p(self._lib.nft_ctx_new(0))
+        if self._context.value is None:
+            raise HostFault("libnftables gave no context")
+        self._lib.nft_ctx_buffer_output(self._context)
+        self._lib.nft_ctx_buffer_error(self._context)
+
+    def run(self, text: str, flags: int) -> str:
+        self._lib.nft_ctx_output_set_flags(self._context, ctypes.c_uint(flags))
+        code = self._lib.nft_run_cmd_from_buffer(self._context, text.encode())
+        output: bytes = self._lib.nft_ctx_get_output_buffer(self._context) or b""
+        error: bytes = self._lib.nft_ctx_get_error_buffer(self._context) or b""
+        if code != 0:
+            raise NftRefusal(error.decode(errors="replace"))
+        return output.decode()
+
+    def close(self) -> None:
+        self._lib.nft_ctx_free(self._context)
+
+
+class Program:
+    """The `nft` program, one process per call. Source: nft(8). Needs: CAP_NET_ADMIN."""
+
+    def run(self, text: str, flags: int) -> str:
+        options = [o for f, o in ((STATELESS, "-s"), (JSON, "-j"), (TERSE, "-t")) if flags & f]
+        # With -j a file must be JSON, so a question, which is short, goes as an argument.
+        source = [text] if flags & JSON else ["-f", "-"]
+        done = subprocess.run(  # noqa: S603 - a fixed program, text of our own making
+            [PROGRAM, *options, *source],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise NftRefusal(done.stderr)
+        return done.stdout
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+
+def open_engine() -> Engine:
+    """The library, or else the program.
+
+    Raises:
+        HostFault: this host has neither.
+    """
+    try:
+        return Library()
+    except OSError:
+        pass
+    try:
+        Program().run("", 0)
+    except OSError as error:
+        raise HostFault(f"neither {LIBRARY} nor the program {PROGRAM} is installed") from error
+    return Program()
+
+
+def refusal(message: str) -> Failure:
+    """The failure for what nft printed; its first line is the cause."""
+    cause = message.strip().split("\n", 1)[0] or "nft gave no reason"
+    if ABSENT in message:
+        return Absent(f"nftables: {cause}")
+    if "Device or resource busy" in message or "Interrupted system call" in message:
+        return Unavailable(f"nftables: {cause}")
+    if "Cannot allocate memory" in message or "No buffer space" in message:
+        return Exhausted(f"nftables: {cause}")
+    return HostFault(f"nftables: {cause}")
