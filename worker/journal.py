@@ -294,11 +294,11 @@ class Journal(JournalAdmission, JournalSteps, JournalRecords, JournalOutbox):
             )
             if not done.rowcount:
                 return
-            subject = self.source.subjects.reply(row.lane)
-            self.source.queue(tx, "reply", subject, data, msg_id=reply.id)
-            if command.reply_to is not None:
+            if command.reply_to is not None:  # first: someone waits for it
                 self.source.queue(tx, "direct", command.reply_to, data)
             self._answer_joiners(tx, reply.id, data)
+            subject = self.source.subjects.reply(row.lane)
+            self.source.queue(tx, "reply", subject, data, msg_id=reply.id)
             if points:
                 tx.execute("DELETE FROM point WHERE command_id = ?", (reply.id,))
             if gone:
