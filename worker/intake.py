@@ -21,8 +21,10 @@ from schemas.peek import Peeked, peek
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Ping, Pong, Request
 from schemas.subjects import Lane, check_reply_to
 from worker.bus import Bus, BusError, Delivery
-from worker.journal import Accepted, Found, Journal, Refusal
+from worker.journal import Journal
+from worker.journal_admission import Accepted, Found
 from worker.journal_file import now_ms
+from worker.journal_refusals import Refusal
 from worker.journal_writer import JournalFault
 from worker.lanes import Lanes
 

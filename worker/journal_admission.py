@@ -1,18 +1,23 @@
-"""The quick way in: a command that is surely new may begin while its own commit is under way.
+"""The way in: commands are journalled once per id, and told apart by id and request.
 
+A command that is surely new may begin while its own commit is under way (`admit`).
 Commits keep the order of submission. So whatever a command writes is on disk only with or after
 its acceptance, and one that changes nothing is accepted and answered in a single commit. Effects
 on the host wait for the acceptance (`Steps`), and so does the acknowledgement.
 """
 
 import sqlite3
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
 
 from schemas import codec
 from schemas.envelopes import Command
 from schemas.subjects import Lane
 from worker.journal_file import JournalFile
 from worker.journal_mirror import CommandRow
-from worker.journal_writer import Transaction
+from worker.journal_transaction import Transaction
 
 INSERT = (
     "INSERT INTO command (id, lane, subject, stream_seq, kind, request, form, issued_at_ms, "
@@ -33,8 +38,28 @@ def insert_command(
     row.n = tx.execute(INSERT, values).lastrowid or 0
 
 
+class Found(StrEnum):
+    """What `accept` found. Identity is the id and the request; the rest may differ."""
+
+    NEW = "new"
+    JOINED = "joined"
+    REPLAY = "replay"
+    CONFLICT = "conflict"
+    LANE_FULL = "lane_full"
+    HOST_FULL = "host_full"
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """`row` of a new command; `reply`, to be sent to its own `reply_to` only, of a replay."""
+
+    kind: Found
+    row: CommandRow | None = None
+    reply: bytes | None = None
+
+
 class JournalAdmission(JournalFile):
-    """Admits what memory and one look at the index of ids prove to be new."""
+    """Takes commands in: `admit` what is surely new, `accept` to find out."""
 
     def admit(
         self, command: Command, *, lane: Lane, subject: str, stream_seq: int, received_at_ms: int
@@ -70,6 +95,91 @@ class JournalAdmission(JournalFile):
         row.admission = self._writer.submit_soon(do, apply=apply, failed=failed)
         mirror.add_command(row)
         return row
+
+    async def accept(
+        self,
+        command: Command,
+        *,
+        lane: Lane,
+        subject: str,
+        stream_seq: int,
+        received_at_ms: int,
+        redelivered: bool = False,
+    ) -> Accepted:
+        """Take a command in, durably, or say what is known of its id.
+
+        A copy of an unfinished command joins it: it is told the outcome on its own `reply_to`.
+        A redelivered message that is already in joins without being told twice.
+        """
+        request = codec.encode_request(command.request)
+        crowded = len(self._mirror.commands) * 2 >= self.host_depth
+
+        def do(tx: Transaction) -> Accepted:
+            known = tx.execute(
+                "SELECT request, stream_seq, reply_to, finished_at_ms, reply "
+                "FROM command WHERE id = ?",
+                (command.id,),
+            ).fetchone()
+            if known is not None:
+                same = redelivered and known[1:3] == (stream_seq, command.reply_to)
+                return self._again(tx, command, stream_seq, request, known, same=same)
+            if self._unfinished(tx, str(lane)) >= self.lane_depth:
+                return Accepted(Found.LANE_FULL)
+            if crowded and self._unfinished(tx, None) >= self.host_depth:
+                return Accepted(Found.HOST_FULL)
+            row = CommandRow(0, command, lane, stream_seq, received_at_ms)
+            insert_command(tx, command, row, subject, request)
+            return Accepted(Found.NEW, row)
+
+        def apply(accepted: Accepted) -> None:
+            if accepted.row is not None:
+                self._mirror.add_command(accepted.row)
+
+        with self._deciding(command.id):
+            return await self._writer.submit(do, apply=apply, durable=True)
+
+    @staticmethod
+    def _again(
+        tx: Transaction,
+        command: Command,
+        stream_seq: int,
+        request: bytes,
+        known: tuple[bytes | None, int, str | None, int | None, bytes | None],
+        *,
+        same: bool,
+    ) -> Accepted:
+        known_request, _, _, finished_at_ms, reply = known
+        if known_request != request:
+            return Accepted(Found.CONFLICT)
+        if same:
+            return Accepted(Found.JOINED)
+        if finished_at_ms is not None and reply is not None:
+            return Accepted(Found.REPLAY, reply=codec.mark_replayed(reply))
+        if command.reply_to is not None:
+            JournalAdmission._join(tx, command.id, stream_seq, command.reply_to)
+        return Accepted(Found.JOINED)
+
+    @staticmethod
+    def _join(tx: Transaction, command_id: str, stream_seq: int, reply_to: str) -> None:
+        values = (command_id, stream_seq, reply_to)
+        tx.execute("INSERT OR IGNORE INTO joiner VALUES (?, ?, ?)", values)
+
+    @staticmethod
+    def _unfinished(tx: Transaction, lane: str | None) -> int:
+        where = "finished_at_ms IS NULL" + (" AND lane = ?" if lane else "")
+        row = tx.execute(
+            f"SELECT count(*) FROM command WHERE {where}",  # noqa: S608 - constants
+            (lane,) if lane else (),
+        ).fetchone()
+        return int(row[0])
+
+    @contextmanager
+    def _deciding(self, command_id: str) -> Generator[None]:
+        self._undecided.add(command_id)
+        try:
+            yield
+        finally:
+            self._undecided.discard(command_id)
 
     def _is_stored(self, command_id: str) -> bool:
         """One look at an index whose pages are in memory: some ten microseconds, on the loop."""

@@ -11,7 +11,8 @@ from schemas.subjects import Subjects
 from worker import journal_mirror, journal_schema
 from worker.journal_messages import Source
 from worker.journal_mirror import Mirror
-from worker.journal_writer import Transaction, Writer
+from worker.journal_transaction import Transaction
+from worker.journal_writer import Writer
 
 BACKLOG_ROWS: Final = 100_000
 JOURNAL_ID: Final = "journal_id"

@@ -12,7 +12,7 @@ from schemas import codec
 from schemas.envelopes import Event, EventKind
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane, Subjects
-from worker.journal_writer import OutRow, StateRow, Transaction
+from worker.journal_transaction import OutRow, StateRow, Transaction
 
 
 @dataclass(frozen=True, slots=True)

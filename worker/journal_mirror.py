@@ -17,7 +17,7 @@ from schemas.malformed import Malformed
 from schemas.records import InstanceRecord, NetworkRecord, Tombstone
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane
-from worker.journal_writer import OutRow, StateRow
+from worker.journal_transaction import OutRow, StateRow
 
 OUT_KINDS: Final = ("reply", "direct", "dead", "event")
 OUT_CACHE: Final = 2000

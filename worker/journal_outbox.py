@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from worker import journal_mirror
 from worker.journal_file import JournalFile
-from worker.journal_writer import OutRow, StateRow, Transaction
+from worker.journal_transaction import OutRow, StateRow, Transaction
 
 
 class JournalOutbox(JournalFile):

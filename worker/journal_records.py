@@ -13,7 +13,7 @@ from schemas.requests import InstanceRef
 from schemas.subjects import Lane
 from worker.journal_file import JournalFile
 from worker.journal_messages import EventDraft
-from worker.journal_writer import Transaction
+from worker.journal_transaction import Transaction
 
 ABSENT = "absent"
 

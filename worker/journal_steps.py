@@ -5,7 +5,7 @@ from typing import Final
 
 from handlers.steps import StepRow
 from worker.journal_file import JournalFile
-from worker.journal_writer import Transaction
+from worker.journal_transaction import Transaction
 
 # What these make is gone after a reboot, and so may their rows be. All others are synced.
 VOLATILE: Final = frozenset({"bridges", "tenant_rules", "pins", "taps", "cgroups", "vmms"})

@@ -16,14 +16,15 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 import structlog
 
 from handlers.errors import HostFault
 from worker import journal_schema
+from worker.journal_transaction import Transaction
 
 BATCH: Final = 256
 LAZY_S: Final = 0.02
@@ -35,41 +36,6 @@ log = structlog.get_logger()
 
 class JournalFault(HostFault):
     """The journal cannot commit now: nothing of it was written. It recovers by itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutRow:
-    """One message to send. `kind`: reply, direct (to a `reply_to`), dead, event."""
-
-    n: int
-    kind: str
-    subject: str
-    msg_id: str
-    headers: bytes
-    payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class StateRow:
-    """The newest value of one key of the state bucket; None: the key is to go."""
-
-    key: str
-    value: bytes | None
-    seq: int
-
-
-@dataclass(slots=True)
-class Transaction:
-    """What one commit does. `seq`, `n`: of the last event and outbox row; `out`, `states`: new."""
-
-    connection: sqlite3.Connection
-    seq: int
-    n: int
-    out: list[OutRow] = field(default_factory=list[OutRow])
-    states: list[StateRow] = field(default_factory=list[StateRow])
-
-    def execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        return self.connection.execute(sql, values)
 
 
 @dataclass(slots=True)

@@ -24,7 +24,8 @@ from schemas.requests import InstanceRef, Ok, TenantNet
 from schemas.subjects import Lane
 from tests.fakes.shell import REF, SUBJECTS, command, start, stop
 from worker import journal_file, journal_mirror
-from worker.journal import Accepted, Found, Journal
+from worker.journal import Journal
+from worker.journal_admission import Accepted, Found
 
 NET = TenantNet(7, "10.240.7.0/24", "10.240.7.1", "br-tenant-7")
 

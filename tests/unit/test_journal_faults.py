@@ -13,8 +13,10 @@ from schemas.codes import Code
 from schemas.requests import Request
 from tests.fakes.shell import Machine, Shell, command, shell, start, stop
 from tests.unit.test_journal import accept, events, opened, record
-from worker.journal import Found, Journal
-from worker.journal_writer import JournalFault, Transaction
+from worker.journal import Journal
+from worker.journal_admission import Found
+from worker.journal_transaction import Transaction
+from worker.journal_writer import JournalFault
 
 ROOM = 2**30
 
