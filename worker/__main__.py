@@ -1,6 +1,8 @@
 """`python -I -m worker`: what the unit runs, the same as `hostd run`."""
 
-from worker.cli.service import run
+import sys
+
+from worker.cli.main import main
 
 if __name__ == "__main__":
-    run(prog_name="hostd run")
+    main(["run", *sys.argv[1:]], prog_name="hostd")

@@ -100,8 +100,25 @@ def test_every_subcommand_loads_and_explains_itself() -> None:
         result = hostd(name, "--help")
         assert result.exit_code == 0, (name, result.output)
         assert "Usage: " in result.output
+        assert "--json" in result.output, name
 
 
 def test_every_code_has_its_exit_code_and_an_unknown_one_counts_as_internal() -> None:
     assert {exit_code(code.value) for code in Code} == set(EXIT_CODES.values())
     assert exit_code("from_the_future") == EXIT_CODES[Code.INTERNAL]
+
+
+def test_logs_prints_the_last_launch_kept_or_says_that_there_is_none(tmp_path: Path) -> None:
+    folder = tmp_path / "logs/acme/web/i-1"
+    folder.mkdir(parents=True)
+    for launch in (9, 10):
+        (folder / f"{launch}.log").write_text(f"launch {launch}\n")
+    place = {"HOSTD_PATHS_STATE": str(tmp_path)}
+
+    last = hostd("logs", "acme", "web", "i-1", **place)
+    other = hostd("logs", "acme", "web", "i-1", "--launch", "9", "--json", **place)
+    none = hostd("logs", "acme", "web", "i-2", **place)
+
+    assert last.output == "launch 10\n"
+    assert json.loads(other.output) == {"log": "launch 9\n"}
+    assert none.exit_code == 13

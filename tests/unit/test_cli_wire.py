@@ -212,3 +212,11 @@ def test_any_event_comes_back(event: Event) -> None:
 
     assert json.loads(decoded.stdout).get("from") == event.from_
     assert run(encode, data=decoded.stdout_bytes).stdout_bytes == data
+
+
+def test_encode_with_json_prints_the_bytes_as_hex() -> None:
+    envelope = b'{"v": 1, "id": "c-1", "request": "Ping"}'
+
+    result = run(encode, "--json", data=envelope)
+
+    assert json.loads(result.stdout) == {"hex": PING.hex()}

@@ -84,3 +84,10 @@ def test_a_folder_named_worker_in_the_working_directory_is_not_run(
 
     assert done.returncode == 0, done.stderr
     assert "Run the worker of this host" in done.stdout
+
+
+def test_the_module_fails_as_the_command_does(bin_folder: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, bin_folder / "python", "-I", "-m", "worker", "--config", "/nonexistent")
+
+    assert done.returncode == 10
+    assert done.stderr == "invalid: /nonexistent: No such file or directory\n"

@@ -28,15 +28,18 @@ def logs(
 ) -> None:
     """Print the VMM's log of an instance; the last three launches are kept."""
     settings = settings_of(config)
+    ref = InstanceRef(tenant_id, pool_id, instance_id)
     jails = Jails(
         data=settings.paths.data, state=settings.paths.state, jail_base=settings.jail_base
     )
     try:
-        log = asyncio.run(jails.read_log(InstanceRef(tenant_id, pool_id, instance_id), launch))
+        log = asyncio.run(jails.read_log(ref, launch))
     except Failure as error:
         raise CliError(error.code, error.message) from error
     except PermissionError as error:
         raise CliError("host_fault", f"{error.filename}: {error.strerror}") from error
+    if not log:
+        raise CliError("not_found", f"no launch of {ref} has left a log in {settings.paths.state}")
     text = log.decode(errors="replace")
     if as_json:
         print_json({"log": text})

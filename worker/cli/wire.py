@@ -56,9 +56,10 @@ def decode(
     help="How the serde types inside are written: as maps or as arrays.",
 )
 @click.option("--lines", is_flag=True, help="One JSON object per line in, one hex string out.")
+@click.option("--json", "as_json", is_flag=True, help='Print {"hex": ...} for each message.')
 @FILE
 @click.pass_context
-def encode(ctx: click.Context, file: BinaryIO, form: str, lines: bool) -> None:
+def encode(ctx: click.Context, file: BinaryIO, form: str, lines: bool, as_json: bool) -> None:
     """Write the msgpack bytes of an envelope given as JSON: the inverse of decode.
 
     FILE holds one JSON object ("-" or nothing is stdin). Refuses what decode refuses, on stdout,
@@ -68,6 +69,8 @@ def encode(ctx: click.Context, file: BinaryIO, form: str, lines: bool) -> None:
     def one(text: bytes) -> bytes:
         data = pack(_read_json(text, compact=form == Form.COMPACT))
         _read_bytes(data, None)  # what was written is what a worker takes: sizes
+        if as_json:
+            return _json({"hex": data.hex()}) + b"\n"
         return data.hex().encode() + b"\n" if lines else data
 
     _run(ctx, file, one, lines=lines)
