@@ -112,8 +112,11 @@ class Kernel(Reader):
 class Netlink:
     """The thread in which all rtnetlink work of this worker runs, one function at a time."""
 
-    def __init__(self, enter: Callable[[], None] = stay) -> None:
+    def __init__(
+        self, enter: Callable[[], None] = stay, open_kernel: Callable[[], Kernel] = Kernel
+    ) -> None:
         self._thread = KernelThread("netlink", enter)
+        self._open = open_kernel
         self._kernel: Kernel | None = None
 
     async def run(self, do: Callable[[Kernel], T]) -> T:
@@ -129,7 +132,7 @@ class Netlink:
 
     def _opened(self) -> Kernel:
         if self._kernel is None:
-            self._kernel = Kernel()
+            self._kernel = self._open()
         return self._kernel
 
 

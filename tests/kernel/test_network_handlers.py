@@ -1,5 +1,6 @@
 """SetupNetwork, TeardownNetwork and repair against the real kernel."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
@@ -378,3 +379,18 @@ async def test_owner_of_the_tap_is_the_launchs_uid_and_follows_it(desk: Desk) ->
     assert changed
     assert link is not None
     assert link.info[IFLA_TUN_OWNER] == OWNER_UID + 1
+
+
+async def test_of_two_tenants_who_ask_for_one_subnet_at_once_one_gets_it(desk: Desk) -> None:
+    desk.books.tenants["umbra"] = TenantNet(9, ACME.ipv4_subnet, ACME.gateway_ip, "br-tenant-9")
+
+    results = await asyncio.gather(
+        desk.setup("acme", ACME),
+        desk.setup("umbra", desk.books.tenants["umbra"]),
+        return_exceptions=True,
+    )
+
+    assert [type(result) for result in results].count(Conflict) == 1
+    assert len(desk.books.networks_up) == 1
+    bridges, _taps = await desk.net.mechanisms.networks.owned_links()
+    assert len(bridges) == 1
