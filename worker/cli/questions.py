@@ -160,6 +160,7 @@ def describe_event(event: dict[str, Any]) -> str:
     """One event on one line."""
     ids = (event.get("tenant_id"), event.get("pool_id"), event.get("instance_id"))
     about = "/".join(part for part in ids if part) or event["host_id"]
-    change = f" {event.get('from')} -> {event['to']}" if event.get("to") else ""
+    before = f"{event['from']} " if event.get("from") else ""
+    change = f" {before}-> {event['to']}" if event.get("to") else ""
     reason = f" ({event['reason']})" if event.get("reason") else ""
     return f"{clock(event['at_ms'])} {event['seq']} {event['kind']} {about}{change}{reason}"
