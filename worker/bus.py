@@ -19,7 +19,10 @@ class NotProvisioned(BusError):
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One command message as it came. `ack` is confirmed by the server before it returns."""
+    """One command message as it came. `ack` is confirmed by the server before it returns.
+
+    `delivered` counts from 1, but a server that crashed may count anew: no proof of a first time.
+    """
 
     subject: str
     data: bytes

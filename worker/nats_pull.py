@@ -24,6 +24,7 @@ from worker.nats_message import Message, Subscription
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 ACK = b"+ACK"
+GRACE_S = 5.0
 GONE = ("consumer deleted", "stream deleted", "consumer is push based")
 
 
@@ -104,8 +105,16 @@ class PullLoop:
                         await self._wake.wait()
         finally:
             await self._unsubscribe()
-            if self._tasks:
-                await asyncio.wait(set(self._tasks))
+            await self._finish()
+
+    async def _finish(self) -> None:
+        """What is not settled in time is not acknowledged, and comes to the next worker."""
+        if not self._tasks:
+            return
+        _, stuck = await asyncio.wait(set(self._tasks), timeout=GRACE_S)
+        for task in stuck:
+            task.cancel()
+        await asyncio.gather(*stuck, return_exceptions=True)
 
     def _pause_s(self) -> float:
         if (left_s := self._not_before - time.monotonic()) > 0:

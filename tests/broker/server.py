@@ -150,8 +150,16 @@ async def eventually(
 class Host:
     """A provisioned cell with one host's bus that consumes into `receiver`."""
 
-    def __init__(self, server: Server, admin: Link, bus: NatsBus, receiver: Receiver) -> None:
+    def __init__(
+        self,
+        server: Server,
+        admin: Link,
+        bus: NatsBus,
+        receiver: Receiver,
+        consumer: asyncio.Task[None],
+    ) -> None:
         self.server, self.admin, self.bus, self.receiver = server, admin, bus, receiver
+        self.consumer = consumer
         self._sent = 0
 
     async def command(self, body: bytes, *, msg_id: str = "", lane: str = "host") -> None:
@@ -193,7 +201,7 @@ async def consuming_host(
         consumer = asyncio.create_task(bus.consume(receiver))
         try:
             assert await eventually(lambda: bus.connected, 10)
-            yield Host(server, admin, bus, receiver)
+            yield Host(server, admin, bus, receiver, consumer)
         finally:
             if server.process.running():
                 os.kill(server.process.pid(), signal.SIGCONT)

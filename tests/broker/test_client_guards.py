@@ -16,7 +16,7 @@ from worker.bus import BusError
 from worker.nats_client import ALL_GUARDS, Guard
 
 SLOW_PINGS = replace(QUICK, ping_s=60.0, heartbeat_s=14.0, pull_expires_s=30.0)
-HEALS_S, DEAF_S = 8.0, 2.5
+HEALS_S, DEAF_S = 8.0, 2.0
 
 
 def guard_cases(*off: Guard, also_off: tuple[Guard, ...] = ()) -> list[object]:

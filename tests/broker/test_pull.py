@@ -138,7 +138,7 @@ async def test_no_server_and_no_streams_at_the_start(server: Server) -> None:
         async with linked(server.url) as admin:
             await provision(admin, SUBJECTS, [HOST])
             await asyncio.wait_for(provisioned, 5)
-            host = Host(server, admin, bus, receiver)
+            host = Host(server, admin, bus, receiver, consumer)
             await still_delivers(host, True)
         assert bus.trouble == ""
     finally:
@@ -162,9 +162,10 @@ async def test_nothing_is_lost_while_the_server_crashes_again_and_again(server: 
         await sending
 
         assert await eventually(lambda: set(host.receiver.bodies) == set(sent), 10)
-        again = [delivery for delivery in host.receiver.got if delivery.delivered > 1]
-        assert len(host.receiver.got) <= len(sent) + len(again)
-        assert host.bus.redeliveries == len(again)
+        # Some come twice, but each was stored once. A server that crashed may have forgotten that it
+        # delivered them: `delivered` is 1 again, and only the command's id tells.
+        places = {(delivery.data, delivery.stream_seq) for delivery in host.receiver.got}
+        assert len(places) == len(sent)
 
 
 async def test_at_most_a_window_is_received_at_once(server: Server) -> None:
@@ -207,6 +208,22 @@ async def test_a_failing_receiver_gets_the_command_again(server: Server) -> None
         assert await eventually(lambda: len(host.receiver.got) == 2, 5)
         assert host.receiver.got[1].delivered == 2
         assert host.bus.redeliveries == 1
+
+
+async def test_cancelled_it_lets_the_work_in_hand_finish(server: Server) -> None:
+    receiver = Receiver()
+    receiver.gate.clear()
+    async with consuming_host(server, receiver=receiver) as host:
+        await host.command(b"in hand")
+        assert await eventually(lambda: receiver.running == 1, 5)
+        host.consumer.cancel()
+        await asyncio.sleep(0)
+        receiver.gate.set()
+
+        await asyncio.gather(host.consumer, return_exceptions=True)
+
+        assert receiver.bodies == [b"in hand"]
+        assert await unacknowledged(host) == 0
 
 
 async def test_both_forms_of_ack_subjects(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -10,7 +10,7 @@ from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
 from worker import topology
 from worker.bus import Delivery
-from worker.nats_client import Backoff, LibraryMismatch, check_library
+from worker.nats_client import STANDARD, Backoff, LibraryMismatch, check_library
 from worker.nats_link import Link
 from worker.nats_login import CredentialsFile
 from worker.nats_message import Message
@@ -51,6 +51,12 @@ def test_back_off_has_full_jitter_below_a_growing_bound() -> None:
         assert max(delays) <= bound
         assert min(delays) < bound * 0.1
         assert max(delays) > bound * 0.9
+
+
+def test_a_stalled_connection_is_found_within_15_s_and_a_reconnect_waits_below_2_s() -> None:
+    assert STANDARD.ping_s * (STANDARD.pings + 1) + STANDARD.backoff_cap_s < 15
+    assert STANDARD.backoff_cap_s < 2
+    assert STANDARD.heartbeat_s * 2.5 < 15
 
 
 def test_without_jitter_every_host_waits_the_same() -> None:
