@@ -58,7 +58,15 @@ _OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_connect_to_server": ("self", "s"),
     "_select_next_server": ("self",),
 }
-_READ = ("_pongs", "_pongs_received", "_pings_outstanding", "_reading_task", "_status", "_resp_map")
+_READ = (
+    "_pongs",
+    "_pongs_received",
+    "_pings_outstanding",
+    "_reading_task",
+    "_status",
+    "_resp_map",
+    "_reconnection_task",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +192,8 @@ class GuardedClient(Client):
         try:
             await super()._attempt_reconnect()
         except Exception as error:
+            if self.is_closed or self._reconnection_task is not asyncio.current_task():
+                return  # another task took over, or nobody needs it any more
             # Upstream would stay "reconnecting" with nobody at work on it.
             log.exception("bus.reconnect_failed")
             if Guard.REBUILD in self._guards:

@@ -162,8 +162,8 @@ async def test_nothing_is_lost_while_the_server_crashes_again_and_again(server: 
         await sending
 
         assert await eventually(lambda: set(host.receiver.bodies) == set(sent), 10)
-        # Some come twice, but each was stored once. A server that crashed may have forgotten that it
-        # delivered them: `delivered` is 1 again, and only the command's id tells.
+        # Some come twice, but each was stored once. A server that crashed may have forgotten
+        # that it delivered them: `delivered` is 1 again, and only the command's id tells.
         places = {(delivery.data, delivery.stream_seq) for delivery in host.receiver.got}
         assert len(places) == len(sent)
 
