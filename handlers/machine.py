@@ -5,11 +5,12 @@ Implemented for real in `handlers/host/`, one mechanism per file, and in memory 
 bytes unless a name says otherwise. Every method raises a `Failure` of `handlers/errors.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from handlers.locks import TenantLocks
+from handlers.slots import Slots
 from handlers.steps import Mechanism
 from schemas.files import InstanceFile, PoolSpec, TenantConfig
 from schemas.records import DiskIdentity, InstanceRecord, NetworkRecord, Tombstone, VmmIdentity
@@ -158,6 +159,10 @@ class DataDisk:
 
 
 class DataDisks(Mechanism[DataDiskSpec, DataDisk], Protocol):
+    def path(self, ref: InstanceRef) -> str:
+        """Where the instance's data disk is, if it has one."""
+        ...
+
     async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
         """Overwrite or discard the blocks, verify, unlink; absent already is success."""
         ...
@@ -436,6 +441,14 @@ class Snapshots(Protocol):
         """After a failed wake: files to root again, memory identity recorded anew."""
         ...
 
+    async def consume(self, ref: InstanceRef, number: int) -> None:
+        """Take the manifest away, keep the files (a running VM maps them); absent is success."""
+        ...
+
+    async def drop(self, ref: InstanceRef, number: int) -> None:
+        """Remove one, published or not; absent is success."""
+        ...
+
     async def discard(self, ref: InstanceRef, *, below: int | None = None) -> None:
         """Remove all (or those numbered below), memory blocks discarded; absent is success."""
         ...
@@ -491,6 +504,10 @@ class Records(Protocol):
 
 
 class HostFacts(Protocol):
+    def now_ms(self) -> int:
+        """Wall clock, Unix milliseconds."""
+        ...
+
     def boot_id(self) -> str: ...
 
     def memory_mib(self) -> int:
@@ -498,6 +515,12 @@ class HostFacts(Protocol):
         ...
 
     def free_bytes(self, path: str) -> int: ...
+
+
+class Later(Protocol):
+    def __call__(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Run it in the background, logged under `name`; dropped at shutdown."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,3 +544,6 @@ class Host:
     vmms: Vmms
     agents: Agents
     snapshots: Snapshots
+    slots: Slots
+    later: Later
+    trying: dict[InstanceRef, InstanceRecord]

@@ -1,12 +1,58 @@
-"""Command type -> handler: one explicit list on one screen."""
+"""Command type -> handler, and what undo may be asked to remove: explicit lists on one screen."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
+from handlers.destroy import destroy_instance
 from handlers.machine import Host
-from handlers.steps import Done, Steps
+from handlers.network import setup_network, teardown_network
+from handlers.pausing import Drafts, Pauses, SnapshotUses
+from handlers.reservations import Phases, Reservations
+from handlers.sleep import sleep_instance
+from handlers.start import start_instance
+from handlers.steps import Done, Removable, Steps
+from handlers.stop import stop_instance
+from handlers.wake import wake_instance
+from schemas.requests import (
+    DestroyInstance,
+    SetupNetwork,
+    SleepInstance,
+    StartInstance,
+    StopInstance,
+    TeardownNetwork,
+    WakeInstance,
+)
 
 # The first argument is the request of the type that the handler is listed under.
 Handler = Callable[[Any, Steps, Host], Awaitable[Done]]
 
-HANDLERS: Final[Mapping[type, Handler]] = {}
+HANDLERS: Final[Mapping[type, Handler]] = {
+    StartInstance: start_instance,
+    StopInstance: stop_instance,
+    SleepInstance: sleep_instance,
+    WakeInstance: wake_instance,
+    DestroyInstance: destroy_instance,
+    SetupNetwork: setup_network,
+    TeardownNetwork: teardown_network,
+}
+
+
+def mechanisms(host: Host) -> Mapping[str, Removable]:
+    """All that a step row may name, by name."""
+    known: tuple[Removable, ...] = (
+        Reservations(host),
+        Phases(host),
+        Pauses(host),
+        Drafts(host),
+        SnapshotUses(host),
+        host.bridges,
+        host.tenant_rules,
+        host.pins,
+        host.taps,
+        host.artifacts,
+        host.data_disks,
+        host.cgroups,
+        host.jails,
+        host.vmms,
+    )
+    return {mechanism.name: mechanism for mechanism in known}

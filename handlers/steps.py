@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import structlog
 
 from handlers.errors import Expired, Failure, Superseded
 from schemas.envelopes import StepTaken
+from schemas.records import InstanceRecord, Tombstone
 
 log = structlog.get_logger()
 UNDO_TIMEOUT_S = 30.0
@@ -36,8 +37,7 @@ class Keyed(Protocol):
 class Removable(Protocol):
     """What undo needs of a mechanism."""
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
 
     async def exists(self, key: str) -> bool:
         """Whether the resource, or any part of it, is on this host. No effect."""
@@ -78,11 +78,11 @@ class StepLog(Protocol):
         """In the order of `begin`."""
         ...
 
-    async def reach(self, command_id: str, point: str) -> None:
-        """Commit a point of no return with `synchronous=FULL`."""
+    async def mark(self, command_id: str, name: str) -> None:
+        """Commit a mark with `synchronous=FULL`."""
         ...
 
-    def reached(self, command_id: str, point: str) -> bool: ...
+    def marked(self, command_id: str, name: str) -> bool: ...
 
 
 class Halted(Exception):
@@ -184,22 +184,26 @@ class Steps:
 
         return await self._timed(name, until_cut)
 
-    async def reach(self, point: str) -> None:
-        """Pass a point of no return, durably: from here on there is only completion."""
+    async def reach(self, point: str, commit: Callable[[], Awaitable[None]]) -> None:
+        """Pass a point of no return that `commit` writes: from here on only completion."""
         await self._trace(f"before:{point}")
-        await self._log.reach(self.command_id, point)
+        await commit()
         self._final = True
         await self._trace(f"after:{point}")
+
+    async def mark(self, name: str) -> None:
+        """Commit, durably, that something that must not happen twice may happen from here on."""
+        await self._trace(f"before:{name}")
+        await self._log.mark(self.command_id, name)
+        await self._trace(f"after:{name}")
+
+    def marked(self, name: str) -> bool:
+        """Whether an earlier run, or this one, committed the mark."""
+        return self._log.marked(self.command_id, name)
 
     def finalize(self) -> None:
         """For commands that are completed, never undone (Stop, Destroy, Teardown)."""
         self._final = True
-
-    def reached(self, point: str) -> bool:
-        """Whether an earlier run, or this one, passed the point."""
-        done = self._log.reached(self.command_id, point)
-        self._final = self._final or done
-        return done
 
     @property
     def final(self) -> bool:
@@ -242,7 +246,8 @@ class Steps:
             await asyncio.sleep(seconds)
         else:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._cut.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await self._cut.wait()
         self.safe_point()
 
     def left_s(self) -> float | None:
@@ -308,9 +313,15 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a handler gives back on success; `changed` false means the host already was as asked."""
+    """What a handler gives back on success; `changed` false means the host already was as asked.
+
+    `record` is journalled with the outcome in one transaction; with `tombstone` it is dropped and
+    the tombstone stays.
+    """
 
     changed: bool
-    status: str | None
-    detail: Mapping[str, Any]
+    status: str | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict[str, Any])
     left_behind: tuple[str, ...] = ()
+    record: InstanceRecord | None = None
+    tombstone: Tombstone | None = None

@@ -52,7 +52,12 @@ class VmmIdentity(msgspec.Struct, frozen=True):
 
 
 class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One instance on this host. Changed with `msgspec.structs.replace`, saved by the journal."""
+    """One instance on this host. Changed with `msgspec.structs.replace`, saved by the journal.
+
+    `uid_slot` is held from before the first effect of a launch until its VMM was seen gone.
+    `offset` stays from the first Start on; it excludes others while the instance lives or sleeps.
+    `before` is the record as it was before the command that runs now: what a failure gives back.
+    """
 
     ref: InstanceRef
     status: Status
@@ -69,13 +74,22 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     disk: DiskIdentity | None = None
     snapshot: int | None = None
     consumed: bool = False
-    resting: Status = Status.STOPPED
     command_id: str | None = None
+    before: "InstanceRecord | None" = None
 
     @property
     def jail_id(self) -> str:
         """Of the last launch."""
         return naming.jail_id(self.ref, self.launch)
+
+    @property
+    def holds_host(self) -> bool:
+        """Whether it has, or may have, a VMM: counts against quota and the host's memory."""
+        return self.uid_slot is not None
+
+    @property
+    def holds_offset(self) -> bool:
+        return self.holds_host or self.status is Status.SLEEPING
 
 
 class NetworkRecord(msgspec.Struct, frozen=True, kw_only=True):

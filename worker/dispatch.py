@@ -105,7 +105,8 @@ class Dispatch:
         )
         work.began(steps)
         try:
-            await self._finish(row, await self._outcome(row, steps))
+            reply, done = await self._outcome(row, steps)
+            await self._finish(row, reply, done)
         except Halted:
             log.info("command.halted", attempts=row.attempts)
         finally:
@@ -132,19 +133,19 @@ class Dispatch:
             return Draining("this host is being drained and takes no new VMs")
         return None
 
-    async def _outcome(self, row: CommandRow, steps: Steps) -> Reply:
+    async def _outcome(self, row: CommandRow, steps: Steps) -> tuple[Reply, Done | None]:
         try:
             done = await self._attempts(row, steps)
         except Failure as failure:
-            return await self._undone(row, steps, failure)
+            return await self._undone(row, steps, failure), None
         except OSError as error:
-            return await self._undone(row, steps, of_os_error(error))
+            return await self._undone(row, steps, of_os_error(error)), None
         except Halted:
             raise
         except Exception:
             log.exception("command.bug", type=row.command.request.kind)
-            return await self._undone(row, steps, None)
-        return self._reply(
+            return await self._undone(row, steps, None), None
+        reply = self._reply(
             row,
             steps.taken,
             response=Ok(),
@@ -154,6 +155,7 @@ class Dispatch:
             left_behind=done.left_behind,
             detail=dict(done.detail),
         )
+        return reply, done
 
     async def _attempts(self, row: CommandRow, steps: Steps) -> Done:
         """Try until it succeeds, fails for good, or deadline or budget are used up."""
@@ -219,10 +221,12 @@ class Dispatch:
 
     # -- the outcome ---------------------------------------------------------------------------
 
-    async def _finish(self, row: CommandRow, reply: Reply) -> None:
+    async def _finish(self, row: CommandRow, reply: Reply, done: Done | None = None) -> None:
+        record = done.record if done is not None else None
+        tombstone = done.tombstone if done is not None else None
         while True:
             try:
-                await self._journal.finish(reply)
+                await self._journal.finish(reply, record=record, tombstone=tombstone)
                 break
             except JournalFault:
                 if row.withdrawn:

@@ -5,12 +5,13 @@ This file runs and ends commands; `journal_admission` and `journal_refusals` tak
 it, `journal_writer` is its one thread.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from schemas import codec
 from schemas.envelopes import EventKind, Reply
+from schemas.records import InstanceRecord, Tombstone
 from schemas.subjects import Lane
 from worker.journal_messages import EventDraft
 from worker.journal_mirror import CommandRow
@@ -67,10 +68,18 @@ class Journal(JournalRefusals, JournalSteps, JournalRecords, JournalOutbox):
         self._writer.later(do)
         return row.attempts
 
-    async def finish(self, reply: Reply, events: Sequence[EventDraft] = ()) -> None:
+    async def finish(
+        self,
+        reply: Reply,
+        events: Sequence[EventDraft] = (),
+        *,
+        record: InstanceRecord | None = None,
+        tombstone: Tombstone | None = None,
+    ) -> None:
         """The outcome with its replies and events, durably, in one transaction. Once only.
 
-        The command's step rows go, but for what `reply.left_behind` names.
+        The instance's `record` is saved with it; with a `tombstone` it is dropped instead. The
+        command's step rows go, but for what `reply.left_behind` names.
         """
         row = self._mirror.commands.get(reply.id)
         if row is None:
@@ -88,6 +97,7 @@ class Journal(JournalRefusals, JournalSteps, JournalRecords, JournalOutbox):
                 "attempts": reply.attempts,
             },
         )
+        save, remember = self._outcome(record, tombstone, reply.id)
         steps = self._mirror.steps.get(reply.id, {})
         points = self._mirror.points.get(reply.id)
         kept = {k: s for k, s in steps.items() if f"{k[0]} {k[1]}" in reply.left_behind}
@@ -112,10 +122,12 @@ class Journal(JournalRefusals, JournalSteps, JournalRecords, JournalOutbox):
                 tx.connection.executemany(
                     "DELETE FROM step WHERE command_id = ? AND mechanism = ? AND key = ?", gone
                 )
+            save(tx)
             for draft in (*events, ended):
                 self.source.event(tx, draft, reply.finished_at_ms)
 
         def apply(_: None) -> None:
+            remember(None)
             self._mirror.drop_command(reply.id)
             self._mirror.points.pop(reply.id, None)
             self._mirror.steps.pop(reply.id, None)
@@ -123,6 +135,16 @@ class Journal(JournalRefusals, JournalSteps, JournalRecords, JournalOutbox):
                 self._mirror.steps[reply.id] = kept
 
         await self._writer.submit(do, apply=apply, durable=True)
+
+    def _outcome(
+        self, record: InstanceRecord | None, tombstone: Tombstone | None, command_id: str
+    ) -> tuple[Callable[[Transaction], None], Callable[[object], None]]:
+        """What a command's end does to its instance's record."""
+        if record is None:
+            return (lambda _: None), (lambda _: None)
+        if tombstone is not None:
+            return self._dropping(record.ref, tombstone, command_id=command_id)
+        return self._putting(record, command_id=command_id)
 
     def _answer_joiners(self, tx: Transaction, command_id: str, data: bytes) -> None:
         joiners = tx.execute(

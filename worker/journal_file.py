@@ -111,6 +111,11 @@ class JournalFile:
     def journal_id(self) -> str:
         return self.source.journal_id
 
+    @property
+    def seq(self) -> int:
+        """Of the last event that was committed."""
+        return self._writer.seq
+
     # -- can it take more ----------------------------------------------------------------------
 
     @property

@@ -1,7 +1,7 @@
 """Instances, networks and tombstones (`handlers.machine.Records`), and the events they cause."""
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -44,24 +44,43 @@ class JournalRecords(JournalFile):
         Raises:
             Conflict: another instance has the uid slot, or lives or sleeps with the offset.
         """
+        do, apply = self._putting(record, reason=reason, detail=detail)
+        try:
+            await self._writer.submit(do, apply=apply, durable=durable)
+        except sqlite3.IntegrityError as error:
+            if "uid_slot" in str(error):
+                raise Conflict(f"uid slot {record.uid_slot} belongs to another instance") from error
+            raise Conflict(
+                f"address offset {record.offset} is used by another instance of "
+                f"{record.ref.tenant_id}"
+            ) from error
+
+    def _putting(
+        self,
+        record: InstanceRecord,
+        *,
+        reason: str | None = None,
+        detail: dict[str, Any] | None = None,
+        command_id: str | None = None,
+    ) -> tuple[Callable[[Transaction], None], Callable[[object], None]]:
+        """What saves a record within a transaction, and what then follows in memory."""
         ref = record.ref
         draft = EventDraft(
             kind=EventKind.STATUS,
             lane=Lane.instance(ref),
             to=record.status.value,
-            command_id=record.command_id,
+            command_id=command_id or record.command_id,
             reason=reason,
             detail=detail,
         )
         packed = msgspec.json.encode(record)
-        holds = record.uid_slot is not None or record.status is Status.SLEEPING
-        offset = record.offset if holds else None
+        offset = record.offset if record.holds_offset else None
         at_ms = self._now_ms()
         state = {
             "since_ms": record.since_ms,
             "launch": record.launch,
             "revision": record.revision,
-            "command_id": record.command_id,
+            "command_id": command_id or record.command_id,
             "reason": reason,
         }
 
@@ -76,26 +95,25 @@ class JournalRecords(JournalFile):
             )
             self.source.announce(tx, draft, at_ms, state)
 
-        def apply(_: None) -> None:
+        def apply(_: object) -> None:
             self._mirror.instances[ref] = record
 
-        try:
-            await self._writer.submit(do, apply=apply, durable=durable)
-        except sqlite3.IntegrityError as error:
-            if "uid_slot" in str(error):
-                raise Conflict(f"uid slot {record.uid_slot} belongs to another instance") from error
-            raise Conflict(
-                f"address offset {offset} is used by another instance of {ref.tenant_id}"
-            ) from error
+        return do, apply
 
     async def drop_instance(self, ref: InstanceRef, tombstone: Tombstone | None) -> None:
         """Forget the instance, durably: `destroyed` is announced, its state key goes."""
+        do, apply = self._dropping(ref, tombstone)
+        await self._writer.submit(do, apply=apply, durable=True)
+
+    def _dropping(
+        self, ref: InstanceRef, tombstone: Tombstone | None, *, command_id: str | None = None
+    ) -> tuple[Callable[[Transaction], None], Callable[[object], None]]:
         record = self._mirror.instances.get(ref)
         draft = EventDraft(
             kind=EventKind.STATUS,
             lane=Lane.instance(ref),
             to=Status.DESTROYED.value,
-            command_id=record.command_id if record else None,
+            command_id=command_id or (record.command_id if record else None),
         )
         key = (ref.tenant_id, ref.pool_id, ref.instance_id)
         at_ms = self._now_ms()
@@ -111,13 +129,13 @@ class JournalRecords(JournalFile):
             if gone:
                 self.source.announce(tx, draft, at_ms, None)
 
-        def apply(_: None) -> None:
+        def apply(_: object) -> None:
             self._mirror.instances.pop(ref, None)
             self._mirror.tombstones.pop(ref, None)
             if tombstone is not None:
                 self._mirror.tombstones[ref] = tombstone
 
-        await self._writer.submit(do, apply=apply, durable=True)
+        return do, apply
 
     def tombstone(self, ref: InstanceRef) -> Tombstone | None:
         return self._mirror.tombstones.get(ref)

@@ -8,7 +8,9 @@ from worker.journal_file import JournalFile
 from worker.journal_transaction import Transaction
 
 # What these make is gone after a reboot, and so may their rows be. All others are synced.
-VOLATILE: Final = frozenset({"bridges", "tenant_rules", "pins", "taps", "cgroups", "vmms"})
+VOLATILE: Final = frozenset(
+    {"bridge", "tenant_rules", "pin", "tap", "cgroups", "vmms", "pause", "phase"}
+)
 
 
 class JournalSteps(JournalFile):
@@ -63,16 +65,16 @@ class JournalSteps(JournalFile):
             if command_id not in self._mirror.commands
         }
 
-    async def reach(self, command_id: str, point: str) -> None:
-        """Commit a point of no return, or a mark, durably."""
+    async def mark(self, command_id: str, name: str) -> None:
+        """Commit, durably, that something of the command may have happened from here on."""
 
         def do(tx: Transaction) -> None:
-            tx.execute("INSERT OR IGNORE INTO point VALUES (?, ?)", (command_id, point))
+            tx.execute("INSERT OR IGNORE INTO point VALUES (?, ?)", (command_id, name))
 
         def apply(_: None) -> None:
-            self._mirror.points.setdefault(command_id, set()).add(point)
+            self._mirror.points.setdefault(command_id, set()).add(name)
 
         await self._writer.submit(do, apply=apply, durable=True)
 
-    def reached(self, command_id: str, point: str) -> bool:
-        return point in self._mirror.points.get(command_id, ())
+    def marked(self, command_id: str, name: str) -> bool:
+        return name in self._mirror.points.get(command_id, ())

@@ -141,6 +141,11 @@ class Writer:
         self._loop.call_soon(self._loop.call_soon, self._flush)
         return future
 
+    @property
+    def seq(self) -> int:
+        """Of the last event that was committed."""
+        return self._seq
+
     def later(
         self, do: Callable[[Transaction], T], *, apply: Callable[[T], None] | None = None
     ) -> None:

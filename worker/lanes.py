@@ -7,6 +7,7 @@ answered without running, both before the winner waits for anything.
 
 import asyncio
 from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -58,6 +59,14 @@ class Work:
             steps.halt()
 
 
+@dataclass(frozen=True, slots=True)
+class Chore:
+    """The worker's own work in a lane, e.g. after a VMM's exit: not journalled, never answered."""
+
+    name: str
+    run: Callable[[], Awaitable[None]]
+
+
 class Runner(Protocol):
     """Runs one command to its outcome. Raises nothing but CancelledError."""
 
@@ -70,8 +79,8 @@ class Runner(Protocol):
 
 @dataclass(slots=True)
 class _Line:
-    waiting: deque[Work] = field(default_factory=deque[Work])
-    running: Work | None = None
+    waiting: deque[Work | Chore] = field(default_factory=deque[Work | Chore])
+    running: Work | Chore | None = None
     task: asyncio.Task[None] | None = None
 
 
@@ -100,9 +109,17 @@ class Lanes:
         if self._started:
             self._wake(row.lane, line)
 
+    def put_chore(self, lane: Lane, chore: Chore) -> None:
+        """Queue the worker's own work behind all else of the lane."""
+        line = self._lines.setdefault(lane, _Line())
+        line.waiting.append(chore)
+        if self._started:
+            self._wake(lane, line)
+
     def is_running(self, lane: Lane, command_id: str) -> bool:
         line = self._lines.get(lane)
-        return line is not None and line.running is not None and line.running.row.id == command_id
+        running = line.running if line is not None else None
+        return isinstance(running, Work) and running.row.id == command_id
 
     def counts(self) -> dict[str, int]:
         """`busy`: lanes with a command running; `waiting`: commands behind them."""
@@ -123,7 +140,7 @@ class Lanes:
         """
         self._stopping = True
         for line in self._lines.values():
-            if line.running is not None:
+            if isinstance(line.running, Work):
                 line.running.halt()
         if tasks := self._tasks():
             _, late = await asyncio.wait(tasks, timeout=budget_s)
@@ -138,10 +155,11 @@ class Lanes:
         return tasks | self._answers
 
     def _supersede(self, line: _Line, by: str) -> None:
-        if line.running is not None and isinstance(line.running.row.command.request, LOSERS):
-            line.running.supersede(by)
+        running = line.running
+        if isinstance(running, Work) and isinstance(running.row.command.request, LOSERS):
+            running.supersede(by)
         for work in tuple(line.waiting):
-            if not isinstance(work.row.command.request, LOSERS):
+            if isinstance(work, Chore) or not isinstance(work.row.command.request, LOSERS):
                 continue
             work.supersede(by)
             if not work.row.attempts:  # else an earlier worker began it: it must be undone
@@ -159,10 +177,19 @@ class Lanes:
             while line.waiting and not self._stopping:
                 line.running = line.waiting.popleft()
                 try:
-                    await self._runner.run(line.running)
+                    if isinstance(line.running, Chore):
+                        await line.running.run()
+                    else:
+                        await self._runner.run(line.running)
                 except Exception:
-                    log.exception("lane.bug", lane=str(lane), command_id=line.running.row.id)
+                    log.exception("lane.bug", lane=str(lane), work=_name(line.running))
         finally:
             line.running = line.task = None
             if not line.waiting:
                 del self._lines[lane]
+
+
+def _name(work: Work | Chore | None) -> str:
+    if isinstance(work, Work):
+        return work.row.id
+    return work.name if work is not None else ""

@@ -5,6 +5,7 @@ through a teardown finds its gateway where it left it. Ownership is the link's a
 """
 
 from ipaddress import IPv4Network
+from typing import ClassVar
 
 from handlers.errors import Conflict, HostFault
 from handlers.host.netlink import Kernel, Netlink
@@ -43,7 +44,7 @@ class Bridges:
     Source: rtnetlink(7), ip-link(8) type bridge. Needs: CAP_NET_ADMIN.
     """
 
-    name = "bridge"
+    name: ClassVar[str] = "bridge"
 
     def __init__(self, netlink: Netlink) -> None:
         self._netlink = netlink

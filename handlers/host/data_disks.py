@@ -46,6 +46,12 @@ class DataDisks:
         self._data = data
         self._jails = f"{jail_base}/firecracker"
 
+    def path(self, ref: InstanceRef) -> str:
+        return (
+            f"{self._data}/tenants/{ref.tenant_id}/pools/{ref.pool_id}/instances/"
+            f"{ref.instance_id}/volumes/{DATA_DISK}"
+        )
+
     async def ensure(self, spec: DataDiskSpec) -> DataDisk:
         """Make the disk, or find the one that is known; its size is never changed.
 

@@ -1,6 +1,7 @@
 """What is true of this host as a whole, read from /proc, /etc and the file systems."""
 
 import os
+import time
 from functools import cached_property
 
 MACHINE_ID = "/etc/machine-id"
@@ -10,6 +11,10 @@ CPU_FIELDS = ("vendor_id", "cpu family", "model", "stepping", "model name")
 
 class HostFacts:
     """The Protocol of `handlers/machine.py`. What cannot change while hostd runs is read once."""
+
+    def now_ms(self) -> int:
+        """Wall clock, Unix milliseconds."""
+        return time.time_ns() // 1_000_000
 
     def boot_id(self) -> str:
         """New at each boot. Source: proc_sys_kernel(5)."""

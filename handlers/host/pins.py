@@ -4,6 +4,8 @@ A port that is pinned is held to its pins by the bridge table, for IPv4 and insi
 protocols from it are dropped.
 """
 
+from typing import ClassVar
+
 from handlers.errors import HostFault
 from handlers.host.base_rules import BaseRules
 from handlers.host.nftables import Member, Nft, Tables
@@ -18,7 +20,7 @@ class Pins:
     Source: nft(8). Needs: CAP_NET_ADMIN.
     """
 
-    name = "pin"
+    name: ClassVar[str] = "pin"
 
     def __init__(self, nft: Nft, base: BaseRules) -> None:
         self._nft = nft

@@ -5,6 +5,7 @@ may have left of its guests' pins, and ends its flows: an established one would 
 """
 
 from ipaddress import IPv4Network
+from typing import ClassVar
 
 from handlers.errors import HostFault
 from handlers.host.base_rules import BaseRules
@@ -24,7 +25,7 @@ class TenantRules:
     Source: nft(8). Needs: CAP_NET_ADMIN.
     """
 
-    name = "tenant_rules"
+    name: ClassVar[str] = "tenant_rules"
 
     def __init__(self, nft: Nft, base: BaseRules, netlink: Netlink) -> None:
         self._nft = nft

@@ -1,6 +1,7 @@
 """What a snapshot is, on disk: `<state>/snapshots/<t>/<p>/<i>/<n>/`.
 
 `state`, `mem`       Firecracker's files, root:root 0600.
+`consumed.json`      the manifest of one that was woken, while its VM maps the memory.
 `manifest.json`      the facts that make them a snapshot; without it they are nothing.
 `memory.json`        which memory file it was, and its hash once that was taken.
 `config.ext4`, `secrets.ext4`   for a guest that had not unmounted them.
@@ -19,6 +20,7 @@ from schemas.requests import InstanceRef
 
 MANIFEST = "manifest.json"
 UNPUBLISHED = "manifest.json.tmp"
+CONSUMED = "consumed.json"
 MEMORY_FACTS = "memory.json"
 STATE = "state"
 MEMORY = "mem"

@@ -17,6 +17,7 @@ from handlers.host.errnos import os_failure
 from handlers.host.jail_folders import SNAPSHOT_FOLDER, WOKEN_FOLDER, JailFolders
 from handlers.host.memory_facts import Memories
 from handlers.host.snapshot_manifest import (
+    CONSUMED,
     MANIFEST,
     MEMORY,
     STATE,
@@ -176,6 +177,36 @@ class Snapshots:
 
         await to_end(settle)
 
+    async def consume(self, ref: InstanceRef, number: int) -> None:
+        """Take the manifest's name away, durably: nobody wakes it again. Absent is success.
+
+        The files stay, since the running VM maps the memory; `discard` takes them later.
+        """
+        folder = SnapshotFolder(self._base, ref, number)
+
+        def rename() -> None:
+            try:
+                if folder.published:
+                    os.rename(folder.file(MANIFEST), folder.file(CONSUMED))
+                    sync_folder(folder.path)
+            except OSError as error:
+                raise os_failure(error, f"cannot consume {folder.path}") from error
+
+        await to_end(rename)
+
+    async def drop(self, ref: InstanceRef, number: int) -> None:
+        """Remove one, and what a failed write of it left in the jail; absent is success."""
+
+        def remove() -> None:
+            try:
+                discard_folder(SnapshotFolder(self._base, ref, number))
+                remove_empty(f"{self._base}/{ref}", up_to=self._base)
+                self._clear_jails(ref)
+            except OSError as error:
+                raise os_failure(error, f"cannot drop snapshot {number} of {ref}") from error
+
+        await to_end(remove)
+
     async def discard(self, ref: InstanceRef, *, below: int | None = None) -> None:
         """Remove all snapshots (or those numbered below), blocks given back; absent is success.
 
@@ -264,14 +295,17 @@ class Snapshots:
                     discard_folder(SnapshotFolder(self._base, ref, number))
             remove_empty(f"{self._base}/{ref}", up_to=self._base)
             if below is None:
-                for jail_id in self._folders.ids_of(ref):
-                    with (
-                        contextlib.suppress(NotFound),
-                        Folder.trusted(self._folders.root(jail_id)) as root,
-                    ):
-                        remove_tree(root.fd, SNAPSHOT_FOLDER)
+                self._clear_jails(ref)
         except OSError as error:
             raise os_failure(error, f"cannot discard the snapshots of {ref}") from error
+
+    def _clear_jails(self, ref: InstanceRef) -> None:
+        for jail_id in self._folders.ids_of(ref):
+            with (
+                contextlib.suppress(NotFound),
+                Folder.trusted(self._folders.root(jail_id)) as root,
+            ):
+                remove_tree(root.fd, SNAPSHOT_FOLDER)
 
 
 def _check_file(folder: SnapshotFolder, name: str, size_bytes: int, sha256: str) -> None:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import struct
+from typing import ClassVar
 
 from handlers.errors import Conflict, Failure, HostFault
 from handlers.host.bridges import ALIAS_PREFIX, reread
@@ -44,7 +45,7 @@ class Taps:
         isolate_guests: set the port's `isolated` flag: the guests of a tenant cannot talk.
     """
 
-    name = "tap"
+    name: ClassVar[str] = "tap"
 
     def __init__(self, netlink: Netlink, *, isolate_guests: bool) -> None:
         self._netlink = netlink

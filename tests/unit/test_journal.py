@@ -333,7 +333,7 @@ async def test_unfinished_commands_attempts_and_steps_survive_a_restart(tmp_path
         assert journal.begin_attempt("c1") == 1
         await journal.begin("c1", "taps", "tn7i5", existed=False)
         await journal.begin("c1", "jails", "j", existed=True)
-        await journal.reach("c1", "consumed")
+        await journal.mark("c1", "consumed")
 
     async with opened(tmp_path) as journal:
         assert [row.id for row in journal.unfinished()] == ["c1", "c2"]
@@ -343,8 +343,8 @@ async def test_unfinished_commands_attempts_and_steps_survive_a_restart(tmp_path
             "taps", "tn7i5", existed=False
         )
         assert [row.mechanism for row in journal.rows("c1")] == ["taps", "jails"]
-        assert journal.reached("c1", "consumed")
-        assert not journal.reached("c1", "other")
+        assert journal.marked("c1", "consumed")
+        assert not journal.marked("c1", "other")
         assert journal.lanes() == {Lane.instance(REF): 2}
 
 

@@ -136,7 +136,7 @@ async def test_past_its_point_of_no_return_nothing_is_superseded(tmp_path: Path)
     async def waking(request: Request, steps: Steps) -> Done | None:
         if not isinstance(request, WakeInstance):
             return None
-        await steps.reach("consumed")
+        await steps.reach("consumed", nothing)
         reached.set()
         await steps.interruptible("agent", release.wait)
         return Done(changed=True, status="running", detail={})
@@ -182,3 +182,7 @@ async def test_after_a_restart_what_an_earlier_run_made_is_undone_before_superse
         assert codes == [Code.SUPERSEDED, Code.SUPERSEDED, Code.OK]
         assert machine.things.there == set()
         assert not worker.journal.leftovers()
+
+
+async def nothing() -> None:
+    """What a point of no return of these tests commits."""

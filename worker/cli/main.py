@@ -13,6 +13,7 @@ from worker.cli.context import CliError, config_option, exit_code, print_json
 COMMANDS: Final[dict[str, str]] = {
     # the worker
     "run": "worker.cli.service:run",
+    "demo": "worker.demo:demo",
     "check-config": "worker.cli.config:check_config",
     "provision": "worker.cli.provision:provision",
     # commands, over the bus

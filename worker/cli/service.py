@@ -1,11 +1,10 @@
 """The worker itself: `hostd run`."""
 
-import importlib
-
 import click
 
 from schemas.settings import Settings
 from worker import logs
+from worker import main as worker_main
 from worker.cli.context import CliError, config_option, settings_of
 from worker.uid_range import find_overlap
 
@@ -19,7 +18,7 @@ def run(config: str | None, json: bool) -> None:
     settings = settings_of(config)
     check_uids(settings)
     logs.configure(settings.log.level)
-    raise SystemExit(importlib.import_module("worker.main").run(settings))
+    raise SystemExit(worker_main.run(settings))
 
 
 def check_uids(settings: Settings) -> None:

@@ -1,0 +1,43 @@
+"""What hostd does about a VMM that ended by itself: clean up, say so, `failed`."""
+
+from msgspec.structs import replace
+
+from handlers.courtesy import tell_at_rest
+from handlers.machine import Host
+from handlers.releasing import release
+from handlers.states import settled
+from handlers.steps import Steps
+from schemas.records import Status
+from schemas.requests import InstanceRef
+
+LOG_TAIL_BYTES = 4096
+
+
+async def vmm_exited(ref: InstanceRef, launch: int, steps: Steps, host: Host) -> bool:
+    """Clean up after the VMM of a launch; false if that launch is not what runs any more.
+
+    Exit 0 is no proof of an orderly end: a guest's triple fault ends the VMM with 0 too
+    (a crash and a reboot look alike), so the status is `failed` in any case.
+    """
+    record = host.records.instance(ref)
+    if record is None or record.launch != launch or record.status is not Status.RUNNING:
+        return False
+    if record.vmm is not None and await host.vmms.alive(record.vmm):
+        return False
+    steps.finalize()
+    log_tail = (await host.jails.read_log(ref, launch))[-LOG_TAIL_BYTES:]
+    await release(record, steps, host)
+    await host.snapshots.discard(ref)
+    now_ms = host.facts.now_ms()
+    gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
+    await host.records.event(
+        "vmm_exited",
+        ref=ref,
+        reason="the VMM ended by itself",
+        detail={"launch": launch, "log_tail": log_tail.decode(errors="replace")},
+    )
+    await host.records.put_instance(
+        settled(gone, Status.FAILED, now_ms), reason="the VMM ended by itself", durable=True
+    )
+    await tell_at_rest(record, Status.FAILED, host, now_ms)
+    return True

@@ -1,0 +1,180 @@
+"""StartInstance: from at rest to a running, confined VMM whose guest agent answers."""
+
+from handlers.courtesy import tell_running
+from handlers.errors import Unavailable, Unsupported
+from handlers.launching import (
+    CONFIG,
+    DATA,
+    INITRD,
+    KERNEL,
+    ROOTFS,
+    SECRETS,
+    SERIAL,
+    VSOCK,
+    Launch,
+    Wanted,
+    ensure_place,
+    jail_spec,
+    launch_of,
+    read_wanted,
+    record_disk,
+    record_vmm,
+    reservation,
+    unless_exited,
+)
+from handlers.machine import Artifact, BootConfig, DataDiskSpec, DriveConfig, Host, Jail
+from handlers.reservations import Reservations
+from handlers.revisions import ensure_revision
+from handlers.states import RESTING, read_standing, settled
+from handlers.steps import Done, Steps
+from schemas import naming
+from schemas.records import InstanceRecord, Status, VmmIdentity
+from schemas.requests import StartInstance
+
+BOOT = "boot"
+
+
+async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
+    """Bring the instance from at rest to running.
+
+    Idempotent: a step that finds its work done changes nothing, so a run after a crash goes on
+    where the last one stopped; a VMM that may have booted is adopted, and where it is gone the
+    guest is not booted again under this command. On failure all that this command made, in any
+    of its runs, is removed, last first.
+
+    Raises:
+        NotFound, Invalid: a file of agentd is missing or wrong; names file and field.
+        Conflict: it sleeps, is quarantined, its network is not set up, its address is taken.
+        Exhausted: quota, memory, disk or uids are used up on this host.
+        Unavailable: the guest agent did not answer in time; try again under a new id.
+        HostFault: a limit or a confinement fact does not hold.
+    """
+    if cmd.volumes:
+        raise Unsupported(
+            "volumes are not supported by this version", path="$.request.StartInstance.volumes"
+        )
+    standing = await read_standing(cmd.ref, host, host.facts.now_ms())
+    standing.refuse_unknown()
+    standing.refuse_half_done(steps.command_id)
+    if standing.status is Status.RUNNING:
+        return Done(changed=False, status=str(Status.RUNNING))
+    if standing.status not in RESTING:
+        raise standing.conflict("start")
+    await refuse_second_boot(standing.record, steps, host)
+    wanted = await read_wanted(cmd.ref, standing.record, host)
+    revision = await host.shared.current_revision(cmd.tenant_id, cmd.pool_id)
+    record = await steps.ensure(
+        Reservations(host),
+        reservation(
+            wanted,
+            standing.record,
+            steps,
+            status=Status.STARTING,
+            revision=revision,
+            now_ms=host.facts.now_ms(),
+        ),
+    )
+    async with host.slots.boots:
+        return await boot(wanted, record, steps, host)
+
+
+async def refuse_second_boot(record: InstanceRecord, steps: Steps, host: Host) -> None:
+    """No guest boots twice under one id: if it may have booted, its VMM must still be there."""
+    if steps.marked(BOOT) and await host.vmms.find(record.jail_id) is None:
+        raise Unavailable(
+            "the VMM ended while its start was under way; the guest may have run"
+        ).for_good()
+
+
+async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host) -> Done:
+    """Make the place, launch, boot, wait for the agent, read the facts back."""
+    launch = launch_of(record, wanted.pool, host)
+    if not steps.marked(BOOT) and await host.vmms.find(launch.jail_id) is None:
+        # What is left of a run cut before its VMM stood would be in the jailer's way.
+        await host.jails.remove(launch.jail_id)
+    artifact = await ensure_revision(launch.ref, record.revision or "", steps, host)
+    await ensure_place(launch, steps, host)
+    data_path = await ensure_data_disk(launch, steps, host)
+    secrets = await host.shared.secrets(launch.ref.tenant_id)
+    jail = await steps.ensure(host.jails, jail_spec(launch, artifact, data_path, secrets=secrets))
+    identity = await steps.ensure(host.vmms, launch.vmm)
+    record = await record_vmm(launch, identity, host)
+    vmm = host.vmms.api(launch.jail_id)
+    try:
+        if await vmm.state() == "Not started":
+            config = boot_config(launch, artifact, jail, has_data=data_path is not None, host=host)
+            await steps.act("configure", lambda: vmm.configure(config))
+            await steps.mark(BOOT)
+            await steps.act("start_vm", vmm.start)
+        await steps.act("check_confinement", lambda: check(launch, identity, host))
+        if record.agent_port is not None:
+            await wait_for_agent(launch, identity, record.agent_port, steps, host)
+    finally:
+        await vmm.close()
+    left_behind = await tell_running(record, host, host.facts.now_ms())
+    return Done(
+        changed=True,
+        status=str(Status.RUNNING),
+        detail={"pid": identity.pid, "launch": record.launch, "tap": launch.names.tap},
+        left_behind=left_behind,
+        record=settled(record, Status.RUNNING, host.facts.now_ms()),
+    )
+
+
+async def ensure_data_disk(launch: Launch, steps: Steps, host: Host) -> str | None:
+    """The data disk, made on the first start; its identity is journalled before it is used."""
+    size_mib = launch.pool.instance_resources.data_disk_mib
+    if size_mib == 0:
+        return None
+    disk = await steps.ensure(
+        host.data_disks, DataDiskSpec(launch.ref, size_mib, launch.record.disk)
+    )
+    await record_disk(launch, disk.identity, host)
+    return disk.path
+
+
+async def check(launch: Launch, identity: VmmIdentity, host: Host) -> None:
+    await host.vmms.check_confinement(identity, launch.vmm)
+
+
+async def wait_for_agent(
+    launch: Launch, identity: VmmIdentity, port: int, steps: Steps, host: Host
+) -> None:
+    """ "API says Running" proves nothing: only the agent's answer does."""
+    timeout_s = host.settings.vmm.ready_timeout_s
+
+    async def ping() -> None:
+        await host.agents.ping(launch.jail_id, port, timeout_s=timeout_s)
+
+    async def answered() -> None:
+        await unless_exited(identity, ping, host)
+
+    await steps.interruptible("agent_ready", answered)
+
+
+def boot_config(
+    launch: Launch, artifact: Artifact, jail: Jail, *, has_data: bool, host: Host
+) -> BootConfig:
+    """Drives in the order rootfs, config, data, secrets; a guest finds them by label."""
+    drives = [DriveConfig("rootfs", ROOTFS, read_only=True, root_device=True)]
+    if jail.has_config:
+        drives.append(DriveConfig("config", CONFIG, read_only=True))
+    if has_data:
+        drives.append(DriveConfig("data", DATA, read_only=False))
+    if jail.has_secrets:
+        drives.append(DriveConfig("secrets", SECRETS, read_only=True))
+    names = launch.names
+    address = f"ip={names.guest_ip}::{names.net.gateway_ip}:{naming.netmask(names.net)}::eth0:off"
+    extra = host.settings.vmm.boot_args
+    return BootConfig(
+        vcpus=launch.record.vcpus,
+        mem_mib=launch.record.mem_mib,
+        kernel=KERNEL,
+        initrd=INITRD if artifact.initrd is not None else None,
+        boot_args=" ".join(part for part in ("reboot=k panic=1", address, extra) if part),
+        drives=tuple(drives),
+        tap=names.tap,
+        mac=names.mac,
+        vsock=VSOCK,
+        serial=SERIAL if launch.pool.serial else None,
+    )

@@ -1,0 +1,220 @@
+"""WakeInstance: restore the one snapshot of a sleeping instance, once.
+
+The point of no return is `consumed` in the journal, after the load without resume and every
+check that needs no running guest. Until then a failure leaves the snapshot as it was and nothing
+running. After it the guest counts as having run: old memory over a newer disk corrupts it.
+"""
+
+import dataclasses
+
+from msgspec.structs import replace
+
+from handlers.courtesy import tell_at_rest, tell_running
+from handlers.errors import Failure, HostFault, Unavailable
+from handlers.launching import (
+    Wanted,
+    ensure_place,
+    jail_spec,
+    launch_of,
+    read_wanted,
+    record_vmm,
+    reservation,
+)
+from handlers.machine import DataDiskSpec, Host, SnapshotInfo
+from handlers.pausing import Draft, SnapshotUses, SnapshotUseSpec
+from handlers.releasing import release
+from handlers.reservations import Reservations
+from handlers.revisions import ensure_revision
+from handlers.states import read_standing, settled
+from handlers.steps import Done, Steps
+from schemas.records import InstanceRecord, Status
+from schemas.requests import WakeInstance
+
+CONSUMED = "consumed"
+AGENT_TIMEOUT_S = 10.0
+
+
+async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
+    """Bring a sleeping instance back to running from its snapshot.
+
+    Raises:
+        NotFound, Conflict: unknown here; not asleep; network not set up; quarantined.
+        Exhausted: quota, memory or uids are used up on this host.
+        HostFault: the snapshot, its disks, the VMM or the CPU do not fit; it stays asleep.
+        Unavailable: the VMM ended; past the point of no return the instance then is `failed`.
+    """
+    standing = await read_standing(cmd.ref, host, host.facts.now_ms())
+    standing.refuse_unknown()
+    record = standing.record
+    if record.status is Status.RUNNING:
+        return Done(changed=False, status=str(Status.RUNNING))
+    if record.status is Status.WAKING and record.consumed:
+        # Past its point, whoever began it: only completion is left.
+        steps.finalize()
+        return await go_on(record, steps, host)
+    standing.refuse_half_done(steps.command_id)
+    if standing.status is not Status.SLEEPING:
+        raise standing.conflict("wake")
+    return await go_on(await restore(cmd, record, steps, host), steps, host)
+
+
+async def restore(
+    cmd: WakeInstance, record: InstanceRecord, steps: Steps, host: Host
+) -> InstanceRecord:
+    """All up to and including the point of no return; the VM is loaded and not yet resumed."""
+    number = record.snapshot
+    if number is None:
+        raise HostFault(f"instance {record.ref} sleeps without a snapshot in the journal")
+    info = await host.snapshots.read(record.ref)
+    if info is None or info.number != number:
+        raise HostFault(f"snapshot {number} of instance {record.ref} has no manifest")
+    wanted = await read_wanted(cmd.ref, record, host)
+    spec = reservation(
+        wanted,
+        record,
+        steps,
+        status=Status.WAKING,
+        revision=info.revision,
+        now_ms=host.facts.now_ms(),
+    )
+    record = await steps.ensure(
+        # The size is that of the memory which slept, whatever the pool says by now.
+        Reservations(host),
+        dataclasses.replace(spec, vcpus=info.vcpus, mem_mib=info.mem_mib),
+    )
+    async with host.slots.restores:
+        return await load(wanted, record, info, steps, host)
+
+
+async def load(
+    wanted: Wanted, record: InstanceRecord, info: SnapshotInfo, steps: Steps, host: Host
+) -> InstanceRecord:
+    launch = launch_of(record, wanted.pool, host)
+    if await host.vmms.find(launch.jail_id) is None and await host.jails.exists(launch.jail_id):
+        await host.jails.remove(launch.jail_id)
+        await host.snapshots.settle(launch.ref, info.number)
+    artifact = await ensure_revision(launch.ref, info.revision, steps, host)
+    await ensure_place(launch, steps, host)
+    data_path = await known_data_disk(record, wanted, steps, host)
+    await steps.ensure(SnapshotUses(host), SnapshotUseSpec(Draft(launch.ref, info.number)))
+    secrets = await host.shared.secrets(launch.ref.tenant_id) if info.has_secrets else None
+    await steps.ensure(
+        host.jails,
+        jail_spec(
+            launch,
+            artifact,
+            data_path,
+            secrets=secrets if secrets is not None or not info.has_secrets else b"{}\n",
+            kept_config=info.kept_config,
+            kept_secrets=info.kept_secrets,
+        ),
+    )
+    identity = await steps.ensure(host.vmms, launch.vmm)
+    record = await record_vmm(launch, identity, host)
+    vmm = host.vmms.api(launch.jail_id)
+    try:
+        if await vmm.state() == "Not started":
+            version = await vmm.version()
+            await steps.act(
+                "verify_snapshot",
+                lambda: host.snapshots.verify(launch.ref, info.number, version),
+            )
+            paths = await steps.act(
+                "link_snapshot",
+                lambda: host.snapshots.link_into(launch.jail_id, launch.vmm.uid, info),
+            )
+            await steps.act("load_snapshot", lambda: vmm.load_snapshot(*paths))
+        await steps.act(
+            "check_confinement", lambda: host.vmms.check_confinement(identity, launch.vmm)
+        )
+        steps.safe_point()
+        record = replace(record, consumed=True)
+        # The point of no return, committed with `synchronous=FULL`: part of the record, so that
+        # a later command knows it too.
+        await steps.reach(CONSUMED, lambda: host.records.put_instance(record, durable=True))
+    finally:
+        await vmm.close()
+    return record
+
+
+async def known_data_disk(
+    record: InstanceRecord, wanted: Wanted, steps: Steps, host: Host
+) -> str | None:
+    """The data disk that slept with the instance; a wake never makes a new one."""
+    if record.disk is None:
+        return None
+    size_mib = wanted.pool.instance_resources.data_disk_mib
+    disk = await steps.act(
+        "data_disk",
+        lambda: host.data_disks.ensure(DataDiskSpec(record.ref, size_mib, record.disk)),
+    )
+    return disk.path
+
+
+async def go_on(record: InstanceRecord, steps: Steps, host: Host) -> Done:
+    """Past the point of no return: resume, tell the agent, set the clock; failures are reported."""
+    await host.snapshots.consume(record.ref, record.snapshot or 0)
+    identity = await host.vmms.find(record.jail_id)
+    if identity is None:
+        await give_up(record, steps, host)
+        raise Unavailable(
+            f"the VMM of instance {record.ref} ended after its snapshot was consumed",
+            detail={"status": str(Status.FAILED)},
+        ).for_good()
+    vmm = host.vmms.api(record.jail_id)
+    try:
+        if await vmm.state() == "Paused":
+            await steps.act("resume", vmm.resume)
+    finally:
+        await vmm.close()
+    detail = await tell_guest(record, steps, host)
+    if trouble := {k: v for k, v in detail.items() if k.endswith("_failed")}:
+        await host.records.event(
+            "snapshot", ref=record.ref, reason="the guest was not told of its wake", detail=trouble
+        )
+    left_behind = await tell_running(record, host, host.facts.now_ms())
+    awake = replace(record, vmm=identity, snapshot=None, consumed=True)
+    return Done(
+        changed=True,
+        status=str(Status.RUNNING),
+        detail={"pid": identity.pid, "launch": record.launch, **detail},
+        left_behind=left_behind,
+        record=settled(awake, Status.RUNNING, host.facts.now_ms()),
+    )
+
+
+async def tell_guest(record: InstanceRecord, steps: Steps, host: Host) -> dict[str, object]:
+    """`Wake` and the clock; what fails is named in the reply's detail and stops nothing."""
+    port = record.agent_port
+    detail: dict[str, object] = {}
+    if port is None:
+        return detail
+    try:
+        ack = await steps.act(
+            "agent_wake", lambda: host.agents.wake(record.jail_id, port, timeout_s=AGENT_TIMEOUT_S)
+        )
+        if not ack.success:
+            detail["agent_failed"] = ack.detail or "the agent refused"
+    except Failure as error:
+        detail["agent_failed"] = error.message
+        return detail
+    try:
+        detail["clock_was_off_s"] = await steps.act(
+            "set_clock",
+            lambda: host.agents.set_clock(record.jail_id, port, timeout_s=AGENT_TIMEOUT_S),
+        )
+    except Failure as error:
+        detail["clock_failed"] = error.message
+    return detail
+
+
+async def give_up(record: InstanceRecord, steps: Steps, host: Host) -> None:
+    """The guest may have run and is gone: the snapshot is worth nothing any more."""
+    await release(record, steps, host)
+    await host.snapshots.discard(record.ref)
+    now_ms = host.facts.now_ms()
+    await tell_at_rest(record, Status.FAILED, host, now_ms)
+    gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
+    await host.records.put_instance(
+        settled(gone, Status.FAILED, now_ms), reason="the VMM ended while waking", durable=True
+    )

@@ -1,0 +1,547 @@
+"""A host in memory: every mechanism of `handlers/machine.py`, with one place to make things fail.
+
+`FakeHost.resources` is all that exists on it, by kind and key; a test compares it before and
+after. `fail[name]` holds the failure that the named effect raises, before or after it took hold.
+It passes the same contract tests as the real mechanisms (`tests/contract`).
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound, Unavailable
+from handlers.locks import TenantLocks
+from handlers.machine import (
+    Ack,
+    Artifact,
+    ArtifactSpec,
+    BootConfig,
+    DataDisk,
+    DataDiskSpec,
+    Host,
+    Jail,
+    JailSpec,
+    LaunchSpec,
+    Records,
+    SnapshotFacts,
+    SnapshotInfo,
+    TapSpec,
+)
+from handlers.slots import Slots
+from schemas.files import (
+    InstanceFile,
+    InstanceNet,
+    InstanceResources,
+    PoolSpec,
+    TenantConfig,
+    TenantQuota,
+)
+from schemas.records import DiskIdentity, VmmIdentity
+from schemas.requests import InstanceRef, TenantNet
+from schemas.settings import Settings
+
+BOOT_ID = "00000000-0000-4000-8000-000000000001"
+
+
+@dataclass
+class Guest:
+    """What a guest remembers. `boots` lives on the data disk, `counter` in memory."""
+
+    state: str = "Not started"
+    counter: int = 0
+    config: BootConfig | None = None
+
+
+@dataclass
+class FakeHost:
+    """The machine. `fail` maps an effect to the failure it raises; `fail_late` after it took."""
+
+    resources: dict[tuple[str, str], Any] = field(default_factory=dict)
+    fail: dict[str, BaseException] = field(default_factory=dict)
+    fail_late: dict[str, BaseException] = field(default_factory=dict)
+    guests: dict[str, Guest] = field(default_factory=dict)
+    boots: dict[str, int] = field(default_factory=dict)
+    jailer_runs: list[str] = field(default_factory=list)
+    tenants: dict[str, TenantConfig] = field(default_factory=dict)
+    pools: dict[tuple[str, str], PoolSpec] = field(default_factory=dict)
+    files: dict[InstanceRef, InstanceFile] = field(default_factory=dict)
+    written: dict[InstanceRef, dict[str, Any]] = field(default_factory=dict)
+    revisions: dict[tuple[str, str], str] = field(default_factory=dict)
+    secrets: dict[str, bytes] = field(default_factory=dict)
+    routes: list[str] = field(default_factory=list)
+    memory_mib: int = 16_384
+    agent_answers: bool = True
+    drain_ack: bool = True
+    drain_gate: asyncio.Event | None = None
+    exits_on_request: bool = True
+    exited: dict[int, asyncio.Event] = field(default_factory=dict)
+    next_pid: int = 1000
+    seen: list[str] = field(default_factory=list)
+    later: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+
+    async def effect(self, name: str, do: Callable[[], Any]) -> Any:
+        """Run one effect with its injected failure, yielding to the loop once as real ones do."""
+        self.seen.append(name)
+        await asyncio.sleep(0)
+        if name in self.fail:
+            raise self.fail[name]
+        value = do()
+        if name in self.fail_late:
+            raise self.fail_late[name]
+        return value
+
+    def kill(self, jail_id: str) -> None:
+        """The VMM ends, whoever wanted it."""
+        identity = self.resources.pop(("vmms", jail_id), None)
+        self.guests.pop(jail_id, None)
+        if identity is not None:
+            self.exited[identity.pid].set()
+
+    def host(self, records: Records, settings: Settings | None = None) -> Host:
+        """The `Host` that a handler gets."""
+        settings = settings or Settings()
+        return Host(
+            settings=settings,
+            records=records,
+            facts=FakeFacts(self),
+            shared=FakeShared(self),
+            networks=FakeNetworks(self),
+            bridges=Plain(self, "bridge"),
+            tenant_rules=Plain(self, "tenant_rules"),
+            pins=Plain(self, "pin"),
+            taps=FakeTaps(self),
+            artifacts=FakeArtifacts(self),
+            data_disks=FakeDataDisks(self),
+            cgroups=Plain(self, "cgroups"),
+            jails=FakeJails(self),
+            vmms=FakeVmms(self),
+            agents=FakeAgents(self),
+            snapshots=FakeSnapshots(self),
+            slots=Slots.of(settings.limits),
+            locks=TenantLocks(),
+            later=lambda name, work: self.later.append(work),
+            trying={},
+        )
+
+
+class Plain:
+    """A mechanism that only is or is not there."""
+
+    def __init__(self, machine: FakeHost, name: str) -> None:
+        self.machine = machine
+        self.name = name
+
+    async def exists(self, key: str) -> bool:
+        return (self.name, key) in self.machine.resources
+
+    async def ensure(self, spec: Any) -> Any:
+        def put() -> bool:
+            made = self.machine.resources.get((self.name, spec.key)) != spec
+            self.machine.resources[self.name, spec.key] = spec
+            return made
+
+        return await self.machine.effect(self.name, put)
+
+    async def remove(self, key: str) -> None:
+        await self.machine.effect(
+            f"remove_{self.name}", lambda: self.machine.resources.pop((self.name, key), None)
+        )
+
+
+class FakeTaps(Plain):
+    """TAPs; one with another alias is foreign."""
+
+    def __init__(self, machine: FakeHost) -> None:
+        super().__init__(machine, "tap")
+
+    async def ensure(self, spec: TapSpec) -> bool:
+        found = self.machine.resources.get(("tap", spec.key))
+        if found is not None and found.alias != spec.alias:
+            raise Conflict(f"link {spec.name} is not hostd's")
+        made: bool = await super().ensure(spec)
+        return made
+
+
+class FakeFacts:
+    def __init__(self, machine: FakeHost) -> None:
+        self.machine = machine
+        self.clock_ms = 1_700_000_000_000
+
+    def now_ms(self) -> int:
+        self.clock_ms += 1
+        return self.clock_ms
+
+    def boot_id(self) -> str:
+        return BOOT_ID
+
+    def memory_mib(self) -> int:
+        return self.machine.memory_mib
+
+    def free_bytes(self, path: str) -> int:
+        return 1 << 40
+
+
+class FakeNetworks:
+    def __init__(self, machine: FakeHost) -> None:
+        self.machine = machine
+
+    async def overlapping_route(self, subnet: str, *, except_bridge: str) -> str | None:
+        return next((r for r in self.machine.routes if r == subnet), None)
+
+    async def taps_on(self, bridge: str) -> Sequence[str]:
+        return [
+            spec.name
+            for (kind, _), spec in self.machine.resources.items()
+            if kind == "tap" and spec.bridge == bridge
+        ]
+
+    async def prepare(self) -> bool:
+        await self.machine.effect("prepare_network", lambda: None)
+        return False
+
+
+class FakeShared:
+    def __init__(self, machine: FakeHost) -> None:
+        self.machine = machine
+
+    async def tenant(self, tenant_id: str) -> TenantConfig:
+        return _known(self.machine.tenants, tenant_id, "tenant.json")
+
+    async def pool(self, tenant_id: str, pool_id: str) -> PoolSpec:
+        return _known(self.machine.pools, (tenant_id, pool_id), "pool.json")
+
+    async def instance(self, ref: InstanceRef) -> InstanceFile:
+        return _known(self.machine.files, ref, "instance.json")
+
+    async def has_instance(self, ref: InstanceRef) -> bool:
+        return ref in self.machine.files
+
+    async def current_revision(self, tenant_id: str, pool_id: str) -> str:
+        return _known(self.machine.revisions, (tenant_id, pool_id), "artifacts/current")
+
+    async def secrets(self, tenant_id: str) -> bytes | None:
+        return self.machine.secrets.get(tenant_id)
+
+    async def update_instance(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
+        def write() -> None:
+            self.machine.written.setdefault(ref, {}).update(changes)
+
+        await self.machine.effect("update_instance", write)
+
+    async def remove_instance(self, ref: InstanceRef, *, keep_volumes: bool) -> None:
+        def remove() -> None:
+            self.machine.files.pop(ref, None)
+            if not keep_volumes:
+                self.machine.resources.pop(("data_disks", str(ref)), None)
+
+        await self.machine.effect("remove_files", remove)
+
+
+def _known(table: dict[Any, Any], key: Any, file: str) -> Any:
+    if key not in table:
+        raise NotFound(f"{file} of {key} is missing", path=file)
+    return table[key]
+
+
+class FakeArtifacts(Plain):
+    def __init__(self, machine: FakeHost) -> None:
+        super().__init__(machine, "artifacts")
+
+    async def ensure(self, spec: ArtifactSpec) -> Artifact:
+        await super().ensure(spec)
+        return Artifact("/a/vmlinux", "/a/rootfs.ext4", None, {})
+
+
+class FakeDataDisks(Plain):
+    def __init__(self, machine: FakeHost) -> None:
+        super().__init__(machine, "data_disks")
+
+    def path(self, ref: InstanceRef) -> str:
+        return f"/volumes/{ref}/data.ext4"
+
+    async def ensure(self, spec: DataDiskSpec) -> DataDisk:
+        found = self.machine.resources.get((self.name, spec.key))
+        if found is not None and spec.known is not None and found != spec.known:
+            raise Invalid("data.ext4 was not made by hostd", path="volumes/data.ext4")
+
+        def put() -> DiskIdentity:
+            made = spec.known or DiskIdentity(1, len(self.machine.resources) + 1, spec.size_mib)
+            return self.machine.resources.setdefault((self.name, spec.key), made)
+
+        identity = await self.machine.effect(self.name, put)
+        return DataDisk(self.path(spec.ref), identity)
+
+    async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
+        await self.machine.effect(
+            "wipe_volumes", lambda: self.machine.resources.pop((self.name, str(ref)), None)
+        )
+
+
+class FakeJails(Plain):
+    def __init__(self, machine: FakeHost) -> None:
+        super().__init__(machine, "jails")
+
+    async def ensure(self, spec: JailSpec) -> Jail:
+        await super().ensure(spec)
+        has_secrets = spec.secrets is not None or spec.kept_secrets is not None
+        return Jail(f"/jails/{spec.jail_id}/root", has_config=True, has_secrets=has_secrets)
+
+    async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
+        return b"log"
+
+
+class FakeVmms(Plain):
+    def __init__(self, machine: FakeHost) -> None:
+        super().__init__(machine, "vmms")
+
+    async def ensure(self, spec: LaunchSpec) -> VmmIdentity:
+        machine = self.machine
+
+        def launch() -> VmmIdentity:
+            if (self.name, spec.key) not in machine.resources:
+                machine.next_pid += 1
+                machine.jailer_runs.append(spec.key)
+                machine.guests[spec.key] = Guest()
+                machine.exited[machine.next_pid] = asyncio.Event()
+                machine.resources[self.name, spec.key] = VmmIdentity(
+                    machine.next_pid, 1, 1, 1, spec.cgroup, BOOT_ID
+                )
+            return machine.resources[self.name, spec.key]
+
+        return await machine.effect(self.name, launch)
+
+    async def remove(self, key: str) -> None:
+        await self.machine.effect("remove_vmms", lambda: self.machine.kill(key))
+
+    async def find(self, jail_id: str) -> VmmIdentity | None:
+        return self.machine.resources.get((self.name, jail_id))
+
+    async def alive(self, identity: VmmIdentity) -> bool:
+        return not self.machine.exited[identity.pid].is_set()
+
+    async def wait_exit(self, identity: VmmIdentity, timeout_s: float) -> bool:
+        gone = self.machine.exited[identity.pid]
+        if timeout_s == float("inf"):
+            return await gone.wait()
+        if not gone.is_set():
+            await asyncio.sleep(0)
+        return gone.is_set()
+
+    async def terminate(self, identity: VmmIdentity) -> None: ...
+
+    async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
+        await self.machine.effect("check_confinement", lambda: None)
+
+    def api(self, jail_id: str) -> "FakeVmm":
+        return FakeVmm(self.machine, jail_id)
+
+
+class FakeVmm:
+    """The API of one VMM; gone with it."""
+
+    def __init__(self, machine: FakeHost, jail_id: str) -> None:
+        self.machine = machine
+        self.jail_id = jail_id
+
+    @property
+    def guest(self) -> Guest:
+        guest = self.machine.guests.get(self.jail_id)
+        if guest is None:
+            raise Unavailable("the API socket refused")
+        return guest
+
+    async def configure(self, config: BootConfig) -> None:
+        guest = self.guest
+        await self.machine.effect("configure", lambda: setattr(guest, "config", config))
+
+    async def start(self) -> None:
+        guest = self.guest
+
+        def boot() -> None:
+            guest.state = "Running"
+            disk = self.jail_id.rpartition("-")[0]
+            self.machine.boots[disk] = self.machine.boots.get(disk, 0) + 1
+
+        await self.machine.effect("start_vm", boot)
+
+    async def pause(self) -> None:
+        guest = self.guest
+        await self.machine.effect("pause", lambda: setattr(guest, "state", "Paused"))
+
+    async def resume(self) -> None:
+        guest = self.guest
+        await self.machine.effect("resume", lambda: setattr(guest, "state", "Running"))
+
+    async def state(self) -> str:
+        return self.guest.state
+
+    async def version(self) -> str:
+        return "1.12.1"
+
+    async def create_snapshot(self, state_path: str, mem_path: str) -> None:
+        if self.guest.state != "Paused":
+            raise HostFault("save/restore unavailable while running")
+        await self.machine.effect("create_snapshot", lambda: None)
+
+    async def load_snapshot(self, state_path: str, mem_path: str) -> None:
+        guest = self.guest
+        try:
+            await self.machine.effect("load_snapshot", lambda: setattr(guest, "state", "Paused"))
+        except Failure:
+            self.machine.kill(self.jail_id)
+            raise
+        guest.counter = self.machine.resources["snapshot_in_jail", self.jail_id]
+
+    async def send_ctrl_alt_del(self) -> None:
+        if self.guest.state == "Running" and self.machine.exits_on_request:
+            self.machine.kill(self.jail_id)
+
+    async def close(self) -> None: ...
+
+
+class FakeAgents:
+    def __init__(self, machine: FakeHost) -> None:
+        self.machine = machine
+
+    async def ping(self, jail_id: str, port: int, *, timeout_s: float) -> None:
+        await self.machine.effect("agent_ready", lambda: None)
+        if not self.machine.agent_answers:
+            raise Unavailable("the guest agent did not answer")
+
+    async def sleep_prep(
+        self, jail_id: str, port: int, *, drain_timeout_s: int, timeout_s: float
+    ) -> Ack:
+        if self.machine.drain_gate is not None:
+            await self.machine.drain_gate.wait()
+        await self.machine.effect("drain", lambda: None)
+        return Ack(self.machine.drain_ack)
+
+    async def wake(self, jail_id: str, port: int, *, timeout_s: float) -> Ack:
+        await self.machine.effect("agent_wake", lambda: None)
+        return Ack(True)
+
+    async def set_clock(self, jail_id: str, port: int, *, timeout_s: float) -> float:
+        await self.machine.effect("set_clock", lambda: None)
+        return 0.0
+
+
+class FakeSnapshots:
+    """`snapshot` resources are published, `snapshot_draft` ones are not."""
+
+    def __init__(self, machine: FakeHost) -> None:
+        self.machine = machine
+
+    async def begin(self, jail_id: str, uid: int) -> tuple[str, str]:
+        return "/snap/state", "/snap/mem"
+
+    async def seal(self, jail_id: str, facts: SnapshotFacts) -> SnapshotInfo:
+        counter = self.machine.guests[jail_id].counter
+
+        def put() -> SnapshotInfo:
+            info = SnapshotInfo(
+                number=facts.number,
+                directory="/s",
+                state_path="/s/state",
+                mem_path="/s/mem",
+                launch=facts.launch,
+                revision=facts.revision,
+                vcpus=facts.vcpus,
+                mem_mib=facts.mem_mib,
+                size_bytes=counter,
+                kept_config="/s/config.ext4" if facts.keep_drives else None,
+                kept_secrets=None,
+                has_secrets=False,
+            )
+            self.machine.resources["snapshot_draft", f"{facts.ref}#{facts.number}"] = info
+            return info
+
+        return await self.machine.effect("seal", put)
+
+    async def publish(self, ref: InstanceRef, number: int) -> None:
+        def rename() -> None:
+            key = f"{ref}#{number}"
+            resources = self.machine.resources
+            resources["snapshot", key] = resources.pop(("snapshot_draft", key))
+
+        await self.machine.effect("publish", rename)
+
+    async def read(self, ref: InstanceRef) -> SnapshotInfo | None:
+        found = [
+            info
+            for (kind, key), info in self.machine.resources.items()
+            if kind == "snapshot" and key.startswith(f"{ref}#")
+        ]
+        return max(found, key=lambda info: info.number, default=None)
+
+    async def verify(self, ref: InstanceRef, number: int, vmm_version: str) -> SnapshotInfo:
+        await self.machine.effect("verify_snapshot", lambda: None)
+        info = self.machine.resources.get(("snapshot", f"{ref}#{number}"))
+        if info is None:
+            raise HostFault(f"snapshot {number} of {ref} has no manifest")
+        return info
+
+    async def hash_memory(self, ref: InstanceRef, number: int) -> str | None:
+        return "0" * 64 if ("snapshot", f"{ref}#{number}") in self.machine.resources else None
+
+    async def link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
+        def link() -> None:
+            self.machine.resources["snapshot_in_jail", jail_id] = info.size_bytes
+
+        await self.machine.effect("link_snapshot", link)
+        return "/snap/state", "/snap/mem"
+
+    async def settle(self, ref: InstanceRef, number: int) -> None:
+        for kind, key in list(self.machine.resources):
+            if kind == "snapshot_in_jail":
+                del self.machine.resources[kind, key]
+
+    async def consume(self, ref: InstanceRef, number: int) -> None:
+        await self.machine.effect(
+            "consume", lambda: self.machine.resources.pop(("snapshot", f"{ref}#{number}"), None)
+        )
+        await self.settle(ref, number)
+
+    async def drop(self, ref: InstanceRef, number: int) -> None:
+        for kind in ("snapshot", "snapshot_draft"):
+            self.machine.resources.pop((kind, f"{ref}#{number}"), None)
+
+    async def discard(self, ref: InstanceRef, *, below: int | None = None) -> None:
+        def gone() -> None:
+            for kind, key in list(self.machine.resources):
+                if kind.startswith("snapshot") and key.startswith(f"{ref}#"):
+                    number = int(key.partition("#")[2])
+                    if below is None or number < below:
+                        del self.machine.resources[kind, key]
+
+        await self.machine.effect("discard_snapshot", gone)
+
+
+def seeded() -> FakeHost:
+    """A host with tenant acme (net 3), pool web, instance i-1 at offset 5, revision r1."""
+    net = TenantNet(3, "10.240.3.0/24", "10.240.3.1", "br-tenant-3")
+    quota = TenantQuota(16, 32_768, 8, 4, 4, 16, 100)
+    machine = FakeHost()
+    machine.tenants["acme"] = TenantConfig("acme", quota, net)
+    machine.pools["acme", "web"] = PoolSpec("web", "acme", InstanceResources(1, 128, 16))
+    machine.revisions["acme", "web"] = "r1"
+    ref = InstanceRef("acme", "web", "i-1")
+    machine.files[ref] = instance_file(ref, 5)
+    return machine
+
+
+def instance_file(ref: InstanceRef, offset: int, net_id: int = 3) -> InstanceFile:
+    base = f"10.240.{net_id}"
+    return InstanceFile(
+        ref.instance_id,
+        ref.pool_id,
+        ref.tenant_id,
+        "created",
+        InstanceNet(
+            f"tn{net_id}i{offset}",
+            f"02:fc:00:{net_id:02x}:00:{offset:02x}",
+            f"{base}.{offset}",
+            f"{base}.1",
+            24,
+        ),
+    )

@@ -1,0 +1,114 @@
+"""The bounded check that repairs what changed behind hostd's back: networks, and leftovers of ours.
+
+Runs on each change that the kernel tells of, and every 30 s. What a finished command could not
+undo is ours by record and removed here, unless a live instance uses it by now.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from itertools import chain
+
+import structlog
+
+from handlers.errors import Failure
+from handlers.launching import names_of
+from handlers.network import restore_network
+from handlers.steps import Removable
+from worker.journal import Journal
+from worker.metrics import Metrics
+from worker.real_host import RealHost
+
+PASS_EVERY_S = 30.0
+
+log = structlog.get_logger()
+
+
+class Caretaker:
+    """One pass at a time, each bounded by what the journal knows."""
+
+    def __init__(
+        self, real: RealHost, journal: Journal, known: Mapping[str, Removable], metrics: Metrics
+    ) -> None:
+        self._host = real.host
+        self._journal = journal
+        self._mechanisms = known
+        self._metrics = metrics
+        self._watch = real.network.watch
+        self._bound_logs = real.jails.bound_logs
+
+    async def run(self) -> None:
+        """Until cancelled: on each hint of the kernel's, and every 30 s."""
+        hints = self._watch.changes()
+        hint = asyncio.ensure_future(anext(hints))
+        try:
+            while True:
+                await asyncio.wait({hint}, timeout=PASS_EVERY_S)
+                if hint.done():
+                    hint.result()
+                    hint = asyncio.ensure_future(anext(hints))
+                await self.once()
+        finally:
+            hint.cancel()
+            await asyncio.gather(hint, return_exceptions=True)
+            await hints.aclose()
+
+    async def once(self) -> None:
+        """One pass; a trouble is logged and left to the next."""
+        try:
+            await self.repair_networks()
+            await self.sweep_leftovers()
+            await self._bound_logs()
+        except (Failure, OSError) as error:
+            log.warning("caretaker.trouble", error=repr(error))
+
+    async def repair_networks(self) -> None:
+        """Put each standing network in force again; a `drift` event says what was off."""
+        for record in self._journal.networks():
+            try:
+                restored = await restore_network(record, self._host)
+            except (Failure, OSError) as error:
+                log.warning("network.not_repaired", tenant=record.tenant_id, error=repr(error))
+                continue
+            if restored.repaired or restored.lost:
+                await self._journal.event(
+                    "drift",
+                    tenant_id=record.tenant_id,
+                    reason="changed behind hostd's back",
+                    detail={"repaired": list(restored.repaired), "lost": list(restored.lost)},
+                )
+
+    async def sweep_leftovers(self) -> None:
+        """Remove what finished commands left behind, and count what stays."""
+        left: dict[str, int] = {}
+        for command_id, rows in self._journal.leftovers().items():
+            for row in rows:
+                if not row.existed and not self._in_use(row.mechanism, row.key):
+                    try:
+                        await self._mechanisms[row.mechanism].remove(row.key)
+                    except (Failure, OSError) as error:
+                        left[row.mechanism] = left.get(row.mechanism, 0) + 1
+                        log.warning("leftover.stays", step=row.mechanism, error=repr(error))
+                        continue
+                    await self._journal.event(
+                        "removed",
+                        reason="left behind by a command",
+                        detail={"mechanism": row.mechanism, "key": row.key},
+                        command_id=command_id,
+                    )
+                await self._journal.forget(command_id, row.mechanism, row.key)
+        self._metrics.orphans(left)
+
+    def _in_use(self, mechanism: str, key: str) -> bool:
+        """Whether a live or sleeping instance has the resource by now."""
+        used = chain.from_iterable(
+            (
+                record.jail_id,
+                f"{record.ref.tenant_id}/{record.jail_id}",
+                str(record.ref),
+                *((names.tap, names.pin.key) if (names := names_of(record)) else ()),
+            )
+            for record in self._journal.instances()
+            if record.holds_offset
+        )
+        networks = (record.net.bridge_name for record in self._journal.networks())
+        return key in {*used, *networks} or mechanism == "tenant_rules"

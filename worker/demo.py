@@ -1,0 +1,299 @@
+"""`hostd demo`: the main job end to end, with a real Firecracker and a Linux guest.
+
+It starts a nats-server and a worker of its own in a network namespace of its own, drives one
+instance through its whole life over the bus, and compares what hostd owns before and after. It
+leaves nothing behind. Where this machine's KVM cannot run Linux, it runs in the lab.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+import msgspec
+
+from handlers.host import inventory
+from handlers.host.jail_paths import JailPaths
+from handlers.host.namespaces import enter_new_network
+from schemas import naming
+from schemas.requests import (
+    DestroyInstance,
+    InstanceRef,
+    Ping,
+    Request,
+    SetupNetwork,
+    SleepInstance,
+    StartInstance,
+    StopInstance,
+    TeardownNetwork,
+    WakeInstance,
+)
+from schemas.settings import (
+    HostSettings,
+    LimitSettings,
+    MetricsSettings,
+    NatsSettings,
+    PathSettings,
+    Settings,
+    VmmSettings,
+)
+from schemas.subjects import Subjects
+from worker import logs
+from worker.cli.client import Client, connect
+from worker.cli.context import json_option
+from worker.cli.seed import Seed, write_seed
+from worker.demo_guest import echo_through_tap, read_stat
+from worker.embedded import EmbeddedNats
+from worker.nats_link import Link
+from worker.provision import provision
+
+REF = InstanceRef("acme", "web", "i-1")
+NAMES = (REF.tenant_id, REF.pool_id, REF.instance_id)
+NET_ID = 7
+ASLEEP_S = 2.0
+REPLY_TIMEOUT_S = 120.0
+
+
+@dataclass
+class Story:
+    """What happened, told while it happens and summed up at the end."""
+
+    say: Callable[[str], None]
+    rows: list[tuple[str, float, str]] = field(default_factory=list[tuple[str, float, str]])
+
+    def tell(self, what: str, seconds: float, facts: str) -> None:
+        self.rows.append((what, seconds, facts))
+        self.say(f"  {what:<22} {seconds * 1000:9.1f} ms   {facts}")
+
+
+class DemoFailed(Exception):
+    """The demo did not see what it promises to show."""
+
+
+def linux_runs_here() -> bool:
+    """Whether this machine's KVM can run a Linux guest; a paravirtual one cannot."""
+    vendors = ("kvm_intel", "kvm_amd")
+    return os.path.exists("/dev/kvm") and any(os.path.isdir(f"/sys/module/{m}") for m in vendors)
+
+
+@click.command()
+@click.option("--build", default="build", show_default=True, help="Where `make setup` builds.")
+@click.option("--here", is_flag=True, help="Never hand over to the lab.")
+@click.option("--guest", type=click.Choice(["linux", "mini"]), default="linux", show_default=True)
+@json_option
+def demo(*, build: str, here: bool, guest: str, as_json: bool) -> None:
+    """The main job end to end, with a real Firecracker and a real guest; leaves nothing behind."""
+    logs.configure("error", stream="stderr")
+    if guest == "linux" and not here and not linux_runs_here():
+        lab = os.path.join(os.path.dirname(os.path.abspath(build)), "tests", "lab", "run.py")
+        if not os.path.exists(lab):
+            raise click.ClickException(
+                "this machine's KVM cannot run Linux, and the lab is part of a source checkout: "
+                "run `make demo` there, or `hostd demo --guest mini` here"
+            )
+        click.echo(
+            "This machine's KVM cannot run a Linux guest: the demo runs in the lab.", err=True
+        )
+        command = ["hostd", "demo", "--here", *(["--json"] if as_json else [])]
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "tests.lab.run", "--", *command])  # noqa: S606
+    if os.geteuid() != 0:
+        raise click.ClickException("the demo makes links, cgroups and jails: run it as root")
+    enter_new_network()
+    story = Story(lambda text: click.echo(text, err=as_json))
+    where = "in the lab" if os.path.exists("/etc/hostd-lab") else "on this machine's KVM"
+    story.say(f"hostd demo, {where}, guest: {guest}")
+    try:
+        asyncio.run(run(story, os.path.abspath(build), guest))
+    except DemoFailed as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        rows = [{"what": w, "ms": round(s * 1000, 1), "facts": f} for w, s, f in story.rows]
+        click.echo(msgspec.json.encode({"where": where, "guest": guest, "steps": rows}))
+    else:
+        total_s = sum(seconds for _, seconds, _ in story.rows)
+        story.say(f"All of it worked, {where}: {len(story.rows)} steps, {total_s:.1f} s.")
+
+
+async def run(story: Story, build: str, guest: str) -> None:
+    """The whole story; raises DemoFailed where it does not go as promised."""
+    async with AsyncExitStack() as stack:
+        folder = tempfile.mkdtemp(prefix="hostd-demo-")
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        nats = EmbeddedNats(f"{folder}/nats")
+        await nats.start()
+        stack.push_async_callback(nats.stop)
+        settings = demo_settings(folder, nats.url, build)
+        subjects = Subjects(settings.root, settings.host.id, settings.host.cell)
+        await provision_cell(settings, subjects)
+        before = (await asyncio.to_thread(inventory.take, settings)).counts
+        await stack.enter_async_context(worker_process(settings, folder))
+        client = await stack.enter_async_context(connect(settings))
+        await first_ping(client, settings, story)
+        await life(Driver(client, settings, story), build, guest)
+        after = (await asyncio.to_thread(inventory.take, settings)).counts
+        if after != before:
+            raise DemoFailed(f"left behind: before {before}, after {after}")
+        story.tell("inventory", 0.0, "the same before and after")
+    if os.path.exists(folder):
+        raise DemoFailed(f"{folder} is still there")
+
+
+@dataclass
+class Driver:
+    """Sends commands as agentd would and tells what came of each."""
+
+    client: Client
+    settings: Settings
+    story: Story
+
+    async def send(self, what: str, request: Request, facts: str = "") -> dict[str, Any]:
+        started = time.perf_counter()
+        reply = await self.client.send(self.settings.host.id, request, timeout_s=REPLY_TIMEOUT_S)
+        seconds = time.perf_counter() - started
+        if reply["code"] != "ok":
+            raise DemoFailed(f"{what}: {reply['code']}: {reply['response']}")
+        if reply["left_behind"]:
+            raise DemoFailed(f"{what}: left behind {reply['left_behind']}")
+        self.story.tell(what, seconds, facts or str(reply["status"] or reply["code"]))
+        return reply
+
+    async def stat(self, launch: int) -> dict[str, Any]:
+        jail_id = naming.jail_id(REF, launch)
+        return await read_stat(JailPaths.of(self.settings).root(jail_id))
+
+    async def echo(self, what: str, address: str) -> None:
+        seconds = await echo_through_tap(address, b"hello from the host")
+        self.story.tell(what, seconds, f"{address} answered by TCP")
+
+
+async def life(driver: Driver, build: str, guest: str) -> None:
+    """Network up, start, traffic, sleep, wake, stop, destroy, network down."""
+    seeded = write_seed(driver.settings.paths.data, seed_of(build, guest))
+    driver.story.tell("seed", 0.0, f"tenant {REF.tenant_id}, instance {REF}")
+    await driver.send("network up", SetupNetwork(REF.tenant_id, seeded.net))
+    await driver.send("start", StartInstance(*NAMES))
+    await driver.echo("traffic", seeded.guest_ip)
+    awake = await driver.stat(launch=1)
+    await driver.send("sleep", SleepInstance(*NAMES, force=False))
+    await asyncio.sleep(ASLEEP_S)
+    reply = await driver.send("wake", WakeInstance(*NAMES))
+    woken = await driver.stat(launch=2)
+    driver.story.tell("the guest remembers", 0.0, remembered(awake, woken, reply))
+    await driver.echo("traffic after wake", seeded.guest_ip)
+    await driver.send("stop", StopInstance(*NAMES))
+    destroy = DestroyInstance(*NAMES, wipe_volumes=True)
+    await driver.send("destroy", destroy, "volumes wiped")
+    await driver.send("network down", TeardownNetwork(REF.tenant_id, seeded.net), "ok")
+
+
+def remembered(awake: dict[str, Any], woken: dict[str, Any], reply: dict[str, Any]) -> str:
+    """Check that the woken guest is the one that slept, with its clock right; says so."""
+    if woken["boot_id"] != awake["boot_id"]:
+        raise DemoFailed("the woken guest has another boot id: it was booted, not woken")
+    if woken["counter"] <= awake["counter"]:
+        raise DemoFailed(f"counter {woken['counter']} after wake, {awake['counter']} before sleep")
+    facts = f"counter {awake['counter']} -> {woken['counter']}, same boot id"
+    if "unix_nanos" in woken:
+        off_s = abs(woken["unix_nanos"] / 1e9 - time.time())
+        if off_s > 1:
+            raise DemoFailed(f"the woken guest's clock is {off_s:.1f} s off: {reply['detail']}")
+        facts += f", clock within {off_s * 1000:.0f} ms"
+    return facts
+
+
+def seed_of(build: str, guest: str) -> Seed:
+    folder = f"{build}/guests/{guest}"
+    names = ("vmlinux", "rootfs.ext4", "initrd")
+    artifacts = {n: f"{folder}/{n}" for n in names if os.path.exists(f"{folder}/{n}")}
+    if "vmlinux" not in artifacts:
+        raise DemoFailed(f"no guest in {folder}: run make setup")
+    return Seed(
+        ref=REF,
+        net_id=NET_ID,
+        artifacts=artifacts,
+        mem_mib=128,
+        data_disk_mib=16,
+        offset=5,
+        secrets=b'{"token": "for the demo"}',
+    )
+
+
+def demo_settings(folder: str, url: str, build: str) -> Settings:
+    """All paths in one folder; limits in force where the machine has the controllers."""
+    controllers = ""
+    if os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+        with open("/sys/fs/cgroup/cgroup.controllers") as file:
+            controllers = file.read()
+    return Settings(
+        host=HostSettings(id=f"demo-{os.getpid()}", cell="demo", production=False),
+        nats=NatsSettings(url=url),
+        paths=PathSettings(data=f"{folder}/mvm", state=f"{folder}/state", run=f"{folder}/run"),
+        vmm=VmmSettings(firecracker=f"{build}/bin/firecracker", jailer=f"{build}/bin/jailer"),
+        metrics=MetricsSettings(listen=""),
+        limits=LimitSettings(enforce="memory" in controllers, cgroup=f"hostd-demo-{os.getpid()}"),
+    )
+
+
+async def provision_cell(settings: Settings, subjects: Subjects) -> None:
+    link = Link(settings.nats, name="hostd-demo", inbox="_INBOX.hostd-demo")
+    await link.start()
+    try:
+        await link.wait_connected()
+        await provision(link, subjects, [settings.host.id])
+    finally:
+        await link.close()
+
+
+@asynccontextmanager
+async def worker_process(settings: Settings, folder: str) -> AsyncGenerator[None]:
+    """`hostd run` as its own process; ended by SIGTERM, its log shown if it fails."""
+    environment = os.environ | environment_of(settings)
+    log_path = f"{folder}/hostd.log"
+    with open(log_path, "wb") as log:  # noqa: ASYNC230 (the demo waits for nothing else)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "worker", stdout=log, stderr=log, env=environment
+        )
+    try:
+        yield
+    except BaseException:
+        with open(log_path) as log_file:  # noqa: ASYNC230
+            click.echo(log_file.read()[-8000:], err=True)
+        raise
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(30):
+            await process.wait()
+    if process.returncode != 0:
+        raise DemoFailed(f"the worker ended with {process.returncode}")
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """The settings as environment variables, `HOSTD_<TABLE>_<KEY>`."""
+    names: dict[str, str] = {}
+    for table, values in msgspec.to_builtins(settings).items():
+        for key, value in values.items():
+            text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+            names[f"HOSTD_{table}_{key}".upper()] = text
+    return names
+
+
+async def first_ping(client: Client, settings: Settings, story: Story) -> None:
+    """Wait until the worker takes commands."""
+    started = time.perf_counter()
+    async with asyncio.timeout(30):
+        while True:
+            reply = await client.send(settings.host.id, Ping(), timeout_s=10)
+            if reply["detail"]["host_state"] == "ready":
+                break
+            await asyncio.sleep(0.05)
+    story.tell("worker ready", time.perf_counter() - started, f"hostd {reply['detail']['version']}")

@@ -1,0 +1,129 @@
+"""The one place that names the real mechanisms: from settings to the `Host` that handlers get."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from handlers.errors import HostFault
+from handlers.host.agents import VsockAgents
+from handlers.host.artifacts import Artifacts
+from handlers.host.cgroups import Cgroups
+from handlers.host.data_disks import DataDisks
+from handlers.host.host_facts import HostFacts
+from handlers.host.jails import Jails
+from handlers.host.networks import NetworkMechanisms, open_network_mechanisms
+from handlers.host.shared_files import SharedFiles
+from handlers.host.snapshots import Snapshots
+from handlers.host.vmms import JailedVmms
+from handlers.locks import TenantLocks
+from handlers.machine import Host, Later, Records
+from handlers.revisions import refers
+from handlers.slots import Slots
+from schemas.records import InstanceRecord
+from schemas.requests import InstanceRef
+from schemas.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class RealHost:
+    """The host and what has to be closed with it."""
+
+    host: Host
+    facts: HostFacts
+    network: NetworkMechanisms
+    snapshots: Snapshots
+    jails: Jails
+
+    def close(self) -> None:
+        """End the mechanisms' threads; all that was made stays."""
+        self.snapshots.close()
+        self.network.close()
+
+
+def open_real_host(settings: Settings, records: Records, later: Later) -> RealHost:
+    """Wire the mechanisms of this host.
+
+    Raises:
+        HostFault: the settings name something that cannot work here; says what.
+    """
+    facts = HostFacts()
+    network = open_network_mechanisms(settings.network)
+    trying: dict[InstanceRef, InstanceRecord] = {}
+
+    def in_use(key: str) -> bool:
+        known: Iterable[InstanceRecord] = (*records.instances(), *trying.values())
+        return any(refers(record, key) for record in known)
+
+    paths = settings.paths
+    jails = Jails(
+        data=paths.data,
+        state=paths.state,
+        jail_base=settings.jail_base,
+        log_bytes=settings.vmm.log_bytes,
+    )
+    snapshots = Snapshots(
+        data=paths.data,
+        state=paths.state,
+        jail_base=settings.jail_base,
+        cpu_model=facts.cpu_model(),
+        kernel_release=facts.kernel_release(),
+    )
+    host = Host(
+        settings=settings,
+        locks=TenantLocks(),
+        records=records,
+        facts=facts,
+        shared=SharedFiles(paths.data),
+        networks=network.networks,
+        bridges=network.bridges,
+        tenant_rules=network.tenant_rules,
+        pins=network.pins,
+        taps=network.taps,
+        artifacts=Artifacts(data=paths.data, state=paths.state, in_use=in_use),
+        data_disks=DataDisks(data=paths.data, jail_base=settings.jail_base),
+        cgroups=Cgroups(settings),
+        jails=jails,
+        vmms=JailedVmms(settings),
+        agents=VsockAgents(settings),
+        snapshots=snapshots,
+        slots=Slots.of(settings.limits),
+        later=later,
+        trying=trying,
+    )
+    return RealHost(host, facts, network, snapshots, jails)
+
+
+def prepare_folders(settings: Settings) -> None:
+    """Make hostd's own folders, root-only, and check that they can do what is asked of them.
+
+    Raises:
+        HostFault: a folder is on the wrong file system, or mounted `nodev` or `noexec`; a program
+            is missing; limits are not enforced on a production host.
+    """
+    if settings.host.production and not settings.limits.enforce:
+        raise HostFault(
+            "[limits] enforce = false is for developers: set [host] production = false with it"
+        )
+    for folder in (settings.paths.state, settings.jail_base, settings.paths.run):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    os.makedirs(settings.paths.data, mode=0o755, exist_ok=True)
+    state = os.stat(settings.paths.state).st_dev
+    for key, folder in (
+        ("[vmm] jail_base", settings.jail_base),
+        ("[paths] data", settings.paths.data),
+    ):
+        if os.stat(folder).st_dev != state:
+            raise HostFault(
+                f"{key} {folder} is on another file system than [paths] state "
+                f"{settings.paths.state}: files are hard-linked between them"
+            )
+    flags = os.statvfs(settings.jail_base).f_flag
+    for flag, name in ((os.ST_NODEV, "nodev"), (os.ST_NOEXEC, "noexec")):
+        if flags & flag:
+            raise HostFault(f"[vmm] jail_base {settings.jail_base} is mounted {name}")
+    for key, program in (
+        ("firecracker", settings.vmm.firecracker),
+        ("jailer", settings.vmm.jailer),
+    ):
+        if not os.access(program, os.X_OK):
+            raise HostFault(f"[vmm] {key}: {program} is missing or not executable")

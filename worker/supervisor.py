@@ -1,0 +1,73 @@
+"""Watches the VMMs of running instances; a death goes through the instance's lane like a command.
+
+A VMM outlives the worker, and the worker outlives any VMM: each is watched by its pidfd, and what
+ends by itself is cleaned up and announced by `handlers/exits.py`.
+"""
+
+import asyncio
+
+import structlog
+
+from handlers.exits import vmm_exited
+from handlers.host.processes import ExitWatch
+from handlers.machine import Host
+from handlers.steps import Steps
+from schemas.records import InstanceRecord, Status
+from schemas.subjects import Lane
+from worker.journal import Journal
+from worker.lanes import Chore, Lanes
+from worker.metrics import Metrics
+
+log = structlog.get_logger()
+
+
+class Supervisor:
+    """One watch per running VMM. `sync` after anything that may have started or ended one."""
+
+    def __init__(self, host: Host, journal: Journal, lanes: Lanes, metrics: Metrics) -> None:
+        self._host = host
+        self._journal = journal
+        self._lanes = lanes
+        self._metrics = metrics
+        self._watch = ExitWatch()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def sync(self) -> None:
+        """Watch each running VMM, and no other."""
+        running = {
+            record.jail_id: record
+            for record in self._journal.instances()
+            if record.status is Status.RUNNING and record.vmm is not None
+        }
+        for jail_id in [jail_id for jail_id in self._tasks if jail_id not in running]:
+            self._tasks.pop(jail_id).cancel()
+        for jail_id, record in running.items():
+            if jail_id not in self._tasks:
+                self._tasks[jail_id] = asyncio.create_task(
+                    self._until_exit(record), name=f"vmm {jail_id}"
+                )
+
+    def exited(self, record: InstanceRecord, reason: str) -> None:
+        """Have the end of a VMM handled in its instance's lane."""
+
+        async def handle() -> None:
+            steps = Steps(f"exit-{record.jail_id}", self._journal, {})
+            if await vmm_exited(record.ref, record.launch, steps, self._host):
+                self._metrics.vmm_exited(reason)
+                log.warning("vmm.exited", instance=str(record.ref), reason=reason)
+            self.sync()
+
+        self._lanes.put_chore(Lane.instance(record.ref), Chore("vmm_exited", handle))
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        self._tasks.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _until_exit(self, record: InstanceRecord) -> None:
+        if record.vmm is None:
+            return
+        how = await self._watch.watch(record.vmm)
+        self.exited(record, how.reason)
