@@ -31,13 +31,18 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it; it may not listen yet. Started already is success."""
+        """Start it; it may not listen yet. Started already is success.
+
+        Call it from a thread that lives as long as the server is to live.
+        """
         if self._process is not None and self._process.poll() is None:
             return
+        if not os.access(self._program, os.X_OK):
+            raise HostFault(f"{self._program}: no such program")
         with open(self._log, "ab") as log:
             try:
                 self._process = subprocess.Popen(  # noqa: S603 (a fixed argument list, no shell)
-                    [self._program, "-c", self._config],
+                    [*_bound_to_parent(), self._program, "-c", self._config],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -78,6 +83,15 @@ class ServerProcess:
         if process is not None:
             process.kill()
             process.wait()
+
+
+def _bound_to_parent() -> list[str]:
+    """A prefix that lets the server end with the thread that started it, even by kill -9.
+
+    Source: setpriv(1), PR_SET_PDEATHSIG(2const). Without util-linux it outlives a killed parent.
+    """
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
 
 
 def find_program() -> str:
