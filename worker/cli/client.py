@@ -50,7 +50,7 @@ class Client:
     """One connection to the bus; made by `connect`. Raises NoAnswer and CliError only."""
 
     def __init__(self, connection: Nats, root: str, cell: str) -> None:
-        self._nats = connection
+        self.nats = connection
         self._root = root
         self._cell = cell
 
@@ -79,11 +79,11 @@ class Client:
             request=request,
             issued_at_ms=time.time_ns() // 1_000_000,
             deadline_ms=deadline_ms,
-            reply_to=(inbox := self._nats.new_inbox()),
+            reply_to=(inbox := self.nats.new_inbox()),
             issuer=issuer,
         )
         subject = self._subjects(host).command(Lane.of_request(request))
-        replies = await self._nats.subscribe(inbox)
+        replies = await self.nats.subscribe(inbox)
         try:
             async with asyncio.timeout(timeout_s):
                 if await self._publish(subject, codec.encode_command(command), command.id):
@@ -101,7 +101,7 @@ class Client:
     async def _publish(self, subject: str, payload: bytes, command_id: str) -> bool:
         """Whether the server took it for a duplicate."""
         try:
-            ack = await self._nats.jetstream().publish(
+            ack = await self.nats.jetstream().publish(
                 subject, payload, timeout=PUBLISH_TIMEOUT_S, headers={"Nats-Msg-Id": command_id}
             )
         except nats.js.errors.NoStreamResponseError as error:
@@ -128,7 +128,7 @@ class Client:
         """
         subject = self._subjects(host).ask(question)
         try:
-            message = await self._nats.request(
+            message = await self.nats.request(
                 subject, pack(dict(body or {})), timeout=ASK_TIMEOUT_S
             )
         except nats.errors.NoRespondersError as error:
@@ -144,8 +144,8 @@ class Client:
 
     async def live_events(self, host: str) -> AsyncIterator[dict[str, Any]]:
         """Events from now on, of one host or (`*`) of all, for ever."""
-        subscription = await self._nats.subscribe(f"{self._root}.{host}.evt.>")
-        await self._nats.flush()
+        subscription = await self.nats.subscribe(f"{self._root}.{host}.evt.>")
+        await self.nats.flush()
 
         async def each() -> AsyncIterator[dict[str, Any]]:
             async for message in subscription.messages:
@@ -155,7 +155,7 @@ class Client:
 
     async def kept_events(self, stream: str, host: str) -> AsyncIterator[dict[str, Any]]:
         """Events that the stream still keeps, the oldest first, up to now."""
-        context = self._nats.jetstream()
+        context = self.nats.jetstream()
         try:
             subscription = await context.pull_subscribe(f"{self._root}.{host}.evt.>", stream=stream)
         except nats.js.errors.Error as error:
