@@ -5,17 +5,20 @@ undo is ours by record and removed here, unless a live instance uses it by now.
 """
 
 import asyncio
+import time
 from collections.abc import Mapping
 from itertools import chain
 
 import structlog
 
 from handlers.errors import Failure
+from handlers.host.inventory import take
 from handlers.launching import names_of
 from handlers.network import restore_network
 from handlers.steps import Removable
 from worker.journal import Journal
 from worker.metrics import Metrics
+from worker.orphans import Found, counted, unowned
 from worker.real_host import RealHost
 
 PASS_EVERY_S = 30.0
@@ -35,6 +38,8 @@ class Caretaker:
         self._metrics = metrics
         self._watch = real.network.watch
         self._bound_logs = real.jails.bound_logs
+        self._unowned: Found = set()
+        self._counted_at = 0.0
 
     async def run(self) -> None:
         """Until cancelled: on each hint of the kernel's, and every 30 s."""
@@ -58,6 +63,7 @@ class Caretaker:
             await self.repair_networks()
             await self.sweep_leftovers()
             await self._bound_logs()
+            await self._count_orphans()
         except (Failure, OSError) as error:
             log.warning("caretaker.trouble", error=repr(error))
 
@@ -78,15 +84,13 @@ class Caretaker:
                 )
 
     async def sweep_leftovers(self) -> None:
-        """Remove what finished commands left behind, and count what stays."""
-        left: dict[str, int] = {}
+        """Remove what finished commands left behind; what stays is tried again."""
         for command_id, rows in self._journal.leftovers().items():
             for row in rows:
                 if not row.existed and not self._in_use(row.mechanism, row.key):
                     try:
                         await self._mechanisms[row.mechanism].remove(row.key)
                     except (Failure, OSError) as error:
-                        left[row.mechanism] = left.get(row.mechanism, 0) + 1
                         log.warning("leftover.stays", step=row.mechanism, error=repr(error))
                         continue
                     await self._journal.event(
@@ -96,7 +100,17 @@ class Caretaker:
                         command_id=command_id,
                     )
                 await self._journal.forget(command_id, row.mechanism, row.key)
-        self._metrics.orphans(left)
+
+    async def _count_orphans(self) -> None:
+        """At most once per pass interval: a look at the whole host is not for every hint."""
+        now = time.monotonic()
+        if now - self._counted_at < PASS_EVERY_S:
+            return
+        self._counted_at = now
+        inventory = await asyncio.to_thread(take, self._host.settings)
+        found = unowned(inventory, self._journal.instances(), self._journal.networks())
+        self._metrics.orphans(counted(self._unowned, found))
+        self._unowned = found
 
     def _in_use(self, mechanism: str, key: str) -> bool:
         """Whether a live or sleeping instance has the resource by now."""

@@ -1,6 +1,6 @@
 """One run of one command: handler, attempts, undo, outcome. Here alone an error becomes a reply."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Final, Protocol
 
 import structlog
@@ -28,6 +28,7 @@ from schemas.requests import (
     Ok,
     Ping,
     SetupNetwork,
+    SleepInstance,
     StartInstance,
     TeardownNetwork,
     WakeInstance,
@@ -41,6 +42,7 @@ from worker.lanes import Work
 BACKOFF_S: Final = 0.1
 BACKOFF_MAX_S: Final = 5.0
 STEPS_SHOWN: Final = 100
+SNAPSHOT_STEPS: Final = frozenset({"pause", "snapshot_draft", "publish"})
 
 log = structlog.get_logger()
 
@@ -53,6 +55,8 @@ class Meters(Protocol):
     def step(self, name: str, seconds: float) -> None: ...
 
     def retry(self, kind: str, code: Code) -> None: ...
+
+    def snapshot(self, seconds: float, size_bytes: int) -> None: ...
 
 
 class Dispatch:
@@ -242,6 +246,8 @@ class Dispatch:
         seconds = (reply.finished_at_ms - reply.received_at_ms) / 1000
         kind = row.command.request.kind
         self._meters.command_done(kind, reply.code, seconds)
+        if isinstance(row.command.request, SleepInstance) and reply.changed:
+            self._meters.snapshot(_seconds(reply, SNAPSHOT_STEPS), reply.detail["size_bytes"])
         log.info(
             "command.done",
             type=kind,
@@ -321,3 +327,8 @@ def _may_retry(error: BaseException, steps: Steps) -> bool:
 def _superseded(work: Work) -> Superseded:
     by = work.superseded_by or ""
     return Superseded(f"superseded by {by}", detail={"by": by})
+
+
+def _seconds(reply: Reply, names: Container[str]) -> float:
+    """How long the steps of these names took."""
+    return sum(step.took_us for step in reply.steps if step.name in names) / 1e6

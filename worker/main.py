@@ -177,7 +177,8 @@ class Worker:
         self.caretaker = Caretaker(real, journal, known, metrics)
         self.recovery = Recovery(host, journal, self.supervisor)
         metrics.on_collect(self._collect)
-        bus.on_connection(self.outbox.wake)
+        bus.on_connection(self._connection_changed)
+        self._reconnects = 0
 
     # -- what others may know ------------------------------------------------------------------
 
@@ -207,6 +208,12 @@ class Worker:
             "can_commit": self.journal.writable,
             "provisioned": not self.bus.trouble,
         }
+
+    def _connection_changed(self) -> None:
+        self.outbox.wake()
+        while self._reconnects < self.bus.reconnects:
+            self._reconnects += 1
+            self.metrics.reconnected()
 
     def _collect(self) -> None:
         self.metrics.lanes(**self.lanes.counts())

@@ -1,6 +1,5 @@
 """`[nats] creds`: who the worker is on the bus, read anew whenever it connects."""
 
-import importlib.util
 import os
 import stat
 
@@ -12,7 +11,7 @@ JWT_MARK = b"-----BEGIN NATS USER JWT-----"
 class CredentialsFile:
     """`[nats] creds`, read at every attempt to connect, so that a rotation needs no restart.
 
-    Either a NATS credentials file (JWT and seed; needs the `nkeys` package) or one line
+    Either a NATS credentials file (JWT and seed) or one line
     `user:password`. Replace it by rename.
     """
 
@@ -22,18 +21,11 @@ class CredentialsFile:
         self._pair: tuple[str, str] | None = None
 
     def is_jwt(self) -> bool:
-        """Whether it is a NATS credentials file; false while it can not be read.
-
-        Raises:
-            nats.errors.Error: it is, but the package that signs with it is missing.
-        """
+        """Whether it is a NATS credentials file; false while it can not be read."""
         try:
-            found = JWT_MARK in self._read()
+            return JWT_MARK in self._read()
         except (OSError, errors.Error):
             return False
-        if found and importlib.util.find_spec("nkeys") is None:
-            raise errors.Error(f"{self.path} is a JWT: install the package nkeys beside hostd")
-        return found
 
     def user(self) -> str:
         """Read the file; nats-py asks for the password of the same attempt right after."""

@@ -67,6 +67,8 @@ class NoMeters:
     def retry(self, kind: str, code: Code) -> None:
         self.retries.append(code)
 
+    def snapshot(self, seconds: float, size_bytes: int) -> None: ...
+
     def redelivered(self) -> None:
         self.redeliveries += 1
 
