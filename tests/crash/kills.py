@@ -1,0 +1,67 @@
+"""How a worker is killed at a named moment, and what must hold of its command afterwards."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from schemas.requests import Request
+from tests.live import LiveHost
+from worker.trace import STOP_AT, TELL
+
+
+async def until(holds: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    """Wait until it holds; the deadline is a failure that says what did not come."""
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end, f"{what} did not come within {timeout_s:g} s"
+        await asyncio.sleep(0.005)
+
+
+async def stand_at(host: LiveHost, moment: str, request: Request, command_id: str) -> None:
+    """Have a new worker stand still at the moment, in the midst of the command."""
+    told = Path(host.folder, f"trace-{command_id}")
+    await host.stop_worker()
+    await host.start_worker(**{STOP_AT: moment, TELL: str(told)})
+    await host.publish(request, command_id)
+    await until(told.exists, moment)
+    assert told.read_text(encoding="ascii") == moment
+
+
+async def kill_at(host: LiveHost, moment: str, request: Request, command_id: str) -> None:
+    """Kill -9 the worker in the midst of the command, from this other process."""
+    await stand_at(host, moment, request, command_id)
+    await host.kill_worker()
+
+
+async def events(host: LiveHost) -> list[dict[str, Any]]:
+    """All events of the host so far, in the order of the stream."""
+    kept = await host.kept(host.subjects.events_stream)
+    return [msgpack.unpackb(data) for _, _, data in kept]
+
+
+async def wait_event(
+    host: LiveHost, found: Callable[[dict[str, Any]], bool], timeout_s: float = 20
+) -> dict[str, Any]:
+    """The first such event, once the stream has it."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            for event in await events(host):
+                if found(event):
+                    return event
+            await asyncio.sleep(0.02)
+
+
+async def assert_one_outcome(host: LiveHost, command_id: str) -> dict[str, Any]:
+    """The command's one reply: kept once, told of once, in a gapless row of events."""
+    await wait_event(host, lambda event: event.get("command_id") == command_id)
+    told = await events(host)
+    assert [event["seq"] for event in told] == list(range(1, len(told) + 1))
+    ends = [e for e in told if e["kind"] == "command" and e["command_id"] == command_id]
+    assert len(ends) == 1
+    (reply,) = await host.replies(command_id)
+    assert await host.result(command_id) == reply
+    return reply
