@@ -1,7 +1,7 @@
 """StartInstance: from at rest to a running, confined VMM whose guest agent answers."""
 
 from handlers.courtesy import tell_running
-from handlers.errors import Unavailable, Unsupported
+from handlers.errors import Failure, Unavailable, Unsupported
 from handlers.launching import (
     CONFIG,
     DATA,
@@ -32,6 +32,7 @@ from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import StartInstance
 
 BOOT = "boot"
+LOG_TAIL_BYTES = 4096
 
 
 async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
@@ -109,6 +110,9 @@ async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host)
         await steps.act("check_confinement", lambda: check(launch, identity, host))
         if record.agent_port is not None:
             await wait_for_agent(launch, identity, record.agent_port, steps, host)
+    except Failure as failure:
+        await add_log(failure, launch, host)
+        raise
     finally:
         await vmm.close()
     left_behind = await tell_running(record, host, host.facts.now_ms())
@@ -119,6 +123,12 @@ async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host)
         left_behind=left_behind,
         record=settled(record, Status.RUNNING, host.facts.now_ms()),
     )
+
+
+async def add_log(failure: Failure, launch: Launch, host: Host) -> None:
+    """Give the failure the last 4 KiB of the VMM's log, for the reply and the event."""
+    log = await host.jails.read_log(launch.ref, launch.record.launch)
+    failure.detail.setdefault("vmm_log", log[-LOG_TAIL_BYTES:].decode(errors="replace"))
 
 
 async def ensure_data_disk(launch: Launch, steps: Steps, host: Host) -> str | None:

@@ -76,9 +76,13 @@ async def read_standing(ref: InstanceRef, host: Host, now_ms: int) -> Standing:
     status = Status.STOPPED
     if file.status in FRESH:
         status = Status(file.status)
+    record = InstanceRecord(ref=ref, status=status, since_ms=now_ms)
     tombstone = host.records.tombstone(ref)
-    launch = tombstone.launch if tombstone is not None else 0
-    return Standing(InstanceRecord(ref=ref, status=status, since_ms=now_ms, launch=launch), True)
+    if tombstone is not None:
+        # Launch numbers are never used twice, and a kept disk is still the one that hostd made.
+        disk = tombstone.disk if tombstone.kept_volumes else None
+        record = replace(record, launch=tombstone.launch, disk=disk)
+    return Standing(record, True)
 
 
 def settled(record: InstanceRecord, status: Status, now_ms: int) -> InstanceRecord:

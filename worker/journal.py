@@ -12,6 +12,7 @@ from typing import Final
 from schemas import codec
 from schemas.envelopes import EventKind, Reply
 from schemas.records import InstanceRecord, Tombstone
+from schemas.requests import Error
 from schemas.subjects import Lane
 from worker.journal_messages import EventDraft
 from worker.journal_mirror import CommandRow
@@ -95,6 +96,7 @@ class Journal(JournalRefusals, JournalSteps, JournalRecords, JournalOutbox):
                 "code": reply.code.value,
                 "changed": reply.changed,
                 "attempts": reply.attempts,
+                **_trouble(reply),
             },
         )
         save, remember = self._outcome(record, tombstone, reply.id)
@@ -183,3 +185,11 @@ class Journal(JournalRefusals, JournalSteps, JournalRecords, JournalOutbox):
             ).rowcount
 
         return await self._writer.submit(do)
+
+
+def _trouble(reply: Reply) -> dict[str, str]:
+    """Why a command failed, for its event: the message, and the tail of the VMM's log if any."""
+    if not isinstance(reply.response, Error):
+        return {}
+    log = reply.detail.get("vmm_log")
+    return {"message": reply.response.message} | ({"vmm_log": str(log)} if log else {})

@@ -142,7 +142,7 @@ class Worker:
         host = real.host
         known = mechanisms(host)
         self.settings, self.metrics, self.journal, self.bus = settings, metrics, journal, bus
-        self.host_state = "recovering"
+        self._phase = "recovering"
         self._real = real
         self._background = background
         trace = tracer(os.environ)
@@ -181,6 +181,13 @@ class Worker:
         self._reconnects = 0
 
     # -- what others may know ------------------------------------------------------------------
+
+    @property
+    def host_state(self) -> str:
+        """`recovering`, `ready`, `draining`; `degraded`: ready, but the journal cannot commit."""
+        if self._phase == "ready" and not self.journal.writable:
+            return "degraded"
+        return self._phase
 
     def facts(self) -> dict[str, Any]:
         """For Pong and the lease."""
@@ -270,7 +277,7 @@ class Worker:
         await self._real.host.networks.prepare()
         await self.recovery.run()
         self.lanes.start()
-        self.host_state = "ready"
+        self._phase = "ready"
         self.lease.touch()
         log.info("worker.ready", host=self.settings.host.id)
         await self.caretaker.run()
@@ -279,7 +286,7 @@ class Worker:
         self, working: list[asyncio.Task[None]], sending: asyncio.Task[None]
     ) -> None:
         """In order, each within its part of the budget; what is not done waits in the journal."""
-        self.host_state = "draining"
+        self._phase = "draining"
         self.bus.pause()
         await _end(working)
         await self.lanes.stop(self.settings.limits.shutdown_s)

@@ -419,6 +419,34 @@ async def test_destroy_works_from_the_journal_when_the_file_is_gone(tmp_path: Pa
         assert machine.resources == before
 
 
+async def test_a_kept_volume_comes_back_with_its_instance(tmp_path: Path) -> None:
+    machine = seeded()
+    async with rig(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        await worker.run(START)
+        first, disk = worker.record(), machine.resources["data_disks", str(REF)]
+        await worker.run(KEEP)
+        machine.files[REF] = instance_file(REF, 5)
+
+        reply = await worker.run(START)
+
+        assert reply.code is Code.OK
+        assert worker.record().disk == disk == first.disk
+        assert worker.record().launch == first.launch + 1
+
+
+async def test_a_failed_start_tells_the_end_of_the_vmms_log(tmp_path: Path) -> None:
+    machine = seeded()
+    machine.agent_answers = False
+    async with rig(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+
+        reply = await worker.run(START)
+
+        assert reply.code is Code.UNAVAILABLE
+        assert reply.detail["vmm_log"] == "log"
+
+
 async def test_start_needs_the_network(tmp_path: Path) -> None:
     async with rig(tmp_path / "j", seeded()) as worker:
         reply = await worker.run(START)
