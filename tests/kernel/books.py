@@ -7,11 +7,12 @@ from typing import Any, cast
 from handlers.errors import NotFound
 from handlers.locks import TenantLocks
 from handlers.machine import Host
+from handlers.slots import Slots
 from handlers.steps import StepRow, Steps
 from schemas.files import TenantConfig, TenantQuota
 from schemas.records import InstanceRecord, NetworkRecord
 from schemas.requests import InstanceRef, TenantNet
-from schemas.settings import NetworkSettings, Settings
+from schemas.settings import LimitSettings, NetworkSettings, Settings
 from tests.kernel.netns import HostNet
 
 QUOTA = TenantQuota(8, 8192, 8, 8, 8, 8, 100)
@@ -62,10 +63,10 @@ class StepBook:
     def rows(self, command_id: str) -> Sequence[StepRow]:
         return [row for (owner, *_), row in self._rows.items() if owner == command_id]
 
-    async def reach(self, command_id: str, point: str) -> None:
-        raise NotImplementedError
+    async def mark(self, command_id: str, name: str) -> None:
+        raise AssertionError(f"a network command has no mark {name}")
 
-    def reached(self, command_id: str, point: str) -> bool:
+    def marked(self, command_id: str, name: str) -> bool:
         return False
 
 
@@ -91,6 +92,9 @@ def host_of(net: HostNet, books: Books, settings: NetworkSettings | None = None)
         vmms=nothing,
         agents=nothing,
         snapshots=nothing,
+        slots=Slots.of(LimitSettings()),
+        later=nothing,
+        trying={},
     )
 
 
