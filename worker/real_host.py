@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from handlers.errors import HostFault
 from handlers.host.agents import VsockAgents
 from handlers.host.artifacts import Artifacts
-from handlers.host.cgroups import Cgroups
+from handlers.host.cgroups import Cgroups, check_controllers
 from handlers.host.data_disks import DataDisks
 from handlers.host.host_facts import HostFacts
 from handlers.host.jails import Jails
@@ -104,6 +104,7 @@ def prepare_folders(settings: Settings) -> None:
         raise HostFault(
             "[limits] enforce = false is for developers: set [host] production = false with it"
         )
+    check_controllers(settings)
     for folder in (settings.paths.state, settings.jail_base, settings.paths.run):
         os.makedirs(folder, mode=0o700, exist_ok=True)
     os.makedirs(settings.paths.data, mode=0o755, exist_ok=True)

@@ -93,6 +93,23 @@ class CgroupTree:
         return [int(pid) for pid in text.split() if pid != "0"]
 
 
+def check_controllers(settings: Settings) -> None:
+    """At start: that limits can be enforced here, if they are to be.
+
+    Raises:
+        HostFault: no cgroup2 tree, or not with the controllers; says what to set instead.
+    """
+    tree = CgroupTree.of(settings)
+    if not settings.limits.enforce:
+        return
+    available = Path(tree.mount, "cgroup.controllers").read_text().split()
+    if missing := [name for name in CONTROLLERS if name not in available]:
+        raise HostFault(
+            f"[limits] enforce = true, but the cgroup2 tree {tree.mount} has no controllers "
+            f"{', '.join(missing)}: a developer sets it to false, with [host] production = false"
+        )
+
+
 class Cgroups:
     """The mechanism of `CgroupSpec`; `key` is `<tenant>/<jail id>`.
 

@@ -1,0 +1,55 @@
+"""What a worker refuses to start with, and what it says then."""
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from handlers.errors import Failure
+from schemas.settings import HostSettings, LimitSettings, PathSettings, Settings, VmmSettings
+from worker.real_host import prepare_folders
+
+
+def settings_in(folder: Path) -> Settings:
+    program = folder / "firecracker"
+    program.write_bytes(b"")
+    program.chmod(0o755)
+    return Settings(
+        host=HostSettings(id="h1", production=False),
+        paths=PathSettings(data=f"{folder}/data", state=f"{folder}/state", run=f"{folder}/run"),
+        vmm=VmmSettings(firecracker=str(program), jailer=str(program)),
+        limits=LimitSettings(enforce=False),
+    )
+
+
+def test_its_own_folders_are_roots_alone(tmp_path: Path) -> None:
+    prepare_folders(settings_in(tmp_path))
+
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("state", "run")}
+    assert modes == {"state": 0o700, "run": 0o700}
+
+
+def test_a_production_host_does_not_run_without_limits(tmp_path: Path) -> None:
+    settings = replace(settings_in(tmp_path), host=HostSettings(id="h1", production=True))
+
+    with pytest.raises(Failure, match="enforce = false is for developers"):
+        prepare_folders(settings)
+
+
+def test_a_jail_base_elsewhere_cannot_be_linked_into(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    vmm = replace(settings.vmm, jail_base="/dev/shm/hostd-test-jails")
+
+    try:
+        with pytest.raises(Failure, match="another file system"):
+            prepare_folders(replace(settings, vmm=vmm))
+    finally:
+        Path(vmm.jail_base).rmdir()
+
+
+def test_a_missing_program_is_named(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    vmm = replace(settings.vmm, jailer=f"{tmp_path}/nowhere")
+
+    with pytest.raises(Failure, match=f"jailer: {tmp_path}/nowhere is missing"):
+        prepare_folders(replace(settings, vmm=vmm))
