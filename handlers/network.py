@@ -104,11 +104,14 @@ async def restore_network(record: NetworkRecord, host: Host) -> Restored:
             if instance.status not in HOLDING_A_TAP or instance.vmm is None:
                 continue
             pin, tap = port_specs(instance, host.settings.vmm.uid_base)
+            if not await host.taps.exists(tap.key):
+                # No VMM: it is giving up its place right now, the TAP first, then the pin.
+                if await host.vmms.exists(instance.jail_id):
+                    lost.append(f"{host.taps.name} {tap.key}")
+                continue
             if await host.pins.ensure(pin):
                 repaired.append(f"{host.pins.name} {pin.key}")
-            if not await host.taps.exists(tap.key):
-                lost.append(f"{host.taps.name} {tap.key}")
-            elif await host.taps.ensure(tap):
+            if await host.taps.ensure(tap):
                 repaired.append(f"{host.taps.name} {tap.key}")
     return Restored(tuple(repaired), tuple(lost))
 

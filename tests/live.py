@@ -47,7 +47,7 @@ from schemas.settings import (
     VmmSettings,
 )
 from schemas.subjects import Lane, Subjects
-from tests.guests.agent import ask_until_answered
+from tests.guests.agent import ask, ask_until_answered
 from tests.guests.cache import BUILD
 from worker.cli.client import Client, connect
 from worker.cli.seed import Seed, Seeded, write_seed
@@ -241,10 +241,21 @@ class LiveHost:
         uds = Path(await self.jail_root(ref), VSOCK_SOCKET)
         return await asyncio.to_thread(ask_until_answered, uds, request, within_s=20)
 
+    async def crash_guest(self, ref: InstanceRef = REF) -> None:
+        """Have the guest fault thrice; its VMM ends. Raises OSError, as nobody answers."""
+        uds = Path(await self.jail_root(ref), VSOCK_SOCKET)
+        await asyncio.to_thread(ask, uds, "Crash")
+
     async def stat(self, ref: InstanceRef = REF) -> dict[str, Any]:
         """`Stat` of the test guests: counter, boots, boot_id, ..."""
         stat: dict[str, Any] = (await self.ask_guest("Stat", ref))["Stat"]
         return stat
+
+    def vm_pids(self) -> list[int]:
+        """Every process in this host's cgroup tree, by the kernel alone."""
+        top = Path(find_mount(), self.settings.limits.cgroup)
+        files = top.glob("**/cgroup.procs")
+        return [int(pid) for file in files for pid in file.read_text(encoding="ascii").split()]
 
     def jailer_runs(self) -> int:
         """How often the jailer was executed, ever."""

@@ -1,12 +1,14 @@
 """How a worker is killed at a named moment, and what must hold of its command afterwards."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
 import msgpack
+from nats.aio.msg import Msg
 
 from schemas.requests import Request
 from tests.live import LiveHost
@@ -65,3 +67,35 @@ async def assert_one_outcome(host: LiveHost, command_id: str) -> dict[str, Any]:
     (reply,) = await host.replies(command_id)
     assert await host.result(command_id) == reply
     return reply
+
+
+class Heard:
+    """What one subscriber hears of the host's events, live: each with its time of arrival."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[tuple[float, dict[str, Any]]] = asyncio.Queue()
+
+    def note(self, data: bytes) -> None:
+        self._queue.put_nowait((time.monotonic(), msgpack.unpackb(data)))
+
+    async def first(self, kind: str, timeout_s: float = 20, **facts: Any) -> tuple[float, Any]:
+        """The next such event and when (monotonic) it came; what comes before it is dropped."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                at, event = await self._queue.get()
+                if event["kind"] == kind and facts.items() <= event.items():
+                    return at, event
+
+
+@contextlib.asynccontextmanager
+async def listening(host: LiveHost) -> AsyncGenerator[Heard]:
+    """Hear the events from now on, over a connection of one's own."""
+    heard = Heard()
+
+    async def note(message: Msg) -> None:
+        heard.note(message.data)
+
+    async with host.client() as client:
+        await client.nats.subscribe(f"{host.settings.root}.{host.settings.host.id}.evt.>", cb=note)
+        await client.nats.flush()
+        yield heard

@@ -25,6 +25,7 @@ class Books:
     tenants: dict[str, TenantNet] = field(default_factory=dict)
     networks_up: dict[str, NetworkRecord] = field(default_factory=dict)
     records: dict[InstanceRef, InstanceRecord] = field(default_factory=dict)
+    jails_alive: set[str] = field(default_factory=set)
 
     async def tenant(self, tenant_id: str) -> TenantConfig:
         if tenant_id not in self.tenants:
@@ -45,6 +46,16 @@ class Books:
 
     async def drop_network(self, tenant_id: str) -> None:
         self.networks_up.pop(tenant_id, None)
+
+
+@dataclass(frozen=True)
+class LiveVmms:
+    """All that repair asks of VMMs: whether a jail's one lives."""
+
+    books: Books
+
+    async def exists(self, key: str) -> bool:
+        return key in self.books.jails_alive
 
 
 class StepBook:
@@ -89,7 +100,7 @@ def host_of(net: HostNet, books: Books, settings: NetworkSettings | None = None)
         data_disks=nothing,
         cgroups=nothing,
         jails=nothing,
-        vmms=nothing,
+        vmms=cast("Any", LiveVmms(books)),
         agents=nothing,
         snapshots=nothing,
         slots=Slots.of(LimitSettings()),

@@ -57,9 +57,11 @@ class Desk:
 
     async def run_guest(self, status: Status = Status.RUNNING) -> None:
         await plug_in(self.net, GUEST)
-        self.books.records[REF] = InstanceRecord(
+        record = InstanceRecord(
             ref=REF, status=status, since_ms=0, net=ACME, offset=5, uid_slot=7, vmm=VMM
         )
+        self.books.records[REF] = record
+        self.books.jails_alive.add(record.jail_id)
 
 
 @pytest.fixture
@@ -335,6 +337,20 @@ async def test_a_live_guests_tap_that_is_gone_is_lost_and_not_made_anew(desk: De
     restored = await restore_network(desk.books.networks_up["acme"], desk.host)
 
     assert restored == Restored((), (f"tap {GUEST.tap}",))
+
+
+async def test_an_instance_that_gives_up_its_place_gets_no_pin_again(desk: Desk) -> None:
+    await desk.setup("acme", ACME)
+    ruleset = desk.net.host.ruleset()
+    await desk.run_guest(Status.STOPPING)
+    desk.books.jails_alive.clear()
+    await desk.net.mechanisms.taps.remove(GUEST.tap)
+    await desk.net.mechanisms.pins.remove(GUEST.pin.key)
+
+    restored = await restore_network(desk.books.networks_up["acme"], desk.host)
+
+    assert restored == Restored((), ())
+    assert desk.net.host.ruleset() == ruleset
 
 
 async def test_a_network_torn_down_meanwhile_is_not_restored(desk: Desk) -> None:
