@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def ensure(target: Path, inputs: str, make: Callable[[Path], None]) -> bool:
     with locked(name):
         if _stamp(target) == inputs:
             return False
-        print(f"building {target.relative_to(REPOSITORY)}", flush=True)
+        print(f"building {target.relative_to(REPOSITORY)}", file=sys.stderr, flush=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f".{target.name}.new")
         shutil.rmtree(fresh, ignore_errors=True)

@@ -1,14 +1,16 @@
 """Run a command in the lab: `python -m tests.lab.run -- COMMAND...`, or `run_in_lab` from a test.
 
-The lab boots for it, has the project as it is on this machine at the same path, and powers off. Its
-console is streamed. QEMU's emulation is known to hang now and then: a lab without a sign of life is
-killed and started once more, from the beginning.
+The lab boots for it, has the project as it is on this machine at the same path, and powers off.
+What the command writes is streamed, stdout and stderr apart; what else the console says is kept in
+build/lab/console.log if something went wrong. QEMU's emulation is known to hang now and then: a
+lab without a sign of life is killed and started once more, from the beginning.
 """
 
 import argparse
 import codecs
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,13 +18,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from tests.guests import cache
 from tests.lab import qemu
 from tests.lab.build import ensure_lab
 
 ALIVE = b"\x1e"  # written by the lab every 3 s
-EXIT = b"\x1f"  # begins the line with the exit code
+BEGIN = b"\x1d"  # what comes before it is the lab's own
+ERROR = b"\x1c"  # begins a line of the command's stderr
+EXIT = b"\x1f"  # begins the line with the exit code; after it the lab's own again
+CONSOLE = cache.BUILD / "lab" / "console.log"
 SILENCE_S = 30.0
 ATTEMPTS = 2
 
@@ -31,7 +37,7 @@ Sink = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class LabResult:
-    """How the command ended, and all that it wrote to stdout and stderr."""
+    """How the command ended, and all that it wrote to stdout and stderr, as it came."""
 
     exit_code: int
     output: str
@@ -53,6 +59,7 @@ def run_in_lab(
     timeout_s: float = 600.0,
     mem_mib: int = 3072,
     sink: Sink = lambda text: None,
+    error_sink: Sink | None = None,
 ) -> LabResult:
     """Boot the lab, run one command in the project's folder, power off.
 
@@ -62,10 +69,12 @@ def run_in_lab(
         environment: variables set for it, besides HOSTD_LAB=1 and CI as it is here.
         timeout_s: for each attempt, boot included.
         sink: gets the output as it comes.
+        error_sink: gets stderr and news of the lab itself; without it they go to `sink` too.
 
     Raises:
         LabFailure: the command's end is unknown.
     """
+    tell = error_sink or sink
     ensure_lab()
     variables = {name: os.environ[name] for name in ("CI",) if name in os.environ}
     variables |= environment or {}
@@ -73,16 +82,26 @@ def run_in_lab(
         source = Path(scratch) / "source.tar"
         qemu.write_source(source, argv, files or {}, variables)
         command = qemu.command_line(source, mem_mib=mem_mib, shell=False)
-        for _ in range(ATTEMPTS):
+        for attempt in range(1, ATTEMPTS + 1):
+            if attempt > 1:
+                tell("lab: started once more, all from the beginning\n")
+            console = _Console(sink, tell)
             try:
-                return _run(command, Path(scratch), timeout_s, sink)
+                result = _run(command, Path(scratch), timeout_s, console)
             except _Hung:
-                sink(f"\nlab: no sign of life for {SILENCE_S:.0f} s; killed\n")
-    raise LabFailure(f"the lab hung {ATTEMPTS} times")
+                console.keep()
+                tell(f"\nlab: QEMU hung, no sign of life for {SILENCE_S:.0f} s; killed\n")
+            except LabFailure:
+                console.keep()
+                raise
+            else:
+                if result.exit_code:
+                    console.keep()
+                return result
+    raise LabFailure(f"the lab hung {ATTEMPTS} times; its console is in {CONSOLE}")
 
 
-def _run(command: list[str], scratch: Path, timeout_s: float, sink: Sink) -> LabResult:
-    console = _Console(sink)
+def _run(command: list[str], scratch: Path, timeout_s: float, console: "_Console") -> LabResult:
     deadline = time.monotonic() + timeout_s
     with (
         subprocess.Popen(
@@ -102,8 +121,7 @@ def _run(command: list[str], scratch: Path, timeout_s: float, sink: Sink) -> Lab
                 if not selector.select(max(0.0, patience_s)):
                     if patience_s == SILENCE_S:
                         raise _Hung
-                    tail = "".join(console.parts)[-2000:]
-                    raise LabFailure(f"not done after {timeout_s:.0f} s; so far: {tail}")
+                    raise LabFailure(f"not done after {timeout_s:.0f} s; so far: {console.tail()}")
                 data = os.read(process.stdout.fileno(), 65536)
                 if not data:
                     return console.result()
@@ -113,32 +131,60 @@ def _run(command: list[str], scratch: Path, timeout_s: float, sink: Sink) -> Lab
 
 
 class _Console:
-    """Takes signs of life and the exit code out of what the lab writes."""
+    """Takes what the command writes out of what the lab's only serial line carries."""
 
-    def __init__(self, sink: Sink) -> None:
-        self.parts: list[str] = []
-        self._sink = sink
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, sink: Sink, error_sink: Sink) -> None:
+        self._raw = bytearray()
+        self._parts: list[str] = []
+        self._sinks = {False: sink, True: error_sink}
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self._decoders = {False: decoder("replace"), True: decoder("replace")}
+        self._begun = self._in_error = False
         self._exit: bytes | None = None
 
     def feed(self, data: bytes) -> None:
-        text, mark, after = data.replace(ALIVE, b"").partition(EXIT)
+        text = data.replace(ALIVE, b"")
+        self._raw += text
+        if not self._begun:
+            _, mark, text = text.partition(BEGIN)
+            self._begun = bool(mark)
         if self._exit is not None:
             self._exit += text
             return
+        text, mark, after = text.partition(EXIT)
         if mark:
             self._exit = after
-        decoded = self._decoder.decode(text)
-        self.parts.append(decoded)
-        self._sink(decoded)
+        self._divide(text if self._begun else b"")
+
+    def _divide(self, text: bytes) -> None:
+        """An ERROR byte begins stderr, the end of that line is the end of it."""
+        while text:
+            piece, mark, text = text.partition(b"\n" if self._in_error else ERROR)
+            self._write(piece + mark if self._in_error else piece)
+            if mark:
+                self._in_error = not self._in_error
+
+    def _write(self, text: bytes) -> None:
+        decoded = self._decoders[self._in_error].decode(text)
+        if decoded:
+            self._parts.append(decoded)
+            self._sinks[self._in_error](decoded)
 
     def result(self) -> LabResult:
-        output = "".join(self.parts)
         try:
             code = int((self._exit or b"").split()[0])
         except (IndexError, ValueError):
-            raise LabFailure(f"the lab ended without an exit code: {output[-2000:]}") from None
-        return LabResult(code, output.removesuffix("\n"))
+            raise LabFailure(f"the lab ended without an exit code: {self.tail()}") from None
+        return LabResult(code, "".join(self._parts))
+
+    def tail(self) -> str:
+        """The console's last words, the lab's own included."""
+        return bytes(self._raw[-2000:]).decode("utf-8", "replace")
+
+    def keep(self) -> None:
+        """Write all of it to CONSOLE, over that of an earlier failure."""
+        CONSOLE.parent.mkdir(parents=True, exist_ok=True)
+        CONSOLE.write_bytes(self._raw)
 
 
 def main() -> None:
@@ -147,14 +193,28 @@ def main() -> None:
     parser.add_argument("--mem-mib", type=int, default=3072, help="default: %(default)s")
     parser.add_argument("argv", nargs="+", metavar="COMMAND", help="after a --")
     options = parser.parse_args()
-
-    def show(text: str) -> None:
-        print(text, end="", flush=True)
-
-    result = run_in_lab(
-        options.argv, timeout_s=options.timeout_s, mem_mib=options.mem_mib, sink=show
-    )
+    # So that QEMU and the scratch folder go with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        result = run_in_lab(
+            options.argv,
+            timeout_s=options.timeout_s,
+            mem_mib=options.mem_mib,
+            sink=lambda text: _show(sys.stdout, text),
+            error_sink=lambda text: _show(sys.stderr, text),
+        )
+    except LabFailure as error:
+        sys.exit(f"lab: {error}\nlab: the whole console is in {CONSOLE}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    if result.exit_code:
+        _show(sys.stderr, f"lab: exit code {result.exit_code}; the whole console is in {CONSOLE}\n")
     sys.exit(result.exit_code)
+
+
+def _show(stream: TextIO, text: str) -> None:
+    stream.write(text)
+    stream.flush()
 
 
 if __name__ == "__main__":

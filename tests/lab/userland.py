@@ -53,8 +53,11 @@ def make_userland(tree: Path) -> None:
     for name in MERGED:
         (tree / "usr" / name).mkdir(parents=True)
         (tree / name).symlink_to(f"usr/{name}")
-    for folder in ("dev", "proc", "sys", "tmp", "run", "root", "payload", "var/lib", "etc"):
+    for folder in ("dev", "proc", "sys", "run", "root", "payload", "var/lib", "etc"):
         (tree / folder).mkdir(parents=True, exist_ok=True)
+    for folder in ("tmp", "var/tmp"):
+        (tree / folder).mkdir(parents=True)
+        (tree / folder).chmod(0o1777)
     for package in _closure(_installed()):
         _copy_package(package, tree)
     for name, content in ETC.items():
