@@ -7,11 +7,9 @@ inherit it), all its files in one folder, and a cgroup tree of its own; `close` 
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from handlers.host import inventory
 from handlers.host.cgroups import find_mount
 from handlers.host.jail_paths import VSOCK_SOCKET, JailPaths
 from handlers.host.namespaces import enter_new_network
+from handlers.host.remains import remove_host
 from schemas import codec
 from schemas.envelopes import Command
 from schemas.requests import (
@@ -67,11 +66,20 @@ DESTROY = DestroyInstance(*NAMES, wipe_volumes=True)
 class LiveHost:
     """One host; `worker` is its process, started and killed as often as a test likes."""
 
-    def __init__(self, *, guest: str = "mini", boot_args: str = "", **limits: Any) -> None:
-        self.folder = tempfile.mkdtemp(prefix="hostd-live-")
+    def __init__(
+        self,
+        *,
+        guest: str = "mini",
+        boot_args: str = "",
+        production: bool = False,
+        **limits: Any,
+    ) -> None:
+        # Not in /tmp: where that is a tmpfs, what a VMM writes there counts as its memory.
+        self.folder = tempfile.mkdtemp(prefix="hostd-live-", dir="/var/tmp")
         self.guest = guest
         self.nats = EmbeddedNats(f"{self.folder}/nats")
         self.boot_args = boot_args
+        self.production = production
         self.limits = limits
         self.worker: asyncio.subprocess.Process | None = None
         self.settings = self._settings()
@@ -82,7 +90,7 @@ class LiveHost:
             controllers = Path(find_mount(), "cgroup.controllers").read_text(encoding="ascii")
         unique = f"{os.getpid()}-{os.path.basename(self.folder)[-8:].lower()}"
         return Settings(
-            host=HostSettings(id=f"test-{os.getpid()}", cell="test", production=False),
+            host=HostSettings(id=f"test-{os.getpid()}", cell="test", production=self.production),
             nats=NatsSettings(url=self.nats.url),
             paths=PathSettings(
                 data=f"{self.folder}/mvm", state=f"{self.folder}/state", run=f"{self.folder}/run"
@@ -269,27 +277,9 @@ class LiveHost:
 
     async def close(self) -> None:
         await self.kill_worker()
-        self._kill_vms()
         await self.nats.stop()
-        _unmount_below(self.folder)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _kill_vms(self) -> None:
-        """Every process in this host's own cgroup tree, then the tree."""
-        top = Path(find_mount(), self.settings.limits.cgroup)
-        if not top.exists():
-            return
-        for leaf in sorted(top.glob("**/cgroup.kill"), reverse=True):
-            with contextlib.suppress(OSError):
-                leaf.write_text("1", encoding="ascii")
-        until = time.monotonic() + 5
-        while _populated(top) and time.monotonic() < until:
-            time.sleep(0.01)
-        for folder in sorted((p for p in top.glob("**/") if p.is_dir()), reverse=True):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        with contextlib.suppress(OSError):
-            top.rmdir()
+        left = await asyncio.to_thread(remove_host, self.settings, self.folder)
+        assert not left, left
 
 
 @contextlib.asynccontextmanager
@@ -309,16 +299,3 @@ async def live_host(*, worker: bool = True, **options: Any) -> AsyncGenerator[Li
         raise
     finally:
         await host.close()
-
-
-def _populated(folder: Path) -> bool:
-    text = Path(folder, "cgroup.events").read_text(encoding="ascii")
-    return "populated 1" in text
-
-
-def _unmount_below(folder: str) -> None:
-    mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
-    for line in reversed(mounts):
-        point = line.split()[1]
-        if point.startswith(folder):
-            os.system(f"umount -l {point}")

@@ -2,20 +2,20 @@
 
 It starts a nats-server and a worker of its own in a network namespace of its own, drives one
 instance through its whole life over the bus, and compares what hostd owns before and after. It
-leaves nothing behind. Where this machine's KVM cannot run Linux, it runs in the lab.
+leaves nothing behind, also when it is interrupted. Where this machine's KVM cannot run Linux, it
+runs in the lab.
 """
 
 import asyncio
 import os
-import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import msgspec
@@ -23,6 +23,7 @@ import msgspec
 from handlers.host import inventory
 from handlers.host.jail_paths import JailPaths
 from handlers.host.namespaces import enter_new_network
+from handlers.host.remains import remove_host
 from schemas import naming
 from schemas.requests import (
     DestroyInstance,
@@ -48,7 +49,7 @@ from schemas.settings import (
 from schemas.subjects import Subjects
 from worker import logs
 from worker.cli.client import Client, connect
-from worker.cli.context import json_option
+from worker.cli.context import CliError, json_option
 from worker.cli.seed import Seed, write_seed
 from worker.demo_guest import echo_through_tap, read_stat
 from worker.embedded import EmbeddedNats
@@ -58,6 +59,8 @@ from worker.provision import provision
 REF = InstanceRef("acme", "web", "i-1")
 NAMES = (REF.tenant_id, REF.pool_id, REF.instance_id)
 NET_ID = 7
+MEM_MIB = 128
+DISK = "/var/tmp"  # noqa: S108 (only ever with mkdtemp)
 ASLEEP_S = 2.0
 REPLY_TIMEOUT_S = 120.0
 
@@ -66,12 +69,44 @@ REPLY_TIMEOUT_S = 120.0
 class Story:
     """What happened, told while it happens and summed up at the end."""
 
-    say: Callable[[str], None]
-    rows: list[tuple[str, float, str]] = field(default_factory=list[tuple[str, float, str]])
+    say: Callable[[str, bool], None]  # a text, and whether the line ends with it
+    started: float = field(default_factory=time.perf_counter)
+    rows: list[tuple[str, float | None, str]] = field(
+        default_factory=list[tuple[str, float | None, str]]
+    )
 
-    def tell(self, what: str, seconds: float, facts: str) -> None:
+    def line(self, text: str) -> None:
+        self.say(text, True)
+
+    @contextmanager
+    def step(self, what: str) -> Generator[list[str]]:
+        """Time the body; it appends the facts that are told. The name shows while it runs."""
+        self.say(f"  {what:<20} ", False)
+        began = time.perf_counter()
+        facts: list[str] = []
+        try:
+            yield facts
+        except BaseException as error:
+            self.say("failed" if isinstance(error, Exception) else "interrupted", True)
+            raise
+        self._tell(what, time.perf_counter() - began, ", ".join(facts))
+
+    def tell(self, what: str, facts: str) -> None:
+        """Something seen, that took no time of its own."""
+        self.say(f"  {what:<20} ", False)
+        self._tell(what, None, facts)
+
+    def _tell(self, what: str, seconds: float | None, facts: str) -> None:
         self.rows.append((what, seconds, facts))
-        self.say(f"  {what:<22} {seconds * 1000:9.1f} ms   {facts}")
+        self.say(f"{'' if seconds is None else duration(seconds):>9}   {facts}", True)
+
+    def total_s(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def duration(seconds: float) -> str:
+    """For people: milliseconds, or seconds from one on."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 
 class DemoFailed(Exception):
@@ -93,58 +128,78 @@ def demo(*, build: str, here: bool, guest: str, as_json: bool) -> None:
     """The main job end to end, with a real Firecracker and a real guest; leaves nothing behind."""
     logs.configure("error", stream="stderr")
     if guest == "linux" and not here and not linux_runs_here():
-        lab = os.path.join(os.path.dirname(os.path.abspath(build)), "tests", "lab", "run.py")
-        if not os.path.exists(lab):
-            raise click.ClickException(
-                "this machine's KVM cannot run Linux, and the lab is part of a source checkout: "
-                "run `make demo` there, or `hostd demo --guest mini` here"
-            )
-        click.echo(
-            "This machine's KVM cannot run a Linux guest: the demo runs in the lab.", err=True
-        )
-        command = ["hostd", "demo", "--here", *(["--json"] if as_json else [])]
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "tests.lab.run", "--", *command])  # noqa: S606
+        hand_over_to_lab(os.path.dirname(os.path.abspath(build)), as_json=as_json)
     if os.geteuid() != 0:
         raise click.ClickException("the demo makes links, cgroups and jails: run it as root")
     enter_new_network()
-    story = Story(lambda text: click.echo(text, err=as_json))
-    where = "in the lab" if os.path.exists("/etc/hostd-lab") else "on this machine's KVM"
-    story.say(f"hostd demo, {where}, guest: {guest}")
+    story = Story(lambda text, ends: click.echo(text, nl=ends, err=as_json))
+    where = "in the lab" if os.environ.get("HOSTD_LAB") else "on this machine's KVM"
+    story.line(f"hostd demo, {where}, guest: {guest}")
     try:
         asyncio.run(run(story, os.path.abspath(build), guest))
-    except DemoFailed as error:
+    except (DemoFailed, CliError) as error:
         raise click.ClickException(str(error)) from error
+    except asyncio.CancelledError:
+        click.echo("terminated; nothing is left behind", err=True)
+        sys.exit(128 + signal.SIGTERM)
+    total_s = story.total_s()
     if as_json:
-        rows = [{"what": w, "ms": round(s * 1000, 1), "facts": f} for w, s, f in story.rows]
-        click.echo(msgspec.json.encode({"where": where, "guest": guest, "steps": rows}))
+        rows = [
+            {"what": what, "ms": None if seconds is None else round(seconds * 1000, 1), "facts": f}
+            for what, seconds, f in story.rows
+        ]
+        summary = {"where": where, "guest": guest, "total_s": round(total_s, 1), "steps": rows}
+        click.echo(msgspec.json.encode(summary))
     else:
-        total_s = sum(seconds for _, seconds, _ in story.rows)
-        story.say(f"All of it worked, {where}: {len(story.rows)} steps, {total_s:.1f} s.")
+        story.line(f"All of it worked, {where}: {len(story.rows)} steps, {total_s:.1f} s.")
+
+
+def hand_over_to_lab(checkout: str, *, as_json: bool) -> NoReturn:
+    """Become the process that runs this demo in the lab."""
+    if not os.path.exists(os.path.join(checkout, "tests", "lab", "run.py")):
+        raise click.ClickException(
+            "this machine's KVM cannot run Linux, and the lab is part of a source checkout: "
+            "run `make demo` there, or `hostd demo --guest mini` here"
+        )
+    click.echo("This machine's KVM cannot run a Linux guest: the demo runs in the lab.", err=True)
+    command = ["hostd", "demo", "--here", *(["--json"] if as_json else [])]
+    sys.stdout.flush()
+    os.chdir(checkout)
+    os.execv(sys.executable, [sys.executable, "-m", "tests.lab.run", "--", *command])  # noqa: S606
 
 
 async def run(story: Story, build: str, guest: str) -> None:
     """The whole story; raises DemoFailed where it does not go as promised."""
+    if (task := asyncio.current_task()) is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with AsyncExitStack() as stack:
-        folder = tempfile.mkdtemp(prefix="hostd-demo-")
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        # Not /tmp: where that is a tmpfs, what a VMM writes there counts as its memory.
+        folder = tempfile.mkdtemp(prefix="hostd-demo-", dir=os.environ.get("TMPDIR", DISK))
         nats = EmbeddedNats(f"{folder}/nats")
+        settings = demo_settings(folder, nats.url, build)
+        stack.push_async_callback(leave_nothing, settings, folder)
         await nats.start()
         stack.push_async_callback(nats.stop)
-        settings = demo_settings(folder, nats.url, build)
         subjects = Subjects(settings.root, settings.host.id, settings.host.cell)
         await provision_cell(settings, subjects)
         before = (await asyncio.to_thread(inventory.take, settings)).counts
-        await stack.enter_async_context(worker_process(settings, folder))
-        client = await stack.enter_async_context(connect(settings))
-        await first_ping(client, settings, story)
+        with story.step("worker ready") as facts:
+            await stack.enter_async_context(worker_process(settings, folder))
+            client = await stack.enter_async_context(connect(settings))
+            facts.extend(await first_ping(client, settings))
         await life(Driver(client, settings, story), build, guest)
         after = (await asyncio.to_thread(inventory.take, settings)).counts
         if after != before:
             raise DemoFailed(f"left behind: before {before}, after {after}")
-        story.tell("inventory", 0.0, "the same before and after")
+        story.tell("inventory", f"the same before and after: {sum(after.values())} things owned")
     if os.path.exists(folder):
         raise DemoFailed(f"{folder} is still there")
+
+
+async def leave_nothing(settings: Settings, folder: str) -> None:
+    """After a good end only files are left to remove, after a bad one perhaps a VM."""
+    for line in await asyncio.to_thread(remove_host, settings, folder):
+        click.echo(f"left behind: {line}", err=True)
 
 
 @dataclass
@@ -155,15 +210,17 @@ class Driver:
     settings: Settings
     story: Story
 
-    async def send(self, what: str, request: Request, facts: str = "") -> dict[str, Any]:
-        started = time.perf_counter()
-        reply = await self.client.send(self.settings.host.id, request, timeout_s=REPLY_TIMEOUT_S)
-        seconds = time.perf_counter() - started
-        if reply["code"] != "ok":
-            raise DemoFailed(f"{what}: {reply['code']}: {reply['response']}")
-        if reply["left_behind"]:
-            raise DemoFailed(f"{what}: left behind {reply['left_behind']}")
-        self.story.tell(what, seconds, facts or str(reply["status"] or reply["code"]))
+    async def send(self, what: str, request: Request, *details: str) -> dict[str, Any]:
+        """Raises DemoFailed unless it is `ok` with nothing left behind; tells these details."""
+        with self.story.step(what) as facts:
+            host_id = self.settings.host.id
+            reply = await self.client.send(host_id, request, timeout_s=REPLY_TIMEOUT_S)
+            if reply["code"] != "ok":
+                raise DemoFailed(f"{what}: {reply['code']}: {reply['response']}")
+            if reply["left_behind"]:
+                raise DemoFailed(f"{what}: left behind {reply['left_behind']}")
+            facts.append(str(reply["status"] or reply["code"]))
+            facts += [told(name, reply["detail"][name]) for name in details]
         return reply
 
     async def stat(self, launch: int) -> dict[str, Any]:
@@ -171,28 +228,43 @@ class Driver:
         return await read_stat(JailPaths.of(self.settings).root(jail_id))
 
     async def echo(self, what: str, address: str) -> None:
-        seconds = await echo_through_tap(address, b"hello from the host")
-        self.story.tell(what, seconds, f"{address} answered by TCP")
+        with self.story.step(what) as facts:
+            await echo_through_tap(address, b"hello from the host")
+            facts.append(f"{address} answered by TCP")
+
+    async def owned(self) -> None:
+        """What hostd owns on this host now, by kind."""
+        counts = (await asyncio.to_thread(inventory.take, self.settings)).counts
+        there = ", ".join(f"{kind} {count}" for kind, count in counts.items() if count)
+        self.story.tell("hostd owns", there or "nothing")
+
+
+def told(name: str, value: Any) -> str:
+    """One entry of a reply's detail, for people."""
+    if name == "size_bytes":
+        return f"{value / (1 << 20):.0f} MiB on disk"
+    return f"{name} {value}"
 
 
 async def life(driver: Driver, build: str, guest: str) -> None:
     """Network up, start, traffic, sleep, wake, stop, destroy, network down."""
     seeded = write_seed(driver.settings.paths.data, seed_of(build, guest))
-    driver.story.tell("seed", 0.0, f"tenant {REF.tenant_id}, instance {REF}")
+    driver.story.tell("seed", f"instance {REF}, 1 vCPU, {MEM_MIB} MiB, as agentd would write it")
     await driver.send("network up", SetupNetwork(REF.tenant_id, seeded.net))
-    await driver.send("start", StartInstance(*NAMES))
+    await driver.send("start", StartInstance(*NAMES), "pid", "tap")
     await driver.echo("traffic", seeded.guest_ip)
     awake = await driver.stat(launch=1)
-    await driver.send("sleep", SleepInstance(*NAMES, force=False))
-    await asyncio.sleep(ASLEEP_S)
-    reply = await driver.send("wake", WakeInstance(*NAMES))
+    await driver.owned()
+    await driver.send("sleep", SleepInstance(*NAMES, force=False), "drain", "size_bytes")
+    with driver.story.step("asleep"):
+        await asyncio.sleep(ASLEEP_S)
+    reply = await driver.send("wake", WakeInstance(*NAMES), "pid")
     woken = await driver.stat(launch=2)
-    driver.story.tell("the guest remembers", 0.0, remembered(awake, woken, reply))
+    driver.story.tell("the guest remembers", remembered(awake, woken, reply))
     await driver.echo("traffic after wake", seeded.guest_ip)
-    await driver.send("stop", StopInstance(*NAMES))
-    destroy = DestroyInstance(*NAMES, wipe_volumes=True)
-    await driver.send("destroy", destroy, "volumes wiped")
-    await driver.send("network down", TeardownNetwork(REF.tenant_id, seeded.net), "ok")
+    await driver.send("stop", StopInstance(*NAMES), "rung")
+    await driver.send("destroy", DestroyInstance(*NAMES, wipe_volumes=True), "volumes")
+    await driver.send("network down", TeardownNetwork(REF.tenant_id, seeded.net))
 
 
 def remembered(awake: dict[str, Any], woken: dict[str, Any], reply: dict[str, Any]) -> str:
@@ -201,12 +273,15 @@ def remembered(awake: dict[str, Any], woken: dict[str, Any], reply: dict[str, An
         raise DemoFailed("the woken guest has another boot id: it was booted, not woken")
     if woken["counter"] <= awake["counter"]:
         raise DemoFailed(f"counter {woken['counter']} after wake, {awake['counter']} before sleep")
+    if faults := {k: v for k, v in reply["detail"].items() if k.endswith("_failed")}:
+        raise DemoFailed(f"the guest was not told of its wake: {faults}")
     facts = f"counter {awake['counter']} -> {woken['counter']}, same boot id"
     if "unix_nanos" in woken:
         off_s = abs(woken["unix_nanos"] / 1e9 - time.time())
         if off_s > 1:
             raise DemoFailed(f"the woken guest's clock is {off_s:.1f} s off: {reply['detail']}")
         facts += f", clock within {off_s * 1000:.0f} ms"
+        facts += f" (was {reply['detail']['clock_was_off_s']:+.3f} s off)"
     return facts
 
 
@@ -220,7 +295,7 @@ def seed_of(build: str, guest: str) -> Seed:
         ref=REF,
         net_id=NET_ID,
         artifacts=artifacts,
-        mem_mib=128,
+        mem_mib=MEM_MIB,
         data_disk_mib=16,
         offset=5,
         secrets=b'{"token": "for the demo"}',
@@ -264,14 +339,18 @@ async def worker_process(settings: Settings, folder: str) -> AsyncGenerator[None
         )
     try:
         yield
-    except BaseException:
+    except Exception:
         with open(log_path) as log_file:  # noqa: ASYNC230
             click.echo(log_file.read()[-8000:], err=True)
         raise
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(30):
+        try:
+            async with asyncio.timeout(30):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
             await process.wait()
     if process.returncode != 0:
         raise DemoFailed(f"the worker ended with {process.returncode}")
@@ -287,13 +366,14 @@ def environment_of(settings: Settings) -> dict[str, str]:
     return names
 
 
-async def first_ping(client: Client, settings: Settings, story: Story) -> None:
-    """Wait until the worker takes commands."""
-    started = time.perf_counter()
-    async with asyncio.timeout(30):
+async def first_ping(client: Client, settings: Settings) -> list[str]:
+    """Wait until the worker takes commands; what it says of itself."""
+    async with asyncio.timeout(60):
         while True:
-            reply = await client.send(settings.host.id, Ping(), timeout_s=10)
-            if reply["detail"]["host_state"] == "ready":
-                break
-            await asyncio.sleep(0.05)
-    story.tell("worker ready", time.perf_counter() - started, f"hostd {reply['detail']['version']}")
+            with suppress(CliError):
+                if (await client.ask(settings.host.id, "ping"))["host_state"] == "ready":
+                    break
+            await asyncio.sleep(0.1)
+    detail = (await client.send(settings.host.id, Ping(), timeout_s=10))["detail"]
+    limits = "in force" if detail["limits_enforced"] else "off, no cgroup v2 controllers here"
+    return [f"hostd {detail['version']}", f"limits {limits}"]
