@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import nats.js.errors
 
 from handlers.host import inventory
 from handlers.host.cgroups import find_mount
@@ -204,13 +205,16 @@ class LiveHost:
                 await asyncio.sleep(0.02)
 
     async def kept(self, stream: str) -> list[tuple[str, dict[str, str], bytes]]:
-        """All messages of a stream of `subjects`: subject, headers, data."""
+        """All messages that are in a stream of `subjects`: subject, headers, data."""
         async with self.client() as client:
             context = client.nats.jetstream()
             state = (await context.stream_info(stream)).state
             found = []
             for seq in range(state.first_seq, state.last_seq + 1):
-                message = await context.get_msg(stream, seq)
+                try:
+                    message = await context.get_msg(stream, seq)
+                except nats.js.errors.NotFoundError:
+                    continue  # done and gone, as a work queue does it
                 found.append((message.subject or "", message.headers or {}, message.data or b""))
             return found
 
