@@ -161,17 +161,17 @@ class Snapshots:
     async def settle(self, ref: InstanceRef, number: int) -> None:
         """After a failed wake, before or after its jail is gone: the files are root's again.
 
-        A snapshot that is gone needs none.
+        A file that is gone needs none: what is wrong with a snapshot is for `verify` to say.
         """
         folder = SnapshotFolder(self._base, ref, number)
 
         def settle() -> None:
             try:
-                os.chown(folder.file(STATE), 0, 0)
-                os.chmod(folder.file(STATE), 0o600)
-                self._memories.tighten(folder)
-            except FileNotFoundError:
-                return
+                with contextlib.suppress(FileNotFoundError):
+                    os.chown(folder.file(STATE), 0, 0)
+                    os.chmod(folder.file(STATE), 0o600)
+                if os.path.exists(folder.file(MEMORY)):
+                    self._memories.tighten(folder)
             except OSError as error:
                 raise os_failure(error, f"cannot settle {folder.path}") from error
 
