@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncGenerator
@@ -73,8 +74,10 @@ class LiveHost:
         guest: str = "mini",
         boot_args: str = "",
         production: bool = False,
+        disk_mib: int = 0,
         **limits: Any,
     ) -> None:
+        """With `disk_mib`, data and state are on a file system of that size and nothing else is."""
         # Not in /tmp: where that is a tmpfs, what a VMM writes there counts as its memory.
         self.folder = tempfile.mkdtemp(prefix="hostd-live-", dir="/var/tmp")
         self.guest = guest
@@ -84,6 +87,8 @@ class LiveHost:
         self.limits = limits
         self.worker: asyncio.subprocess.Process | None = None
         self.settings = self._settings()
+        if disk_mib:
+            self._mount_disk(disk_mib)
         self.subjects = Subjects(self.settings.root, self.settings.host.id, self.settings.host.cell)
 
     def _settings(self) -> Settings:
@@ -94,7 +99,9 @@ class LiveHost:
             host=HostSettings(id=f"test-{os.getpid()}", cell="test", production=self.production),
             nats=NatsSettings(url=self.nats.url),
             paths=PathSettings(
-                data=f"{self.folder}/mvm", state=f"{self.folder}/state", run=f"{self.folder}/run"
+                data=f"{self.folder}/disk/mvm",
+                state=f"{self.folder}/disk/state",
+                run=f"{self.folder}/run",
             ),
             vmm=VmmSettings(
                 firecracker=f"{BUILD}/bin/firecracker",
@@ -105,6 +112,15 @@ class LiveHost:
             limits=LimitSettings(
                 enforce="memory" in controllers, cgroup=f"hostd-test-{unique}", **self.limits
             ),
+        )
+
+    def _mount_disk(self, size_mib: int) -> None:
+        point = f"{self.folder}/disk"
+        os.mkdir(point)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "hostd-live", point],
+            check=True,
+            timeout=10,
         )
 
     # -- worker --------------------------------------------------------------------------------
