@@ -4,13 +4,15 @@ A network is a standing order: once set up it is kept in force until its teardow
 and after a reboot through the same mechanisms.
 """
 
-import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 
 from handlers.errors import Conflict, Invalid, NotFound
 from handlers.machine import Host
 from handlers.network_plan import HOLDING_A_TAP, network_specs, port_specs
+from handlers.slots import held
 from handlers.steps import Done, Steps
 from schemas.malformed import Malformed
 from schemas.records import NetworkRecord
@@ -40,14 +42,14 @@ async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
             another tenant's; a route of the host overlaps; a foreign link has the bridge's name.
         HostFault: the kernel does not hold what was set.
     """
-    async with host.locks.exclusive(cmd.tenant_id), host.locks.subnets():
+    async with turn(cmd.tenant_id, steps, host):
         standing = await checked(cmd, host)
         rules, bridge = network_specs(cmd.tenant_id, cmd.net)
         changed = await steps.act("prepare_network", host.networks.prepare)
         changed = await steps.ensure(host.tenant_rules, rules) or changed
         changed = await steps.ensure(host.bridges, bridge) or changed
         if standing is None or standing.status != "up":
-            await host.records.put_network(record_of(cmd.tenant_id, cmd.net, "up"))
+            await host.records.put_network(record_of(cmd, "up", host))
             changed = True
     # "Changed" belongs to the command over all its runs: a step that an earlier run made is done.
     ours = {host.tenant_rules.name, host.bridges.name}
@@ -62,14 +64,14 @@ async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Do
         Invalid: the net is unsound.
         Conflict: at once, while an instance holds a TAP, or if the net is not the tenant's.
     """
-    async with host.locks.exclusive(cmd.tenant_id), host.locks.subnets():
+    async with turn(cmd.tenant_id, steps, host):
         standing = await found(cmd, host)
         await refuse_in_use(cmd, host)
         steps.finalize()
         rules, bridge = network_specs(cmd.tenant_id, cmd.net)
         present = await host.bridges.exists(bridge.key) or await host.tenant_rules.exists(rules.key)
         if standing is not None and standing.status == "up":
-            await host.records.put_network(record_of(cmd.tenant_id, cmd.net, "down"))
+            await host.records.put_network(record_of(cmd, "down", host))
         # The bridge goes first: without its rules nothing must be able to pass it.
         await steps.remove(host.bridges, bridge.key)
         await steps.remove(host.tenant_rules, rules.key)
@@ -77,6 +79,17 @@ async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Do
             await host.records.drop_network(cmd.tenant_id)
     changed = present or standing is not None
     return Done(changed=changed, status=None, detail={"bridge_name": cmd.net.bridge_name})
+
+
+@asynccontextmanager
+async def turn(tenant_id: str, steps: Steps, host: Host) -> AsyncGenerator[None]:
+    """The tenant's network to oneself, and what gives net ids and subnets to tenants."""
+    async with (
+        held(host.slots.networks, "wait_networks", steps),
+        host.locks.exclusive(tenant_id),
+        host.locks.subnets(),
+    ):
+        yield
 
 
 async def restore_network(record: NetworkRecord, host: Host) -> Restored:
@@ -188,7 +201,7 @@ async def refuse_in_use(cmd: TeardownNetwork, host: Host) -> None:
         )
 
 
-def record_of(tenant_id: str, net: TenantNet, status: str) -> NetworkRecord:
+def record_of(cmd: NetworkRequest, status: str, host: Host) -> NetworkRecord:
     return NetworkRecord(
-        tenant_id=tenant_id, net=net, status=status, since_ms=time.time_ns() // 1_000_000
+        tenant_id=cmd.tenant_id, net=cmd.net, status=status, since_ms=host.facts.now_ms()
     )

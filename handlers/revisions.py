@@ -4,6 +4,7 @@ An instance refers to its revision from its reservation on, awake, asleep or sto
 destroyed or started with another one (docs/adr/0003).
 """
 
+from handlers.errors import Failure
 from handlers.machine import Artifact, ArtifactSpec, Host
 from handlers.steps import Steps
 from schemas.records import InstanceRecord, Status
@@ -20,6 +21,15 @@ async def collect_revision(ref: InstanceRef, revision: str | None, host: Host) -
     """Remove a revision if nothing refers to it; the mechanism asks `refers` under its lock."""
     if revision is not None:
         await host.artifacts.remove(ArtifactSpec(ref.tenant_id, ref.pool_id, revision).key)
+
+
+async def let_go(ref: InstanceRef, revision: str | None, host: Host) -> tuple[str, ...]:
+    """As `collect_revision`, for a command that succeeds all the same: returns what is left."""
+    try:
+        await collect_revision(ref, revision, host)
+    except Failure as error:
+        return (f"artifacts {ref.tenant_id}/{ref.pool_id}/{revision}: {error.message}",)
+    return ()
 
 
 def refers(record: InstanceRecord, key: str) -> bool:

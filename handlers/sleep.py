@@ -12,6 +12,7 @@ from handlers.machine import Host, SnapshotFacts, SnapshotInfo, Vmm
 from handlers.pausing import Draft, Drafts, DraftSpec, Pauses, PauseSpec
 from handlers.releasing import release
 from handlers.reservations import Phases, PhaseSpec
+from handlers.slots import held
 from handlers.states import read_standing, settled
 from handlers.steps import Done, Steps
 from schemas.files import RuntimePolicy
@@ -39,7 +40,7 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
     if record.status is Status.SLEEPING:
         return Done(changed=False, status=str(Status.SLEEPING))
     if standing.status is not Status.RUNNING:
-        raise standing.conflict("put to sleep")
+        raise standing.conflict("put it to sleep")
     info = await host.snapshots.read(record.ref)
     if info is None or info.number != record.launch:
         standing.refuse_half_done(steps.command_id)
@@ -77,7 +78,7 @@ async def take_snapshot(
         phase = PhaseSpec(steps.command_id, record, Status.DRAINING, now_ms)
         record = await steps.ensure(Phases(host), phase)
         drain = await drain_guest(cmd, record, steps, host)
-        async with host.slots.snapshots:
+        async with held(host.slots.snapshots, "wait_snapshots", steps):
             phase = PhaseSpec(steps.command_id, record, Status.SNAPSHOTTING, host.facts.now_ms())
             record = await steps.ensure(Phases(host), phase)
             info = await write_snapshot(record, drain, vmm, steps, host)

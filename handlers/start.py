@@ -1,5 +1,7 @@
 """StartInstance: from at rest to a running, confined VMM whose guest agent answers."""
 
+import dataclasses
+
 from handlers.courtesy import tell_running
 from handlers.errors import Failure, Unavailable, Unsupported
 from handlers.launching import (
@@ -24,7 +26,8 @@ from handlers.launching import (
 )
 from handlers.machine import Artifact, BootConfig, DataDiskSpec, DriveConfig, Host, Jail
 from handlers.reservations import Reservations
-from handlers.revisions import ensure_revision
+from handlers.revisions import ensure_revision, let_go
+from handlers.slots import held
 from handlers.states import RESTING, read_standing, settled
 from handlers.steps import Done, Steps
 from schemas import naming
@@ -60,7 +63,7 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
     if standing.status is Status.RUNNING:
         return Done(changed=False, status=str(Status.RUNNING))
     if standing.status not in RESTING:
-        raise standing.conflict("start")
+        raise standing.conflict("start it")
     await refuse_second_boot(standing.record, steps, host)
     wanted = await read_wanted(cmd.ref, standing.record, host)
     revision = await host.shared.current_revision(cmd.tenant_id, cmd.pool_id)
@@ -75,8 +78,14 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
             now_ms=host.facts.now_ms(),
         ),
     )
-    async with host.slots.boots:
-        return await boot(wanted, record, steps, host)
+    async with held(host.slots.boots, "wait_boots", steps):
+        done = await boot(wanted, record, steps, host)
+    before = record.before.revision if record.before is not None else None
+    if before == record.revision:
+        return done
+    return dataclasses.replace(
+        done, left_behind=(*done.left_behind, *await let_go(cmd.ref, before, host))
+    )
 
 
 async def refuse_second_boot(record: InstanceRecord, steps: Steps, host: Host) -> None:

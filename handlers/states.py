@@ -50,9 +50,9 @@ class Standing:
                 detail={"status": str(self.status)},
             )
 
-    def conflict(self, verb: str) -> Failure:
+    def conflict(self, what: str) -> Failure:
         return Conflict(
-            f"instance {self.record.ref} is {self.status}: cannot {verb} it",
+            f"instance {self.record.ref} is {self.status}: cannot {what}",
             detail={"status": str(self.status)},
         )
 

@@ -25,6 +25,7 @@ from handlers.pausing import Draft, SnapshotUses, SnapshotUseSpec
 from handlers.releasing import release
 from handlers.reservations import Reservations
 from handlers.revisions import ensure_revision
+from handlers.slots import held
 from handlers.states import read_standing, settled
 from handlers.steps import Done, Steps
 from schemas.records import InstanceRecord, Status
@@ -54,7 +55,7 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
         return await go_on(record, steps, host)
     standing.refuse_half_done(steps.command_id)
     if standing.status is not Status.SLEEPING:
-        raise standing.conflict("wake")
+        raise standing.conflict("wake it")
     return await go_on(await restore(cmd, record, steps, host), steps, host)
 
 
@@ -82,7 +83,7 @@ async def restore(
         Reservations(host),
         dataclasses.replace(spec, vcpus=info.vcpus, mem_mib=info.mem_mib),
     )
-    async with host.slots.restores:
+    async with held(host.slots.restores, "wait_restores", steps):
         return await load(wanted, record, info, steps, host)
 
 

@@ -1,5 +1,6 @@
 """One run of one command: handler, attempts, undo, outcome. Here alone an error becomes a reply."""
 
+import time
 from collections.abc import Callable, Container, Mapping
 from typing import Any, Final, Protocol
 
@@ -163,6 +164,7 @@ class Dispatch:
 
     async def _attempts(self, row: CommandRow, steps: Steps) -> Done:
         """Try until it succeeds, fails for good, or deadline or budget are used up."""
+        began = time.monotonic()
         try:
             return await self._attempt(row, steps)
         except (Failure, OSError) as error:
@@ -170,12 +172,15 @@ class Dispatch:
                 raise
             made: list[Failure | OSError] = [error]
         budget_s, left_s = self._budget_s, steps.left_s()
+        if not steps.final:
+            # The first attempt counts: one that took its whole time to fail is not tried again.
+            budget_s -= time.monotonic() - began
         if left_s is not None:
-            budget_s = min(budget_s, max(left_s, 0.0))
+            budget_s = min(budget_s, left_s)
         async for attempt in tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(lambda error: _may_retry(error, steps)),
             wait=tenacity.wait_random_exponential(BACKOFF_S, BACKOFF_MAX_S),
-            stop=tenacity.stop_before_delay(budget_s),
+            stop=tenacity.stop_before_delay(max(budget_s, 0.0)),
             sleep=lambda seconds: self._pause(steps, seconds),
             before_sleep=lambda state: self._note_retry(row, state),
             reraise=True,
@@ -285,7 +290,7 @@ class Dispatch:
             response=Error(failure.message),
             code=failure.code,
             retryable=failure.retryable,
-            status=self._status(row),
+            status=self._status(row) or detail.get("status"),
             left_behind=left,
             supported=serde.SUPPORTED if failure.code is Code.UNSUPPORTED else (),
             detail=detail,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from handlers.errors import NotFound
+from handlers.host.host_facts import HostFacts
 from handlers.locks import TenantLocks
 from handlers.machine import Host
 from handlers.slots import Slots
@@ -89,7 +90,7 @@ def host_of(net: HostNet, books: Books, settings: NetworkSettings | None = None)
         settings=Settings(network=settings or NetworkSettings()),
         locks=TenantLocks(),
         records=cast("Any", books),
-        facts=nothing,
+        facts=HostFacts(),
         shared=cast("Any", books),
         networks=mechanisms.networks,
         bridges=mechanisms.bridges,

@@ -127,6 +127,22 @@ async def test_attempts_end_with_the_budget(tmp_path: Path) -> None:
     assert reply.finished_at_ms - reply.received_at_ms < 2000
 
 
+async def test_an_attempt_that_took_the_whole_budget_is_the_last(tmp_path: Path) -> None:
+    class Slow(Failing):
+        async def __call__(self, request: Request, steps: Steps) -> Done:
+            await asyncio.sleep(limits.retry_budget_s)
+            return await super().__call__(request, steps)
+
+    limits = LimitSettings(retry_budget_s=0.05)
+    machine = Machine(behave=(behave := Slow(Unavailable("busy"))))
+    behave.machine = machine
+    async with shell(tmp_path / "j", machine=machine, limits=limits) as worker:
+        worker.send(start())
+        reply = await worker.reply()
+
+    assert (reply.code, reply.attempts) == (Code.UNAVAILABLE, 1)
+
+
 async def test_attempts_end_with_the_deadline(tmp_path: Path) -> None:
     machine = failing(Unavailable("busy"))
     async with shell(tmp_path / "j", machine=machine) as worker:

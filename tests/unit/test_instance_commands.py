@@ -27,6 +27,7 @@ from schemas.requests import (
 )
 from tests.fakes.host import FakeHost, instance_file, seeded
 from tests.fakes.rig import REF, Rig, rig
+from worker.journal_file import now_ms
 
 START = StartInstance("acme", "web", "i-1")
 STOP = StopInstance("acme", "web", "i-1")
@@ -360,8 +361,8 @@ async def test_a_vmm_lost_after_its_snapshot_was_consumed_leaves_failed(tmp_path
 TABLE = [
     ((), START, Code.OK, True, "running"),
     ((), STOP, Code.OK, False, "created"),
-    ((), SLEEP, Code.CONFLICT, False, None),
-    ((), WAKE, Code.CONFLICT, False, None),
+    ((), SLEEP, Code.CONFLICT, False, "created"),
+    ((), WAKE, Code.CONFLICT, False, "created"),
     ((START,), START, Code.OK, False, "running"),
     ((START,), STOP, Code.OK, True, "stopped"),
     ((START,), SLEEP, Code.OK, True, "sleeping"),
@@ -519,6 +520,58 @@ async def test_starts_at_once_share_neither_uid_nor_quota(tmp_path: Path) -> Non
         assert codes.count(Code.EXHAUSTED) == 4
         slots = [r.uid_slot for r in worker.journal.instances() if r.uid_slot is not None]
         assert len(set(slots)) == len(slots) == 8
+
+
+async def test_stop_ends_a_start_that_waits_for_its_turn(tmp_path: Path) -> None:
+    async with rig(tmp_path / "j", seeded()) as worker:
+        await worker.run(UP)
+        while not worker.host.slots.boots.locked():
+            await worker.host.slots.boots.acquire()
+        start = await worker.send(START)
+        async with asyncio.timeout(10):
+            while worker.journal.instance(REF) is None:
+                await asyncio.sleep(0)
+        await worker.send(STOP)
+
+        assert (await worker.reply(start)).code is Code.SUPERSEDED
+
+
+async def test_the_deadline_ends_a_wait_for_a_turn(tmp_path: Path) -> None:
+    async with rig(tmp_path / "j", seeded()) as worker:
+        while not worker.host.slots.networks.locked():
+            await worker.host.slots.networks.acquire()
+
+        reply = await worker.run(UP, deadline_ms=now_ms() + 100)
+
+        assert reply.code is Code.EXPIRED
+
+
+async def test_a_revision_goes_when_its_last_instance_starts_with_another(tmp_path: Path) -> None:
+    machine = seeded()
+    async with rig(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        await worker.run(START)
+        await worker.run(STOP)
+        machine.revisions["acme", "web"] = "r2"
+
+        await worker.run(START)
+
+        assert [key for kind, key in machine.resources if kind == "artifacts"] == ["acme/web/r2"]
+
+
+async def test_an_old_revision_that_cannot_go_fails_no_start(tmp_path: Path) -> None:
+    machine = seeded()
+    async with rig(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        await worker.run(START)
+        await worker.run(STOP)
+        machine.revisions["acme", "web"] = "r2"
+        machine.fail["remove_artifacts"] = HostFault("it stays")
+
+        reply = await worker.run(START)
+
+        assert (reply.code, reply.status) == (Code.OK, "running")
+        assert reply.left_behind == ("artifacts acme/web/r1: it stays",)
 
 
 async def test_stop_ends_a_running_drain(tmp_path: Path) -> None:
