@@ -63,7 +63,8 @@ class Jailer:
         except OSError as error:
             raise os_failure(error, "cannot write the log of launches") from error
 
-    def _arguments(self, spec: LaunchSpec) -> list[str]:
+    def arguments(self, spec: LaunchSpec) -> list[str]:
+        """The whole command line of one launch."""
         return [
             self.path,
             *("--id", spec.jail_id),
@@ -89,7 +90,7 @@ class Jailer:
             HostFault: it cannot be executed, or failed; its words are in the detail.
         """
         try:
-            code = await spawn.run(self._arguments(spec), words)
+            code = await spawn.run(self.arguments(spec), words)
         except OSError as error:
             raise os_failure(error, f"cannot execute {self.path}") from error
         if code != 0:

@@ -26,7 +26,7 @@ async def jail_rig(tmp_path: Path) -> AsyncIterator[Rig]:
 
 def run(rig: Rig, spec: LaunchSpec, **changes: str) -> subprocess.CompletedProcess[str]:
     """The very command line hostd uses, with some values changed."""
-    arguments = Jailer(rig.settings)._arguments(spec)
+    arguments = Jailer(rig.settings).arguments(spec)
     for option, value in changes.items():
         arguments[arguments.index(f"--{option.replace('_', '-')}") + 1] = value
     return subprocess.run(arguments, capture_output=True, text=True, timeout=20, check=False)
@@ -147,7 +147,7 @@ async def test_neither_environment_nor_descriptors_reach_the_vmm(rig: Rig) -> No
     os.set_inheritable(canary, True)
     try:
         subprocess.run(
-            Jailer(rig.settings)._arguments(spec),
+            Jailer(rig.settings).arguments(spec),
             env={"CANARY": "1"},
             close_fds=False,
             check=True,

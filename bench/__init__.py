@@ -1,0 +1,1 @@
+"""Measurements, each side by side with its raw alternative in one run: `python -m bench`."""

@@ -1,0 +1,153 @@
+"""What hostd itself costs per command, against a raw pull-reply-ack loop on the same server."""
+
+import asyncio
+import sys
+import timeit
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import msgpack
+import msgspec
+
+from bench import raw_loop
+from bench.rows import Row, median, row
+from bench.world import Sender, Sent, World
+from schemas import codec
+from schemas.envelopes import Command
+from schemas.requests import SetupNetwork, StartInstance, StopInstance, TeardownNetwork, TenantNet
+from schemas.settings import HostSettings
+from schemas.subjects import Subjects
+from tests.live import LiveHost
+from worker.cli.client import connect, new_id
+from worker.demo import provision_cell
+
+ROUNDS = 300
+CHANGES = 60
+MANY = 4000
+LANES = 50
+WINDOW = 1000
+REPEATS = 3
+NOTHING_CHANGED_MS, CHANGED_MS = 0.5, 1.0
+PER_SECOND = 2000
+
+
+@asynccontextmanager
+async def raw_sender(host: LiveHost) -> AsyncGenerator[Sender]:
+    """A raw loop as another cell of the same server, and a sender to it."""
+    settings = msgspec.structs.replace(
+        host.settings, host=HostSettings(id=host.settings.host.id, cell="raw", production=False)
+    )
+    subjects = Subjects(settings.root, settings.host.id, settings.host.cell)
+    await provision_cell(settings, subjects)
+    arguments = (host.nats.url, subjects.commands_stream, subjects.consumer)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, raw_loop.__file__, *arguments, stdout=-1
+    )
+    try:
+        assert process.stdout is not None
+        await process.stdout.readline()
+        async with connect(settings) as client:
+            sender = Sender(client.nats, subjects)
+            await sender.start()
+            yield sender
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def measure(world: World) -> list[Row]:
+    """Latency one at a time, then throughput."""
+    seeded = world.seed("i-0")
+    for number in range(1, LANES):
+        world.seed(f"i-{number}")
+    async with raw_sender(world.host) as raw:
+        rows = await latencies(world.sender, raw, seeded.net)
+        rows += await throughput(world.sender, raw)
+    return rows
+
+
+async def latencies(sender: Sender, raw: Sender, net: TenantNet) -> list[Row]:
+    """Commands that change nothing and that change something, alternating with the raw loop."""
+    stop = StopInstance("acme", "web", "i-0")
+    setup, teardown = SetupNetwork("acme", net), TeardownNetwork("acme", net)
+    for request in (stop, setup, teardown):
+        await sender.send(request)
+        await raw.send(request)
+    same: list[float] = []
+    base: list[float] = []
+    for _ in range(ROUNDS):
+        same.append((await sender.send(stop)).took_s * 1e3)
+        base.append((await raw.send(stop)).took_s * 1e3)
+    changed: list[float] = []
+    base_of_changed: list[float] = []
+    for _ in range(CHANGES):
+        for request in (setup, teardown):
+            changed.append(aside_ms(await sender.send(request)))
+            base_of_changed.append((await raw.send(request)).took_s * 1e3)
+    return [
+        own_cost("command that changes nothing, p50", same, base, NOTHING_CHANGED_MS),
+        own_cost(
+            "command that changes something, steps aside, p50", changed, base_of_changed, CHANGED_MS
+        ),
+    ]
+
+
+def aside_ms(sent: Sent) -> float:
+    """What it took without its steps."""
+    return (sent.took_s - sent.step_s()) * 1e3
+
+
+def own_cost(name: str, mine: list[float], base: list[float], limit_ms: float) -> Row:
+    more = median(mine) - median(base)
+    return row(
+        name,
+        "ms",
+        median(mine),
+        median(base),
+        budget=f"at most {limit_ms:g} ms more",
+        ok=more <= limit_ms,
+    )
+
+
+async def throughput(sender: Sender, raw: Sender) -> list[Row]:
+    """Commands that change nothing, over many lanes, many at once."""
+    mine: list[float] = []
+    base: list[float] = []
+    for _ in range(REPEATS):
+        for one, rates in ((sender, mine), (raw, base)):
+            commands = []
+            for number in range(MANY):
+                command_id = new_id()
+                request = StopInstance("acme", "web", f"i-{number % LANES}")
+                commands.append((command_id, *one.encode(request, command_id)))
+            rates.append(MANY / await one.send_many(commands, WINDOW))
+    return [
+        row(
+            "no-op commands through journal, reply and ack",
+            "1/s",
+            median(mine),
+            median(base),
+            budget=f"at least {PER_SECOND:,}",
+            ok=median(mine) >= PER_SECOND,
+        )
+    ]
+
+
+def measure_decoding() -> list[Row]:
+    """Decode and validate one StartInstance envelope; bare msgpack makes maps of it, unchecked."""
+    command = Command(
+        id=new_id(),
+        request=StartInstance("acme", "web", "i-0"),
+        issued_at_ms=1 << 40,
+        deadline_ms=1 << 41,
+        reply_to="_INBOX.abcdefghijklmnopqrstuv",
+        issuer="agentd",
+    )
+    data = codec.encode_command(command)
+    mine: list[float] = []
+    base: list[float] = []
+    times = 5000
+    for _ in range(7):
+        mine.append(timeit.timeit(lambda: codec.decode_command(data), number=times) / times * 1e6)
+        base.append(timeit.timeit(lambda: msgpack.unpackb(data), number=times) / times * 1e6)
+    return [row("decode and validate an envelope, p50", "us", median(mine), median(base))]
