@@ -5,6 +5,7 @@ silently goes on without a missing one; the jail's files before the jailer, whic
 """
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -238,6 +239,7 @@ def jail_spec(
         kept_config=kept_config,
         kept_secrets=kept_secrets,
         serial=launch.pool.serial,
+        record=replace(launch.record, before=None, command_id=None),
     )
 
 
@@ -251,11 +253,14 @@ async def record_vmm(launch: Launch, identity: VmmIdentity, host: Host) -> Insta
     return record
 
 
-async def record_disk(launch: Launch, disk: DiskIdentity, host: Host) -> None:
+async def record_disk(launch: Launch, disk: DiskIdentity, host: Host) -> Launch:
     """Remember, durably, the data disk that hostd made: another file in its place is refused."""
-    record = host.records.instance(launch.ref)
-    if record is not None and record.disk != disk:
-        await host.records.put_instance(replace(record, disk=disk), durable=True)
+    record = launch.record
+    if record.disk == disk:
+        return launch
+    record = replace(record, disk=disk)
+    await host.records.put_instance(record, durable=True)
+    return dataclasses.replace(launch, record=record)
 
 
 async def unless_exited(

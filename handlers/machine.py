@@ -201,6 +201,7 @@ class JailSpec:
 
     `config` and `secrets` are the contents for new `config.ext4` and `secrets.ext4`; a path in
     `kept_config`, `kept_secrets` (images kept with a snapshot) is used instead where given.
+    `record` is noted beside the jail: a worker that lost its journal adopts the VM by it.
     """
 
     ref: InstanceRef
@@ -212,6 +213,7 @@ class JailSpec:
     kept_config: str | None = None
     kept_secrets: str | None = None
     serial: bool = False
+    record: InstanceRecord | None = None
 
     @property
     def key(self) -> str:
@@ -386,7 +388,10 @@ class SnapshotFacts:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """A sealed snapshot. `kept_config`, `kept_secrets`: images kept with it, or None."""
+    """A sealed snapshot. `kept_config`, `kept_secrets`: images kept with it, or None.
+
+    `disk` is the data disk that slept with it; its device number is not known (0).
+    """
 
     number: int
     directory: str
@@ -400,6 +405,7 @@ class SnapshotInfo:
     kept_config: str | None
     kept_secrets: str | None
     has_secrets: bool
+    disk: DiskIdentity | None = None
 
 
 class Snapshots(Protocol):

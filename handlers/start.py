@@ -104,7 +104,7 @@ async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host)
         await host.jails.remove(launch.jail_id)
     artifact = await ensure_revision(launch.ref, record.revision or "", steps, host)
     await ensure_place(launch, steps, host)
-    data_path = await ensure_data_disk(launch, steps, host)
+    launch, data_path = await ensure_data_disk(launch, steps, host)
     secrets = await host.shared.secrets(launch.ref.tenant_id)
     jail = await steps.ensure(host.jails, jail_spec(launch, artifact, data_path, secrets=secrets))
     identity = await steps.ensure(host.vmms, launch.vmm)
@@ -140,16 +140,15 @@ async def add_log(failure: Failure, launch: Launch, host: Host) -> None:
     failure.detail.setdefault("vmm_log", log[-LOG_TAIL_BYTES:].decode(errors="replace"))
 
 
-async def ensure_data_disk(launch: Launch, steps: Steps, host: Host) -> str | None:
+async def ensure_data_disk(launch: Launch, steps: Steps, host: Host) -> tuple[Launch, str | None]:
     """The data disk, made on the first start; its identity is journalled before it is used."""
     size_mib = launch.pool.instance_resources.data_disk_mib
     if size_mib == 0:
-        return None
+        return launch, None
     disk = await steps.ensure(
         host.data_disks, DataDiskSpec(launch.ref, size_mib, launch.record.disk)
     )
-    await record_disk(launch, disk.identity, host)
-    return disk.path
+    return await record_disk(launch, disk.identity, host), disk.path
 
 
 async def check(launch: Launch, identity: VmmIdentity, host: Host) -> None:

@@ -60,7 +60,8 @@ class Standing:
 async def read_standing(ref: InstanceRef, host: Host, now_ms: int) -> Standing:
     """Read journal, tombstone and file of an instance.
 
-    A file that says running, warm or sleeping without a record of hostd's counts as stopped.
+    A file that says running, warm or sleeping without a record of hostd's counts as stopped,
+    unless a manifest of hostd's proves that it sleeps: then the journal was lost meanwhile.
 
     Raises:
         NotFound: neither journal nor files know it.
@@ -82,6 +83,18 @@ async def read_standing(ref: InstanceRef, host: Host, now_ms: int) -> Standing:
         # Launch numbers are never used twice, and a kept disk is still the one that hostd made.
         disk = tombstone.disk if tombstone.kept_volumes else None
         record = replace(record, launch=tombstone.launch, disk=disk)
+    asleep = await host.snapshots.read(ref)
+    if asleep is not None:
+        record = replace(
+            record,
+            status=Status.SLEEPING,
+            launch=asleep.launch,
+            snapshot=asleep.number,
+            revision=asleep.revision,
+            vcpus=asleep.vcpus,
+            mem_mib=asleep.mem_mib,
+            disk=asleep.disk,
+        )
     return Standing(record, True)
 
 

@@ -12,11 +12,13 @@ from msgspec.structs import replace
 from handlers.courtesy import tell_at_rest, tell_running
 from handlers.errors import Failure, HostFault, Unavailable
 from handlers.launching import (
+    Launch,
     Wanted,
     ensure_place,
     jail_spec,
     launch_of,
     read_wanted,
+    record_disk,
     record_vmm,
     reservation,
 )
@@ -96,7 +98,7 @@ async def load(
         await host.snapshots.settle(launch.ref, info.number)
     artifact = await ensure_revision(launch.ref, info.revision, steps, host)
     await ensure_place(launch, steps, host)
-    data_path = await known_data_disk(record, wanted, steps, host)
+    launch, data_path = await known_data_disk(launch, steps, host)
     await steps.ensure(SnapshotUses(host), SnapshotUseSpec(Draft(launch.ref, info.number)))
     secrets = await host.shared.secrets(launch.ref.tenant_id) if info.has_secrets else None
     await steps.ensure(
@@ -138,18 +140,14 @@ async def load(
     return record
 
 
-async def known_data_disk(
-    record: InstanceRecord, wanted: Wanted, steps: Steps, host: Host
-) -> str | None:
+async def known_data_disk(launch: Launch, steps: Steps, host: Host) -> tuple[Launch, str | None]:
     """The data disk that slept with the instance; a wake never makes a new one."""
-    if record.disk is None:
-        return None
-    size_mib = wanted.pool.instance_resources.data_disk_mib
-    disk = await steps.act(
-        "data_disk",
-        lambda: host.data_disks.ensure(DataDiskSpec(record.ref, size_mib, record.disk)),
-    )
-    return disk.path
+    known = launch.record.disk
+    if known is None:
+        return launch, None
+    spec = DataDiskSpec(launch.ref, launch.pool.instance_resources.data_disk_mib, known)
+    disk = await steps.act("data_disk", lambda: host.data_disks.ensure(spec))
+    return await record_disk(launch, disk.identity, host), disk.path
 
 
 async def go_on(record: InstanceRecord, steps: Steps, host: Host) -> Done:

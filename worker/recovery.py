@@ -14,7 +14,6 @@ import structlog
 from msgspec.structs import replace
 
 from handlers.errors import Failure
-from handlers.host.jail_folders import JailFolders
 from handlers.machine import Host
 from handlers.network import restore_network
 from handlers.releasing import release
@@ -22,6 +21,7 @@ from handlers.states import Standing, settled
 from handlers.steps import Steps
 from schemas.records import InstanceRecord, NetworkRecord, Status
 from worker.journal import Journal
+from worker.strangers import Strangers
 from worker.supervisor import Supervisor
 
 BOOT_ID = "boot_id"
@@ -59,7 +59,10 @@ class Recovery:
         await self._each(
             self._journal.instances(), lambda record: self._instance(record, rebooted=rebooted)
         )
-        await self._strangers()
+        strangers = Strangers(self._host, self._journal)
+        await strangers.find()
+        self.found.adopted += strangers.adopted
+        self.found.quarantined += strangers.quarantined
         await self._journal.put_meta(BOOT_ID, boot_id)
         self._supervisor.sync()
         await self._journal.event(
@@ -155,17 +158,3 @@ class Recovery:
             settled(gone, Status.STOPPED, now_ms), reason="the host was rebooted", durable=True
         )
         self.found.ended += 1
-
-    async def _strangers(self) -> None:
-        """Live VMMs in jails of ours that the journal does not know: reported, left alone."""
-        known = {record.jail_id for record in self._journal.instances()}
-        folders = JailFolders(self._host.settings.jail_base)
-        for jail_id in await asyncio.to_thread(folders.list_ids):
-            if jail_id in known or await self._host.vmms.find(jail_id) is None:
-                continue
-            self.found.quarantined += 1
-            await self._journal.event(
-                "quarantined",
-                reason="a VMM that the journal does not know",
-                detail={"jail": jail_id},
-            )

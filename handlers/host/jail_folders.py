@@ -15,6 +15,7 @@ from handlers.errors import HostFault
 from handlers.host.sealed_json import read_sealed
 from handlers.host.state_folders import checked_jail_id
 from schemas import naming
+from schemas.records import InstanceRecord
 from schemas.requests import InstanceRef
 
 LOG = "log"
@@ -40,7 +41,8 @@ class JailFacts(msgspec.Struct, frozen=True):
     """`hostd.json` beside `root/`, root-only: whose jail it is, also without a journal.
 
     `ours` are the files that hostd made in the jail: another inode by such a name is the VMM's.
-    `disks` are the absolute paths of what was chowned to the uid.
+    `disks` are the absolute paths of what was chowned to the uid. `record` is the journal's of the
+    launch: what a worker without that journal adopts the VM by.
     """
 
     ref: InstanceRef
@@ -51,6 +53,7 @@ class JailFacts(msgspec.Struct, frozen=True):
     has_secrets: bool = False
     ours: dict[str, FileId] = {}
     disks: tuple[str, ...] = ()
+    record: InstanceRecord | None = None
 
 
 class JailFolders:

@@ -125,6 +125,7 @@ class Jails:
             has_config=has_config,
             has_secrets=has_secrets,
             disks=tuple(file.source for file in spec.files if file.writable),
+            record=spec.record,
         )
         make_folder(self._folders.base)
         os.mkdir(folder, 0o700)

@@ -16,6 +16,7 @@ import msgspec
 from handlers.errors import HostFault
 from handlers.host.sealed_json import read_sealed
 from handlers.machine import SnapshotInfo
+from schemas.records import DiskIdentity
 from schemas.requests import InstanceRef
 
 MANIFEST = "manifest.json"
@@ -102,6 +103,7 @@ class SnapshotFolder:
 
     def info(self, manifest: Manifest) -> SnapshotInfo:
         kept = {name: self.file(name) for name in manifest.kept}
+        disk = manifest.disk
         return SnapshotInfo(
             number=self.number,
             directory=self.path,
@@ -115,6 +117,7 @@ class SnapshotFolder:
             kept_config=kept.get("config.ext4"),
             kept_secrets=kept.get("secrets.ext4"),
             has_secrets=manifest.has_secrets,
+            disk=DiskIdentity(0, disk.ino, disk.size_bytes) if disk is not None else None,
         )
 
 

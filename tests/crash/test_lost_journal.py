@@ -1,0 +1,67 @@
+"""The journal is lost while VMs run and sleep: what can be proven is adopted, nothing is killed."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from schemas.requests import InstanceRef, SleepInstance, StartInstance, WakeInstance
+from tests.live import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from worker.cli.context import CliError
+
+OTHER = InstanceRef("acme", "web", "i-2")
+
+
+def lose_journal(host: LiveHost) -> None:
+    for path in Path(host.settings.paths.state).glob("journal.db*"):
+        path.unlink()
+
+
+async def test_running_and_sleeping_instances_outlive_the_journal() -> None:
+    async with live_host() as host:
+        before = await host.inventory()
+        seeded = host.seed()
+        host.seed(OTHER)
+        await host.net_up(seeded)
+        started = await host.run(START)
+        await host.run(StartInstance("acme", "web", "i-2"))
+        asleep = await host.stat(OTHER)
+        assert (await host.run(SleepInstance("acme", "web", "i-2", force=False)))["code"] == "ok"
+        awake = await host.stat()
+        await host.kill_worker()
+        lose_journal(host)
+
+        await host.start_worker()
+
+        adopted = await host.describe()
+        assert (adopted["status"], adopted["pid"]) == ("running", started["detail"]["pid"])
+        assert (await host.run(SLEEP))["code"] == "ok"
+        assert (await host.run(WAKE))["code"] == "ok"
+        assert (await host.stat())["boot_id"] == awake["boot_id"]
+        woken = await host.run(WakeInstance("acme", "web", "i-2"))
+        assert woken["code"] == "ok", woken
+        assert (await host.stat(OTHER))["boot_id"] == asleep["boot_id"]
+        assert (await host.run(STOP))["code"] == "ok"
+        assert (await host.run(DESTROY))["code"] == "ok"
+        destroyed = await host.run(type(DESTROY)("acme", "web", "i-2", wipe_volumes=True))
+        assert destroyed["code"] == "ok"
+        assert (await host.net_down(seeded.net))["code"] == "ok"
+        assert await host.inventory() == before
+
+
+async def test_a_vm_without_a_note_is_left_alone_and_reported() -> None:
+    async with live_host() as host:
+        await host.net_up(host.seed())
+        pid = (await host.run(START))["detail"]["pid"]
+        note = Path(await host.jail_root()).parent / "hostd.json"
+        await host.kill_worker()
+        lose_journal(host)
+        note.unlink()
+
+        await host.start_worker()
+
+        os.kill(pid, 0)
+        kept = await host.kept(host.subjects.events_stream)
+        assert any(subject.endswith(".quarantined") for subject, _, _ in kept)
+        with pytest.raises(CliError, match="not in the journal"):
+            await host.describe(REF)
