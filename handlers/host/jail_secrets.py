@@ -5,7 +5,6 @@ import errno
 import os
 from collections.abc import Generator
 
-from handlers.host.copies import copy_sparse
 from handlers.host.jail_folders import SECRETS_DRIVE
 from handlers.host.small_drives import SECRETS
 from handlers.host.syscalls import mount_tmpfs, unmount
@@ -30,15 +29,6 @@ def new_drive(folder: str, uid: int) -> Generator[int, None, None]:
         os.fchown(fd, uid, uid)
     finally:
         os.close(fd)
-
-
-def copy_drive(kept: str, fd: int) -> None:
-    """The image that was kept with a snapshot, as it is."""
-    source = os.open(kept, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        copy_sparse(source, fd)
-    finally:
-        os.close(source)
 
 
 def unmount_secrets(folder: str) -> None:

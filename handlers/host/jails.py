@@ -32,7 +32,7 @@ from handlers.host.jail_folders import (
 from handlers.host.jail_logs import JailLogs
 from handlers.host.sealed_json import write_sealed
 from handlers.host.shared_files import open_tenant
-from handlers.host.small_drives import CONFIG, SECRETS, SmallDrives
+from handlers.host.small_drives import CONFIG, SECRETS, SmallDrives, copy_drive
 from handlers.host.state_folders import make_folder
 from handlers.host.syscalls import link_open
 from handlers.host.threads import to_end
@@ -145,7 +145,7 @@ class Jails:
                 if spec.kept_secrets is None:
                     self._drives.write(fd, SECRETS, spec.secrets or b"")
                 else:
-                    jail_secrets.copy_drive(spec.kept_secrets, fd)
+                    copy_drive(spec.kept_secrets, fd)
         os.chown(root, spec.uid, spec.uid)
         facts = msgspec.structs.replace(facts, complete=True, ours=ours)
         write_sealed(f"{folder}/{FACTS}", facts, sync=False)
@@ -186,12 +186,12 @@ class Jails:
             os.close(fd)
 
     def _make_config(self, spec: JailSpec, path: str) -> FileId:
-        if spec.kept_config is not None:
-            os.link(spec.kept_config, path)
-            return FileId.of(os.stat(path))
         fd = os.open(path, NEW, 0o400)
         try:
-            self._drives.write(fd, CONFIG, spec.config or b"")
+            if spec.kept_config is None:
+                self._drives.write(fd, CONFIG, spec.config or b"")
+            else:
+                copy_drive(spec.kept_config, fd)
             os.fchmod(fd, 0o444)
             return FileId.of(os.fstat(fd))
         finally:

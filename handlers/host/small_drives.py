@@ -18,6 +18,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from handlers.errors import Invalid
+from handlers.host.copies import copy_sparse
 from handlers.host.mkfs import make_ext4
 
 BLOCK = 4096
@@ -92,6 +93,18 @@ class SmallDrives:
                     self._templates.popitem(last=False)
             self._templates.move_to_end(key)
             return self._templates[key]
+
+
+def copy_drive(kept: str, fd: int) -> None:
+    """Make the empty file `fd` what an image kept with a snapshot is.
+
+    Never a link to it: the image is root's alone, the copy is for a VMM to read.
+    """
+    source = os.open(kept, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        copy_sparse(source, fd)
+    finally:
+        os.close(source)
 
 
 def _mkfs(fd: int, drive: SmallDrive, content: bytes) -> None:
