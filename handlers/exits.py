@@ -17,7 +17,8 @@ async def vmm_exited(ref: InstanceRef, launch: int, steps: Steps, host: Host) ->
     """Clean up after the VMM of a launch; false if that launch is not what runs any more.
 
     Exit 0 is no proof of an orderly end: a guest's triple fault ends the VMM with 0 too
-    (a crash and a reboot look alike), so the status is `failed` in any case.
+    (a crash and a reboot look alike), so the status is `failed` in any case; but a VMM that ended
+    with the boot of its host did not fail.
     """
     record = host.records.instance(ref)
     if record is None or record.launch != launch or record.status is not Status.RUNNING:
@@ -30,14 +31,15 @@ async def vmm_exited(ref: InstanceRef, launch: int, steps: Steps, host: Host) ->
     await host.snapshots.discard(ref)
     now_ms = host.facts.now_ms()
     gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
+    reason, status = "the VMM ended by itself", Status.FAILED
+    if record.vmm is not None and record.vmm.boot_id != host.facts.boot_id():
+        reason, status = "the host was rebooted", Status.STOPPED
     await host.records.event(
         "vmm_exited",
         ref=ref,
-        reason="the VMM ended by itself",
+        reason=reason,
         detail={"launch": launch, "log_tail": log_tail.decode(errors="replace")},
     )
-    await host.records.put_instance(
-        settled(gone, Status.FAILED, now_ms), reason="the VMM ended by itself", durable=True
-    )
-    await tell_at_rest(record, Status.FAILED, host, now_ms)
+    await host.records.put_instance(settled(gone, status, now_ms), reason=reason, durable=True)
+    await tell_at_rest(record, status, host, now_ms)
     return True
