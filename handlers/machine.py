@@ -439,6 +439,10 @@ class Snapshots(Protocol):
         """In the background after Sleep: sha256 bound to the file's identity; None if gone."""
         ...
 
+    async def is_hashed(self, ref: InstanceRef, number: int) -> bool:
+        """Whether the memory's hash was taken; true also of a snapshot that is gone."""
+        ...
+
     async def link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
         """Hard-link state and memory into the jail, owned by the uid; the paths inside it."""
         ...

@@ -335,7 +335,7 @@ async def worker_process(settings: Settings, folder: str) -> AsyncGenerator[None
     log_path = f"{folder}/hostd.log"
     with open(log_path, "wb") as log:  # noqa: ASYNC230 (the demo waits for nothing else)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "worker", stdout=log, stderr=log, env=environment
+            sys.executable, "-I", "-m", "worker", stdout=log, stderr=log, env=environment
         )
     try:
         yield

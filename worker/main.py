@@ -268,6 +268,9 @@ class Worker:
         """Commands in, state out, once the cell is provisioned and the host id is ours."""
         await self.bus.wait_provisioned()
         await self.lease.acquire()
+        with contextlib.suppress(Failure):  # it cannot commit now; then what changes is written
+            # The bucket may have been made anew while no worker ran; what it has is left.
+            await self.journal.rewrite_state()
         async with asyncio.TaskGroup() as group:
             group.create_task(self.bus.consume(self.intake.receive))
             group.create_task(self.lease.run())

@@ -107,6 +107,7 @@ def prepare_folders(settings: Settings) -> None:
     check_controllers(settings)
     for folder in (settings.paths.state, settings.jail_base, settings.paths.run):
         os.makedirs(folder, mode=0o700, exist_ok=True)
+    os.chmod(settings.paths.state, 0o700)  # one that was there already may be open to others
     os.makedirs(settings.paths.data, mode=0o755, exist_ok=True)
     state = os.stat(settings.paths.state).st_dev
     for key, folder in (

@@ -17,6 +17,7 @@ from handlers.errors import Failure
 from handlers.machine import Host
 from handlers.network import restore_network
 from handlers.releasing import release
+from handlers.sleep import announce_hash
 from handlers.states import Standing, settled
 from handlers.steps import Steps
 from schemas.records import InstanceRecord, NetworkRecord, Status
@@ -63,6 +64,8 @@ class Recovery:
         await strangers.find()
         self.found.adopted += strangers.adopted
         self.found.quarantined += strangers.quarantined
+        asleep = [r for r in self._journal.instances() if r.status is Status.SLEEPING]
+        await self._each(asleep, self._hash_on)
         await self._journal.put_meta(BOOT_ID, boot_id)
         self._supervisor.sync()
         await self._journal.event(
@@ -111,6 +114,12 @@ class Recovery:
             await self._journal.put_instance(record, durable=True)
         if record.status is Status.RUNNING:
             await self._adopt(record)
+
+    async def _hash_on(self, record: InstanceRecord) -> None:
+        """A hash that the last worker did not get through is taken now, in the background."""
+        ref, number, host = record.ref, record.snapshot, self._host
+        if number is not None and not await host.snapshots.is_hashed(ref, number):
+            host.later("hash_memory", lambda: announce_hash(ref, number, host))
 
     def _has_command(self, record: InstanceRecord) -> bool:
         return any(row.id == record.command_id for row in self._journal.unfinished())

@@ -21,10 +21,10 @@ from handlers.host.cgroups import CgroupTree
 from handlers.host.kernel_thread import stay
 from handlers.host.networks import open_network_mechanisms
 from handlers.host.processes import FileIdentity, read_cgroup, read_stat
+from handlers.host.snapshot_manifest import CONSUMED, MANIFEST, MEMORY
 from schemas.settings import NetworkSettings, Settings
 
 JAIL_ID = re.compile(r"[0-9a-f]{12}-[0-9]+")
-MANIFEST = "manifest.json"
 DRIVE = ".ext4"
 # How the parts of hostd name what they write before its rename.
 HALF_OF_OURS = (".part", ".tmp")
@@ -178,16 +178,22 @@ def _in_jails(roots: list[str], wanted: Callable[[str, int], bool]) -> Iterator[
 
 
 def _snapshots(base: str) -> tuple[tuple[str, ...], list[str]]:
-    """`<t>/<p>/<i>/<n>`: those with a manifest, and the paths of those without."""
+    """`<t>/<p>/<i>/<n>`: those with a manifest, and the paths of those that nothing needs."""
     whole: list[str] = []
     half: list[str] = []
     for path in _at_depth(base, 4):
         sealed = os.path.exists(f"{base}/{path}/{MANIFEST}") and not _half(path)
         if sealed:
             whole.append(path)
-        else:
+        elif not _woken(f"{base}/{path}"):
             half.append(f"{base}/{path}")
     return _sorted(whole), half
+
+
+def _woken(folder: str) -> bool:
+    """Whether it is the memory of a live VM, which was woken from it: its jail links the file."""
+    memory = _lstat(f"{folder}/{MEMORY}")
+    return memory is not None and memory.st_nlink > 1 and os.path.exists(f"{folder}/{CONSUMED}")
 
 
 def _temp(settings: Settings) -> Iterator[str]:

@@ -109,6 +109,10 @@ class Memories:
         finally:
             os.close(fd)
 
+    def is_hashed(self, folder: SnapshotFolder) -> bool:
+        """Raises HostFault if the note of the memory file is missing or damaged."""
+        return self._read(folder).sha256 is not None
+
     def hash(self, folder: SnapshotFolder, stop: threading.Event) -> str | None:
         """Take and note the hash; None if the file went away meanwhile, or `stop` was set.
 

@@ -124,6 +124,10 @@ class Snapshots:
         finally:
             stop.set()
 
+    async def is_hashed(self, ref: InstanceRef, number: int) -> bool:
+        folder = SnapshotFolder(self._base, ref, number)
+        return await to_end(lambda: not folder.published or self._memories.is_hashed(folder))
+
     # -- Wake ----------------------------------------------------------------------------------
 
     async def read(self, ref: InstanceRef) -> SnapshotInfo | None:

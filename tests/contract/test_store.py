@@ -225,13 +225,16 @@ async def test_a_failed_wake_leaves_the_snapshot_as_it_was(store: Store) -> None
 async def test_the_memory_is_hashed_while_it_is_there(store: Store) -> None:
     await sleep(store, 1)
 
+    assert not await store.snapshots.is_hashed(REF, 1)
     digest = await store.snapshots.hash_memory(REF, 1)
     assert digest is not None
     assert len(digest) == 64
+    assert await store.snapshots.is_hashed(REF, 1)
     assert await store.snapshots.hash_memory(REF, 1) == digest
 
     await store.snapshots.discard(REF)
     assert await store.snapshots.hash_memory(REF, 1) is None
+    assert await store.snapshots.is_hashed(REF, 1)
 
 
 async def test_settling_what_is_gone_is_success(store: Store) -> None:

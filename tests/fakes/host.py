@@ -431,6 +431,7 @@ class FakeSnapshots:
 
     def __init__(self, machine: FakeHost) -> None:
         self.machine = machine
+        self.hashed: set[tuple[InstanceRef, int]] = set()
 
     async def begin(self, jail_id: str, uid: int) -> tuple[str, str]:
         return "/snap/state", "/snap/mem"
@@ -482,7 +483,14 @@ class FakeSnapshots:
         return info
 
     async def hash_memory(self, ref: InstanceRef, number: int) -> str | None:
-        return "0" * 64 if ("snapshot", f"{ref}#{number}") in self.machine.resources else None
+        if ("snapshot", f"{ref}#{number}") not in self.machine.resources:
+            return None
+        self.hashed.add((ref, number))
+        return "0" * 64
+
+    async def is_hashed(self, ref: InstanceRef, number: int) -> bool:
+        gone = ("snapshot", f"{ref}#{number}") not in self.machine.resources
+        return gone or (ref, number) in self.hashed
 
     async def link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
         def link() -> None:

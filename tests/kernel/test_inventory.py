@@ -226,15 +226,21 @@ def test_leaves_of_our_cgroup_and_live_processes_in_them_are_counted(
 
 def test_snapshots_are_whole_or_temporary(settings: Settings, namespace: Namespace) -> None:
     base = Path(settings.paths.state, "snapshots/acme/web/i-1")
-    for number, names in (("1", ["state", "mem", "manifest.json"]), ("2", ["state", "mem"])):
+    for number, names in (
+        ("1", ["state", "mem", "manifest.json"]),
+        ("2", ["state", "mem"]),
+        ("3", ["state", "mem", "consumed.json"]),
+        ("4", ["state", "mem", "consumed.json"]),
+    ):
         (base / number).mkdir(parents=True)
         for name in names:
             (base / number / name).touch()
+    os.link(base / "4" / "mem", base.parent / "in-a-jail")  # the memory of a VM that was woken
 
     found = take(settings, enter=namespace.enter)
 
     assert found.snapshots == ("acme/web/i-1/1",)
-    assert found.temp == (f"{base}/2",)
+    assert found.temp == (f"{base}/2", f"{base}/3")
 
 
 def test_artifacts_and_half_written_files_are_counted_and_what_is_kept_is_not(

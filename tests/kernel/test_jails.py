@@ -364,6 +364,8 @@ async def test_another_file_system_is_named(ready: Ready, tmpfs: Path) -> None:
 async def test_kept_images_are_used_as_they_are(ready: Ready) -> None:
     config = write(ready.world.state / "kept" / "config.ext4", b"C" * 5000)
     secrets = write(ready.world.state / "kept" / "secrets.ext4", b"S" * 5000)
+    for image in (config, secrets):
+        image.chmod(0o600)  # as a snapshot keeps them
     spec = replace(
         ready.spec,
         config=None,
@@ -376,6 +378,7 @@ async def test_kept_images_are_used_as_they_are(ready: Ready) -> None:
 
     assert (jail.has_config, jail.has_secrets) == (True, True)
     assert (ready.root / "config.ext4").read_bytes() == b"C" * 5000
+    assert stat.S_IMODE((ready.root / "config.ext4").stat().st_mode) == 0o444
     assert (ready.root / "secrets" / "secrets.ext4").read_bytes() == b"S" * 5000
     await ready.jails.remove(JAIL)
     assert (config.read_bytes(), secrets.read_bytes()) == (b"C" * 5000, b"S" * 5000)

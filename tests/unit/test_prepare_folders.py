@@ -23,6 +23,8 @@ def settings_in(folder: Path) -> Settings:
 
 
 def test_its_own_folders_are_roots_alone(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir(mode=0o755)
+
     prepare_folders(settings_in(tmp_path))
 
     modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("state", "run")}
