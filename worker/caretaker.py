@@ -1,7 +1,8 @@
 """The bounded check that repairs what changed behind hostd's back: networks, and leftovers of ours.
 
-Runs on each change that the kernel tells of, and every 30 s. What a finished command could not
-undo is ours by record and removed here, unless a live instance uses it by now.
+Runs every 30 s, and for the networks concerned on each change that the kernel tells of. What a
+finished command could not undo is ours by record and removed here, unless a live instance uses it
+by now.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from itertools import chain
 import structlog
 
 from handlers.errors import Failure
+from handlers.host.drift import Change
 from handlers.host.inventory import take
 from handlers.launching import names_of
 from handlers.network import restore_network
@@ -45,17 +47,25 @@ class Caretaker:
         """Until cancelled: on each hint of the kernel's, and every 30 s."""
         hints = self._watch.changes()
         hint = asyncio.ensure_future(anext(hints))
+        pass_at = 0.0
         try:
             while True:
-                await asyncio.wait({hint}, timeout=PASS_EVERY_S)
+                await asyncio.wait({hint}, timeout=max(0.0, pass_at - time.monotonic()))
                 if hint.done():
-                    hint.result()
+                    change = hint.result()
                     hint = asyncio.ensure_future(anext(hints))
-                await self.once()
+                    await self.look(change)
+                else:
+                    await self.once()
+                    pass_at = time.monotonic() + PASS_EVERY_S
         finally:
             hint.cancel()
             await asyncio.gather(hint, return_exceptions=True)
             await hints.aclose()
+
+    async def look(self, change: Change) -> None:
+        """Repair what a hint is about: one tenant's network, or all of them."""
+        await self.repair_networks(change.tenant_net_id)
 
     async def once(self) -> None:
         """One pass; a trouble is logged and left to the next."""
@@ -67,9 +77,11 @@ class Caretaker:
         except (Failure, OSError) as error:
             log.warning("caretaker.trouble", error=repr(error))
 
-    async def repair_networks(self) -> None:
-        """Put each standing network in force again; a `drift` event says what was off."""
+    async def repair_networks(self, net_id: int | None = None) -> None:
+        """Put each standing network, or one, in force again; a `drift` event says what was off."""
         for record in self._journal.networks():
+            if net_id is not None and record.net.tenant_net_id != net_id:
+                continue
             try:
                 restored = await restore_network(record, self._host)
             except (Failure, OSError) as error:

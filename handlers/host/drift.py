@@ -1,7 +1,9 @@
 """What other hands do to hostd's links and rules, as it happens: a stream of hints, no repair.
 
-A hint says where to look, not what is wrong: much of what is reported is hostd's own doing or its
-effect. Who reads it checks by `ensure`, which changes nothing where all is in force. Not reported,
+A hint says where to look, not what is wrong: some of what is reported is hostd's own doing or its
+effect. Who reads it checks by `ensure`, which changes nothing where all is in force. Of a message
+about a link only the name is read: most are hostd's own making, ten for each TAP, and whether the
+link stands as it should is asked once it is quiet. Not reported,
 and left to the periodic pass: FDB and neighbour entries, port flags, kernel settings.
 """
 
@@ -18,16 +20,16 @@ from handlers.host.kernel_thread import KernelThread, stay
 from handlers.host.netlink import Kernel, Netlink
 from handlers.host.netlink_read import (
     ADDRESS,
-    IFF_UP,
+    IFLA_IFNAME,
     LINK,
     ROUTE,
     RTA_OIF,
     SOL_NETLINK,
-    link_of,
+    Link,
     number,
     text,
 )
-from handlers.host.netlink_wire import attributes, messages
+from handlers.host.netlink_wire import attributes, first_attribute, messages
 from handlers.host.nftables import NETLINK_NETFILTER, Nft
 from handlers.host.taps import TAP_NAME
 from schemas import naming
@@ -39,6 +41,7 @@ RTM_NEWROUTE, RTM_DELROUTE = 24, 25
 IFA_LABEL = 3
 NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES = 1, 7
 BRIDGE_NAME = re.compile(r"br-tenant-([0-9]{1,4})")
+SO_RCVBUFFORCE, BUFFER_BYTES = 33, 1 << 20  # a burst of launches is many hundred messages
 QUIET_S = 0.1
 """How long changes are gathered: a setup is some ten messages, a teardown by hand a burst."""
 
@@ -70,8 +73,8 @@ class HostWatch:
         """
         links, rules = await self._listen()
         known = await self._nft.outside_changes()
-        readers: set[asyncio.Task[set[Change]]] = set()
-        queue: asyncio.Queue[set[Change]] = asyncio.Queue()
+        readers: set[asyncio.Task[set[Change | str]]] = set()
+        queue: asyncio.Queue[set[Change | str]] = asyncio.Queue()
         try:
             readers = {
                 asyncio.create_task(self._read_links(links, queue)),
@@ -83,7 +86,11 @@ class HostWatch:
                 await asyncio.sleep(QUIET_S)
                 while not queue.empty():
                     gathered |= queue.get_nowait()
-                for change in sorted(gathered, key=repr):
+                names = {hint for hint in gathered if isinstance(hint, str)}
+                changes = {hint for hint in gathered if isinstance(hint, Change)}
+                if names:
+                    changes |= await self._netlink.run(partial(of_names, names))
+                for change in sorted(changes, key=repr):
                     yield change
         finally:
             for reader in readers:
@@ -101,6 +108,7 @@ class HostWatch:
             rules = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
             rules.bind((0, 0))  # without a port id of its own it hears nothing
             rules.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES)
+            links.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
             for opened_one in (links, rules):
                 opened_one.setblocking(False)
             return links, rules
@@ -112,18 +120,18 @@ class HostWatch:
             thread.stop(stay)
 
     async def _read_links(
-        self, links: socket.socket, queue: asyncio.Queue[set[Change]]
-    ) -> set[Change]:
+        self, links: socket.socket, queue: asyncio.Queue[set[Change | str]]
+    ) -> set[Change | str]:
         while True:
             received = await receive(links)
             if received is None:
                 queue.put_nowait({Change("all")})
                 continue
-            found: set[Change] = set()
+            found: set[Change | str] = set()
             routes: set[int] = set()
             for kind, body in received:
                 if kind in {RTM_NEWLINK, RTM_DELLINK}:
-                    found |= of_link(kind, body)
+                    found |= name_in(body)
                 elif kind in {RTM_NEWADDR, RTM_DELADDR}:
                     label = attributes(body[ADDRESS.size :]).get(IFA_LABEL, b"")
                     found |= named(text(label))
@@ -138,8 +146,8 @@ class HostWatch:
                 queue.put_nowait(found)
 
     async def _read_rules(
-        self, rules: socket.socket, known: int, queue: asyncio.Queue[set[Change]]
-    ) -> set[Change]:
+        self, rules: socket.socket, known: int, queue: asyncio.Queue[set[Change | str]]
+    ) -> set[Change | str]:
         while True:
             await receive(rules)
             now = await self._nft.outside_changes()
@@ -149,8 +157,8 @@ class HostWatch:
 
 
 async def next_of(
-    queue: asyncio.Queue[set[Change]], readers: set[asyncio.Task[set[Change]]]
-) -> set[Change]:
+    queue: asyncio.Queue[set[Change | str]], readers: set[asyncio.Task[set[Change | str]]]
+) -> set[Change | str]:
     """The next changes; a reader that ended takes the watch with it."""
     getter = asyncio.create_task(queue.get())
     try:
@@ -180,19 +188,25 @@ def of_indexes(indexes: set[int], kernel: Kernel) -> set[Change]:
     return {change for name in names if name is not None for change in named(name)}
 
 
-def of_link(kind: int, body: bytes) -> set[Change]:
-    """A change, if the message says that a link of ours is gone or not as it should be."""
-    family, _type, _index, flags, _mask = LINK.unpack_from(body)
-    link = link_of(body)
-    if kind == RTM_DELLINK or not flags & IFF_UP:
-        return named(link.name)
-    if family == socket.AF_BRIDGE:
-        return set()
+def name_in(body: bytes) -> set[Change | str]:
+    """The name of the link that a message is about, if it may be a bridge or TAP of ours."""
+    name = text(first_attribute(body[LINK.size :], IFLA_IFNAME))
+    return {name} if named(name) else set()
+
+
+def of_names(names: set[str], kernel: Kernel) -> set[Change]:
+    """Changes of the links that are gone or not as they should be."""
+    return {change for name in names if not stands(kernel.link(name)) for change in named(name)}
+
+
+def stands(link: Link | None) -> bool:
+    """Whether a bridge or TAP of ours is as hostd leaves it, as far as its own facts tell."""
+    if link is None or not link.up:
+        return False
     if (match := BRIDGE_NAME.fullmatch(link.name)) is not None:
         mac = naming.mac_address(int(match[1]), GATEWAY_OFFSET)
-        sound = link.mac == mac and link.alias.startswith(ALIAS_PREFIX)
-        return set() if sound else named(link.name)
-    return named(link.name) if link.master is None else set()
+        return link.mac == mac and link.alias.startswith(ALIAS_PREFIX)
+    return link.master is not None
 
 
 def named(name: str) -> set[Change]:

@@ -34,6 +34,19 @@ def attributes(data: bytes) -> Attributes:
     return found
 
 
+def first_attribute(data: bytes, kind: int) -> bytes:
+    """The value of the first attribute of a kind; empty if there is none. Reads no further."""
+    at = 0
+    while at + 4 <= len(data):
+        size, found = struct.unpack_from("=HH", data, at)
+        if size < 4:
+            break
+        if found & NLA_TYPE == kind:
+            return data[at + 4 : at + size]
+        at += (size + 3) & ~3
+    return b""
+
+
 def attribute(kind: int, value: bytes, *, nested: bool = False) -> bytes:
     """One attribute with its header and padding."""
     size = 4 + len(value)

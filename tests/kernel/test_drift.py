@@ -75,7 +75,7 @@ async def test_hostds_own_transactions_and_foreign_links_are_not_reported(net: H
 async def test_lost_messages_mean_look_at_everything(net: HostNet) -> None:
     changes = await listening(net)
 
-    lines = "link set br-tenant-3 down\nlink set br-tenant-3 up\n" * 400
+    lines = "link set br-tenant-3 down\nlink set br-tenant-3 up\n" * 4000
     net.host.command("ip", "-batch", "-", text=lines)  # while nobody reads
 
     async with asyncio.timeout(DEADLINE_S * 2):
