@@ -9,7 +9,7 @@ from handlers.host.agents import VsockAgents
 from handlers.host.artifacts import Artifacts
 from handlers.host.cgroups import Cgroups, check_controllers
 from handlers.host.data_disks import DataDisks
-from handlers.host.host_facts import HostFacts
+from handlers.host.host_facts import HostFacts, file_system
 from handlers.host.jails import Jails
 from handlers.host.networks import NetworkMechanisms, open_network_mechanisms
 from handlers.host.shared_files import SharedFiles
@@ -22,6 +22,8 @@ from handlers.slots import Slots
 from schemas.records import InstanceRecord
 from schemas.requests import InstanceRef
 from schemas.settings import Settings
+
+MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +99,9 @@ def prepare_folders(settings: Settings) -> None:
     """Make hostd's own folders, root-only, and check that they can do what is asked of them.
 
     Raises:
-        HostFault: a folder is on the wrong file system, or mounted `nodev` or `noexec`; a program
-            is missing; limits are not enforced on a production host.
+        HostFault: a folder is on the wrong file system, or mounted `nodev` or `noexec`, or in
+            memory with limits in force; a program is missing; limits are not enforced on a
+            production host.
     """
     if settings.host.production and not settings.limits.enforce:
         raise HostFault(
@@ -119,6 +122,7 @@ def prepare_folders(settings: Settings) -> None:
                 f"{key} {folder} is on another file system than [paths] state "
                 f"{settings.paths.state}: files are hard-linked between them"
             )
+    check_on_disk(settings)
     flags = os.statvfs(settings.jail_base).f_flag
     for flag, name in ((os.ST_NODEV, "nodev"), (os.ST_NOEXEC, "noexec")):
         if flags & flag:
@@ -129,3 +133,17 @@ def prepare_folders(settings: Settings) -> None:
     ):
         if not os.access(program, os.X_OK):
             raise HostFault(f"[vmm] {key}: {program} is missing or not executable")
+
+
+def check_on_disk(settings: Settings) -> None:
+    """What a VMM writes to a tmpfs counts as its memory: a snapshot there ends in an OOM kill.
+
+    Raises:
+        HostFault: with limits in force `[paths] state` is in memory.
+    """
+    state = settings.paths.state
+    if settings.limits.enforce and file_system(state) in MEMORY_FILE_SYSTEMS:
+        raise HostFault(
+            f"[paths] state {state} is in memory: a snapshot there would count against the VMM's "
+            "own memory limit, and would not outlast a reboot; put it on a disk"
+        )

@@ -69,6 +69,20 @@ class HostFacts:
         return " ".join(known) or os.uname().machine
 
 
+def file_system(path: str) -> str:
+    """The type of the file system that holds an existing path, e.g. `ext4`; empty if not listed.
+
+    Source: proc_pid_mountinfo(5).
+    """
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in _read("/proc/self/mountinfo").splitlines():
+        mount, _, source = line.partition(" - ")
+        if mount.split(" ")[2] == number:
+            return source.split(" ", 1)[0]
+    return ""
+
+
 def _read(path: str) -> str:
     with open(path, encoding="utf-8", errors="replace") as file:
         return file.read()

@@ -6,7 +6,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from handlers.host.host_facts import HostFacts
+import pytest
+
+from handlers.errors import HostFault
+from handlers.host.host_facts import HostFacts, file_system
+from schemas.settings import LimitSettings, PathSettings, Settings
+from worker.real_host import check_on_disk
 
 
 def test_facts_agree_with_the_system(tmp_path: Path) -> None:
@@ -22,3 +27,19 @@ def test_facts_agree_with_the_system(tmp_path: Path) -> None:
     assert facts.cpu_model().isprintable()
     if os.uname().machine == "x86_64":
         assert facts.cpu_model().split()[0] in Path("/proc/cpuinfo").read_text()
+
+
+def test_the_file_system_of_a_path_is_named(tmp_path: Path, tmpfs: Path) -> None:
+    findmnt = ["findmnt", "-no", "FSTYPE", "-T", str(tmp_path)]
+    expected = subprocess.run(findmnt, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert file_system(str(tmp_path)) == expected
+    assert file_system(str(tmpfs)) == "tmpfs"
+
+
+def test_a_state_folder_in_memory_is_refused_where_limits_are_in_force(tmpfs: Path) -> None:
+    paths = PathSettings(state=str(tmpfs))
+    check_on_disk(Settings(paths=paths, limits=LimitSettings(enforce=False)))
+
+    with pytest.raises(HostFault, match="is in memory"):
+        check_on_disk(Settings(paths=paths, limits=LimitSettings(enforce=True)))
