@@ -19,7 +19,7 @@ from schemas.settings import HostSettings
 from schemas.subjects import Subjects
 from tests.live import LiveHost
 from worker.cli.client import connect, new_id
-from worker.demo import provision_cell
+from worker.demo_host import provision_cell
 
 ROUNDS = 300
 CHANGES = 60

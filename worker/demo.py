@@ -12,9 +12,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import click
@@ -23,12 +22,10 @@ import msgspec
 from handlers.host import inventory
 from handlers.host.jail_paths import JailPaths
 from handlers.host.namespaces import enter_new_network
-from handlers.host.remains import remove_host
 from schemas import naming
 from schemas.requests import (
     DestroyInstance,
     InstanceRef,
-    Ping,
     Request,
     SetupNetwork,
     SleepInstance,
@@ -37,24 +34,22 @@ from schemas.requests import (
     TeardownNetwork,
     WakeInstance,
 )
-from schemas.settings import (
-    HostSettings,
-    LimitSettings,
-    MetricsSettings,
-    NatsSettings,
-    PathSettings,
-    Settings,
-    VmmSettings,
-)
+from schemas.settings import Settings
 from schemas.subjects import Subjects
 from worker import logs
 from worker.cli.client import Client, connect
 from worker.cli.context import CliError, json_option
 from worker.cli.seed import Seed, write_seed
 from worker.demo_guest import echo_through_tap, read_stat
+from worker.demo_host import (
+    demo_settings,
+    first_ping,
+    leave_nothing,
+    provision_cell,
+    worker_process,
+)
+from worker.demo_story import DemoFailed, Story
 from worker.embedded import EmbeddedNats
-from worker.nats_link import Link
-from worker.provision import provision
 
 REF = InstanceRef("acme", "web", "i-1")
 NAMES = (REF.tenant_id, REF.pool_id, REF.instance_id)
@@ -63,54 +58,6 @@ MEM_MIB = 128
 DISK = "/var/tmp"  # noqa: S108 (only ever with mkdtemp)
 ASLEEP_S = 2.0
 REPLY_TIMEOUT_S = 120.0
-
-
-@dataclass
-class Story:
-    """What happened, told while it happens and summed up at the end."""
-
-    say: Callable[[str, bool], None]  # a text, and whether the line ends with it
-    started: float = field(default_factory=time.perf_counter)
-    rows: list[tuple[str, float | None, str]] = field(
-        default_factory=list[tuple[str, float | None, str]]
-    )
-
-    def line(self, text: str) -> None:
-        self.say(text, True)
-
-    @contextmanager
-    def step(self, what: str) -> Generator[list[str]]:
-        """Time the body; it appends the facts that are told. The name shows while it runs."""
-        self.say(f"  {what:<20} ", False)
-        began = time.perf_counter()
-        facts: list[str] = []
-        try:
-            yield facts
-        except BaseException as error:
-            self.say("failed" if isinstance(error, Exception) else "interrupted", True)
-            raise
-        self._tell(what, time.perf_counter() - began, ", ".join(facts))
-
-    def tell(self, what: str, facts: str) -> None:
-        """Something seen, that took no time of its own."""
-        self.say(f"  {what:<20} ", False)
-        self._tell(what, None, facts)
-
-    def _tell(self, what: str, seconds: float | None, facts: str) -> None:
-        self.rows.append((what, seconds, facts))
-        self.say(f"{'' if seconds is None else duration(seconds):>9}   {facts}", True)
-
-    def total_s(self) -> float:
-        return time.perf_counter() - self.started
-
-
-def duration(seconds: float) -> str:
-    """For people: milliseconds, or seconds from one on."""
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
-
-
-class DemoFailed(Exception):
-    """The demo did not see what it promises to show."""
 
 
 def linux_runs_here() -> bool:
@@ -194,12 +141,6 @@ async def run(story: Story, build: str, guest: str) -> None:
         story.tell("inventory", f"the same before and after: {sum(after.values())} things owned")
     if os.path.exists(folder):
         raise DemoFailed(f"{folder} is still there")
-
-
-async def leave_nothing(settings: Settings, folder: str) -> None:
-    """After a good end only files are left to remove, after a bad one perhaps a VM."""
-    for line in await asyncio.to_thread(remove_host, settings, folder):
-        click.echo(f"left behind: {line}", err=True)
 
 
 @dataclass
@@ -300,80 +241,3 @@ def seed_of(build: str, guest: str) -> Seed:
         offset=5,
         secrets=b'{"token": "for the demo"}',
     )
-
-
-def demo_settings(folder: str, url: str, build: str) -> Settings:
-    """All paths in one folder; limits in force where the machine has the controllers."""
-    controllers = ""
-    if os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
-        with open("/sys/fs/cgroup/cgroup.controllers") as file:
-            controllers = file.read()
-    return Settings(
-        host=HostSettings(id=f"demo-{os.getpid()}", cell="demo", production=False),
-        nats=NatsSettings(url=url),
-        paths=PathSettings(data=f"{folder}/mvm", state=f"{folder}/state", run=f"{folder}/run"),
-        vmm=VmmSettings(firecracker=f"{build}/bin/firecracker", jailer=f"{build}/bin/jailer"),
-        metrics=MetricsSettings(listen=""),
-        limits=LimitSettings(enforce="memory" in controllers, cgroup=f"hostd-demo-{os.getpid()}"),
-    )
-
-
-async def provision_cell(settings: Settings, subjects: Subjects) -> None:
-    link = Link(settings.nats, name="hostd-demo", inbox="_INBOX.hostd-demo")
-    await link.start()
-    try:
-        await link.wait_connected()
-        await provision(link, subjects, [settings.host.id])
-    finally:
-        await link.close()
-
-
-@asynccontextmanager
-async def worker_process(settings: Settings, folder: str) -> AsyncGenerator[None]:
-    """`hostd run` as its own process; ended by SIGTERM, its log shown if it fails."""
-    environment = os.environ | environment_of(settings)
-    log_path = f"{folder}/hostd.log"
-    with open(log_path, "wb") as log:  # noqa: ASYNC230 (the demo waits for nothing else)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-m", "worker", stdout=log, stderr=log, env=environment
-        )
-    try:
-        yield
-    except Exception:
-        with open(log_path) as log_file:  # noqa: ASYNC230
-            click.echo(log_file.read()[-8000:], err=True)
-        raise
-    finally:
-        if process.returncode is None:
-            process.send_signal(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(30):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        raise DemoFailed(f"the worker ended with {process.returncode}")
-
-
-def environment_of(settings: Settings) -> dict[str, str]:
-    """The settings as environment variables, `HOSTD_<TABLE>_<KEY>`."""
-    names: dict[str, str] = {}
-    for table, values in msgspec.to_builtins(settings).items():
-        for key, value in values.items():
-            text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-            names[f"HOSTD_{table}_{key}".upper()] = text
-    return names
-
-
-async def first_ping(client: Client, settings: Settings) -> list[str]:
-    """Wait until the worker takes commands; what it says of itself."""
-    async with asyncio.timeout(60):
-        while True:
-            with suppress(CliError):
-                if (await client.ask(settings.host.id, "ping"))["host_state"] == "ready":
-                    break
-            await asyncio.sleep(0.1)
-    detail = (await client.send(settings.host.id, Ping(), timeout_s=10))["detail"]
-    limits = "in force" if detail["limits_enforced"] else "off, no cgroup v2 controllers here"
-    return [f"hostd {detail['version']}", f"limits {limits}"]

@@ -3,7 +3,7 @@
 import asyncio
 
 from tests.live import live_host
-from worker.demo import provision_cell
+from worker.demo_host import provision_cell
 
 
 async def test_a_bucket_made_anew_is_filled_again() -> None:

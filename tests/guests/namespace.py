@@ -4,14 +4,13 @@ import contextlib
 import ctypes
 import os
 import socket
-import struct
 import subprocess
 from collections.abc import Iterator
 from typing import Self
 
+from tests.guests import traffic
+
 CLONE_NEWNET = 0x40000000
-ICMP_ECHO = 8
-IPV4_HEADER = 20
 TAP = "tap0"
 HOST_IP = "10.77.0.1"
 GUEST_IP = "10.77.0.2"
@@ -60,41 +59,14 @@ class TestNamespace:
     def udp_echo(self, payload: bytes, timeout_s: float = 3.0) -> bytes:
         """What comes back from the guest's UDP port 7."""
         with self.entered():
-            datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        with datagrams:
-            datagrams.settimeout(timeout_s)
-            datagrams.sendto(payload, (GUEST_IP, 7))
-            return datagrams.recv(65536)
+            return traffic.udp_echo(GUEST_IP, payload, timeout_s)
 
     def tcp_connect(self, timeout_s: float = 3.0) -> socket.socket:
         """A stream to the guest's TCP port 7."""
         with self.entered():
-            stream = socket.socket()
-        stream.settimeout(timeout_s)
-        stream.connect((GUEST_IP, 7))
-        return stream
+            return traffic.tcp_connect(GUEST_IP, timeout_s)
 
     def ping(self, timeout_s: float = 2.0) -> bool:
         """Whether the guest answers one ICMP echo request."""
-        request = struct.pack(">BBHHH8s", ICMP_ECHO, 0, 0, os.getpid() & 0xFFFF, 1, os.urandom(8))
-        request = request[:2] + struct.pack(">H", _checksum(request)) + request[4:]
         with self.entered():
-            packets = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
-        with packets:
-            packets.settimeout(timeout_s)
-            packets.sendto(request, (GUEST_IP, 0))
-            try:
-                while True:
-                    icmp = packets.recv(65536)[IPV4_HEADER:]
-                    if icmp[0] == 0 and icmp[4:] == request[4:] and _checksum(icmp) == 0:
-                        return True
-            except TimeoutError:
-                return False
-
-
-def _checksum(data: bytes) -> int:
-    """RFC 1071, of an even number of bytes."""
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
+            return traffic.ping(GUEST_IP, timeout_s)

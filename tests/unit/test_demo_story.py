@@ -1,8 +1,15 @@
 """How the demo tells its story: one line a step, its name shown while it runs."""
 
+import os
+import sys
+from pathlib import Path
+
+import click
 import pytest
 
-from worker.demo import DemoFailed, Story, duration, remembered
+from worker import demo
+from worker.demo import remembered
+from worker.demo_story import DemoFailed, Story, duration
 
 
 def story() -> tuple[Story, list[str]]:
@@ -57,3 +64,26 @@ def test_a_guest_that_does_not_remember_fails_the_demo(
 ) -> None:
     with pytest.raises(DemoFailed, match=complaint):
         remembered(AWAKE, woken, {"detail": detail})
+
+
+def test_where_kvm_cannot_run_linux_the_demo_becomes_the_labs_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Became(Exception):
+        """execv does not return."""
+
+    def execv(path: str, argv: list[str]) -> None:
+        raise Became(path, argv, os.getcwd())
+
+    monkeypatch.setattr(demo.os, "execv", execv)
+    monkeypatch.chdir("/")
+    with pytest.raises(click.ClickException, match="part of a source checkout"):
+        demo.hand_over_to_lab(str(tmp_path), as_json=False)
+    (tmp_path / "tests/lab").mkdir(parents=True)
+    (tmp_path / "tests/lab/run.py").touch()
+
+    with pytest.raises(Became) as became:
+        demo.hand_over_to_lab(str(tmp_path), as_json=True)
+
+    command = ["-m", "tests.lab.run", "--", "hostd", "demo", "--here", "--json"]
+    assert became.value.args == (sys.executable, [sys.executable, *command], str(tmp_path))

@@ -34,7 +34,6 @@ CONTRACT = {
     "hostd_orphans": ("gauge", {"kind"}),
     "hostd_loop_lag_seconds": ("histogram", set()),
     "hostd_build_info": ("gauge", {"version"}),
-    "hostd_limits_enforced": ("gauge", set()),
 }
 
 
