@@ -6,13 +6,14 @@ that happen on a host behind hostd's back.
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Protocol
+from typing import Protocol, cast
 
 import pytest
 
 from handlers.errors import Conflict
-from handlers.machine import BridgeSpec, Networks, PinSpec, TapSpec, TenantRulesSpec
+from handlers.machine import BridgeSpec, Networks, PinSpec, Records, TapSpec, TenantRulesSpec
 from handlers.steps import Mechanism
+from tests.fakes import host as fake
 from tests.kernel.netns import HostNet
 from tests.kernel.plans import GuestPlan, net_of
 
@@ -69,8 +70,35 @@ async def real() -> AsyncIterator[NetworkHost]:
         yield RealNetworkHost(net)
 
 
+class FakeNetworkHost:
+    """The one in memory."""
+
+    def __init__(self) -> None:
+        self._machine = fake.FakeHost()
+        host = self._machine.host(cast("Records", None))
+        self.networks = host.networks
+        self.bridges = host.bridges
+        self.tenant_rules = host.tenant_rules
+        self.pins = host.pins
+        self.taps = host.taps
+
+    async def plant_link(self, name: str) -> None:
+        self._machine.plant_link(name)
+
+    async def plant_route(self, subnet: str) -> None:
+        self._machine.routes.append(subnet)
+
+    async def has_link(self, name: str) -> bool:
+        return self._machine.has_link(name)
+
+
+@asynccontextmanager
+async def in_memory() -> AsyncIterator[NetworkHost]:
+    yield FakeNetworkHost()
+
+
 Factory = Callable[[], AbstractAsyncContextManager[NetworkHost]]
-IMPLEMENTATIONS: dict[str, Factory] = {"real": real}
+IMPLEMENTATIONS: dict[str, Factory] = {"real": real, "fake": in_memory}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

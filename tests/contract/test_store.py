@@ -28,6 +28,7 @@ from handlers.machine import (
 )
 from handlers.steps import Mechanism
 from schemas import naming
+from tests.fakes import host as fake
 from tests.kernel.store_world import REF, REVISION, make_world
 
 UID = 2_000_000_007
@@ -75,7 +76,26 @@ async def real_store(folder: Path) -> AsyncIterator[Store]:
         await real_jails.remove(jail)
 
 
-STORES: dict[str, Callable[[Path], AbstractAsyncContextManager[Store]]] = {"real": real_store}
+@asynccontextmanager
+async def fake_store(_folder: Path) -> AsyncIterator[Store]:
+    machine = fake.seeded()
+
+    async def vmm_writes(jail_id: str, _paths: tuple[str, str]) -> None:
+        machine.guests[jail_id] = fake.Guest(state="Paused", counter=1)
+
+    yield Store(
+        artifacts=fake.FakeArtifacts(machine),
+        data_disks=fake.FakeDataDisks(machine),
+        jails=fake.FakeJails(machine),
+        snapshots=fake.FakeSnapshots(machine),
+        vmm_writes=vmm_writes,
+    )
+
+
+STORES: dict[str, Callable[[Path], AbstractAsyncContextManager[Store]]] = {
+    "real": real_store,
+    "fake": fake_store,
+}
 
 
 @pytest.fixture(params=STORES)
@@ -89,7 +109,7 @@ def jail_spec(launch: int) -> JailSpec:
     return JailSpec(ref=REF, jail_id=jail_id, uid=UID, files=(), config=b"{}")
 
 
-async def seal(store: Store, number: int) -> SnapshotInfo:
+async def seal(store: Store, number: int, *, keep_drives: bool = False) -> SnapshotInfo:
     """A jail of that launch, and a snapshot of it that is not published yet."""
     spec = jail_spec(number)
     await store.jails.ensure(spec)
@@ -104,7 +124,7 @@ async def seal(store: Store, number: int) -> SnapshotInfo:
         vmm_version=VMM,
         disk=None,
         data_disk_path=None,
-        keep_drives=False,
+        keep_drives=keep_drives,
     )
     return await store.snapshots.seal(spec.jail_id, facts)
 
@@ -239,3 +259,55 @@ async def test_the_memory_is_hashed_while_it_is_there(store: Store) -> None:
 
 async def test_settling_what_is_gone_is_success(store: Store) -> None:
     await store.snapshots.settle(REF, 1)
+
+
+async def test_a_consumed_snapshot_is_woken_by_nobody_again(store: Store) -> None:
+    info = await sleep(store, 1)
+    await store.jails.ensure(jail_spec(2))
+    await store.snapshots.link_into(jail_spec(2).jail_id, UID, info)
+
+    for _twice in range(2):
+        await store.snapshots.consume(REF, 1)
+
+        assert await store.snapshots.read(REF) is None
+        with pytest.raises(HostFault):
+            await store.snapshots.verify(REF, 1, VMM)
+        assert await store.snapshots.hash_memory(REF, 1) is None
+    await store.snapshots.settle(REF, 1)
+    await store.snapshots.discard(REF)
+    await store.snapshots.consume(REF, 1)
+
+
+@pytest.mark.parametrize("published", [False, True])
+async def test_a_dropped_snapshot_is_gone_and_the_others_stay(
+    store: Store, published: bool
+) -> None:
+    older = await sleep(store, 1)
+    await (sleep(store, 2) if published else seal(store, 2))
+
+    for _twice in range(2):
+        await store.snapshots.drop(REF, 2)
+
+        assert await store.snapshots.read(REF) == older
+        with pytest.raises(HostFault):
+            await store.snapshots.verify(REF, 2, VMM)
+    assert await store.snapshots.verify(REF, 1, VMM) == older
+
+
+async def test_a_snapshot_that_was_dropped_can_be_taken_again(store: Store) -> None:
+    await seal(store, 1)
+    await store.snapshots.drop(REF, 1)
+
+    info = await sleep(store, 1)
+
+    assert await store.snapshots.read(REF) == info
+
+
+async def test_images_are_kept_only_if_asked_for(store: Store) -> None:
+    kept = await seal(store, 1, keep_drives=True)
+    await store.snapshots.publish(REF, 1)
+    plain = await seal(store, 2)
+
+    assert kept.kept_config is not None
+    assert kept.kept_secrets is None, "the jail had none"
+    assert (plain.kept_config, plain.kept_secrets) == (None, None)

@@ -8,6 +8,7 @@ It passes the same contract tests as the real mechanisms (`tests/contract`).
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv4Network
 from typing import Any
 
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound, Unavailable
@@ -17,6 +18,7 @@ from handlers.machine import (
     Artifact,
     ArtifactSpec,
     BootConfig,
+    BridgeSpec,
     DataDisk,
     DataDiskSpec,
     Host,
@@ -70,12 +72,15 @@ class FakeHost:
     revisions: dict[tuple[str, str], str] = field(default_factory=dict)
     secrets: dict[str, bytes] = field(default_factory=dict)
     routes: list[str] = field(default_factory=list)
+    foreign_links: set[str] = field(default_factory=set)
+    prepared: bool = False
     memory_mib: int = 16_384
     agent_answers: bool = True
     drain_ack: bool = True
     drain_gate: asyncio.Event | None = None
     exits_on_request: bool = True
     exited: dict[int, asyncio.Event] = field(default_factory=dict)
+    uids: dict[str, int] = field(default_factory=dict)
     next_pid: int = 1000
     seen: list[str] = field(default_factory=list)
     later: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
@@ -95,8 +100,21 @@ class FakeHost:
         """The VMM ends, whoever wanted it."""
         identity = self.resources.pop(("vmms", jail_id), None)
         self.guests.pop(jail_id, None)
+        self.uids.pop(jail_id, None)
         if identity is not None:
             self.exited[identity.pid].set()
+
+    def plant_link(self, name: str) -> None:
+        """A link appears that is not hostd's."""
+        self.foreign_links.add(name)
+
+    def has_link(self, name: str) -> bool:
+        ours = {key for kind, key in self.resources if kind in ("bridge", "tap")}
+        return name in self.foreign_links | ours
+
+    def refuse_foreign(self, name: str) -> None:
+        if name in self.foreign_links:
+            raise Conflict(f"link {name} is not hostd's")
 
     def host(self, records: Records, settings: Settings | None = None) -> Host:
         """The `Host` that a handler gets."""
@@ -107,7 +125,7 @@ class FakeHost:
             facts=FakeFacts(self),
             shared=FakeShared(self),
             networks=FakeNetworks(self),
-            bridges=Plain(self, "bridge"),
+            bridges=FakeBridges(self),
             tenant_rules=Plain(self, "tenant_rules"),
             pins=Plain(self, "pin"),
             taps=FakeTaps(self),
@@ -149,16 +167,34 @@ class Plain:
         )
 
 
+class FakeBridges(Plain):
+    """Bridges of tenants."""
+
+    def __init__(self, machine: FakeHost) -> None:
+        super().__init__(machine, "bridge")
+
+    async def ensure(self, spec: BridgeSpec) -> bool:
+        self.machine.refuse_foreign(spec.key)
+        found = self.machine.resources.get(("bridge", spec.key))
+        if found is not None and found.tenant_id != spec.tenant_id:
+            raise Conflict(f"bridge {spec.key} belongs to {found.tenant_id}")
+        made: bool = await super().ensure(spec)
+        return made
+
+
 class FakeTaps(Plain):
-    """TAPs; one with another alias is foreign."""
+    """TAPs; one with another alias is another instance's."""
 
     def __init__(self, machine: FakeHost) -> None:
         super().__init__(machine, "tap")
 
     async def ensure(self, spec: TapSpec) -> bool:
+        self.machine.refuse_foreign(spec.key)
         found = self.machine.resources.get(("tap", spec.key))
         if found is not None and found.alias != spec.alias:
             raise Conflict(f"link {spec.name} is not hostd's")
+        if ("bridge", spec.bridge) not in self.machine.resources:
+            raise Conflict(f"there is no bridge {spec.bridge}")
         made: bool = await super().ensure(spec)
         return made
 
@@ -187,7 +223,9 @@ class FakeNetworks:
         self.machine = machine
 
     async def overlapping_route(self, subnet: str, *, except_bridge: str) -> str | None:
-        return next((r for r in self.machine.routes if r == subnet), None)
+        wanted = IPv4Network(subnet)
+        routes = self.machine.routes
+        return next((route for route in routes if IPv4Network(route).overlaps(wanted)), None)
 
     async def taps_on(self, bridge: str) -> Sequence[str]:
         return [
@@ -197,8 +235,13 @@ class FakeNetworks:
         ]
 
     async def prepare(self) -> bool:
-        await self.machine.effect("prepare_network", lambda: None)
-        return False
+        def put() -> bool:
+            first = not self.machine.prepared
+            self.machine.prepared = True
+            return first
+
+        changed: bool = await self.machine.effect("prepare_network", put)
+        return changed
 
 
 class FakeShared:
@@ -297,11 +340,14 @@ class FakeVmms(Plain):
 
     async def ensure(self, spec: LaunchSpec) -> VmmIdentity:
         machine = self.machine
+        if machine.uids.get(spec.key, spec.uid) != spec.uid:
+            raise Conflict(f"a VMM of jail {spec.jail_id} runs as uid {machine.uids[spec.key]}")
 
         def launch() -> VmmIdentity:
             if (self.name, spec.key) not in machine.resources:
                 machine.next_pid += 1
                 machine.jailer_runs.append(spec.key)
+                machine.uids[spec.key] = spec.uid
                 machine.guests[spec.key] = Guest()
                 machine.exited[machine.next_pid] = asyncio.Event()
                 machine.resources[self.name, spec.key] = VmmIdentity(
@@ -318,7 +364,9 @@ class FakeVmms(Plain):
         return self.machine.resources.get((self.name, jail_id))
 
     async def alive(self, identity: VmmIdentity) -> bool:
-        return not self.machine.exited[identity.pid].is_set()
+        return identity in (
+            v for (kind, _), v in self.machine.resources.items() if kind == self.name
+        )
 
     async def wait_exit(self, identity: VmmIdentity, timeout_s: float) -> bool:
         gone = self.machine.exited[identity.pid]
@@ -463,6 +511,10 @@ class FakeSnapshots:
         def rename() -> None:
             key = f"{ref}#{number}"
             resources = self.machine.resources
+            if ("snapshot", key) in resources:
+                return
+            if ("snapshot_draft", key) not in resources:
+                raise HostFault(f"there is no snapshot {key} to publish")
             resources["snapshot", key] = resources.pop(("snapshot_draft", key))
 
         await self.machine.effect("publish", rename)
