@@ -51,6 +51,7 @@ from schemas.subjects import Lane, Subjects
 from tests.guests.agent import ask, ask_until_answered
 from tests.guests.cache import BUILD
 from worker.cli.client import Client, connect
+from worker.cli.context import CliError
 from worker.cli.seed import Seed, Seeded, write_seed
 from worker.demo_host import environment_of, provision_cell
 from worker.embedded import EmbeddedNats
@@ -231,8 +232,16 @@ class LiveHost:
 
     async def wait_status(self, status: str, ref: InstanceRef = REF, timeout_s: float = 30) -> None:
         async with asyncio.timeout(timeout_s):
-            while (await self.describe(ref))["status"] != status:
+            while await self._status(ref) != status:
                 await asyncio.sleep(0.02)
+
+    async def _status(self, ref: InstanceRef) -> str:
+        try:
+            return str((await self.describe(ref))["status"])
+        except CliError as error:
+            if error.code != "not_found":
+                raise
+            return "absent"
 
     async def wait_unfinished(self, count: int, timeout_s: float = 30) -> None:
         """Until the worker has so many commands without an outcome."""

@@ -11,13 +11,18 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from schemas import codec
 from schemas.envelopes import Command
+from schemas.requests import DestroyInstance, StopInstance
 from schemas.subjects import Lane
 from worker.journal_file import JournalFile
 from worker.journal_mirror import CommandRow
 from worker.journal_transaction import Transaction
+
+# A full lane, or host, still takes so many Stops and Destroys: they are what empties it.
+RESERVED: Final = 8
 
 INSERT = (
     "INSERT INTO command (id, lane, subject, stream_seq, kind, request, form, issued_at_ms, "
@@ -36,6 +41,11 @@ def insert_command(
         command.issuer, command.traceparent, row.received_at_ms,
     )  # fmt: skip
     row.n = tx.execute(INSERT, values).lastrowid or 0
+
+
+def reserved_for(command: Command) -> int:
+    """How far past the limits this command is still taken."""
+    return RESERVED if isinstance(command.request, StopInstance | DestroyInstance) else 0
 
 
 class Found(StrEnum):
@@ -73,8 +83,8 @@ class JournalAdmission(JournalFile):
             not self.writable
             or command.id in mirror.commands
             or command.id in self._undecided
-            or mirror.lanes.get(lane, 0) >= self.lane_depth
-            or len(mirror.commands) >= self.host_depth
+            or mirror.lanes.get(lane, 0) >= self.lane_depth + (extra := reserved_for(command))
+            or len(mirror.commands) >= self.host_depth + extra
             or self._is_stored(command.id)
         ):
             return None
@@ -113,6 +123,7 @@ class JournalAdmission(JournalFile):
         """
         request = codec.encode_request(command.request)
         crowded = len(self._mirror.commands) * 2 >= self.host_depth
+        extra = reserved_for(command)
 
         def do(tx: Transaction) -> Accepted:
             known = tx.execute(
@@ -123,9 +134,9 @@ class JournalAdmission(JournalFile):
             if known is not None:
                 same = redelivered and known[1:3] == (stream_seq, command.reply_to)
                 return self._again(tx, command, stream_seq, request, known, same=same)
-            if self._unfinished(tx, str(lane)) >= self.lane_depth:
+            if self._unfinished(tx, str(lane)) >= self.lane_depth + extra:
                 return Accepted(Found.LANE_FULL)
-            if crowded and self._unfinished(tx, None) >= self.host_depth:
+            if crowded and self._unfinished(tx, None) >= self.host_depth + extra:
                 return Accepted(Found.HOST_FULL)
             row = CommandRow(0, command, lane, stream_seq, received_at_ms)
             insert_command(tx, command, row, subject, request)

@@ -122,10 +122,10 @@ class Lanes:
         return isinstance(running, Work) and running.row.id == command_id
 
     def counts(self) -> dict[str, int]:
-        """`busy`: lanes with a command running; `waiting`: commands behind them."""
+        """`busy`: lanes with a command running; `waiting`: lanes with commands that wait."""
         return {
             "busy": sum(line.running is not None for line in self._lines.values()),
-            "waiting": sum(len(line.waiting) for line in self._lines.values()),
+            "waiting": sum(bool(line.waiting) for line in self._lines.values()),
         }
 
     async def idle(self) -> None:

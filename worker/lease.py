@@ -7,7 +7,6 @@ stops no VM, only the writing of state (`state.py`), until it is ours again.
 import asyncio
 import contextlib
 import random
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -17,6 +16,7 @@ import structlog
 from schemas import unpack
 from schemas.malformed import Malformed
 from worker.bus import Bus, BusError, StateConflict
+from worker.journal_file import now_ms
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -32,11 +32,6 @@ class Holder:
     machine_id: str
     boot_id: str
     journal_id: str
-
-
-def now_ms() -> int:
-    """Unix milliseconds."""
-    return time.time_ns() // 1_000_000
 
 
 class Lease:

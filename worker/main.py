@@ -17,9 +17,11 @@ from typing import Any
 
 import structlog
 
-from handlers.errors import Failure
+from handlers.errors import Failure, of_os_error
+from handlers.host.host_facts import HostFacts
 from handlers.host.host_lock import HostLock
 from handlers.registry import HANDLERS, mechanisms
+from schemas.codes import EXIT_CODES, Code
 from schemas.settings import Settings
 from schemas.subjects import Subjects
 from worker.answers import Answers
@@ -47,16 +49,22 @@ log = structlog.get_logger()
 
 
 def run(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT. Returns the exit code: 0, or 1 if it could not start."""
+    """Run until SIGTERM or SIGINT. Returns the exit code: 0, or that of why it could not go on."""
     try:
         asyncio.run(_until_stopped(settings))
-    except Failure as error:
-        log.error("worker.refused", reason=error.message, code=str(error.code))  # noqa: TRY400
-        return 1
+    except Failure as failure:
+        return _refused(failure.code, failure.message)
     except LeaseHeld as error:
-        log.error("worker.refused", reason=str(error), code="conflict")  # noqa: TRY400
-        return 1
+        return _refused(Code.CONFLICT, str(error))
+    except OSError as error:
+        known = of_os_error(error)
+        return _refused(known.code, known.message)
     return 0
+
+
+def _refused(code: Code, reason: str) -> int:
+    log.error("worker.refused", reason=reason, code=code.value)
+    return EXIT_CODES[code]
 
 
 async def _until_stopped(settings: Settings) -> None:
@@ -68,7 +76,7 @@ async def _until_stopped(settings: Settings) -> None:
         journal = await Journal.open(
             f"{settings.paths.state}/journal.db",
             subjects=subjects,
-            boot_id=_read_boot_id(),
+            boot_id=HostFacts().boot_id(),
             lane_depth=settings.limits.lane_depth,
             host_depth=settings.limits.host_depth,
             observe_commit=metrics.commit,
@@ -227,6 +235,7 @@ class Worker:
         self.metrics.unfinished(len(self.journal.unfinished()))
         self.metrics.outbox_rows(self.journal.depth)
         self.metrics.bus_connected(self.bus.connected)
+        self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(Counter(record.status for record in self.journal.instances()))
 
     # -- life ----------------------------------------------------------------------------------
@@ -319,8 +328,3 @@ async def _end(tasks: list[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _read_boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()

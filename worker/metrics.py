@@ -119,6 +119,11 @@ class Metrics:
             buckets=_FAST,
             registry=registry,
         )
+        self._enforced = Gauge(
+            "hostd_limits_enforced",
+            "1 while cgroup limits are in force, 0 on a developer's host.",
+            registry=registry,
+        )
         build = Gauge("hostd_build_info", "Always 1.", ["version"], registry=registry)
         build.labels(version).set(1)
         self.lanes(busy=0, waiting=0)
@@ -169,7 +174,7 @@ class Metrics:
     # -- how things are ------------------------------------------------------------------------
 
     def lanes(self, *, busy: int, waiting: int) -> None:
-        """Lanes with a command running, and lanes whose first command waits for a permit."""
+        """Lanes with a command running, and lanes with commands that wait behind it."""
         self._lanes.labels("busy").set(busy)
         self._lanes.labels("waiting").set(waiting)
 
@@ -181,6 +186,9 @@ class Metrics:
 
     def bus_connected(self, connected: bool) -> None:
         self._connected.set(int(connected))
+
+    def limits_enforced(self, enforced: bool) -> None:
+        self._enforced.set(int(enforced))
 
     def instances(self, counts: Mapping[Status, int]) -> None:
         """A status that is not in `counts` has none."""

@@ -137,6 +137,12 @@ async def test_net_up_and_net_down_send_the_net_of_tenant_json(
         assert command.request == request("acme", net_of(7))
 
 
+async def test_a_tenant_id_never_becomes_another_path(server: Server, tmp_path: Any) -> None:
+    result = await hostd(server, "net-up", "../acme", HOSTD_PATHS_DATA=str(tmp_path))
+
+    assert result.exit_code == 10
+
+
 async def test_a_failure_exits_with_its_class_and_says_all_that_helps(
     server: Server, worker: StandIn
 ) -> None:

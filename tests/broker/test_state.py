@@ -10,7 +10,8 @@ import pytest
 from schemas import unpack
 from tests.broker.server import Host, Server, consuming_host, eventually
 from worker.bus import StateConflict
-from worker.lease import Holder, Lease, LeaseHeld, now_ms
+from worker.journal_file import now_ms
+from worker.lease import Holder, Lease, LeaseHeld
 from worker.nats_bus import NatsBus
 from worker.state import StateWriter
 

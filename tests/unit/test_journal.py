@@ -25,7 +25,7 @@ from schemas.subjects import Lane
 from tests.fakes.shell import REF, SUBJECTS, command, start, stop
 from worker import journal_file, journal_mirror
 from worker.journal import Journal
-from worker.journal_admission import Accepted, Found
+from worker.journal_admission import RESERVED, Accepted, Found
 
 NET = TenantNet(7, "10.240.7.0/24", "10.240.7.1", "br-tenant-7")
 
@@ -323,6 +323,19 @@ async def test_a_lane_and_the_host_take_only_so_many(tmp_path: Path) -> None:
     new = Found.NEW
     assert kinds == [new, new, new, Found.LANE_FULL, new, new, Found.HOST_FULL]
     assert (known.kind, room.kind) == (Found.JOINED, new)
+
+
+async def test_what_is_full_still_takes_a_few_stops(tmp_path: Path) -> None:
+    async with opened(tmp_path, lane_depth=2, host_depth=2) as journal:
+        for n in range(2):
+            await accept(journal, command(start(), f"start-{n}"))
+        kinds = [
+            (await accept(journal, command(stop(), f"stop-{n}"))).kind for n in range(RESERVED + 1)
+        ]
+        late = await accept(journal, command(start(), "late"))
+
+    assert kinds == [Found.NEW] * RESERVED + [Found.LANE_FULL]
+    assert late.kind is Found.LANE_FULL
 
 
 async def test_unfinished_commands_attempts_and_steps_survive_a_restart(tmp_path: Path) -> None:

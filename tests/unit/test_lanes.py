@@ -22,6 +22,7 @@ async def test_a_lane_runs_in_order_and_lanes_run_at_once(tmp_path: Path) -> Non
     async with shell(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), "c1")
         worker.send(start(), "c2")
+        worker.send(start(), "c3")
         await machine.at_gate.wait()
         machine.at_gate.clear()
         worker.send(start("a2"), "d1")
@@ -30,10 +31,10 @@ async def test_a_lane_runs_in_order_and_lanes_run_at_once(tmp_path: Path) -> Non
         assert [run[0] for run in machine.runs] == ["c1", "d1"]
         assert worker.lanes.counts() == {"busy": 2, "waiting": 1}
         machine.gate.set()
-        await worker.reply("c2")
+        await worker.reply("c3")
         await worker.reply("d1")
         await worker.lanes.idle()
-        assert [run[0] for run in machine.runs] == ["c1", "d1", "c2"]
+        assert [run[0] for run in machine.runs] == ["c1", "d1", "c2", "c3"]
         assert worker.lanes.counts() == {"busy": 0, "waiting": 0}
 
 

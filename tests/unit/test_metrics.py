@@ -34,6 +34,7 @@ CONTRACT = {
     "hostd_orphans": ("gauge", {"kind"}),
     "hostd_loop_lag_seconds": ("histogram", set()),
     "hostd_build_info": ("gauge", {"version"}),
+    "hostd_limits_enforced": ("gauge", set()),
 }
 
 

@@ -6,7 +6,10 @@ import pytest
 from msgspec.structs import replace
 
 from handlers.errors import Failure
+from handlers.host.host_lock import HostLock
+from schemas.codes import EXIT_CODES, Code
 from schemas.settings import HostSettings, LimitSettings, PathSettings, Settings, VmmSettings
+from worker.main import run
 from worker.real_host import prepare_folders
 
 
@@ -55,3 +58,17 @@ def test_a_missing_program_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(Failure, match=f"jailer: {tmp_path}/nowhere is missing"):
         prepare_folders(replace(settings, vmm=vmm))
+
+
+def test_a_second_worker_ends_with_the_code_of_a_conflict(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    prepare_folders(settings)
+
+    with HostLock(settings.paths.run):
+        assert run(settings) == EXIT_CODES[Code.CONFLICT]
+
+
+def test_a_host_that_is_not_fit_ends_with_the_code_of_a_fault(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+
+    assert run(replace(settings, host=HostSettings(id="h1"))) == EXIT_CODES[Code.HOST_FAULT]

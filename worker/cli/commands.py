@@ -12,6 +12,7 @@ from schemas import codec
 from schemas.envelopes import Reply
 from schemas.files import TenantConfig
 from schemas.malformed import Malformed
+from schemas.naming import ID_PATTERN
 from schemas.requests import (
     DestroyInstance,
     Error,
@@ -151,6 +152,8 @@ def tenant_net(config: str | None, tenant_id: str) -> TenantNet:
     Raises:
         CliError: `not_found` or `invalid`, naming the file.
     """
+    if not ID_PATTERN.fullmatch(tenant_id):
+        raise CliError("invalid", f"{tenant_id!r} is no id: 1 to 63 of a-z 0-9 and inner -")
     path = f"{settings_of(config).paths.data}/tenants/{tenant_id}/tenant.json"
     try:
         with open(path, "rb") as file:
