@@ -254,7 +254,9 @@ class LiveHost:
         async with self.client() as client:
             context = client.nats.jetstream()
             state = (await context.stream_info(stream)).state
-            found = []
+            found: list[tuple[str, dict[str, str], bytes]] = []
+            if not state.messages:
+                return found
             for seq in range(state.first_seq, state.last_seq + 1):
                 try:
                     message = await context.get_msg(stream, seq)
