@@ -3,14 +3,13 @@
 from msgspec.structs import replace
 
 from handlers.courtesy import tell_at_rest
+from handlers.launching import log_tail
 from handlers.machine import Host
 from handlers.releasing import release
 from handlers.states import settled
 from handlers.steps import Steps
 from schemas.records import Status
 from schemas.requests import InstanceRef
-
-LOG_TAIL_BYTES = 4096
 
 
 async def vmm_exited(ref: InstanceRef, launch: int, steps: Steps, host: Host) -> bool:
@@ -26,7 +25,7 @@ async def vmm_exited(ref: InstanceRef, launch: int, steps: Steps, host: Host) ->
     if record.vmm is not None and await host.vmms.alive(record.vmm):
         return False
     steps.finalize()
-    log_tail = (await host.jails.read_log(ref, launch))[-LOG_TAIL_BYTES:]
+    tail = await log_tail(record, host)
     await release(record, steps, host)
     await host.snapshots.discard(ref)
     now_ms = host.facts.now_ms()
@@ -38,7 +37,7 @@ async def vmm_exited(ref: InstanceRef, launch: int, steps: Steps, host: Host) ->
         "vmm_exited",
         ref=ref,
         reason=reason,
-        detail={"launch": launch, "log_tail": log_tail.decode(errors="replace")},
+        detail={"launch": launch, "log_tail": tail},
     )
     await host.records.put_instance(settled(gone, status, now_ms), reason=reason, durable=True)
     await tell_at_rest(record, status, host, now_ms)

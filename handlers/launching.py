@@ -5,6 +5,7 @@ silently goes on without a missing one; the jail's files before the jailer, whic
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Coroutine
@@ -14,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from handlers.errors import Conflict, Invalid, Unavailable
+from handlers.errors import Conflict, Failure, Invalid, Superseded, Unavailable
 from handlers.machine import (
     Artifact,
     CgroupSpec,
@@ -36,6 +37,7 @@ from schemas.requests import InstanceRef, TenantNet
 CPU_PERIOD_US = 100_000
 PIDS_PER_VMM = 64
 MIB = 1 << 20
+LOG_TAIL_BYTES = 4096
 KERNEL, INITRD, ROOTFS, DATA = "/vmlinux", "/initrd", "/rootfs.ext4", "/data.ext4"
 CONFIG, SECRETS, VSOCK, SERIAL = "/config.ext4", "/secrets/secrets.ext4", "/v.sock", "/serial"
 
@@ -261,6 +263,20 @@ async def record_disk(launch: Launch, disk: DiskIdentity, host: Host) -> Launch:
     record = replace(record, disk=disk)
     await host.records.put_instance(record, durable=True)
     return dataclasses.replace(launch, record=record)
+
+
+async def log_tail(record: InstanceRecord, host: Host) -> str:
+    """The last 4 KiB of the VMM's log of the record's launch."""
+    log = await host.jails.read_log(record.ref, record.launch)
+    return log[-LOG_TAIL_BYTES:].decode(errors="replace")
+
+
+async def add_log(failure: Failure, record: InstanceRecord, host: Host) -> None:
+    """Give the failure the end of the VMM's log, for the reply and the event."""
+    if isinstance(failure, Superseded):
+        return
+    with contextlib.suppress(Failure, OSError):  # what could be told is told
+        failure.detail.setdefault("vmm_log", await log_tail(record, host))
 
 
 async def unless_exited(

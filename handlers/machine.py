@@ -524,8 +524,6 @@ class HostFacts(Protocol):
         """Total memory of the host."""
         ...
 
-    def free_bytes(self, path: str) -> int: ...
-
 
 class Later(Protocol):
     def __call__(self, name: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -15,6 +15,7 @@ from handlers.launching import (
     VSOCK,
     Launch,
     Wanted,
+    add_log,
     ensure_place,
     jail_spec,
     launch_of,
@@ -35,7 +36,6 @@ from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import StartInstance
 
 BOOT = "boot"
-LOG_TAIL_BYTES = 4096
 
 
 async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
@@ -120,7 +120,7 @@ async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host)
         if record.agent_port is not None:
             await wait_for_agent(launch, identity, record.agent_port, steps, host)
     except Failure as failure:
-        await add_log(failure, launch, host)
+        await add_log(failure, record, host)
         raise
     finally:
         await vmm.close()
@@ -132,12 +132,6 @@ async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host)
         left_behind=left_behind,
         record=settled(record, Status.RUNNING, host.facts.now_ms()),
     )
-
-
-async def add_log(failure: Failure, launch: Launch, host: Host) -> None:
-    """Give the failure the last 4 KiB of the VMM's log, for the reply and the event."""
-    log = await host.jails.read_log(launch.ref, launch.record.launch)
-    failure.detail.setdefault("vmm_log", log[-LOG_TAIL_BYTES:].decode(errors="replace"))
 
 
 async def ensure_data_disk(launch: Launch, steps: Steps, host: Host) -> tuple[Launch, str | None]:

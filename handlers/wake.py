@@ -14,6 +14,7 @@ from handlers.errors import Failure, HostFault, Unavailable
 from handlers.launching import (
     Launch,
     Wanted,
+    add_log,
     ensure_place,
     jail_spec,
     launch_of,
@@ -135,6 +136,9 @@ async def load(
         # The point of no return, committed with `synchronous=FULL`: part of the record, so that
         # a later command knows it too.
         await steps.reach(CONSUMED, lambda: host.records.put_instance(record, durable=True))
+    except Failure as failure:
+        await add_log(failure, record, host)
+        raise
     finally:
         await vmm.close()
     return record
@@ -156,10 +160,12 @@ async def go_on(record: InstanceRecord, steps: Steps, host: Host) -> Done:
     identity = await host.vmms.find(record.jail_id)
     if identity is None:
         await give_up(record, steps, host)
-        raise Unavailable(
+        failure = Unavailable(
             f"the VMM of instance {record.ref} ended after its snapshot was consumed",
             detail={"status": str(Status.FAILED)},
         ).for_good()
+        await add_log(failure, record, host)
+        raise failure
     vmm = host.vmms.api(record.jail_id)
     try:
         if await vmm.state() == "Paused":

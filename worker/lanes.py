@@ -116,11 +116,6 @@ class Lanes:
         if self._started:
             self._wake(lane, line)
 
-    def is_running(self, lane: Lane, command_id: str) -> bool:
-        line = self._lines.get(lane)
-        running = line.running if line is not None else None
-        return isinstance(running, Work) and running.row.id == command_id
-
     def counts(self) -> dict[str, int]:
         """`busy`: lanes with a command running; `waiting`: lanes with commands that wait."""
         return {

@@ -24,11 +24,6 @@ class HostFacts:
         """All memory of the host. Source: sysconf(3)."""
         return self._memory_mib
 
-    def free_bytes(self, path: str) -> int:
-        """What an unprivileged process could still write there. Source: statvfs(3)."""
-        found = os.statvfs(path)
-        return found.f_bavail * found.f_frsize
-
     def machine_id(self) -> str:
         """Of this installation, 32 hex; empty if it has none. Source: machine-id(5)."""
         return self._machine_id

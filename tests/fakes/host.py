@@ -214,9 +214,6 @@ class FakeFacts:
     def memory_mib(self) -> int:
         return self.machine.memory_mib
 
-    def free_bytes(self, path: str) -> int:
-        return 1 << 40
-
 
 class FakeNetworks:
     def __init__(self, machine: FakeHost) -> None:

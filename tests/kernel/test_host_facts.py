@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from schemas.settings import LimitSettings, PathSettings, Settings
 from worker.real_host import check_on_disk
 
 
-def test_facts_agree_with_the_system(tmp_path: Path) -> None:
+def test_facts_agree_with_the_system() -> None:
     facts = HostFacts()
 
     kib = int(re.findall(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[0])
@@ -23,7 +22,6 @@ def test_facts_agree_with_the_system(tmp_path: Path) -> None:
     assert facts.boot_id() == facts.boot_id()
     release = subprocess.run(["uname", "-r"], check=True, capture_output=True, text=True).stdout
     assert facts.kernel_release() == release.strip()
-    assert abs(facts.free_bytes(str(tmp_path)) - shutil.disk_usage(tmp_path).free) < 1 << 30
     assert facts.cpu_model().isprintable()
     if os.uname().machine == "x86_64":
         assert facts.cpu_model().split()[0] in Path("/proc/cpuinfo").read_text()

@@ -354,6 +354,7 @@ async def test_a_vmm_lost_after_its_snapshot_was_consumed_leaves_failed(tmp_path
 
         assert reply.code is Code.UNAVAILABLE
         assert reply.status == "failed"
+        assert reply.detail["vmm_log"] == "log"
         assert not [key for key in machine.resources if key[0].startswith("snapshot")]
         assert (await worker.run(START)).code is Code.OK
 
@@ -446,6 +447,17 @@ async def test_a_failed_start_tells_the_end_of_the_vmms_log(tmp_path: Path) -> N
 
         assert reply.code is Code.UNAVAILABLE
         assert reply.detail["vmm_log"] == "log"
+
+
+async def test_a_failed_wake_tells_the_end_of_the_vmms_log(tmp_path: Path) -> None:
+    machine = seeded()
+    async with rig(tmp_path / "j", machine) as worker:
+        await prepare(worker, "WakeInstance")
+        machine.fail["load_snapshot"] = HostFault("it does not load")
+
+        reply = await worker.run(WAKE)
+
+        assert (reply.code, reply.detail["vmm_log"]) == (Code.HOST_FAULT, "log")
 
 
 async def test_start_needs_the_network(tmp_path: Path) -> None:
