@@ -18,7 +18,6 @@ class Standing:
     """`record` is the journal's, or one made from the file for an instance never launched here."""
 
     record: InstanceRecord
-    has_file: bool
 
     @property
     def status(self) -> Status:
@@ -68,10 +67,10 @@ async def read_standing(ref: InstanceRef, host: Host, now_ms: int) -> Standing:
         Invalid: `instance.json` is malformed or hostile.
     """
     record = host.records.instance(ref)
-    has_file = await host.shared.has_instance(ref)
     if record is not None:
-        return Standing(record, has_file)
-    if not has_file:
+        # The files are not even looked at: nothing in them must keep a VM from its Stop.
+        return Standing(record)
+    if not await host.shared.has_instance(ref):
         raise NotFound(f"instance {ref} has no instance.json", path="instance.json")
     file = await host.shared.instance(ref)
     status = Status.STOPPED
@@ -95,7 +94,7 @@ async def read_standing(ref: InstanceRef, host: Host, now_ms: int) -> Standing:
             mem_mib=asleep.mem_mib,
             disk=asleep.disk,
         )
-    return Standing(record, True)
+    return Standing(record)
 
 
 def settled(record: InstanceRecord, status: Status, now_ms: int) -> InstanceRecord:

@@ -108,7 +108,7 @@ class Recovery:
             return
         if record.before is not None:
             # Its command was answered half-way: what it may have run is treated as running.
-            status = Standing(record, has_file=True).status
+            status = Standing(record).status
             back = record if status is Status.RUNNING else record.before
             record = replace(back, status=status, before=None, command_id=None)
             await self._journal.put_instance(record, durable=True)

@@ -16,7 +16,7 @@ from handlers.errors import Invalid, NotFound, Unavailable
 from handlers.host.beneath import Folder
 from handlers.host.errnos import os_failure
 from handlers.host.threads import to_end
-from handlers.host.trees import remove_names
+from handlers.host.trees import remove_names, remove_tree
 from schemas import naming
 from schemas.files import (
     InstanceFile,
@@ -202,7 +202,7 @@ class SharedFiles:
             return
         with instance:
             try:
-                instance.unlink("instance.json")
+                remove_tree(instance.fd, "instance.json")  # agentd may have put a folder there
                 keep = frozenset({"volumes"}) if keep_volumes else frozenset[str]()
                 remove_names(instance.fd, keep=keep)
                 os.fsync(instance.fd)
