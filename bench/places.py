@@ -23,8 +23,9 @@ from handlers.host.jailer import Jailer
 from handlers.host.jails import Jails
 from handlers.host.networks import NetworkMechanisms, open_network_mechanisms
 from handlers.launching import CONFIG as CONFIG_DRIVE
-from handlers.launching import CPU_PERIOD_US, DATA, KERNEL, MIB, PIDS_PER_VMM, ROOTFS, VSOCK
+from handlers.launching import DATA, KERNEL, MIB, PIDS_PER_VMM, ROOTFS, VSOCK
 from handlers.machine import (
+    CPU_PERIOD_US,
     ArtifactSpec,
     BootConfig,
     CgroupSpec,

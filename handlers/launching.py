@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from handlers.errors import Conflict, Failure, Invalid, Superseded, Unavailable
 from handlers.machine import (
+    CPU_PERIOD_US,
     Artifact,
     CgroupSpec,
     Host,
@@ -34,7 +35,6 @@ from schemas.malformed import Malformed
 from schemas.records import DiskIdentity, InstanceRecord, Status, VmmIdentity
 from schemas.requests import InstanceRef, TenantNet
 
-CPU_PERIOD_US = 100_000
 PIDS_PER_VMM = 64
 MIB = 1 << 20
 LOG_TAIL_BYTES = 4096

@@ -171,6 +171,9 @@ class DataDisks(Mechanism[DataDiskSpec, DataDisk], Protocol):
 # -- jail and VMM ----------------------------------------------------------------------------------
 
 
+CPU_PERIOD_US = 100_000  # of which `cpu_quota_us` may be used
+
+
 @dataclass(frozen=True, slots=True)
 class CgroupSpec:
     """Leaf `<limits.cgroup>/<tenant>/<jail id>` of the cgroup2 tree; limits are read back."""

@@ -308,13 +308,10 @@ class Dispatch:
         )
 
     def _status(self, row: CommandRow) -> str | None:
-        """The status now of what the command is about, if the journal knows it."""
+        """The instance's status now, if the command is about one and the journal knows it."""
         request = row.command.request
-        if isinstance(request, Ping):
+        if isinstance(request, Ping | SetupNetwork | TeardownNetwork):
             return None
-        if isinstance(request, SetupNetwork | TeardownNetwork):
-            network = self._journal.network(request.tenant_id)
-            return None if network is None else network.status
         instance = self._journal.instance(request.ref)
         return None if instance is None else instance.status.value
 

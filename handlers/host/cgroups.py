@@ -20,11 +20,10 @@ from typing import ClassVar
 
 from handlers.errors import Failure, HostFault, Invalid, Unavailable
 from handlers.host.errnos import os_failure
-from handlers.machine import CgroupSpec
+from handlers.machine import CPU_PERIOD_US, CgroupSpec
 from schemas.settings import Settings
 
 CONTROLLERS = ("cpu", "memory", "pids")
-PERIOD_US = 100_000
 EMPTY_TIMEOUT_S = 5.0
 RMDIR_TIMEOUT_S = 2.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -215,7 +214,7 @@ class Cgroups:
         limits = {
             "memory.max": str(spec.memory_max_bytes // page * page),
             "memory.swap.max": "0",
-            "cpu.max": f"{spec.cpu_quota_us} {PERIOD_US}",
+            "cpu.max": f"{spec.cpu_quota_us} {CPU_PERIOD_US}",
             "pids.max": str(spec.pids_max),
         }
         if not os.path.exists(f"{leaf}/memory.swap.max") and not _has_swap():

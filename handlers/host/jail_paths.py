@@ -11,15 +11,14 @@ import stat
 from collections.abc import Generator
 from dataclasses import dataclass
 
-from handlers.errors import HostFault, Invalid
+from handlers.errors import HostFault
+from handlers.host.jail_folders import JailFolders
 from schemas.settings import Settings
 
 API_SOCKET = "api.sock"
 VSOCK_SOCKET = "v.sock"
-VMM_LOG = "log"
 PID_FILE = "firecracker.pid"
 VMM_COPY = "firecracker"
-JAIL_ID_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +37,7 @@ class JailPaths:
         Raises:
             Invalid: not a jail id; the jailer itself would let some non-ASCII letters pass.
         """
-        if not (1 <= len(jail_id) <= 64 and JAIL_ID_ALPHABET.issuperset(jail_id)):
-            raise Invalid(f"not a jail id: {jail_id!r}")
-        return f"{self.jail_base}/firecracker/{jail_id}/root"
+        return JailFolders(self.jail_base).root(jail_id)
 
 
 def read_tail(root: str, name: str, limit_bytes: int) -> str:

@@ -14,11 +14,11 @@ from handlers.host import spawn
 from handlers.host.cgroups import CgroupTree
 from handlers.host.confinement import NO_FILE
 from handlers.host.errnos import os_failure
+from handlers.host.jail_folders import LOG
 from handlers.host.jail_paths import (
     API_SOCKET,
     PID_FILE,
     VMM_COPY,
-    VMM_LOG,
     VSOCK_SOCKET,
     JailPaths,
 )
@@ -54,7 +54,7 @@ class Jailer:
             )
         if not os.path.isdir(self._tree.path(spec.cgroup)):
             raise HostFault(f"the cgroup {spec.cgroup} is missing; the jailer would not say so")
-        if not os.path.isfile(f"{root}/{VMM_LOG}"):
+        if not os.path.isfile(f"{root}/{LOG}"):
             raise HostFault("the jail has no log file; the VMM would die without a word", path=root)
         clear(root)
 
@@ -79,7 +79,7 @@ class Jailer:
             "--daemonize",
             "--",
             *("--api-sock", f"/{API_SOCKET}"),
-            *("--log-path", f"/{VMM_LOG}"),
+            *("--log-path", f"/{LOG}"),
             *("--level", "Info"),
         ]
 

@@ -19,11 +19,11 @@ from handlers.errors import Conflict, Failure, HostFault, Unavailable
 from handlers.host import confinement, processes
 from handlers.host.cgroups import CgroupTree
 from handlers.host.firecracker import FirecrackerApi
+from handlers.host.jail_folders import LOG
 from handlers.host.jail_paths import (
     API_SOCKET,
     PID_FILE,
     VMM_COPY,
-    VMM_LOG,
     JailPaths,
     connect,
     read_tail,
@@ -85,7 +85,7 @@ class JailedVmms:
             return await self._launch(spec, root)
         except BaseException as error:
             if isinstance(error, Failure):
-                error.detail.setdefault("vmm_log", read_tail(root, VMM_LOG, LOG_TAIL_BYTES))
+                error.detail.setdefault("vmm_log", read_tail(root, LOG, LOG_TAIL_BYTES))
             await uncut(self._abandon(spec.jail_id, root))
             raise
 

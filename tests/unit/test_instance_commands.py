@@ -460,6 +460,15 @@ async def test_a_failed_wake_tells_the_end_of_the_vmms_log(tmp_path: Path) -> No
         assert (reply.code, reply.detail["vmm_log"]) == (Code.HOST_FAULT, "log")
 
 
+async def test_a_network_commands_reply_has_no_instances_status(tmp_path: Path) -> None:
+    async with rig(tmp_path / "j", seeded()) as worker:
+        await prepare(worker, "StopInstance")
+
+        reply = await worker.run(DOWN)
+
+        assert (reply.code, reply.status) == (Code.CONFLICT, None)
+
+
 async def test_start_needs_the_network(tmp_path: Path) -> None:
     async with rig(tmp_path / "j", seeded()) as worker:
         reply = await worker.run(START)
