@@ -218,6 +218,17 @@ CASES: dict[str, tuple[Callable[[Place], object], str, str]] = {
         "invalid",
         "vmlinux",
     ),
+    "a kernel that is none": (
+        lambda p: (p.revision / "vmlinux").write_bytes(b"no kernel at all" * 64),
+        "invalid",
+        "vmlinux",
+    ),
+    "an empty kernel": (lambda p: (p.revision / "vmlinux").write_bytes(b""), "invalid", "vmlinux"),
+    "an empty rootfs": (
+        lambda p: (p.revision / "rootfs.ext4").write_bytes(b""),
+        "invalid",
+        "rootfs.ext4",
+    ),
     "a disk that hostd did not make": (plant_disk, "invalid", "data.ext4"),
     "a disk that is a link": (
         lambda p: (p.folder / "volumes" / "data.ext4").symlink_to("/etc/hostname"),
