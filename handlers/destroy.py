@@ -20,6 +20,7 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
 
     Raises:
         Conflict: the instance is quarantined: `hostd adopt` or `hostd release` first.
+        Invalid: its data disk is none that hostd made; nothing was touched.
         HostFault: a volume could not be wiped and verified; run again under a new id.
     """
     try:
@@ -27,8 +28,10 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
     except NotFound:
         return await destroy_kept(cmd, steps, host)
     standing.refuse_unknown()
-    steps.finalize()
     record = standing.record
+    if cmd.wipe_volumes and record.status is not Status.DESTROYING:
+        await host.data_disks.check_wipe(cmd.ref, record.disk)
+    steps.finalize()
     if record.status is not Status.DESTROYING:
         record = replace(
             record,

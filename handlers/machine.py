@@ -163,6 +163,10 @@ class DataDisks(Mechanism[DataDiskSpec, DataDisk], Protocol):
         """Where the instance's data disk is, if it has one."""
         ...
 
+    async def check_wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
+        """Whether `wipe` would do it: raises Invalid if the disk is not hostd's. No effect."""
+        ...
+
     async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
         """Overwrite or discard the blocks, verify, unlink; absent already is success."""
         ...

@@ -79,6 +79,26 @@ class DataDisks:
         """Undo a creation: unlink a disk that hostd made; anything else by that name stays."""
         await to_end(self._remove, ref_of(key))
 
+    async def check_wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
+        """Raise what `wipe` would, before anything is taken down; jails may still link the disk.
+
+        Raises:
+            Invalid: not a disk that hostd made for this instance, or one with several names.
+        """
+
+        def check() -> None:
+            with (
+                contextlib.suppress(NotFound),
+                self._volumes(ref) as volumes,
+                volumes.file(DATA_DISK) as fd,
+            ):
+                path = volumes.named(DATA_DISK)
+                if known is None or identity_of(os.fstat(fd)) != known:
+                    check_mark(fd, ref, path)
+                self._check_names(ref, fd, path)
+
+        await to_end(check)
+
     async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
         """Overwrite, verify, give back the blocks, unlink; absent already is success.
 

@@ -312,6 +312,10 @@ class FakeDataDisks(Plain):
         identity = await self.machine.effect(self.name, put)
         return DataDisk(self.path(spec.ref), identity)
 
+    async def check_wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
+        if "check_wipe" in self.machine.fail:
+            raise self.machine.fail["check_wipe"]
+
     async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
         await self.machine.effect(
             "wipe_volumes", lambda: self.machine.resources.pop((self.name, str(ref)), None)

@@ -80,8 +80,9 @@ async def test_a_file_that_hostd_did_not_make_waits_for_adoption(
     write(path_of(world), b"\0" * 4096)
     with pytest.raises(Invalid, match="hostd adopt"):
         await disks.ensure(SPEC)
-    with pytest.raises(Invalid, match="no data disk that hostd made"):
-        await disks.wipe(REF, None)
+    for refuse in (disks.check_wipe, disks.wipe):
+        with pytest.raises(Invalid, match="no data disk that hostd made"):
+            await refuse(REF, None)
     await disks.remove(KEY)
 
     identity = await disks.adopt(REF)
@@ -137,8 +138,9 @@ async def test_what_is_no_file_is_refused(disks: DataDisks, world: World, kind: 
     for known in (None, disk.identity):
         with pytest.raises(Invalid, match=r"volumes"):
             await disks.ensure(replace(SPEC, known=known))
-    with pytest.raises(Invalid):
-        await disks.wipe(REF, disk.identity)
+    for refuse in (disks.check_wipe, disks.wipe):
+        with pytest.raises(Invalid):
+            await refuse(REF, disk.identity)
 
 
 async def test_several_names_are_refused_but_for_those_in_its_jails(
@@ -150,12 +152,14 @@ async def test_several_names_are_refused_but_for_those_in_its_jails(
     jail.mkdir(parents=True)
     os.link(path_of(world), jail / "data.ext4")
     assert await disks.ensure(known) == disk
+    await disks.check_wipe(REF, disk.identity)
 
     os.link(path_of(world), world.instance / "second")
     with pytest.raises(Invalid, match="several names"):
         await disks.ensure(known)
-    with pytest.raises(Invalid, match="several names"):
-        await disks.wipe(REF, disk.identity)
+    for refuse in (disks.check_wipe, disks.wipe):
+        with pytest.raises(Invalid, match="several names"):
+            await refuse(REF, disk.identity)
 
 
 async def test_a_neighbours_disk_moved_here_is_not_wiped(disks: DataDisks, world: World) -> None:
@@ -166,8 +170,9 @@ async def test_a_neighbours_disk_moved_here_is_not_wiped(disks: DataDisks, world
     Path(theirs.path).rename(path_of(world))
 
     for known in (None, msgspec.structs.replace(theirs.identity, ino=1)):
-        with pytest.raises(Invalid):
-            await disks.wipe(REF, known)
+        for refuse in (disks.check_wipe, disks.wipe):
+            with pytest.raises(Invalid):
+                await refuse(REF, known)
     with pytest.raises(Invalid):
         await disks.ensure(SPEC)
     await disks.remove(KEY)
@@ -265,6 +270,7 @@ async def test_no_instance_no_disk(disks: DataDisks, world: World) -> None:
     with pytest.raises(NotFound):
         await disks.ensure(replace(SPEC, ref=nobody))
     await disks.remove(str(nobody))
+    await disks.check_wipe(nobody, None)
     await disks.wipe(nobody, None)
 
     assert data_disks.ref_of(str(nobody)) == nobody

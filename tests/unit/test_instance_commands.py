@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers.errors import HostFault, Unavailable
+from handlers.errors import HostFault, Invalid, Unavailable
 from schemas.codes import Code
 from schemas.files import InstanceResources, PoolSpec
 from schemas.records import Status
@@ -419,6 +419,22 @@ async def test_destroy_works_from_the_journal_when_the_file_is_gone(tmp_path: Pa
 
         assert reply.code is Code.OK
         assert machine.resources == before
+
+
+async def test_a_disk_that_cannot_be_wiped_stops_the_destroy_before_anything(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    async with rig(tmp_path / "j", machine) as worker:
+        await prepare(worker, "DestroyInstance")
+        before = dict(machine.resources)
+        machine.fail["check_wipe"] = Invalid("not hostd's")
+
+        reply = await worker.run(DESTROY)
+
+        assert (reply.code, reply.status, reply.changed) == (Code.INVALID, "running", False)
+        assert machine.resources == before
+        assert (await worker.run(KEEP)).code is Code.OK
 
 
 async def test_a_kept_volume_comes_back_with_its_instance(tmp_path: Path) -> None:
