@@ -140,11 +140,21 @@ class Recovery:
                 "quarantined", ref=record.ref, reason="its VMM is not the one in the journal"
             )
         else:
-            await self._resume(record)
+            # In its lane: a VM that hangs answers no question, and must hold up no other.
+            self._supervisor.chore(record, "resume", lambda: self._resume(record))
             self.found.adopted += 1
 
     async def _resume(self, record: InstanceRecord) -> None:
         """A paused VM without a manifest is resumed: the sleep that paused it did not happen."""
+        now = self._journal.instance(record.ref)
+        if now is None or now.vmm != record.vmm or now.status is not Status.RUNNING:
+            return  # a command that waited in the lane came first
+        try:
+            await self._resume_paused(record)
+        except (Failure, OSError) as error:
+            log.warning("recovery.trouble", item=str(record.ref), error=repr(error))
+
+    async def _resume_paused(self, record: InstanceRecord) -> None:
         info = await self._host.snapshots.read(record.ref)
         if info is not None and info.number == record.launch:
             return

@@ -5,9 +5,11 @@ ends by itself is cleaned up and announced by `handlers/exits.py`.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import structlog
 
+from handlers.errors import Failure
 from handlers.exits import vmm_exited
 from handlers.host.processes import ExitWatch
 from handlers.machine import Host
@@ -17,6 +19,8 @@ from schemas.subjects import Lane
 from worker.journal import Journal
 from worker.lanes import Chore, Lanes
 from worker.metrics import Metrics
+
+AGAIN_S = 2.0
 
 log = structlog.get_logger()
 
@@ -52,12 +56,22 @@ class Supervisor:
 
         async def handle() -> None:
             steps = Steps(f"exit-{record.jail_id}", self._journal, {})
-            if await vmm_exited(record.ref, record.launch, steps, self._host):
+            try:
+                handled = await vmm_exited(record.ref, record.launch, steps, self._host)
+            except (Failure, OSError) as error:
+                log.warning("vmm.not_cleaned_up", instance=str(record.ref), error=repr(error))
+                self._tasks[record.jail_id] = asyncio.create_task(self._again(record, reason))
+                return
+            if handled:
                 self._metrics.vmm_exited(reason)
                 log.warning("vmm.exited", instance=str(record.ref), reason=reason)
             self.sync()
 
-        self._lanes.put_chore(Lane.instance(record.ref), Chore("vmm_exited", handle))
+        self.chore(record, "vmm_exited", handle)
+
+    def chore(self, record: InstanceRecord, name: str, run: Callable[[], Awaitable[None]]) -> None:
+        """Have the worker's own work done in the instance's lane, behind what waits there."""
+        self._lanes.put_chore(Lane.instance(record.ref), Chore(name, run))
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
@@ -65,6 +79,11 @@ class Supervisor:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _again(self, record: InstanceRecord, reason: str) -> None:
+        """What could not be cleaned up now (a full disk, say) is tried again, not forgotten."""
+        await asyncio.sleep(AGAIN_S)
+        self.exited(record, reason)
 
     async def _until_exit(self, record: InstanceRecord) -> None:
         if record.vmm is None:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from handlers.host.processes import has_exited, open_pidfd
-from schemas.requests import SleepInstance
+from schemas.requests import InstanceRef, SleepInstance, StartInstance
 from tests.crash.kills import (
     assert_one_outcome,
     events,
@@ -21,6 +21,8 @@ from tests.live import DESTROY, NAMES, SLEEP, START, STOP, WAKE, LiveHost, live_
 from worker.demo_guest import echo_through_tap
 
 NOTICED_S = 1.0
+OTHER = InstanceRef("acme", "web", "i-2")
+OTHER_NAMES = (OTHER.tenant_id, OTHER.pool_id, OTHER.instance_id)
 
 
 async def leftovers(host: LiveHost) -> dict[str, int]:
@@ -239,3 +241,26 @@ async def test_a_vmm_that_dies_in_its_drain_ends_the_drain() -> None:
         assert (await host.result("drained"))["code"] == "unavailable"
         await host.wait_status("failed")
         assert await leftovers(host) == before
+
+
+async def test_a_vm_that_hangs_holds_up_no_restart() -> None:
+    async with live_host() as host:
+        await host.net_up(host.seed())
+        host.seed(OTHER)
+        await host.run(START)
+        (pid,) = host.vm_pids()
+        await host.kill_worker()
+
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            await host.start_worker()
+            other = await host.run(StartInstance(*OTHER_NAMES))
+            took_s = time.monotonic() - started
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+        assert other["code"] == "ok"
+        assert took_s < 10
+        assert (await host.describe())["pid"] == pid
+        assert (await host.stat())["boots"] == 1
