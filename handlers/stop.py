@@ -48,6 +48,14 @@ async def stop_instance(cmd: StopInstance, steps: Steps, host: Host) -> Done:
         )
         await host.records.put_instance(record)
     rung = await steps.act("stop_vmm", lambda: ask_then_kill(record, budget_s, host))
+    return await finish_stop(record, steps, host, rung=rung)
+
+
+async def finish_stop(
+    record: InstanceRecord, steps: Steps, host: Host, *, rung: str = "kill"
+) -> Done:
+    """Release what the instance holds, whatever an earlier attempt left of it."""
+    steps.finalize()
     await release(record, steps, host)
     await steps.act("discard_snapshot", lambda: host.snapshots.discard(record.ref))
     return await stopped(record, rung, host)

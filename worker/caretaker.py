@@ -8,6 +8,7 @@ by now.
 import asyncio
 import time
 from collections.abc import Mapping
+from functools import partial
 from itertools import chain
 
 import structlog
@@ -17,8 +18,13 @@ from handlers.host.drift import Change
 from handlers.host.inventory import take
 from handlers.launching import names_of
 from handlers.network import restore_network
-from handlers.steps import Removable
+from handlers.steps import Removable, Steps
+from handlers.stop import finish_stop
+from schemas.records import InstanceRecord, Status
+from schemas.requests import InstanceRef
+from schemas.subjects import Lane
 from worker.journal import Journal
+from worker.lanes import Chore, Lanes
 from worker.metrics import Metrics
 from worker.orphans import Found, counted, unowned
 from worker.real_host import RealHost
@@ -32,10 +38,16 @@ class Caretaker:
     """One pass at a time, each bounded by what the journal knows."""
 
     def __init__(
-        self, real: RealHost, journal: Journal, known: Mapping[str, Removable], metrics: Metrics
+        self,
+        real: RealHost,
+        journal: Journal,
+        lanes: Lanes,
+        known: Mapping[str, Removable],
+        metrics: Metrics,
     ) -> None:
         self._host = real.host
         self._journal = journal
+        self._lanes = lanes
         self._mechanisms = known
         self._metrics = metrics
         self._watch = real.network.watch
@@ -45,6 +57,15 @@ class Caretaker:
 
     async def run(self) -> None:
         """Until cancelled: on each hint of the kernel's, and every 30 s."""
+        while True:
+            try:
+                await self._follow()
+            except (Failure, OSError) as error:
+                # Deaf for one interval; the next pass sees what was missed.
+                log.warning("caretaker.deaf", error=repr(error))
+                await asyncio.sleep(PASS_EVERY_S)
+
+    async def _follow(self) -> None:
         hints = self._watch.changes()
         hint = asyncio.ensure_future(anext(hints))
         pass_at = 0.0
@@ -72,6 +93,7 @@ class Caretaker:
         try:
             await self.repair_networks()
             await self.sweep_leftovers()
+            self._finish_stops()
             await self._bound_logs()
             await self._count_orphans()
         except (Failure, OSError) as error:
@@ -112,6 +134,31 @@ class Caretaker:
                         command_id=command_id,
                     )
                 await self._journal.forget(command_id, row.mechanism, row.key)
+
+    def _finish_stops(self) -> None:
+        """A Stop that was answered half-way is completed in its instance's lane."""
+        for record in self._journal.instances():
+            if record.status is not Status.STOPPING or self._has_command(record):
+                continue
+            chore = Chore("finish_stop", partial(self._finish_stop, record.ref))
+            self._lanes.put_chore(Lane.instance(record.ref), chore)
+
+    async def _finish_stop(self, ref: InstanceRef) -> None:
+        record = self._journal.instance(ref)
+        if record is None or record.status is not Status.STOPPING or self._has_command(record):
+            return
+        steps = Steps(f"finish-{record.jail_id}", self._journal, {})
+        try:
+            done = await finish_stop(record, steps, self._host)
+        except (Failure, OSError) as error:
+            log.warning("stop.unfinished", instance=str(ref), error=repr(error))
+            return
+        if done.record is not None:
+            await self._journal.put_instance(done.record, reason="completed later", durable=True)
+
+    def _has_command(self, record: InstanceRecord) -> bool:
+        command_id = record.command_id
+        return command_id is not None and self._journal.is_unfinished(command_id)
 
     async def _count_orphans(self) -> None:
         """At most once per pass interval: a look at the whole host is not for every hint."""

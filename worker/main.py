@@ -20,6 +20,7 @@ import structlog
 from handlers.errors import Failure, of_os_error
 from handlers.host.host_facts import HostFacts
 from handlers.host.host_lock import HostLock
+from handlers.host.versions import check_versions
 from handlers.registry import HANDLERS, mechanisms
 from schemas.codes import EXIT_CODES, Code
 from schemas.settings import Settings
@@ -43,6 +44,7 @@ from worker.supervisor import Supervisor
 from worker.trace import tracer
 
 OUTBOX_S = 5.0
+LEASE_PATIENCE_S = 2.0
 PRUNE_EVERY_S = 600.0
 
 log = structlog.get_logger()
@@ -69,6 +71,7 @@ def _refused(code: Code, reason: str) -> int:
 
 async def _until_stopped(settings: Settings) -> None:
     prepare_folders(settings)
+    await check_versions(settings)
     async with AsyncExitStack() as stack:
         stack.enter_context(HostLock(settings.paths.run))
         metrics = Metrics(version("hostd"))
@@ -182,7 +185,7 @@ class Worker:
             version=version("hostd"),
             inbox_prefixes=settings.nats.inbox_prefixes,
         )
-        self.caretaker = Caretaker(real, journal, known, metrics)
+        self.caretaker = Caretaker(real, journal, self.lanes, known, metrics)
         self.recovery = Recovery(host, journal, self.supervisor)
         metrics.on_collect(self._collect)
         bus.on_connection(self._connection_changed)
@@ -288,6 +291,11 @@ class Worker:
     async def _recover(self) -> None:
         await self._real.host.networks.prepare()
         await self.recovery.run()
+        with contextlib.suppress(TimeoutError):
+            # Another machine with this host id must not run what is left in its journal. Without
+            # a bus there is nobody to ask, and what was begun is ended all the same.
+            async with asyncio.timeout(LEASE_PATIENCE_S):
+                await self.lease.wait_held()
         self.lanes.start()
         self._phase = "ready"
         self.lease.touch()

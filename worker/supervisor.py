@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import structlog
+from msgspec.structs import replace
 
 from handlers.errors import Failure
 from handlers.exits import vmm_exited
@@ -88,5 +89,19 @@ class Supervisor:
     async def _until_exit(self, record: InstanceRecord) -> None:
         if record.vmm is None:
             return
-        how = await self._watch.watch(record.vmm)
-        self.exited(record, how.reason)
+        try:
+            how = await self._watch.watch(record.vmm)
+        except Failure as failure:
+            # It lives, but is not what was launched: nothing is killed on doubt.
+            log.error("vmm.unproven", instance=str(record.ref), reason=failure.message)  # noqa: TRY400
+            await self._quarantine(record, failure.message)
+        else:
+            self.exited(record, how.reason)
+
+    async def _quarantine(self, record: InstanceRecord, reason: str) -> None:
+        now = self._journal.instance(record.ref)
+        if now is None or now.launch != record.launch or now.status is not Status.RUNNING:
+            return
+        unknown = replace(now, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms())
+        await self._journal.put_instance(unknown, reason=reason, durable=True)
+        await self._journal.event("quarantined", ref=record.ref, reason=reason)

@@ -1,0 +1,50 @@
+"""The version of the binaries that the settings name, asked of the real ones."""
+
+from pathlib import Path
+
+import pytest
+
+from handlers.errors import HostFault
+from handlers.host.versions import check_versions
+from schemas.settings import Settings, VmmSettings
+from tests.guests.firecracker import FIRECRACKER, JAILER
+
+
+def settings_with(firecracker: Path, jailer: Path) -> Settings:
+    return Settings(vmm=VmmSettings(firecracker=str(firecracker), jailer=str(jailer)))
+
+
+def stand_in(folder: Path, said: str) -> Path:
+    program = folder / "firecracker"
+    program.write_text(f"#!/bin/sh\necho '{said}'\n")
+    program.chmod(0o755)
+    return program
+
+
+async def test_the_pinned_binaries_are_of_one_supported_version() -> None:
+    assert await check_versions(settings_with(FIRECRACKER, JAILER)) == "1.12.1"
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("Firecracker v1.11.0", "firecracker is 1.11.0, jailer is 1.12.1"),
+        ("QEMU emulator version 7.2", "does not tell a version"),
+    ],
+)
+async def test_others_are_refused(tmp_path: Path, said: str, why: str) -> None:
+    with pytest.raises(HostFault, match=why):
+        await check_versions(settings_with(stand_in(tmp_path, said), JAILER))
+
+
+@pytest.mark.parametrize("version", ["1.11.9", "1.17.0", "2.0.0"])
+async def test_a_version_hostd_does_not_know_is_refused(tmp_path: Path, version: str) -> None:
+    program = stand_in(tmp_path, f"Firecracker v{version}")
+
+    with pytest.raises(HostFault, match=f"Firecracker {version} is not supported"):
+        await check_versions(settings_with(program, program))
+
+
+async def test_what_cannot_be_executed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HostFault, match="nowhere cannot be executed"):
+        await check_versions(settings_with(tmp_path / "nowhere", JAILER))
