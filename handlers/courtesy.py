@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from handlers.errors import Failure
+from handlers.errors import Failure, NotFound
 from handlers.machine import Host
 from schemas.records import InstanceRecord, Status
 
@@ -50,8 +50,9 @@ async def tell_at_rest(
 
 async def _write(record: InstanceRecord, host: Host, changes: dict[str, Any]) -> tuple[str, ...]:
     try:
-        if await host.shared.has_instance(record.ref):
-            await host.shared.update_instance(record.ref, changes)
+        await host.shared.update_instance(record.ref, changes)
+    except NotFound:
+        return ()
     except Failure as error:
         return (f"instance.json {record.ref}: {error.message}",)
     return ()

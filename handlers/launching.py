@@ -28,7 +28,7 @@ from handlers.machine import (
     TapSpec,
 )
 from handlers.reservations import ReservationSpec
-from handlers.steps import Steps
+from handlers.steps import Steps, together
 from schemas import naming
 from schemas.files import InstanceFile, PoolSpec, TenantConfig, check_instance_net, offset_of
 from schemas.malformed import Malformed
@@ -125,9 +125,10 @@ async def read_wanted(ref: InstanceRef, record: InstanceRecord, host: Host) -> W
         NotFound, Invalid: a file is missing or wrong; names file and field.
         Conflict: the tenant's network is not set up, or another address was journalled.
     """
-    tenant = await host.shared.tenant(ref.tenant_id)
-    pool = await host.shared.pool(ref.tenant_id, ref.pool_id)
-    file = await host.shared.instance(ref)
+    tenant, (pool, file) = await together(
+        host.shared.tenant(ref.tenant_id),
+        together(host.shared.pool(ref.tenant_id, ref.pool_id), host.shared.instance(ref)),
+    )
     try:
         offset = offset_of(file.net.guest_ip, tenant.net)
         check_instance_net(file, tenant.net, offset)
@@ -169,8 +170,8 @@ def reservation(
     )
 
 
-async def ensure_place(launch: Launch, steps: Steps, host: Host) -> None:
-    """The cgroup leaf, and under the tenant's network lock the pin and then the TAP."""
+async def ensure_cgroup(launch: Launch, steps: Steps, host: Host) -> None:
+    """The leaf that the VMM is born into, its limits in force."""
     await steps.ensure(
         host.cgroups,
         CgroupSpec(
@@ -181,6 +182,10 @@ async def ensure_place(launch: Launch, steps: Steps, host: Host) -> None:
             pids_max=PIDS_PER_VMM,
         ),
     )
+
+
+async def ensure_port(launch: Launch, steps: Steps, host: Host) -> None:
+    """Under the tenant's network lock: the pin and then the TAP."""
     async with host.locks.shared(launch.ref.tenant_id):
         network = host.records.network(launch.ref.tenant_id)
         if network is None or network.status != "up":

@@ -16,7 +16,8 @@ from handlers.launching import (
     Launch,
     Wanted,
     add_log,
-    ensure_place,
+    ensure_cgroup,
+    ensure_port,
     jail_spec,
     launch_of,
     read_wanted,
@@ -30,7 +31,7 @@ from handlers.reservations import Reservations
 from handlers.revisions import ensure_revision, let_go
 from handlers.slots import held
 from handlers.states import RESTING, read_standing, settled
-from handlers.steps import Done, Steps
+from handlers.steps import Done, Steps, together
 from schemas import naming
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import StartInstance
@@ -99,14 +100,17 @@ async def refuse_second_boot(record: InstanceRecord, steps: Steps, host: Host) -
 async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host) -> Done:
     """Make the place, launch, boot, wait for the agent, read the facts back."""
     launch = launch_of(record, wanted.pool, host)
-    if not steps.marked(BOOT) and await host.vmms.find(launch.jail_id) is None:
+    if (
+        not steps.marked(BOOT)
+        and await host.jails.exists(launch.jail_id)
+        and await host.vmms.find(launch.jail_id) is None
+    ):
         # What is left of a run cut before its VMM stood would be in the jailer's way.
         await host.jails.remove(launch.jail_id)
     artifact = await ensure_revision(launch.ref, record.revision or "", steps, host)
-    await ensure_place(launch, steps, host)
-    launch, data_path = await ensure_data_disk(launch, steps, host)
-    secrets = await host.shared.secrets(launch.ref.tenant_id)
-    jail = await steps.ensure(host.jails, jail_spec(launch, artifact, data_path, secrets=secrets))
+    _, (launch, jail, data_path) = await together(
+        ensure_port(launch, steps, host), ensure_files(launch, artifact, steps, host)
+    )
     identity = await steps.ensure(host.vmms, launch.vmm)
     record = await record_vmm(launch, identity, host)
     vmm = host.vmms.api(launch.jail_id)
@@ -116,9 +120,11 @@ async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host)
             await steps.act("configure", lambda: vmm.configure(config))
             await steps.mark(BOOT)
             await steps.act("start_vm", vmm.start)
-        await steps.act("check_confinement", lambda: check(launch, identity, host))
-        if record.agent_port is not None:
-            await wait_for_agent(launch, identity, record.agent_port, steps, host)
+        await together(
+            steps.act("check_confinement", lambda: check(launch, identity, host)),
+            wait_for_agent(launch, identity, record.agent_port, steps, host),
+            cut=True,
+        )
     except Failure as failure:
         await add_log(failure, record, host)
         raise
@@ -132,6 +138,17 @@ async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host)
         left_behind=left_behind,
         record=settled(record, Status.RUNNING, host.facts.now_ms()),
     )
+
+
+async def ensure_files(
+    launch: Launch, artifact: Artifact, steps: Steps, host: Host
+) -> tuple[Launch, Jail, str | None]:
+    """Cgroup, data disk and jail: all that the jailer needs, and nothing of the network."""
+    await ensure_cgroup(launch, steps, host)
+    launch, data_path = await ensure_data_disk(launch, steps, host)
+    secrets = await host.shared.secrets(launch.ref.tenant_id)
+    jail = await steps.ensure(host.jails, jail_spec(launch, artifact, data_path, secrets=secrets))
+    return launch, jail, data_path
 
 
 async def ensure_data_disk(launch: Launch, steps: Steps, host: Host) -> tuple[Launch, str | None]:
@@ -150,9 +167,11 @@ async def check(launch: Launch, identity: VmmIdentity, host: Host) -> None:
 
 
 async def wait_for_agent(
-    launch: Launch, identity: VmmIdentity, port: int, steps: Steps, host: Host
+    launch: Launch, identity: VmmIdentity, port: int | None, steps: Steps, host: Host
 ) -> None:
-    """ "API says Running" proves nothing: only the agent's answer does."""
+    """ "API says Running" proves nothing: only the agent's answer does, if there is an agent."""
+    if port is None:
+        return
     timeout_s = host.settings.vmm.ready_timeout_s
 
     async def ping() -> None:

@@ -70,9 +70,10 @@ async def read_standing(ref: InstanceRef, host: Host, now_ms: int) -> Standing:
     if record is not None:
         # The files are not even looked at: nothing in them must keep a VM from its Stop.
         return Standing(record)
-    if not await host.shared.has_instance(ref):
-        raise NotFound(f"instance {ref} has no instance.json", path="instance.json")
-    file = await host.shared.instance(ref)
+    try:
+        file = await host.shared.instance(ref)
+    except NotFound as error:
+        raise NotFound(f"instance {ref} has no instance.json", path="instance.json") from error
     status = Status.STOPPED
     if file.status in FRESH:
         status = Status(file.status)

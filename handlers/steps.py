@@ -9,7 +9,7 @@ EEXIST. Past a point of no return there is no undo, only completion.
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ log = structlog.get_logger()
 UNDO_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
+U = TypeVar("U")
 SpecT = TypeVar("SpecT", bound="Keyed", contravariant=True)
 ValueT = TypeVar("ValueT", covariant=True)
 
@@ -309,6 +310,29 @@ class Steps:
             self.taken.append(StepTaken(name=name, took_us=int(seconds * 1e6), outcome=outcome))
         await self._trace(f"after:{name}")
         return value
+
+
+async def together(
+    one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U], *, cut: bool = False
+) -> tuple[T, U]:
+    """Two parts of a command that need nothing of each other, at once; both are over on return.
+
+    Raises the first one's failure, else the other's. With `cut` a failure ends the other part at
+    once; without, an effect that has begun is let through, so that undo finds no moving target.
+    """
+    tasks = asyncio.ensure_future(one), asyncio.ensure_future(other)
+    try:
+        when = asyncio.FIRST_EXCEPTION if cut else asyncio.ALL_COMPLETED
+        await asyncio.wait(tasks, return_when=when)
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    failures = [result for result in results if isinstance(result, BaseException)]
+    for failure in failures:
+        if not isinstance(failure, asyncio.CancelledError):
+            raise failure
+    return tasks[0].result(), tasks[1].result()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from handlers.launching import (
     Launch,
     Wanted,
     add_log,
-    ensure_place,
+    ensure_cgroup,
+    ensure_port,
     jail_spec,
     launch_of,
     read_wanted,
@@ -23,15 +24,15 @@ from handlers.launching import (
     record_vmm,
     reservation,
 )
-from handlers.machine import DataDiskSpec, Host, SnapshotInfo
+from handlers.machine import Artifact, DataDiskSpec, Host, SnapshotInfo
 from handlers.pausing import Draft, SnapshotUses, SnapshotUseSpec
 from handlers.releasing import release
 from handlers.reservations import Reservations
 from handlers.revisions import ensure_revision
 from handlers.slots import held
 from handlers.states import read_standing, settled
-from handlers.steps import Done, Steps
-from schemas.records import InstanceRecord, Status
+from handlers.steps import Done, Steps, together
+from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import WakeInstance
 
 CONSUMED = "consumed"
@@ -55,11 +56,12 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
     if record.status is Status.WAKING and record.consumed:
         # Past its point, whoever began it: only completion is left.
         steps.finalize()
-        return await go_on(record, steps, host)
+        return await go_on(record, await host.vmms.find(record.jail_id), steps, host)
     standing.refuse_half_done(steps.command_id)
     if standing.status is not Status.SLEEPING:
         raise standing.conflict("wake it")
-    return await go_on(await restore(cmd, record, steps, host), steps, host)
+    record = await restore(cmd, record, steps, host)
+    return await go_on(record, record.vmm, steps, host)
 
 
 async def restore(
@@ -94,24 +96,12 @@ async def load(
     wanted: Wanted, record: InstanceRecord, info: SnapshotInfo, steps: Steps, host: Host
 ) -> InstanceRecord:
     launch = launch_of(record, wanted.pool, host)
-    if await host.vmms.find(launch.jail_id) is None and await host.jails.exists(launch.jail_id):
+    if await host.jails.exists(launch.jail_id) and await host.vmms.find(launch.jail_id) is None:
         await host.jails.remove(launch.jail_id)
         await host.snapshots.settle(launch.ref, info.number)
     artifact = await ensure_revision(launch.ref, info.revision, steps, host)
-    await ensure_place(launch, steps, host)
-    launch, data_path = await known_data_disk(launch, steps, host)
-    await steps.ensure(SnapshotUses(host), SnapshotUseSpec(Draft(launch.ref, info.number)))
-    secrets = await host.shared.secrets(launch.ref.tenant_id) if info.has_secrets else None
-    await steps.ensure(
-        host.jails,
-        jail_spec(
-            launch,
-            artifact,
-            data_path,
-            secrets=secrets if secrets is not None or not info.has_secrets else b"{}\n",
-            kept_config=info.kept_config,
-            kept_secrets=info.kept_secrets,
-        ),
+    _, launch = await together(
+        ensure_port(launch, steps, host), ensure_files(launch, artifact, info, steps, host)
     )
     identity = await steps.ensure(host.vmms, launch.vmm)
     record = await record_vmm(launch, identity, host)
@@ -144,6 +134,28 @@ async def load(
     return record
 
 
+async def ensure_files(
+    launch: Launch, artifact: Artifact, info: SnapshotInfo, steps: Steps, host: Host
+) -> Launch:
+    """Cgroup, data disk and jail, the snapshot lent: nothing of the network."""
+    await ensure_cgroup(launch, steps, host)
+    launch, data_path = await known_data_disk(launch, steps, host)
+    await steps.ensure(SnapshotUses(host), SnapshotUseSpec(Draft(launch.ref, info.number)))
+    secrets = await host.shared.secrets(launch.ref.tenant_id) if info.has_secrets else None
+    await steps.ensure(
+        host.jails,
+        jail_spec(
+            launch,
+            artifact,
+            data_path,
+            secrets=secrets if secrets is not None or not info.has_secrets else b"{}\n",
+            kept_config=info.kept_config,
+            kept_secrets=info.kept_secrets,
+        ),
+    )
+    return launch
+
+
 async def known_data_disk(launch: Launch, steps: Steps, host: Host) -> tuple[Launch, str | None]:
     """The data disk that slept with the instance; a wake never makes a new one."""
     known = launch.record.disk
@@ -154,10 +166,14 @@ async def known_data_disk(launch: Launch, steps: Steps, host: Host) -> tuple[Lau
     return await record_disk(launch, disk.identity, host), disk.path
 
 
-async def go_on(record: InstanceRecord, steps: Steps, host: Host) -> Done:
-    """Past the point of no return: resume, tell the agent, set the clock; failures are reported."""
+async def go_on(
+    record: InstanceRecord, identity: VmmIdentity | None, steps: Steps, host: Host
+) -> Done:
+    """Past the point of no return: resume, tell the agent, set the clock; failures are reported.
+
+    `identity` is of the VMM that was loaded just now, or that was found by a later run.
+    """
     await host.snapshots.consume(record.ref, record.snapshot or 0)
-    identity = await host.vmms.find(record.jail_id)
     if identity is None:
         await give_up(record, steps, host)
         failure = Unavailable(

@@ -11,6 +11,10 @@ from worker.journal_transaction import Transaction
 VOLATILE: Final = frozenset(
     {"bridge", "tenant_rules", "pin", "tap", "cgroups", "vmms", "pause", "phase"}
 )
+# What these make is made by a later commit of the journal itself (the record), or under a later
+# row (the jail's links). Commits keep the order of submission, so that one takes theirs to disk.
+FOLLOWED: Final = frozenset({"reservation", "snapshot_use"})
+UNSYNCED: Final = VOLATILE | FOLLOWED
 
 
 class JournalSteps(JournalFile):
@@ -33,7 +37,9 @@ class JournalSteps(JournalFile):
         def apply(_: None) -> None:
             self._mirror.steps.setdefault(command_id, {})[mechanism, key] = row
 
-        await self._writer.submit(do, apply=apply, durable=mechanism not in VOLATILE)
+        await self._writer.submit(
+            do, apply=apply, durable=not existed and mechanism not in UNSYNCED
+        )
         return row
 
     async def forget(self, command_id: str, mechanism: str, key: str) -> None:

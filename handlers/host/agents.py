@@ -24,7 +24,7 @@ from schemas.settings import Settings
 FRAME_BYTES = 262_144
 LINE_BYTES = 64
 TEXT_CHARS = 200
-FIRST_WAIT_S = 0.001
+FIRST_WAIT_S = 0.0005
 LAST_WAIT_S = 0.1
 FIRST_SILENCE_S = 0.25
 LAST_SILENCE_S = 2.0
@@ -129,7 +129,7 @@ class VsockAgents:
                     except (OSError, EOFError) as error:
                         last = "no socket" if isinstance(error, FileNotFoundError) else "cut"
                     await asyncio.sleep(wait_s)
-                    wait_s = min(wait_s * 1.5, LAST_WAIT_S)
+                    wait_s = min(wait_s * 1.25, LAST_WAIT_S)
         except TimeoutError:
             pass
         raise Unavailable(

@@ -132,8 +132,8 @@ class Folder:
     def replace(self, name: str, data: bytes, like: os.stat_result) -> None:
         """Put a new file in the place of `name`, with the old one's owner, group and mode.
 
-        All or nothing, also over a power loss: written beside it, synced, renamed, folder synced.
-        `name` without slash; one writer per name.
+        All or nothing: written beside it, synced, renamed, so after a power loss it is the old one
+        or the new. `name` without slash; one writer per name.
         """
         beside = f".{name}.hostd"
         path = self.named(name)
@@ -147,7 +147,6 @@ class Folder:
                     file.write(data)
                 os.fsync(fd)
                 os.rename(beside, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            os.fsync(self.fd)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.unlink(beside)

@@ -15,11 +15,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from handlers.errors import Failure, HostFault, Invalid, Unavailable
 from handlers.host.errnos import os_failure
+from handlers.host.kernel_text import read_text
 from handlers.machine import CPU_PERIOD_US, CgroupSpec
 from schemas.settings import Settings
 
@@ -37,7 +37,7 @@ def find_mount(mountinfo: str | None = None) -> str:
     Raises:
         HostFault: no cgroup2 tree is mounted; mount one.
     """
-    text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
+    text = read_text("/proc/self/mountinfo") if mountinfo is None else mountinfo
     for line in text.splitlines():
         left, _, right = line.partition(" - ")
         if right.split(" ", 1)[0] == "cgroup2":
@@ -84,7 +84,7 @@ class CgroupTree:
         Zombies are not listed; a kernel thread that KVM made for a VM (kvm-nx-lpage-recovery) is.
         """
         try:
-            text = Path(self.path(name), "cgroup.procs").read_text()
+            text = read_text(f"{self.path(name)}/cgroup.procs")
         except (FileNotFoundError, OSError) as error:
             if getattr(error, "errno", None) in (errno.ENOENT, errno.ENODEV):
                 return []
@@ -101,7 +101,7 @@ def check_controllers(settings: Settings) -> None:
     tree = CgroupTree.of(settings)
     if not settings.limits.enforce:
         return
-    available = Path(tree.mount, "cgroup.controllers").read_text().split()
+    available = read_text(f"{tree.mount}/cgroup.controllers").split()
     if missing := [name for name in CONTROLLERS if name not in available]:
         raise HostFault(
             f"[limits] enforce = true, but the cgroup2 tree {tree.mount} has no controllers "
@@ -183,13 +183,13 @@ class Cgroups:
         """Enable the controllers in each cgroup above the leaf, making those that are missing."""
         at = self.tree.mount
         for part in os.path.relpath(leaf, self.tree.mount).split("/"):
-            available = Path(at, "cgroup.controllers").read_text().split()
+            available = read_text(f"{at}/cgroup.controllers").split()
             if missing := [name for name in CONTROLLERS if name not in available]:
                 raise HostFault(
                     f"cgroup controllers {', '.join(missing)} are not available in {at}",
                     detail={"cgroup": at, "missing": missing},
                 )
-            enabled = Path(at, "cgroup.subtree_control").read_text().split()
+            enabled = read_text(f"{at}/cgroup.subtree_control").split()
             if wanted := [f"+{name}" for name in CONTROLLERS if name not in enabled]:
                 self._enable(at, wanted)
             at = f"{at}/{part}"
@@ -220,11 +220,11 @@ class Cgroups:
         if not os.path.exists(f"{leaf}/memory.swap.max") and not _has_swap():
             del limits["memory.swap.max"]
         for name, value in limits.items():
-            path = Path(leaf, name)
-            if path.read_text().strip() == value:
+            path = f"{leaf}/{name}"
+            if read_text(path).strip() == value:
                 continue
-            _write(str(path), value)
-            if (holds := path.read_text().strip()) != value:
+            _write(path, value)
+            if (holds := read_text(path).strip()) != value:
                 raise HostFault(
                     f"{name} of the cgroup {spec.key} is {holds}, not {value}",
                     detail={"limit": name, "wanted": value, "holds": holds},
@@ -292,4 +292,4 @@ def _rmdir(path: str) -> None:
 
 
 def _has_swap() -> bool:
-    return len(Path("/proc/swaps").read_text().splitlines()) > 1
+    return len(read_text("/proc/swaps").splitlines()) > 1

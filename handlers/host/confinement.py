@@ -5,9 +5,9 @@ Needs: CAP_SYS_PTRACE.
 """
 
 import os
-from pathlib import Path
 
 from handlers.errors import HostFault
+from handlers.host.kernel_text import read_text
 from handlers.host.processes import FileIdentity, read_cgroup
 
 NO_FILE = 2048
@@ -26,7 +26,7 @@ Fact = tuple[str, object, object]
 
 def read_status(path: str) -> dict[str, str]:
     """A `status` file of /proc as a map, e.g. `Uid` -> `0 0 0 0`."""
-    lines = Path(path).read_text(errors="replace").splitlines()
+    lines = read_text(path).splitlines()
     pairs = (line.split(":", 1) for line in lines if ":" in line)
     return {name: " ".join(value.split()) for name, value in pairs}
 
@@ -86,7 +86,7 @@ def _require(pid: int, facts: list[Fact]) -> None:
 
 def _limit(pid: int, name: str) -> str:
     """The soft limit, if the hard one is the same; else both."""
-    for line in Path(f"/proc/{pid}/limits").read_text().splitlines():
+    for line in read_text(f"/proc/{pid}/limits").splitlines():
         if line.startswith(name):
             soft, hard = line.removeprefix(name).split()[:2]
             return soft if soft == hard else f"{soft}/{hard}"

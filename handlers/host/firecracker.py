@@ -53,7 +53,7 @@ class FirecrackerApi:
         self._one_at_a_time = asyncio.Lock()
         self._socket: socket.socket | None = None
         self._http = h11.Connection(h11.CLIENT)
-        self._version: Version | None = None
+        self._version: str | None = None
 
     async def configure(self, config: BootConfig) -> None:
         version = OLDEST if config.serial is None else await self._known_version()
@@ -74,10 +74,15 @@ class FirecrackerApi:
 
     async def info(self) -> InstanceInfo:
         """Id, state and version in one."""
-        return await self._read("/", InstanceInfo)
+        info = await self._read("/", InstanceInfo)
+        self._version = info.vmm_version
+        return info
 
     async def version(self) -> str:
-        return (await self._read("/version", VersionInfo)).firecracker_version
+        """Asked once: it is the same for as long as the VMM lives."""
+        if self._version is None:
+            self._version = (await self._read("/version", VersionInfo)).firecracker_version
+        return self._version
 
     async def create_snapshot(self, state_path: str, mem_path: str) -> None:
         body = SnapshotCreate("Full", state_path, mem_path)
@@ -97,9 +102,7 @@ class FirecrackerApi:
     # -- one request ---------------------------------------------------------------------------
 
     async def _known_version(self) -> Version:
-        if self._version is None:
-            self._version = parse_version(await self.version())
-        return self._version
+        return parse_version(await self.version())
 
     async def _read(self, path: str, kind: type[T]) -> T:
         body = await self._call("GET", path, b"", self._timeout_s)

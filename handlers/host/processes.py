@@ -14,11 +14,11 @@ import signal
 import struct
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from msgspec import to_builtins
 
 from handlers.errors import HostFault
+from handlers.host.kernel_text import read_text
 from schemas.records import VmmIdentity
 
 EXIT_STATUS_WAIT_S = 0.25
@@ -30,7 +30,7 @@ PIDFD_GET_INFO = (3 << 30) | (PIDFD_INFO_BYTES << 16) | (0xFF << 8) | 11
 @cache
 def boot_id() -> str:
     """This boot's id; another one means that every process known before is gone."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return read_text("/proc/sys/kernel/random/boot_id").strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def read_stat(pid: int) -> tuple[str, int] | None:
     Source: proc_pid_stat(5), fields 3 and 22; the name before them may hold blanks and brackets.
     """
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        text = read_text(f"/proc/{pid}/stat")
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(")")[2].split()
@@ -66,7 +66,7 @@ def read_stat(pid: int) -> tuple[str, int] | None:
 def read_cgroup(pid: int) -> str | None:
     """Path in the cgroup2 tree without leading slash; None if there is no such process."""
     try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        lines = read_text(f"/proc/{pid}/cgroup").splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), None)

@@ -99,24 +99,13 @@ class SharedFiles:
         )
 
     async def instance(self, ref: InstanceRef) -> InstanceFile:
-        return await to_end(
-            self._parsed,
-            ref.tenant_id,
-            f"{instance_path(ref)}/instance.json",
-            lambda data, file: parse_instance(data, file, ref),
-        )
+        def read() -> InstanceFile:
+            with open_instance(self._data, ref) as folder:
+                return _parsed(
+                    folder, "instance.json", lambda data, file: parse_instance(data, file, ref)
+                )
 
-    async def has_instance(self, ref: InstanceRef) -> bool:
-        """Whether `instance.json` exists, be it sound or not."""
-
-        def look() -> bool:
-            try:
-                with open_instance(self._data, ref) as folder:
-                    return folder.stat("instance.json") is not None
-            except NotFound:
-                return False
-
-        return await to_end(look)
+        return await to_end(read)
 
     async def current_revision(self, tenant_id: str, pool_id: str) -> str:
         """What `artifacts/current` names now.
@@ -174,12 +163,7 @@ class SharedFiles:
 
     def _parsed(self, tenant_id: str, name: str, parse: Callable[[bytes, str], T]) -> T:
         with open_tenant(self._data, tenant_id) as tenant:
-            path = tenant.named(name)
-            data, _ = tenant.read(name, JSON_MAX_BYTES)
-            try:
-                return parse(data, path)
-            except Malformed as error:
-                raise Invalid(str(error), path=error.path) from error
+            return _parsed(tenant, name, parse)
 
     def _update(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
         with open_instance(self._data, ref) as folder:
@@ -218,6 +202,15 @@ class SharedFiles:
             contextlib.suppress(FileNotFoundError),
         ):
             os.rmdir(ref.instance_id, dir_fd=parent.fd)
+
+
+def _parsed(folder: Folder, name: str, parse: Callable[[bytes, str], T]) -> T:
+    path = folder.named(name)
+    data, _ = folder.read(name, JSON_MAX_BYTES)
+    try:
+        return parse(data, path)
+    except Malformed as error:
+        raise Invalid(str(error), path=error.path) from error
 
 
 def merged(data: bytes, changes: dict[str, Any], path: str) -> bytes:

@@ -254,9 +254,6 @@ class FakeShared:
     async def instance(self, ref: InstanceRef) -> InstanceFile:
         return _known(self.machine.files, ref, "instance.json")
 
-    async def has_instance(self, ref: InstanceRef) -> bool:
-        return ref in self.machine.files
-
     async def current_revision(self, tenant_id: str, pool_id: str) -> str:
         return _known(self.machine.revisions, (tenant_id, pool_id), "artifacts/current")
 
@@ -265,6 +262,7 @@ class FakeShared:
 
     async def update_instance(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
         def write() -> None:
+            _known(self.machine.files, ref, "instance.json")
             self.machine.written.setdefault(ref, {}).update(changes)
 
         await self.machine.effect("update_instance", write)

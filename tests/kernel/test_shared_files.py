@@ -30,7 +30,6 @@ async def test_tenant_pool_and_instance_are_read(shared: SharedFiles) -> None:
     assert (await shared.tenant("acme")).net.tenant_net_id == 7
     assert (await shared.pool("acme", "web")).instance_resources.mem_mib == 128
     assert (await shared.instance(REF)).net.guest_ip == "10.240.7.3"
-    assert await shared.has_instance(REF)
     assert await shared.current_revision("acme", "web") == REVISION
     assert await shared.secrets("acme") is None
 
@@ -40,9 +39,8 @@ async def test_a_missing_file_is_not_found_and_named(shared: SharedFiles, world:
 
     with pytest.raises(NotFound, match=r"i-0a1b2c3d/instance\.json"):
         await shared.instance(REF)
-
-    assert not await shared.has_instance(REF)
-    assert not await shared.has_instance(InstanceRef("nobody", "web", "i-1"))
+    with pytest.raises(NotFound, match="nobody"):
+        await shared.instance(InstanceRef("nobody", "web", "i-1"))
 
 
 @pytest.mark.parametrize(
@@ -264,6 +262,6 @@ async def test_an_id_never_becomes_another_path(shared: SharedFiles, bad: str) -
     with pytest.raises(Invalid):
         await shared.tenant(bad)
     with pytest.raises(Invalid):
-        await shared.has_instance(InstanceRef("acme", bad, "i-1"))
+        await shared.instance(InstanceRef("acme", bad, "i-1"))
     with pytest.raises(Invalid):
         await shared.remove_instance(InstanceRef("acme", "web", bad), keep_volumes=False)
