@@ -117,6 +117,7 @@ async def _network(
 def _processes(roots: list[str], cgroup: str) -> tuple[str, ...]:
     """Live processes whose root or executable is in a jail of ours, or that are in our cgroup.
 
+    Not the kernel's own thread that KVM puts into the cgroup for each VM (kvm-nx-lpage-recovery).
     By device and inode: a jailed process has a mount namespace of its own, in which its root is
     `/` and its executable `/firecracker`. Source: proc_pid_root(5), proc_pid_exe(5).
     """
@@ -137,12 +138,13 @@ def _is_ours(pid: int, files: set[FileIdentity], cgroup: str) -> bool:
     found = read_stat(pid)
     if found is None or found[0] in "ZX":
         return False
-    if f"{read_cgroup(pid)}/".startswith(f"{cgroup}/"):
-        return True
+    in_our_cgroup = f"{read_cgroup(pid)}/".startswith(f"{cgroup}/")
     try:
+        if in_our_cgroup:
+            return FileIdentity.of(f"/proc/{pid}/exe") is not None  # a kernel thread has none
         return any(FileIdentity.of(f"/proc/{pid}/{link}") in files for link in ("root", "exe"))
     except PermissionError:  # another user namespace's, or a guarded one: no VMM of ours
-        return False
+        return in_our_cgroup
 
 
 def _cgroups(settings: Settings) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ import fcntl
 import io
 import os
 import shlex
+import subprocess
+import sys
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,6 +63,9 @@ def write_source(
         files: path in the lab -> file or folder on this machine.
     """
     root, venv = cache.REPOSITORY, build.VENV
+    byte_code = [sys.executable, "-m", "compileall", "-q"]
+    folders = [root / name for name in SOURCE if (root / name).is_dir()]
+    subprocess.run([*byte_code, *folders], check=False, stdout=subprocess.DEVNULL)
     setup = [f"ln -sfn /payload/venv {shlex.quote(str(venv))}"]
     if root / ".venv" != venv:
         setup.append(f"ln -sfn {shlex.quote(str(venv))} {shlex.quote(str(root / '.venv'))}")
