@@ -188,7 +188,8 @@ def test_the_woken_guest_is_the_one_that_slept(life: Life) -> None:
 
     assert after["counter"] > before["counter"]
     assert after["boot_id"] == before["boot_id"]
-    assert (after["boots"], after["drains"], after["wakes"]) == (1, 1, 1)
+    assert (after["boots"], after["drains"]) == (1, 1)
+    assert after["wakes"] >= 1  # told once more where the first answer was slow to come
     assert woken["pid"] != started["pid"]
     assert (started["launch"], woken["launch"]) == (1, 2)
 
