@@ -210,9 +210,11 @@ async def tell_guest(record: InstanceRecord, steps: Steps, host: Host) -> dict[s
     detail: dict[str, object] = {}
     if port is None:
         return detail
+    left_s = steps.left_s()
+    timeout_s = AGENT_TIMEOUT_S if left_s is None else max(0.1, min(AGENT_TIMEOUT_S, left_s))
     try:
         ack = await steps.act(
-            "agent_wake", lambda: host.agents.wake(record.jail_id, port, timeout_s=AGENT_TIMEOUT_S)
+            "agent_wake", lambda: host.agents.wake(record.jail_id, port, timeout_s=timeout_s)
         )
         if not ack.success:
             detail["agent_failed"] = ack.detail or "the agent refused"
@@ -222,7 +224,7 @@ async def tell_guest(record: InstanceRecord, steps: Steps, host: Host) -> dict[s
     try:
         detail["clock_was_off_s"] = await steps.act(
             "set_clock",
-            lambda: host.agents.set_clock(record.jail_id, port, timeout_s=AGENT_TIMEOUT_S),
+            lambda: host.agents.set_clock(record.jail_id, port, timeout_s=timeout_s),
         )
     except Failure as error:
         detail["clock_failed"] = error.message

@@ -29,6 +29,7 @@ LAST_WAIT_S = 0.1
 FIRST_SILENCE_S = 0.25
 LAST_SILENCE_S = 2.0
 REFUSALS = 3
+WAKE_ANSWER_S = 5.0
 
 
 class _Success(msgspec.Struct, frozen=True):
@@ -76,7 +77,14 @@ class VsockAgents:
         return _ack(answer.SleepPrepAck)
 
     async def wake(self, jail_id: str, port: int, *, timeout_s: float) -> Ack:
-        answer = await self._ask(jail_id, port, lambda: "Wake", timeout_s=timeout_s)
+        # An agent takes its time to mount; told again meanwhile, it would do it twice.
+        answer = await self._ask(
+            jail_id,
+            port,
+            lambda: "Wake",
+            timeout_s=timeout_s,
+            answer_timeout_s=min(timeout_s, WAKE_ANSWER_S),
+        )
         if isinstance(answer, str) or answer.WakeAck is None:
             raise _unexpected("Wake", answer)
         return _ack(answer.WakeAck)
