@@ -28,7 +28,7 @@ from handlers.machine import (
     TapSpec,
 )
 from handlers.reservations import ReservationSpec
-from handlers.steps import Steps, together
+from handlers.steps import Removable, Steps, together
 from schemas import naming
 from schemas.files import InstanceFile, PoolSpec, TenantConfig, check_instance_net, offset_of
 from schemas.malformed import Malformed
@@ -168,6 +168,13 @@ def reservation(
         mem_mib=resources.mem_mib,
         agent_port=wanted.pool.agent_port if wanted.pool.ready == "agent" else None,
     )
+
+
+def place_of(launch: Launch, host: Host) -> list[tuple[Removable, str]]:
+    """Cgroup, pin and TAP of the launch, as they are announced."""
+    cgroup = f"{launch.ref.tenant_id}/{launch.jail_id}"
+    names = launch.names
+    return [(host.cgroups, cgroup), (host.pins, names.pin.key), (host.taps, names.tap)]
 
 
 async def ensure_cgroup(launch: Launch, steps: Steps, host: Host) -> None:

@@ -20,6 +20,7 @@ from handlers.launching import (
     ensure_port,
     jail_spec,
     launch_of,
+    place_of,
     read_wanted,
     record_disk,
     record_vmm,
@@ -31,7 +32,7 @@ from handlers.reservations import Reservations
 from handlers.revisions import ensure_revision, let_go
 from handlers.slots import held
 from handlers.states import RESTING, read_standing, settled
-from handlers.steps import Done, Steps, together
+from handlers.steps import Done, Removable, Steps, together
 from schemas import naming
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import StartInstance
@@ -108,17 +109,17 @@ async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host)
         # What is left of a run cut before its VMM stood would be in the jailer's way.
         await host.jails.remove(launch.jail_id)
     artifact = await ensure_revision(launch.ref, record.revision or "", steps, host)
+    await steps.announce(*coming(launch, host))
     _, (launch, jail, data_path) = await together(
         ensure_port(launch, steps, host), ensure_files(launch, artifact, steps, host)
     )
     identity = await steps.ensure(host.vmms, launch.vmm)
-    record = await record_vmm(launch, identity, host)
     vmm = host.vmms.api(launch.jail_id)
     try:
-        if await vmm.state() == "Not started":
+        record, state = await together(record_vmm(launch, identity, host), vmm.state())
+        if state == "Not started":
             config = boot_config(launch, artifact, jail, has_data=data_path is not None, host=host)
-            await steps.act("configure", lambda: vmm.configure(config))
-            await steps.mark(BOOT)
+            await together(steps.mark(BOOT), steps.act("configure", lambda: vmm.configure(config)))
             await steps.act("start_vm", vmm.start)
         await together(
             steps.act("check_confinement", lambda: check(launch, identity, host)),
@@ -140,6 +141,21 @@ async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host)
     )
 
 
+def coming(launch: Launch, host: Host) -> list[tuple[Removable, str]]:
+    """All that the launch is going to make, in the order whose opposite is that of the undo."""
+    disk = [(host.data_disks, str(launch.ref))] if has_data_disk(launch) else []
+    return [
+        *place_of(launch, host),
+        *disk,
+        (host.jails, launch.jail_id),
+        (host.vmms, launch.jail_id),
+    ]
+
+
+def has_data_disk(launch: Launch) -> bool:
+    return launch.pool.instance_resources.data_disk_mib > 0
+
+
 async def ensure_files(
     launch: Launch, artifact: Artifact, steps: Steps, host: Host
 ) -> tuple[Launch, Jail, str | None]:
@@ -153,9 +169,9 @@ async def ensure_files(
 
 async def ensure_data_disk(launch: Launch, steps: Steps, host: Host) -> tuple[Launch, str | None]:
     """The data disk, made on the first start; its identity is journalled before it is used."""
-    size_mib = launch.pool.instance_resources.data_disk_mib
-    if size_mib == 0:
+    if not has_data_disk(launch):
         return launch, None
+    size_mib = launch.pool.instance_resources.data_disk_mib
     disk = await steps.ensure(
         host.data_disks, DataDiskSpec(launch.ref, size_mib, launch.record.disk)
     )

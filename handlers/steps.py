@@ -73,6 +73,10 @@ class StepLog(Protocol):
         """Commit the intent; an earlier run's row is returned as it was."""
         ...
 
+    async def begin_all(self, command_id: str, rows: Sequence[StepRow]) -> None:
+        """Commit several intents at once; rows that are there stay as they were."""
+        ...
+
     async def forget(self, command_id: str, mechanism: str, key: str) -> None: ...
 
     def rows(self, command_id: str) -> Sequence[StepRow]:
@@ -129,8 +133,28 @@ class Steps:
         self._trace = trace
         self._observe = observe
         self._final = False
+        self._existed: dict[tuple[str, str], bool] = {}
+        self._untouched: set[tuple[str, str]] = set()
 
     # -- doing ---------------------------------------------------------------------------------
+
+    async def announce(self, *coming: tuple[Removable, str]) -> None:
+        """Record in one commit that this command is about to make these resources.
+
+        Undo goes through them in the opposite order, however they were made; what was not begun
+        is not undone. Only for resources that nobody else makes while the command's lane is busy.
+
+        Raises:
+            Superseded, Expired, Halted: see `safe_point`.
+        """
+        self.safe_point()
+        found = await asyncio.gather(*(mechanism.exists(key) for mechanism, key in coming))
+        names = [(mechanism.name, key) for mechanism, key in coming]
+        known = {(row.mechanism, row.key) for row in self._log.rows(self.command_id)}
+        rows = [StepRow(*name, existed) for name, existed in zip(names, found, strict=True)]
+        self._existed |= dict(zip(names, found, strict=True))
+        self._untouched |= set(names) - known
+        await self._log.begin_all(self.command_id, rows)
 
     async def ensure(self, mechanism: Mechanism[SpecT, T], spec: SpecT) -> T:
         """Make one resource, having recorded that this command is about to.
@@ -139,7 +163,10 @@ class Steps:
             Superseded, Expired, Halted: at the safe point before it; nothing of it was done.
         """
         self.safe_point()
-        existed = await mechanism.exists(spec.key)
+        existed = self._existed.pop((mechanism.name, spec.key), None)
+        if existed is None:
+            existed = await mechanism.exists(spec.key)
+        self._untouched.discard((mechanism.name, spec.key))
         row = await self._log.begin(self.command_id, mechanism.name, spec.key, existed=existed)
         return await self._timed(
             mechanism.name,
@@ -276,7 +303,7 @@ class Steps:
     async def _undo(self) -> tuple[str, ...]:
         left: list[str] = []
         for row in reversed(self._log.rows(self.command_id)):
-            if not row.existed:
+            if not row.existed and (row.mechanism, row.key) not in self._untouched:
                 mechanism = self._mechanisms[row.mechanism]
                 started = time.perf_counter()
                 try:

@@ -19,6 +19,7 @@ from handlers.launching import (
     ensure_port,
     jail_spec,
     launch_of,
+    place_of,
     read_wanted,
     record_disk,
     record_vmm,
@@ -100,14 +101,20 @@ async def load(
         await host.jails.remove(launch.jail_id)
         await host.snapshots.settle(launch.ref, info.number)
     artifact = await ensure_revision(launch.ref, info.revision, steps, host)
+    await steps.announce(
+        *place_of(launch, host),
+        (SnapshotUses(host), Draft(launch.ref, info.number).key),
+        (host.jails, launch.jail_id),
+        (host.vmms, launch.jail_id),
+    )
     _, launch = await together(
         ensure_port(launch, steps, host), ensure_files(launch, artifact, info, steps, host)
     )
     identity = await steps.ensure(host.vmms, launch.vmm)
-    record = await record_vmm(launch, identity, host)
     vmm = host.vmms.api(launch.jail_id)
     try:
-        if await vmm.state() == "Not started":
+        record, state = await together(record_vmm(launch, identity, host), vmm.state())
+        if state == "Not started":
             version = await vmm.version()
             await steps.act(
                 "verify_snapshot",
@@ -188,12 +195,13 @@ async def go_on(
             await steps.act("resume", vmm.resume)
     finally:
         await vmm.close()
-    detail = await tell_guest(record, steps, host)
+    detail, left_behind = await together(
+        tell_guest(record, steps, host), tell_running(record, host, host.facts.now_ms())
+    )
     if trouble := {k: v for k, v in detail.items() if k.endswith("_failed")}:
         await host.records.event(
             "snapshot", ref=record.ref, reason="the guest was not told of its wake", detail=trouble
         )
-    left_behind = await tell_running(record, host, host.facts.now_ms())
     awake = replace(record, vmm=identity, snapshot=None, consumed=True)
     return Done(
         changed=True,

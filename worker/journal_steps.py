@@ -12,9 +12,11 @@ VOLATILE: Final = frozenset(
     {"bridge", "tenant_rules", "pin", "tap", "cgroups", "vmms", "pause", "phase"}
 )
 # What these make is made by a later commit of the journal itself (the record), or under a later
-# row (the jail's links). Commits keep the order of submission, so that one takes theirs to disk.
+# row (the jail's links). Commits keep the order of submission: that one takes theirs to disk.
 FOLLOWED: Final = frozenset({"reservation", "snapshot_use"})
-UNSYNCED: Final = VOLATILE | FOLLOWED
+INSERT: Final = (
+    "INSERT OR IGNORE INTO step (command_id, mechanism, key, existed) VALUES (?, ?, ?, ?)"
+)
 
 
 class JournalSteps(JournalFile):
@@ -26,21 +28,32 @@ class JournalSteps(JournalFile):
         if known is not None:
             return known
         row = StepRow(mechanism, key, existed)
+        await self.begin_all(command_id, (row,))
+        return row
+
+    async def begin_all(self, command_id: str, rows: Sequence[StepRow]) -> None:
+        """Commit several intents at once; rows that are there stay as they were."""
+        known = self._mirror.steps.get(command_id, {})
+        new = {(r.mechanism, r.key): r for r in rows if (r.mechanism, r.key) not in known}
+        values = [(command_id, row.mechanism, row.key, row.existed) for row in new.values()]
 
         def do(tx: Transaction) -> None:
-            tx.execute(
-                "INSERT OR IGNORE INTO step (command_id, mechanism, key, existed) "
-                "VALUES (?, ?, ?, ?)",
-                (command_id, mechanism, key, existed),
-            )
+            for each in values:
+                tx.execute(INSERT, each)
 
-        def apply(_: None) -> None:
-            self._mirror.steps.setdefault(command_id, {})[mechanism, key] = row
+        def apply(_: object) -> None:
+            held = self._mirror.steps.setdefault(command_id, {})
+            for name, row in new.items():
+                held.setdefault(name, row)
 
-        await self._writer.submit(
-            do, apply=apply, durable=not existed and mechanism not in UNSYNCED
-        )
-        return row
+        if not new:
+            return
+        if all(row.mechanism in FOLLOWED for row in new.values()):
+            apply(None)
+            self._writer.later(do)
+            return
+        synced = any(not r.existed and r.mechanism not in VOLATILE for r in new.values())
+        await self._writer.submit(do, apply=apply, durable=synced)
 
     async def forget(self, command_id: str, mechanism: str, key: str) -> None:
         """The resource is gone, or was not this command's."""

@@ -37,6 +37,7 @@ from schemas.settings import Settings
 
 LOG_TAIL_BYTES = 4096
 FIRST_LOOK_S, LAST_LOOK_S = 0.0005, 0.05
+SOON_S = 0.004
 KILL_TIMEOUT_S = 10.0
 THREADS_TIMEOUT_S = 1.0
 
@@ -176,16 +177,25 @@ class JailedVmms:
             try:
                 async with asyncio.timeout(self._settings.api_timeout_s):
                     await self._jailer.run(spec, words.fileno())
-                    # The rest takes a millisecond or two. No inotify: closing one costs ten.
+                    # The rest takes a millisecond or two: too short for the loop's own clock, which
+                    # counts in whole ones. No inotify: closing one costs ten.
+                    identity = await asyncio.to_thread(self._soon_launched, spec, root)
                     wait_s = FIRST_LOOK_S
-                    while (identity := self._launched(spec, root)) is None:
+                    while identity is None:
                         await asyncio.sleep(wait_s)
                         wait_s = min(wait_s * 1.5, LAST_LOOK_S)
+                        identity = self._launched(spec, root)
             except TimeoutError as error:
                 raise Unavailable(
                     f"the API of jail {spec.jail_id} did not listen within "
                     f"{self._settings.api_timeout_s:g} s"
                 ) from error
+        return identity
+
+    def _soon_launched(self, spec: LaunchSpec, root: str) -> VmmIdentity | None:
+        until = time.monotonic() + SOON_S
+        while (identity := self._launched(spec, root)) is None and time.monotonic() < until:
+            time.sleep(FIRST_LOOK_S / 2)
         return identity
 
     def _launched(self, spec: LaunchSpec, root: str) -> VmmIdentity | None:

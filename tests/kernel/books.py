@@ -69,6 +69,10 @@ class StepBook:
         row = StepRow(mechanism, key, existed)
         return self._rows.setdefault((command_id, mechanism, key), row)
 
+    async def begin_all(self, command_id: str, rows: Sequence[StepRow]) -> None:
+        for row in rows:
+            await self.begin(command_id, row.mechanism, row.key, existed=row.existed)
+
     async def forget(self, command_id: str, mechanism: str, key: str) -> None:
         self._rows.pop((command_id, mechanism, key), None)
 
