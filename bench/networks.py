@@ -9,7 +9,7 @@ from bench.world import World
 from handlers.host.base_rules import base_script
 from handlers.host.bridges import GATEWAY_OFFSET, SYSCTLS
 from handlers.host.rules import tenant_members
-from handlers.machine import TenantRulesSpec
+from handlers.specs import TenantRulesSpec
 from schemas import naming
 from schemas.requests import SetupNetwork, TeardownNetwork, TenantNet
 from worker.cli.seed import net_of

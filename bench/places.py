@@ -24,8 +24,8 @@ from handlers.host.jails import Jails
 from handlers.host.networks import NetworkMechanisms, open_network_mechanisms
 from handlers.launching import CONFIG as CONFIG_DRIVE
 from handlers.launching import DATA, KERNEL, MIB, PIDS_PER_VMM, ROOTFS, VSOCK
-from handlers.machine import (
-    CPU_PERIOD_US,
+from handlers.machine import CPU_PERIOD_US
+from handlers.specs import (
     ArtifactSpec,
     BootConfig,
     CgroupSpec,

@@ -16,18 +16,9 @@ import msgspec
 from msgspec.structs import replace
 
 from handlers.errors import Conflict, Failure, Invalid, Superseded, Unavailable
-from handlers.machine import (
-    CPU_PERIOD_US,
-    Artifact,
-    CgroupSpec,
-    Host,
-    JailFile,
-    JailSpec,
-    LaunchSpec,
-    PinSpec,
-    TapSpec,
-)
+from handlers.machine import CPU_PERIOD_US, Host
 from handlers.reservations import ReservationSpec
+from handlers.specs import Artifact, CgroupSpec, JailFile, JailSpec, LaunchSpec, PinSpec, TapSpec
 from handlers.steps import Removable, Steps, together
 from schemas import naming
 from schemas.files import InstanceFile, PoolSpec, TenantConfig, check_instance_net, offset_of

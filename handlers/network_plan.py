@@ -1,7 +1,7 @@
 """What a tenant's network and an instance's place in it consist of. Pure."""
 
 from handlers.errors import Conflict
-from handlers.machine import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
+from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
 from schemas import naming
 from schemas.records import InstanceRecord, Status
 from schemas.requests import TenantNet

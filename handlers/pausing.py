@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from handlers.machine import Host, SnapshotFacts, SnapshotInfo
+from handlers.machine import Host
 from handlers.reservations import ref_of
+from handlers.specs import SnapshotFacts, SnapshotInfo
 from schemas.requests import InstanceRef
 
 

@@ -5,7 +5,8 @@ destroyed or started with another one (docs/adr/0003).
 """
 
 from handlers.errors import Failure
-from handlers.machine import Artifact, ArtifactSpec, Host
+from handlers.machine import Host
+from handlers.specs import Artifact, ArtifactSpec
 from handlers.steps import Steps
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef

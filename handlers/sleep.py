@@ -8,11 +8,12 @@ from msgspec.structs import replace
 
 from handlers.courtesy import tell_at_rest
 from handlers.errors import Conflict, Failure, Unavailable
-from handlers.machine import Host, SnapshotFacts, SnapshotInfo, Vmm
+from handlers.machine import Host, Vmm
 from handlers.pausing import Draft, Drafts, DraftSpec, Pauses, PauseSpec
 from handlers.releasing import release
 from handlers.reservations import Phases, PhaseSpec
 from handlers.slots import held
+from handlers.specs import SnapshotFacts, SnapshotInfo
 from handlers.states import read_standing, settled
 from handlers.steps import Done, Steps
 from schemas.files import RuntimePolicy

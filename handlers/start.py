@@ -27,10 +27,11 @@ from handlers.launching import (
     reservation,
     unless_exited,
 )
-from handlers.machine import Artifact, BootConfig, DataDiskSpec, DriveConfig, Host, Jail
+from handlers.machine import Host
 from handlers.reservations import Reservations
 from handlers.revisions import ensure_revision, let_go
 from handlers.slots import held
+from handlers.specs import Artifact, BootConfig, DataDiskSpec, DriveConfig, Jail
 from handlers.states import RESTING, read_standing, settled
 from handlers.steps import Done, Removable, Steps, together
 from schemas import naming

@@ -25,12 +25,13 @@ from handlers.launching import (
     record_vmm,
     reservation,
 )
-from handlers.machine import Artifact, DataDiskSpec, Host, SnapshotInfo
+from handlers.machine import Host
 from handlers.pausing import Draft, SnapshotUses, SnapshotUseSpec
 from handlers.releasing import release
 from handlers.reservations import Reservations
 from handlers.revisions import ensure_revision
 from handlers.slots import held
+from handlers.specs import Artifact, DataDiskSpec, SnapshotInfo
 from handlers.states import read_standing, settled
 from handlers.steps import Done, Steps, together
 from schemas.records import InstanceRecord, Status, VmmIdentity

@@ -12,7 +12,8 @@ from msgspec.structs import replace
 
 from handlers.errors import Failure, HostFault
 from handlers.host.jail_folders import JailFacts, JailFolders
-from handlers.machine import Host, LaunchSpec
+from handlers.machine import Host
+from handlers.specs import LaunchSpec
 from schemas.records import InstanceRecord, NetworkRecord, Status, VmmIdentity
 from worker.journal import Journal
 

@@ -18,7 +18,7 @@ import msgspec
 
 from handlers.errors import Unavailable
 from handlers.host.jail_paths import VSOCK_SOCKET, JailPaths, connect
-from handlers.machine import Ack
+from handlers.specs import Ack
 from schemas.settings import Settings
 
 FRAME_BYTES = 262_144

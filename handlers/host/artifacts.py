@@ -21,7 +21,7 @@ from handlers.host.shared_files import open_tenant
 from handlers.host.state_folders import ids, make_folder, remove_empty, sync_folder
 from handlers.host.threads import Pace, to_end, to_end_slowly
 from handlers.host.trees import remove_path
-from handlers.machine import Artifact, ArtifactSpec
+from handlers.specs import Artifact, ArtifactSpec
 
 ELF = b"\x7fELF"
 REQUIRED = ("vmlinux", "rootfs.ext4")

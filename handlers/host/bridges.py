@@ -17,7 +17,7 @@ from handlers.host.netlink_read import (
     Link,
 )
 from handlers.host.sysctls import ensure_sysctl
-from handlers.machine import BridgeSpec
+from handlers.specs import BridgeSpec
 from schemas import naming
 
 ALIAS_PREFIX = "hostd:"

@@ -20,7 +20,8 @@ from typing import ClassVar
 from handlers.errors import Failure, HostFault, Invalid, Unavailable
 from handlers.host.errnos import os_failure
 from handlers.host.kernel_text import read_text
-from handlers.machine import CPU_PERIOD_US, CgroupSpec
+from handlers.machine import CPU_PERIOD_US
+from handlers.specs import CgroupSpec
 from schemas.settings import Settings
 
 CONTROLLERS = ("cpu", "memory", "pids")

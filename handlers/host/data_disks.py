@@ -18,7 +18,7 @@ from handlers.host.shared_files import open_instance
 from handlers.host.state_folders import ids
 from handlers.host.syscalls import link_open
 from handlers.host.threads import Pace, to_end, to_end_slowly
-from handlers.machine import DataDisk, DataDiskSpec
+from handlers.specs import DataDisk, DataDiskSpec
 from schemas import naming
 from schemas.records import DiskIdentity
 from schemas.requests import InstanceRef

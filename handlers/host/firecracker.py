@@ -27,7 +27,7 @@ from handlers.host.firecracker_api import (
     refusal,
 )
 from handlers.host.jail_paths import API_SOCKET, connect
-from handlers.machine import BootConfig
+from handlers.specs import BootConfig
 
 OLDEST: Version = (1, 12, 0)
 BODY_BYTES = 262_144

@@ -13,7 +13,7 @@ import msgspec
 
 from handlers.errors import Conflict, Failure, HostFault
 from handlers.host.errnos import failure_class
-from handlers.machine import BootConfig, DriveConfig
+from handlers.specs import BootConfig, DriveConfig
 
 IFACE_ID = "eth0"
 GUEST_CID = 3

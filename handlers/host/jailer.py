@@ -23,7 +23,7 @@ from handlers.host.jail_paths import (
     JailPaths,
 )
 from handlers.host.launches import LaunchLog
-from handlers.machine import LaunchSpec
+from handlers.specs import LaunchSpec
 from schemas.settings import Settings
 
 STDERR_BYTES = 4096

@@ -37,7 +37,7 @@ from handlers.host.state_folders import make_folder
 from handlers.host.syscalls import link_open
 from handlers.host.threads import to_end
 from handlers.host.trees import remove_names, remove_tree
-from handlers.machine import Jail, JailFile, JailSpec
+from handlers.specs import Jail, JailFile, JailSpec
 from schemas import naming
 from schemas.requests import InstanceRef
 

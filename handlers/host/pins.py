@@ -9,7 +9,7 @@ from typing import ClassVar
 from handlers.errors import HostFault
 from handlers.host.base_rules import BaseRules
 from handlers.host.nftables import Member, Nft, Tables
-from handlers.machine import PinSpec
+from handlers.specs import PinSpec
 
 GUESTS, PINS = "bridge hostd guests", "bridge hostd pins"
 

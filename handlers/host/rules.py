@@ -13,7 +13,7 @@ from handlers.host.conntrack import flush_conntrack
 from handlers.host.netlink import Netlink
 from handlers.host.nftables import Member, Nft, Tables
 from handlers.host.pins import GUESTS, PINS
-from handlers.machine import TenantRulesSpec
+from handlers.specs import TenantRulesSpec
 from schemas import naming
 
 TENANTS, GATEWAYS, DROPPED = "inet hostd tenants", "inet hostd gateways", "inet hostd dropped"

@@ -15,7 +15,7 @@ import msgspec
 
 from handlers.errors import HostFault
 from handlers.host.sealed_json import read_sealed
-from handlers.machine import SnapshotInfo
+from handlers.specs import SnapshotInfo
 from schemas.records import DiskIdentity
 from schemas.requests import InstanceRef
 

@@ -40,7 +40,7 @@ from handlers.host.snapshot_manifest import (
 )
 from handlers.host.state_folders import make_folder, sync_folder
 from handlers.host.trees import remove_path, remove_tree
-from handlers.machine import SnapshotFacts
+from handlers.specs import SnapshotFacts
 
 STATE_MAX_BYTES = 64 << 20
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -36,7 +36,7 @@ from handlers.host.state_folders import remove_empty, sync_folder
 from handlers.host.syscalls import link_open
 from handlers.host.threads import to_end
 from handlers.host.trees import remove_tree
-from handlers.machine import SnapshotFacts, SnapshotInfo
+from handlers.specs import SnapshotFacts, SnapshotInfo
 from schemas.requests import InstanceRef
 
 

@@ -25,7 +25,7 @@ from handlers.host.netlink_read import (
     Link,
 )
 from handlers.host.sysctls import ensure_sysctl
-from handlers.machine import TapSpec
+from handlers.specs import TapSpec
 from schemas import naming
 
 # linux/if_tun.h

@@ -31,7 +31,8 @@ from handlers.host.jail_paths import (
 from handlers.host.jailer import Jailer, clear
 from handlers.host.processes import FileIdentity
 from handlers.host.uncut import uncut
-from handlers.machine import LaunchSpec, Vmm
+from handlers.machine import Vmm
+from handlers.specs import LaunchSpec
 from schemas.records import VmmIdentity
 from schemas.settings import Settings
 

@@ -28,7 +28,7 @@ from handlers.host.firecracker_api import (
     VmState,
     Vsock,
 )
-from handlers.machine import BootConfig, DriveConfig
+from handlers.specs import BootConfig, DriveConfig
 from tests.guests.firecracker import FIRECRACKER, VERSION
 from tests.vm import payload
 from tests.vm.rig import MAC, MIB, TAP, add_tap, need, own_network

@@ -13,7 +13,7 @@ import pytest_asyncio
 from handlers.host import processes
 from handlers.host.confinement import read_status
 from handlers.host.jailer import Jailer
-from handlers.machine import LaunchSpec
+from handlers.specs import LaunchSpec
 from tests.vm.rig import UID, Rig, own_network, rig
 
 

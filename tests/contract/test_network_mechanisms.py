@@ -11,7 +11,8 @@ from typing import Protocol, cast
 import pytest
 
 from handlers.errors import Conflict
-from handlers.machine import BridgeSpec, Networks, PinSpec, Records, TapSpec, TenantRulesSpec
+from handlers.machine import Networks, Records
+from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
 from handlers.steps import Mechanism
 from tests.fakes import host as fake
 from tests.kernel.netns import HostNet

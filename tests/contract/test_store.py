@@ -15,16 +15,14 @@ import pytest
 
 from handlers.errors import HostFault, Invalid
 from handlers.host import artifacts, data_disks, jails, snapshots
-from handlers.machine import (
+from handlers.machine import DataDisks, Jails, Snapshots
+from handlers.specs import (
     Artifact,
     ArtifactSpec,
-    DataDisks,
     DataDiskSpec,
-    Jails,
     JailSpec,
     SnapshotFacts,
     SnapshotInfo,
-    Snapshots,
 )
 from handlers.steps import Mechanism
 from schemas import naming

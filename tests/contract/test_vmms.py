@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from handlers.errors import Conflict, Unavailable
-from handlers.machine import LaunchSpec, Vmms
+from handlers.machine import Vmms
+from handlers.specs import LaunchSpec
 from tests.fakes import host as fake
 from tests.guests.firecracker import FIRECRACKER
 from tests.vm.rig import own_network, rig

@@ -24,7 +24,7 @@ from handlers.host.shared_files import SharedFiles
 from handlers.host.small_drives import CONFIG, SECRETS, SmallDrives
 from handlers.host.snapshots import Snapshots
 from handlers.host.threads import Pace
-from handlers.machine import ArtifactSpec, DataDiskSpec, JailFile, JailSpec, SnapshotFacts
+from handlers.specs import ArtifactSpec, DataDiskSpec, JailFile, JailSpec, SnapshotFacts
 from schemas import naming
 from tests.kernel.store_world import REF, REVISION, World, make_world
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound, Unavailable
 from handlers.locks import TenantLocks
-from handlers.machine import (
+from handlers.machine import Host, Records
+from handlers.slots import Slots
+from handlers.specs import (
     Ack,
     Artifact,
     ArtifactSpec,
@@ -21,16 +23,13 @@ from handlers.machine import (
     BridgeSpec,
     DataDisk,
     DataDiskSpec,
-    Host,
     Jail,
     JailSpec,
     LaunchSpec,
-    Records,
     SnapshotFacts,
     SnapshotInfo,
     TapSpec,
 )
-from handlers.slots import Slots
 from schemas.files import (
     InstanceFile,
     InstanceNet,

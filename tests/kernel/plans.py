@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from handlers.machine import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
+from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
 from schemas import naming
 from schemas.requests import TenantNet
 from tests.kernel.netns import HostNet

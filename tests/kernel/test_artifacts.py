@@ -13,7 +13,7 @@ import pytest
 from handlers.errors import Exhausted, HostFault, Invalid, NotFound
 from handlers.host.artifacts import Artifacts
 from handlers.host.copies import copy_sparse
-from handlers.machine import ArtifactSpec
+from handlers.specs import ArtifactSpec
 from tests.kernel.store_world import REVISION, World, make_world, write
 
 SPEC = ArtifactSpec("acme", "web", REVISION)

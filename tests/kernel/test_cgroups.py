@@ -12,7 +12,7 @@ import pytest
 from handlers.errors import HostFault, Invalid, Unavailable
 from handlers.host import cgroups as module
 from handlers.host.cgroups import Cgroups, find_mount
-from handlers.machine import CgroupSpec
+from handlers.specs import CgroupSpec
 from schemas.settings import LimitSettings, Settings
 
 MIB = 1024 * 1024

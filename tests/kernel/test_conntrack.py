@@ -7,7 +7,7 @@ from ipaddress import IPv4Network
 import pytest
 
 from handlers.host.conntrack import count_conntrack, flush_conntrack
-from handlers.machine import TenantRulesSpec
+from handlers.specs import TenantRulesSpec
 from tests.kernel.frames import IPV4, echo_request, ethernet, tcp_syn, udp
 from tests.kernel.netns import INTERNET, UPLINK, HostNet, TapGuest, udp_socket
 from tests.kernel.plans import GuestPlan, net_of, plug_in, set_up

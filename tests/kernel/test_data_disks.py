@@ -12,7 +12,7 @@ import pytest
 from handlers.errors import Exhausted, HostFault, Invalid, NotFound
 from handlers.host import data_disks, disk_wipe
 from handlers.host.data_disks import DataDisks
-from handlers.machine import DataDiskSpec
+from handlers.specs import DataDiskSpec
 from schemas import naming
 from schemas.requests import InstanceRef
 from tests.kernel.store_world import REF, World, make_world, write

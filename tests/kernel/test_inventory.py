@@ -16,7 +16,7 @@ import pytest
 from handlers.host.cgroups import find_mount
 from handlers.host.inventory import Inventory, take
 from handlers.host.networks import NetworkMechanisms, open_network_mechanisms
-from handlers.machine import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
+from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
 from schemas.requests import TenantNet
 from schemas.settings import LimitSettings, NetworkSettings, PathSettings, Settings
 from tests.kernel.netns import Namespace

@@ -18,7 +18,7 @@ from handlers.host.data_disks import DataDisks
 from handlers.host.jail_folders import FACTS
 from handlers.host.jails import Jails
 from handlers.host.small_drives import CONFIG, SECRETS
-from handlers.machine import ArtifactSpec, DataDiskSpec, JailFile, JailSpec
+from handlers.specs import ArtifactSpec, DataDiskSpec, JailFile, JailSpec
 from schemas import naming
 from tests.kernel.store_world import REF, REVISION, World, make_world, write
 

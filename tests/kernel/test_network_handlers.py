@@ -10,8 +10,9 @@ import pytest
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound
 from handlers.host.bridges import Bridges
 from handlers.host.netlink_read import IFLA_TUN_OWNER
-from handlers.machine import BridgeSpec, Host
+from handlers.machine import Host
 from handlers.network import Restored, restore_network, setup_network, teardown_network
+from handlers.specs import BridgeSpec
 from handlers.steps import Done
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import InstanceRef, SetupNetwork, TeardownNetwork, TenantNet

@@ -11,7 +11,7 @@ from handlers.host.bridges import Bridges
 from handlers.host.netlink import Kernel, Netlink
 from handlers.host.netlink_read import Address
 from handlers.host.taps import Taps
-from handlers.machine import BridgeSpec
+from handlers.specs import BridgeSpec
 from tests.kernel.netns import HostNet
 from tests.kernel.plans import GuestPlan, net_of, set_up
 

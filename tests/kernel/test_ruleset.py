@@ -11,7 +11,7 @@ from handlers.host.base_rules import BaseRules
 from handlers.host.nft_engine import Engine, Library, Program, open_engine
 from handlers.host.nftables import Nft
 from handlers.host.pins import Pins
-from handlers.machine import BridgeSpec, TenantRulesSpec
+from handlers.specs import BridgeSpec, TenantRulesSpec
 from schemas.settings import NetworkSettings
 from tests.kernel.netns import HostNet
 from tests.kernel.plans import GuestPlan, net_of, plug_in, set_up

@@ -22,7 +22,7 @@ from handlers.host.data_disks import DataDisks
 from handlers.host.jails import Jails
 from handlers.host.small_drives import CONFIG, SECRETS
 from handlers.host.snapshots import Snapshots
-from handlers.machine import DataDisk, DataDiskSpec, JailFile, JailSpec, SnapshotFacts
+from handlers.specs import DataDisk, DataDiskSpec, JailFile, JailSpec, SnapshotFacts
 from schemas import naming
 from schemas.requests import InstanceRef
 from tests.kernel.store_world import REF, World, make_world

@@ -12,7 +12,7 @@ import pytest
 from handlers.errors import HostFault, Unavailable
 from handlers.host import agents as module
 from handlers.host.agents import FRAME_BYTES, VsockAgents
-from handlers.machine import Ack
+from handlers.specs import Ack
 from schemas.settings import PathSettings, Settings
 
 JAIL = "abc-1"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from handlers.errors import Exhausted, Failure, HostFault, Unavailable
 from handlers.host.firecracker import BODY_BYTES, FirecrackerApi
 from handlers.host.firecracker_api import boot_requests, load_request, parse_version, refusal
-from handlers.machine import BootConfig
+from handlers.specs import BootConfig
 
 CONFIG = BootConfig(
     vcpus=2,

@@ -20,7 +20,7 @@ import pytest
 from handlers.host.agents import VsockAgents
 from handlers.host.cgroups import Cgroups, CgroupTree
 from handlers.host.vmms import JailedVmms
-from handlers.machine import BootConfig, CgroupSpec, DriveConfig, LaunchSpec
+from handlers.specs import BootConfig, CgroupSpec, DriveConfig, LaunchSpec
 from schemas.settings import HostSettings, LimitSettings, PathSettings, Settings, VmmSettings
 from tests.guests.firecracker import FIRECRACKER, JAILER
 from tests.vm import payload

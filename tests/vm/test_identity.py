@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from handlers.errors import HostFault, Unavailable
 from handlers.host import vmms
 from handlers.host.processes import ExitWatch
-from handlers.machine import LaunchSpec
+from handlers.specs import LaunchSpec
 from schemas.records import VmmIdentity
 from tests.vm import payload
 from tests.vm.rig import UID, Rig

@@ -14,7 +14,7 @@ import pytest
 from handlers.errors import Conflict, Failure, HostFault, Invalid, Unavailable
 from handlers.host.jailer import Jailer
 from handlers.host.vmms import JailedVmms
-from handlers.machine import LaunchSpec
+from handlers.specs import LaunchSpec
 from tests.vm import payload
 from tests.vm.rig import UID, Rig, add_tap
 

@@ -15,7 +15,7 @@ from handlers.host.artifacts import Artifacts
 from handlers.host.data_disks import DataDisks
 from handlers.host.jails import Jails
 from handlers.host.snapshots import Snapshots
-from handlers.machine import (
+from handlers.specs import (
     Artifact,
     ArtifactSpec,
     BootConfig,

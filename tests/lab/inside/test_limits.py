@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from handlers.errors import HostFault
 from handlers.host.cgroups import CONTROLLERS, Cgroups
-from handlers.machine import CgroupSpec
+from handlers.specs import CgroupSpec
 from schemas.settings import LimitSettings, Settings
 from tests.vm.rig import TAP, UID, Rig, add_tap, own_network, rig
 
