@@ -4,6 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, and no verdict by the clock of a busy machine.
+settings.register_profile(
+    "hostd", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("hostd")
 
 KINDS = ("unit", "contract", "kernel", "broker", "vm", "crash", "lab")
 HERE = Path(__file__).parent

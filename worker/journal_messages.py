@@ -56,6 +56,8 @@ class Source:
     def event(self, transaction: Transaction, draft: EventDraft, at_ms: int) -> int:
         """Add one event; returns its `seq`, the next without a gap."""
         transaction.seq += 1
+        # Parts are stamped when they are submitted, which is not always their order in the file.
+        transaction.at_ms = max(transaction.at_ms, at_ms)
         host_id = self.subjects.host_id
         ref = draft.lane.ref or InstanceRef("", "", "")
         event = Event(
@@ -64,7 +66,7 @@ class Source:
             boot_id=self.boot_id,
             journal_id=self.journal_id,
             seq=transaction.seq,
-            at_ms=at_ms,
+            at_ms=transaction.at_ms,
             kind=draft.kind,
             tenant_id=draft.lane.tenant_id,
             pool_id=ref.pool_id or None,

@@ -29,11 +29,15 @@ class StateRow:
 
 @dataclass(slots=True)
 class Transaction:
-    """What one commit does. `seq`, `n`: of the last event and outbox row; `out`, `states`: new."""
+    """What one commit does. `seq`, `n`: of the last event and outbox row; `out`, `states`: new.
+
+    `at_ms` is the last event's time: later ones are never told as earlier.
+    """
 
     connection: sqlite3.Connection
     seq: int
     n: int
+    at_ms: int = 0
     out: list[OutRow] = field(default_factory=list[OutRow])
     states: list[StateRow] = field(default_factory=list[StateRow])
 

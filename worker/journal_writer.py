@@ -98,7 +98,7 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._connection: sqlite3.Connection | None = None
-        self._seq = self._n = 0
+        self._seq = self._n = self._at_ms = 0
         self._faulty = False
         self._closing = False
 
@@ -239,6 +239,7 @@ class Writer:
             self._fail(batch, error)
             return
         self._seq, self._n = transaction.seq, transaction.n
+        self._at_ms = transaction.at_ms
         recovered, self._faulty = self._faulty, False
         seconds = time.perf_counter() - started
         self._loop.call_soon_threadsafe(
@@ -249,7 +250,7 @@ class Writer:
         durable = self._faulty or any(part.durable for part in batch)
         connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
         connection.execute("BEGIN IMMEDIATE")
-        transaction = Transaction(connection, self._seq, self._n)
+        transaction = Transaction(connection, self._seq, self._n, self._at_ms)
         if self._faulty:
             journal_schema.write_meta(connection, "probe", str(time.time()))
         for part in batch:

@@ -71,9 +71,9 @@ def _refused(code: Code, reason: str) -> int:
 
 async def _until_stopped(settings: Settings) -> None:
     prepare_folders(settings)
-    await check_versions(settings)
     async with AsyncExitStack() as stack:
         stack.enter_context(HostLock(settings.paths.run))
+        await check_versions(settings)
         metrics = Metrics(version("hostd"))
         subjects = Subjects(settings.root, settings.host.id, settings.host.cell)
         journal = await Journal.open(
