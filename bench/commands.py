@@ -27,6 +27,7 @@ MANY = 4000
 LANES = 50
 WINDOW = 1000
 REPEATS = 3
+MEM_MIB, AT_ONCE = 8, 4
 NOTHING_CHANGED_MS, CHANGED_MS = 0.5, 1.0
 PER_SECOND = 2000
 
@@ -57,13 +58,27 @@ async def raw_sender(host: LiveHost) -> AsyncGenerator[Sender]:
 
 async def measure(world: World) -> list[Row]:
     """Latency one at a time, then throughput."""
-    seeded = world.seed("i-0")
-    for number in range(1, LANES):
-        world.seed(f"i-{number}")
+    net = await stopped_instances(world, LANES)
     async with raw_sender(world.host) as raw:
-        rows = await latencies(world.sender, raw, seeded.net)
+        rows = await latencies(world.sender, raw, net)
         rows += await throughput(world.sender, raw)
     return rows
+
+
+async def stopped_instances(world: World, count: int) -> TenantNet:
+    """Instances that ran and were stopped: one more Stop of them changes nothing."""
+    seeded = world.seed("i-0", mem_mib=MEM_MIB, data_disk_mib=0)
+    await world.sender.send(SetupNetwork("acme", seeded.net))
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def one(number: int) -> None:
+        world.seed(f"i-{number}", mem_mib=MEM_MIB, data_disk_mib=0)
+        async with gate:
+            await world.sender.send(StartInstance("acme", "web", f"i-{number}"))
+            await world.sender.send(StopInstance("acme", "web", f"i-{number}"))
+
+    await asyncio.gather(*(one(number) for number in range(count)))
+    return seeded.net
 
 
 async def latencies(sender: Sender, raw: Sender, net: TenantNet) -> list[Row]:
