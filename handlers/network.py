@@ -13,7 +13,7 @@ from handlers.errors import Conflict, Invalid, NotFound
 from handlers.machine import Host
 from handlers.network_plan import HOLDING_A_TAP, network_specs, port_specs
 from handlers.slots import held
-from handlers.steps import Done, Steps
+from handlers.steps import Done, Steps, together
 from schemas.malformed import Malformed
 from schemas.records import NetworkRecord
 from schemas.requests import NetworkRequest, SetupNetwork, TeardownNetwork, TenantNet
@@ -45,7 +45,10 @@ async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
     async with turn(cmd.tenant_id, steps, host):
         standing = await checked(cmd, host)
         rules, bridge = network_specs(cmd.tenant_id, cmd.net)
-        changed = await steps.act("prepare_network", host.networks.prepare)
+        changed, _ = await together(
+            steps.act("prepare_network", host.networks.prepare),
+            steps.announce((host.tenant_rules, rules.key), (host.bridges, bridge.key)),
+        )
         changed = await steps.ensure(host.tenant_rules, rules) or changed
         changed = await steps.ensure(host.bridges, bridge) or changed
         if standing is None or standing.status != "up":
@@ -132,16 +135,16 @@ async def restore_network(record: NetworkRecord, host: Host) -> Restored:
 async def checked(cmd: SetupNetwork, host: Host) -> NetworkRecord | None:
     """The tenant's standing order, once everything that could speak against the net was asked."""
     sound(cmd, host.settings.network.allowed)
-    tenant = await host.shared.tenant(cmd.tenant_id)
+    tenant, route = await together(
+        host.shared.tenant(cmd.tenant_id),
+        host.networks.overlapping_route(cmd.net.ipv4_subnet, except_bridge=cmd.net.bridge_name),
+    )
     if tenant.net != cmd.net:
         raise Conflict("the net is not the one in tenant.json", path="$.request.SetupNetwork.net")
     refuse_anothers(cmd.tenant_id, cmd.net, host)
     standing = host.records.network(cmd.tenant_id)
     if standing is not None and standing.net != cmd.net:
         raise Conflict(f"the tenant's network is up as {standing.net.ipv4_subnet}: tear it down")
-    route = await host.networks.overlapping_route(
-        cmd.net.ipv4_subnet, except_bridge=cmd.net.bridge_name
-    )
     if route is not None:
         raise Conflict(f"{cmd.net.ipv4_subnet} overlaps the host's route {route}")
     return standing

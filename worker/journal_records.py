@@ -148,8 +148,11 @@ class JournalRecords(JournalFile):
     def networks(self) -> Sequence[NetworkRecord]:
         return tuple(self._mirror.networks.values())
 
-    async def put_network(self, record: NetworkRecord) -> None:
-        """Save, durably; a changed status is announced by a `network` event and the state row.
+    async def put_network(self, record: NetworkRecord, *, durable: bool = False) -> None:
+        """Save; a changed status is announced by a `network` event and the state row.
+
+        Within a command it needs no sync of its own: its outcome's comes after it, and without
+        one the command goes on after a power loss.
 
         Raises:
             Conflict: another tenant has the `tenant_net_id`.
@@ -175,14 +178,14 @@ class JournalRecords(JournalFile):
             self._mirror.networks[record.tenant_id] = record
 
         try:
-            await self._writer.submit(do, apply=apply, durable=True)
+            await self._writer.submit(do, apply=apply, durable=durable)
         except sqlite3.IntegrityError as error:
             raise Conflict(
                 f"tenant_net_id {record.net.tenant_net_id} belongs to another tenant"
             ) from error
 
     async def drop_network(self, tenant_id: str) -> None:
-        """Forget the network, durably: `absent` is announced, its state key goes."""
+        """Forget the network: `absent` is announced, its state key goes. As `put_network`."""
         draft = EventDraft(EventKind.NETWORK, Lane.network(tenant_id), to=ABSENT)
         at_ms = self._now_ms()
 
@@ -193,7 +196,7 @@ class JournalRecords(JournalFile):
         def apply(_: None) -> None:
             self._mirror.networks.pop(tenant_id, None)
 
-        await self._writer.submit(do, apply=apply, durable=True)
+        await self._writer.submit(do, apply=apply)
 
     # -- events --------------------------------------------------------------------------------
 

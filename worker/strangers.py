@@ -84,5 +84,6 @@ class Strangers:
         if record.net is not None and self._journal.network(tenant_id) is None:
             now_ms = self._host.facts.now_ms()
             await self._journal.put_network(
-                NetworkRecord(tenant_id=tenant_id, net=record.net, status="up", since_ms=now_ms)
+                NetworkRecord(tenant_id=tenant_id, net=record.net, status="up", since_ms=now_ms),
+                durable=True,
             )
