@@ -43,7 +43,7 @@ class StepTaken(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A reply envelope, DESIGN 2."""
+    """A reply envelope."""
 
     v: int = 1
     id: str

@@ -9,7 +9,7 @@ from schemas.requests import InstanceRef, TenantNet
 
 
 class Status(StrEnum):
-    """Statuses of DESIGN 5; the first six also appear in `instance.json`."""
+    """What an instance may be; the first six also appear in `instance.json`."""
 
     CREATED = "created"
     READY = "ready"

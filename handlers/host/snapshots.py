@@ -147,7 +147,7 @@ class Snapshots:
         return await to_end(look)
 
     async def verify(self, ref: InstanceRef, number: int, vmm_version: str) -> SnapshotInfo:
-        """Check all that can be checked before a load; see DESIGN's snapshot truth.
+        """Check all that can be checked before a load; see docs/contract.md, snapshot truth.
 
         Raises:
             HostFault: names what differs. The snapshot stays; once put right it can be woken.
