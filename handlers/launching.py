@@ -19,7 +19,7 @@ from handlers.errors import Conflict, Failure, Invalid, Superseded, Unavailable
 from handlers.machine import CPU_PERIOD_US, Host
 from handlers.reservations import ReservationSpec
 from handlers.specs import Artifact, CgroupSpec, JailFile, JailSpec, LaunchSpec, PinSpec, TapSpec
-from handlers.steps import Removable, Steps, together
+from handlers.steps import Removable, Steps
 from schemas import naming
 from schemas.files import InstanceFile, PoolSpec, TenantConfig, check_instance_net, offset_of
 from schemas.malformed import Malformed
@@ -116,10 +116,7 @@ async def read_wanted(ref: InstanceRef, record: InstanceRecord, host: Host) -> W
         NotFound, Invalid: a file is missing or wrong; names file and field.
         Conflict: the tenant's network is not set up, or another address was journalled.
     """
-    tenant, (pool, file) = await together(
-        host.shared.tenant(ref.tenant_id),
-        together(host.shared.pool(ref.tenant_id, ref.pool_id), host.shared.instance(ref)),
-    )
+    tenant, pool, file = await host.shared.of_launch(ref)
     try:
         offset = offset_of(file.net.guest_ip, tenant.net)
         check_instance_net(file, tenant.net, offset)

@@ -63,7 +63,7 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
     if standing.status is not Status.SLEEPING:
         raise standing.conflict("wake it")
     record = await restore(cmd, record, steps, host)
-    return await go_on(record, record.vmm, steps, host)
+    return await go_on(record, record.vmm, steps, host, loaded=True)
 
 
 async def restore(
@@ -175,11 +175,16 @@ async def known_data_disk(launch: Launch, steps: Steps, host: Host) -> tuple[Lau
 
 
 async def go_on(
-    record: InstanceRecord, identity: VmmIdentity | None, steps: Steps, host: Host
+    record: InstanceRecord,
+    identity: VmmIdentity | None,
+    steps: Steps,
+    host: Host,
+    *,
+    loaded: bool = False,
 ) -> Done:
     """Past the point of no return: resume, tell the agent, set the clock; failures are reported.
 
-    `identity` is of the VMM that was loaded just now, or that was found by a later run.
+    `identity` is of the VMM that was `loaded` just now, or that was found by a later run.
     """
     await host.snapshots.consume(record.ref, record.snapshot or 0)
     if identity is None:
@@ -192,7 +197,7 @@ async def go_on(
         raise failure
     vmm = host.vmms.api(record.jail_id)
     try:
-        if await vmm.state() == "Paused":
+        if loaded or await vmm.state() == "Paused":
             await steps.act("resume", vmm.resume)
     finally:
         await vmm.close()

@@ -83,27 +83,20 @@ class SharedFiles:
         self._data = data
 
     async def tenant(self, tenant_id: str) -> TenantConfig:
-        return await to_end(
-            self._parsed,
-            tenant_id,
-            "tenant.json",
-            lambda data, file: parse_tenant(data, file, tenant_id),
-        )
+        return await to_end(self._tenant, tenant_id)
 
     async def pool(self, tenant_id: str, pool_id: str) -> PoolSpec:
-        return await to_end(
-            self._parsed,
-            tenant_id,
-            f"pools/{pool_id}/pool.json",
-            lambda data, file: parse_pool(data, file, tenant_id, pool_id),
-        )
+        return await to_end(self._pool, tenant_id, pool_id)
 
     async def instance(self, ref: InstanceRef) -> InstanceFile:
-        def read() -> InstanceFile:
-            with open_instance(self._data, ref) as folder:
-                return _parsed(
-                    folder, "instance.json", lambda data, file: parse_instance(data, file, ref)
-                )
+        return await to_end(self._instance, ref)
+
+    async def of_launch(self, ref: InstanceRef) -> tuple[TenantConfig, PoolSpec, InstanceFile]:
+        """The three files that a launch asks, read in this order in one go."""
+
+        def read() -> tuple[TenantConfig, PoolSpec, InstanceFile]:
+            tenant = self._tenant(ref.tenant_id)
+            return tenant, self._pool(ref.tenant_id, ref.pool_id), self._instance(ref)
 
         return await to_end(read)
 
@@ -161,9 +154,18 @@ class SharedFiles:
         """Remove the instance's folder, or all of it but `volumes/`; absent is success."""
         await to_end(self._remove, ref, keep_volumes=keep_volumes)
 
-    def _parsed(self, tenant_id: str, name: str, parse: Callable[[bytes, str], T]) -> T:
+    def _tenant(self, tenant_id: str) -> TenantConfig:
         with open_tenant(self._data, tenant_id) as tenant:
-            return _parsed(tenant, name, parse)
+            return _parsed(tenant, "tenant.json", lambda d, f: parse_tenant(d, f, tenant_id))
+
+    def _pool(self, tenant_id: str, pool_id: str) -> PoolSpec:
+        with open_tenant(self._data, tenant_id) as tenant:
+            name = f"pools/{pool_id}/pool.json"
+            return _parsed(tenant, name, lambda d, f: parse_pool(d, f, tenant_id, pool_id))
+
+    def _instance(self, ref: InstanceRef) -> InstanceFile:
+        with open_instance(self._data, ref) as folder:
+            return _parsed(folder, "instance.json", lambda d, f: parse_instance(d, f, ref))
 
     def _update(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
         with open_instance(self._data, ref) as folder:

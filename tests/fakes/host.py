@@ -253,6 +253,10 @@ class FakeShared:
     async def instance(self, ref: InstanceRef) -> InstanceFile:
         return _known(self.machine.files, ref, "instance.json")
 
+    async def of_launch(self, ref: InstanceRef) -> tuple[TenantConfig, PoolSpec, InstanceFile]:
+        tenant = await self.tenant(ref.tenant_id)
+        return tenant, await self.pool(ref.tenant_id, ref.pool_id), await self.instance(ref)
+
     async def current_revision(self, tenant_id: str, pool_id: str) -> str:
         return _known(self.machine.revisions, (tenant_id, pool_id), "artifacts/current")
 
