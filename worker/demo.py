@@ -87,8 +87,8 @@ def demo(*, build: str, here: bool, guest: str, as_json: bool) -> None:
     except (DemoFailed, CliError) as error:
         raise click.ClickException(str(error)) from error
     except asyncio.CancelledError:
-        click.echo("terminated; nothing is left behind", err=True)
-        sys.exit(128 + signal.SIGTERM)
+        click.echo("interrupted; nothing is left behind", err=True)
+        sys.exit(128 + (story.stopped_by or signal.SIGTERM))
     total_s = story.total_s()
     if as_json:
         rows = [
@@ -117,8 +117,15 @@ def hand_over_to_lab(checkout: str, *, as_json: bool) -> NoReturn:
 
 async def run(story: Story, build: str, guest: str) -> None:
     """The whole story; raises DemoFailed where it does not go as promised."""
-    if (task := asyncio.current_task()) is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    task = asyncio.current_task()
+
+    def stop(number: int) -> None:
+        story.stop(number)
+        if task is not None:
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
     async with AsyncExitStack() as stack:
         # Not /tmp: where that is a tmpfs, what a VMM writes there counts as its memory.
         folder = tempfile.mkdtemp(prefix="hostd-demo-", dir=os.environ.get("TMPDIR", DISK))

@@ -1,5 +1,6 @@
 """How the demo tells what it does: a line for each step, and a summary."""
 
+import asyncio
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -16,12 +17,20 @@ class Story:
         default_factory=list[tuple[str, float | None, str]]
     )
 
+    stopped_by: int | None = None
+
     def line(self, text: str) -> None:
         self.say(text, True)
+
+    def stop(self, signal_number: int) -> None:
+        """Begin no further step: a cancellation alone may be lost in a library's wait."""
+        self.stopped_by = signal_number
 
     @contextmanager
     def step(self, what: str) -> Generator[list[str]]:
         """Time the body; it appends the facts that are told. The name shows while it runs."""
+        if self.stopped_by is not None:
+            raise asyncio.CancelledError
         self.say(f"  {what:<20} ", False)
         began = time.perf_counter()
         facts: list[str] = []
