@@ -115,7 +115,7 @@ class World:
 @contextlib.asynccontextmanager
 async def world() -> AsyncGenerator[World]:
     """In a network namespace of its own; leaves nothing behind."""
-    async with live_host(boots=32, restores=32) as host, connect(host.settings) as client:
+    async with live_host() as host, connect(host.settings) as client:
         sender = Sender(client.nats, host.subjects)
         await sender.start()
         yield World(host, sender)
