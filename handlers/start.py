@@ -122,11 +122,9 @@ async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host)
             config = boot_config(launch, artifact, jail, has_data=data_path is not None, host=host)
             await together(steps.mark(BOOT), steps.act("configure", lambda: vmm.configure(config)))
             await steps.act("start_vm", vmm.start)
-        await together(
-            steps.act("check_confinement", lambda: check(launch, identity, host)),
-            wait_for_agent(launch, identity, record.agent_port, steps, host),
-            cut=True,
-        )
+        # Not beside each other: the guest boots meanwhile, and each would hold the other up.
+        await steps.act("check_confinement", lambda: check(launch, identity, host))
+        await wait_for_agent(launch, identity, record.agent_port, steps, host)
     except Failure as failure:
         await add_log(failure, record, host)
         raise

@@ -339,26 +339,19 @@ class Steps:
         return value
 
 
-async def together(
-    one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U], *, cut: bool = False
-) -> tuple[T, U]:
+async def together(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> tuple[T, U]:
     """Two parts of a command that need nothing of each other, at once; both are over on return.
 
-    Raises the first one's failure, else the other's. With `cut` a failure ends the other part at
-    once; without, an effect that has begun is let through, so that undo finds no moving target.
+    Raises the first one's failure, else the other's; an effect that has begun is let through, so
+    that undo finds no moving target.
     """
     tasks = asyncio.ensure_future(one), asyncio.ensure_future(other)
     try:
-        when = asyncio.FIRST_EXCEPTION if cut else asyncio.ALL_COMPLETED
-        await asyncio.wait(tasks, return_when=when)
+        await asyncio.wait(tasks)
     finally:
         for task in tasks:
             task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-    failures = [result for result in results if isinstance(result, BaseException)]
-    for failure in failures:
-        if not isinstance(failure, asyncio.CancelledError):
-            raise failure
+        await asyncio.gather(*tasks, return_exceptions=True)
     return tasks[0].result(), tasks[1].result()
 
 

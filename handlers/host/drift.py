@@ -42,6 +42,8 @@ IFA_LABEL = 3
 NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES = 1, 7
 BRIDGE_NAME = re.compile(r"br-tenant-([0-9]{1,4})")
 SO_RCVBUFFORCE, BUFFER_BYTES = 33, 1 << 20  # a burst of launches is many hundred messages
+DATAGRAM_BYTES = 1 << 17
+GATHER_S = 0.02
 QUIET_S = 0.1
 """How long changes are gathered: a setup is some ten messages, a teardown by hand a burst."""
 
@@ -172,14 +174,26 @@ async def next_of(
 
 
 async def receive(listener: socket.socket) -> list[tuple[int, bytes]] | None:
-    """The messages of one datagram; None if the kernel had to drop some before it."""
+    """The messages that are there, at least one; None if the kernel had to drop some.
+
+    A change is several messages within some milliseconds: they are let come, and read in one go,
+    so that their making is not held up.
+    """
+    loop = asyncio.get_running_loop()
+    found: list[tuple[int, bytes]] = []
     try:
-        data = await asyncio.get_running_loop().sock_recv(listener, 1 << 17)
+        data = await loop.sock_recv(listener, DATAGRAM_BYTES)
+        await asyncio.sleep(GATHER_S)
+        while data:
+            found += [(kind, body) for kind, _flags, _sequence, body in messages(data)]
+            data = listener.recv(DATAGRAM_BYTES)
+    except BlockingIOError:
+        return found
     except OSError as error:
         if error.errno == errno.ENOBUFS:
             return None
         raise
-    return [(kind, body) for kind, _flags, _sequence, body in messages(data)]
+    return found
 
 
 def of_indexes(indexes: set[int], kernel: Kernel) -> set[Change]:
