@@ -17,10 +17,10 @@ from msgspec.structs import replace
 
 from handlers.errors import Conflict, Failure, Invalid, Superseded, Unavailable
 from handlers.machine import CPU_PERIOD_US, Host
+from handlers.network_plan import Names, names_of
 from handlers.reservations import ReservationSpec
-from handlers.specs import Artifact, CgroupSpec, JailFile, JailSpec, LaunchSpec, PinSpec, TapSpec
+from handlers.specs import Artifact, CgroupSpec, JailFile, JailSpec, LaunchSpec
 from handlers.steps import Removable, Steps
-from schemas import naming
 from schemas.files import InstanceFile, PoolSpec, TenantConfig, check_instance_net, offset_of
 from schemas.malformed import Malformed
 from schemas.records import DiskIdentity, InstanceRecord, Status, VmmIdentity
@@ -45,37 +45,6 @@ class Wanted:
     @property
     def net(self) -> TenantNet:
         return self.tenant.net
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """What an instance is called on the network, derived from its tenant's net and its offset."""
-
-    net: TenantNet
-    offset: int
-
-    @property
-    def tap(self) -> str:
-        return naming.tap_name(self.net.tenant_net_id, self.offset)
-
-    @property
-    def mac(self) -> str:
-        return naming.mac_address(self.net.tenant_net_id, self.offset)
-
-    @property
-    def guest_ip(self) -> str:
-        return naming.guest_ip(self.net, self.offset)
-
-    @property
-    def pin(self) -> PinSpec:
-        return PinSpec(tap=self.tap, mac=self.mac, guest_ip=self.guest_ip)
-
-
-def names_of(record: InstanceRecord) -> Names | None:
-    """None for an instance that was never launched."""
-    if record.net is None or record.offset is None:
-        return None
-    return Names(record.net, record.offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,17 +155,7 @@ async def ensure_port(launch: Launch, steps: Steps, host: Host) -> None:
         if network is None or network.status != "up":
             raise Conflict(f"the network of tenant {launch.ref.tenant_id} was taken down")
         await steps.ensure(host.pins, launch.names.pin)
-        await steps.ensure(
-            host.taps,
-            TapSpec(
-                name=launch.names.tap,
-                bridge=launch.names.net.bridge_name,
-                owner_uid=launch.vmm.uid,
-                mac=launch.names.mac,
-                guest_ip=launch.names.guest_ip,
-                alias=f"hostd:{launch.ref}",
-            ),
-        )
+        await steps.ensure(host.taps, launch.names.tap_spec(launch.ref, launch.vmm.uid))
 
 
 def config_json(launch: Launch) -> bytes:

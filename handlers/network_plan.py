@@ -1,10 +1,12 @@
 """What a tenant's network and an instance's place in it consist of. Pure."""
 
+from dataclasses import dataclass
+
 from handlers.errors import Conflict
 from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
 from schemas import naming
 from schemas.records import InstanceRecord, Status
-from schemas.requests import TenantNet
+from schemas.requests import InstanceRef, TenantNet
 
 # An instance in one of these may have a TAP; sleepers and the stopped hold none.
 HOLDING_A_TAP = frozenset(
@@ -27,23 +29,55 @@ def network_specs(tenant_id: str, net: TenantNet) -> tuple[TenantRulesSpec, Brid
     return TenantRulesSpec(tenant_id, net), BridgeSpec(tenant_id, net)
 
 
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What an instance is called on the network, derived from its tenant's net and its offset."""
+
+    net: TenantNet
+    offset: int
+
+    @property
+    def tap(self) -> str:
+        return naming.tap_name(self.net.tenant_net_id, self.offset)
+
+    @property
+    def mac(self) -> str:
+        return naming.mac_address(self.net.tenant_net_id, self.offset)
+
+    @property
+    def guest_ip(self) -> str:
+        return naming.guest_ip(self.net, self.offset)
+
+    @property
+    def pin(self) -> PinSpec:
+        return PinSpec(tap=self.tap, mac=self.mac, guest_ip=self.guest_ip)
+
+    def tap_spec(self, ref: InstanceRef, owner_uid: int) -> TapSpec:
+        """The TAP of this instance, for the uid of its jail."""
+        return TapSpec(
+            name=self.tap,
+            bridge=naming.bridge_name(self.net.tenant_net_id),
+            owner_uid=owner_uid,
+            mac=self.mac,
+            guest_ip=self.guest_ip,
+            alias=f"hostd:{ref}",
+        )
+
+
+def names_of(record: InstanceRecord) -> Names | None:
+    """None for an instance that was never launched."""
+    if record.net is None or record.offset is None:
+        return None
+    return Names(record.net, record.offset)
+
+
 def port_specs(record: InstanceRecord, uid_base: int) -> tuple[PinSpec, TapSpec]:
     """An instance's pin and TAP, in the order of making.
 
     Raises:
         Conflict: the record has no network, offset or uid: the instance holds no TAP.
     """
-    if record.net is None or record.offset is None or record.uid_slot is None:
+    names = names_of(record)
+    if names is None or record.uid_slot is None:
         raise Conflict(f"{record.ref} has no place in a network")
-    net_id = record.net.tenant_net_id
-    tap = naming.tap_name(net_id, record.offset)
-    mac = naming.mac_address(net_id, record.offset)
-    address = naming.guest_ip(record.net, record.offset)
-    return PinSpec(tap, mac, address), TapSpec(
-        name=tap,
-        bridge=naming.bridge_name(net_id),
-        owner_uid=uid_base + record.uid_slot,
-        mac=mac,
-        guest_ip=address,
-        alias=f"hostd:{record.ref}",
-    )
+    return names.pin, names.tap_spec(record.ref, uid_base + record.uid_slot)

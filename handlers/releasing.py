@@ -4,8 +4,8 @@ Each removal takes "absent already" for success, so it may be run again after a 
 is through. The uid is free only after the VMM was seen gone.
 """
 
-from handlers.launching import names_of
 from handlers.machine import Host
+from handlers.network_plan import names_of
 from handlers.steps import Steps
 from schemas.records import InstanceRecord
 

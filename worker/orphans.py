@@ -7,7 +7,7 @@ passes running counts.
 from collections.abc import Iterable
 
 from handlers.host.inventory import Inventory
-from handlers.launching import names_of
+from handlers.network_plan import names_of
 from schemas.records import InstanceRecord, NetworkRecord
 
 Found = set[tuple[str, str]]
