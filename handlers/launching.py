@@ -17,10 +17,11 @@ from msgspec.structs import replace
 
 from handlers.errors import Conflict, Failure, Invalid, Superseded, Unavailable
 from handlers.machine import CPU_PERIOD_US, Host
+from handlers.mechanism import Removable
 from handlers.network_plan import Names, names_of
 from handlers.reservations import ReservationSpec
 from handlers.specs import Artifact, CgroupSpec, JailFile, JailSpec, LaunchSpec
-from handlers.steps import Removable, Steps
+from handlers.steps import Steps
 from schemas.files import InstanceFile, PoolSpec, TenantConfig, check_instance_net, offset_of
 from schemas.malformed import Malformed
 from schemas.records import DiskIdentity, InstanceRecord, Status, VmmIdentity

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from handlers.locks import TenantLocks
+from handlers.mechanism import Mechanism
 from handlers.slots import Slots
 from handlers.specs import (
     Ack,
@@ -29,7 +30,6 @@ from handlers.specs import (
     TapSpec,
     TenantRulesSpec,
 )
-from handlers.steps import Mechanism
 from schemas.files import InstanceFile, PoolSpec, TenantConfig
 from schemas.records import DiskIdentity, InstanceRecord, NetworkRecord, Tombstone, VmmIdentity
 from schemas.requests import InstanceRef

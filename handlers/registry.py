@@ -5,12 +5,13 @@ from typing import Any, Final
 
 from handlers.destroy import destroy_instance
 from handlers.machine import Host
+from handlers.mechanism import Removable
 from handlers.network import setup_network, teardown_network
 from handlers.pausing import Drafts, Pauses, SnapshotUses
 from handlers.reservations import Phases, Reservations
 from handlers.sleep import sleep_instance
 from handlers.start import start_instance
-from handlers.steps import Done, Removable, Steps
+from handlers.steps import Done, Steps
 from handlers.stop import stop_instance
 from handlers.wake import wake_instance
 from schemas.requests import (

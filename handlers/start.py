@@ -28,12 +28,13 @@ from handlers.launching import (
     unless_exited,
 )
 from handlers.machine import Host
+from handlers.mechanism import Removable
 from handlers.reservations import Reservations
 from handlers.revisions import ensure_revision, let_go
 from handlers.slots import held
 from handlers.specs import Artifact, BootConfig, DataDiskSpec, DriveConfig, Jail
 from handlers.states import RESTING, read_standing, settled
-from handlers.steps import Done, Removable, Steps, together
+from handlers.steps import Done, Steps, together
 from schemas import naming
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import StartInstance

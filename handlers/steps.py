@@ -9,13 +9,14 @@ EEXIST. Past a point of no return there is no undo, only completion.
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
 from handlers.errors import Expired, Failure, Superseded
+from handlers.mechanism import Keyed, Mechanism, Removable, StepLog, StepRow
 from schemas.envelopes import StepTaken
 from schemas.records import InstanceRecord, Tombstone
 
@@ -24,70 +25,7 @@ UNDO_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
 U = TypeVar("U")
-SpecT = TypeVar("SpecT", bound="Keyed", contravariant=True)
-ValueT = TypeVar("ValueT", covariant=True)
-
-
-class Keyed(Protocol):
-    @property
-    def key(self) -> str:
-        """Names one resource of its mechanism; enough to remove it after a restart."""
-        ...
-
-
-class Removable(Protocol):
-    """What undo needs of a mechanism."""
-
-    name: ClassVar[str]
-
-    async def exists(self, key: str) -> bool:
-        """Whether the resource, or any part of it, is on this host. No effect."""
-        ...
-
-    async def remove(self, key: str) -> None:
-        """Make it absent; absent already is success."""
-        ...
-
-
-class Mechanism(Removable, Protocol[SpecT, ValueT]):
-    """One kind of resource on this host, e.g. TAPs. `spec.key` names one of them in the journal."""
-
-    async def ensure(self, spec: SpecT) -> ValueT:
-        """Make it so, all or nothing; found as asked changes nothing. Half-work is cleaned here."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class StepRow:
-    """A row of the step log: `existed` before the command's first run of it."""
-
-    mechanism: str
-    key: str
-    existed: bool
-
-
-class StepLog(Protocol):
-    """The journal's side of the steps of one command."""
-
-    async def begin(self, command_id: str, mechanism: str, key: str, *, existed: bool) -> StepRow:
-        """Commit the intent; an earlier run's row is returned as it was."""
-        ...
-
-    async def begin_all(self, command_id: str, rows: Sequence[StepRow]) -> None:
-        """Commit several intents at once; rows that are there stay as they were."""
-        ...
-
-    async def forget(self, command_id: str, mechanism: str, key: str) -> None: ...
-
-    def rows(self, command_id: str) -> Sequence[StepRow]:
-        """In the order of `begin`."""
-        ...
-
-    async def mark(self, command_id: str, name: str) -> None:
-        """Commit a mark with `synchronous=FULL`."""
-        ...
-
-    def marked(self, command_id: str, name: str) -> bool: ...
+SpecT = TypeVar("SpecT", bound=Keyed, contravariant=True)
 
 
 class Halted(Exception):

@@ -16,9 +16,10 @@ import structlog
 from handlers.errors import Failure
 from handlers.host.drift import Change
 from handlers.host.inventory import take
+from handlers.mechanism import Removable
 from handlers.network import restore_network
 from handlers.network_plan import names_of
-from handlers.steps import Removable, Steps
+from handlers.steps import Steps
 from handlers.stop import finish_stop
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef

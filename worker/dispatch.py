@@ -19,8 +19,9 @@ from handlers.errors import (
     of_os_error,
 )
 from handlers.machine import Host
+from handlers.mechanism import Removable
 from handlers.registry import Handler
-from handlers.steps import Done, Halted, Removable, Steps, Traced, no_trace
+from handlers.steps import Done, Halted, Steps, Traced, no_trace
 from schemas import serde
 from schemas.codes import Code
 from schemas.envelopes import Reply, StepTaken

@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from handlers.steps import StepRow
+from handlers.mechanism import StepRow
 from schemas import codec
 from schemas.envelopes import Command, Form
 from schemas.malformed import Malformed

@@ -1,9 +1,9 @@
-"""The step log (`handlers.steps.StepLog`): what each command is about to make, and what it made."""
+"""The step log (`handlers.mechanism.StepLog`): what a command is about to make, what it made."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from handlers.steps import StepRow
+from handlers.mechanism import StepRow
 from worker.journal_file import JournalFile
 from worker.journal_transaction import Transaction
 

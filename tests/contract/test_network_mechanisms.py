@@ -12,8 +12,8 @@ import pytest
 
 from handlers.errors import Conflict
 from handlers.machine import Networks, Records
+from handlers.mechanism import Mechanism
 from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
-from handlers.steps import Mechanism
 from tests.fakes import host as fake
 from tests.kernel.netns import HostNet
 from tests.kernel.plans import GuestPlan, net_of

@@ -16,6 +16,7 @@ import pytest
 from handlers.errors import HostFault, Invalid
 from handlers.host import artifacts, data_disks, jails, snapshots
 from handlers.machine import DataDisks, Jails, Snapshots
+from handlers.mechanism import Mechanism
 from handlers.specs import (
     Artifact,
     ArtifactSpec,
@@ -24,7 +25,6 @@ from handlers.specs import (
     SnapshotFacts,
     SnapshotInfo,
 )
-from handlers.steps import Mechanism
 from schemas import naming
 from tests.fakes import host as fake
 from tests.kernel.store_world import REF, REVISION, make_world

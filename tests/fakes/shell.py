@@ -12,8 +12,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from handlers.machine import Host
+from handlers.mechanism import Removable
 from handlers.registry import Handler
-from handlers.steps import Done, Removable, Steps
+from handlers.steps import Done, Steps
 from schemas import codec
 from schemas.codes import Code
 from schemas.envelopes import Command, Event, Reply

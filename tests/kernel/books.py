@@ -8,8 +8,9 @@ from handlers.errors import NotFound
 from handlers.host.host_facts import HostFacts
 from handlers.locks import TenantLocks
 from handlers.machine import Host
+from handlers.mechanism import StepRow
 from handlers.slots import Slots
-from handlers.steps import StepRow, Steps
+from handlers.steps import Steps
 from schemas.files import TenantConfig, TenantQuota
 from schemas.records import InstanceRecord, NetworkRecord
 from schemas.requests import InstanceRef, TenantNet

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from handlers.errors import Conflict, HostFault
-from handlers.steps import StepRow
+from handlers.mechanism import StepRow
 from schemas import codec
 from schemas.codes import Code
 from schemas.envelopes import Command, Event, Reply
