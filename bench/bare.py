@@ -40,13 +40,13 @@ def _run_jailer(argv: list[str]) -> None:
 
 def _connected(path: Path) -> socket.socket:
     until = time.monotonic() + LIMIT_S
-    folder = os.open(path.parent, os.O_PATH)  # a path through it has no length limit
+    directory = os.open(path.parent, os.O_PATH)  # a path through it has no length limit
     try:
         while True:
             stream = socket.socket(socket.AF_UNIX)
             stream.settimeout(LIMIT_S)
             try:
-                stream.connect(f"/proc/self/fd/{folder}/{path.name}")
+                stream.connect(f"/proc/self/fd/{directory}/{path.name}")
             except OSError:
                 stream.close()
                 if time.monotonic() > until:
@@ -55,7 +55,7 @@ def _connected(path: Path) -> socket.socket:
             else:
                 return stream
     finally:
-        os.close(folder)
+        os.close(directory)
 
 
 def _call(api: socket.socket, method: str, path: str, body: object) -> None:

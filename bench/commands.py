@@ -11,15 +11,15 @@ import msgspec
 
 from bench import raw_loop
 from bench.rows import Row, median, row
-from bench.world import Sender, Sent, World
+from bench.world import BenchHost, Sender, Sent
 from schemas import codec
 from schemas.envelopes import Command
 from schemas.requests import SetupNetwork, StartInstance, StopInstance, TeardownNetwork, TenantNet
 from schemas.settings import HostSettings
 from schemas.subjects import Subjects
-from tests.live import LiveHost
+from tests.live_host import LiveHost
 from worker.cli.client import connect, new_id
-from worker.demo_host import provision_cell
+from worker.demo.host import provision_cell
 
 ROUNDS = 300
 CHANGES = 60
@@ -56,7 +56,7 @@ async def raw_sender(host: LiveHost) -> AsyncGenerator[Sender]:
         await process.wait()
 
 
-async def measure(world: World) -> list[Row]:
+async def measure(world: BenchHost) -> list[Row]:
     """Latency one at a time, then throughput."""
     net = await stopped_instances(world, LANES)
     async with raw_sender(world.host) as raw:
@@ -65,7 +65,7 @@ async def measure(world: World) -> list[Row]:
     return rows
 
 
-async def stopped_instances(world: World, count: int) -> TenantNet:
+async def stopped_instances(world: BenchHost, count: int) -> TenantNet:
     """Instances that ran and were stopped: one more Stop of them changes nothing."""
     seeded = world.seed("i-0", mem_mib=MEM_MIB, data_disk_mib=0)
     await world.sender.send(SetupNetwork("acme", seeded.net))

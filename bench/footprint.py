@@ -3,7 +3,7 @@
 import asyncio
 
 from bench.rows import Row, median, row
-from bench.world import World, cpu_s, rss_kib
+from bench.world import BenchHost, cpu_s, rss_kib
 from schemas.requests import SetupNetwork, StartInstance, StopInstance
 
 VMS = 100
@@ -14,7 +14,7 @@ AT_ONCE = 4
 RSS_MIB, CPU_PERCENT, PER_VM_KIB = 64.0, 0.3, 60.0
 
 
-async def measure(world: World) -> list[Row]:
+async def measure(world: BenchHost) -> list[Row]:
     """A fresh worker first; then the same worker with VMs that it started, all running."""
     await world.host.stop_worker()
     await world.host.start_worker()

@@ -18,7 +18,7 @@ from typing import Any, Self
 from bench import bare
 from bench.places import Place, Places
 from bench.rows import Row, median, p99, row
-from bench.world import Sent, World
+from bench.world import BenchHost, Sent
 from schemas.requests import (
     InstanceRef,
     SetupNetwork,
@@ -89,7 +89,7 @@ class Times:
 
 
 @asynccontextmanager
-async def stage(world: World) -> AsyncGenerator[Places]:
+async def stage(world: BenchHost) -> AsyncGenerator[Places]:
     """A tenant with its network up and its revision imported."""
     seeded = world.seed("i-0", mem_mib=MEM_MIB, data_disk_mib=DATA_DISK_MIB, offset=3)
     await world.sender.send(SetupNetwork("acme", seeded.net))
@@ -101,7 +101,7 @@ async def stage(world: World) -> AsyncGenerator[Places]:
         yield places
 
 
-async def measure(world: World, rounds: int = ROUNDS) -> list[Row]:
+async def measure(world: BenchHost, rounds: int = ROUNDS) -> list[Row]:
     """Start and Wake, one at a time."""
     times = Times()
     async with stage(world) as places, AsyncExitStack() as stack:
@@ -118,7 +118,7 @@ async def measure(world: World, rounds: int = ROUNDS) -> list[Row]:
 
 
 async def both_rounds(
-    world: World, place: Place, script: Script, times: Times, *, hostd_first: bool
+    world: BenchHost, place: Place, script: Script, times: Times, *, hostd_first: bool
 ) -> None:
     for hostd in (hostd_first, not hostd_first):
         if hostd:
@@ -128,7 +128,7 @@ async def both_rounds(
         await asyncio.sleep(SETTLE_S)
 
 
-async def hostd_round(world: World, times: Times) -> None:
+async def hostd_round(world: BenchHost, times: Times) -> None:
     names = ("acme", "web", "i-0")
     for what, request in (
         ("start", StartInstance(*names)),
@@ -187,7 +187,7 @@ def rows_of(times: Times) -> list[Row]:
     return rows
 
 
-async def measure_burst(world: World, count: int = BURST, bursts: int = BURSTS) -> list[Row]:
+async def measure_burst(world: BenchHost, count: int = BURST, bursts: int = BURSTS) -> list[Row]:
     """`count` wakes at once, by hostd and by as many bare scripts; the memory files are warm."""
     mine: list[float] = []
     theirs: list[float] = []
@@ -227,7 +227,7 @@ async def measure_burst(world: World, count: int = BURST, bursts: int = BURSTS) 
     ]
 
 
-async def hostd_burst(world: World, refs: list[InstanceRef], times: list[float]) -> None:
+async def hostd_burst(world: BenchHost, refs: list[InstanceRef], times: list[float]) -> None:
     for ref in refs:
         await world.sender.send(
             SleepInstance(ref.tenant_id, ref.pool_id, ref.instance_id, force=False)

@@ -5,10 +5,10 @@ import subprocess
 import time
 
 from bench.rows import Row, median, p99, row
-from bench.world import World
-from handlers.host.base_rules import base_script
-from handlers.host.bridges import GATEWAY_OFFSET, SYSCTLS
-from handlers.host.rules import tenant_members
+from bench.world import BenchHost
+from handlers.host.net.bridges import GATEWAY_OFFSET, SYSCTLS
+from handlers.host.net.ruleset import base_script
+from handlers.host.net.tenant_rules import tenant_members
 from handlers.specs import TenantRulesSpec
 from schemas import naming
 from schemas.requests import SetupNetwork, TeardownNetwork, TenantNet
@@ -21,7 +21,7 @@ FASTER = 5.0
 FIRST_ID, FIRST_RAW_ID = 100, 200
 
 
-async def measure(world: World) -> list[Row]:
+async def measure(world: BenchHost) -> list[Row]:
     mine: list[float] = []
     raw: list[float] = []
     nft(base_script(16_384).replace(" hostd", " bench"))

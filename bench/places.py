@@ -15,16 +15,16 @@ from typing import Any, Self
 
 import msgspec
 
-from handlers.host.artifacts import Artifacts
-from handlers.host.cgroups import Cgroups
-from handlers.host.data_disks import DataDisks
-from handlers.host.firecracker_api import boot_requests, parse_version
-from handlers.host.jailer import Jailer
-from handlers.host.jails import Jails
-from handlers.host.networks import NetworkMechanisms, open_network_mechanisms
-from handlers.launching import CONFIG as CONFIG_DRIVE
-from handlers.launching import DATA, KERNEL, MIB, PIDS_PER_VMM, ROOTFS, VSOCK
-from handlers.machine import CPU_PERIOD_US
+from handlers.host.jail.jails import Jails
+from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
+from handlers.host.storage.artifacts import Artifacts
+from handlers.host.storage.data_disks import DataDisks
+from handlers.host.vmm.api_schema import boot_requests, parse_version
+from handlers.host.vmm.cgroups import Cgroups
+from handlers.host.vmm.jailer import Jailer
+from handlers.instance.launch import CONFIG as CONFIG_DRIVE
+from handlers.instance.launch import DATA, KERNEL, MIB, PIDS_PER_VMM, ROOTFS, VSOCK
+from handlers.interfaces import CPU_PERIOD_US
 from handlers.specs import (
     ArtifactSpec,
     BootConfig,
@@ -39,7 +39,7 @@ from handlers.specs import (
 from schemas import naming
 from schemas.requests import InstanceRef, TenantNet
 from tests.guests.firecracker import VERSION
-from tests.live import LiveHost
+from tests.live_host import LiveHost
 
 FIRST_SLOT = 60_000
 WOKEN = "woken"
@@ -71,7 +71,7 @@ class Place:
         self._cgroups = Cgroups(settings)
         self._jailer = Jailer(settings)
         self.uid = settings.vmm.uid_base + FIRST_SLOT + self.offset
-        self.snapshot = Path(self.host.folder, f"bare-{self.ref.instance_id}")
+        self.snapshot = Path(self.host.directory, f"bare-{self.ref.instance_id}")
 
     @property
     def jail_id(self) -> str:

@@ -15,7 +15,7 @@ from schemas import codec
 from schemas.envelopes import Command
 from schemas.requests import InstanceRef, Request
 from schemas.subjects import Lane, Subjects
-from tests.live import LiveHost, live_host
+from tests.live_host import LiveHost, live_host
 from worker.cli.client import connect, new_id
 from worker.cli.seed import Seeded
 
@@ -97,7 +97,7 @@ class Sender:
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class BenchHost:
     """The measured host with a sender to it."""
 
     host: LiveHost
@@ -113,12 +113,12 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def world() -> AsyncGenerator[World]:
+async def world() -> AsyncGenerator[BenchHost]:
     """In a network namespace of its own; leaves nothing behind."""
     async with live_host() as host, connect(host.settings) as client:
         sender = Sender(client.nats, host.subjects)
         await sender.start()
-        yield World(host, sender)
+        yield BenchHost(host, sender)
 
 
 def rss_kib(pid: int) -> int:

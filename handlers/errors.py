@@ -30,7 +30,7 @@ class Failure(Exception):
         self.left_behind: tuple[str, ...] = ()
         self.final = False
 
-    def for_good(self) -> "Failure":
+    def not_retryable(self) -> "Failure":
         """The same failure, not to be tried again under this command id."""
         self.final = True
         return self

@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 
+from handlers.concurrency import held
 from handlers.errors import Conflict, Invalid, NotFound
-from handlers.machine import Host
-from handlers.network_plan import HOLDING_A_TAP, network_specs, port_specs
-from handlers.slots import held
+from handlers.interfaces import Host
+from handlers.network_names import HOLDING_A_TAP, network_specs, port_specs
 from handlers.steps import Done, Steps, together
-from schemas.malformed import Malformed
+from schemas.decode_error import DecodeError
 from schemas.records import NetworkRecord
 from schemas.requests import NetworkRequest, SetupNetwork, TeardownNetwork, TenantNet
 from schemas.tenant_net import check_net
@@ -173,7 +173,7 @@ async def found(cmd: TeardownNetwork, host: Host) -> NetworkRecord | None:
 def sound(cmd: NetworkRequest, allowed: tuple[str, ...]) -> None:
     try:
         check_net(cmd.net, allowed, f"$.request.{cmd.kind}.net")
-    except Malformed as error:
+    except DecodeError as error:
         raise Invalid(error.message, path=error.path) from error
 
 

@@ -3,17 +3,17 @@
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
-from handlers.destroy import destroy_instance
-from handlers.machine import Host
+from handlers.instance.destroy import destroy_instance
+from handlers.instance.reservations import Phases, Reservations
+from handlers.instance.sleep import sleep_instance
+from handlers.instance.snapshot_steps import Drafts, Pauses, SnapshotUses
+from handlers.instance.start import start_instance
+from handlers.instance.stop import stop_instance
+from handlers.instance.wake import wake_instance
+from handlers.interfaces import Host
 from handlers.mechanism import Removable
 from handlers.network import setup_network, teardown_network
-from handlers.pausing import Drafts, Pauses, SnapshotUses
-from handlers.reservations import Phases, Reservations
-from handlers.sleep import sleep_instance
-from handlers.start import start_instance
 from handlers.steps import Done, Steps
-from handlers.stop import stop_instance
-from handlers.wake import wake_instance
 from schemas.requests import (
     DestroyInstance,
     SetupNetwork,

@@ -1,6 +1,6 @@
 """Command, reply and event envelopes to bytes and back.
 
-Decoding raises `Malformed` and nothing else, whatever the bytes. It checks types, ranges and the
+Decoding raises `DecodeError` and nothing else, whatever the bytes. It checks types, ranges and the
 rules for ids; it does not check what needs settings or the host: whether `reply_to` is allowed and
 the lane right (`schemas/subjects.py`), whether a `TenantNet` is sound (`schemas/tenant_net.py`).
 """
@@ -11,8 +11,8 @@ import msgspec
 
 from schemas import naming
 from schemas.codes import Code
+from schemas.decode_error import DecodeError
 from schemas.envelopes import Command, Event, Form, Reply, StepTaken
-from schemas.malformed import Malformed
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Request
 from schemas.serde import LINE_MAX, REQUEST, RESPONSE, check_u64, read_request
 from schemas.unpack import ANSWER, MESSAGE_MAX_BYTES, OWN, convert, pack, unpack, unpack_map
@@ -73,7 +73,7 @@ def decode_request(data: bytes) -> Request:
     """The request alone, in either form.
 
     Raises:
-        Malformed: see `decode_command`.
+        DecodeError: see `decode_command`.
     """
     return read_request(unpack(data)).value
 
@@ -85,11 +85,11 @@ def read_command(raw: dict[str, object]) -> Command:
     """A command envelope in plain objects.
 
     Raises:
-        Malformed: see `decode_command`.
+        DecodeError: see `decode_command`.
     """
     keys = convert(raw, _CommandKeys)
     if not naming.COMMAND_ID_PATTERN.fullmatch(keys.id):
-        raise Malformed("$.id", "is not 1 to 64 characters of A-Z a-z 0-9 _ -")
+        raise DecodeError("$.id", "is not 1 to 64 characters of A-Z a-z 0-9 _ -")
     check_u64("$.issued_at_ms", keys.issued_at_ms)
     check_u64("$.deadline_ms", keys.deadline_ms)
     request, compact, later = read_request(keys.request, "$.request")
@@ -113,7 +113,7 @@ def decode_command(data: bytes) -> Command:
     Unknown keys of the envelope are kept in `unknown_keys` to be counted.
 
     Raises:
-        Malformed: `unsupported` for an unknown variant, field or surplus element of the request
+        DecodeError: `unsupported` for an unknown variant, field or surplus element of the request
             and for `volumes`, `invalid` for everything else.
     """
     return read_command(unpack_map(data))
@@ -146,7 +146,7 @@ def read_reply(raw: dict[str, object]) -> Reply:
     """A reply envelope in plain objects.
 
     Raises:
-        Malformed: with the path of the fault.
+        DecodeError: with the path of the fault.
     """
     keys = convert(raw, _ReplyKeys)
     response = RESPONSE.read(keys.response, "$.response").value
@@ -159,7 +159,7 @@ def decode_reply(data: bytes) -> Reply:
     """A reply envelope, the response in either form.
 
     Raises:
-        Malformed: with the path of the fault.
+        DecodeError: with the path of the fault.
     """
     return read_reply(unpack_map(data, ANSWER))
 
@@ -211,7 +211,7 @@ def read_event(raw: dict[str, object]) -> Event:
     """An event envelope in plain objects.
 
     Raises:
-        Malformed: with the path of the fault.
+        DecodeError: with the path of the fault.
     """
     convert(raw, _Versioned)
     return convert(raw, Event)
@@ -221,7 +221,7 @@ def decode_event(data: bytes) -> Event:
     """An event envelope.
 
     Raises:
-        Malformed: with the path of the fault.
+        DecodeError: with the path of the fault.
     """
     return read_event(unpack_map(data, ANSWER))
 

@@ -1,7 +1,7 @@
 """The JSON files shared with agentd: fields, types and defaults as the contract fixes them.
 
 They lie where an unprivileged process writes, so nothing in them is believed: each is read under a
-size limit, checked for types, ranges and rules, and must carry the ids of the folders it lies in.
+size limit, checked for types, ranges and rules, and must carry the ids of its directories.
 Unknown fields are allowed and kept by whoever rewrites a file; a missing optional field reads as
 its default. No I/O here; who reads the bytes gives them and the name for messages.
 """
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from schemas import naming
-from schemas.malformed import Malformed, quoted
+from schemas.decode_error import DecodeError, quoted
 from schemas.requests import InstanceRef, TenantNet
 from schemas.tenant_net import address_of, check_net
 from schemas.unpack import FILE, convert, read_json
@@ -120,11 +120,11 @@ class InstanceFile(msgspec.Struct, frozen=True):
 
 
 def parse_tenant(data: bytes, file: str, tenant_id: str) -> TenantConfig:
-    """`tenant.json` of the folder `tenant_id`. Whether its net lies in what is allowed is not
+    """`tenant.json` of the directory `tenant_id`. Whether its net lies in what is allowed is not
     judged here, all else of it is.
 
     Raises:
-        Malformed: the path names `file` and the field, e.g. `tenant.json: $.quotas.max_vcpus`.
+        DecodeError: the path names `file` and the field, e.g. `tenant.json: $.quotas.max_vcpus`.
     """
     tenant = _parse(data, file, TenantConfig, {"tenant_id": tenant_id})
     check_net(tenant.net, ("0.0.0.0/0",), f"{file}: $.net")
@@ -132,10 +132,10 @@ def parse_tenant(data: bytes, file: str, tenant_id: str) -> TenantConfig:
 
 
 def parse_pool(data: bytes, file: str, tenant_id: str, pool_id: str) -> PoolSpec:
-    """`pool.json` of the folders given, tags of hostd's checked.
+    """`pool.json` of the directories given, tags of hostd's checked.
 
     Raises:
-        Malformed: the path names `file` and the field, e.g. `pool.json: $.metadata.tags`.
+        DecodeError: the path names `file` and the field, e.g. `pool.json: $.metadata.tags`.
     """
     pool = _parse(data, file, PoolSpec, {"tenant_id": tenant_id, "pool_id": pool_id})
     tags = pool.metadata.tags
@@ -148,17 +148,17 @@ def parse_pool(data: bytes, file: str, tenant_id: str, pool_id: str) -> PoolSpec
 
 
 def parse_instance(data: bytes, file: str, ref: InstanceRef) -> InstanceFile:
-    """`instance.json` of the folders that `ref` names, all fields that hostd does not know in
+    """`instance.json` of the directories that `ref` names, all fields that hostd does not know in
     `extra`. Its addresses are not judged here: see `check_instance_net`.
 
     Raises:
-        Malformed: the path names `file` and the field, e.g. `instance.json: $.status`.
+        DecodeError: the path names `file` and the field, e.g. `instance.json: $.status`.
     """
     ids = {"tenant_id": ref.tenant_id, "pool_id": ref.pool_id, "instance_id": ref.instance_id}
     instance = _parse(data, file, InstanceFile, ids)
     revision = instance.revision_hash
     if revision is not None and not naming.REVISION_PATTERN.fullmatch(revision):
-        raise Malformed(f"{file}: $.revision_hash", f"{quoted(revision)} is no revision")
+        raise DecodeError(f"{file}: $.revision_hash", f"{quoted(revision)} is no revision")
     return instance
 
 
@@ -166,19 +166,19 @@ def offset_of(guest_ip: str, net: TenantNet, path: str = "instance.json: $.net.g
     """Which address of a sound net a guest has: 3 to 254, whatever the prefix length.
 
     Raises:
-        Malformed: no IPv4 address, outside the subnet, out of range, broadcast or the gateway's.
+        DecodeError: no IPv4 address, outside the subnet, out of range, broadcast or the gateway's.
     """
     address = address_of(guest_ip, path)
     subnet = ipaddress.IPv4Network(net.ipv4_subnet)
     if address not in subnet:
-        raise Malformed(path, f"{address} is not in {subnet}")
+        raise DecodeError(path, f"{address} is not in {subnet}")
     offset = int(address) - int(subnet.network_address)
     if not naming.OFFSET_MIN <= offset <= naming.OFFSET_MAX:
-        raise Malformed(
+        raise DecodeError(
             path, f"{address} is number {offset}, not {naming.OFFSET_MIN} to {naming.OFFSET_MAX}"
         )
     if address == subnet.broadcast_address or str(address) == net.gateway_ip:
-        raise Malformed(path, f"{address} is the broadcast or gateway address of {subnet}")
+        raise DecodeError(path, f"{address} is the broadcast or gateway address of {subnet}")
     return offset
 
 
@@ -188,7 +188,7 @@ def check_instance_net(
     """That the file says of the instance's network what is derived from the tenant's.
 
     Raises:
-        Malformed: a value disagrees; the derived one is in the message.
+        DecodeError: a value disagrees; the derived one is in the message.
     """
     derived = InstanceNet(
         tap_dev=naming.tap_name(net.tenant_net_id, offset),
@@ -200,7 +200,7 @@ def check_instance_net(
     for name in InstanceNet.__struct_fields__:
         own, due = getattr(instance.net, name), getattr(derived, name)
         if own != due:
-            raise Malformed(f"{file}: $.net.{name}", f"is {quoted(str(own))}, not {due}")
+            raise DecodeError(f"{file}: $.net.{name}", f"is {quoted(str(own))}, not {due}")
 
 
 def _parse(data: bytes, file: str, kind: type[FileT], ids: Mapping[str, str]) -> FileT:
@@ -212,16 +212,16 @@ def _parse(data: bytes, file: str, kind: type[FileT], ids: Mapping[str, str]) ->
             raw = {name: value for name, value in raw.items() if name in known}
             raw["extra"] = extra
         parsed = convert(raw, kind)
-    except Malformed as error:
-        raise Malformed(f"{file}: {error.path}", error.message) from error
+    except DecodeError as error:
+        raise DecodeError(f"{file}: {error.path}", error.message) from error
     for name, due in ids.items():
         own = getattr(parsed, name)
         if own != due:
-            raise Malformed(f"{file}: $.{name}", f"is {quoted(own)}, but the folder is {due}")
+            raise DecodeError(f"{file}: $.{name}", f"is {quoted(own)}, but the directory is {due}")
     return parsed
 
 
 def _check_tag(file: str, tags: Mapping[str, str], tag: str, sound: bool) -> None:
     if not sound:
         path = f"{file}: $.metadata.tags['{tag}']"
-        raise Malformed(path, f"{quoted(tags[tag])} is no value of it")
+        raise DecodeError(path, f"{quoted(tags[tag])} is no value of it")

@@ -5,7 +5,7 @@ Types, ranges and ids only: what needs settings or the host is checked later, se
 
 from schemas import naming
 from schemas.codes import Code
-from schemas.malformed import Malformed, child
+from schemas.decode_error import DecodeError, child
 from schemas.requests import (
     PROTOCOL_MAX,
     PROTOCOL_MIN,
@@ -54,15 +54,15 @@ def read_request(raw: object, path: str = "$") -> Tag[Request]:
     """A request in plain objects, with the rules that need no settings.
 
     Raises:
-        Malformed: with the path below `path`; `unsupported` also for non-empty `volumes`.
+        DecodeError: with the path below `path`; `unsupported` also for non-empty `volumes`.
     """
     try:
         tag = REQUEST.read(raw, path)
-    except Malformed as error:
+    except DecodeError as error:
         if error.code is not Code.UNSUPPORTED:
             raise
         message = f"{error.message}; {RANGE}"
-        raise Malformed(error.path, message, code=error.code) from None
+        raise DecodeError(error.path, message, code=error.code) from None
     request = tag.value
     if not isinstance(request, Ping):
         _check_request(request, child(path, type(request).__name__))
@@ -73,23 +73,23 @@ def _check_request(request: InstanceRequest | NetworkRequest, path: str) -> None
     """Ids and ranges that the types do not say."""
     for name in LANE_IDS[Lane.of_request(request).kind]:
         if not naming.ID_PATTERN.fullmatch(getattr(request, name)):
-            raise Malformed(child(path, name), "is not 1 to 63 of a-z 0-9 -, no - at either end")
+            raise DecodeError(child(path, name), "is not 1 to 63 of a-z 0-9 -, no - at either end")
     if isinstance(request, SetupNetwork | TeardownNetwork):
         return
     if isinstance(request, SleepInstance):
         check_u64(f"{path}.drain_timeout_secs", request.drain_timeout_secs)
     if isinstance(request, StartInstance) and request.volumes:
         message = f"volumes cannot be attached yet; {RANGE}, without them"
-        raise Malformed(f"{path}.volumes", message, code=Code.UNSUPPORTED)
+        raise DecodeError(f"{path}.volumes", message, code=Code.UNSUPPORTED)
     if request.workspace_id is not None and len(request.workspace_id) > LINE_MAX:
-        raise Malformed(f"{path}.workspace_id", f"is longer than {LINE_MAX} characters")
+        raise DecodeError(f"{path}.workspace_id", f"is longer than {LINE_MAX} characters")
 
 
 def check_u64(path: str, value: int | None) -> None:
     """That a number of the wire fits 64 bits, which msgspec's own bounds cannot say.
 
     Raises:
-        Malformed: it does not.
+        DecodeError: it does not.
     """
     if value is not None and not 0 <= value <= U64_MAX:
-        raise Malformed(path, "is not an unsigned integer of 64 bits")
+        raise DecodeError(path, "is not an unsigned integer of 64 bits")

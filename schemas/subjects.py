@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from schemas import naming
-from schemas.malformed import Malformed, quoted
+from schemas.decode_error import DecodeError, quoted
 from schemas.requests import InstanceRef, Ping, Request, SetupNetwork, TeardownNetwork
 
 CELL_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,32}")
@@ -58,21 +58,21 @@ class Lane:
         """The inverse of `str`.
 
         Raises:
-            Malformed: not a lane, or an id in it that breaks the rule for ids; path `subject`.
+            DecodeError: not a lane, or an id in it that breaks the rule for ids; path `subject`.
         """
         kind, *ids = tokens.split(".")
         if kind not in LANE_IDS or len(ids) != len(LANE_IDS[kind]):
-            raise Malformed("subject", f"{quoted(tokens)} is no lane")
+            raise DecodeError("subject", f"{quoted(tokens)} is no lane")
         for token in ids:
             if not naming.ID_PATTERN.fullmatch(token):
-                raise Malformed("subject", f"{quoted(token)} is no id")
+                raise DecodeError("subject", f"{quoted(token)} is no id")
         return cls(kind, tuple(ids))
 
     def check(self, request: Request) -> None:
         """That the request belongs here.
 
         Raises:
-            Malformed: it does not; the path names the first id that differs.
+            DecodeError: it does not; the path names the first id that differs.
         """
         own = Lane.of_request(request)
         if own == self:
@@ -81,7 +81,7 @@ class Lane:
         if own.kind == self.kind:
             pairs = zip(LANE_IDS[self.kind], self.ids, own.ids, strict=True)
             path += next(f".{name}" for name, here, there in pairs if here != there)
-        raise Malformed(path, f"belongs to the lane {own}, was sent to {self}")
+        raise DecodeError(path, f"belongs to the lane {own}, was sent to {self}")
 
     @property
     def ref(self) -> InstanceRef | None:
@@ -182,11 +182,11 @@ class Subjects:
         """The lane of a command's subject.
 
         Raises:
-            Malformed: another host's subject, or no lane after `cmd`; path `subject`.
+            DecodeError: another host's subject, or no lane after `cmd`; path `subject`.
         """
         own = f"{self.root}.{self.host_id}.cmd."
         if not subject.startswith(own):
-            raise Malformed("subject", f"{quoted(subject)} is not below {own[:-1]}")
+            raise DecodeError("subject", f"{quoted(subject)} is not below {own[:-1]}")
         return Lane.parse(subject[len(own) :])
 
 
@@ -194,7 +194,7 @@ def lane_of_any(subject: str, kind: str) -> Lane:
     """The lane of a subject of any host below any root; `kind` is `cmd`, `reply`, `evt`, `dead`.
 
     Raises:
-        Malformed: it is no such subject; path `subject`.
+        DecodeError: it is no such subject; path `subject`.
     """
     tokens = subject.split(".")
     # A root, a host, the kind, the lane; a cell or an id may be called `cmd` too.
@@ -202,20 +202,20 @@ def lane_of_any(subject: str, kind: str) -> Lane:
         if tokens[at] == kind and tokens[at + 1] in LANE_IDS:
             end = len(tokens) - 1 if kind == "evt" else len(tokens)
             return Lane.parse(".".join(tokens[at + 1 : end]))
-    raise Malformed("subject", f"{quoted(subject)} is not <root>.<host>.{kind}.<lane>")
+    raise DecodeError("subject", f"{quoted(subject)} is not <root>.<host>.{kind}.<lane>")
 
 
 def check_reply_to(reply_to: str, prefixes: Sequence[str]) -> None:
     """That hostd may publish there: below an allowed prefix, one subject, no wildcard.
 
     Raises:
-        Malformed: it may not; nothing must be sent there.
+        DecodeError: it may not; nothing must be sent there.
     """
     path = "$.reply_to"
     if not REPLY_TO_PATTERN.fullmatch(reply_to):
-        raise Malformed(path, "is not 1 to 255 printable ASCII characters without blanks")
+        raise DecodeError(path, "is not 1 to 255 printable ASCII characters without blanks")
     if not any(reply_to.startswith(prefix) for prefix in prefixes):
-        raise Malformed(path, f"{quoted(reply_to)} does not begin with {' or '.join(prefixes)}")
+        raise DecodeError(path, f"{quoted(reply_to)} does not begin with {' or '.join(prefixes)}")
     tokens = reply_to.split(".")
     if "" in tokens or any("*" in token or ">" in token for token in tokens):
-        raise Malformed(path, f"{quoted(reply_to)} has an empty token or a wildcard")
+        raise DecodeError(path, f"{quoted(reply_to)} has an empty token or a wildcard")

@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, TypeVar
 import msgspec
 
 from schemas.codes import Code
-from schemas.malformed import Malformed, child, quoted
+from schemas.decode_error import DecodeError, child, quoted
 from schemas.unpack import convert, kind_of
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class Tagged(Generic[T]):
         """The variant in plain objects (`schemas/unpack.py`).
 
         Raises:
-            Malformed: `unsupported` for an unknown variant, an unknown field or a surplus element;
+            DecodeError: `unsupported` for an unknown variant or field or a surplus element;
                 `invalid` for everything else.
         """
         if isinstance(raw, str):
@@ -75,15 +75,15 @@ class Tagged(Generic[T]):
             path = child(path, name)
         else:
             got = f"map of {len(raw)}" if isinstance(raw, dict) else kind_of(raw)  # pyright: ignore[reportUnknownArgumentType]
-            raise Malformed(path, f"expected the name of a variant or a map of one, got {got}")
+            raise DecodeError(path, f"expected the name of a variant or a map of one, got {got}")
         shape = self._shapes.get(name)
         if shape is None:
-            raise Malformed(
+            raise DecodeError(
                 path, f"{self.name} has no variant {quoted(name)}", code=Code.UNSUPPORTED
             )
         if not shape.names:
             if payload is not None:
-                raise Malformed(path, f"{name} has no fields, got {kind_of(payload)}")
+                raise DecodeError(path, f"{name} has no fields, got {kind_of(payload)}")
             return Tag(self._units[name], compact=False, later=False)
         seen = _Seen()
         fields = self._fields(payload, shape, path, seen, self._later)
@@ -110,7 +110,7 @@ class Tagged(Generic[T]):
         if isinstance(raw, list):
             items = typing.cast("list[object]", raw)
             if len(items) > len(shape.names):
-                raise Malformed(
+                raise DecodeError(
                     child(path, len(shape.names)),
                     f"is past the {len(shape.names)} fields of {shape.kind.__name__}",
                     code=Code.UNSUPPORTED,
@@ -120,13 +120,13 @@ class Tagged(Generic[T]):
             fields = dict(typing.cast("dict[str, object]", raw))
             for name in fields:
                 if name not in shape.names:
-                    raise Malformed(
+                    raise DecodeError(
                         child(path, name),
                         f"is no field of {shape.kind.__name__}",
                         code=Code.UNSUPPORTED,
                     )
         else:
-            raise Malformed(
+            raise DecodeError(
                 path, f"expected the fields of {shape.kind.__name__}, got {kind_of(raw)}"
             )
         seen.later = seen.later or not later.isdisjoint(fields)

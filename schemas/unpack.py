@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar, cast
 import msgpack
 import msgspec
 
-from schemas.malformed import Malformed, child, quoted
+from schemas.decode_error import DecodeError, child, quoted
 
 MESSAGE_MAX_BYTES = 65_536
 MSGSPEC_ERROR = re.compile(r"(.*?)(?: - at `(?:key in )?\$([^`]*)`)?", re.DOTALL)
@@ -92,10 +92,10 @@ def unpack(data: bytes, limits: Limits = COMMAND) -> object:
     """Plain objects from msgpack: dict with str keys, list, str, int, bool, float, None.
 
     Raises:
-        Malformed: not one msgpack value, past the limits, or holding what hostd takes nowhere.
+        DecodeError: not one msgpack value, past the limits, or holding what hostd takes nowhere.
     """
     if len(data) > limits.size_bytes:
-        raise Malformed("$", f"{len(data)} bytes; at most {limits.size_bytes} are read")
+        raise DecodeError("$", f"{len(data)} bytes; at most {limits.size_bytes} are read")
     containers = _Containers(limits)
     try:
         value = msgpack.unpackb(
@@ -110,11 +110,11 @@ def unpack(data: bytes, limits: Limits = COMMAND) -> object:
             max_map_len=limits.items,
         )
     except _TooMany:
-        raise Malformed("$", f"more than {limits.containers} maps and arrays") from None
+        raise DecodeError("$", f"more than {limits.containers} maps and arrays") from None
     except msgpack.ExtraData as error:
-        raise Malformed("$", f"{len(error.extra)} bytes follow the value") from None
+        raise DecodeError("$", f"{len(error.extra)} bytes follow the value") from None
     except UNREADABLE as error:
-        raise Malformed("$", f"not msgpack within limits: {_reason(error)}") from error
+        raise DecodeError("$", f"not msgpack within limits: {_reason(error)}") from error
     return check(value, limits)
 
 
@@ -122,7 +122,7 @@ def unpack_map(data: bytes, limits: Limits = COMMAND) -> dict[str, object]:
     """As `unpack`, for what must be a map.
 
     Raises:
-        Malformed: as `unpack`, or not a map.
+        DecodeError: as `unpack`, or not a map.
     """
     return _as_map(unpack(data, limits))
 
@@ -131,18 +131,18 @@ def read_json(data: bytes, limits: Limits = FILE) -> dict[str, object]:
     """Plain objects from a JSON object; as strict as `unpack`.
 
     Raises:
-        Malformed: not one JSON object, past the limits, a duplicate key, NaN.
+        DecodeError: not one JSON object, past the limits, a duplicate key, NaN.
     """
     if len(data) > limits.size_bytes:
-        raise Malformed("$", f"{len(data)} bytes; at most {limits.size_bytes} are read")
+        raise DecodeError("$", f"{len(data)} bytes; at most {limits.size_bytes} are read")
     # Counted before the reader, which has no limits of its own, makes anything of them.
     if data.count(b"{") + data.count(b"[") > limits.containers:
-        raise Malformed("$", f"more than {limits.containers} objects and arrays")
+        raise DecodeError("$", f"more than {limits.containers} objects and arrays")
     containers = _Containers(limits)
     try:
         value = json.loads(data.decode(), object_pairs_hook=containers.of_pairs)
     except (ValueError, RecursionError) as error:
-        raise Malformed("$", f"not JSON: {_reason(error)}") from error
+        raise DecodeError("$", f"not JSON: {_reason(error)}") from error
     return _as_map(check(value, limits))
 
 
@@ -150,7 +150,7 @@ def convert(raw: object, kind: type[T], path: str = "$") -> T:
     """Typed validation of plain objects by msgspec, strict: no int for bool, no "1" for 1.
 
     Raises:
-        Malformed: with the path of the field below `path`.
+        DecodeError: with the path of the field below `path`.
     """
     try:
         return msgspec.convert(raw, kind, strict=True)
@@ -160,23 +160,23 @@ def convert(raw: object, kind: type[T], path: str = "$") -> T:
         where = path + (at or "")
         missing = what.removeprefix("Object missing required field `")
         if missing != what:
-            raise Malformed(child(where, missing.rstrip("`")), "is missing") from error
+            raise DecodeError(child(where, missing.rstrip("`")), "is missing") from error
         # The text may quote a value of the input.
-        raise Malformed(where, ascii(what[:200])[1:-1].replace("`", "")) from error
+        raise DecodeError(where, ascii(what[:200])[1:-1].replace("`", "")) from error
 
 
 def check(value: object, limits: Limits, path: str = "$") -> object:
     """The value itself, if nothing in it is of a kind that hostd takes nowhere.
 
     Raises:
-        Malformed: a duplicate key, a bin or ext, NaN or infinity, text that is not UTF-8, too deep.
+        DecodeError: a duplicate key, bin, ext, NaN, infinity, text that is not UTF-8, too deep.
     """
     try:
         _walk(value, limits.depth, limits.items)
     except _Fault as fault:
         for key in reversed(fault.keys):
             path = child(path, key)
-        raise Malformed(path, fault.message) from None
+        raise DecodeError(path, fault.message) from None
     return value
 
 
@@ -230,7 +230,7 @@ def _refuse(value: object) -> NoReturn:
 
 def _as_map(value: object) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise Malformed("$", f"expected a map, got {kind_of(value)}")
+        raise DecodeError("$", f"expected a map, got {kind_of(value)}")
     return cast("dict[str, object]", value)
 
 

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def kind_of(nodeid_path: Path) -> str:
-    """The folder below tests/ names the kind."""
+    """The directory below tests/ names the kind."""
     return nodeid_path.relative_to(HERE).parts[0]
 
 

@@ -18,7 +18,7 @@ from handlers.errors import (
     Unavailable,
     of_os_error,
 )
-from handlers.machine import Host
+from handlers.interfaces import Host
 from handlers.mechanism import Removable
 from handlers.registry import Handler
 from handlers.steps import Done, Halted, Steps, Traced, no_trace
@@ -35,10 +35,10 @@ from schemas.requests import (
     TeardownNetwork,
     WakeInstance,
 )
-from worker.journal import Journal
-from worker.journal_file import now_ms
-from worker.journal_mirror import CommandRow
-from worker.journal_writer import JournalFault
+from worker.journal.journal import Journal
+from worker.journal.memory import CommandRow
+from worker.journal.store import now_ms
+from worker.journal.writer import JournalFault
 from worker.lanes import Work
 
 BACKOFF_S: Final = 0.1

@@ -14,18 +14,18 @@ import structlog
 
 from schemas import codec, serde
 from schemas.codes import Code
+from schemas.decode_error import DecodeError
 from schemas.envelopes import Command, Form, Reply
-from schemas.malformed import Malformed
 from schemas.naming import COMMAND_ID_PATTERN
-from schemas.peek import Peeked, peek
+from schemas.partial import PartialEnvelope, peek
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Ping, Pong, Request
 from schemas.subjects import Lane, check_reply_to
-from worker.bus import Bus, BusError, Delivery
-from worker.journal import Journal
-from worker.journal_admission import Accepted, Found
-from worker.journal_file import now_ms
-from worker.journal_refusals import Refusal
-from worker.journal_writer import JournalFault
+from worker.bus.protocol import Bus, BusError, Delivery
+from worker.journal.admission import Accepted, Found
+from worker.journal.journal import Journal
+from worker.journal.refusals import Refusal
+from worker.journal.store import now_ms
+from worker.journal.writer import JournalFault
 from worker.lanes import Lanes
 
 log = structlog.get_logger()
@@ -112,7 +112,7 @@ class Intake:
     async def _settle(self, message: _Message) -> None:
         try:
             command = self._read(message)
-        except Malformed as error:
+        except DecodeError as error:
             await self._refuse_malformed(message, error)
             return
         if isinstance(command.request, Ping):
@@ -145,25 +145,25 @@ class Intake:
         """Decode and check; on the way `message` learns whom to answer, and how.
 
         Raises:
-            Malformed: invalid or unsupported.
+            DecodeError: invalid or unsupported.
         """
         delivery = message.delivery
-        malformed: Malformed | None = None
-        seen: Command | Peeked
+        malformed: DecodeError | None = None
+        seen: Command | PartialEnvelope
         try:
             seen = codec.decode_command(delivery.data)
-        except Malformed as error:
+        except DecodeError as error:
             seen, malformed = peek(delivery.data), error
         message.id, message.form = seen.id or _fallback_id(delivery), seen.form
         if seen.reply_to is not None:
             try:
                 check_reply_to(seen.reply_to, self._prefixes)
                 message.reply_to = seen.reply_to
-            except Malformed as error:
+            except DecodeError as error:
                 malformed = malformed or error
         message.lane = self._subjects.parse_command(delivery.subject)
-        if isinstance(seen, Peeked) or malformed is not None:
-            raise malformed or Malformed("$", "does not decode")
+        if isinstance(seen, PartialEnvelope) or malformed is not None:
+            raise malformed or DecodeError("$", "does not decode")
         message.lane.check(seen.request)
         if seen.unknown_keys:
             self.unknown_keys += len(seen.unknown_keys)
@@ -200,7 +200,7 @@ class Intake:
 
     # -- answers -------------------------------------------------------------------------------
 
-    async def _refuse_malformed(self, message: _Message, error: Malformed) -> None:
+    async def _refuse_malformed(self, message: _Message, error: DecodeError) -> None:
         reply = self._error(
             message,
             error.code,

@@ -22,10 +22,10 @@ from schemas.requests import (
     WakeInstance,
 )
 from schemas.subjects import Lane
-from worker.journal_mirror import CommandRow
+from worker.journal.memory import CommandRow
 
-WINNERS: Final = (StopInstance, DestroyInstance)
-LOSERS: Final = (StartInstance, WakeInstance, SleepInstance)
+SUPERSEDING: Final = (StopInstance, DestroyInstance)
+SUPERSEDABLE: Final = (StartInstance, WakeInstance, SleepInstance)
 
 log = structlog.get_logger()
 
@@ -60,7 +60,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Chore:
+class MaintenanceTask:
     """The worker's own work in a lane, e.g. after a VMM's exit: not journalled, never answered."""
 
     name: str
@@ -79,8 +79,8 @@ class Runner(Protocol):
 
 @dataclass(slots=True)
 class _Line:
-    waiting: deque[Work | Chore] = field(default_factory=deque[Work | Chore])
-    running: Work | Chore | None = None
+    waiting: deque[Work | MaintenanceTask] = field(default_factory=deque[Work | MaintenanceTask])
+    running: Work | MaintenanceTask | None = None
     task: asyncio.Task[None] | None = None
 
 
@@ -103,13 +103,13 @@ class Lanes:
     def put(self, row: CommandRow) -> None:
         """Queue a command behind all others of its lane, having superseded those it wins over."""
         line = self._lines.setdefault(row.lane, _Line())
-        if isinstance(row.command.request, WINNERS):
+        if isinstance(row.command.request, SUPERSEDING):
             self._supersede(line, row.id)
         line.waiting.append(Work(row))
         if self._started:
             self._wake(row.lane, line)
 
-    def put_chore(self, lane: Lane, chore: Chore) -> None:
+    def put_chore(self, lane: Lane, chore: MaintenanceTask) -> None:
         """Queue the worker's own work behind all else of the lane."""
         line = self._lines.setdefault(lane, _Line())
         line.waiting.append(chore)
@@ -151,10 +151,12 @@ class Lanes:
 
     def _supersede(self, line: _Line, by: str) -> None:
         running = line.running
-        if isinstance(running, Work) and isinstance(running.row.command.request, LOSERS):
+        if isinstance(running, Work) and isinstance(running.row.command.request, SUPERSEDABLE):
             running.supersede(by)
         for work in tuple(line.waiting):
-            if isinstance(work, Chore) or not isinstance(work.row.command.request, LOSERS):
+            if isinstance(work, MaintenanceTask) or not isinstance(
+                work.row.command.request, SUPERSEDABLE
+            ):
                 continue
             work.supersede(by)
             if not work.row.attempts:  # else an earlier worker began it: it must be undone
@@ -172,7 +174,7 @@ class Lanes:
             while line.waiting and not self._stopping:
                 line.running = line.waiting.popleft()
                 try:
-                    if isinstance(line.running, Chore):
+                    if isinstance(line.running, MaintenanceTask):
                         await line.running.run()
                     else:
                         await self._runner.run(line.running)
@@ -184,7 +186,7 @@ class Lanes:
                 del self._lines[lane]
 
 
-def _name(work: Work | Chore | None) -> str:
+def _name(work: Work | MaintenanceTask | None) -> str:
     if isinstance(work, Work):
         return work.row.id
     return work.name if work is not None else ""

@@ -14,9 +14,9 @@ from typing import cast
 import structlog
 
 from schemas import unpack
-from schemas.malformed import Malformed
-from worker.bus import Bus, BusError, StateConflict
-from worker.journal_file import now_ms
+from schemas.decode_error import DecodeError
+from worker.bus.protocol import Bus, BusError, StateConflict
+from worker.journal.store import now_ms
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -155,7 +155,7 @@ class Lease:
         data, revision = found
         try:
             value = unpack.unpack_map(data)
-        except Malformed:
+        except DecodeError:
             return revision
         machine_id, until_ms = value.get("machine_id"), value.get("lease_until_ms")
         live = isinstance(until_ms, int) and until_ms > self._clock()

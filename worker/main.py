@@ -18,30 +18,30 @@ from typing import Any
 import structlog
 
 from handlers.errors import Failure, of_os_error
-from handlers.host.host_facts import HostFacts
-from handlers.host.host_lock import HostLock
-from handlers.host.versions import check_versions
+from handlers.host.facts import HostFacts
+from handlers.host.lock import HostLock
+from handlers.host.vmm.versions import check_versions
 from handlers.registry import HANDLERS, mechanisms
 from schemas.codes import EXIT_CODES, Code
 from schemas.settings import Settings
 from schemas.subjects import Subjects
-from worker.answers import Answers
-from worker.ask import ask_service
-from worker.caretaker import Caretaker
+from worker.bus.nats import NatsBus
 from worker.dispatch import Dispatch
+from worker.failpoints import tracer
 from worker.health import HealthServer
+from worker.host_factory import RealHost, open_real_host, prepare_dirs
 from worker.intake import Intake
-from worker.journal import Journal
+from worker.journal.journal import Journal
 from worker.lanes import Lanes, Work
 from worker.lease import Holder, Lease, LeaseHeld
 from worker.metrics import Metrics, sample_loop_lag
-from worker.nats_bus import NatsBus
 from worker.outbox import Outbox
-from worker.real_host import RealHost, open_real_host, prepare_folders
-from worker.recovery import Recovery
-from worker.state import StateWriter
-from worker.supervisor import Supervisor
-from worker.trace import tracer
+from worker.queries.answers import Answers
+from worker.queries.service import ask_service
+from worker.reconcile.reconciler import Reconciler
+from worker.reconcile.recovery import Recovery
+from worker.reconcile.vmm_watch import VmmWatch
+from worker.state_writer import StateWriter
 
 OUTBOX_S = 5.0
 LEASE_PATIENCE_S = 2.0
@@ -70,7 +70,7 @@ def _refused(code: Code, reason: str) -> int:
 
 
 async def _until_stopped(settings: Settings) -> None:
-    prepare_folders(settings)
+    prepare_dirs(settings)
     async with AsyncExitStack() as stack:
         stack.enter_context(HostLock(settings.paths.run))
         await check_versions(settings)
@@ -120,7 +120,7 @@ class Background:
         await _end(list(self._tasks))
 
 
-class Attended:
+class NotifyingRunner:
     """A lane's runner that tells the supervisor when a command may have started or ended a VMM."""
 
     def __init__(self, dispatch: Dispatch) -> None:
@@ -157,9 +157,11 @@ class Worker:
         self._real = real
         self._background = background
         trace = tracer(os.environ)
-        runner = Attended(Dispatch(journal, HANDLERS, host, known, meters=metrics, trace=trace))
+        runner = NotifyingRunner(
+            Dispatch(journal, HANDLERS, host, known, meters=metrics, trace=trace)
+        )
         self.lanes = Lanes(runner)
-        self.supervisor = Supervisor(host, journal, self.lanes, metrics)
+        self.supervisor = VmmWatch(host, journal, self.lanes, metrics)
         runner.after = self.supervisor.sync
         self.intake = Intake(
             bus,
@@ -185,7 +187,7 @@ class Worker:
             version=version("hostd"),
             inbox_prefixes=settings.nats.inbox_prefixes,
         )
-        self.caretaker = Caretaker(real, journal, self.lanes, known, metrics)
+        self.caretaker = Reconciler(real, journal, self.lanes, known, metrics)
         self.recovery = Recovery(host, journal, self.supervisor)
         metrics.on_collect(self._collect)
         bus.on_connection(self._connection_changed)

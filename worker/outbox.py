@@ -12,11 +12,11 @@ from typing import Final
 import msgspec
 import structlog
 
-from worker.bus import Bus, BusError
-from worker.journal import Journal
-from worker.journal_mirror import OUT_KINDS
-from worker.journal_transaction import OutRow
-from worker.journal_writer import JournalFault
+from worker.bus.protocol import Bus, BusError
+from worker.journal.journal import Journal
+from worker.journal.memory import OUT_KINDS
+from worker.journal.transaction import OutRow
+from worker.journal.writer import JournalFault
 
 WINDOWS: Final = {"reply": 64, "direct": 64, "dead": 8, "event": 1}
 BACKOFF_S: Final = 0.05

@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from handlers.host.base_rules import CARRIED
-from handlers.host.cgroups import CgroupTree
-from handlers.host.kernel_thread import stay
-from handlers.host.networks import open_network_mechanisms
-from handlers.host.processes import FileIdentity, read_cgroup, read_stat
-from handlers.host.snapshot_manifest import CONSUMED, MANIFEST, MEMORY
+from handlers.host.linux.kernel_thread import stay
+from handlers.host.net.host_network import open_network_mechanisms
+from handlers.host.net.ruleset import CARRIED
+from handlers.host.snapshot.manifest import CONSUMED, MANIFEST, MEMORY
+from handlers.host.vmm.cgroups import CgroupTree
+from handlers.host.vmm.processes import FileIdentity, read_cgroup, read_stat
 from schemas.settings import NetworkSettings, Settings
 
 JAIL_ID = re.compile(r"[0-9a-f]{12}-[0-9]+")
@@ -56,7 +56,7 @@ def take(settings: Settings, *, enter: Callable[[], None] = stay) -> Inventory:
     """Look at the whole host. Blocks; to be called from a thread where a loop runs.
 
     Args:
-        settings: say where hostd's folders and cgroups are.
+        settings: say where hostd's directories and cgroups are.
         enter: enters the network namespace to look at; by default the caller's.
 
     Raises:
@@ -148,13 +148,13 @@ def _is_ours(pid: int, files: set[FileIdentity], cgroup: str) -> bool:
 
 
 def _cgroups(settings: Settings) -> tuple[str, ...]:
-    """The leaves below `[limits] cgroup`; a tenant's folder that is empty is one."""
+    """The leaves below `[limits] cgroup`; a tenant's directory that is empty is one."""
     tree = CgroupTree.of(settings)
     base = tree.path(tree.base)
     return _sorted(
         os.path.relpath(path, tree.mount)
-        for path, folders, _ in _walk(base)
-        if not folders and path != base
+        for path, directories, _ in _walk(base)
+        if not directories and path != base
     )
 
 
@@ -168,11 +168,11 @@ def _jails(settings: Settings) -> tuple[str, ...]:
 
 
 def _in_jails(roots: list[str], wanted: Callable[[str, int], bool]) -> Iterator[str]:
-    """Files directly in a jail or one folder deeper: what else a VMM may make there is its own."""
+    """Files in a jail, at most one directory deep: what else a VMM may make is its own."""
     for root in roots:
-        for path, folders, names in _walk(root):
+        for path, directories, names in _walk(root):
             if path != root:
-                folders.clear()
+                directories.clear()
             for name in names:
                 found = _lstat(f"{path}/{name}")
                 if found and wanted(name, found.st_mode):
@@ -192,24 +192,24 @@ def _snapshots(base: str) -> tuple[tuple[str, ...], list[str]]:
     return _sorted(whole), half
 
 
-def _woken(folder: str) -> bool:
+def _woken(directory: str) -> bool:
     """Whether it is the memory of a live VM, which was woken from it: its jail links the file."""
-    memory = _lstat(f"{folder}/{MEMORY}")
-    return memory is not None and memory.st_nlink > 1 and os.path.exists(f"{folder}/{CONSUMED}")
+    memory = _lstat(f"{directory}/{MEMORY}")
+    return memory is not None and memory.st_nlink > 1 and os.path.exists(f"{directory}/{CONSUMED}")
 
 
 def _temp(settings: Settings) -> Iterator[str]:
     """Paths of what was to be renamed into place and was not."""
     state, data = settings.paths.state, settings.paths.data
     for base in (state, *(f"{state}/{kind}" for kind in ("artifacts", "snapshots", "logs"))):
-        for path, folders, names in _walk(base):
+        for path, directories, names in _walk(base):
             if base == state:
-                folders.clear()
+                directories.clear()
             elif base.endswith("/snapshots") and _depth(path, base) >= 3:
-                folders.clear()  # a snapshot's folder is whole or half, as one
+                directories.clear()  # a snapshot's directory is whole or half, as one
             yield from (f"{path}/{name}" for name in names if _half(name))
-            yield from (f"{path}/{name}" for name in folders if _half(name))
-            folders[:] = [name for name in folders if not _half(name)]
+            yield from (f"{path}/{name}" for name in directories if _half(name))
+            directories[:] = [name for name in directories if not _half(name)]
     for path, _, names in _walk(f"{data}/tenants"):
         yield from (f"{path}/{name}" for name in names if HALF_BESIDE_AGENTDS.fullmatch(name))
 
@@ -220,11 +220,11 @@ def _half(path: str) -> bool:
 
 
 def _at_depth(base: str, depth: int) -> Iterator[str]:
-    """Folders that many levels below, relative to the base; no link is followed."""
-    for path, folders, _ in _walk(base):
+    """Directories that many levels below, relative to the base; no link is followed."""
+    for path, directories, _ in _walk(base):
         if _depth(path, base) == depth - 1:
-            yield from (os.path.relpath(f"{path}/{name}", base) for name in folders)
-            folders.clear()
+            yield from (os.path.relpath(f"{path}/{name}", base) for name in directories)
+            directories.clear()
 
 
 def _walk(base: str) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -241,9 +241,9 @@ def _depth(path: str, base: str) -> int:
     return path.count("/") - base.count("/")
 
 
-def _names(folder: str) -> list[str]:
+def _names(directory: str) -> list[str]:
     try:
-        return os.listdir(folder)
+        return os.listdir(directory)
     except FileNotFoundError:
         return []
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
-from worker.bus import BusError, Delivery
-from worker.embedded import EmbeddedNats
-from worker.nats_bus import NatsBus
-from worker.nats_client import ALL_GUARDS, Guard, Tuning
-from worker.nats_link import Link
-from worker.provision import provision
+from worker.bus.connection import Link
+from worker.bus.guarded_client import ALL_GUARDS, Guard, Tuning
+from worker.bus.nats import NatsBus
+from worker.bus.protocol import BusError, Delivery
+from worker.bus.provision import provision
+from worker.demo.nats_server import EmbeddedNats
 
 CELL = "test"
 HOST = "h1"
@@ -62,10 +62,10 @@ class Server(EmbeddedNats):
 
 @asynccontextmanager
 async def running_server(
-    folder: Path, *, config: str = "", program: str = ""
+    directory: Path, *, config: str = "", program: str = ""
 ) -> AsyncIterator[Server]:
-    """A started server in a folder of its own, gone afterwards."""
-    server = Server(str(folder), config=config, program=program)
+    """A started server in a directory of its own, gone afterwards."""
+    server = Server(str(directory), config=config, program=program)
     await server.start()
     try:
         yield server

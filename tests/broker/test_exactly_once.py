@@ -16,13 +16,13 @@ from schemas.requests import Request
 from schemas.settings import NatsSettings
 from schemas.subjects import Lane
 from tests.broker.server import HOST, QUICK, SUBJECTS, Server, eventually, linked
-from tests.fakes import shell as fakes
+from tests.fakes import shell_worker as fakes
 from tests.fakes.bus import FakeBus
-from tests.fakes.shell import Machine, Shell, command, start, stop
-from worker.bus import BusError
-from worker.nats_bus import NatsBus
-from worker.nats_link import Link, Message
-from worker.provision import provision
+from tests.fakes.shell_worker import Machine, ShellWorker, command, start, stop
+from worker.bus.connection import Link, Message
+from worker.bus.nats import NatsBus
+from worker.bus.protocol import BusError
+from worker.bus.provision import provision
 
 
 class Agentd:
@@ -85,7 +85,7 @@ async def agentd(server: Server) -> AsyncIterator[Agentd]:
 @asynccontextmanager
 async def worker(
     server: Server, path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Shell]:
+) -> AsyncIterator[ShellWorker]:
     monkeypatch.setattr(fakes, "SUBJECTS", SUBJECTS)
     bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
     await bus.start()

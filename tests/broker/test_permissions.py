@@ -12,17 +12,17 @@ import msgpack
 import pytest
 import pytest_asyncio
 
-from handlers.host.embedded_nats import find_program
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
 from tests.broker.server import QUICK, Receiver, Server, eventually
-from tests.broker.test_ask import Answers
-from worker.ask import ask_service
-from worker.bus import BusError
-from worker.nats_bus import NatsBus
-from worker.nats_link import Link
-from worker.nats_message import Message
-from worker.provision import provision
+from tests.broker.test_queries import Answers
+from worker.bus.connection import Link
+from worker.bus.message import Message
+from worker.bus.nats import NatsBus
+from worker.bus.protocol import BusError
+from worker.bus.provision import provision
+from worker.demo.nats_config import find_program
+from worker.queries.service import ask_service
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "nats" / "hostd.conf"
 H1 = Subjects("hostd.v1.default", "h1", "default")

@@ -20,11 +20,11 @@ from tests.broker.server import (
     linked,
     running_server,
 )
-from worker import topology
-from worker.bus import BusError, NotProvisioned
-from worker.nats_bus import NatsBus
-from worker.nats_link import Link
-from worker.provision import provision
+from worker.bus import streams
+from worker.bus.connection import Link
+from worker.bus.nats import NatsBus
+from worker.bus.protocol import BusError, NotProvisioned
+from worker.bus.provision import provision
 
 OBJECTS = 5
 
@@ -60,7 +60,7 @@ async def test_it_brings_back_what_was_changed(server: Server) -> None:
         await provision(admin, SUBJECTS, [HOST])
         name = SUBJECTS.events_stream
         config = (await api(admin, f"STREAM.INFO.{name}"))["config"]
-        config |= {"max_age": 60 * topology.NS, "duplicate_window": 60 * topology.NS}
+        config |= {"max_age": 60 * streams.NS, "duplicate_window": 60 * streams.NS}
         assert "error" not in await api(admin, f"STREAM.UPDATE.{name}", config)
         stream = SUBJECTS.commands_stream
         consumer = (await api(admin, f"CONSUMER.INFO.{stream}.{HOST}"))["config"]
@@ -117,7 +117,7 @@ async def test_the_worker_finds_a_wrong_consumer(
     async with consuming_host(server) as host:
         stream = SUBJECTS.commands_stream
         await api(host.admin, f"CONSUMER.DELETE.{stream}.{HOST}")
-        config = topology.consumer_config(SUBJECTS) | {field: value}
+        config = streams.consumer_config(SUBJECTS) | {field: value}
         body = {"stream_name": stream, "config": config}
         await api(host.admin, f"CONSUMER.DURABLE.CREATE.{stream}.{HOST}", body)
 

@@ -8,10 +8,10 @@ import pytest
 
 from tests.broker.proxy import proxied
 from tests.broker.server import HOST, SUBJECTS, Server, consuming_host, eventually, linked
-from tests.broker.test_client_guards import guard_cases
-from worker.bus import BusError, NotProvisioned
-from worker.nats_client import Guard
-from worker.nats_link import Link
+from tests.broker.test_guarded_client import guard_cases
+from worker.bus.connection import Link
+from worker.bus.guarded_client import Guard
+from worker.bus.protocol import BusError, NotProvisioned
 
 REPLY = f"{SUBJECTS.root}.{HOST}.reply.host"
 

@@ -8,12 +8,12 @@ import pytest
 
 from schemas.settings import NatsSettings
 from tests.broker.server import QUICK, eventually, running_server
-from worker.nats_link import Link
+from worker.bus.connection import Link
 
 
-def authority(folder: Path, name: str) -> Path:
+def authority(directory: Path, name: str) -> Path:
     """A self-signed certificate for 127.0.0.1, its own authority."""
-    key, cert = folder / f"{name}.key", folder / f"{name}.pem"
+    key, cert = directory / f"{name}.key", directory / f"{name}.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
          "-nodes", "-keyout", str(key), "-out", str(cert), "-days", "1", "-subj", f"/CN={name}",

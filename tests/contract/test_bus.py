@@ -21,16 +21,16 @@ from tests.broker.server import (
     running_server,
 )
 from tests.fakes.bus import FakeBus
-from worker.bus import Bus, BusError, StateConflict
-from worker.nats_bus import NatsBus
-from worker.nats_link import Link
-from worker.provision import provision
+from worker.bus.connection import Link
+from worker.bus.nats import NatsBus
+from worker.bus.protocol import Bus, BusError, StateConflict
+from worker.bus.provision import provision
 
 BASE = f"{SUBJECTS.root}.{HOST}"
 KEY = f"{HOST}.host"
 
 
-class World(Protocol):
+class BusUnderTest(Protocol):
     """A bus and the other side of it."""
 
     bus: Bus
@@ -85,11 +85,11 @@ class RealWorld:
 
 
 @asynccontextmanager
-async def world_of(kind: str, folder: Path) -> AsyncIterator[World]:
+async def world_of(kind: str, directory: Path) -> AsyncIterator[BusUnderTest]:
     if kind == "fake":
         yield FakeWorld()
         return
-    async with running_server(folder / "nats") as server, linked(server.url) as admin:
+    async with running_server(directory / "nats") as server, linked(server.url) as admin:
         await provision(admin, SUBJECTS, [HOST])
         bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
         await bus.start()
@@ -107,7 +107,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @asynccontextmanager
-async def consumed(world: World, receiver: Receiver) -> AsyncIterator[None]:
+async def consumed(world: BusUnderTest, receiver: Receiver) -> AsyncIterator[None]:
     consumer = asyncio.create_task(world.bus.consume(receiver))
     try:
         yield

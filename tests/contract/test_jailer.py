@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from handlers.host import processes
-from handlers.host.confinement import read_status
-from handlers.host.jailer import Jailer
+from handlers.host.vmm import processes
+from handlers.host.vmm.confinement import read_status
+from handlers.host.vmm.jailer import Jailer
 from handlers.specs import LaunchSpec
-from tests.vm.rig import UID, Rig, own_network, rig
+from tests.vm.vmm_rig import UID, VmmRig, own_network, vmm_rig
 
 
 @pytest_asyncio.fixture(name="rig")
-async def jail_rig(tmp_path: Path) -> AsyncIterator[Rig]:
+async def jail_rig(tmp_path: Path) -> AsyncIterator[VmmRig]:
     with own_network():
-        async with rig(tmp_path) as made:
+        async with vmm_rig(tmp_path) as made:
             yield made
 
 
-def run(rig: Rig, spec: LaunchSpec, **changes: str) -> subprocess.CompletedProcess[str]:
+def run(rig: VmmRig, spec: LaunchSpec, **changes: str) -> subprocess.CompletedProcess[str]:
     """The very command line hostd uses, with some values changed."""
     arguments = Jailer(rig.settings).arguments(spec)
     for option, value in changes.items():
@@ -39,19 +39,19 @@ async def until(holds: Callable[[], object], *, within_s: float = 5) -> None:
             await asyncio.sleep(0.002)
 
 
-async def pid_of(rig: Rig, spec: LaunchSpec) -> int:
+async def pid_of(rig: VmmRig, spec: LaunchSpec) -> int:
     """From the pid file, which may come later than the socket."""
     path = rig.root(spec) / "firecracker.pid"
     await until(lambda: path.exists() and path.read_text() and _listens(rig, spec))
     return int(path.read_text())
 
 
-def _listens(rig: Rig, spec: LaunchSpec) -> bool:
+def _listens(rig: VmmRig, spec: LaunchSpec) -> bool:
     return (rig.root(spec) / "api.sock").exists()
 
 
 async def test_the_pid_file_holds_the_vmms_pid_in_our_namespace_and_the_cgroup_agrees(
-    rig: Rig,
+    rig: VmmRig,
 ) -> None:
     spec = await rig.prepare()
 
@@ -62,7 +62,7 @@ async def test_the_pid_file_holds_the_vmms_pid_in_our_namespace_and_the_cgroup_a
     assert read_status(f"/proc/{pid}/status")["NSpid"] == f"{pid} 1"
 
 
-async def test_a_missing_parent_cgroup_is_silently_done_without(rig: Rig) -> None:
+async def test_a_missing_parent_cgroup_is_silently_done_without(rig: VmmRig) -> None:
     spec = await rig.prepare()
 
     outcome = run(rig, spec, parent_cgroup=f"{rig.tree.base}/nobody/made-this")
@@ -79,7 +79,7 @@ async def test_a_missing_parent_cgroup_is_silently_done_without(rig: Rig) -> Non
         os.close(pidfd)
 
 
-async def test_in_its_own_pid_namespace_sigterm_is_ignored_and_sigkill_is_not(rig: Rig) -> None:
+async def test_in_its_own_pid_namespace_sigterm_is_ignored_and_sigkill_is_not(rig: VmmRig) -> None:
     spec = await rig.prepare()
     run(rig, spec)
     pid = await pid_of(rig, spec)
@@ -94,7 +94,7 @@ async def test_in_its_own_pid_namespace_sigterm_is_ignored_and_sigkill_is_not(ri
         os.close(pidfd)
 
 
-async def test_a_jail_in_which_a_vmm_died_refuses_the_next(rig: Rig) -> None:
+async def test_a_jail_in_which_a_vmm_died_refuses_the_next(rig: VmmRig) -> None:
     spec = await rig.prepare()
     run(rig, spec)
     await pid_of(rig, spec)
@@ -107,7 +107,7 @@ async def test_a_jail_in_which_a_vmm_died_refuses_the_next(rig: Rig) -> None:
     assert (rig.root(spec) / "api.sock").exists()
 
 
-async def test_without_the_log_file_the_vmm_dies_without_a_word(rig: Rig) -> None:
+async def test_without_the_log_file_the_vmm_dies_without_a_word(rig: VmmRig) -> None:
     spec = await rig.prepare()
     (rig.root(spec) / "log").unlink()
 
@@ -130,7 +130,7 @@ async def test_without_the_log_file_the_vmm_dies_without_a_word(rig: Rig) -> Non
     ],
 )
 async def test_what_it_refuses_it_says_and_its_code_is_not_0(
-    rig: Rig, changes: dict[str, str], words: str
+    rig: VmmRig, changes: dict[str, str], words: str
 ) -> None:
     spec = await rig.prepare()
 
@@ -141,9 +141,9 @@ async def test_what_it_refuses_it_says_and_its_code_is_not_0(
     assert not rig.tree.pids(spec.cgroup)
 
 
-async def test_neither_environment_nor_descriptors_reach_the_vmm(rig: Rig) -> None:
+async def test_neither_environment_nor_descriptors_reach_the_vmm(rig: VmmRig) -> None:
     spec = await rig.prepare()
-    canary = os.open(rig.folder, os.O_RDONLY)
+    canary = os.open(rig.directory, os.O_RDONLY)
     os.set_inheritable(canary, True)
     try:
         subprocess.run(
@@ -159,11 +159,11 @@ async def test_neither_environment_nor_descriptors_reach_the_vmm(rig: Rig) -> No
     pid = await pid_of(rig, spec)
     assert Path(f"/proc/{pid}/environ").read_bytes() == b""
     opened = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
-    assert str(rig.folder) not in opened
+    assert str(rig.directory) not in opened
     assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)} <= {"/dev/null", "/null"}
 
 
-async def test_the_jail_is_closed_to_others_whatever_the_umask(rig: Rig) -> None:
+async def test_the_jail_is_closed_to_others_whatever_the_umask(rig: VmmRig) -> None:
     spec = await rig.prepare()
     rig.root(spec).chmod(0o755)
     await rig.vmms.ensure(spec)

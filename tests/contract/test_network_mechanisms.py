@@ -11,12 +11,12 @@ from typing import Protocol, cast
 import pytest
 
 from handlers.errors import Conflict
-from handlers.machine import Networks, Records
+from handlers.interfaces import Networks, Records
 from handlers.mechanism import Mechanism
 from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
 from tests.fakes import host as fake
-from tests.kernel.netns import HostNet
-from tests.kernel.plans import GuestPlan, net_of
+from tests.kernel.net.netns import HostNet
+from tests.kernel.net.plans import GuestPlan, net_of
 
 ACME, UMBRA = net_of(3), net_of(300)
 GUEST = GuestPlan("acme", ACME, 5)

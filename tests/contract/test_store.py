@@ -1,4 +1,4 @@
-"""What handlers rely on of artefacts, disks, jails and snapshots, whoever implements them.
+"""What handlers rely on of artifacts, disks, jails and snapshots, whoever implements them.
 
 Each test runs against every store in `STORES`: the real mechanisms on real files, and the
 in-memory host that the handlers' tests stand on, so that it cannot promise what is not so.
@@ -14,8 +14,10 @@ import msgspec
 import pytest
 
 from handlers.errors import HostFault, Invalid
-from handlers.host import artifacts, data_disks, jails, snapshots
-from handlers.machine import DataDisks, Jails, Snapshots
+from handlers.host.jail import jails
+from handlers.host.snapshot import snapshots
+from handlers.host.storage import artifacts, data_disks
+from handlers.interfaces import DataDisks, Jails, Snapshots
 from handlers.mechanism import Mechanism
 from handlers.specs import (
     Artifact,
@@ -27,7 +29,7 @@ from handlers.specs import (
 )
 from schemas import naming
 from tests.fakes import host as fake
-from tests.kernel.store_world import REF, REVISION, make_world
+from tests.kernel.storage.store_host import REF, REVISION, make_world
 
 UID = 2_000_000_007
 VMM = "1.12.1"
@@ -47,8 +49,8 @@ class Store:
 
 
 @asynccontextmanager
-async def real_store(folder: Path) -> AsyncIterator[Store]:
-    world = make_world(folder)
+async def real_store(directory: Path) -> AsyncIterator[Store]:
+    world = make_world(directory)
     places = {"data": str(world.data), "state": str(world.state)}
     base = str(world.jails)
     real_jails = jails.Jails(**places, jail_base=base)
@@ -75,7 +77,7 @@ async def real_store(folder: Path) -> AsyncIterator[Store]:
 
 
 @asynccontextmanager
-async def fake_store(_folder: Path) -> AsyncIterator[Store]:
+async def fake_store(_dir: Path) -> AsyncIterator[Store]:
     machine = fake.seeded()
 
     async def vmm_writes(jail_id: str, _paths: tuple[str, str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from handlers.errors import HostFault
-from handlers.host.versions import check_versions
+from handlers.host.vmm.versions import check_versions
 from schemas.settings import Settings, VmmSettings
 from tests.guests.firecracker import FIRECRACKER, JAILER
 
@@ -14,8 +14,8 @@ def settings_with(firecracker: Path, jailer: Path) -> Settings:
     return Settings(vmm=VmmSettings(firecracker=str(firecracker), jailer=str(jailer)))
 
 
-def stand_in(folder: Path, said: str) -> Path:
-    program = folder / "firecracker"
+def stand_in(directory: Path, said: str) -> Path:
+    program = directory / "firecracker"
     program.write_text(f"#!/bin/sh\necho '{said}'\n")
     program.chmod(0o755)
     return program

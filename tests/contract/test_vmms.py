@@ -14,11 +14,11 @@ import msgspec
 import pytest
 
 from handlers.errors import Conflict, Unavailable
-from handlers.machine import Vmms
+from handlers.interfaces import Vmms
 from handlers.specs import LaunchSpec
 from tests.fakes import host as fake
 from tests.guests.firecracker import FIRECRACKER
-from tests.vm.rig import own_network, rig
+from tests.vm.vmm_rig import own_network, vmm_rig
 
 UID = 2_000_000_009
 Prepare = Callable[[], Awaitable[LaunchSpec]]
@@ -34,9 +34,9 @@ class VmmHost:
 
 
 @asynccontextmanager
-async def real(folder: Path) -> AsyncIterator[VmmHost]:
+async def real(directory: Path) -> AsyncIterator[VmmHost]:
     with own_network():
-        async with rig(folder) as made:
+        async with vmm_rig(directory) as made:
 
             def jailer_runs() -> list[str]:
                 log = Path(made.settings.paths.state, "launches.log")
@@ -47,7 +47,7 @@ async def real(folder: Path) -> AsyncIterator[VmmHost]:
 
 
 @asynccontextmanager
-async def in_memory(_folder: Path) -> AsyncIterator[VmmHost]:
+async def in_memory(_dir: Path) -> AsyncIterator[VmmHost]:
     machine = fake.FakeHost()
     numbers = itertools.count(1)
 

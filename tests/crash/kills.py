@@ -11,8 +11,8 @@ import msgpack
 from nats.aio.msg import Msg
 
 from schemas.requests import Request
-from tests.live import LiveHost
-from worker.trace import STOP_AT, TELL
+from tests.live_host import LiveHost
+from worker.failpoints import STOP_AT, TELL
 
 
 async def until(holds: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
@@ -25,7 +25,7 @@ async def until(holds: Callable[[], bool], what: str, timeout_s: float = 30) -> 
 
 async def stand_at(host: LiveHost, moment: str, request: Request, command_id: str) -> None:
     """Have a new worker stand still at the moment, in the midst of the command."""
-    told = Path(host.folder, f"trace-{command_id}")
+    told = Path(host.directory, f"trace-{command_id}")
     await host.stop_worker()
     await host.start_worker(**{STOP_AT: moment, TELL: str(told)})
     await host.publish(request, command_id)

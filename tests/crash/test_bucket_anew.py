@@ -2,8 +2,8 @@
 
 import asyncio
 
-from tests.live import live_host
-from worker.demo_host import provision_cell
+from tests.live_host import live_host
+from worker.demo.host import provision_cell
 
 
 async def test_a_bucket_made_anew_is_filled_again() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from schemas.requests import SleepInstance
 from tests.crash.kills import assert_one_outcome, until
-from tests.live import NAMES, SLEEP, START, STOP, WAKE, LiveHost, live_host
-from worker.demo import provision_cell
+from tests.live_host import NAMES, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from worker.demo.command import provision_cell
 
 HELD = SleepInstance(*NAMES, force=False, drain_timeout_secs=600)
 HEALED_S = 10.0

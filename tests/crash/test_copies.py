@@ -12,7 +12,7 @@ from schemas.envelopes import Command
 from schemas.requests import Request, SetupNetwork, TeardownNetwork
 from schemas.subjects import Lane
 from tests.crash.kills import until
-from tests.live import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.live_host import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
 
 COPIES = 10
 

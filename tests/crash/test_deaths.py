@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from handlers.host.processes import has_exited, open_pidfd
+from handlers.host.vmm.processes import has_exited, open_pidfd
 from schemas.requests import InstanceRef, SleepInstance, StartInstance
 from tests.crash.kills import (
     assert_one_outcome,
@@ -17,8 +17,8 @@ from tests.crash.kills import (
     until,
     wait_event,
 )
-from tests.live import DESTROY, NAMES, SLEEP, START, STOP, WAKE, LiveHost, live_host
-from worker.demo_guest import echo_through_tap
+from tests.live_host import DESTROY, NAMES, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from worker.demo.guest import echo_through_tap
 
 NOTICED_S = 1.0
 OTHER = InstanceRef("acme", "web", "i-2")

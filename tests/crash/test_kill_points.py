@@ -10,7 +10,7 @@ import pytest
 
 from schemas.requests import SetupNetwork, TeardownNetwork
 from tests.crash.kills import assert_one_outcome, kill_at
-from tests.live import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.live_host import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
 
 # What has to go before, in order, and after it how often the jailer was executed in all.
 BEFORE: dict[str, tuple[tuple[str, ...], int]] = {

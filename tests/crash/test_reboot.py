@@ -5,13 +5,13 @@ import subprocess
 import uuid
 from pathlib import Path
 
-from handlers.host.cgroups import find_mount
-from handlers.host.processes import boot_id
+from handlers.host.vmm.cgroups import find_mount
+from handlers.host.vmm.processes import boot_id
 from schemas.requests import InstanceRef, SleepInstance, StartInstance, TenantNet, WakeInstance
 from tests.crash.kills import assert_one_outcome, events, kill_at, until
 from tests.crash.test_deaths import end_vmm
-from tests.live import REF, SLEEP, START, WAKE, LiveHost, live_host
-from worker.demo_guest import echo_through_tap
+from tests.live_host import REF, SLEEP, START, WAKE, LiveHost, live_host
+from worker.demo.guest import echo_through_tap
 
 OTHER = InstanceRef("acme", "web", "i-2")
 OTHER_NAMES = (OTHER.tenant_id, OTHER.pool_id, OTHER.instance_id)
@@ -32,8 +32,8 @@ async def reboot(host: LiveHost, net: TenantNet) -> None:
             subprocess.run(["ip", "link", "del", name], check=True)
     subprocess.run(["nft", "flush", "ruleset"], check=True)
     top = Path(find_mount(), host.settings.limits.cgroup)
-    for folder in sorted(top.glob("**/"), reverse=True):
-        folder.rmdir()
+    for directory in sorted(top.glob("**/"), reverse=True):
+        directory.rmdir()
     for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
         point = line.split()[1]
         if point.startswith(f"{host.settings.paths.state}/"):

@@ -4,8 +4,8 @@ import time
 
 from schemas.requests import SleepInstance
 from tests.crash.kills import assert_one_outcome, stand_at, until
-from tests.live import NAMES, REF, START, STOP, LiveHost, live_host
-from worker.demo_guest import echo_through_tap
+from tests.live_host import NAMES, REF, START, STOP, LiveHost, live_host
+from worker.demo.guest import echo_through_tap
 
 LONG_SLEEP = SleepInstance(*NAMES, force=False, drain_timeout_secs=600)
 

@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 
 from handlers.errors import HostFault
-from handlers.host.artifacts import Artifacts
-from handlers.host.data_disks import DataDisks
-from handlers.host.jails import Jails
-from handlers.host.shared_files import SharedFiles
-from handlers.host.small_drives import CONFIG, SECRETS, SmallDrives
-from handlers.host.snapshots import Snapshots
-from handlers.host.threads import Pace
+from handlers.host.jail.jails import Jails
+from handlers.host.linux.file_threads import CancelToken
+from handlers.host.snapshot.snapshots import Snapshots
+from handlers.host.storage.agentd_files import SharedFiles
+from handlers.host.storage.artifacts import Artifacts
+from handlers.host.storage.data_disks import DataDisks
+from handlers.host.storage.drive_images import CONFIG, SECRETS, SmallDrives
 from handlers.specs import ArtifactSpec, DataDiskSpec, JailFile, JailSpec, SnapshotFacts
 from schemas import naming
-from tests.kernel.store_world import REF, REVISION, World, make_world
+from tests.kernel.storage.store_host import REF, REVISION, StoreHost, make_world
 
 UID = 2_000_000_007
 KEY = str(REF)
@@ -61,7 +61,7 @@ def killed_at(n: int, work: Callable[[], object]) -> bool:
 class Worker:
     """The store's mechanisms as one worker has them; a new one for each life."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: StoreHost) -> None:
         places = {"data": str(world.data), "state": str(world.state)}
         base = str(world.jails)
         self.world = world
@@ -136,7 +136,7 @@ async def test_an_import(worlds: Callable[[int], Worker]) -> None:
     spec = ArtifactSpec("acme", "web", REVISION)
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
-        killed = killed_at(n, lambda first=first: first.artifacts._ensure(spec, Pace()))
+        killed = killed_at(n, lambda first=first: first.artifacts._ensure(spec, CancelToken()))
 
         second = Worker(first.world)
         found = await second.artifacts.ensure(spec)
@@ -171,7 +171,7 @@ async def test_a_wipe(worlds: Callable[[int], Worker]) -> None:
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         first.make_disk()
-        killed = killed_at(n, lambda first=first: first.disks._wipe(REF, None, Pace()))
+        killed = killed_at(n, lambda first=first: first.disks._wipe(REF, None, CancelToken()))
 
         second = Worker(first.world)
         await second.disks.wipe(REF, None)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from worker.bus import BusError, Delivery, Receive, StateConflict
+from worker.bus.protocol import BusError, Delivery, Receive, StateConflict
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A host in memory: every mechanism of `handlers/machine.py`, with one place to make things fail.
+"""A host in memory: every mechanism of `interfaces.Host`, with one place to make things fail.
 
 `FakeHost.resources` is all that exists on it, by kind and key; a test compares it before and
 after. `fail[name]` holds the failure that the named effect raises, before or after it took hold.
@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 from typing import Any
 
+from handlers.concurrency import Slots
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound, Unavailable
-from handlers.locks import TenantLocks
-from handlers.machine import Host, Records
-from handlers.slots import Slots
+from handlers.interfaces import Host, Records
 from handlers.specs import (
     Ack,
     Artifact,
@@ -30,6 +29,7 @@ from handlers.specs import (
     SnapshotInfo,
     TapSpec,
 )
+from handlers.tenant_locks import TenantLocks
 from schemas.files import (
     InstanceFile,
     InstanceNet,
@@ -138,7 +138,7 @@ class FakeHost:
             slots=Slots.of(settings.limits),
             locks=TenantLocks(),
             later=lambda name, work: self.later.append(work),
-            trying={},
+            pending_reservations={},
         )
 
 

@@ -1,1 +1,1 @@
-"""Guests to test with, and the binaries that run them: built from this folder into build/."""
+"""Guests to test with, and the binaries that run them: built from this directory into build/."""

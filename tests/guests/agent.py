@@ -23,9 +23,9 @@ def connect(uds: Path, port: int = AGENT_PORT, timeout_s: float = 2.0) -> socket
     """
     stream = socket.socket(socket.AF_UNIX)
     stream.settimeout(timeout_s)
-    folder = os.open(uds.parent, os.O_PATH)  # a path through it has no length limit
+    directory = os.open(uds.parent, os.O_PATH)  # a path through it has no length limit
     try:
-        stream.connect(f"/proc/self/fd/{folder}/{uds.name}")
+        stream.connect(f"/proc/self/fd/{directory}/{uds.name}")
         stream.sendall(b"CONNECT %d\n" % port)
         hello = b""
         while not hello.endswith(b"\n"):
@@ -34,7 +34,7 @@ def connect(uds: Path, port: int = AGENT_PORT, timeout_s: float = 2.0) -> socket
         stream.close()
         raise
     finally:
-        os.close(folder)
+        os.close(directory)
     return stream
 
 

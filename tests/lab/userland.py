@@ -1,7 +1,7 @@
 """A Debian userland, copied from the packages installed on this machine. Nothing is downloaded.
 
-Their maintainer scripts do not run: the folder holds the files, a linker cache, byte code and the
-few files of /etc that programs look for.
+Their maintainer scripts do not run: the directory holds the files, a linker cache, byte code and
+the few files of /etc that programs look for.
 """
 
 import os
@@ -49,15 +49,15 @@ def versions() -> str:
 
 
 def make_userland(tree: Path) -> None:
-    """Fill an empty folder."""
+    """Fill an empty directory."""
     for name in MERGED:
         (tree / "usr" / name).mkdir(parents=True)
         (tree / name).symlink_to(f"usr/{name}")
-    for folder in ("dev", "proc", "sys", "run", "root", "payload", "var/lib", "etc"):
-        (tree / folder).mkdir(parents=True, exist_ok=True)
-    for folder in ("tmp", "var/tmp"):
-        (tree / folder).mkdir(parents=True)
-        (tree / folder).chmod(0o1777)
+    for directory in ("dev", "proc", "sys", "run", "root", "payload", "var/lib", "etc"):
+        (tree / directory).mkdir(parents=True, exist_ok=True)
+    for directory in ("tmp", "var/tmp"):
+        (tree / directory).mkdir(parents=True)
+        (tree / directory).chmod(0o1777)
     for package in _closure(_installed()):
         _copy_package(package, tree)
     for name, content in ETC.items():

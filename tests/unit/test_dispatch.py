@@ -24,8 +24,8 @@ from handlers.steps import Done, Steps
 from schemas.codes import Code
 from schemas.requests import Error, Request
 from schemas.settings import LimitSettings
-from tests.fakes.shell import Machine, Thing, shell, start, stop
-from worker.journal_file import now_ms
+from tests.fakes.shell_worker import Machine, Thing, shell_worker, start, stop
+from worker.journal.store import now_ms
 
 DONE = Done(changed=True, status="running", detail={})
 
@@ -66,7 +66,7 @@ def failing(error: BaseException, times: int = 1000, point: str | None = None) -
         (Exhausted("full"), Code.EXHAUSTED, "scheduler", True),
         (Draining("drained"), Code.DRAINING, "scheduler", True),
         (HostFault("broken"), Code.HOST_FAULT, "operator", False),
-        (Unavailable("busy").for_good(), Code.UNAVAILABLE, "sender", True),
+        (Unavailable("busy").not_retryable(), Code.UNAVAILABLE, "sender", True),
         (OSError(errno.ENOSPC, "x", "/disk"), Code.EXHAUSTED, "scheduler", True),
         (PermissionError(errno.EPERM, "x", "/dev/net/tun"), Code.HOST_FAULT, "operator", False),
     ],
@@ -75,7 +75,7 @@ async def test_a_failure_is_not_tried_again_undone_and_says_who_must_act(
     tmp_path: Path, error: Exception, code: Code, act: str, retryable: bool
 ) -> None:
     machine = failing(error)
-    async with shell(tmp_path / "j", machine=machine) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
         reply = await worker.reply()
 
@@ -88,7 +88,7 @@ async def test_a_failure_is_not_tried_again_undone_and_says_who_must_act(
 
 
 async def test_unsupported_names_the_protocols_that_are(tmp_path: Path) -> None:
-    async with shell(tmp_path / "j", machine=failing(Unsupported("volumes"))) as worker:
+    async with shell_worker(tmp_path / "j", machine=failing(Unsupported("volumes"))) as worker:
         worker.send(start())
         reply = await worker.reply()
 
@@ -106,7 +106,7 @@ async def test_unsupported_names_the_protocols_that_are(tmp_path: Path) -> None:
 )
 async def test_what_is_busy_is_tried_again_here(tmp_path: Path, error: Exception) -> None:
     machine = failing(error, times=2)
-    async with shell(tmp_path / "j", machine=machine) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
         reply = await worker.reply()
 
@@ -118,7 +118,9 @@ async def test_what_is_busy_is_tried_again_here(tmp_path: Path, error: Exception
 
 async def test_attempts_end_with_the_budget(tmp_path: Path) -> None:
     limits = LimitSettings(retry_budget_s=0.3)
-    async with shell(tmp_path / "j", machine=failing(Unavailable("busy")), limits=limits) as worker:
+    async with shell_worker(
+        tmp_path / "j", machine=failing(Unavailable("busy")), limits=limits
+    ) as worker:
         worker.send(start())
         reply = await worker.reply()
 
@@ -136,7 +138,7 @@ async def test_an_attempt_that_took_the_whole_budget_is_the_last(tmp_path: Path)
     limits = LimitSettings(retry_budget_s=0.05)
     machine = Machine(behave=(behave := Slow(Unavailable("busy"))))
     behave.machine = machine
-    async with shell(tmp_path / "j", machine=machine, limits=limits) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine, limits=limits) as worker:
         worker.send(start())
         reply = await worker.reply()
 
@@ -145,7 +147,7 @@ async def test_an_attempt_that_took_the_whole_budget_is_the_last(tmp_path: Path)
 
 async def test_attempts_end_with_the_deadline(tmp_path: Path) -> None:
     machine = failing(Unavailable("busy"))
-    async with shell(tmp_path / "j", machine=machine) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), deadline_ms=now_ms() + 300)
         reply = await worker.reply()
 
@@ -155,7 +157,7 @@ async def test_attempts_end_with_the_deadline(tmp_path: Path) -> None:
 
 
 async def test_an_expired_command_is_not_started(tmp_path: Path) -> None:
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.send(start(), deadline_ms=now_ms() - 1)
         reply = await worker.reply()
 
@@ -165,7 +167,7 @@ async def test_an_expired_command_is_not_started(tmp_path: Path) -> None:
 async def test_a_bug_is_internal_undone_and_logged_with_its_traceback(tmp_path: Path) -> None:
     machine = failing(KeyError("secret"))
     with structlog.testing.capture_logs() as logs:
-        async with shell(tmp_path / "j", machine=machine) as worker:
+        async with shell_worker(tmp_path / "j", machine=machine) as worker:
             worker.send(start())
             reply = await worker.reply()
 
@@ -183,7 +185,7 @@ async def test_a_detail_that_has_no_msgpack_is_internal_and_blocks_nothing(tmp_p
         return Done(changed=True, status=None, detail=odd) if request == start() else None
 
     machine.behave = behave
-    async with shell(tmp_path / "j", machine=machine) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
         assert (await worker.reply()).code is Code.INTERNAL
         worker.send(stop(), "c2")
@@ -193,7 +195,7 @@ async def test_a_detail_that_has_no_msgpack_is_internal_and_blocks_nothing(tmp_p
 async def test_what_cannot_be_undone_is_left_behind_by_name_and_record(tmp_path: Path) -> None:
     machine = failing(Conflict("no"))
     machine.things.stuck = True
-    async with shell(tmp_path / "j", machine=machine) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
         reply = await worker.reply()
 
@@ -209,7 +211,7 @@ async def test_a_bug_in_an_undo_leaves_behind_and_is_answered(
 
     machine = failing(Conflict("no"))
     monkeypatch.setattr(machine.things, "remove", buggy)
-    async with shell(tmp_path / "j", machine=machine) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
         reply = await worker.reply()
 
@@ -221,7 +223,7 @@ async def test_past_a_point_of_no_return_a_failure_is_retried_and_never_undone(
     tmp_path: Path,
 ) -> None:
     machine = failing(HostFault("broken"), times=2, point="consumed")
-    async with shell(tmp_path / "j", machine=machine) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
         reply = await worker.reply()
 
@@ -232,7 +234,7 @@ async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_goes_on
     tmp_path: Path,
 ) -> None:
     machine = Machine(gate=asyncio.Event())
-    async with shell(tmp_path / "j", machine=machine) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
         worker.send(stop("a2"), "c2")
         await worker.reply("c2")
@@ -244,7 +246,7 @@ async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_goes_on
         assert [reply.id for reply in worker.replies()] == ["c2"]
         bus = worker.bus
     machine.gate.set()
-    async with shell(tmp_path / "j", bus, machine) as worker:
+    async with shell_worker(tmp_path / "j", bus, machine) as worker:
         reply = await worker.reply("c1")
 
         assert (reply.code, reply.attempts) == (Code.OK, 2)
@@ -259,7 +261,7 @@ async def test_a_shutdown_cancels_what_reaches_no_safe_point_in_its_budget(tmp_p
         await asyncio.Event().wait()
         return DONE
 
-    async with shell(tmp_path / "j", machine=Machine(behave=forever)) as worker:
+    async with shell_worker(tmp_path / "j", machine=Machine(behave=forever)) as worker:
         worker.send(start())
         await began.wait()
         await worker.lanes.stop(0.05)
@@ -272,7 +274,7 @@ async def test_a_shutdown_cancels_what_reaches_no_safe_point_in_its_budget(tmp_p
 async def test_a_shutdown_ends_the_wait_before_the_next_attempt(tmp_path: Path) -> None:
     limits = LimitSettings(retry_budget_s=600)
     machine = failing(Unavailable("busy"))
-    async with shell(tmp_path / "j", machine=machine, limits=limits) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine, limits=limits) as worker:
         worker.send(start())
         async with asyncio.timeout(10):
             while not worker.meters.retries:

@@ -14,8 +14,17 @@ from schemas.codes import Code
 from schemas.envelopes import Form, Reply
 from schemas.requests import Error, Ok, Ping, Pong, Request
 from schemas.subjects import Lane
-from tests.fakes.shell import REF, SUBJECTS, Machine, Shell, command, shell, start, stop
-from worker.journal_file import now_ms
+from tests.fakes.shell_worker import (
+    REF,
+    SUBJECTS,
+    Machine,
+    ShellWorker,
+    command,
+    shell_worker,
+    start,
+    stop,
+)
+from worker.journal.store import now_ms
 
 LANE = "instance.acme.web.a1"
 CMD = f"hostd.v1.test.h1.cmd.{LANE}"
@@ -27,7 +36,7 @@ def envelope(**changes: Any) -> dict[str, Any]:
     return {**good, **changes}
 
 
-async def only_reply(worker: Shell) -> Reply:
+async def only_reply(worker: ShellWorker) -> Reply:
     await worker.bus.until(replies=1)
     await worker.bus.until_acked()
     (reply,) = worker.replies()
@@ -38,7 +47,7 @@ async def only_reply(worker: Shell) -> Reply:
 
 
 async def test_a_command_is_run_answered_and_announced(tmp_path: Path) -> None:
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.send(start(), reply_to="_INBOX.1")
         reply = await only_reply(worker)
         await worker.bus.until(events=1, sent=1)
@@ -56,7 +65,7 @@ async def test_copies_sent_at_once_have_one_effect_and_one_kept_reply(
     tmp_path: Path, copies: int, msg_id: bool
 ) -> None:
     machine = Machine(gate=asyncio.Event())
-    async with shell(tmp_path / "j", machine=machine) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
         for n in range(copies):
             worker.send(start(), reply_to=f"_INBOX.{n}", msg_id=msg_id)
         await machine.at_gate.wait()
@@ -79,12 +88,12 @@ async def test_a_copy_after_a_restart_gets_the_stored_reply_even_past_its_deadli
     tmp_path: Path, msg_id: bool
 ) -> None:
     deadline = now_ms() + 60_000
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.send(start(), reply_to="_INBOX.1", msg_id=msg_id, deadline_ms=deadline)
         await worker.bus.until(replies=1, sent=1, events=1)
         bus, machine = worker.bus, worker.machine
     bus.dedupe_commands = False  # the server's window has passed
-    async with shell(tmp_path / "j", bus, machine) as worker:
+    async with shell_worker(tmp_path / "j", bus, machine) as worker:
         worker.send(start(), reply_to="_INBOX.2", msg_id=msg_id, deadline_ms=1)
         await bus.until(sent=2)
         await bus.until_acked()
@@ -97,7 +106,7 @@ async def test_a_copy_after_a_restart_gets_the_stored_reply_even_past_its_deadli
 async def test_a_message_delivered_again_is_acknowledged_and_told_nothing_twice(
     tmp_path: Path,
 ) -> None:
-    async with shell(tmp_path / "j", consume=False) as worker:
+    async with shell_worker(tmp_path / "j", consume=False) as worker:
         worker.send(start(), reply_to="_INBOX.1")
         worker.bus.up = False
         await worker.intake.receive(worker.bus.delivery(1))
@@ -114,7 +123,7 @@ async def test_a_message_delivered_again_is_acknowledged_and_told_nothing_twice(
 async def test_the_same_id_with_another_request_is_a_conflict_told_to_its_sender_only(
     tmp_path: Path,
 ) -> None:
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.send(start(), reply_to="_INBOX.1")
         await worker.bus.until(replies=1, sent=1)
         worker.send(stop(), reply_to="_INBOX.2")
@@ -129,7 +138,7 @@ async def test_the_same_id_with_another_request_is_a_conflict_told_to_its_sender
 
 async def test_the_answer_has_the_form_of_the_request(tmp_path: Path) -> None:
     machine = Machine()
-    async with shell(tmp_path / "j", machine=machine) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
         late = now_ms() - 1
         worker.send(start(), "named", deadline_ms=late)
         worker.send(start(), "compact", deadline_ms=late, form=Form.COMPACT)
@@ -143,7 +152,7 @@ async def test_the_answer_has_the_form_of_the_request(tmp_path: Path) -> None:
 async def test_two_requests_under_one_id_at_once_are_one_command_and_one_conflict(
     tmp_path: Path,
 ) -> None:
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.send(start(), reply_to="_INBOX.1")
         worker.send(stop(), reply_to="_INBOX.2")
         await worker.bus.until(replies=1, sent=2)
@@ -157,7 +166,7 @@ async def test_a_command_that_changes_nothing_costs_one_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = Done(changed=False, status="stopped", detail={})
-    async with shell(tmp_path / "j", machine=Machine(behave=lambda *_: same)) as worker:
+    async with shell_worker(tmp_path / "j", machine=Machine(behave=lambda *_: same)) as worker:
         commits: list[float] = []
         monkeypatch.setattr(worker.journal._writer, "_observe", commits.append)
         worker.send(stop())
@@ -186,7 +195,7 @@ async def test_what_is_wrong_is_answered_kept_as_dead_and_changes_nothing(
     tmp_path: Path, data: dict[str, Any], subject: str, code: Code, path: str
 ) -> None:
     packed = msgpack.packb(data)
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.bus.command(subject, packed)
         reply = await only_reply(worker)
         await worker.bus.until(sent=1)
@@ -204,7 +213,7 @@ async def test_what_is_wrong_is_answered_kept_as_dead_and_changes_nothing(
 
 @pytest.mark.parametrize("reply_to", ["hostd.v1.test.h2.cmd.host", "_INBOX.*", "_INBOX.>", "a b"])
 async def test_hostd_publishes_to_no_inbox_but_those_allowed(tmp_path: Path, reply_to: str) -> None:
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.send(start(), reply_to=reply_to)
         reply = await only_reply(worker)
 
@@ -218,7 +227,7 @@ async def test_hostd_publishes_to_no_inbox_but_those_allowed(tmp_path: Path, rep
 async def test_bytes_without_an_id_are_answered_under_that_of_the_message(
     tmp_path: Path, msg_id: str | None
 ) -> None:
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.bus.command(CMD, b"\xc1 no msgpack", msg_id)
         reply = await only_reply(worker)
 
@@ -229,7 +238,7 @@ async def test_bytes_without_an_id_are_answered_under_that_of_the_message(
 
 
 async def test_a_bomb_of_empty_maps_is_refused_and_the_next_command_runs(tmp_path: Path) -> None:
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.bus.command(CMD, b"\xdd\x00\x10\x00\x00" + b"\x80" * 2**20)
         worker.send(start())
 
@@ -239,7 +248,7 @@ async def test_a_bomb_of_empty_maps_is_refused_and_the_next_command_runs(tmp_pat
 
 async def test_bad_bytes_with_a_known_id_disturb_nothing(tmp_path: Path) -> None:
     machine = Machine(gate=asyncio.Event())
-    async with shell(tmp_path / "j", machine=machine) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), reply_to="_INBOX.1")
         await machine.at_gate.wait()
         worker.bus.command(CMD, msgpack.packb(envelope(v=9, reply_to="_INBOX.2")))
@@ -256,7 +265,7 @@ async def test_bad_bytes_with_a_known_id_disturb_nothing(tmp_path: Path) -> None
 
 async def test_a_refusal_is_final_for_its_id_and_repeats_as_it_was(tmp_path: Path) -> None:
     bad = msgpack.packb(envelope(v=9))
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.bus.command(CMD, bad)
         await worker.bus.until(replies=1, sent=1)
         worker.bus.command(CMD, bad)
@@ -271,7 +280,7 @@ async def test_a_refusal_is_final_for_its_id_and_repeats_as_it_was(tmp_path: Pat
 
 
 async def test_a_refused_message_delivered_again_is_answered_once(tmp_path: Path) -> None:
-    async with shell(tmp_path / "j", consume=False) as worker:
+    async with shell_worker(tmp_path / "j", consume=False) as worker:
         worker.bus.command(CMD, msgpack.packb(envelope(v=9)))
         worker.bus.up = False
         await worker.intake.receive(worker.bus.delivery(1))
@@ -286,7 +295,7 @@ async def test_a_refused_message_delivered_again_is_answered_once(tmp_path: Path
 async def test_keys_of_the_envelope_that_are_not_known_are_ignored_and_counted(
     tmp_path: Path,
 ) -> None:
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.bus.command(CMD, msgpack.packb(envelope(color="red", size=3)))
         reply = await only_reply(worker)
 
@@ -296,13 +305,13 @@ async def test_keys_of_the_envelope_that_are_not_known_are_ignored_and_counted(
 # -- Ping ------------------------------------------------------------------------------------------
 
 
-def ping(worker: Shell, command_id: str, request: Request = Ping(), **more: Any) -> None:  # noqa: B008 (frozen)
+def ping(worker: ShellWorker, command_id: str, request: Request = Ping(), **more: Any) -> None:  # noqa: B008 (frozen)
     worker.send(request, command_id, **more)
 
 
 async def test_ping_is_answered_while_all_lanes_are_busy_and_not_journalled(tmp_path: Path) -> None:
     machine = Machine(gate=asyncio.Event())
-    async with shell(tmp_path / "j", machine=machine) as worker:
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
         for n in range(20):
             worker.send(start(f"a{n}"), f"c{n}")
         await worker.bus.until_acked()
@@ -321,14 +330,14 @@ async def test_ping_is_answered_while_all_lanes_are_busy_and_not_journalled(tmp_
 
 
 async def test_a_ping_past_its_deadline_is_expired(tmp_path: Path) -> None:
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         ping(worker, "p1", deadline_ms=1)
 
         assert (await worker.reply("p1")).code is Code.EXPIRED
 
 
 async def test_a_ping_with_the_id_of_a_command_is_a_conflict(tmp_path: Path) -> None:
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.send(start())
         await worker.bus.until(replies=1)
         ping(worker, "c1", reply_to="_INBOX.1")
@@ -339,7 +348,7 @@ async def test_a_ping_with_the_id_of_a_command_is_a_conflict(tmp_path: Path) -> 
 
 
 async def test_a_ping_that_cannot_be_answered_stays_in_the_stream(tmp_path: Path) -> None:
-    async with shell(tmp_path / "j", consume=False) as worker:
+    async with shell_worker(tmp_path / "j", consume=False) as worker:
         ping(worker, "p1")
         worker.bus.up = False
         await worker.intake.receive(worker.bus.delivery(1))

@@ -7,7 +7,7 @@ import pytest
 
 from schemas import codec
 from tests.fakes.bus import FakeBus
-from tests.fakes.shell import Shell, shell, start
+from tests.fakes.shell_worker import ShellWorker, shell_worker, start
 from worker import outbox
 
 
@@ -16,7 +16,7 @@ def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "BACKOFF_MAX_S", 0.02)
 
 
-async def attempts(worker: Shell, count: int) -> None:
+async def attempts(worker: ShellWorker, count: int) -> None:
     """Wait until the outbox tried so often to publish."""
     async with asyncio.timeout(20):
         while len(worker.bus.attempts) < count:
@@ -25,7 +25,7 @@ async def attempts(worker: Shell, count: int) -> None:
 
 
 async def test_events_go_one_in_flight_in_order_and_again_with_the_same_id(tmp_path: Path) -> None:
-    async with shell(tmp_path / "j", consume=False) as worker:
+    async with shell_worker(tmp_path / "j", consume=False) as worker:
         worker.bus.lose_next_ack = True
         for _ in range(5):
             await worker.journal.event("audit")
@@ -39,7 +39,7 @@ async def test_events_go_one_in_flight_in_order_and_again_with_the_same_id(tmp_p
 
 
 async def test_a_broker_that_is_gone_delays_but_loses_nothing(tmp_path: Path) -> None:
-    async with shell(tmp_path / "j") as worker:
+    async with shell_worker(tmp_path / "j") as worker:
         worker.send(start(), reply_to="_INBOX.1")
         await worker.bus.until_acked()
         worker.bus.up = False
@@ -60,7 +60,7 @@ async def test_a_connection_that_is_back_ends_the_backoff(
     monkeypatch.setattr(outbox, "BACKOFF_S", 1000.0)
     monkeypatch.setattr(outbox, "BACKOFF_MAX_S", 1000.0)
     monkeypatch.setattr(outbox.random, "uniform", lambda low, high: high)
-    async with shell(tmp_path / "j", consume=False) as worker:
+    async with shell_worker(tmp_path / "j", consume=False) as worker:
         worker.bus.up = False
         await worker.journal.event("audit")
         await attempts(worker, 1)
@@ -77,7 +77,7 @@ async def test_replies_wait_for_no_event(tmp_path: Path) -> None:
                 await asyncio.Event().wait()
             await super().publish(subject, payload, **more)  # type: ignore[arg-type]
 
-    async with shell(tmp_path / "j", Slow()) as worker:
+    async with shell_worker(tmp_path / "j", Slow()) as worker:
         await worker.journal.event("audit")
         worker.send(start())
         await worker.reply()
@@ -87,16 +87,16 @@ async def test_replies_wait_for_no_event(tmp_path: Path) -> None:
 
 async def test_what_was_not_confirmed_is_sent_by_the_next_worker(tmp_path: Path) -> None:
     bus = FakeBus()
-    async with shell(tmp_path / "j", bus, send=False) as worker:
+    async with shell_worker(tmp_path / "j", bus, send=False) as worker:
         worker.send(start(), reply_to="_INBOX.1")
         await worker.bus.until_acked()
         await worker.lanes.idle()
         machine = worker.machine
     assert bus.published == []
 
-    async with shell(tmp_path / "j", bus, machine) as worker:
+    async with shell_worker(tmp_path / "j", bus, machine) as worker:
         await bus.until(replies=1, sent=1, events=1)
 
         assert codec.decode_reply(bus.sent[0][1]).id == "c1"
-    async with shell(tmp_path / "j", bus, machine) as worker:
+    async with shell_worker(tmp_path / "j", bus, machine) as worker:
         assert worker.journal.depth == 0

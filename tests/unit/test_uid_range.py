@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from schemas.settings import Settings
-from worker.cli import service
+from worker.cli import run
 from worker.cli.context import CliError
-from worker.cli.service import check_uids
+from worker.cli.run import check_uids
 from worker.uid_range import Taken, find_overlap
 
 BASE, COUNT = 1000, 10
@@ -67,7 +67,7 @@ def test_a_worker_does_not_start_with_ids_that_somebody_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken = Taken("/etc/subuid", "ann", 100_000, 65_536)
-    monkeypatch.setattr(service, "find_overlap", lambda base, count: taken)
+    monkeypatch.setattr(run, "find_overlap", lambda base, count: taken)
 
     with pytest.raises(CliError, match=r"invalid: vmm.uid_base.*/etc/subuid.*ann"):
         check_uids(Settings())

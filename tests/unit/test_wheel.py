@@ -1,4 +1,4 @@
-"""The wheel works when it is installed elsewhere, from any folder, without the sources."""
+"""The wheel works when it is installed elsewhere, from any directory, without the sources."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bin_dir(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`bin` of another venv with the wheel in it.
 
     It borrows this environment's packages by a plain path: a .pth file in there, such as that of
@@ -57,37 +57,37 @@ def test_it_holds_the_three_packages_and_no_tests(wheel: Path) -> None:
     assert packages == {"worker", "handlers", "schemas"}
 
 
-def test_what_runs_is_the_wheels_own_code(bin_folder: Path, tmp_path: Path) -> None:
+def test_what_runs_is_the_wheels_own_code(bin_dir: Path, tmp_path: Path) -> None:
     show = "import handlers, schemas, worker as w; print(w.__file__, handlers.__file__)"
 
-    done = run(tmp_path, bin_folder / "python", "-I", "-c", show)
+    done = run(tmp_path, bin_dir / "python", "-I", "-c", show)
 
     assert str(ROOT) not in done.stdout
-    assert done.stdout.count(str(bin_folder.parent)) == 2, done.stderr
+    assert done.stdout.count(str(bin_dir.parent)) == 2, done.stderr
 
 
-def test_the_command_runs_from_another_folder(bin_folder: Path, tmp_path: Path) -> None:
-    version = run(tmp_path, bin_folder / "hostd", "--version")
-    config = run(tmp_path, bin_folder / "hostd", "check-config")
+def test_the_command_runs_from_another_directory(bin_dir: Path, tmp_path: Path) -> None:
+    version = run(tmp_path, bin_dir / "hostd", "--version")
+    config = run(tmp_path, bin_dir / "hostd", "check-config")
 
     assert version.stdout.startswith("hostd, version "), version.stderr
     assert 'id = "h1"' in config.stdout, config.stderr
 
 
-def test_a_folder_named_worker_in_the_working_directory_is_not_run(
-    bin_folder: Path, tmp_path: Path
+def test_a_directory_named_worker_in_the_working_directory_is_not_run(
+    bin_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "worker").mkdir()
     (tmp_path / "worker/__init__.py").write_text("raise SystemExit('the wrong one')")
 
-    done = run(tmp_path, bin_folder / "python", "-I", "-m", "worker", "--help")
+    done = run(tmp_path, bin_dir / "python", "-I", "-m", "worker", "--help")
 
     assert done.returncode == 0, done.stderr
     assert "Run the worker of this host" in done.stdout
 
 
-def test_the_module_fails_as_the_command_does(bin_folder: Path, tmp_path: Path) -> None:
-    done = run(tmp_path, bin_folder / "python", "-I", "-m", "worker", "--config", "/nonexistent")
+def test_the_module_fails_as_the_command_does(bin_dir: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, bin_dir / "python", "-I", "-m", "worker", "--config", "/nonexistent")
 
     assert done.returncode == 10
     assert done.stderr == "invalid: /nonexistent: No such file or directory\n"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest_asyncio
 
-from tests.vm.rig import TAP, UID, Rig, add_tap, own_network, rig
+from tests.vm.vmm_rig import TAP, UID, VmmRig, add_tap, own_network, vmm_rig
 
 
 @pytest_asyncio.fixture(name="rig")
-async def rig_in_its_namespace(tmp_path: Path) -> AsyncIterator[Rig]:
+async def rig_in_its_namespace(tmp_path: Path) -> AsyncIterator[VmmRig]:
     with own_network():
         add_tap(TAP, UID)
-        async with rig(tmp_path) as made:
+        async with vmm_rig(tmp_path) as made:
             yield made

@@ -36,7 +36,7 @@ def namespace() -> Iterator[TestNamespace]:
 
 @pytest.fixture
 def boot(tmp_path: Path, namespace: TestNamespace) -> Iterator[Boot]:
-    """Boot a mini guest in a folder of its own; killed after the test."""
+    """Boot a mini guest in a directory of its own; killed after the test."""
     with contextlib.ExitStack() as stack:
 
         def start(name: str = "vm", extra: str = "", **more: Any) -> PlainVm:

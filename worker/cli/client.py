@@ -20,8 +20,8 @@ import nats.js.errors
 from nats.aio.client import Client as Nats
 
 from schemas import codec
+from schemas.decode_error import DecodeError
 from schemas.envelopes import Command
-from schemas.malformed import Malformed
 from schemas.requests import Request
 from schemas.settings import Settings
 from schemas.subjects import Lane, Subjects
@@ -222,7 +222,7 @@ def _map(payload: bytes) -> dict[str, Any]:
     """
     try:
         return unpack_map(payload, _ANSWER)
-    except Malformed as error:
+    except DecodeError as error:
         raise CliError("internal", f"an answer that is no envelope: {error}") from error
 
 

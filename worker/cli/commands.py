@@ -9,9 +9,9 @@ import click
 import msgspec
 
 from schemas import codec
+from schemas.decode_error import DecodeError
 from schemas.envelopes import Reply
 from schemas.files import TenantConfig
-from schemas.malformed import Malformed
 from schemas.naming import ID_PATTERN
 from schemas.requests import (
     DestroyInstance,
@@ -107,7 +107,7 @@ def send(
     raw = asyncio.run(exchange())
     try:
         reply = codec.read_reply(raw)
-    except Malformed as error:
+    except DecodeError as error:
         raise CliError("internal", f"an answer that is no reply: {error}") from error
     if as_json:
         print_json(raw)

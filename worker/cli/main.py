@@ -12,9 +12,9 @@ from worker.cli.context import CliError, config_option, exit_code, print_json
 
 COMMANDS: Final[dict[str, str]] = {
     # the worker
-    "run": "worker.cli.service:run",
-    "demo": "worker.demo:demo",
-    "check-config": "worker.cli.config:check_config",
+    "run": "worker.cli.run:run",
+    "demo": "worker.demo.command:demo",
+    "check-config": "worker.cli.check_config:check_config",
     "provision": "worker.cli.provision:provision",
     # commands, over the bus
     "ping": "worker.cli.commands:ping",
@@ -26,16 +26,16 @@ COMMANDS: Final[dict[str, str]] = {
     "net-up": "worker.cli.commands:net_up",
     "net-down": "worker.cli.commands:net_down",
     # questions, over the bus
-    "ls": "worker.cli.questions:ls",
-    "show": "worker.cli.questions:show",
-    "events": "worker.cli.questions:events",
+    "ls": "worker.cli.queries:ls",
+    "show": "worker.cli.queries:show",
+    "events": "worker.cli.queries:events",
     # on this host's files
     "seed": "worker.cli.seed:seed",
-    "logs": "worker.cli.host:logs",
-    "inventory": "worker.cli.host:inventory",
+    "logs": "worker.cli.local:logs",
+    "inventory": "worker.cli.local:inventory",
     # without a host
-    "decode": "worker.cli.wire:decode",
-    "encode": "worker.cli.wire:encode",
+    "decode": "worker.cli.codec:decode",
+    "encode": "worker.cli.codec:encode",
 }
 
 

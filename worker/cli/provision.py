@@ -8,7 +8,10 @@ import msgspec
 
 from schemas.naming import HOST_ID_PATTERN
 from schemas.subjects import Subjects
-from worker.bus import BusError, NotProvisioned
+from worker.bus.connection import Link
+from worker.bus.protocol import BusError, NotProvisioned
+from worker.bus.provision import Made
+from worker.bus.provision import provision as provision_cell
 from worker.cli.context import (
     CliError,
     NoAnswer,
@@ -18,9 +21,6 @@ from worker.cli.context import (
     progress,
     settings_of,
 )
-from worker.nats_link import Link
-from worker.provision import Made
-from worker.provision import provision as provision_cell
 
 CONNECT_TIMEOUT_S = 10.0
 

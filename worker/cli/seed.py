@@ -51,7 +51,7 @@ class Seed:
 
 @dataclass(frozen=True, slots=True)
 class Seeded:
-    """What is there now. `revision` is None as long as the pool has no artefacts."""
+    """What is there now. `revision` is None as long as the pool has no artifacts."""
 
     net: TenantNet
     guest_ip: str
@@ -87,8 +87,8 @@ def write_seed(data_root: str, seed: Seed) -> Seeded:
     return Seeded(net, instance["guest_ip"], instance["tap_dev"], revision)
 
 
-def _write_tenant(folder: str, seed: Seed) -> TenantNet:
-    path = os.path.join(folder, "tenant.json")
+def _write_tenant(directory: str, seed: Seed) -> TenantNet:
+    path = os.path.join(directory, "tenant.json")
     wanted = net_of(seed.net_id)
     if (there := _read(path)) is not None:
         if there.get("net", {}).get("tenant_net_id") != seed.net_id:
@@ -110,8 +110,8 @@ def _write_tenant(folder: str, seed: Seed) -> TenantNet:
     return wanted
 
 
-def _write_pool(folder: str, seed: Seed) -> None:
-    path = os.path.join(folder, "pool.json")
+def _write_pool(directory: str, seed: Seed) -> None:
+    path = os.path.join(directory, "pool.json")
     spec = _read(path) or {
         "pool_id": seed.ref.pool_id,
         "tenant_id": seed.ref.tenant_id,
@@ -132,14 +132,14 @@ def _write_pool(folder: str, seed: Seed) -> None:
     _write_json(path, spec)
 
 
-def _write_artifacts(folder: str, artifacts: dict[str, str]) -> str | None:
+def _write_artifacts(directory: str, artifacts: dict[str, str]) -> str | None:
     """Copy into `revisions/<hash of the content>` and point `current` at it."""
-    current = os.path.join(folder, "current")
+    current = os.path.join(directory, "current")
     if not artifacts:
         there = os.readlink(current) if os.path.islink(current) else None
         return there.removeprefix("revisions/") if there else None
     revision = _hash(artifacts)
-    revisions = os.path.join(folder, "revisions")
+    revisions = os.path.join(directory, "revisions")
     os.makedirs(revisions, exist_ok=True)
     target = os.path.join(revisions, revision)
     if not os.path.isdir(target):
@@ -173,9 +173,9 @@ def _hash(artifacts: dict[str, str]) -> str:
 
 
 def _write_instance(tenant: str, pool: str, seed: Seed, net: TenantNet) -> dict[str, Any]:
-    folder = os.path.join(pool, "instances", seed.ref.instance_id)
-    os.makedirs(os.path.join(folder, "volumes"), exist_ok=True)
-    path = os.path.join(folder, "instance.json")
+    directory = os.path.join(pool, "instances", seed.ref.instance_id)
+    os.makedirs(os.path.join(directory, "volumes"), exist_ok=True)
+    path = os.path.join(directory, "instance.json")
     if (there := _read(path)) is not None:
         return dict(there["net"])
     offset = seed.offset or _free_offset(tenant, net)
@@ -244,9 +244,9 @@ def _write_json(path: str, value: dict[str, Any]) -> None:
 
 def write_atomic(path: str, content: bytes, *, mode: int) -> None:
     """Replace the file in one step, on disk before it shows."""
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    descriptor, half = tempfile.mkstemp(prefix=".new-", dir=folder)
+    directory = os.path.dirname(path)
+    os.makedirs(directory, exist_ok=True)
+    descriptor, half = tempfile.mkstemp(prefix=".new-", dir=directory)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)

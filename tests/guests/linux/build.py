@@ -40,8 +40,8 @@ def _stamp_of_kernel() -> str:
     return (kernel.TARGET / ".inputs").read_text()
 
 
-def _build(folder: Path) -> None:
-    os.link(kernel.VMLINUX, folder / "vmlinux")
+def _build(directory: Path) -> None:
+    os.link(kernel.VMLINUX, directory / "vmlinux")
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch)
         for name in ("dev", "modules", "proc", "sys"):
@@ -49,21 +49,21 @@ def _build(folder: Path) -> None:
         sources = [str(path) for path in sorted(SOURCE.glob("*.c"))]
         subprocess.run([*COMPILE, *sources, "-o", str(tree / "init")], check=True)
         copy_modules(tree / "modules", MODULE_ORDER)
-        write_initrd(tree, folder / "initrd")
+        write_initrd(tree, directory / "initrd")
     rootfs = ["mkfs.ext4", "-q", "-F", "-L", "linux-root", "-O", "^has_journal", "-N", "16"]
-    subprocess.run([*rootfs, str(folder / "rootfs.ext4"), "1M"], check=True, capture_output=True)
+    subprocess.run([*rootfs, str(directory / "rootfs.ext4"), "1M"], check=True, capture_output=True)
 
 
-def copy_modules(folder: Path, order: tuple[str, ...]) -> None:
+def copy_modules(directory: Path, order: tuple[str, ...]) -> None:
     """The modules as files side by side, with their order in the file `order`."""
     for name in order:
         module = kernel.MODULES / "kernel" / f"{name}.ko"
-        (folder / module.name).write_bytes(module.read_bytes())
-    (folder / "order").write_text("".join(f"{Path(name).name}.ko\n" for name in order))
+        (directory / module.name).write_bytes(module.read_bytes())
+    (directory / "order").write_text("".join(f"{Path(name).name}.ko\n" for name in order))
 
 
 def write_initrd(tree: Path, initrd: Path) -> None:
-    """Pack a folder as the kernel unpacks it: newc, all owned by root."""
+    """Pack a directory as the kernel unpacks it: newc, all owned by root."""
     names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
     with initrd.open("wb") as file:
         subprocess.run(

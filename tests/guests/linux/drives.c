@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 static struct place {
-    const char *name, *label, *folder;
+    const char *name, *label, *directory;
     bool mounted;
 } places[DRIVES] = {
     [CONFIG] = {"config", "mvm-config", "/mnt/config", false},
@@ -49,10 +49,10 @@ static void mount_place(struct place *place, const char *device)
 {
     bool writable = place == &places[DATA];
     mkdir("/mnt", 0755);
-    mkdir(place->folder, 0755);
-    int failed = mount(device, place->folder, "ext4", writable ? 0 : MS_RDONLY, 0);
+    mkdir(place->directory, 0755);
+    int failed = mount(device, place->directory, "ext4", writable ? 0 : MS_RDONLY, 0);
     if (failed)
-        printf("mount %s on %s: %s\n", device, place->folder, strerror(errno));
+        printf("mount %s on %s: %s\n", device, place->directory, strerror(errno));
     place->mounted = !failed;
 }
 
@@ -72,8 +72,8 @@ bool unmount_small_drives(char *detail, size_t size)
     for (int i = 0; i < DATA; i++) {
         if (!places[i].mounted)
             continue;
-        if (umount(places[i].folder)) {
-            snprintf(detail, size, "%s: %s", places[i].folder, strerror(errno));
+        if (umount(places[i].directory)) {
+            snprintf(detail, size, "%s: %s", places[i].directory, strerror(errno));
             return false;
         }
         places[i].mounted = false;

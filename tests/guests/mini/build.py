@@ -31,12 +31,12 @@ def ensure_mini_guest() -> bool:
     return cache.ensure(TARGET, cache.digest(SOURCE, SOURCE.parent / "json.h"), _build)
 
 
-def _build(folder: Path) -> None:
+def _build(directory: Path) -> None:
     sources = [str(path) for path in sorted(SOURCE.glob("*.[cS]"))]
     script = f"-Wl,-T,{SOURCE / 'mini.ld'}"
     command = [*COMPILE, *FREESTANDING, *PLAIN_CODE, *LINK, script, *sources]
-    subprocess.run([*command, "-o", str(folder / "vmlinux")], check=True)
-    rootfs = folder / "rootfs.ext4"
+    subprocess.run([*command, "-o", str(directory / "vmlinux")], check=True)
+    rootfs = directory / "rootfs.ext4"
     make_rootfs = ["mkfs.ext4", *ROOTFS_OPTIONS, str(rootfs), "1M"]
     subprocess.run(make_rootfs, check=True, capture_output=True)
 

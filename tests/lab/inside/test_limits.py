@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 
 from handlers.errors import HostFault
-from handlers.host.cgroups import CONTROLLERS, Cgroups
+from handlers.host.vmm.cgroups import CONTROLLERS, Cgroups
 from handlers.specs import CgroupSpec
 from schemas.settings import LimitSettings, Settings
-from tests.vm.rig import TAP, UID, Rig, add_tap, own_network, rig
+from tests.vm.vmm_rig import TAP, UID, VmmRig, add_tap, own_network, vmm_rig
 
 MIB = 1024 * 1024
 SPEC = CgroupSpec("acme", "a1-1", 32 * MIB + 1, 20_000, 8)
@@ -113,14 +113,14 @@ async def test_a_base_that_holds_a_process_is_a_host_fault_and_nothing_is_left(
 
 
 @pytest_asyncio.fixture
-async def host(tmp_path: Path) -> AsyncIterator[Rig]:
+async def host(tmp_path: Path) -> AsyncIterator[VmmRig]:
     with own_network():
         add_tap(TAP, UID)
-        async with rig(tmp_path, enforce=True) as made:
+        async with vmm_rig(tmp_path, enforce=True) as made:
             yield made
 
 
-async def test_a_jailed_vmm_boots_within_its_limits(host: Rig) -> None:
+async def test_a_jailed_vmm_boots_within_its_limits(host: VmmRig) -> None:
     spec = await host.prepare()
     identity = await host.vmms.ensure(spec)
     api = host.vmms.api(spec.jail_id)

@@ -1,0 +1,1 @@
+"""The jail of a VMM: its directory layout, sockets, logs, secrets."""

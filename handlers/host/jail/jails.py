@@ -1,0 +1,283 @@
+"""The jail of one launch: everything the VMM will see, made ready before the jailer starts.
+
+Kernel and disks are hard links, never copies: a write to a copied disk would be lost with the jail.
+What hostd makes it can also take away whatever the VMM did to the directory meanwhile.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Generator
+from typing import ClassVar
+
+import msgspec
+
+from handlers.errors import Conflict, Failure, HostFault
+from handlers.host.jail import secrets_tmpfs
+from handlers.host.jail.layout import (
+    CONFIG_DRIVE,
+    FACTS,
+    LOG,
+    SECRETS_DIR,
+    SERIAL,
+    FileId,
+    JailDirs,
+    JailFacts,
+    launch_of,
+)
+from handlers.host.jail.logs import JailLogs
+from handlers.host.linux.checksummed_json import write_sealed
+from handlers.host.linux.errnos import os_failure
+from handlers.host.linux.file_threads import run_in_thread
+from handlers.host.linux.openat2 import Directory
+from handlers.host.linux.rmtree import remove_names, remove_tree
+from handlers.host.linux.state_dirs import make_dir
+from handlers.host.linux.syscalls import link_open
+from handlers.host.storage import disk_ownership, wipe
+from handlers.host.storage.agentd_files import open_tenant
+from handlers.host.storage.data_disks import DATA_DISK, ref_of
+from handlers.host.storage.drive_images import CONFIG, SECRETS, SmallDrives, copy_drive
+from handlers.specs import Jail, JailFile, JailSpec
+from schemas import naming
+from schemas.requests import InstanceRef
+
+NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Jails:
+    """The Protocol of `handlers/interfaces.py`; the key is the jail id.
+
+    Needs: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_SYS_ADMIN.
+    """
+
+    name: ClassVar[str] = "jails"
+
+    def __init__(self, *, data: str, state: str, jail_base: str, log_bytes: int = 1 << 20) -> None:
+        self._data = data
+        self._dirs = JailDirs(jail_base)
+        self._logs = JailLogs(self._dirs, state=state, limit_bytes=log_bytes)
+        self._drives = SmallDrives()
+
+    async def ensure(self, spec: JailSpec) -> Jail:
+        """Make the jail, all or nothing; half of one is removed first.
+
+        Raises:
+            Conflict: a jail of that id belongs to another instance or uid.
+            Invalid: the data disk is not one that hostd made for the instance.
+            HostFault: a file is on another file system than the jails.
+            Exhausted: the disk is full.
+        """
+        return await run_in_thread(self._ensure, spec)
+
+    async def exists(self, key: str) -> bool:
+        return os.path.lexists(self._dirs.directory(key))
+
+    async def remove(self, key: str) -> None:
+        """Remove the jail; its VMM must be gone. The log is kept, the data disk given to root."""
+        await run_in_thread(self._remove, key)
+
+    async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
+        return await run_in_thread(self._logs.read, ref, launch)
+
+    async def bound_logs(self) -> int:
+        """Keep the logs of live jails within their limit; call it every few seconds.
+
+        Returns the bytes given back.
+        """
+        return await run_in_thread(self._logs.bound)
+
+    async def list_ids(self) -> list[str]:
+        """All jails on this host, half-made ones included."""
+        return await run_in_thread(self._dirs.list_ids)
+
+    async def facts(self, jail_id: str) -> JailFacts | None:
+        """Whose jail it is, from the note beside it; None if there is none or it is damaged."""
+        return await run_in_thread(self._dirs.facts, jail_id)
+
+    # -- making --------------------------------------------------------------------------------
+
+    def _ensure(self, spec: JailSpec) -> Jail:
+        root = self._dirs.root(spec.jail_id)
+        facts = self._dirs.facts(spec.jail_id)
+        if facts is not None and facts.complete:
+            if (facts.ref, facts.uid) != (spec.ref, spec.uid):
+                raise Conflict(f"the jail {spec.jail_id} is another's", detail={"uid": facts.uid})
+            return Jail(root, has_config=facts.has_config, has_secrets=facts.has_secrets)
+        self._remove(spec.jail_id, keep_log=False)
+        try:
+            return self._make(spec, root)
+        except (Failure, OSError) as error:
+            with contextlib.suppress(Failure):
+                self._remove(spec.jail_id, keep_log=False)
+            if isinstance(error, OSError):
+                raise os_failure(error, f"cannot make the jail {spec.jail_id}") from error
+            raise
+
+    def _make(self, spec: JailSpec, root: str) -> Jail:
+        directory = os.path.dirname(root)
+        has_secrets = spec.secrets is not None or spec.kept_secrets is not None
+        has_config = spec.config is not None or spec.kept_config is not None
+        facts = JailFacts(
+            ref=spec.ref,
+            uid=spec.uid,
+            launch=launch_of(spec.jail_id),
+            complete=False,
+            has_config=has_config,
+            has_secrets=has_secrets,
+            disks=tuple(file.source for file in spec.files if file.writable),
+            record=spec.record,
+        )
+        make_dir(self._dirs.base)
+        os.mkdir(directory, 0o700)
+        # First of all, so that a disk given to the uid is given back even after kill -9.
+        write_sealed(f"{directory}/{FACTS}", facts, sync=False)
+        os.mkdir(root, 0o700)
+        ours: dict[str, FileId] = {}
+        with Directory.trusted(root) as opened:
+            for file in spec.files:
+                self._link(spec, file, opened.fd)
+        for name in (LOG, SERIAL) if spec.serial else (LOG,):
+            ours[name] = _new_file(f"{root}/{name}", 0o600, uid=spec.uid)
+        if has_config:
+            ours[CONFIG_DRIVE] = self._make_config(spec, f"{root}/{CONFIG_DRIVE}")
+        if has_secrets:
+            with secrets_tmpfs.new_drive(f"{root}/{SECRETS_DIR}", spec.uid) as fd:
+                if spec.kept_secrets is None:
+                    self._drives.write(fd, SECRETS, spec.secrets or b"")
+                else:
+                    copy_drive(spec.kept_secrets, fd)
+        os.chown(root, spec.uid, spec.uid)
+        facts = msgspec.structs.replace(facts, complete=True, ours=ours)
+        write_sealed(f"{directory}/{FACTS}", facts, sync=False)
+        return Jail(root, has_config=has_config, has_secrets=has_secrets)
+
+    def _link(self, spec: JailSpec, file: JailFile, root: int) -> None:
+        with self._source(file) as fd:
+            if file.writable:
+                disk_ownership.check_mark(fd, spec.ref, file.source)
+                disk_ownership.write_mark(fd, spec.ref, new=False)
+                os.fchmod(fd, 0o600)
+                os.fchown(fd, spec.uid, spec.uid)
+            try:
+                link_open(fd, root, file.name)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                raise HostFault(
+                    f"{file.source} and the jails in {self._dirs.base} are on different file"
+                    " systems: set [vmm] jail_base, [paths] state and data on one",
+                    path=file.source,
+                ) from error
+
+    @contextlib.contextmanager
+    def _source(self, file: JailFile) -> Generator[int, None, None]:
+        """Open what is to be linked; below the data root through `openat2`, as anything there."""
+        tenants = f"{self._data}/tenants/"
+        if file.source.startswith(tenants):
+            tenant, _, rest = file.source.removeprefix(tenants).partition("/")
+            flags = os.O_RDWR if file.writable else os.O_RDONLY
+            with open_tenant(self._data, tenant) as directory, directory.file(rest, flags) as fd:
+                yield fd
+            return
+        fd = os.open(file.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _make_config(self, spec: JailSpec, path: str) -> FileId:
+        fd = os.open(path, NEW, 0o400)
+        try:
+            if spec.kept_config is None:
+                self._drives.write(fd, CONFIG, spec.config or b"")
+            else:
+                copy_drive(spec.kept_config, fd)
+            os.fchmod(fd, 0o444)
+            return FileId.of(os.fstat(fd))
+        finally:
+            os.close(fd)
+
+    # -- removing ------------------------------------------------------------------------------
+
+    def _remove(self, jail_id: str, *, keep_log: bool = True) -> None:
+        path = self._dirs.directory(jail_id)
+        try:
+            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise os_failure(error, f"cannot open the jail {jail_id}") from error
+        facts = self._dirs.facts(jail_id)
+        try:
+            secrets_tmpfs.unmount_secrets(f"{path}/root/{SECRETS_DIR}")
+            if facts is not None and keep_log:
+                self._logs.keep(jail_id, facts)
+            self._release_disks(jail_id, facts.disks if facts is not None else ())
+            remove_tree(directory, "root", before_unlink=_discard_memory)
+            remove_names(directory, keep=frozenset({FACTS}))
+            remove_names(directory)
+            os.rmdir(path)
+        except OSError as error:
+            raise os_failure(error, f"cannot remove the jail {jail_id}") from error
+        finally:
+            os.close(directory)
+
+    def _release_disks(self, jail_id: str, sources: tuple[str, ...]) -> None:
+        """Give data disks back to root, unless a newer jail of the instance has them by now.
+
+        Looked for where they were linked from and in the jail: agentd may have moved the one, the
+        VMM the other. hostd's mark tells them from anything else.
+        """
+        with self._dirs.file(jail_id, DATA_DISK, os.O_RDWR) as fd:
+            if fd is not None:
+                self._release(jail_id, fd)
+        for source in sources:
+            with (
+                contextlib.suppress(Failure),
+                self._source(JailFile(DATA_DISK, source, True)) as fd,
+            ):
+                self._release(jail_id, fd)
+
+    def _release(self, jail_id: str, disk: int) -> None:
+        mark = disk_ownership.read_mark(disk)
+        if mark is None:
+            return
+        ref = ref_of(mark.ref)
+        if naming.jail_id(ref, launch_of(jail_id)) == jail_id and not self._used(
+            jail_id, ref, disk
+        ):
+            os.fchown(disk, 0, 0)
+            os.fchmod(disk, 0o600)
+
+    def _used(self, jail_id: str, ref: InstanceRef, disk: int) -> bool:
+        for other in self._dirs.ids_of(ref):
+            if other != jail_id:
+                with self._dirs.file(other, DATA_DISK) as fd:
+                    if fd is not None and os.path.sameopenfile(fd, disk):
+                        return True
+        return False
+
+
+def _new_file(path: str, mode: int, *, uid: int) -> FileId:
+    fd = os.open(path, NEW, mode)
+    try:
+        os.fchown(fd, uid, uid)
+        return FileId.of(os.fstat(fd))
+    finally:
+        os.close(fd)
+
+
+def _discard_memory(directory: int, name: str) -> None:
+    """Free the blocks of a woken VM's memory file with its last name: they hold the guest's RAM."""
+    if name not in {"mem", "state"}:
+        return
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with contextlib.suppress(OSError):
+        fd = os.open(name, flags, dir_fd=directory)
+        try:
+            found = os.fstat(fd)
+            if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+                wipe.discard(fd)
+        finally:
+            os.close(fd)

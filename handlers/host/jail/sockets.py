@@ -1,0 +1,91 @@
+"""Paths of a jail, and connections to the sockets in it that cannot be led astray.
+
+The jail's root directory belongs to the jail's uid: the VMM may have replaced any file there by a
+symlink. No open here follows one.
+"""
+
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from handlers.errors import HostFault
+from handlers.host.jail.layout import JailDirs
+from schemas.settings import Settings
+
+API_SOCKET = "api.sock"
+VSOCK_SOCKET = "v.sock"
+PID_FILE = "firecracker.pid"
+VMM_COPY = "firecracker"
+
+
+@dataclass(frozen=True, slots=True)
+class JailPaths:
+    """Where jails are: `<jail_base>/firecracker/<jail id>/root`, the jailer's own layout."""
+
+    jail_base: str
+
+    @classmethod
+    def of(cls, settings: Settings) -> "JailPaths":
+        return cls(settings.jail_base)
+
+    def root(self, jail_id: str) -> str:
+        """The directory that is `/` for the VMM.
+
+        Raises:
+            Invalid: not a jail id; the jailer itself would let some non-ASCII letters pass.
+        """
+        return JailDirs(self.jail_base).root(jail_id)
+
+
+def read_tail(root: str, name: str, limit_bytes: int) -> str:
+    """The end of a file in the jail as text; empty if it is not there or not a plain file."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        with (
+            _dir(root) as directory,
+            os.fdopen(os.open(name, flags, dir_fd=directory), "rb") as file,
+        ):
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                return ""
+            file.seek(max(0, found.st_size - limit_bytes))
+            return file.read(limit_bytes).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def connect(root: str, name: str) -> socket.socket:
+    """A non-blocking stream connection to a socket in the jail, whatever the path's length.
+
+    The socket's inode is opened first, then reached through /proc/self/fd: no link is followed,
+    and the 107 bytes of `sun_path` always suffice.
+
+    Raises:
+        OSError: FileNotFoundError before it is bound, ConnectionRefusedError once nobody listens.
+        HostFault: the name is not a socket.
+    """
+    with _dir(root) as directory, _opened(name, os.O_PATH | os.O_NOFOLLOW, directory) as target:
+        if not stat.S_ISSOCK(os.fstat(target).st_mode):
+            raise HostFault(f"{name} in the jail is not a socket", path=f"{root}/{name}")
+        with contextlib.ExitStack() as unless_connected:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            unless_connected.callback(connection.close)
+            connection.connect(f"/proc/self/fd/{target}")
+            unless_connected.pop_all()
+        return connection
+
+
+def _dir(root: str) -> contextlib.AbstractContextManager[int]:
+    return _opened(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, None)
+
+
+@contextlib.contextmanager
+def _opened(name: str, flags: int, directory: int | None) -> Generator[int]:
+    fd = os.open(name, flags | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""System calls, /proc, files and threads: what any mechanism may stand on."""

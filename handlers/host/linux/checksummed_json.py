@@ -1,0 +1,59 @@
+"""hostd's small facts on disk: JSON with a checksum, written whole or not at all.
+
+A flipped bit or a half-written file is never read as a fact: it is refused.
+"""
+
+import hashlib
+import os
+from typing import TypeVar
+
+import msgspec
+
+from handlers.errors import HostFault
+
+MAX_BYTES = 1 << 20
+
+T = TypeVar("T")
+
+
+class Sealed(msgspec.Struct, frozen=True):
+    """`sha256` is that of the bytes of `facts` as they stand in the file."""
+
+    sha256: str
+    facts: msgspec.Raw
+
+
+def write_sealed(path: str, facts: msgspec.Struct, *, sync: bool = True) -> None:
+    """Write or replace a file, root:root 0600. The caller syncs the directory if that matters."""
+    body = msgspec.json.encode(facts)
+    data = msgspec.json.encode(Sealed(hashlib.sha256(body).hexdigest(), msgspec.Raw(body)))
+    beside = f"{path}.part"
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data + b"\n")
+        if sync:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(beside, path)
+
+
+def read_sealed(path: str, kind: type[T]) -> T | None:
+    """The facts, or None if there is no such file.
+
+    Raises:
+        HostFault: damaged; names the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    try:
+        sealed = msgspec.json.decode(data, type=Sealed)
+        if hashlib.sha256(sealed.facts).hexdigest() == sealed.sha256:
+            return msgspec.json.decode(sealed.facts, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise HostFault(f"{path} is damaged", path=path) from error
+    raise HostFault(f"{path} is damaged: its checksum does not fit", path=path)

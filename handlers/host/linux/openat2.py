@@ -1,0 +1,176 @@
+"""Files below a directory that others can write to, opened so that nothing leads out of it.
+
+hostd is root and agentd's directories are not: a name in them may become a symlink, a FIFO or a
+hard link to somebody's file at any moment. Every open goes through `openat2`, stays beneath one
+directory, follows no symlink, does not block, and is judged by what was opened, never by its name.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Generator
+from types import TracebackType
+from typing import Self
+
+from handlers.errors import Failure, Invalid, NotFound, Unavailable
+from handlers.host.linux.errnos import os_failure
+from handlers.host.linux.syscalls import openat2
+
+RACES = 16
+PATH_ERRORS = {
+    errno.ELOOP: "is a link, or reached through one",
+    errno.EXDEV: "leads out of its directory",
+    errno.ENOTDIR: "is reached through something that is no directory",
+    errno.EISDIR: "is a directory",
+    errno.ENXIO: "is not a regular file",
+    errno.ENAMETOOLONG: "has too long a name",
+}
+
+
+def refused(error: OSError, path: str) -> Failure:
+    """The failure for a file that could not be opened; `path` is named in it."""
+    if error.errno == errno.ENOENT:
+        return NotFound(f"{path} does not exist", path=path)
+    if error.errno in PATH_ERRORS:
+        return Invalid(f"{path} {PATH_ERRORS[error.errno]}", path=path)
+    return os_failure(error, f"cannot open {path}")
+
+
+class Directory:
+    """An open directory; `path` is only for messages. Names given to it may hold slashes.
+
+    Raises (all methods):
+        NotFound: nothing there by that name.
+        Invalid: a link, an escape, or not the kind of file asked for.
+    """
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd = fd
+        self.path = path
+
+    @classmethod
+    def trusted(cls, path: str) -> "Directory":
+        """A directory named by the operator: links in its path are the operator's own."""
+        try:
+            return cls(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+        except OSError as error:
+            raise refused(error, path) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def named(self, name: str) -> str:
+        """The full path of a name, for messages."""
+        return f"{self.path}/{name}"
+
+    def directory(self, name: str) -> "Directory":
+        """Open a directory beneath this one."""
+        return Directory(self._open(name, os.O_RDONLY | os.O_DIRECTORY), self.named(name))
+
+    def stat(self, name: str) -> os.stat_result | None:
+        """Of the thing itself, a link included; None if there is nothing. `name` without slash."""
+        try:
+            return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise refused(error, self.named(name)) from error
+
+    @contextlib.contextmanager
+    def file(self, name: str, flags: int = os.O_RDONLY) -> Generator[int, None, None]:
+        """Open a regular file; the descriptor is closed at the end of the block."""
+        fd = self._open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise Invalid(f"{self.named(name)} is not a regular file", path=self.named(name))
+            yield fd
+        finally:
+            os.close(fd)
+
+    def read(self, name: str, limit_bytes: int) -> tuple[bytes, os.stat_result]:
+        """A whole small file, and what it was when read.
+
+        Raises:
+            Invalid: also if it has several names (it may be another's) or is past the limit.
+        """
+        with self.file(name) as fd:
+            found = os.fstat(fd)
+            path = self.named(name)
+            if found.st_nlink > 1:
+                raise Invalid(f"{path} has several names", path=path)
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read(limit_bytes + 1)
+        if len(data) > limit_bytes:
+            raise Invalid(f"{path} is larger than {limit_bytes} bytes", path=path)
+        return data, found
+
+    def link_target(self, name: str) -> str:
+        """What a symbolic link says; the caller checks it and resolves it by hand."""
+        parent, _, last = name.rpartition("/")
+        path = self.named(name)
+        with contextlib.ExitStack() as opened:
+            at = opened.enter_context(self.directory(parent)) if parent else self
+            try:
+                return os.readlink(last, dir_fd=at.fd)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    raise Invalid(f"{path} is not a symbolic link", path=path) from error
+                raise refused(error, path) from error
+
+    def replace(self, name: str, data: bytes, like: os.stat_result) -> None:
+        """Put a new file in the place of `name`, with the old one's owner, group and mode.
+
+        All or nothing: written beside it, synced, renamed, so after a power loss it is the old one
+        or the new. `name` without slash; one writer per name.
+        """
+        beside = f".{name}.hostd"
+        path = self.named(name)
+        try:
+            self.unlink(beside)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with self._created(beside, flags) as fd:
+                os.fchown(fd, like.st_uid, like.st_gid)
+                os.fchmod(fd, stat.S_IMODE(like.st_mode) & 0o777)
+                with open(fd, "wb", closefd=False) as file:
+                    file.write(data)
+                os.fsync(fd)
+                os.rename(beside, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.unlink(beside)
+            raise os_failure(error, f"cannot write {path}") from error
+
+    def unlink(self, name: str) -> None:
+        """Remove a name that is no directory; absent is success."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.fd)
+
+    @contextlib.contextmanager
+    def _created(self, name: str, flags: int) -> Generator[int, None, None]:
+        fd = openat2(self.fd, name, flags, mode=0o600)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _open(self, name: str, flags: int) -> int:
+        for _ in range(RACES):
+            try:
+                return openat2(self.fd, name, flags)
+            except BlockingIOError:  # EAGAIN: something was renamed while the path was walked
+                continue
+            except OSError as error:
+                raise refused(error, self.named(name)) from error
+        raise Unavailable(f"{self.named(name)} keeps moving", path=self.named(name))

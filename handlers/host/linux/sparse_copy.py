@@ -1,0 +1,77 @@
+"""Copies of large, mostly empty files, and their checksums."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+
+from handlers.host.linux.syscalls import reflink
+
+CANNOT_SHARE = frozenset(
+    {errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM}
+)
+CANNOT_COPY_THERE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+CHUNK_BYTES = 1 << 20
+Check = Callable[[], None]
+COPY_BYTES = 64 << 20
+
+
+def copy_sparse(source: int, target: int, *, check: Check = lambda: None) -> None:
+    """Make the empty file `target` equal to `source`, sharing blocks if the file system can.
+
+    Holes stay holes: a plain copy_file_range over the whole file would fill them on ext4.
+
+    `check` is called between chunks and may raise to end it.
+
+    Source: ioctl_ficlone(2), lseek(2) SEEK_DATA, copy_file_range(2).
+    """
+    try:
+        reflink(target, source)
+        return
+    except OSError as error:
+        if error.errno not in CANNOT_SHARE:
+            raise
+    size = os.fstat(source).st_size
+    os.ftruncate(target, size)
+    for start, end in data_ranges(source, size):
+        _copy_range(source, target, start, end, check)
+
+
+def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """The parts of a file that are not holes, as (start, end) byte offsets."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but hole until the end
+                return
+            raise
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def sha256_of(fd: int, *, check: Check = lambda: None) -> str:
+    """Hex sha256 of a whole file, a chunk at a time; `check` may raise between two to end it."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    at = 0
+    while got := os.preadv(fd, [buffer], at):
+        check()
+        digest.update(buffer[:got])
+        at += got
+    return digest.hexdigest()
+
+
+def _copy_range(source: int, target: int, start: int, end: int, check: Check) -> None:
+    while start < end:
+        check()
+        try:
+            done = os.copy_file_range(source, target, min(end - start, COPY_BYTES), start, start)
+        except OSError as error:
+            if error.errno not in CANNOT_COPY_THERE:
+                raise
+            done = os.pwrite(target, os.pread(source, min(end - start, CHUNK_BYTES), start), start)
+        if not done:  # the source became shorter meanwhile; the caller notices by its size
+            return
+        start += done

@@ -1,0 +1,1 @@
+"""Bridges, TAPs, nftables, conntrack, sysctls: netlink and libnftables."""

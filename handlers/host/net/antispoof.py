@@ -1,0 +1,68 @@
+"""Pins: the one MAC and address that may come out of a TAP. Made before the TAP is up.
+
+A port that is pinned is held to its pins by the bridge table, for IPv4 and inside ARP; all other
+protocols from it are dropped.
+"""
+
+from typing import ClassVar
+
+from handlers.errors import HostFault
+from handlers.host.net.nftables import Member, Nft, Tables
+from handlers.host.net.ruleset import BaseRules
+from handlers.specs import PinSpec
+
+GUESTS, PINS = "bridge hostd guests", "bridge hostd pins"
+
+
+class Pins:
+    """Pins by `<tap>,<mac>,<address>`. `ensure` is true if anything had to be made or repaired.
+
+    Source: nft(8). Needs: CAP_NET_ADMIN.
+    """
+
+    name: ClassVar[str] = "pin"
+
+    def __init__(self, nft: Nft, base: BaseRules) -> None:
+        self._nft = nft
+        self._base = base
+
+    async def exists(self, key: str) -> bool:
+        wanted = pin_members(key)
+        return await self._nft.run(lambda tables: len(tables.missing(wanted)) < len(wanted))
+
+    async def ensure(self, spec: PinSpec) -> bool:
+        """Pin the TAP to this MAC and address alone, base rules in force, and read it back.
+
+        Raises:
+            HostFault: the kernel does not hold what was set: the TAP must not come up.
+        """
+        return await self._nft.run(lambda tables: self._put_in(tables, spec))
+
+    async def remove(self, key: str) -> None:
+        def take_out(tables: Tables) -> None:
+            doomed = [m for m in pin_members(key) if m[1] in tables.members(m[0])]
+            if doomed:
+                tables.change(remove=doomed)
+
+        await self._nft.run(take_out)
+
+    def _put_in(self, tables: Tables, spec: PinSpec) -> bool:
+        changed = self._base.put_in(tables)
+        wanted = pin_members(spec.key)
+        stray = [
+            (PINS, element)
+            for element in tables.members(PINS)
+            if element[0] == spec.tap and (PINS, element) not in wanted
+        ]
+        if not stray and not tables.missing(wanted):
+            return changed
+        tables.change(remove=stray, add=wanted)
+        if not tables.has(wanted):
+            raise HostFault(f"nftables does not hold the pin of {spec.tap}")
+        return True
+
+
+def pin_members(key: str) -> tuple[Member, Member]:
+    """What makes the bridge table hold a TAP to its pin."""
+    tap, mac, address = key.split(",")
+    return (GUESTS, (tap,)), (PINS, (tap, mac, address))

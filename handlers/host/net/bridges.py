@@ -1,0 +1,171 @@
+"""Tenant bridges: one per tenant, with the gateway's address.
+
+The bridge keeps a MAC of its own (of offset 1 of the tenant's range), so that a guest which slept
+through a teardown finds its gateway where it left it. Ownership is the link's alias.
+"""
+
+from ipaddress import IPv4Network
+from typing import ClassVar
+
+from handlers.errors import Conflict, HostFault
+from handlers.host.net.rtnetlink import Kernel, Netlink
+from handlers.host.net.rtnetlink_reader import (
+    IFLA_BR_FORWARD_DELAY,
+    IFLA_BR_MCAST_SNOOPING,
+    IFLA_BR_STP_STATE,
+    Address,
+    Link,
+)
+from handlers.host.net.sysctl import ensure_sysctl
+from handlers.specs import BridgeSpec
+from schemas import naming
+
+ALIAS_PREFIX = "hostd:"
+GATEWAY_OFFSET = 1
+# ip-sysctl.rst. A guest's ARP request is answered for the gateway's address alone, not for the
+# host's other ones (arp_ignore), packets come from where they could be answered to (rp_filter),
+# no guest is told of, or may tell of, another way (redirects), and there is no IPv6 at all.
+SYSCTLS = {
+    "ipv6/conf/{}/disable_ipv6": "1",
+    "ipv4/conf/{}/rp_filter": "1",
+    "ipv4/conf/{}/arp_ignore": "1",
+    "ipv4/conf/{}/arp_announce": "2",
+    "ipv4/conf/{}/accept_redirects": "0",
+    "ipv4/conf/{}/send_redirects": "0",
+    "ipv4/conf/{}/accept_source_route": "0",
+    "ipv4/conf/{}/proxy_arp": "0",
+}
+BRIDGE = {IFLA_BR_STP_STATE: 0, IFLA_BR_FORWARD_DELAY: 0, IFLA_BR_MCAST_SNOOPING: 0}
+
+
+class Bridges:
+    """Bridges by link name. `ensure` is true if anything had to be made or repaired.
+
+    Source: rtnetlink(7), ip-link(8) type bridge. Needs: CAP_NET_ADMIN.
+    """
+
+    name: ClassVar[str] = "bridge"
+
+    def __init__(self, netlink: Netlink) -> None:
+        self._netlink = netlink
+
+    async def exists(self, key: str) -> bool:
+        return await self._netlink.run(lambda kernel: own_bridge(kernel, key) is not None)
+
+    async def ensure(self, spec: BridgeSpec) -> bool:
+        """Make or repair the bridge, read everything back; a half-made one is completed.
+
+        Raises:
+            Conflict: the name is taken by a link that is not this tenant's bridge.
+            HostFault: the kernel does not hold what was set.
+        """
+        return await self._netlink.run(lambda kernel: make(kernel, spec))
+
+    async def remove(self, key: str) -> None:
+        """Delete the bridge; a foreign link of the name is left alone."""
+
+        def delete(kernel: Kernel) -> None:
+            if (link := own_bridge(kernel, key)) is not None:
+                kernel.delete_link(link.index)
+
+        await self._netlink.run(delete)
+
+
+def own_bridge(kernel: Kernel, name: str) -> Link | None:
+    """The bridge, if it is ours. Without alias it is one whose making was cut short."""
+    link = kernel.link(name)
+    if link is None or link.kind != "bridge":
+        return None
+    return link if link.alias.startswith(ALIAS_PREFIX) or not link.alias else None
+
+
+def make(kernel: Kernel, spec: BridgeSpec) -> bool:
+    mac = naming.mac_address(spec.net.tenant_net_id, GATEWAY_OFFSET)
+    link = kernel.link(spec.key)
+    created = link is None
+    if link is None:
+        kernel.add_bridge(spec.key, mac)
+        link = reread(kernel, spec.key)
+    else:
+        refuse_foreign(kernel, link, spec)
+    try:
+        changed = converge(kernel, link, spec, mac)
+        verify(kernel, spec, mac)
+    except BaseException:
+        if created:
+            kernel.delete_link(link.index)
+        raise
+    return created or changed
+
+
+def refuse_foreign(kernel: Kernel, link: Link, spec: BridgeSpec) -> None:
+    if link.kind != "bridge":
+        raise Conflict(f"{link.name} is a link of kind {link.kind}, not the tenant's bridge")
+    if link.alias == ALIAS_PREFIX + spec.tenant_id:
+        return
+    if link.alias:
+        raise Conflict(f"bridge {link.name} belongs to {link.alias!r}")
+    if any(address != gateway(spec) for address in kernel.addresses(link.index)):
+        raise Conflict(f"bridge {link.name} has addresses that are not hostd's")
+
+
+def gateway(spec: BridgeSpec) -> Address:
+    return Address(spec.net.gateway_ip, naming.prefix_len(spec.net))
+
+
+def converge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> bool:
+    """Change what differs; it goes up last, without IPv6 and with its alias, in one message."""
+    changed = False
+    if link.mac != mac:
+        kernel.set_link(link.index, address=mac)
+        changed = True
+    if any(link.info.get(name) != value for name, value in BRIDGE.items()):
+        kernel.set_bridge(link.index, br_stp_state=0)  # first: with STP no delay may be 0
+        kernel.set_bridge(link.index, br_forward_delay=0, br_mcast_snooping=0)
+        changed = True
+    for name, value in SYSCTLS.items():
+        changed |= ensure_sysctl(name.format(link.name), value)
+    present = kernel.addresses(link.index)
+    for address in present:
+        if address != gateway(spec):
+            kernel.delete_address(link.index, address)
+            changed = True
+    if gateway(spec) not in present:
+        kernel.add_address(link.index, gateway(spec))
+        changed = True
+    alias = ALIAS_PREFIX + spec.tenant_id
+    if not link.up or link.alias != alias:
+        kernel.set_link(link.index, state="up", ifalias=alias)
+        changed = True
+    return connect(kernel, link, spec) or changed
+
+
+def connect(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
+    """The subnet's route, which the kernel adds with the address, unless somebody removed it."""
+    if any(route.dst == spec.net.ipv4_subnet for route in kernel.routes(link=link.index)):
+        return False
+    kernel.add_connected_route(link.index, spec.net.ipv4_subnet, spec.net.gateway_ip)
+    return True
+
+
+def verify(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
+    link = reread(kernel, spec.key)
+    holds = {
+        "kind": link.kind == "bridge",
+        "alias": link.alias == ALIAS_PREFIX + spec.tenant_id,
+        "address": kernel.addresses(link.index) == [gateway(spec)],
+        "MAC": link.mac == mac,
+        "up": link.up,
+        "attributes": all(link.info.get(name) == value for name, value in BRIDGE.items()),
+        "route": IPv4Network(spec.net.ipv4_subnet)
+        in {IPv4Network(route.dst) for route in kernel.routes(link=link.index)},
+    }
+    if wrong := [fact for fact, held in holds.items() if not held]:
+        raise HostFault(f"bridge {spec.key} was set and does not have its {', '.join(wrong)}")
+
+
+def reread(kernel: Kernel, name: str) -> Link:
+    link = kernel.link(name)
+    if link is None:
+        raise HostFault(f"link {name} was made and is not there")
+    return link

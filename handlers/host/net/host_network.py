@@ -1,0 +1,147 @@
+"""Questions about the host's network, what no single resource owns, and how the parts are wired."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+
+from handlers.host.linux.kernel_thread import stay
+from handlers.host.net.antispoof import Pins
+from handlers.host.net.bridges import ALIAS_PREFIX, Bridges
+from handlers.host.net.drift_watch import HostWatch
+from handlers.host.net.nftables import Nft
+from handlers.host.net.rtnetlink import Kernel, Netlink
+from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN
+from handlers.host.net.ruleset import CARRIED, BaseRules
+from handlers.host.net.sysctl import ensure_sysctl
+from handlers.host.net.taps import Taps
+from handlers.host.net.tenant_rules import TenantRules
+from schemas.settings import NetworkSettings
+
+DEFAULT_ROUTE = "0.0.0.0/0"
+# Frames between guests of one bridge are the bridge table's business, not the forward chain's.
+SYSCTLS = {
+    "ipv4/ip_forward": "1",
+    "bridge/bridge-nf-call-iptables": "0",
+    "bridge/bridge-nf-call-ip6tables": "0",
+    "bridge/bridge-nf-call-arptables": "0",
+}
+
+
+class HostNetworks:
+    """The `Networks` of this host, of the namespace that the worker is in. Needs: CAP_NET_ADMIN."""
+
+    def __init__(
+        self, netlink: Netlink, nft: Nft, base: BaseRules, settings: NetworkSettings
+    ) -> None:
+        self._netlink = netlink
+        self._nft = nft
+        self._base = base
+        self._uplinks = settings.uplinks
+        self._exempt = [IPv4Network(route) for route in settings.exempt_routes]
+
+    async def prepare(self) -> bool:
+        """Base table, uplinks, `ip_forward` and `bridge-nf-call-*`; true if any had to change."""
+
+        def prepared(kernel: Kernel) -> tuple[bool, Sequence[str]]:
+            changed = [ensure_sysctl(name, value) for name, value in SYSCTLS.items()]
+            return any(changed), self._uplinks or default_links(kernel)
+
+        changed, uplinks = await self._netlink.run(prepared)
+        return await self._base.ensure(uplinks) or changed
+
+    async def overlapping_route(self, subnet: str, *, except_bridge: str) -> str | None:
+        """The first host route that overlaps the subnet, or None.
+
+        Left out: the default route, those of the bridge itself, and those that lie within one of
+        `[network] exempt_routes`.
+        """
+        wanted = IPv4Network(subnet)
+
+        def overlapping(kernel: Kernel) -> str | None:
+            bridge = kernel.link(except_bridge)
+            own = () if bridge is None else (bridge.index,)
+            for route in kernel.routes():
+                network = IPv4Network(route.dst)
+                exempt = any(network.subnet_of(allowed) for allowed in self._exempt)
+                ours = bool(own) and route.links == own
+                if route.dst != DEFAULT_ROUTE and network.overlaps(wanted) and not (exempt or ours):
+                    return route.dst
+            return None
+
+        return await self._netlink.run(overlapping)
+
+    async def taps_on(self, bridge: str) -> Sequence[str]:
+        """Names of the links enslaved to the bridge; none if there is no such bridge."""
+
+        def ports(kernel: Kernel) -> list[str]:
+            link = kernel.link(bridge)
+            if link is None:
+                return []
+            return sorted(port.name for port in kernel.links(master=link.index))
+
+        return await self._netlink.run(ports)
+
+    async def owned_links(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the bridges and of the TAPs in this namespace that carry hostd's alias."""
+
+        def owned(kernel: Kernel, kind: str) -> tuple[str, ...]:
+            links = kernel.links(kind=kind)
+            return tuple(sorted(link.name for link in links if link.alias.startswith(ALIAS_PREFIX)))
+
+        return await self._netlink.run(
+            lambda kernel: (owned(kernel, "bridge"), owned(kernel, "tun"))
+        )
+
+    async def nft_objects(self) -> int:
+        """How many elements of tenants and guests hostd's tables hold; the base is not counted."""
+        count = 0
+        for family, names in CARRIED.items():
+            for name in names:
+                count += len(await self._nft.members(f"{family} hostd {name}"))
+        return count
+
+
+def default_links(kernel: Kernel) -> Sequence[str]:
+    """The links of the default routes: the uplinks, unless they are set."""
+    routes = kernel.routes(table=RT_TABLE_MAIN)
+    indexes = {link for route in routes if route.dst == DEFAULT_ROUTE for link in route.links}
+    return sorted(name for name in map(kernel.link_name, indexes) if name is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkMechanisms:
+    """All network mechanisms of a host, sharing one netlink and one nftables thread."""
+
+    netlink: Netlink
+    nft: Nft
+    base: BaseRules
+    networks: HostNetworks
+    bridges: Bridges
+    tenant_rules: TenantRules
+    pins: Pins
+    taps: Taps
+    watch: HostWatch
+
+    def close(self) -> None:
+        """End both threads; what was made stays."""
+        self.netlink.close()
+        self.nft.close()
+
+
+def open_network_mechanisms(
+    settings: NetworkSettings, enter: Callable[[], None] = stay
+) -> NetworkMechanisms:
+    """Wire the mechanisms. `enter` runs first in each thread, e.g. to enter a namespace."""
+    netlink, nft = Netlink(enter), Nft(enter)
+    base = BaseRules(nft, settings)
+    return NetworkMechanisms(
+        netlink=netlink,
+        nft=nft,
+        base=base,
+        networks=HostNetworks(netlink, nft, base, settings),
+        bridges=Bridges(netlink),
+        tenant_rules=TenantRules(nft, base, netlink),
+        pins=Pins(nft, base),
+        taps=Taps(netlink, isolate_guests=settings.isolate_guests),
+        watch=HostWatch(netlink, nft, enter),
+    )

@@ -1,0 +1,218 @@
+"""The nftables of a namespace: sets read and changed, transactions, and the thread for them."""
+
+import json
+import socket
+import subprocess
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from handlers.errors import Failure, HostFault, Unavailable
+from handlers.host.linux.errnos import os_failure
+from handlers.host.linux.kernel_thread import KernelThread, stay
+from handlers.host.net.libnftables import (
+    JSON,
+    STATELESS,
+    TERSE,
+    TIMEOUT_S,
+    Absent,
+    Engine,
+    NftRefusal,
+    open_engine,
+    refusal,
+)
+from handlers.host.net.netlink_messages import HEADER, NLM_F_REQUEST, attributes
+
+T = TypeVar("T")
+NETLINK_NETFILTER = 12
+# linux/netfilter/nf_tables.h: subsystem 10, messages 15 and 16
+NFT_MSG_NEWGEN, NFT_MSG_GETGEN = (10 << 8) | 15, (10 << 8) | 16
+NFTA_GEN_ID = 1
+
+Element = tuple[str, ...]
+# A set's family, table and name, and one element of it.
+Member = tuple[str, Element]
+
+
+class Tables:
+    """nftables of the namespace that the calling thread is in. Synchronous; lives in one thread.
+
+    Keeps what it read of a set for as long as nobody else changed any ruleset: the kernel counts
+    the commits of a namespace, and this object knows its own. So a set of 1,000 elements is not
+    read for each change, and yet what another hand did is never overlooked.
+
+    Source: nft(8), nf_tables' NFT_MSG_GETGEN. Needs: CAP_NET_ADMIN.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+        self._socket.settimeout(TIMEOUT_S)
+        self._generation = -1
+        self._changes = 0
+        self._members: dict[str, set[Element]] = {}
+
+    def close(self) -> None:
+        self._engine.close()
+        self._socket.close()
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def outside_changes(self) -> int:
+        """Grows whenever another hand changed any ruleset of this namespace."""
+        now = self._read_generation()
+        if now != self._generation:
+            self._generation = now
+            self._changes += 1
+            self._members.clear()
+        return self._changes
+
+    def members(self, name: str) -> set[Element]:
+        """The elements of a set, e.g. of `inet hostd tenants`; of none if it is absent."""
+        self.outside_changes()
+        if name not in self._members:
+            self._members[name] = set(elements_of(self.read(f"set {name}")))
+        return self._members[name]
+
+    def missing(self, members: Iterable[Member]) -> list[Member]:
+        """Those that are not there."""
+        return [member for member in members if member[1] not in self.members(member[0])]
+
+    def has(self, members: Iterable[Member]) -> bool:
+        """Whether all of these are there; asked of the kernel anew."""
+        try:
+            self._run("".join(f"get element {spelled(member)}\n" for member in members), 0)
+        except Absent:
+            return False
+        return True
+
+    def read(self, what: str, *, terse: bool = False) -> list[dict[str, Any]]:
+        """nft's JSON for `list <what>` without counters' values; absent is an empty list."""
+        try:
+            output = self._run(f"list {what}\n", JSON | STATELESS | (TERSE if terse else 0))
+        except Absent:
+            return []
+        objects: list[dict[str, Any]] = json.loads(output)["nftables"] if output else []
+        return [entry for entry in objects if "metainfo" not in entry]
+
+    # -- changing ------------------------------------------------------------------------------
+
+    def apply(self, text: str) -> None:
+        """Commit one transaction.
+
+        Raises:
+            Absent: it names something that is not there.
+            Unavailable, Exhausted, HostFault: as nft says; nothing has changed.
+        """
+        self._commit(text)
+        self._members.clear()
+
+    def change(self, *, remove: Iterable[Member] = (), add: Iterable[Member] = ()) -> None:
+        """Take elements out of sets and put others in, in one transaction.
+
+        One to remove may be absent, one to add may be there. Raises as `apply`.
+        """
+        gone, come = list(remove), list(add)
+        # Adding first makes deleting one that is absent succeed, in the same transaction.
+        lines = [f"{do} element {spelled(m)}" for m in gone for do in ("add", "delete")]
+        lines += [f"add element {spelled(member)}" for member in come]
+        self._commit("\n".join(lines) + "\n")
+        for name, element in gone:
+            self._members.get(name, set()).discard(element)
+        for name, element in come:
+            if name in self._members:
+                self._members[name].add(element)
+
+    def _commit(self, text: str) -> None:
+        self.outside_changes()
+        try:
+            self._run(text, 0)
+        except Failure:
+            self._members.clear()
+            raise
+        if self._read_generation() == next_generation(self._generation):
+            self._generation = next_generation(self._generation)
+        self.outside_changes()
+
+    def _run(self, text: str, flags: int) -> str:
+        try:
+            return self._engine.run(text, flags)
+        except NftRefusal as error:
+            raise refusal(str(error)) from error
+        except (OSError, subprocess.SubprocessError) as error:
+            raise Unavailable("nft could not be run") from error
+
+    def _read_generation(self) -> int:
+        """The number of commits to this namespace's rulesets."""
+        try:
+            self._socket.send(HEADER.pack(20, NFT_MSG_GETGEN, NLM_F_REQUEST, 1, 0) + bytes(4))
+            answer = self._socket.recv(4096)
+        except OSError as error:
+            raise os_failure(error, "read the generation of the ruleset") from error
+        generation = attributes(answer[HEADER.size + 4 :]).get(NFTA_GEN_ID)
+        if HEADER.unpack_from(answer)[1] != NFT_MSG_NEWGEN or generation is None:
+            raise HostFault("the kernel does not tell the generation of the ruleset")
+        return int.from_bytes(generation, "big")
+
+
+class Nft:
+    """The thread in which all nftables work of this worker runs, one function at a time."""
+
+    def __init__(
+        self,
+        enter: Callable[[], None] = stay,
+        open_engine: Callable[[], Engine] = open_engine,
+    ) -> None:
+        self._thread = KernelThread("nftables", enter)
+        self._open = open_engine
+        self._tables: Tables | None = None
+
+    async def run(self, do: Callable[[Tables], T]) -> T:
+        """Run `do` in the thread, undisturbed by other nftables work of this worker."""
+        return await self._thread.run(lambda: do(self._opened()))
+
+    async def members(self, name: str) -> frozenset[Element]:
+        """The elements of a set, e.g. of `inet hostd tenants`; of none if it is absent."""
+        return await self.run(lambda tables: frozenset(tables.members(name)))
+
+    async def outside_changes(self) -> int:
+        """Grows whenever another hand changed any ruleset of this namespace."""
+        return await self.run(lambda tables: tables.outside_changes())
+
+    def close(self) -> None:
+        self._thread.stop(self._close)
+
+    def _close(self) -> None:
+        if self._tables is not None:
+            self._tables.close()
+
+    def _opened(self) -> Tables:
+        if self._tables is None:
+            self._tables = Tables(self._open())
+        return self._tables
+
+
+def next_generation(generation: int) -> int:
+    """32 bits, and 0 is left out."""
+    return (generation + 1) & 0xFFFFFFFF or 1
+
+
+def elements_of(listing: list[dict[str, Any]]) -> list[Element]:
+    """The elements in nft's JSON of one set: a plain one has one part, a concatenation several."""
+    sets = [body for entry in listing for kind, body in entry.items() if kind == "set"]
+    return [parts_of(element) for body in sets for element in body.get("elem", ())]
+
+
+def parts_of(element: Any) -> Element:
+    """The key's parts; statements, e.g. an element's counter, are left out."""
+    if isinstance(element, str | int):
+        return (str(element),)
+    if "elem" in element:
+        return parts_of(element["elem"]["val"])
+    return tuple(str(part) for part in element["concat"])
+
+
+def spelled(member: Member) -> str:
+    """A member in nft's language: `inet hostd services { tcp . 53 }`, names of links quoted."""
+    name, (first, *rest) = member
+    head = first if first in {"tcp", "udp"} else f'"{first}"'
+    return f"{name} {{ {' . '.join([head, *rest])} }}"

@@ -1,0 +1,82 @@
+"""A tenant's membership in the base rules: NAT, isolation and input rules are in force by it.
+
+All of a tenant's elements come and go in one transaction. Removal also takes what an earlier crash
+may have left of its guests' pins, and ends its flows: an established one would outlive the rules.
+"""
+
+from ipaddress import IPv4Network
+from typing import ClassVar
+
+from handlers.errors import HostFault
+from handlers.host.net.antispoof import GUESTS, PINS
+from handlers.host.net.conntrack import flush_conntrack
+from handlers.host.net.nftables import Member, Nft, Tables
+from handlers.host.net.rtnetlink import Netlink
+from handlers.host.net.ruleset import BaseRules
+from handlers.specs import TenantRulesSpec
+from schemas import naming
+
+TENANTS, GATEWAYS, DROPPED = "inet hostd tenants", "inet hostd gateways", "inet hostd dropped"
+
+
+class TenantRules:
+    """Tenants' rules by `<tenant_net_id>,<subnet>,<gateway>`. `ensure` is true if it changed any.
+
+    Source: nft(8). Needs: CAP_NET_ADMIN.
+    """
+
+    name: ClassVar[str] = "tenant_rules"
+
+    def __init__(self, nft: Nft, base: BaseRules, netlink: Netlink) -> None:
+        self._nft = nft
+        self._base = base
+        self._netlink = netlink
+
+    async def exists(self, key: str) -> bool:
+        wanted = tenant_members(key)
+        return await self._nft.run(lambda tables: len(tables.missing(wanted)) < len(wanted))
+
+    async def ensure(self, spec: TenantRulesSpec) -> bool:
+        """Put the rules in force, and nothing else for this bridge, and read them back.
+
+        Raises:
+            HostFault: the kernel does not hold what was set.
+        """
+        return await self._nft.run(lambda tables: self._put_in(tables, spec))
+
+    async def remove(self, key: str) -> None:
+        """Take the tenant's elements, leftover pins and conntrack entries away."""
+        net_id, subnet, _gateway = key.split(",")
+
+        def take_out(tables: Tables) -> None:
+            doomed = [m for m in tenant_members(key) if m[1] in tables.members(m[0])]
+            for name in (PINS, GUESTS):
+                found = tables.members(name)
+                doomed += [(name, e) for e in found if e[0].startswith(f"tn{net_id}i")]
+            if doomed:
+                tables.change(remove=doomed)
+
+        await self._nft.run(take_out)
+        await self._netlink.run(lambda _: flush_conntrack(IPv4Network(subnet)))
+
+    def _put_in(self, tables: Tables, spec: TenantRulesSpec) -> bool:
+        changed = self._base.put_in(tables)
+        wanted = tenant_members(spec.key)
+        stray = [
+            (GATEWAYS, (bridge, address))
+            for bridge, address in tables.members(GATEWAYS)
+            if bridge == spec.net.bridge_name and address != spec.net.gateway_ip
+        ]
+        if not stray and not tables.missing(wanted):
+            return changed
+        tables.change(remove=stray, add=wanted)
+        if not tables.has(wanted):
+            raise HostFault(f"nftables does not hold the rules of {spec.net.bridge_name}")
+        return True
+
+
+def tenant_members(key: str) -> tuple[Member, ...]:
+    """All that makes the rules apply to a tenant."""
+    net_id, _subnet, gateway = key.split(",")
+    bridge = naming.bridge_name(int(net_id))
+    return ((DROPPED, (bridge,)), (GATEWAYS, (bridge, gateway)), (TENANTS, (bridge,)))

@@ -1,0 +1,1 @@
+"""Snapshots on disk: memory file, state file, manifest."""

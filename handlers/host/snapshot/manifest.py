@@ -1,0 +1,130 @@
+"""What a snapshot is, on disk: `<state>/snapshots/<t>/<p>/<i>/<n>/`.
+
+`state`, `mem`       Firecracker's files, root:root 0600.
+`consumed.json`      the manifest of one that was woken, while its VM maps the memory.
+`manifest.json`      the facts that make them a snapshot; without it they are nothing.
+`memory.json`        which memory file it was, and its hash once that was taken.
+`config.ext4`, `secrets.ext4`   for a guest that had not unmounted them.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+
+import msgspec
+
+from handlers.errors import HostFault
+from handlers.host.linux.checksummed_json import read_sealed
+from handlers.specs import SnapshotInfo
+from schemas.records import DiskIdentity
+from schemas.requests import InstanceRef
+
+MANIFEST = "manifest.json"
+UNPUBLISHED = "manifest.json.tmp"
+CONSUMED = "consumed.json"
+MEMORY_FACTS = "memory.json"
+STATE = "state"
+MEMORY = "mem"
+NUMBER = re.compile(r"[0-9]{1,15}")
+
+
+class KeptDrive(msgspec.Struct, frozen=True):
+    size_bytes: int
+    sha256: str
+
+
+class DiskFacts(msgspec.Struct, frozen=True):
+    """The data disk as the sleeping memory believes it to be."""
+
+    path: str
+    ino: int
+    size_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: str, found: os.stat_result) -> "DiskFacts":
+        return cls(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`manifest.json`. `number` is the lineage counter: each sleep of an instance has the next."""
+
+    v: int = 1
+    ref: InstanceRef
+    number: int
+    launch: int
+    revision: str
+    vcpus: int
+    mem_mib: int
+    vmm_version: str
+    cpu_model: str
+    kernel_release: str
+    sealed_at_ms: int
+    state_bytes: int
+    state_sha256: str
+    mem_bytes: int
+    disk: DiskFacts | None
+    has_secrets: bool
+    kept: dict[str, KeptDrive]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDir:
+    """One snapshot of an instance, published or not."""
+
+    base: str
+    ref: InstanceRef
+    number: int
+
+    @property
+    def path(self) -> str:
+        return f"{self.base}/{self.ref}/{self.number}"
+
+    def file(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    @property
+    def published(self) -> bool:
+        return os.path.exists(self.file(MANIFEST))
+
+    def manifest(self) -> Manifest:
+        """The published manifest.
+
+        Raises:
+            HostFault: there is none, it is damaged, or it is another instance's.
+        """
+        path = self.file(MANIFEST)
+        found = read_sealed(path, Manifest)
+        if found is None:
+            raise HostFault(f"the snapshot has no manifest: {path}", path=path)
+        if (found.ref, found.number) != (self.ref, self.number):
+            raise HostFault(f"{path} is that of {found.ref}, number {found.number}", path=path)
+        return found
+
+    def info(self, manifest: Manifest) -> SnapshotInfo:
+        kept = {name: self.file(name) for name in manifest.kept}
+        disk = manifest.disk
+        return SnapshotInfo(
+            number=self.number,
+            directory=self.path,
+            state_path=self.file(STATE),
+            mem_path=self.file(MEMORY),
+            launch=manifest.launch,
+            revision=manifest.revision,
+            vcpus=manifest.vcpus,
+            mem_mib=manifest.mem_mib,
+            size_bytes=manifest.state_bytes + manifest.mem_bytes,
+            kept_config=kept.get("config.ext4"),
+            kept_secrets=kept.get("secrets.ext4"),
+            has_secrets=manifest.has_secrets,
+            disk=DiskIdentity(0, disk.ino, disk.size_bytes) if disk is not None else None,
+        )
+
+
+def numbers_of(base: str, ref: InstanceRef) -> list[int]:
+    """All snapshot directories of an instance, highest first."""
+    try:
+        names = os.listdir(f"{base}/{ref}")
+    except FileNotFoundError:
+        return []
+    return sorted((int(name) for name in names if NUMBER.fullmatch(name)), reverse=True)

@@ -1,0 +1,260 @@
+"""From the VMM's files in its jail to a snapshot of hostd's own: taken, checked, synced, described.
+
+The jail's directory belongs to the VMM's uid, and a guest may have taken its VMM over: nothing in
+it is trusted by its name.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+import time
+
+from handlers.errors import Failure, HostFault, Invalid
+from handlers.host.jail.layout import (
+    CONFIG_DRIVE,
+    SECRETS_DIR,
+    SECRETS_DRIVE,
+    SNAPSHOT_DIR,
+    FileId,
+    JailDirs,
+    JailFacts,
+)
+from handlers.host.linux.checksummed_json import write_sealed
+from handlers.host.linux.errnos import os_failure
+from handlers.host.linux.rmtree import remove_path, remove_tree
+from handlers.host.linux.sparse_copy import copy_sparse, sha256_of
+from handlers.host.linux.state_dirs import make_dir, sync_dir
+from handlers.host.snapshot.manifest import (
+    MANIFEST,
+    MEMORY,
+    MEMORY_FACTS,
+    STATE,
+    UNPUBLISHED,
+    DiskFacts,
+    KeptDrive,
+    Manifest,
+    SnapshotDir,
+)
+from handlers.host.snapshot.memory_file import Memories
+from handlers.host.storage import wipe
+from handlers.host.storage.agentd_files import open_tenant
+from handlers.host.storage.drive_images import CONFIG, SECRETS
+from handlers.specs import SnapshotFacts
+
+STATE_MAX_BYTES = 64 << 20
+DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
+class Sealer:
+    """Seals snapshots of jails into directories below `base`."""
+
+    def __init__(
+        self,
+        *,
+        data: str,
+        base: str,
+        directories: JailDirs,
+        memories: Memories,
+        cpu_model: str,
+        kernel_release: str,
+    ) -> None:
+        self._data = data
+        self._base = base
+        self._dirs = directories
+        self._memories = memories
+        self._cpu_model = cpu_model
+        self._kernel_release = kernel_release
+
+    def seal(self, jail_id: str, facts: SnapshotFacts) -> Manifest:
+        """See `Snapshots.seal`; the manifest is on disk, but not yet under its name."""
+        directory = SnapshotDir(self._base, facts.ref, facts.number)
+        jail = self._dirs.facts(jail_id)
+        if jail is None or jail.ref != facts.ref:
+            raise HostFault(f"{jail_id} is no jail of {facts.ref}")
+        if directory.published:
+            raise HostFault(f"{directory.path} is published already", path=directory.path)
+        try:
+            discard_dir(directory)  # of a sleep that was cut short
+            make_dir(directory.path, sync=True)
+            manifest = self._sealed(directory, jail_id, jail, facts)
+            write_sealed(directory.file(UNPUBLISHED), manifest)
+            sync_dir(directory.path)
+        except (Failure, OSError) as error:
+            with contextlib.suppress(OSError):
+                discard_dir(directory)
+            if isinstance(error, OSError):
+                raise os_failure(error, f"cannot seal {directory.path}") from error
+            raise
+        return manifest
+
+    def _sealed(
+        self, directory: SnapshotDir, jail_id: str, jail: JailFacts, facts: SnapshotFacts
+    ) -> Manifest:
+        with contextlib.ExitStack() as opened:
+            source = os.open(f"{self._dirs.root(jail_id)}/{SNAPSHOT_DIR}", DIR)
+            opened.callback(os.close, source)
+            state = _take(source, STATE, directory, jail.uid)
+            opened.callback(os.close, state)
+            memory = _take(source, MEMORY, directory, jail.uid)
+            opened.callback(os.close, memory)
+            state_bytes, mem_bytes = os.fstat(state).st_size, os.fstat(memory).st_size
+            if mem_bytes != facts.mem_mib << 20:
+                raise HostFault(f"the memory file is {mem_bytes} bytes, not {facts.mem_mib} MiB")
+            if not 0 < state_bytes <= STATE_MAX_BYTES:
+                raise HostFault(f"the state file is {state_bytes} bytes")
+            kept = self._keep_drives(directory, jail_id, jail) if facts.keep_drives else {}
+            self._memories.record(directory, memory)
+            return Manifest(
+                ref=facts.ref,
+                number=facts.number,
+                launch=facts.launch,
+                revision=facts.revision,
+                vcpus=facts.vcpus,
+                mem_mib=facts.mem_mib,
+                vmm_version=facts.vmm_version,
+                cpu_model=self._cpu_model,
+                kernel_release=self._kernel_release,
+                sealed_at_ms=time.time_ns() // 1_000_000,
+                state_bytes=state_bytes,
+                state_sha256=sha256_of(state),
+                mem_bytes=mem_bytes,
+                disk=disk_facts(self._data, facts.data_disk_path) if facts.data_disk_path else None,
+                has_secrets=jail.has_secrets,
+                kept=kept,
+            )
+
+    def _keep_drives(
+        self, directory: SnapshotDir, jail_id: str, jail: JailFacts
+    ) -> dict[str, KeptDrive]:
+        """Copies, for the guest goes on with the originals if the sleep fails after all."""
+        root = self._dirs.root(jail_id)
+        kept: dict[str, KeptDrive] = {}
+        if jail.has_config:
+            source = os.open(root, DIR)
+            try:
+                expected = jail.ours[CONFIG_DRIVE]
+                kept[CONFIG_DRIVE] = _keep(
+                    source, CONFIG_DRIVE, directory, CONFIG.size_bytes, expected
+                )
+            finally:
+                os.close(source)
+        if jail.has_secrets:
+            source = os.open(f"{root}/{SECRETS_DIR}", DIR)
+            try:
+                kept[SECRETS_DRIVE] = _keep(
+                    source, SECRETS_DRIVE, directory, SECRETS.size_bytes, None
+                )
+            finally:
+                os.close(source)
+        return kept
+
+
+def fresh_dir(root: str, name: str, *, uid: int, gid: int, mode: int) -> None:
+    """An empty directory in a jail, whatever was there by that name."""
+    try:
+        parent = os.open(root, DIR)
+        try:
+            remove_tree(parent, name)
+            os.mkdir(name, 0o700, dir_fd=parent)
+            directory = os.open(name, DIR, dir_fd=parent)
+            try:
+                os.fchown(directory, uid, gid)
+                os.fchmod(directory, mode)
+            finally:
+                os.close(directory)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        raise os_failure(error, f"cannot make the directory {name} in {root}") from error
+
+
+def disk_facts(data: str, path: str) -> DiskFacts:
+    """The data disk as it is now, opened beneath the tenant directory. Raises NotFound, Invalid."""
+    tenants = f"{data}/tenants/"
+    if not path.startswith(tenants):
+        raise Invalid(f"{path} is not below {tenants}", path=path)
+    tenant, _, rest = path.removeprefix(tenants).partition("/")
+    with open_tenant(data, tenant) as directory, directory.file(rest) as fd:
+        return DiskFacts.of(path, os.fstat(fd))
+
+
+def discard_dir(directory: SnapshotDir) -> None:
+    """Unpublish first, so that half of it is never taken for one; then free the blocks, unlink.
+
+    Blocks of a memory file that a jail still links are left alone: a running VM may be reading its
+    memory from there. They are freed with the jail.
+    """
+    if not os.path.isdir(directory.path):
+        return
+    for name in (MANIFEST, UNPUBLISHED, MEMORY_FACTS):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(directory.file(name))
+    sync_dir(directory.path)
+    for name in os.listdir(directory.path):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            fd = os.open(directory.file(name), FILE)
+            try:
+                found = os.fstat(fd)
+                if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+                    wipe.discard(fd)
+            finally:
+                os.close(fd)
+    remove_path(directory.path)
+
+
+def _take(source: int, name: str, directory: SnapshotDir, uid: int) -> int:
+    """Move one of the VMM's files into the snapshot, root:root 0600, synced; stays open."""
+    try:
+        fd = os.open(name, FILE, dir_fd=source)
+    except FileNotFoundError as error:
+        raise HostFault(f"the VMM left no {name} file") from error
+    with contextlib.ExitStack() as unless_taken:
+        unless_taken.callback(os.close, fd)
+        found = os.fstat(fd)
+        if not (stat.S_ISREG(found.st_mode) and found.st_uid == uid and found.st_nlink == 1):
+            raise HostFault(f"the VMM's {name} file is not its own")
+        os.fchown(fd, 0, 0)
+        os.fchmod(fd, 0o600)
+        _move(source, name, directory)
+        if not os.path.samestat(os.stat(directory.file(name), follow_symlinks=False), found):
+            raise HostFault(f"the VMM's {name} file was exchanged while it was taken")
+        os.fsync(fd)
+        unless_taken.pop_all()
+    return fd
+
+
+def _move(source: int, name: str, directory: SnapshotDir) -> None:
+    try:
+        os.rename(name, directory.file(name), src_dir_fd=source)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        raise HostFault(
+            f"{directory.base} and the jails are on different file systems: set [vmm] jail_base",
+            path=directory.base,
+        ) from error
+
+
+def _keep(
+    source: int, name: str, directory: SnapshotDir, size_bytes: int, expected: FileId | None
+) -> KeptDrive:
+    original = os.open(
+        name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source
+    )
+    try:
+        found = os.fstat(original)
+        known = expected is None or FileId.of(found) == expected
+        if not (stat.S_ISREG(found.st_mode) and known and found.st_size == size_bytes):
+            raise HostFault(f"{name} in the jail is not the drive that hostd made")
+        copy = os.open(directory.file(name), NEW, 0o600)
+        try:
+            copy_sparse(original, copy)
+            os.fsync(copy)
+            return KeptDrive(os.fstat(copy).st_size, sha256_of(copy))
+        finally:
+            os.close(copy)
+    finally:
+        os.close(original)

@@ -1,0 +1,1 @@
+"""Artifacts, data disks, drive images, and the files shared with agentd."""

@@ -1,0 +1,245 @@
+"""agentd's directories: `<data>/tenants/<t>/...`, read with suspicion and written with courtesy.
+
+`instance.json` is a copy for agentd; the truth is hostd's journal and the kernel.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from handlers.errors import Invalid, NotFound, Unavailable
+from handlers.host.linux.errnos import os_failure
+from handlers.host.linux.file_threads import run_in_thread
+from handlers.host.linux.openat2 import Directory
+from handlers.host.linux.rmtree import remove_names, remove_tree
+from schemas import naming
+from schemas.decode_error import DecodeError
+from schemas.files import (
+    InstanceFile,
+    PoolSpec,
+    TenantConfig,
+    parse_instance,
+    parse_pool,
+    parse_tenant,
+)
+from schemas.requests import InstanceRef
+
+JSON_MAX_BYTES = 1 << 20
+SECRETS_MAX_BYTES = 1 << 20
+CURRENT = re.compile(r"revisions/([0-9a-z]{1,64})")
+OURS = frozenset(
+    {
+        "status",
+        "firecracker_pid",
+        "revision_hash",
+        "last_started_at",
+        "last_stopped_at",
+        "entered_running_at",
+        "entered_warm_at",
+    }
+)
+STATUSES = frozenset({"created", "ready", "running", "warm", "sleeping", "stopped"})
+REREADS = 8
+
+T = TypeVar("T")
+
+
+def instance_path(ref: InstanceRef) -> str:
+    """Below the tenant's directory."""
+    return f"pools/{ref.pool_id}/instances/{ref.instance_id}"
+
+
+def open_tenant(data: str, tenant_id: str) -> Directory:
+    """The tenant's directory below the data root; everything else is opened beneath it.
+
+    Raises:
+        NotFound: there is no such tenant.
+        Invalid: the id is none, or the directory is a link.
+    """
+    if naming.ID_PATTERN.fullmatch(tenant_id) is None:
+        raise Invalid(f"not a tenant id: {tenant_id[:64]!r}")
+    with Directory.trusted(data) as root:
+        return root.directory(f"tenants/{tenant_id}")
+
+
+def open_instance(data: str, ref: InstanceRef) -> Directory:
+    """The instance's directory. Raises as `open_tenant`."""
+    for each in (ref.pool_id, ref.instance_id):
+        if naming.ID_PATTERN.fullmatch(each) is None:
+            raise Invalid(f"not an id: {each[:64]!r}")
+    with open_tenant(data, ref.tenant_id) as tenant:
+        return tenant.directory(instance_path(ref))
+
+
+class SharedFiles:
+    """The Protocol of `handlers/interfaces.py`; `data` is the data root."""
+
+    def __init__(self, data: str) -> None:
+        self._data = data
+
+    async def tenant(self, tenant_id: str) -> TenantConfig:
+        return await run_in_thread(self._tenant, tenant_id)
+
+    async def pool(self, tenant_id: str, pool_id: str) -> PoolSpec:
+        return await run_in_thread(self._pool, tenant_id, pool_id)
+
+    async def instance(self, ref: InstanceRef) -> InstanceFile:
+        return await run_in_thread(self._instance, ref)
+
+    async def of_launch(self, ref: InstanceRef) -> tuple[TenantConfig, PoolSpec, InstanceFile]:
+        """The three files that a launch asks, read in this order in one go."""
+
+        def read() -> tuple[TenantConfig, PoolSpec, InstanceFile]:
+            tenant = self._tenant(ref.tenant_id)
+            return tenant, self._pool(ref.tenant_id, ref.pool_id), self._instance(ref)
+
+        return await run_in_thread(read)
+
+    async def current_revision(self, tenant_id: str, pool_id: str) -> str:
+        """What `artifacts/current` names now.
+
+        Raises:
+            NotFound: the pool has no artifacts.
+            Invalid: `current` is anything but the relative link `revisions/<hash>`.
+        """
+
+        def look() -> str:
+            with open_tenant(self._data, tenant_id) as tenant:
+                name = f"pools/{pool_id}/artifacts/current"
+                path = tenant.named(name)
+                try:
+                    target = tenant.link_target(name)
+                except NotFound as error:
+                    raise NotFound(f"the pool has no artifacts: {path}", path=path) from error
+                found = CURRENT.fullmatch(target)
+                if found is None:
+                    raise Invalid(f"{path} does not say revisions/<hash>", path=path)
+                return found[1]
+
+        return await run_in_thread(look)
+
+    async def secrets(self, tenant_id: str) -> bytes | None:
+        """The tenant's `secrets.json` as it is; None if there is none. Not to be logged."""
+
+        def look() -> bytes | None:
+            with open_tenant(self._data, tenant_id) as tenant:
+                try:
+                    data, _ = tenant.read("secrets.json", SECRETS_MAX_BYTES)
+                except NotFound:
+                    return None
+                return data
+
+        return await run_in_thread(look)
+
+    async def update_instance(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
+        """Change hostd's fields of `instance.json`; `failed` is written as `stopped`.
+
+        Everything else, unknown fields and the order of keys included, stays byte for byte. A
+        write by agentd between the last look and the rename, microseconds, is lost; the fields it
+        may write do not matter to hostd, which has its own journal.
+        """
+        changes = dict(changes)
+        if changes.get("status") == "failed":
+            changes["status"] = "stopped"
+        if not changes.keys() <= OURS or changes.get("status", "ready") not in STATUSES:
+            raise ValueError(f"not hostd's to write into instance.json: {changes}")
+        await run_in_thread(self._update, ref, changes)
+
+    async def remove_instance(self, ref: InstanceRef, *, keep_volumes: bool) -> None:
+        """Remove the instance's directory, or all of it but `volumes/`; absent is success."""
+        await run_in_thread(self._remove, ref, keep_volumes=keep_volumes)
+
+    def _tenant(self, tenant_id: str) -> TenantConfig:
+        with open_tenant(self._data, tenant_id) as tenant:
+            return _parsed(tenant, "tenant.json", lambda d, f: parse_tenant(d, f, tenant_id))
+
+    def _pool(self, tenant_id: str, pool_id: str) -> PoolSpec:
+        with open_tenant(self._data, tenant_id) as tenant:
+            name = f"pools/{pool_id}/pool.json"
+            return _parsed(tenant, name, lambda d, f: parse_pool(d, f, tenant_id, pool_id))
+
+    def _instance(self, ref: InstanceRef) -> InstanceFile:
+        with open_instance(self._data, ref) as directory:
+            return _parsed(directory, "instance.json", lambda d, f: parse_instance(d, f, ref))
+
+    def _update(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
+        with open_instance(self._data, ref) as directory:
+            path = directory.named("instance.json")
+            for _ in range(REREADS):
+                data, read = directory.read("instance.json", JSON_MAX_BYTES)
+                new = merged(data, changes, path)
+                if new == data:
+                    return
+                now = directory.stat("instance.json")
+                if now is not None and _same(now, read):
+                    directory.replace("instance.json", new, like=read)
+                    return
+            raise Unavailable(f"{path} is being written over and over", path=path)
+
+    def _remove(self, ref: InstanceRef, *, keep_volumes: bool) -> None:
+        try:
+            instance = open_instance(self._data, ref)
+        except NotFound:
+            return
+        with instance:
+            try:
+                remove_tree(instance.fd, "instance.json")  # agentd may have put a directory there
+                keep = frozenset({"volumes"}) if keep_volumes else frozenset[str]()
+                remove_names(instance.fd, keep=keep)
+                os.fsync(instance.fd)
+                if not os.listdir(instance.fd):
+                    self._remove_dir(ref)
+            except OSError as error:
+                raise os_failure(error, f"cannot empty {instance.path}") from error
+
+    def _remove_dir(self, ref: InstanceRef) -> None:
+        with (
+            open_tenant(self._data, ref.tenant_id) as tenant,
+            tenant.directory(f"pools/{ref.pool_id}/instances") as parent,
+            contextlib.suppress(FileNotFoundError),
+        ):
+            os.rmdir(ref.instance_id, dir_fd=parent.fd)
+
+
+def _parsed(directory: Directory, name: str, parse: Callable[[bytes, str], T]) -> T:
+    path = directory.named(name)
+    data, _ = directory.read(name, JSON_MAX_BYTES)
+    try:
+        return parse(data, path)
+    except DecodeError as error:
+        raise Invalid(str(error), path=error.path) from error
+
+
+def merged(data: bytes, changes: dict[str, Any], path: str) -> bytes:
+    """The JSON object with some values changed or added, and every other value's bytes kept.
+
+    Raises:
+        Invalid: not a JSON object.
+    """
+    try:
+        fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Invalid(f"{path} is not a JSON object", path=path) from error
+    old = {key: bytes(value) for key, value in fields.items()}
+    new = {key: msgspec.json.encode(value) for key, value in changes.items()}
+    if all(old.get(key) == value for key, value in new.items()):
+        return data
+    lines = [
+        json.dumps(key, ensure_ascii=False).encode() + b": " + value
+        for key, value in {**old, **new}.items()
+    ]
+    return b"{\n  " + b",\n  ".join(lines) + b"\n}\n"
+
+
+def _same(one: os.stat_result, other: os.stat_result) -> bool:
+    return (one.st_dev, one.st_ino, one.st_mtime_ns, one.st_size) == (
+        other.st_dev,
+        other.st_ino,
+        other.st_mtime_ns,
+        other.st_size,
+    )

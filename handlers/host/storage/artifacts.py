@@ -1,0 +1,219 @@
+"""Revisions imported below `<state>/artifacts`, so that nobody changes a running VM's files.
+
+Jails hard-link from there; agentd may rewrite or remove its own copy at any time.
+"""
+
+import asyncio
+import contextlib
+import os
+import stat
+from collections.abc import Callable
+from typing import ClassVar
+
+import msgspec
+
+from handlers.errors import HostFault, Invalid, Unavailable
+from handlers.host.linux.checksummed_json import read_sealed, write_sealed
+from handlers.host.linux.errnos import os_failure
+from handlers.host.linux.file_threads import CancelToken, run_in_slow_thread, run_in_thread
+from handlers.host.linux.openat2 import Directory
+from handlers.host.linux.rmtree import remove_path
+from handlers.host.linux.sparse_copy import copy_sparse, sha256_of
+from handlers.host.linux.state_dirs import ids, make_dir, remove_empty, sync_dir
+from handlers.host.storage.agentd_files import open_tenant
+from handlers.specs import Artifact, ArtifactSpec
+
+ELF = b"\x7fELF"
+REQUIRED = ("vmlinux", "rootfs.ext4")
+OPTIONAL = ("initrd",)
+FACTS = "artifact.json"
+
+
+class ArtifactFile(msgspec.Struct, frozen=True):
+    sha256: str
+    size_bytes: int
+
+
+class ArtifactFacts(msgspec.Struct, frozen=True):
+    """`artifact.json`, written last."""
+
+    files: dict[str, ArtifactFile]
+
+
+class Artifacts:
+    """Imported revisions; the key is `t/p/revision`.
+
+    `in_use(key)` says whether an instance, awake or sleeping, refers to a revision: such a one is
+    not removed.
+    """
+
+    name: ClassVar[str] = "artifacts"
+
+    def __init__(
+        self, *, data: str, state: str, in_use: Callable[[str], bool] = lambda key: False
+    ) -> None:
+        self._data = data
+        self._base = f"{state}/artifacts"
+        self._in_use = in_use
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    async def ensure(self, spec: ArtifactSpec) -> Artifact:
+        """Import a revision, unless it is there; all or nothing, sha256 recorded.
+
+        Raises:
+            NotFound: the revision, its `vmlinux` or its `rootfs.ext4` is missing.
+            Invalid: one of them is a link, not a regular file, may be another's file, is empty, or
+                the kernel is no ELF.
+            Exhausted: the disk is full.
+            Unavailable: a file was changed while it was copied; try again.
+        """
+        found = await run_in_thread(self._look, spec.key)
+        if found is not None:
+            return found
+        async with self._lock(spec.tenant_id):
+            return await run_in_slow_thread(lambda pace: self._ensure(spec, pace))
+
+    async def exists(self, key: str) -> bool:
+        return os.path.exists(self._dir(key))
+
+    async def remove(self, key: str) -> None:
+        """Remove a revision that nothing refers to; one in use stays, absent is success."""
+        async with self._lock(ids(key, 3)[0]):
+            if not self._in_use(key):
+                await run_in_thread(self._remove, key)
+
+    async def list_keys(self) -> list[str]:
+        """All imported revisions, for inventory and sweep."""
+
+        def look() -> list[str]:
+            keys: list[str] = []
+            for path, directories, _ in os.walk(self._base):
+                key = os.path.relpath(path, self._base)
+                if key.count("/") == 2:
+                    directories.clear()
+                    if not os.path.basename(path).startswith("."):
+                        keys.append(key)
+            return sorted(keys)
+
+        return await run_in_thread(look)
+
+    def _lock(self, tenant_id: str) -> asyncio.Lock:
+        """One import or removal per tenant at a time: they share the directories above."""
+        for other in [each for each, lock in self._locks.items() if not lock.locked()]:
+            if other != tenant_id:
+                del self._locks[other]
+        return self._locks.setdefault(tenant_id, asyncio.Lock())
+
+    def _dir(self, key: str) -> str:
+        return f"{self._base}/{'/'.join(ids(key, 3))}"
+
+    def _ensure(self, spec: ArtifactSpec, pace: CancelToken) -> Artifact:
+        found = self._look(spec.key)
+        if found is not None:
+            return found
+        directory = self._dir(spec.key)
+        try:
+            self._import(spec, directory, pace)
+        except OSError as error:
+            raise os_failure(error, f"cannot import {spec.key}") from error
+        found = self._look(spec.key)
+        if found is None:
+            raise HostFault(f"{directory} vanished", path=directory)
+        return found
+
+    def _look(self, key: str) -> Artifact | None:
+        directory = self._dir(key)
+        facts = read_sealed(f"{directory}/{FACTS}", ArtifactFacts)
+        if facts is None:
+            return None
+        for name, file in facts.files.items():
+            path = f"{directory}/{name}"
+            try:
+                size = os.stat(path, follow_symlinks=False).st_size
+            except FileNotFoundError as error:
+                raise HostFault(f"{path} is gone from hostd's own files", path=path) from error
+            if size != file.size_bytes:
+                raise HostFault(f"{path} was {file.size_bytes} bytes, now {size}", path=path)
+        initrd = f"{directory}/initrd" if "initrd" in facts.files else None
+        return Artifact(
+            vmlinux=f"{directory}/vmlinux",
+            rootfs=f"{directory}/rootfs.ext4",
+            initrd=initrd,
+            sha256={name: file.sha256 for name, file in facts.files.items()},
+        )
+
+    def _import(self, spec: ArtifactSpec, directory: str, pace: CancelToken) -> None:
+        pool = make_dir(os.path.dirname(directory), sync=True)
+        part = f"{pool}/.{spec.revision}.part"
+        remove_path(part)
+        try:
+            with self._source(spec) as source:
+                os.mkdir(part, 0o700)
+                files = {name: _copied(source, name, part, pace) for name in REQUIRED}
+                for name in OPTIONAL:
+                    if source.stat(name) is not None:
+                        files[name] = _copied(source, name, part, pace)
+            write_sealed(f"{part}/{FACTS}", ArtifactFacts(files))
+            sync_dir(part)
+            remove_path(directory)  # half of one: without its facts
+            os.rename(part, directory)
+            sync_dir(pool)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove_path(part)
+                remove_empty(pool, up_to=self._base)
+            raise
+
+    def _source(self, spec: ArtifactSpec) -> Directory:
+        with open_tenant(self._data, spec.tenant_id) as tenant:
+            return tenant.directory(f"pools/{spec.pool_id}/artifacts/revisions/{spec.revision}")
+
+    def _remove(self, key: str) -> None:
+        directory = self._dir(key)
+        try:
+            remove_path(directory)
+            remove_path(f"{os.path.dirname(directory)}/.{os.path.basename(directory)}.part")
+            remove_empty(os.path.dirname(directory), up_to=self._base)
+        except OSError as error:
+            raise os_failure(error, f"cannot remove the artifact {key}") from error
+
+
+def _copied(source: Directory, name: str, part: str, pace: CancelToken) -> ArtifactFile:
+    """Copy one file, root:root 0444. Hashed is what was written, not what was read."""
+    with source.file(name) as original:
+        before = os.fstat(original)
+        _check_names(source, name, before)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        copy = os.open(f"{part}/{name}", flags, 0o400)
+        try:
+            copy_sparse(original, copy, check=pace.check)
+            _check_kind(name, copy, source.named(name))
+            after = os.fstat(original)
+            if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+                path = source.named(name)
+                raise Unavailable(f"{path} was changed while it was copied", path=path)
+            os.fchmod(copy, 0o444)
+            os.fsync(copy)
+            digest = sha256_of(copy, check=pace.check)
+        finally:
+            os.close(copy)
+    return ArtifactFile(sha256=digest, size_bytes=before.st_size)
+
+
+def _check_kind(name: str, fd: int, path: str) -> None:
+    """What no VMM can boot is agentd's mistake, found before anything of a launch is made.
+
+    Source: elf(5); Firecracker on x86_64 takes nothing else.
+    """
+    if os.fstat(fd).st_size == 0:
+        raise Invalid(f"{path} is empty", path=path)
+    if name == "vmlinux" and os.pread(fd, len(ELF), 0) != ELF:
+        raise Invalid(f"{path} is no ELF kernel", path=path)
+
+
+def _check_names(source: Directory, name: str, found: os.stat_result) -> None:
+    """A file with several names may be another's that its maker could link but not read."""
+    open_to_all = bool(stat.S_IMODE(found.st_mode) & stat.S_IROTH)
+    if found.st_nlink > 1 and not open_to_all and found.st_uid != os.fstat(source.fd).st_uid:
+        path = source.named(name)
+        raise Invalid(f"{path} has several names and another owner", path=path)

@@ -1,0 +1,1 @@
+"""Firecracker and its jailer: processes, cgroups, API client, guest agent."""

@@ -1,0 +1,187 @@
+"""The API of one live VMM: HTTP on the socket in its jail, one request at a time.
+
+Firecracker serves one request at a time too: while it writes a snapshot it answers nothing else,
+so this client's silence proves no death; the pidfd does.
+"""
+
+import asyncio
+import socket
+from typing import TypeVar
+
+import h11
+import msgspec
+
+from handlers.errors import HostFault, Unavailable
+from handlers.host.jail.sockets import API_SOCKET, connect
+from handlers.host.linux.errnos import os_failure
+from handlers.host.vmm.api_schema import (
+    Action,
+    Body,
+    InstanceInfo,
+    SnapshotCreate,
+    Version,
+    VersionInfo,
+    VmState,
+    boot_requests,
+    load_request,
+    parse_version,
+    refusal,
+)
+from handlers.specs import BootConfig
+
+OLDEST: Version = (1, 12, 0)
+BODY_BYTES = 262_144
+READ_BYTES = 65_536
+
+T = TypeVar("T")
+
+
+class FirecrackerApi:
+    """Implements `Vmm`. Connects with the first call and keeps the connection.
+
+    Every call raises:
+        Conflict: the VMM is in a state that does not allow it (e.g. already started).
+        Unavailable: not listening, gone in the middle, no answer in time, a busy device.
+        Exhausted: out of disk, memory or descriptors.
+        HostFault: refused for any other reason, with Firecracker's own words.
+    """
+
+    def __init__(self, root: str, *, timeout_s: float, snapshot_timeout_s: float) -> None:
+        self._root = root
+        self._timeout_s = timeout_s
+        self._snapshot_timeout_s = snapshot_timeout_s
+        self._one_at_a_time = asyncio.Lock()
+        self._socket: socket.socket | None = None
+        self._http = h11.Connection(h11.CLIENT)
+        self._version: str | None = None
+
+    async def configure(self, config: BootConfig) -> None:
+        version = OLDEST if config.serial is None else await self._known_version()
+        for method, path, body in boot_requests(config, version):
+            await self._send(method, path, body)
+
+    async def start(self) -> None:
+        await self._send("PUT", "/actions", Action("InstanceStart"))
+
+    async def pause(self) -> None:
+        await self._send("PATCH", "/vm", VmState("Paused"))
+
+    async def resume(self) -> None:
+        await self._send("PATCH", "/vm", VmState("Resumed"))
+
+    async def state(self) -> str:
+        return (await self.info()).state
+
+    async def info(self) -> InstanceInfo:
+        """Id, state and version in one."""
+        info = await self._read("/", InstanceInfo)
+        self._version = info.vmm_version
+        return info
+
+    async def version(self) -> str:
+        """Asked once: it is the same for as long as the VMM lives."""
+        if self._version is None:
+            self._version = (await self._read("/version", VersionInfo)).firecracker_version
+        return self._version
+
+    async def create_snapshot(self, state_path: str, mem_path: str) -> None:
+        body = SnapshotCreate("Full", state_path, mem_path)
+        await self._send("PUT", "/snapshot/create", body, timeout_s=self._snapshot_timeout_s)
+
+    async def load_snapshot(self, state_path: str, mem_path: str) -> None:
+        """The VM is paused afterwards. After a failure the VMM has exited or is about to."""
+        method, path, body = load_request(state_path, mem_path, await self._known_version())
+        await self._send(method, path, body, timeout_s=self._snapshot_timeout_s)
+
+    async def send_ctrl_alt_del(self) -> None:
+        await self._send("PUT", "/actions", Action("SendCtrlAltDel"))
+
+    async def close(self) -> None:
+        self._drop()
+
+    # -- one request ---------------------------------------------------------------------------
+
+    async def _known_version(self) -> Version:
+        return parse_version(await self.version())
+
+    async def _read(self, path: str, kind: type[T]) -> T:
+        body = await self._call("GET", path, b"", self._timeout_s)
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.DecodeError as error:
+            raise HostFault(f"GET {path} was answered with something else: {error}") from error
+
+    async def _send(
+        self, method: str, path: str, body: Body, *, timeout_s: float | None = None
+    ) -> None:
+        await self._call(method, path, msgspec.json.encode(body), timeout_s or self._timeout_s)
+
+    async def _call(self, method: str, path: str, body: bytes, timeout_s: float) -> bytes:
+        """One request and its reply. Whatever cuts it short also closes the connection."""
+        async with self._one_at_a_time:
+            done = False
+            try:
+                async with asyncio.timeout(timeout_s):
+                    status, answer = await self._exchange(method, path, body)
+                done = True
+            except TimeoutError as error:
+                raise Unavailable(
+                    f"Firecracker did not answer {method} {path} within {timeout_s:g} s"
+                ) from error
+            except (FileNotFoundError, ConnectionError, h11.RemoteProtocolError) as error:
+                raise Unavailable(
+                    f"the VMM's API was gone at {method} {path}: {type(error).__name__}"
+                ) from error
+            except OSError as error:
+                raise os_failure(
+                    error, f"cannot reach the VMM's API for {method} {path}"
+                ) from error
+            finally:
+                if not done:
+                    self._drop()
+        if status >= 300:
+            raise refusal(method, path, status, answer)
+        return answer
+
+    async def _exchange(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        if self._socket is None:
+            self._socket = connect(self._root, API_SOCKET)
+            self._http = h11.Connection(h11.CLIENT)
+        headers = [("Host", "localhost"), ("Accept", "application/json")]
+        if body:
+            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        message = self._http.send(h11.Request(method=method, target=path, headers=headers)) or b""
+        if body:
+            message += self._http.send(h11.Data(data=body)) or b""
+        message += self._http.send(h11.EndOfMessage()) or b""
+        await asyncio.get_running_loop().sock_sendall(self._socket, message)
+        status, answer = await self._receive(self._socket)
+        if self._http.our_state is h11.MUST_CLOSE or self._http.their_state is not h11.DONE:
+            self._drop()
+        else:
+            self._http.start_next_cycle()
+        return status, answer
+
+    async def _receive(self, connection: socket.socket) -> tuple[int, bytes]:
+        loop = asyncio.get_running_loop()
+        status = 0
+        answer = bytearray()
+        while True:
+            event = self._http.next_event()
+            if event is h11.NEED_DATA:
+                self._http.receive_data(await loop.sock_recv(connection, READ_BYTES))
+            elif isinstance(event, h11.Response):
+                status = event.status_code
+            elif isinstance(event, h11.Data):
+                answer += event.data
+                if len(answer) > BODY_BYTES:
+                    raise HostFault("Firecracker's reply is too large")
+            elif isinstance(event, h11.EndOfMessage):
+                return status, bytes(answer)
+            elif isinstance(event, h11.ConnectionClosed):
+                raise ConnectionResetError("closed before the reply")
+
+    def _drop(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None

@@ -1,0 +1,296 @@
+"""cgroup v2 leaves of VMMs: `<limits.cgroup>/<tenant>/<jail id>`, directly under the mount.
+
+The leaf exists before the jailer runs: a jailer whose parent cgroup is missing stays where it is
+without a word. With `limits.enforce` off only the tree is made: it still serves identity and kill.
+This module kills nothing: the VMM in a leaf belongs to `vmms`.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import re
+import select
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from handlers.errors import Failure, HostFault, Invalid, Unavailable
+from handlers.host.linux.errnos import os_failure
+from handlers.host.linux.procfs import read_text
+from handlers.interfaces import CPU_PERIOD_US
+from handlers.specs import CgroupSpec
+from schemas.settings import Settings
+
+CONTROLLERS = ("cpu", "memory", "pids")
+EMPTY_TIMEOUT_S = 5.0
+RMDIR_TIMEOUT_S = 2.0
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def find_mount(mountinfo: str | None = None) -> str:
+    """The mount point of the cgroup2 tree.
+
+    Source: proc_pid_mountinfo(5), cgroups(7).
+
+    Raises:
+        HostFault: no cgroup2 tree is mounted; mount one.
+    """
+    text = read_text("/proc/self/mountinfo") if mountinfo is None else mountinfo
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        if right.split(" ", 1)[0] == "cgroup2":
+            return left.split(" ")[4].encode().decode("unicode_escape")
+    raise HostFault("no cgroup2 tree is mounted on this host")
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupTree:
+    """Where hostd's part of the cgroup2 tree is. `base` is relative to the mount, e.g. `hostd`."""
+
+    mount: str
+    base: str
+
+    @classmethod
+    def of(cls, settings: Settings) -> "CgroupTree":
+        parts = settings.limits.cgroup.strip("/").split("/")
+        if not all(NAME.fullmatch(part) for part in parts):
+            raise Invalid("limits.cgroup is not a relative path of plain names")
+        return cls(find_mount(), "/".join(parts))
+
+    def name(self, tenant_id: str, jail_id: str) -> str:
+        """A leaf's path relative to the mount: what `LaunchSpec.cgroup` and /proc show."""
+        return f"{self.base}/{tenant_id}/{jail_id}"
+
+    def path(self, name: str) -> str:
+        """The directory of a cgroup given by its name relative to the mount."""
+        return f"{self.mount}/{name}"
+
+    def leaves(self, jail_id: str) -> Iterator[str]:
+        """Names of the leaves of a jail, whatever their tenant; normally one or none."""
+        try:
+            tenants = os.listdir(self.path(self.base))
+        except FileNotFoundError:
+            return
+        for tenant in tenants:
+            name = self.name(tenant, jail_id)
+            if os.path.isdir(self.path(name)):
+                yield name
+
+    def pids(self, name: str) -> list[int]:
+        """Live processes in a cgroup; empty if it does not exist.
+
+        Zombies are not listed; a kernel thread that KVM made for a VM (kvm-nx-lpage-recovery) is.
+        """
+        try:
+            text = read_text(f"{self.path(name)}/cgroup.procs")
+        except (FileNotFoundError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.ENOENT, errno.ENODEV):
+                return []
+            raise
+        return [int(pid) for pid in text.split() if pid != "0"]
+
+
+def check_controllers(settings: Settings) -> None:
+    """At start: that limits can be enforced here, if they are to be.
+
+    Raises:
+        HostFault: no cgroup2 tree, or not with the controllers; says what to set instead.
+    """
+    tree = CgroupTree.of(settings)
+    if not settings.limits.enforce:
+        return
+    available = read_text(f"{tree.mount}/cgroup.controllers").split()
+    if missing := [name for name in CONTROLLERS if name not in available]:
+        raise HostFault(
+            f"[limits] enforce = true, but the cgroup2 tree {tree.mount} has no controllers "
+            f"{', '.join(missing)}: a developer sets it to false, with [host] production = false"
+        )
+
+
+class Cgroups:
+    """The mechanism of `CgroupSpec`; `key` is `<tenant>/<jail id>`.
+
+    Source: Documentation/admin-guide/cgroup-v2.rst.
+    Needs: CAP_SYS_ADMIN or ownership of the subtree.
+    """
+
+    name: ClassVar[str] = "cgroups"
+
+    def __init__(self, settings: Settings) -> None:
+        self.tree = CgroupTree.of(settings)
+        self._enforce = settings.limits.enforce
+        self._locks: dict[str, threading.Lock] = {}
+
+    async def exists(self, key: str) -> bool:
+        return os.path.isdir(self.tree.path(self._leaf(key)))
+
+    async def ensure(self, spec: CgroupSpec) -> None:
+        """Make the leaf and put its limits in force, read back.
+
+        Raises:
+            HostFault: names the controller or the limit that does not hold.
+        """
+        await asyncio.to_thread(self._ensure, spec)
+
+    async def remove(self, key: str) -> None:
+        """Remove the leaf, and the tenant's directory with its last one. Kills nothing.
+
+        Raises:
+            Unavailable: a process is still in it.
+        """
+        await asyncio.to_thread(self._remove, self._leaf(key))
+
+    def _leaf(self, key: str) -> str:
+        tenant_id, _, jail_id = key.partition("/")
+        if not (NAME.fullmatch(tenant_id) and NAME.fullmatch(jail_id)):
+            raise Invalid(f"not a cgroup key: {key!r}")
+        return self.tree.name(tenant_id, jail_id)
+
+    def _ensure(self, spec: CgroupSpec) -> None:
+        leaf = self.tree.path(self._leaf(spec.key))
+        made = False
+        try:
+            with self._lock_of(leaf):
+                made = self._make(leaf)
+            if self._enforce:
+                self._limit(leaf, spec)
+        except (Failure, OSError) as error:
+            if made:
+                self._remove(self._leaf(spec.key))
+            if isinstance(error, OSError):
+                raise os_failure(error, f"cannot make the cgroup {spec.key}") from error
+            raise
+
+    def _lock_of(self, leaf: str) -> threading.Lock:
+        """One per tenant: its last leaf takes the directory along while a first one may come."""
+        return self._locks.setdefault(os.path.dirname(leaf), threading.Lock())
+
+    def _make(self, leaf: str) -> bool:
+        """Make leaf and parents; true if the leaf is new."""
+        if self._enforce:
+            self._enable_on_the_way(leaf)
+        else:
+            os.makedirs(os.path.dirname(leaf), exist_ok=True)
+        try:
+            os.mkdir(leaf)
+        except FileExistsError:
+            return False
+        return True
+
+    def _enable_on_the_way(self, leaf: str) -> None:
+        """Enable the controllers in each cgroup above the leaf, making those that are missing."""
+        at = self.tree.mount
+        for part in os.path.relpath(leaf, self.tree.mount).split("/"):
+            available = read_text(f"{at}/cgroup.controllers").split()
+            if missing := [name for name in CONTROLLERS if name not in available]:
+                raise HostFault(
+                    f"cgroup controllers {', '.join(missing)} are not available in {at}",
+                    detail={"cgroup": at, "missing": missing},
+                )
+            enabled = read_text(f"{at}/cgroup.subtree_control").split()
+            if wanted := [f"+{name}" for name in CONTROLLERS if name not in enabled]:
+                self._enable(at, wanted)
+            at = f"{at}/{part}"
+            if at != leaf:
+                os.makedirs(at, exist_ok=True)
+
+    def _enable(self, at: str, controllers: list[str]) -> None:
+        try:
+            _write(f"{at}/cgroup.subtree_control", " ".join(controllers))
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            # The rule of no internal processes: it stays so until an operator moves them.
+            raise HostFault(
+                f"the cgroup {at} holds processes of its own, so no limits hold below it; "
+                "give limits.cgroup one without",
+                detail={"cgroup": at},
+            ) from error
+
+    def _limit(self, leaf: str, spec: CgroupSpec) -> None:
+        page = os.sysconf("SC_PAGESIZE")
+        limits = {
+            "memory.max": str(spec.memory_max_bytes // page * page),
+            "memory.swap.max": "0",
+            "cpu.max": f"{spec.cpu_quota_us} {CPU_PERIOD_US}",
+            "pids.max": str(spec.pids_max),
+        }
+        if not os.path.exists(f"{leaf}/memory.swap.max") and not _has_swap():
+            del limits["memory.swap.max"]
+        for name, value in limits.items():
+            path = f"{leaf}/{name}"
+            if read_text(path).strip() == value:
+                continue
+            _write(path, value)
+            if (holds := read_text(path).strip()) != value:
+                raise HostFault(
+                    f"{name} of the cgroup {spec.key} is {holds}, not {value}",
+                    detail={"limit": name, "wanted": value, "holds": holds},
+                )
+
+    def _remove(self, name: str) -> None:
+        leaf = self.tree.path(name)
+        try:
+            self._wait_empty(name)
+            with self._lock_of(leaf):
+                _rmdir(leaf)
+                with contextlib.suppress(FileNotFoundError):
+                    os.rmdir(os.path.dirname(leaf))
+        except OSError as error:
+            # EBUSY is of the tenant's directory: another leaf is in it.
+            if error.errno not in (errno.EBUSY, errno.ENOTEMPTY) or os.path.exists(leaf):
+                raise os_failure(error, f"cannot remove the cgroup {name}") from error
+
+    def _wait_empty(self, name: str) -> None:
+        """Wait for `populated 0`, which the kernel announces by POLLPRI."""
+        try:
+            fd = os.open(f"{self.tree.path(name)}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        with os.fdopen(fd, "rb", buffering=0) as events:
+            poll = select.poll()
+            poll.register(events, select.POLLPRI)
+            until = time.monotonic() + EMPTY_TIMEOUT_S
+            while b"populated 0" not in events.read(4096):
+                left = until - time.monotonic()
+                if left <= 0:
+                    pids = self.tree.pids(name)
+                    raise Unavailable(
+                        f"the cgroup {name} still holds processes", detail={"pids": pids[:16]}
+                    )
+                poll.poll(left * 1000)
+                events.seek(0)
+
+
+def _write(path: str, value: str) -> None:
+    """One write(2), as the kernel wants it; no O_CREAT, so a missing file is ENOENT."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def _rmdir(path: str) -> None:
+    """Remove a cgroup; EBUSY is usual for a moment after `populated 0`."""
+    until = time.monotonic() + RMDIR_TIMEOUT_S
+    wait_s = 0.001
+    while True:
+        try:
+            os.rmdir(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > until:
+                raise
+        else:
+            return
+        time.sleep(wait_s)
+        wait_s = min(wait_s * 2, 0.1)
+
+
+def _has_swap() -> bool:
+    return len(read_text("/proc/swaps").splitlines()) > 1

@@ -1,0 +1,93 @@
+"""Read back what the jailer promised: where a VMM is shut in and what it gave up.
+
+Source: proc_pid_status(5), proc_pid_limits(5), docs/jailer.md of Firecracker.
+Needs: CAP_SYS_PTRACE.
+"""
+
+import os
+
+from handlers.errors import HostFault
+from handlers.host.linux.procfs import read_text
+from handlers.host.vmm.processes import FileIdentity, read_cgroup
+
+NO_FILE = 2048
+NO_CAPABILITIES = "0" * 16
+OF_EACH_THREAD = (
+    ("CapEff", NO_CAPABILITIES),
+    ("CapPrm", NO_CAPABILITIES),
+    ("CapInh", NO_CAPABILITIES),
+    ("CapAmb", NO_CAPABILITIES),
+    ("NoNewPrivs", "1"),
+    ("Seccomp", "2"),
+)
+
+Fact = tuple[str, object, object]
+
+
+def read_status(path: str) -> dict[str, str]:
+    """A `status` file of /proc as a map, e.g. `Uid` -> `0 0 0 0`."""
+    lines = read_text(path).splitlines()
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return {name: " ".join(value.split()) for name, value in pairs}
+
+
+def read_uid(pid: int) -> int | None:
+    """The real uid of a process; None if it is gone."""
+    try:
+        return int(read_status(f"/proc/{pid}/status")["Uid"].split()[0])
+    except (FileNotFoundError, ProcessLookupError, KeyError):
+        return None
+
+
+def check_process(pid: int, *, uid: int, cgroup: str, root: str) -> None:
+    """Check what the jailer settled before it executed the VMM.
+
+    Raises:
+        HostFault: names the first fact that does not hold, what was wanted and what holds.
+        OSError: the process went away while it was read.
+    """
+    status = read_status(f"/proc/{pid}/status")
+    same_id = " ".join([str(uid)] * 4)
+    in_namespaces = status["NSpid"].split()
+    facts: list[Fact] = [
+        ("uid", same_id, status["Uid"]),
+        ("gid", same_id, status["Gid"]),
+        ("groups", "", status["Groups"]),
+        ("pid in its own namespace", "1", in_namespaces[-1] if in_namespaces[1:] else "none"),
+        ("cgroup", cgroup, read_cgroup(pid)),
+        ("root", FileIdentity.of(root), FileIdentity.of(f"/proc/{pid}/root")),
+        ("open files limit", str(NO_FILE), _limit(pid, "Max open files")),
+    ]
+    _require(pid, facts)
+
+
+def check_threads(pid: int) -> None:
+    """Check what every thread of a started or loaded VMM gave up.
+
+    A vCPU thread puts its own filter on as it begins, which may be just after the API answered.
+
+    Raises:
+        HostFault, OSError: as `check_process`.
+    """
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        status = read_status(f"/proc/{pid}/task/{thread}/status")
+        name = status["Name"]
+        _require(pid, [(f"{of} of thread {name}", is_, status[of]) for of, is_ in OF_EACH_THREAD])
+
+
+def _require(pid: int, facts: list[Fact]) -> None:
+    for fact, wanted, holds in facts:
+        if wanted != holds:
+            raise HostFault(
+                f"the VMM (process {pid}) is not confined: its {fact} is {holds}, not {wanted}",
+                detail={"fact": fact, "wanted": str(wanted), "holds": str(holds)},
+            )
+
+
+def _limit(pid: int, name: str) -> str:
+    """The soft limit, if the hard one is the same; else both."""
+    for line in read_text(f"/proc/{pid}/limits").splitlines():
+        if line.startswith(name):
+            soft, hard = line.removeprefix(name).split()[:2]
+            return soft if soft == hard else f"{soft}/{hard}"
+    return "unknown"

@@ -1,0 +1,209 @@
+"""The guest agent over Firecracker's vsock socket: framed JSON, one request per connection.
+
+The guest is not trusted: sizes, times and texts are bounded, and nothing it says is acted on beyond
+the few fields named here. A guest that boots has no listener yet (the connection is closed without
+a word), the first connection after a resume may be cut, and a paused guest never answers: so each
+attempt connects anew until the time is up.
+
+Source: docs/vsock.md of Firecracker; the frames are agentd's contract, `SetClock` is hostd's own.
+"""
+
+import asyncio
+import socket
+import struct
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from handlers.errors import Unavailable
+from handlers.host.jail.sockets import VSOCK_SOCKET, JailPaths, connect
+from handlers.specs import Ack
+from schemas.settings import Settings
+
+FRAME_BYTES = 262_144
+LINE_BYTES = 64
+TEXT_CHARS = 200
+FIRST_WAIT_S = 0.0005
+LAST_WAIT_S = 0.1
+FIRST_SILENCE_S = 0.25
+LAST_SILENCE_S = 2.0
+REFUSALS = 3
+WAKE_ANSWER_S = 5.0
+
+
+class _Success(msgspec.Struct, frozen=True):
+    success: bool
+    detail: str | None = None
+
+
+class _Clock(msgspec.Struct, frozen=True):
+    was_off_nanos: int
+
+
+class _Message(msgspec.Struct, frozen=True):
+    message: str = ""
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """serde's externally tagged enum as a map with one key; `Pong` is a plain string."""
+
+    SleepPrepAck: _Success | None = None
+    WakeAck: _Success | None = None
+    ClockAck: _Clock | None = None
+    Error: _Message | None = None
+
+
+class GuestAgents:
+    """Implements `GuestAgents` for jails below `[vmm] jail_base`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._paths = JailPaths.of(settings)
+
+    async def ping(self, jail_id: str, port: int, *, timeout_s: float) -> None:
+        answer = await self._ask(jail_id, port, lambda: "Ping", timeout_s=timeout_s)
+        if answer != "Pong":
+            raise _unexpected("Ping", answer)
+
+    async def sleep_prep(
+        self, jail_id: str, port: int, *, drain_timeout_s: int, timeout_s: float
+    ) -> Ack:
+        request = {"SleepPrep": {"drain_timeout_secs": drain_timeout_s}}
+        answer = await self._ask(
+            jail_id, port, lambda: request, timeout_s=timeout_s, answer_timeout_s=timeout_s
+        )
+        if isinstance(answer, str) or answer.SleepPrepAck is None:
+            raise _unexpected("SleepPrep", answer)
+        return _ack(answer.SleepPrepAck)
+
+    async def wake(self, jail_id: str, port: int, *, timeout_s: float) -> Ack:
+        # An agent takes its time to mount; told again meanwhile, it would do it twice.
+        answer = await self._ask(
+            jail_id,
+            port,
+            lambda: "Wake",
+            timeout_s=timeout_s,
+            answer_timeout_s=min(timeout_s, WAKE_ANSWER_S),
+        )
+        if isinstance(answer, str) or answer.WakeAck is None:
+            raise _unexpected("Wake", answer)
+        return _ack(answer.WakeAck)
+
+    async def set_clock(self, jail_id: str, port: int, *, timeout_s: float) -> float:
+        answer = await self._ask(
+            jail_id,
+            port,
+            lambda: {"SetClock": {"unix_nanos": time.time_ns()}},
+            timeout_s=timeout_s,
+        )
+        if isinstance(answer, str) or answer.ClockAck is None:
+            raise _unexpected("SetClock", answer)
+        return answer.ClockAck.was_off_nanos / 1e9
+
+    async def _ask(
+        self,
+        jail_id: str,
+        port: int,
+        request: Callable[[], object],
+        *,
+        timeout_s: float,
+        answer_timeout_s: float | None = None,
+    ) -> str | _Answer:
+        """Ask until answered; `request` is made anew for each attempt.
+
+        Silence ends an attempt soon at first, later after 2 s; a request that takes its time says
+        so by `answer_timeout_s`.
+        """
+        root = self._paths.root(jail_id)
+        last = "silence"
+        wait_s = FIRST_WAIT_S
+        silence_s = FIRST_SILENCE_S
+        refusals = 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    try:
+                        last = "silence"
+                        return await _attempt(
+                            root, port, request, silence_s, answer_timeout_s or silence_s
+                        )
+                    except ConnectionRefusedError:
+                        refusals += 1
+                        last = "the VMM is gone"
+                        if refusals >= REFUSALS:
+                            break
+                    except TimeoutError:
+                        silence_s = min(silence_s * 2, LAST_SILENCE_S)
+                    except (OSError, EOFError) as error:
+                        last = "no socket" if isinstance(error, FileNotFoundError) else "cut"
+                    await asyncio.sleep(wait_s)
+                    wait_s = min(wait_s * 1.25, LAST_WAIT_S)
+        except TimeoutError:
+            pass
+        raise Unavailable(
+            f"the guest agent did not answer on port {port} within {timeout_s:g} s: {last}",
+            detail={"agent": last},
+        )
+
+
+async def _attempt(
+    root: str,
+    port: int,
+    request: Callable[[], object],
+    connect_timeout_s: float,
+    answer_timeout_s: float,
+) -> str | _Answer:
+    with connect(root, VSOCK_SOCKET) as connection:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(connect_timeout_s):
+            await loop.sock_sendall(connection, f"CONNECT {port}\n".encode())
+            await _read_ok(connection)
+        body = msgspec.json.encode(request())
+        async with asyncio.timeout(answer_timeout_s):
+            await loop.sock_sendall(connection, struct.pack(">I", len(body)) + body)
+            (length,) = struct.unpack(">I", await _read_exactly(connection, 4))
+            if length > FRAME_BYTES:
+                raise Unavailable(f"the guest agent sent a frame of {length} bytes")
+            frame = await _read_exactly(connection, length)
+    try:
+        return msgspec.json.decode(frame, type=str | _Answer)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Unavailable("the guest agent's answer cannot be read") from error
+
+
+async def _read_ok(connection: socket.socket) -> None:
+    """The VMM's `OK <host port>\\n`, after which the guest's bytes begin."""
+    line = b""
+    while b"\n" not in line and len(line) < LINE_BYTES:
+        more = await asyncio.get_running_loop().sock_recv(connection, LINE_BYTES - len(line))
+        if not more:
+            raise EOFError
+        line += more
+    if not (line.startswith(b"OK ") and line.endswith(b"\n")):
+        raise Unavailable("the guest agent spoke before it was asked")
+
+
+async def _read_exactly(connection: socket.socket, length: int) -> bytes:
+    data = bytearray()
+    while len(data) < length:
+        more = await asyncio.get_running_loop().sock_recv(connection, length - len(data))
+        if not more:
+            raise EOFError
+        data += more
+    return bytes(data)
+
+
+def _ack(success: _Success) -> Ack:
+    return Ack(success.success, None if success.detail is None else _bounded(success.detail))
+
+
+def _bounded(text: str) -> str:
+    """At most 200 characters of a guest's text, all printable."""
+    return "".join(c if c.isprintable() else "?" for c in text[:TEXT_CHARS])
+
+
+def _unexpected(asked: str, answer: str | _Answer) -> Unavailable:
+    if isinstance(answer, _Answer) and answer.Error is not None:
+        said = _bounded(answer.Error.message)
+        return Unavailable(f"the guest agent refused {asked}: {said}", detail={"agent": said})
+    return Unavailable(f"the guest agent answered {asked} with something else")

@@ -1,0 +1,127 @@
+"""One execution of the jailer, which turns itself into a jailed VMM and leaves.
+
+The jailer is silent about much: a missing parent cgroup, a VMM that dies after it daemonized. So
+what it needs is checked before, and what it did is read back by `vmms` and `confinement`.
+
+Source: docs/jailer.md of Firecracker; the facts are proven in tests/contract/test_jailer.py.
+"""
+
+import os
+import shutil
+
+from handlers.errors import HostFault
+from handlers.host.jail.layout import LOG
+from handlers.host.jail.sockets import (
+    API_SOCKET,
+    PID_FILE,
+    VMM_COPY,
+    VSOCK_SOCKET,
+    JailPaths,
+)
+from handlers.host.linux.errnos import os_failure
+from handlers.host.vmm import spawn
+from handlers.host.vmm.cgroups import CgroupTree
+from handlers.host.vmm.confinement import NO_FILE
+from handlers.host.vmm.launch_log import LaunchLog
+from handlers.specs import LaunchSpec
+from schemas.settings import Settings
+
+STDERR_BYTES = 4096
+JAILER_MAKES = ("dev", "run", PID_FILE, VMM_COPY, API_SOCKET, VSOCK_SOCKET)
+
+
+class Jailer:
+    """Runs the jailer for jails below `[vmm] jail_base`.
+
+    Needs: CAP_SYS_ADMIN, CAP_MKNOD, CAP_CHOWN, CAP_SETUID, CAP_SETGID, CAP_DAC_OVERRIDE.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.path = settings.vmm.jailer
+        self.firecracker = settings.vmm.firecracker
+        self._paths = JailPaths.of(settings)
+        self._tree = CgroupTree.of(settings)
+        self._launches = LaunchLog(settings.paths.state)
+
+    def prepare(self, spec: LaunchSpec, root: str) -> None:
+        """Check what the jailer needs and would not complain of; clear a dead run's leftovers."""
+        executable = os.path.basename(os.path.realpath(self.firecracker))
+        if executable != VMM_COPY:
+            raise HostFault(
+                f"vmm.firecracker is a file named {executable}; the jails' directory follows that "
+                f"name, so it must be {VMM_COPY}",
+                path=self.firecracker,
+            )
+        if not os.path.isdir(self._tree.path(spec.cgroup)):
+            raise HostFault(f"the cgroup {spec.cgroup} is missing; the jailer would not say so")
+        if not os.path.isfile(f"{root}/{LOG}"):
+            raise HostFault("the jail has no log file; the VMM would die without a word", path=root)
+        clear(root)
+
+        try:
+            self._launches.record(spec.jail_id, spec.uid)
+        except OSError as error:
+            raise os_failure(error, "cannot write the log of launches") from error
+
+    def arguments(self, spec: LaunchSpec) -> list[str]:
+        """The whole command line of one launch."""
+        return [
+            self.path,
+            *("--id", spec.jail_id),
+            *("--exec-file", self.firecracker),
+            *("--uid", str(spec.uid)),
+            *("--gid", str(spec.uid)),
+            *("--chroot-base-dir", self._paths.jail_base),
+            *("--cgroup-version", "2"),
+            *("--parent-cgroup", spec.cgroup),
+            *("--resource-limit", f"no-file={NO_FILE}"),
+            "--new-pid-ns",
+            "--daemonize",
+            "--",
+            *("--api-sock", f"/{API_SOCKET}"),
+            *("--log-path", f"/{LOG}"),
+            *("--level", "Info"),
+        ]
+
+    async def run(self, spec: LaunchSpec, words: int) -> None:
+        """Run until its first process ends, which it does when daemonized.
+
+        Raises:
+            HostFault: it cannot be executed, or failed; its words are in the detail.
+        """
+        try:
+            code = await spawn.run(self.arguments(spec), words)
+        except OSError as error:
+            raise os_failure(error, f"cannot execute {self.path}") from error
+        if code != 0:
+            said = os.pread(words, STDERR_BYTES, 0).decode(errors="replace").strip()
+            raise HostFault(
+                f"the jailer failed with {code}: {_reason(said)}",
+                detail={"exit_code": code, "jailer": said},
+            )
+
+
+def _reason(said: str) -> str:
+    """The one line that says why, out of a panic's several."""
+    lines = said.splitlines() or ["without a word"]
+    return next((line for line in lines if "error" in line), lines[0])[:400]
+
+
+def clear(root: str) -> None:
+    """Remove what a jailer makes in a jail: it refuses to start over any of it."""
+    try:
+        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        for name in JAILER_MAKES:
+            try:
+                os.unlink(name, dir_fd=directory)
+            except FileNotFoundError:
+                continue
+            except (IsADirectoryError, PermissionError):
+                shutil.rmtree(name, dir_fd=directory)
+    except OSError as error:
+        raise os_failure(error, f"cannot clear the jail {root}") from error
+    finally:
+        os.close(directory)

@@ -1,0 +1,222 @@
+"""What proves that a pid still is the VMM launched, and signals that cannot hit another process.
+
+A pid alone proves nothing: it may be another process by now. So a pidfd is opened first, then
+every fact of `VmmIdentity` is compared; what the pidfd refers to cannot change any more. Signals go
+through that pidfd only. A zombie counts as dead.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import struct
+from dataclasses import dataclass
+from functools import cache
+
+from msgspec import to_builtins
+
+from handlers.errors import HostFault
+from handlers.host.linux.procfs import read_text
+from schemas.records import VmmIdentity
+
+EXIT_STATUS_WAIT_S = 0.25
+PIDFD_INFO_EXIT = 1 << 3
+PIDFD_INFO_BYTES = 64
+PIDFD_GET_INFO = (3 << 30) | (PIDFD_INFO_BYTES << 16) | (0xFF << 8) | 11
+
+
+@cache
+def boot_id() -> str:
+    """This boot's id; another one means that every process known before is gone."""
+    return read_text("/proc/sys/kernel/random/boot_id").strip()
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """A file by device and inode."""
+
+    dev: int
+    ino: int
+
+    @classmethod
+    def of(cls, path: str) -> "FileIdentity | None":
+        """Of what the path, or magic link of /proc, leads to; None if there is nothing."""
+        try:
+            found = os.stat(path)
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return cls(found.st_dev, found.st_ino)
+
+
+def read_stat(pid: int) -> tuple[str, int] | None:
+    """State letter and start time in clock ticks since boot; None if there is no such process.
+
+    Source: proc_pid_stat(5), fields 3 and 22; the name before them may hold blanks and brackets.
+    """
+    try:
+        text = read_text(f"/proc/{pid}/stat")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text.rpartition(")")[2].split()
+    return fields[0], int(fields[19])
+
+
+def read_cgroup(pid: int) -> str | None:
+    """Path in the cgroup2 tree without leading slash; None if there is no such process."""
+    try:
+        lines = read_text(f"/proc/{pid}/cgroup").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), None)
+
+
+def read_identity(pid: int) -> VmmIdentity | None:
+    """All facts of a live process, or None: gone, or a zombie.
+
+    Needs: CAP_SYS_PTRACE for a process of another uid.
+    """
+    stat = read_stat(pid)
+    exe = FileIdentity.of(f"/proc/{pid}/exe")
+    cgroup = read_cgroup(pid)
+    if stat is None or stat[0] in "ZX" or exe is None or cgroup is None:
+        return None
+    return VmmIdentity(
+        pid=pid,
+        start_ticks=stat[1],
+        exe_dev=exe.dev,
+        exe_ino=exe.ino,
+        cgroup=cgroup,
+        boot_id=boot_id(),
+    )
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A pidfd (close-on-exec), or None if there is no such process. Source: pidfd_open(2)."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def prove(identity: VmmIdentity) -> int | None:
+    """A pidfd of exactly this process, to be closed by the caller; None if it is gone.
+
+    Gone includes: exited, a zombie, the pid taken by another process, another boot.
+
+    Raises:
+        HostFault: the process lives but is not where it was launched; nothing may signal it.
+    """
+    if identity.boot_id != boot_id() or (pidfd := open_pidfd(identity.pid)) is None:
+        return None
+    with contextlib.ExitStack() as unless_proven:
+        unless_proven.callback(os.close, pidfd)
+        found = read_identity(identity.pid)
+        if found is None or found.start_ticks != identity.start_ticks or has_exited(pidfd):
+            return None
+        if found != identity:
+            raise HostFault(
+                f"process {identity.pid} is not as it was launched; it is left alone",
+                detail={"launched": to_builtins(identity), "found": to_builtins(found)},
+            )
+        unless_proven.pop_all()
+    return pidfd
+
+
+def has_exited(pidfd: int) -> bool:
+    """Whether the process has ended (a zombie has), without waiting."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def send(pidfd: int, number: signal.Signals) -> None:
+    """Signal the process of a pidfd; one that is gone already is success.
+
+    Source: pidfd_send_signal(2). Needs: CAP_KILL.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, number)
+
+
+async def wait_exit(pidfd: int, timeout_s: float | None = None) -> bool:
+    """Wait on the loop until the process ends; false when the time is up first.
+
+    The pidfd stays the caller's and must not be waited for twice at once.
+    """
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(pidfd)
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended, as far as this kernel tells who is not its parent; else None.
+
+    Exit code 0 is no proof of an orderly end: a guest's triple fault ends its VMM with 0.
+    """
+
+    code: int | None = None
+    signal: int | None = None
+
+    @property
+    def reason(self) -> str:
+        """`code_<n>`, `signal_<n>` or `unknown`."""
+        if self.signal is not None:
+            return f"signal_{self.signal}"
+        return "unknown" if self.code is None else f"code_{self.code}"
+
+
+class ExitWatch:
+    """Tells the supervisor when a VMM ends, whoever its parent is."""
+
+    async def watch(self, identity: VmmIdentity) -> Exit:
+        """Return once the process has ended; at once if it is gone already.
+
+        Raises:
+            HostFault: it lives but is not where it was launched.
+        """
+        pidfd = prove(identity)
+        if pidfd is None:
+            return Exit()
+        try:
+            await wait_exit(pidfd)
+            return await self._how(pidfd)
+        finally:
+            os.close(pidfd)
+
+    async def _how(self, pidfd: int) -> Exit:
+        """The kernel tells once the parent has reaped it, which init does soon, or late."""
+        wait_s = 0.002
+        until = asyncio.get_running_loop().time() + EXIT_STATUS_WAIT_S
+        while (status := read_exit_status(pidfd)) is None:
+            if asyncio.get_running_loop().time() > until:
+                return Exit()
+            await asyncio.sleep(wait_s)
+            wait_s *= 2
+        if os.WIFSIGNALED(status):
+            return Exit(signal=os.WTERMSIG(status))
+        return Exit(code=os.WEXITSTATUS(status))
+
+
+def read_exit_status(pidfd: int) -> int | None:
+    """The wait status of a process that was reaped, also by another; None if not known.
+
+    Source: ioctl PIDFD_GET_INFO with PIDFD_INFO_EXIT of include/uapi/linux/pidfd.h, Linux >= 6.15.
+    """
+    info = bytearray(struct.pack("=Q", PIDFD_INFO_EXIT).ljust(PIDFD_INFO_BYTES, b"\0"))
+    try:
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, info)
+    except OSError:
+        return None
+    mask, status = struct.unpack_from("=Q", info)[0], struct.unpack_from("=i", info, 60)[0]
+    return int(status) if mask & PIDFD_INFO_EXIT else None

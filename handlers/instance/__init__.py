@@ -1,0 +1,1 @@
+"""The five instance commands, one file each, and what they share."""

@@ -1,0 +1,43 @@
+"""Imported artifact revisions: a cache that is collected when no instance refers to it any more.
+
+An instance refers to its revision from its reservation on, awake, asleep or stopped, until it is
+destroyed or started with another one (docs/adr/0003).
+"""
+
+from handlers.errors import Failure
+from handlers.interfaces import Host
+from handlers.specs import Artifact, ArtifactSpec
+from handlers.steps import Steps
+from schemas.records import InstanceRecord, Status
+from schemas.requests import InstanceRef
+
+
+async def ensure_revision(ref: InstanceRef, revision: str, steps: Steps, host: Host) -> Artifact:
+    """The revision's files as hostd's own; not undone, since others may use them by then."""
+    spec = ArtifactSpec(ref.tenant_id, ref.pool_id, revision)
+    return await steps.act("artifacts", lambda: host.artifacts.ensure(spec))
+
+
+async def collect_revision(ref: InstanceRef, revision: str | None, host: Host) -> None:
+    """Remove a revision if nothing refers to it; the mechanism asks `refers` under its lock."""
+    if revision is not None:
+        await host.artifacts.remove(ArtifactSpec(ref.tenant_id, ref.pool_id, revision).key)
+
+
+async def release_revision(ref: InstanceRef, revision: str | None, host: Host) -> tuple[str, ...]:
+    """As `collect_revision`, for a command that succeeds all the same: returns what is left."""
+    try:
+        await collect_revision(ref, revision, host)
+    except Failure as error:
+        return (f"artifacts {ref.tenant_id}/{ref.pool_id}/{revision}: {error.message}",)
+    return ()
+
+
+def refers(record: InstanceRecord, key: str) -> bool:
+    """Whether the instance refers to the revision named by an `ArtifactSpec.key`.
+
+    One that is being destroyed has let go of it: its Destroy is always completed.
+    """
+    if record.status is Status.DESTROYING:
+        return False
+    return key == f"{record.ref.tenant_id}/{record.ref.pool_id}/{record.revision}"

@@ -1,0 +1,88 @@
+"""DestroyInstance: all of it gone, volumes wiped or kept. Never undone, always completed."""
+
+from msgspec.structs import replace
+
+from handlers.errors import NotFound
+from handlers.instance.artifact_refs import collect_revision
+from handlers.instance.release import release
+from handlers.instance.state import read_state
+from handlers.interfaces import Host
+from handlers.steps import Done, Steps
+from schemas.records import DiskIdentity, InstanceRecord, Status, Tombstone
+from schemas.requests import DestroyInstance, InstanceRef
+
+
+async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Done:
+    """Remove VMM, network, jail, snapshot and files of the instance; a tombstone remains.
+
+    Works from the journal when `instance.json` is gone, and wipes with `wipe_volumes` what an
+    earlier Destroy kept. What neither journal nor files know is `Ok` with `detail.absent`.
+
+    Raises:
+        Conflict: the instance is quarantined: `hostd adopt` or `hostd release` first.
+        Invalid: its data disk is none that hostd made; nothing was touched.
+        HostFault: a volume could not be wiped and verified; run again under a new id.
+    """
+    try:
+        state = await read_state(cmd.ref, host, host.facts.now_ms())
+    except NotFound:
+        return await destroy_kept(cmd, steps, host)
+    state.refuse_unknown()
+    record = state.record
+    if cmd.wipe_volumes and record.status is not Status.DESTROYING:
+        await host.data_disks.check_wipe(cmd.ref, record.disk)
+    steps.finalize()
+    if record.status is not Status.DESTROYING:
+        record = replace(
+            record,
+            status=Status.DESTROYING,
+            since_ms=host.facts.now_ms(),
+            command_id=steps.command_id,
+            before=replace(record, before=None),
+        )
+        await host.records.put_instance(record, durable=True)
+    if record.launch:
+        await release(record, steps, host)
+    await steps.act("discard_snapshot", lambda: host.snapshots.discard(record.ref))
+    await remove_files(record.ref, record.disk, cmd, steps, host)
+    await collect_revision(record.ref, record.revision, host)
+    return Done(
+        changed=True,
+        status=str(Status.DESTROYED),
+        detail={"volumes": "wiped" if cmd.wipe_volumes else "kept"},
+        record=record,
+        tombstone=tombstone_of(record, cmd, host),
+    )
+
+
+async def destroy_kept(cmd: DestroyInstance, steps: Steps, host: Host) -> Done:
+    """Nothing lives; volumes kept by an earlier Destroy may wait for their wipe."""
+    tombstone = host.records.tombstone(cmd.ref)
+    if tombstone is None:
+        return Done(changed=False, detail={"absent": True})
+    if not (cmd.wipe_volumes and tombstone.kept_volumes):
+        return Done(changed=False, status=str(Status.DESTROYED))
+    steps.finalize()
+    await remove_files(cmd.ref, tombstone.disk, cmd, steps, host)
+    wiped = replace(tombstone, kept_volumes=False, at_ms=host.facts.now_ms())
+    await host.records.drop_instance(cmd.ref, wiped)
+    return Done(changed=True, status=str(Status.DESTROYED), detail={"volumes": "wiped"})
+
+
+async def remove_files(
+    ref: InstanceRef, disk: DiskIdentity | None, cmd: DestroyInstance, steps: Steps, host: Host
+) -> None:
+    if cmd.wipe_volumes:
+        await steps.act("wipe_volumes", lambda: host.data_disks.wipe(ref, disk))
+    keep = not cmd.wipe_volumes
+    await steps.act("remove_files", lambda: host.shared.remove_instance(ref, keep_volumes=keep))
+
+
+def tombstone_of(record: InstanceRecord, cmd: DestroyInstance, host: Host) -> Tombstone:
+    return Tombstone(
+        ref=record.ref,
+        at_ms=host.facts.now_ms(),
+        launch=record.launch,
+        disk=record.disk,
+        kept_volumes=not cmd.wipe_volumes and record.disk is not None,
+    )

@@ -1,0 +1,193 @@
+"""What a launch takes from the host's books before it takes anything from the host.
+
+Launch number, uid slot, address offset, memory and quota are decided in one go, without an await
+between looking and taking, and written to the journal as the first step of the command. Its undo
+gives the instance's record back as it was.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from msgspec.structs import replace
+
+from handlers.errors import Conflict, Exhausted
+from handlers.instance.artifact_refs import collect_revision
+from handlers.interfaces import Host
+from schemas.files import TenantQuota
+from schemas.records import InstanceRecord, Status
+from schemas.requests import InstanceRef, TenantNet
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationSpec:
+    """`before` is the record to go back to; `offset` and `net` come from files, checked."""
+
+    command_id: str
+    before: InstanceRecord
+    status: Status
+    now_ms: int
+    quota: TenantQuota
+    net: TenantNet
+    offset: int
+    revision: str
+    vcpus: int
+    mem_mib: int
+    agent_port: int | None
+
+    @property
+    def key(self) -> str:
+        return str(self.before.ref)
+
+
+def ref_of(key: str) -> InstanceRef:
+    """The instance that a key `t/p/i` names."""
+    tenant_id, pool_id, instance_id = key.split("/")
+    return InstanceRef(tenant_id, pool_id, instance_id)
+
+
+class Reservations:
+    """Records with a launch under way; `host.pending_reservations` has those being written."""
+
+    name: ClassVar[str] = "reservation"
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    async def exists(self, key: str) -> bool:
+        record = self._host.records.instance(ref_of(key))
+        return record is not None and record.before is not None
+
+    async def ensure(self, spec: ReservationSpec) -> InstanceRecord:
+        """Reserve, or find what an earlier run of the same command reserved.
+
+        Raises:
+            Exhausted: the tenant's quota, this host's memory or its uids are used up.
+            Conflict: another instance of the tenant has the address, live or asleep.
+        """
+        now = self._host.records.instance(spec.before.ref)
+        if now is not None and now.before is not None and now.command_id == spec.command_id:
+            return now
+        record = self._decide(spec)
+        self._host.pending_reservations[record.ref] = record
+        try:
+            await self._host.records.put_instance(record, durable=True)
+        finally:
+            del self._host.pending_reservations[record.ref]
+        return record
+
+    async def remove(self, key: str) -> None:
+        """Give the record back as it was before the command; the launch number stays used."""
+        record = self._host.records.instance(ref_of(key))
+        if record is None or record.before is None:
+            return
+        before = replace(record.before, launch=record.launch, before=None, command_id=None)
+        await self._host.records.put_instance(before, durable=True)
+        if record.revision != before.revision:
+            await collect_revision(before.ref, record.revision, self._host)
+
+    def _decide(self, spec: ReservationSpec) -> InstanceRecord:
+        limits = self._host.settings.limits
+        others = [r for r in self._holding() if r.ref != spec.before.ref]
+        mine = [r for r in others if r.ref.tenant_id == spec.before.ref.tenant_id]
+        live = [r for r in mine if r.holds_host]
+        _within("vCPUs", sum(r.vcpus for r in live) + spec.vcpus, spec.quota.max_vcpus)
+        _within(
+            "memory in MiB", sum(r.mem_mib for r in live) + spec.mem_mib, spec.quota.max_mem_mib
+        )
+        _within("running instances", len(live) + 1, spec.quota.max_running)
+        for other in mine:
+            if other.offset == spec.offset:
+                raise Conflict(
+                    f"address offset {spec.offset} is used by instance {other.ref}",
+                    path="instance.json: $.net.guest_ip",
+                )
+        overhead = limits.vmm_overhead_mib
+        used = sum(r.mem_mib + overhead for r in others if r.holds_host)
+        free = self._host.facts.memory_mib() - limits.mem_reserve_mib - used
+        if spec.mem_mib + overhead > free:
+            raise Exhausted(
+                f"this host has {max(free, 0)} MiB left for VMs, "
+                f"{spec.mem_mib} MiB and {overhead} MiB overhead were asked for"
+            )
+        return replace(
+            spec.before,
+            status=spec.status,
+            since_ms=spec.now_ms,
+            launch=spec.before.launch + 1,
+            uid_slot=self._free_slot(others),
+            offset=spec.offset,
+            net=spec.net,
+            revision=spec.revision,
+            vcpus=spec.vcpus,
+            mem_mib=spec.mem_mib,
+            agent_port=spec.agent_port,
+            vmm=None,
+            command_id=spec.command_id,
+            before=replace(spec.before, before=None),
+        )
+
+    def _holding(self) -> list[InstanceRecord]:
+        """All that live or sleep, with what is being written to the journal right now."""
+        known = {r.ref: r for r in self._host.records.instances()} | self._host.pending_reservations
+        return [r for r in known.values() if r.holds_offset]
+
+    def _free_slot(self, others: list[InstanceRecord]) -> int:
+        taken = {r.uid_slot for r in others}
+        for slot in range(self._host.settings.vmm.uid_count):
+            if slot not in taken:
+                return slot
+        raise Exhausted("no uid is left in [vmm] uid_base, uid_count")
+
+
+def _within(what: str, asked: int, limit: int) -> None:
+    if asked > limit:
+        raise Exhausted(
+            f"the tenant's quota is {limit} {what}, this would make {asked}",
+            path="tenant.json: $.quotas",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseSpec:
+    """A status that only stands while a command runs, e.g. draining."""
+
+    command_id: str
+    record: InstanceRecord
+    status: Status
+    now_ms: int
+
+    @property
+    def key(self) -> str:
+        return str(self.record.ref)
+
+
+class Phases:
+    """Transitional statuses of a running instance; undo gives back the one before."""
+
+    name: ClassVar[str] = "phase"
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    async def exists(self, key: str) -> bool:
+        record = self._host.records.instance(ref_of(key))
+        return record is not None and record.before is not None
+
+    async def ensure(self, spec: PhaseSpec) -> InstanceRecord:
+        now = self._host.records.instance(spec.record.ref)
+        base = now if now is not None else spec.record
+        before = base.before if base.before is not None else replace(base, before=None)
+        record = replace(
+            base,
+            status=spec.status,
+            since_ms=spec.now_ms,
+            command_id=spec.command_id,
+            before=before,
+        )
+        await self._host.records.put_instance(record)
+        return record
+
+    async def remove(self, key: str) -> None:
+        record = self._host.records.instance(ref_of(key))
+        if record is not None and record.before is not None:
+            await self._host.records.put_instance(replace(record.before, before=None))

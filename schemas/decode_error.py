@@ -1,0 +1,41 @@
+"""What comes out of a decoder that cannot read its input: one exception, naming the spot."""
+
+import re
+
+from schemas.codes import Code
+
+PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+
+
+class DecodeError(Exception):
+    """The input does not decode or breaks a rule; never tried again as it is.
+
+    Args:
+        path: the field at fault, e.g. `$.request.SleepInstance.drain_timeout_secs`; for a shared
+            file its name comes first, e.g. `pool.json: $.instance_resources.vcpus`.
+        message: one sentence; holds no bytes of the input but bounded, quoted names.
+        code: `invalid`, or `unsupported` for what a newer agentd may mean.
+    """
+
+    def __init__(self, path: str, message: str, *, code: Code = Code.INVALID) -> None:
+        super().__init__(path, message, code)
+        self.path = path
+        self.message = message
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}"
+
+
+def child(path: str, key: str | int) -> str:
+    """The path of one field or element; an odd key is quoted and cut, never copied as it is."""
+    if isinstance(key, int):
+        return f"{path}[{key}]"
+    if PLAIN_KEY.fullmatch(key):
+        return f"{path}.{key}"
+    return f"{path}[{quoted(key)}]"
+
+
+def quoted(text: str) -> str:
+    """Hostile text made fit for a message: ASCII, escaped, at most 64 characters of it."""
+    return ascii(text if len(text) <= 64 else text[:64] + "...")

@@ -1,0 +1,86 @@
+"""Decentralised JWT credentials: the worker's link signs in with a NATS credentials file."""
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import nkeys
+
+from schemas.settings import NatsSettings
+from tests.broker.server import Server
+from worker.bus.connection import Link
+
+
+def new_key(prefix: int) -> nkeys.KeyPair:
+    """A fresh key of a role: operator, account or user."""
+    seed = nkeys.encode_seed(os.urandom(32), prefix)
+    return nkeys.from_seed(bytearray(seed))
+
+
+def signed(issuer: nkeys.KeyPair, subject: nkeys.KeyPair, nats: dict[str, Any]) -> str:
+    """A NATS JWT (version 2, `ed25519-nkey`) of `subject`, signed by `issuer`."""
+    claims: dict[str, Any] = {
+        "iat": int(time.time()),
+        "iss": issuer.public_key.decode(),
+        "sub": subject.public_key.decode(),
+        "name": "test",
+        "nats": {"version": 2, **nats},
+    }
+    digest = hashlib.sha256(json.dumps(claims).encode()).digest()
+    claims["jti"] = base64.b32encode(digest).decode().rstrip("=")
+    parts = [_b64(json.dumps(p).encode()) for p in ({"typ": "JWT", "alg": "ed25519-nkey"}, claims)]
+    return f"{'.'.join(parts)}.{_b64(issuer.sign('.'.join(parts).encode()))}"
+
+
+def _b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+async def test_the_link_signs_in_with_a_jwt_credentials_file(tmp_path: Path) -> None:
+    operator = new_key(nkeys.PREFIX_BYTE_OPERATOR)
+    account = new_key(nkeys.PREFIX_BYTE_ACCOUNT)
+    system = new_key(nkeys.PREFIX_BYTE_ACCOUNT)
+    user = new_key(nkeys.PREFIX_BYTE_USER)
+    limits = {"subs": -1, "conn": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1}
+    storage = {"mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1}
+    account_jwt = signed(
+        operator,
+        account,
+        {"type": "account", "limits": {**limits, **storage, "wildcards": True, "leaf": -1}},
+    )
+    system_jwt = signed(operator, system, {"type": "account", "limits": limits})
+    user_jwt = signed(
+        account, user, {"type": "user", "pub": {}, "sub": {}, "subs": -1, "data": -1, "payload": -1}
+    )
+    creds = tmp_path / "host.creds"
+    creds.write_text(
+        f"-----BEGIN NATS USER JWT-----\n{user_jwt}\n------END NATS USER JWT------\n\n"
+        f"-----BEGIN USER NKEY SEED-----\n{user.seed.decode()}\n------END USER NKEY SEED------\n"
+    )
+    creds.chmod(0o600)
+    server = Server(
+        str(tmp_path / "nats"),
+        config=(
+            f"operator: {signed(operator, operator, {'type': 'operator'})}\n"
+            f"system_account: {system.public_key.decode()}\n"
+            "resolver: MEMORY\n"
+            f"resolver_preload {{ {account.public_key.decode()}: {account_jwt}\n"
+            f"{system.public_key.decode()}: {system_jwt} }}\n"
+        ),
+    )
+    await server.start()
+    link = Link(NatsSettings(url=server.url, creds=str(creds)), name="jwt", inbox="_INBOX.jwt")
+    try:
+        await link.start()
+        await asyncio.wait_for(link.wait_connected(), 10)
+        answer = await link.request("$JS.API.INFO", b"")
+
+        assert json.loads(answer.data)["limits"]["max_streams"] == -1
+    finally:
+        await link.close()
+        await server.stop()

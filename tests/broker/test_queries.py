@@ -1,0 +1,212 @@
+"""Questions over core NATS: answers, errors that leak nothing, discovery, and staying there."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgpack
+import pytest
+from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
+
+from handlers.errors import NotFound
+from schemas.settings import NatsSettings
+from tests.broker.server import HOST, QUICK, SUBJECTS, Server, eventually, linked
+from worker.bus.connection import Link
+from worker.bus.message import Message
+from worker.bus.nats import NatsBus
+from worker.bus.protocol import BusError
+from worker.queries.micro import MicroService
+from worker.queries.service import ANSWER_BYTES, ask_service
+
+
+class Answers:
+    """A source with fixed answers; `status` waits for the gate, `list` has a bug."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.huge = False
+
+    async def ping(self) -> Mapping[str, object]:
+        filling = "x" * (ANSWER_BYTES + 1) if self.huge else ""
+        return {"v": 1, "host_id": "h1", "host_state": "ready", "uptime_s": 5, "x": filling}
+
+    async def status(self) -> Mapping[str, object]:
+        await self.gate.wait()
+        return {"v": 1, "host_state": "ready"}
+
+    async def list(self) -> Mapping[str, object]:
+        raise RuntimeError("secret of the host")
+
+    async def describe(
+        self, tenant_id: str, pool_id: str | None, instance_id: str | None
+    ) -> Mapping[str, object]:
+        return {"v": 1, "asked": [tenant_id, pool_id, instance_id]}
+
+    async def result(self, command_id: str) -> Mapping[str, object]:
+        raise NotFound(f"{command_id} is not known here")
+
+
+class Asked:
+    def __init__(self, caller: Link, bus: NatsBus, service: MicroService, source: Answers) -> None:
+        self.caller, self.bus, self.service, self.source = caller, bus, service, source
+
+    async def ask(self, verb: str, body: object = None) -> dict[str, Any]:
+        data = b"" if body is None else msgpack.packb(body)
+        answer = await self.caller.request(SUBJECTS.ask(verb), data)
+        found: dict[str, Any] = msgpack.unpackb(answer.data)
+        return found
+
+
+@asynccontextmanager
+async def asked(server: Server) -> AsyncIterator[Asked]:
+    bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
+    source = Answers()
+    service = ask_service(bus.link, SUBJECTS, source, version="1.2.3")
+    async with linked(server.url) as caller:
+        await service.start()
+        await bus.start()
+        try:
+            await asyncio.wait_for(bus.link.wait_connected(), 10)
+            asked = Asked(caller, bus, service, source)
+            await answering(asked)
+            yield asked
+        finally:
+            source.gate.set()
+            await service.close()
+            await bus.close()
+
+
+async def answering(asked: Asked) -> None:
+    """Return once questions are answered."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                await asked.caller.request(SUBJECTS.ask("ping"), b"", timeout_s=0.5)
+            except BusError:
+                await asyncio.sleep(0.02)
+            else:
+                return
+
+
+async def test_each_question_gets_its_answer(server: Server) -> None:
+    async with asked(server) as to:
+        to.source.gate.set()
+
+        assert (await to.ask("ping"))["host_id"] == "h1"
+        assert await to.ask("status", {}) == {"v": 1, "host_state": "ready"}
+        assert await to.ask("describe", {"tenant_id": "a"}) == {"v": 1, "asked": ["a", None, None]}
+        body = {"tenant_id": "a", "pool_id": "p", "instance_id": "i", "newer": 1}
+        assert (await to.ask("describe", body))["asked"] == ["a", "p", "i"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "body", "code", "part"),
+    [
+        ("result", {"id": "c-1"}, "not_found", "c-1 is not known"),
+        ("result", {}, "invalid", "$.id: is missing"),
+        ("result", {"id": 5}, "invalid", "$.id"),
+        ("result", [1], "invalid", "expected a map"),
+        ("describe", {"tenant_id": "a", "pool_id": "p"}, "invalid", "come together"),
+        ("list", None, "internal", "the worker's log says why"),
+    ],
+)
+async def test_an_error_says_what_and_leaks_nothing(
+    server: Server, verb: str, body: object, code: str, part: str
+) -> None:
+    async with asked(server) as to:
+        error = (await to.ask(verb, body))["error"]
+
+        assert error["code"] == code
+        assert part in error["message"]
+        assert "secret" not in error["message"]
+
+
+async def test_bytes_that_are_no_msgpack_are_answered(server: Server) -> None:
+    async with asked(server) as to:
+        answer = await to.caller.request(SUBJECTS.ask("describe"), b"\xc1" * 100)
+
+        assert msgpack.unpackb(answer.data)["error"]["code"] == "invalid"
+
+
+async def test_an_answer_that_no_server_would_carry_is_an_error(server: Server) -> None:
+    async with asked(server) as to:
+        to.source.huge = True
+
+        assert (await to.ask("ping"))["error"]["code"] == "exhausted"
+
+
+async def test_a_slow_question_delays_no_other(server: Server) -> None:
+    async with asked(server) as to:
+        slow = [asyncio.create_task(to.ask("status")) for _ in range(5)]
+
+        assert (await to.ask("ping"))["host_state"] == "ready"
+
+        assert not any(task.done() for task in slow)
+        to.source.gate.set()
+        assert len(await asyncio.gather(*slow)) == 5
+
+
+@pytest.mark.parametrize("subject", [SUBJECTS.ask("ping"), "$SRV.PING"])
+async def test_an_answer_is_sent_to_inboxes_only(server: Server, subject: str) -> None:
+    async with asked(server) as to:
+        got: list[Message] = []
+
+        async def note(message: Message) -> None:
+            got.append(message)
+
+        await to.caller.subscribe("$KV.>", note)
+        await to.caller.request("$JS.API.INFO", b"")
+        await to.caller.send(subject, b"", reply="$KV.HOSTD_STATE_test.h1.host")
+
+        assert await eventually(lambda: to.service.dropped == 1, 5)
+        await to.ask("ping")
+        assert got == []
+
+
+async def test_discovery_is_what_micro_tools_read(server: Server) -> None:
+    async with asked(server) as to:
+        ping = json.loads((await to.caller.request("$SRV.PING", b"")).data)
+        info = json.loads((await to.caller.request("$SRV.INFO.hostd", b"")).data)
+        stats = json.loads((await to.caller.request(f"$SRV.STATS.hostd.{HOST}", b"")).data)
+
+        assert ServicePing.from_dict(ping).metadata == {
+            "host_id": HOST,
+            "cell": SUBJECTS.cell,
+            "version": "1.2.3",
+            "protocol": "1-2",
+        }
+        names = {endpoint.name for endpoint in ServiceInfo.from_dict(info).endpoints}
+        assert names == {"ping", "status", "list", "describe", "result"}
+        counts = {e.name: e.num_requests for e in ServiceStats.from_dict(stats).endpoints}
+        assert counts["ping"] >= 1
+        assert [ping["type"], info["type"], stats["type"]] == [
+            f"io.nats.micro.v1.{kind}_response" for kind in ("ping", "info", "stats")
+        ]
+
+
+@pytest.mark.parametrize("how", ["restart", "rebuild"])
+async def test_questions_are_answered_again_after(server: Server, how: str) -> None:
+    async with asked(server) as to:
+        if how == "restart":
+            await server.crash()
+        else:
+            assert to.bus.link.client is not None
+            await to.bus.link.client.close()
+
+        await answering(to)
+
+        assert (await to.ask("ping"))["v"] == 1
+
+
+async def test_closing_answers_what_is_in_hand(server: Server) -> None:
+    async with asked(server) as to:
+        waiting = asyncio.create_task(to.ask("status"))
+        assert await eventually(lambda: bool(to.service._tasks), 5)
+        closing = asyncio.create_task(to.service.close())
+        await asyncio.sleep(0)
+        to.source.gate.set()
+
+        assert (await waiting)["v"] == 1
+        await closing

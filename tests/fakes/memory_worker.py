@@ -1,0 +1,98 @@
+"""Real journal, lanes, dispatch and handlers over a host in memory: commands in, replies out."""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from handlers.interfaces import Host
+from handlers.registry import HANDLERS, mechanisms
+from handlers.steps import Traced, no_trace
+from schemas import codec
+from schemas.envelopes import Reply
+from schemas.records import InstanceRecord
+from schemas.requests import InstanceRef, Request
+from schemas.settings import LimitSettings, Settings
+from schemas.subjects import Lane
+from tests.fakes.host import FakeHost
+from tests.fakes.shell_worker import SUBJECTS, NoMeters, command
+from worker.dispatch import Dispatch
+from worker.journal.journal import Journal
+from worker.lanes import Lanes
+
+REF = InstanceRef("acme", "web", "i-1")
+
+
+@dataclass
+class MemoryWorker:
+    """One worker's life on a machine that outlives it."""
+
+    machine: FakeHost
+    journal: Journal
+    host: Host
+    lanes: Lanes
+    seq: int = 0
+    ids: list[str] = field(default_factory=list)
+
+    async def send(self, request: Request, command_id: str | None = None, **more: object) -> str:
+        """Accept a command as intake would; returns its id."""
+        self.seq += 1
+        command_id = command_id or f"{request.kind}-{uuid.uuid4().hex[:12]}"
+        accepted = await self.journal.accept(
+            command(request, command_id, **more),
+            lane=Lane.of_request(request),
+            subject=SUBJECTS.command(Lane.of_request(request)),
+            stream_seq=self.seq,
+            received_at_ms=1,
+        )
+        if accepted.row is not None:
+            self.lanes.put(accepted.row)
+        return command_id
+
+    async def reply(self, command_id: str) -> Reply:
+        """The outcome, once the command's lane is through with it."""
+        async with asyncio.timeout(20):
+            await self.lanes.idle()
+            found = await self.journal.result(command_id)
+        assert found is not None
+        assert found.reply is not None, f"{command_id} is {found.state}"
+        return codec.decode_reply(found.reply)
+
+    async def run(self, request: Request, command_id: str | None = None, **more: object) -> Reply:
+        return await self.reply(await self.send(request, command_id, **more))
+
+    def record(self) -> InstanceRecord:
+        found = self.journal.instance(REF)
+        assert found is not None
+        return found
+
+    async def kill(self) -> None:
+        """As kill -9 would: what ran is cut where it stands, nothing is undone or answered."""
+        await self.lanes.stop(0)
+        await self.journal.close()
+
+
+@contextlib.asynccontextmanager
+async def memory_worker(
+    path: Path,
+    machine: FakeHost,
+    *,
+    trace: Traced = no_trace,
+    limits: LimitSettings = LimitSettings(retry_budget_s=0.0),  # noqa: B008 (frozen)
+) -> AsyncIterator[MemoryWorker]:
+    """A worker on the journal at `path`, with recovery of what is in it."""
+    settings = Settings(limits=limits)
+    journal = await Journal.open(str(path), subjects=SUBJECTS, boot_id="b1")
+    host = machine.host(journal, settings)
+    dispatch = Dispatch(journal, HANDLERS, host, mechanisms(host), meters=NoMeters(), trace=trace)
+    lanes = Lanes(dispatch)
+    for row in journal.unfinished():
+        lanes.put(row)
+    lanes.start()
+    made = MemoryWorker(machine, journal, host, lanes)
+    try:
+        yield made
+    finally:
+        await made.kill()

@@ -1,0 +1,242 @@
+"""A worker without a machine: real journal, intake, lanes, dispatch and outbox, a fake bus.
+
+Its handlers change a dictionary; tests tell them to fail, to wait, or how often they ran.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from handlers.interfaces import Host
+from handlers.mechanism import Removable
+from handlers.registry import Handler
+from handlers.steps import Done, Steps
+from schemas import codec
+from schemas.codes import Code
+from schemas.envelopes import Command, Event, Reply
+from schemas.requests import (
+    DestroyInstance,
+    InstanceRef,
+    Request,
+    SleepInstance,
+    StartInstance,
+    StopInstance,
+    WakeInstance,
+)
+from schemas.settings import LimitSettings, Settings
+from schemas.subjects import Lane, Subjects
+from tests.fakes.bus import FakeBus
+from worker.dispatch import Dispatch
+from worker.intake import Intake
+from worker.journal.journal import Journal
+from worker.lanes import Lanes
+from worker.outbox import Outbox
+
+SUBJECTS = Subjects("hostd.v1.test", "h1", "test")
+REF = InstanceRef("acme", "web", "a1")
+
+
+def start(instance: str = "a1") -> StartInstance:
+    return StartInstance("acme", "web", instance)
+
+
+def stop(instance: str = "a1") -> StopInstance:
+    return StopInstance("acme", "web", instance)
+
+
+def command(request: Request, command_id: str = "c1", **more: Any) -> Command:
+    return Command(id=command_id, request=request, **more)
+
+
+@dataclass
+class NoMeters:
+    """Counts what it is told."""
+
+    done: list[tuple[str, Code]] = field(default_factory=list)
+    retries: list[Code] = field(default_factory=list)
+    redeliveries: int = 0
+
+    def command_done(self, kind: str, code: Code, seconds: float) -> None:
+        self.done.append((kind, code))
+
+    def step(self, name: str, seconds: float) -> None: ...
+
+    def retry(self, kind: str, code: Code) -> None:
+        self.retries.append(code)
+
+    def snapshot(self, seconds: float, size_bytes: int) -> None: ...
+
+    def redelivered(self) -> None:
+        self.redeliveries += 1
+
+
+@dataclass(frozen=True)
+class Thing:
+    key: str
+
+
+@dataclass
+class Things:
+    """A mechanism whose resources are names in a set."""
+
+    name: str = "things"
+    there: set[str] = field(default_factory=set)
+    made: list[str] = field(default_factory=list)
+    stuck: bool = False
+
+    async def exists(self, key: str) -> bool:
+        return key in self.there
+
+    async def ensure(self, spec: Thing) -> str:
+        if spec.key not in self.there:
+            self.there.add(spec.key)
+            self.made.append(spec.key)
+        return spec.key
+
+    async def remove(self, key: str) -> None:
+        if self.stuck:
+            raise OSError(5, "Input/output error")
+        self.there.discard(key)
+
+
+Behave = Callable[[Request, Steps], Any]
+
+
+@dataclass
+class Machine:
+    """What the handlers do. `gate` holds a Start at its step until it is set."""
+
+    things: Things = field(default_factory=Things)
+    runs: list[tuple[str, str]] = field(default_factory=list)
+    behave: Behave | None = None
+    gate: asyncio.Event | None = None
+    at_gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def handle(self, request: Any, steps: Steps, host: Host) -> Done:
+        self.runs.append((steps.command_id, request.kind))
+        if self.behave is not None:
+            value = self.behave(request, steps)
+            if asyncio.iscoroutine(value):
+                value = await value
+            if isinstance(value, Done):
+                return value
+        key = str(request.ref)
+        if isinstance(request, StartInstance | WakeInstance | SleepInstance):
+            changed = key not in self.things.there
+            await steps.ensure(self.things, Thing(key))
+            if self.gate is not None:
+                gate = self.gate
+                self.at_gate.set()
+                await steps.interruptible("gate", gate.wait)
+            return Done(changed=changed, status="running", detail={})
+        steps.finalize()
+        changed = key in self.things.there
+        await steps.remove(self.things, key)
+        return Done(changed=changed, status="stopped", detail={})
+
+    def handlers(self) -> Mapping[type, Handler]:
+        kinds = (StartInstance, StopInstance, SleepInstance, WakeInstance, DestroyInstance)
+        return dict.fromkeys(kinds, self.handle)
+
+
+@dataclass
+class ShellWorker:
+    """One worker's life."""
+
+    bus: FakeBus
+    machine: Machine
+    journal: Journal
+    lanes: Lanes
+    dispatch: Dispatch
+    intake: Intake
+    outbox: Outbox
+    meters: NoMeters
+    tasks: list[asyncio.Task[None]]
+
+    def send(
+        self, request: Request, command_id: str = "c1", *, msg_id: bool = False, **more: Any
+    ) -> None:
+        """Publish a command as agentd would."""
+        data = codec.encode_command(command(request, command_id, **more))
+        subject = SUBJECTS.command(Lane.of_request(request))
+        self.bus.command(subject, data, command_id if msg_id else None)
+
+    def replies(self) -> list[Reply]:
+        return [codec.decode_reply(p.payload) for p in self.bus.replies()]
+
+    def events(self) -> list[Event]:
+        return [codec.decode_event(p.payload) for p in self.bus.events()]
+
+    async def reply(self, command_id: str = "c1") -> Reply:
+        """The reply of a command, once the stream has it."""
+        async with asyncio.timeout(20):
+            while True:
+                for reply in self.replies():
+                    if reply.id == command_id:
+                        return reply
+                self.bus.changed.clear()
+                await self.bus.changed.wait()
+
+    async def kill(self) -> None:
+        """As kill -9 would: nothing is waited for, told or closed in order."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.lanes.stop(0)
+        await self.journal.close()
+
+
+@contextlib.asynccontextmanager
+async def shell_worker(
+    path: Path,
+    bus: FakeBus | None = None,
+    machine: Machine | None = None,
+    *,
+    limits: LimitSettings = LimitSettings(retry_budget_s=2.0),  # noqa: B008 (frozen)
+    consume: bool = True,
+    send: bool = True,
+    run: bool = True,
+) -> AsyncIterator[ShellWorker]:
+    """A worker on the journal at `path`, recovering what is in it."""
+    bus = bus or FakeBus()
+    machine = machine or Machine()
+    meters = NoMeters()
+    journal = await Journal.open(
+        str(path),
+        subjects=SUBJECTS,
+        boot_id="b1",
+        lane_depth=limits.lane_depth,
+        host_depth=limits.host_depth,
+    )
+    host = cast("Host", SimpleNamespace(settings=Settings(limits=limits)))
+    mechanisms: Mapping[str, Removable] = {"things": machine.things}
+    dispatch = Dispatch(journal, machine.handlers(), host, mechanisms, meters=meters)
+    lanes = Lanes(dispatch)
+    intake = Intake(
+        bus,
+        journal,
+        lanes,
+        inbox_prefixes=("_INBOX.",),
+        version="0.0.0",
+        facts=lambda: {"boot_id": "b1", "host_state": "ready", "capacity": {}},
+        meters=meters,
+    )
+    outbox = Outbox(bus, journal)
+    for row in journal.unfinished():
+        lanes.put(row)
+    if run:
+        lanes.start()
+    tasks: list[asyncio.Task[None]] = []
+    if send:
+        tasks.append(asyncio.create_task(outbox.run()))
+    if consume:
+        tasks.append(asyncio.create_task(bus.consume(intake.receive)))
+    made = ShellWorker(bus, machine, journal, lanes, dispatch, intake, outbox, meters, tasks)
+    try:
+        yield made
+    finally:
+        await made.kill()

@@ -1,0 +1,121 @@
+"""The journal's and agentd's side of a host, in memory, for tests that run network handlers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from handlers.concurrency import Slots
+from handlers.errors import NotFound
+from handlers.host.facts import HostFacts
+from handlers.interfaces import Host
+from handlers.mechanism import StepRow
+from handlers.steps import Steps
+from handlers.tenant_locks import TenantLocks
+from schemas.files import TenantConfig, TenantQuota
+from schemas.records import InstanceRecord, NetworkRecord
+from schemas.requests import InstanceRef, TenantNet
+from schemas.settings import LimitSettings, NetworkSettings, Settings
+from tests.kernel.net.netns import HostNet
+
+QUOTA = TenantQuota(8, 8192, 8, 8, 8, 8, 100)
+
+
+@dataclass
+class MemoryRecords:
+    """Networks and instances on record, and the tenants' files."""
+
+    tenants: dict[str, TenantNet] = field(default_factory=dict)
+    networks_up: dict[str, NetworkRecord] = field(default_factory=dict)
+    records: dict[InstanceRef, InstanceRecord] = field(default_factory=dict)
+    jails_alive: set[str] = field(default_factory=set)
+
+    async def tenant(self, tenant_id: str) -> TenantConfig:
+        if tenant_id not in self.tenants:
+            raise NotFound(f"there is no tenant.json of {tenant_id}")
+        return TenantConfig(tenant_id, QUOTA, self.tenants[tenant_id])
+
+    def instances(self, tenant_id: str | None = None) -> Sequence[InstanceRecord]:
+        return [r for r in self.records.values() if tenant_id in {None, r.ref.tenant_id}]
+
+    def network(self, tenant_id: str) -> NetworkRecord | None:
+        return self.networks_up.get(tenant_id)
+
+    def networks(self) -> Sequence[NetworkRecord]:
+        return list(self.networks_up.values())
+
+    async def put_network(self, record: NetworkRecord) -> None:
+        self.networks_up[record.tenant_id] = record
+
+    async def drop_network(self, tenant_id: str) -> None:
+        self.networks_up.pop(tenant_id, None)
+
+
+@dataclass(frozen=True)
+class LiveVmms:
+    """All that repair asks of VMMs: whether a jail's one lives."""
+
+    books: MemoryRecords
+
+    async def exists(self, key: str) -> bool:
+        return key in self.books.jails_alive
+
+
+class StepBook:
+    """The step log; it outlives a run of a command, as the journal does."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, str, str], StepRow] = {}
+
+    async def begin(self, command_id: str, mechanism: str, key: str, *, existed: bool) -> StepRow:
+        row = StepRow(mechanism, key, existed)
+        return self._rows.setdefault((command_id, mechanism, key), row)
+
+    async def begin_all(self, command_id: str, rows: Sequence[StepRow]) -> None:
+        for row in rows:
+            await self.begin(command_id, row.mechanism, row.key, existed=row.existed)
+
+    async def forget(self, command_id: str, mechanism: str, key: str) -> None:
+        self._rows.pop((command_id, mechanism, key), None)
+
+    def rows(self, command_id: str) -> Sequence[StepRow]:
+        return [row for (owner, *_), row in self._rows.items() if owner == command_id]
+
+    async def mark(self, command_id: str, name: str) -> None:
+        raise AssertionError(f"a network command has no mark {name}")
+
+    def marked(self, command_id: str, name: str) -> bool:
+        return False
+
+
+def host_of(net: HostNet, books: MemoryRecords, settings: NetworkSettings | None = None) -> Host:
+    """A host whose network is real and whose other parts no network handler may touch."""
+    nothing = cast("Any", None)
+    mechanisms = net.mechanisms
+    return Host(
+        settings=Settings(network=settings or NetworkSettings()),
+        locks=TenantLocks(),
+        records=cast("Any", books),
+        facts=HostFacts(),
+        shared=cast("Any", books),
+        networks=mechanisms.networks,
+        bridges=mechanisms.bridges,
+        tenant_rules=mechanisms.tenant_rules,
+        pins=mechanisms.pins,
+        taps=mechanisms.taps,
+        artifacts=nothing,
+        data_disks=nothing,
+        cgroups=nothing,
+        jails=nothing,
+        vmms=cast("Any", LiveVmms(books)),
+        agents=nothing,
+        snapshots=nothing,
+        slots=Slots.of(LimitSettings()),
+        later=nothing,
+        pending_reservations={},
+    )
+
+
+def steps_of(host: Host, log: StepBook, command_id: str = "cmd-1") -> Steps:
+    """A new run of a command."""
+    mechanisms = (host.bridges, host.tenant_rules, host.pins, host.taps)
+    return Steps(command_id, log, {mechanism.name: mechanism for mechanism in mechanisms})

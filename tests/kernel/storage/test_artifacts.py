@@ -1,0 +1,185 @@
+"""An imported revision is whole, hostd's own, and out of everybody's reach."""
+
+import asyncio
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from handlers.errors import Exhausted, HostFault, Invalid, NotFound
+from handlers.host.linux.sparse_copy import copy_sparse
+from handlers.host.storage.artifacts import Artifacts
+from handlers.specs import ArtifactSpec
+from tests.kernel.storage.store_host import REVISION, StoreHost, make_world, write
+
+SPEC = ArtifactSpec("acme", "web", REVISION)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> StoreHost:
+    return make_world(tmp_path)
+
+
+@pytest.fixture
+def artifacts(world: StoreHost) -> Artifacts:
+    return Artifacts(data=str(world.data), state=str(world.state))
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+async def test_an_import_is_a_whole_read_only_copy(artifacts: Artifacts, world: StoreHost) -> None:
+    found = await artifacts.ensure(SPEC)
+
+    assert found.initrd is None
+    for name, path in (("vmlinux", found.vmlinux), ("rootfs.ext4", found.rootfs)):
+        assert Path(path).read_bytes() == (world.revision / name).read_bytes()
+        assert found.sha256[name] == sha256(world.revision / name)
+        at = os.stat(path)
+        assert (at.st_uid, at.st_gid, stat.S_IMODE(at.st_mode)) == (0, 0, 0o444)
+        assert at.st_ino != (world.revision / name).stat().st_ino
+    assert os.stat(found.rootfs).st_blocks <= (world.revision / "rootfs.ext4").stat().st_blocks + 8
+
+
+async def test_a_second_import_finds_the_first(artifacts: Artifacts, world: StoreHost) -> None:
+    first, again = await asyncio.gather(artifacts.ensure(SPEC), artifacts.ensure(SPEC))
+    (world.revision / "vmlinux").write_bytes(b"something else")
+
+    assert first == again == await artifacts.ensure(SPEC)
+    assert b"kernel" in Path(first.vmlinux).read_bytes()
+    assert await artifacts.list_keys() == [SPEC.key]
+
+
+async def test_an_initrd_is_taken_along(artifacts: Artifacts, world: StoreHost) -> None:
+    write(world.revision / "initrd", b"cpio")
+
+    found = await artifacts.ensure(SPEC)
+
+    assert found.initrd is not None
+    assert Path(found.initrd).read_bytes() == b"cpio"
+
+
+@pytest.mark.parametrize("name", ["vmlinux", "rootfs.ext4"])
+async def test_a_missing_file_is_named_and_nothing_is_left(
+    artifacts: Artifacts, world: StoreHost, name: str
+) -> None:
+    (world.revision / name).unlink()
+
+    with pytest.raises(NotFound, match=f"{REVISION}/{name}"):
+        await artifacts.ensure(SPEC)
+
+    assert not await artifacts.exists(SPEC.key)
+    assert list(world.state.rglob("*")) == [world.state / "artifacts"]
+
+
+async def test_a_linked_kernel_is_refused(artifacts: Artifacts, world: StoreHost) -> None:
+    (world.revision / "vmlinux").unlink()
+    (world.revision / "vmlinux").symlink_to("/etc/shadow")
+
+    with pytest.raises(Invalid, match="vmlinux is a link"):
+        await artifacts.ensure(SPEC)
+
+
+async def test_a_second_name_of_somebody_elses_file_is_refused(
+    artifacts: Artifacts, world: StoreHost
+) -> None:
+    secret = write(world.top / "secret", b"of root")
+    secret.chmod(0o600)
+    for each in (world.revision, *world.revision.iterdir()):
+        os.chown(each, 1234, 1234)
+    (world.revision / "vmlinux").unlink()
+    os.link(secret, world.revision / "vmlinux")
+
+    with pytest.raises(Invalid, match="several names"):
+        await artifacts.ensure(SPEC)
+
+
+async def test_half_an_import_is_done_again(artifacts: Artifacts, world: StoreHost) -> None:
+    directory = world.state / "artifacts" / "acme" / "web"
+    write(directory / f".{REVISION}.part" / "vmlinux", b"half")
+    write(directory / REVISION / "vmlinux", b"without facts")
+
+    found = await artifacts.ensure(SPEC)
+
+    assert Path(found.vmlinux).read_bytes() == (world.revision / "vmlinux").read_bytes()
+    assert [each.name for each in directory.iterdir()] == [REVISION]
+
+
+async def test_a_damaged_import_is_a_fault_of_the_host(artifacts: Artifacts) -> None:
+    found = await artifacts.ensure(SPEC)
+    os.truncate(found.vmlinux, 3)
+
+    with pytest.raises(HostFault, match="vmlinux"):
+        await artifacts.ensure(SPEC)
+
+
+async def test_removal_spares_what_is_in_use(world: StoreHost) -> None:
+    used = {SPEC.key}
+    artifacts = Artifacts(
+        data=str(world.data), state=str(world.state), in_use=lambda key: key in used
+    )
+    await artifacts.ensure(SPEC)
+
+    await artifacts.remove(SPEC.key)
+    assert await artifacts.exists(SPEC.key)
+
+    used.clear()
+    await artifacts.remove(SPEC.key)
+    await artifacts.remove(SPEC.key)
+    assert not await artifacts.exists(SPEC.key)
+    assert list((world.state / "artifacts").iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["acme/web", "acme/web/..", "acme/../x", "a/b/c/d", "acme/web/"])
+async def test_a_key_never_becomes_another_path(artifacts: Artifacts, key: str) -> None:
+    with pytest.raises(Invalid):
+        await artifacts.remove(key)
+
+
+async def test_a_full_disk_is_exhausted_and_leaves_nothing(world: StoreHost, tmpfs: Path) -> None:
+    with (world.revision / "rootfs.ext4").open("r+b") as rootfs:
+        rootfs.write(os.urandom(2 << 20))
+    artifacts = Artifacts(data=str(world.data), state=str(tmpfs))
+
+    with pytest.raises(Exhausted):
+        await artifacts.ensure(SPEC)
+
+    assert not await artifacts.exists(SPEC.key)
+    assert [each for each in tmpfs.rglob("*") if each.is_file()] == []
+
+
+def test_blocks_are_shared_where_the_file_system_can(tmp_path: Path) -> None:
+    """On XFS made for it: a copy takes no room and no time."""
+    image = tmp_path / "xfs.img"
+    with image.open("wb") as file:
+        file.truncate(512 << 20)
+    there = tmp_path / "xfs"
+    there.mkdir()
+    if shutil.which("mkfs.xfs") is None and not os.environ.get("CI"):
+        pytest.skip("needs mkfs.xfs: apt-get install xfsprogs")
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", image], check=True)
+    try:
+        subprocess.run(["mount", "-o", "loop", image, there], check=True, capture_output=True)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this kernel mounts no XFS from a loop device: {error.stderr!r}")
+    try:
+        (there / "a").write_bytes(os.urandom(32 << 20))
+        source = os.open(there / "a", os.O_RDONLY)
+        target = os.open(there / "b", os.O_RDWR | os.O_CREAT)
+        os.sync()
+        before = os.statvfs(there).f_bfree
+        copy_sparse(source, target)
+        os.fsync(target)
+        used = (before - os.statvfs(there).f_bfree) * os.statvfs(there).f_frsize
+        os.close(source)
+        os.close(target)
+
+        assert (there / "b").read_bytes() == (there / "a").read_bytes()
+        assert used < 1 << 20
+    finally:
+        subprocess.run(["umount", there], check=True)

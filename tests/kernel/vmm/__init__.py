@@ -1,0 +1,1 @@
+"""Kernel tests of handlers/host/vmm."""

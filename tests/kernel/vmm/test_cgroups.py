@@ -1,0 +1,149 @@
+"""Leaves in the real cgroup2 tree. Limits need its controllers: they are tested in the lab."""
+
+import asyncio
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from handlers.errors import HostFault, Invalid, Unavailable
+from handlers.host.vmm import cgroups as module
+from handlers.host.vmm.cgroups import Cgroups, find_mount
+from handlers.specs import CgroupSpec
+from schemas.settings import LimitSettings, Settings
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def base() -> Iterator[str]:
+    name = f"hostd-test-{os.getpid()}-cg"
+    yield name
+    path = f"{find_mount()}/{name}"
+    if os.path.isdir(path):
+        os.rmdir(path)
+
+
+@pytest.fixture
+def mechanism(base: str) -> Cgroups:
+    return Cgroups(Settings(limits=LimitSettings(enforce=False, cgroup=base)))
+
+
+def spec(jail_id: str = "a1-1", tenant: str = "acme") -> CgroupSpec:
+    return CgroupSpec(tenant, jail_id, 64 * MIB, 50_000, 32)
+
+
+async def test_a_leaf_is_made_found_and_removed_with_its_tenants_directory(
+    mechanism: Cgroups,
+) -> None:
+    await mechanism.ensure(spec())
+    await mechanism.ensure(spec())
+    assert await mechanism.exists("acme/a1-1")
+
+    await mechanism.remove("acme/a1-1")
+    await mechanism.remove("acme/a1-1")
+
+    assert not await mechanism.exists("acme/a1-1")
+    assert os.listdir(mechanism.tree.path(mechanism.tree.base)).count("acme") == 0
+
+
+async def test_the_tenants_directory_stays_while_another_leaf_is_in_it(mechanism: Cgroups) -> None:
+    await mechanism.ensure(spec("a1-1"))
+    await mechanism.ensure(spec("b2-1"))
+
+    await mechanism.remove("acme/a1-1")
+
+    assert await mechanism.exists("acme/b2-1")
+    assert list(mechanism.tree.leaves("b2-1")) == [mechanism.tree.name("acme", "b2-1")]
+    await mechanism.remove("acme/b2-1")
+
+
+async def test_leaves_of_one_tenant_come_and_go_at_once(mechanism: Cgroups) -> None:
+    async def come_and_go(number: int) -> None:
+        for _ in range(10):
+            await mechanism.ensure(spec(f"j-{number}"))
+            assert await mechanism.exists(f"acme/j-{number}")
+            await mechanism.remove(f"acme/j-{number}")
+
+    await asyncio.gather(*(come_and_go(number) for number in range(6)))
+
+    assert "acme" not in os.listdir(mechanism.tree.path(mechanism.tree.base))
+
+
+async def test_a_leaf_that_holds_a_process_is_not_removed_and_says_which(
+    mechanism: Cgroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EMPTY_TIMEOUT_S", 0.05)
+    await mechanism.ensure(spec())
+    leaf = mechanism.tree.name("acme", "a1-1")
+    with subprocess.Popen(["sleep", "30"]) as child:
+        with open(f"{mechanism.tree.path(leaf)}/cgroup.procs", "w") as procs:
+            procs.write(str(child.pid))
+        assert mechanism.tree.pids(leaf) == [child.pid]
+
+        with pytest.raises(Unavailable) as refused:
+            await mechanism.remove("acme/a1-1")
+
+        assert refused.value.detail["pids"] == [child.pid]
+        assert child.poll() is None
+        child.kill()
+    await mechanism.remove("acme/a1-1")
+
+
+async def test_removal_waits_for_the_last_process_to_end(mechanism: Cgroups) -> None:
+    await mechanism.ensure(spec())
+    leaf = mechanism.tree.name("acme", "a1-1")
+    with subprocess.Popen(["sleep", "30"]) as child:
+        with open(f"{mechanism.tree.path(leaf)}/cgroup.procs", "w") as procs:
+            procs.write(str(child.pid))
+        kill = threading.Timer(0.05, child.kill)
+        kill.start()
+
+        await mechanism.remove("acme/a1-1")
+
+        kill.join()
+    assert not await mechanism.exists("acme/a1-1")
+
+
+@pytest.mark.skipif(
+    {"cpu", "memory", "pids"} <= set(Path(find_mount(), "cgroup.controllers").read_text().split()),
+    reason="this host has the controllers",
+)
+async def test_enforced_limits_without_controllers_are_refused_by_name_and_nothing_is_left(
+    base: str,
+) -> None:
+    enforcing = Cgroups(Settings(limits=LimitSettings(enforce=True, cgroup=base)))
+
+    with pytest.raises(HostFault, match="cpu, memory, pids"):
+        await enforcing.ensure(spec())
+
+    assert not os.path.exists(enforcing.tree.path(base))
+
+
+@pytest.mark.parametrize("key", ["acme", "../x/y", "acme/..", "acme/a/b", "/a", "acme/", ""])
+async def test_a_key_that_is_no_leaf_is_refused(mechanism: Cgroups, key: str) -> None:
+    with pytest.raises(Invalid):
+        await mechanism.remove(key)
+
+
+@pytest.mark.parametrize("cgroup", ["..", "a/../b", "", "a//b"])
+def test_a_base_that_leaves_the_tree_is_refused(cgroup: str) -> None:
+    with pytest.raises(Invalid):
+        Cgroups(Settings(limits=LimitSettings(enforce=False, cgroup=cgroup)))
+
+
+def test_the_mount_is_found_under_any_name() -> None:
+    lines = (
+        "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n"
+        "38 31 0:37 / /mnt/a\\040b rw shared:9 - cgroup2 none rw\n"
+    )
+
+    assert find_mount(lines) == "/mnt/a b"
+
+
+def test_a_host_without_the_tree_is_a_host_fault() -> None:
+    with pytest.raises(HostFault, match="cgroup2"):
+        find_mount("31 23 0:28 / / rw - ext4 /dev/vda rw\n")

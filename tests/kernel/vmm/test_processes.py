@@ -1,0 +1,181 @@
+"""Identity of a process: what proves it, and what never gets a signal."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from handlers.errors import HostFault
+from handlers.host.vmm import processes
+from handlers.host.vmm.cgroups import find_mount
+from schemas.records import VmmIdentity
+
+
+@contextlib.contextmanager
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A child that waits for a line and ends; killed and reaped at the end."""
+    program = [sys.executable, "-c", "import sys; sys.stdin.read(1); sys.exit(7)"]
+    with subprocess.Popen(program, stdin=subprocess.PIPE) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def identity_of(pid: int) -> VmmIdentity:
+    identity = processes.read_identity(pid)
+    assert identity is not None
+    return identity
+
+
+def proves(identity: VmmIdentity) -> bool:
+    pidfd = processes.prove(identity)
+    if pidfd is not None:
+        os.close(pidfd)
+    return pidfd is not None
+
+
+def test_a_live_process_is_proven_by_all_its_facts() -> None:
+    with sleeper() as child:
+        assert proves(identity_of(child.pid))
+
+
+@pytest.mark.parametrize("change", [{"start_ticks": 1}, {"boot_id": "another"}])
+def test_a_pid_that_another_process_may_have_is_gone(change: dict[str, object]) -> None:
+    with sleeper() as child:
+        assert not proves(replace(identity_of(child.pid), **change))
+
+
+@pytest.mark.parametrize("change", [{"exe_ino": 1}, {"exe_dev": 1}, {"cgroup": "elsewhere"}])
+def test_a_process_that_is_not_where_it_was_launched_is_neither_gone_nor_signalled(
+    change: dict[str, object],
+) -> None:
+    with sleeper() as child:
+        with pytest.raises(HostFault, match="left alone"):
+            processes.prove(replace(identity_of(child.pid), **change))
+
+        assert child.poll() is None
+
+
+def test_moved_to_another_cgroup_by_hand_is_not_proven() -> None:
+    there = Path(find_mount(), f"hostd-test-{os.getpid()}-moved")
+    with sleeper() as child:
+        identity = identity_of(child.pid)
+        there.mkdir()
+        try:
+            (there / "cgroup.procs").write_text(str(child.pid))
+
+            with pytest.raises(HostFault, match="left alone"):
+                processes.prove(identity)
+        finally:
+            child.kill()
+            child.wait()
+            there.rmdir()
+
+
+def test_a_zombie_is_gone() -> None:
+    with sleeper() as child:
+        identity = identity_of(child.pid)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
+        assert processes.read_stat(child.pid) is not None
+        assert not proves(identity)
+        assert processes.read_identity(child.pid) is None
+
+
+def test_a_signal_to_a_process_that_ended_is_success() -> None:
+    with sleeper() as child:
+        pidfd = processes.open_pidfd(child.pid)
+        assert pidfd is not None
+        child.kill()
+        child.wait()
+
+        processes.send(pidfd, signal.SIGKILL)
+
+        os.close(pidfd)
+
+
+async def test_the_watch_tells_of_a_death_within_a_second_and_how() -> None:
+    with sleeper() as child:
+        watch = asyncio.create_task(processes.ExitWatch().watch(identity_of(child.pid)))
+        await asyncio.sleep(0)
+        child.kill()
+        reaped = asyncio.create_task(asyncio.to_thread(child.wait))
+
+        async with asyncio.timeout(1):
+            how = await watch
+
+        await reaped
+        assert how in (processes.Exit(signal=signal.SIGKILL), processes.Exit())
+
+
+async def test_the_watch_of_a_process_that_is_gone_returns_at_once() -> None:
+    with sleeper() as child:
+        identity = identity_of(child.pid)
+        child.kill()
+        child.wait()
+
+        async with asyncio.timeout(1):
+            assert await processes.ExitWatch().watch(identity) == processes.Exit()
+
+
+async def test_a_cancelled_watch_leaves_no_descriptor_and_no_reader() -> None:
+    with sleeper() as child:
+        identity = identity_of(child.pid)
+        before = os.listdir("/proc/self/fd")
+        watch = asyncio.create_task(processes.ExitWatch().watch(identity))
+        await asyncio.sleep(0)
+
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+
+        assert os.listdir("/proc/self/fd") == before
+
+
+async def test_waiting_ends_when_the_time_is_up() -> None:
+    with sleeper() as child:
+        pidfd = processes.open_pidfd(child.pid)
+        assert pidfd is not None
+        try:
+            assert not await processes.wait_exit(pidfd, 0.01)
+            assert child.stdin is not None
+            child.stdin.close()
+            assert await processes.wait_exit(pidfd, 5)
+        finally:
+            os.close(pidfd)
+
+
+def test_a_name_with_brackets_and_blanks_does_not_shift_the_fields() -> None:
+    program = "import ctypes; ctypes.CDLL(None).prctl(15, b') 1 (x)', 0, 0, 0); input(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as child:
+        before = processes.read_stat(child.pid)
+        assert child.stdin is not None
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        until_named(child.pid)
+
+        after = processes.read_stat(child.pid)
+
+        child.kill()
+    assert before is not None
+    assert after is not None
+    assert after[1] == before[1]
+    assert after[0] in "RSD"
+
+
+def until_named(pid: int) -> None:
+    for _ in range(100_000):
+        if ") 1 (x)" in Path(f"/proc/{pid}/comm").read_text():
+            return
+        os.sched_yield()
+    pytest.fail("the name did not change")

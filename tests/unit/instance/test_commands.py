@@ -1,0 +1,680 @@
+"""The commands over a host in memory: statuses, idempotence, undo, completion after a cut.
+
+The one test that matters most: every command x every effect made to fail x {first run, replay}:
+the host is as before, or the reply names the rest; past a point of no return it is completed.
+"""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from handlers.errors import HostFault, Invalid, Unavailable
+from schemas.codes import Code
+from schemas.files import InstanceResources, PoolSpec
+from schemas.records import Status
+from schemas.requests import (
+    DestroyInstance,
+    InstanceRef,
+    Request,
+    SetupNetwork,
+    SleepInstance,
+    StartInstance,
+    StopInstance,
+    TeardownNetwork,
+    VolumeAttach,
+    WakeInstance,
+)
+from tests.fakes.host import FakeHost, instance_file, seeded
+from tests.fakes.memory_worker import REF, MemoryWorker, memory_worker
+from worker.journal.store import now_ms
+
+START = StartInstance("acme", "web", "i-1")
+STOP = StopInstance("acme", "web", "i-1")
+SLEEP = SleepInstance("acme", "web", "i-1", force=False)
+WAKE = WakeInstance("acme", "web", "i-1")
+DESTROY = DestroyInstance("acme", "web", "i-1", wipe_volumes=True)
+KEEP = DestroyInstance("acme", "web", "i-1", wipe_volumes=False)
+NET = seeded().tenants["acme"].net
+UP = SetupNetwork("acme", NET)
+DOWN = TeardownNetwork("acme", NET)
+
+BEFORE: dict[str, tuple[Request, ...]] = {
+    "SetupNetwork": (),
+    "TeardownNetwork": (UP,),
+    "StartInstance": (UP,),
+    "StopInstance": (UP, START),
+    "SleepInstance": (UP, START),
+    "WakeInstance": (UP, START, SLEEP),
+    "DestroyInstance": (UP, START),
+}
+COMMANDS = {request.kind: request for request in (UP, DOWN, START, STOP, SLEEP, WAKE, DESTROY)}
+
+UNDONE: dict[str, tuple[str, ...]] = {
+    "SetupNetwork": ("prepare_network", "tenant_rules", "bridge"),
+    "StartInstance": (
+        "artifacts",
+        "cgroups",
+        "pin",
+        "tap",
+        "data_disks",
+        "jails",
+        "vmms",
+        "configure",
+        "start_vm",
+        "check_confinement",
+        "agent_ready",
+    ),
+    "SleepInstance": ("pause", "create_snapshot", "seal", "publish"),
+    "WakeInstance": (
+        "artifacts",
+        "cgroups",
+        "pin",
+        "tap",
+        "data_disks",
+        "jails",
+        "vmms",
+        "verify_snapshot",
+        "link_snapshot",
+        "load_snapshot",
+        "check_confinement",
+    ),
+}
+COMPLETED: dict[str, tuple[str, ...]] = {
+    "TeardownNetwork": ("remove_bridge", "remove_tenant_rules"),
+    "StopInstance": (
+        "remove_vmms",
+        "remove_tap",
+        "remove_pin",
+        "remove_jails",
+        "remove_cgroups",
+        "discard_snapshot",
+    ),
+    "SleepInstance": (
+        "remove_vmms",
+        "remove_tap",
+        "remove_pin",
+        "remove_jails",
+        "remove_cgroups",
+        "discard_snapshot",
+    ),
+    "WakeInstance": ("consume", "resume"),
+    "DestroyInstance": (
+        "remove_vmms",
+        "remove_tap",
+        "remove_pin",
+        "remove_jails",
+        "remove_cgroups",
+        "discard_snapshot",
+        "wipe_volumes",
+        "remove_files",
+        "remove_artifacts",
+    ),
+}
+# What may fail without failing the command: told in the reply.
+TOLD: dict[str, tuple[str, ...]] = {
+    "StartInstance": ("update_instance",),
+    "StopInstance": ("update_instance",),
+    "SleepInstance": ("drain", "update_instance"),
+    "WakeInstance": ("agent_wake", "set_clock", "update_instance"),
+}
+
+
+def cases(table: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    return [(kind, effect) for kind, effects in table.items() for effect in effects]
+
+
+async def prepare(worker: MemoryWorker, kind: str) -> None:
+    for request in BEFORE[kind]:
+        reply = await worker.run(request)
+        assert reply.code is Code.OK, (request, reply)
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+async def test_the_tables_of_effects_are_complete(kind: str, tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, kind)
+        machine.seen.clear()
+
+        reply = await worker.run(COMMANDS[kind])
+
+        assert reply.code is Code.OK, reply
+        listed = {e for table in (UNDONE, COMPLETED, TOLD) for e in table.get(kind, ())}
+        cleaning = {"remove_jails"} if kind in ("StartInstance", "WakeInstance") else set()
+        assert set(machine.seen) - cleaning == listed
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("kind", "effect"), cases(UNDONE))
+async def test_a_failed_step_leaves_the_host_as_it_was(
+    kind: str, effect: str, late: bool, tmp_path: Path
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, kind)
+        before, status = dict(machine.resources), status_of(worker)
+        guests = {k: g.state for k, g in machine.guests.items()}
+        (machine.fail_late if late else machine.fail)[effect] = HostFault("injected")
+
+        reply = await worker.run(COMMANDS[kind])
+
+        if late and effect == "publish":
+            # The manifest stands: there is no way back, and the next attempt completes it.
+            assert reply.code is Code.HOST_FAULT
+            return
+        assert reply.code is Code.HOST_FAULT
+        assert reply.left_behind == ()
+        assert machine.resources == before
+        assert {k: g.state for k, g in machine.guests.items()} == guests
+        assert status_of(worker) == status
+        machine.fail.clear()
+        machine.fail_late.clear()
+        again = await worker.run(COMMANDS[kind])
+        assert again.code is Code.OK, again
+
+
+@pytest.mark.parametrize(("kind", "effect"), cases(COMPLETED))
+async def test_past_the_point_of_no_return_a_command_is_completed(
+    kind: str, effect: str, tmp_path: Path
+) -> None:
+    clean = seeded()
+    async with memory_worker(tmp_path / "clean", clean) as worker:
+        await prepare(worker, kind)
+        await worker.run(COMMANDS[kind])
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, kind)
+        machine.fail[effect] = HostFault("injected")
+        command_id = await worker.send(COMMANDS[kind])
+        await asyncio.wait_for(failed_once(machine, effect), 10)
+        await worker.kill()
+    machine.fail.clear()
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        reply = await worker.reply(command_id)
+        if reply.code is not Code.OK:
+            # The first worker had answered already; a new command goes on where it stopped.
+            reply = await worker.run(COMMANDS[kind])
+
+        assert reply.code is Code.OK, reply
+        assert shape(machine) == shape(clean)
+
+
+@pytest.mark.parametrize(("kind", "effect"), cases(TOLD))
+async def test_what_stops_nothing_is_told_in_the_reply(
+    kind: str, effect: str, tmp_path: Path
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, kind)
+        machine.fail[effect] = Unavailable("injected")
+
+        reply = await worker.run(COMMANDS[kind])
+
+        assert reply.code is Code.OK
+        told = " ".join([*reply.left_behind, *map(str, reply.detail.values())])
+        assert "injected" in told or "no answer" in told
+
+
+@pytest.mark.parametrize(("kind", "effect"), cases(UNDONE))
+async def test_what_cannot_be_undone_is_named(kind: str, effect: str, tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, kind)
+        before = dict(machine.resources)
+        machine.fail[effect] = HostFault("injected")
+        for name in ("tap", "cgroups", "jails", "tenant_rules"):
+            machine.fail[f"remove_{name}"] = HostFault("stuck")
+        if kind in ("StartInstance", "WakeInstance"):
+            machine.fail.pop("remove_jails")
+
+        reply = await worker.run(COMMANDS[kind])
+
+        assert reply.code is Code.HOST_FAULT
+        extra = {f"{name} {key}" for name, key in set(machine.resources) - set(before)}
+        assert extra <= set(reply.left_behind)
+        rows = [row for rows in worker.journal.leftovers().values() for row in rows]
+        assert {f"{row.mechanism} {row.key}" for row in rows} == set(reply.left_behind)
+
+
+MOMENTS = {
+    "SetupNetwork": ("tenant_rules", "bridge"),
+    "TeardownNetwork": ("remove_bridge", "remove_tenant_rules"),
+    "StartInstance": (
+        "reservation",
+        "artifacts",
+        "cgroups",
+        "pin",
+        "tap",
+        "data_disks",
+        "jails",
+        "vmms",
+        "configure",
+        "boot",
+        "start_vm",
+        "agent_ready",
+    ),
+    "StopInstance": ("stop_vmm", "remove_vmms", "remove_tap", "remove_jails", "discard_snapshot"),
+    "SleepInstance": ("phase", "drain", "pause", "snapshot_draft", "publish", "remove_vmms"),
+    "WakeInstance": (
+        "reservation",
+        "tap",
+        "snapshot_use",
+        "jails",
+        "vmms",
+        "link_snapshot",
+        "load_snapshot",
+        "consumed",
+        "resume",
+        "agent_wake",
+    ),
+    "DestroyInstance": ("remove_vmms", "remove_jails", "wipe_volumes", "remove_files"),
+}
+
+
+@pytest.mark.parametrize("edge", ["before", "after"])
+@pytest.mark.parametrize(("kind", "step"), cases(MOMENTS))
+async def test_a_worker_cut_in_mid_command_ends_it_under_the_same_id(
+    kind: str, step: str, edge: str, tmp_path: Path
+) -> None:
+    clean = seeded()
+    async with memory_worker(tmp_path / "clean", clean) as worker:
+        await prepare(worker, kind)
+        await worker.run(COMMANDS[kind])
+    machine = seeded()
+    reached = asyncio.Event()
+    armed = False
+
+    async def stop_there(moment: str) -> None:
+        if armed and moment == f"{edge}:{step}":
+            reached.set()
+            await asyncio.Event().wait()
+
+    async with memory_worker(tmp_path / "j", machine, trace=stop_there) as worker:
+        await prepare(worker, kind)
+        armed = True
+        command_id = await worker.send(COMMANDS[kind])
+        await asyncio.wait_for(reached.wait(), 10)
+        await worker.kill()
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        reply = await worker.reply(command_id)
+
+        assert reply.code is Code.OK, reply
+        assert shape(machine) == shape(clean)
+        assert max(machine.boots.values(), default=0) <= 1
+
+
+async def test_a_vmm_that_ended_while_its_start_was_cut_is_not_booted_again(tmp_path: Path) -> None:
+    machine = seeded()
+    reached = asyncio.Event()
+
+    async def stop_there(moment: str) -> None:
+        if moment == "after:start_vm":
+            reached.set()
+            await asyncio.Event().wait()
+
+    async with memory_worker(tmp_path / "j", machine, trace=stop_there) as worker:
+        await prepare(worker, "StartInstance")
+        before = dict(machine.resources)
+        command_id = await worker.send(START)
+        await asyncio.wait_for(reached.wait(), 10)
+        await worker.kill()
+    for jail_id in list(machine.guests):
+        machine.kill(jail_id)
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        reply = await worker.reply(command_id)
+
+        assert reply.code is Code.UNAVAILABLE
+        assert machine.resources == before
+        assert list(machine.boots.values()) == [1]
+
+
+async def test_a_vmm_lost_after_its_snapshot_was_consumed_leaves_failed(tmp_path: Path) -> None:
+    machine = seeded()
+    reached = asyncio.Event()
+
+    async def stop_there(moment: str) -> None:
+        if moment == "after:consumed":
+            reached.set()
+            await asyncio.Event().wait()
+
+    async with memory_worker(tmp_path / "j", machine, trace=stop_there) as worker:
+        await prepare(worker, "WakeInstance")
+        command_id = await worker.send(WAKE)
+        await asyncio.wait_for(reached.wait(), 10)
+        await worker.kill()
+    for jail_id in list(machine.guests):
+        machine.kill(jail_id)
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        reply = await worker.reply(command_id)
+
+        assert reply.code is Code.UNAVAILABLE
+        assert reply.status == "failed"
+        assert reply.detail["vmm_log"] == "log"
+        assert not [key for key in machine.resources if key[0].startswith("snapshot")]
+        assert (await worker.run(START)).code is Code.OK
+
+
+TABLE = [
+    ((), START, Code.OK, True, "running"),
+    ((), STOP, Code.OK, False, "created"),
+    ((), SLEEP, Code.CONFLICT, False, "created"),
+    ((), WAKE, Code.CONFLICT, False, "created"),
+    ((START,), START, Code.OK, False, "running"),
+    ((START,), STOP, Code.OK, True, "stopped"),
+    ((START,), SLEEP, Code.OK, True, "sleeping"),
+    ((START,), WAKE, Code.OK, False, "running"),
+    ((START, SLEEP), START, Code.CONFLICT, False, "sleeping"),
+    ((START, SLEEP), STOP, Code.OK, True, "stopped"),
+    ((START, SLEEP), SLEEP, Code.OK, False, "sleeping"),
+    ((START, SLEEP), WAKE, Code.OK, True, "running"),
+    ((START, SLEEP), DESTROY, Code.OK, True, "destroyed"),
+    ((START, STOP), START, Code.OK, True, "running"),
+    ((START, STOP), WAKE, Code.CONFLICT, False, "stopped"),
+    ((START, DESTROY), STOP, Code.NOT_FOUND, False, None),
+    ((START, DESTROY), DESTROY, Code.OK, False, "destroyed"),
+    ((START, KEEP), DESTROY, Code.OK, True, "destroyed"),
+]
+
+
+@pytest.mark.parametrize(("before", "request_", "code", "changed", "status"), TABLE)
+async def test_the_table_of_statuses(
+    before: tuple[Request, ...],
+    request_: Request,
+    code: Code,
+    changed: bool,
+    status: str | None,
+    tmp_path: Path,
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        for request in (UP, *before):
+            assert (await worker.run(request)).code is Code.OK
+
+        reply = await worker.run(request_)
+
+        assert (reply.code, reply.changed, reply.status) == (code, changed, status)
+
+
+async def test_an_instance_that_never_was_is_absent(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        reply = await worker.run(DestroyInstance("acme", "web", "nobody", wipe_volumes=False))
+
+        assert (reply.code, reply.changed) == (Code.OK, False)
+        assert reply.detail["absent"] is True
+
+
+async def test_destroy_works_from_the_journal_when_the_file_is_gone(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        before = dict(machine.resources)
+        await worker.run(START)
+        del machine.files[REF]
+
+        reply = await worker.run(DESTROY)
+
+        assert reply.code is Code.OK
+        assert machine.resources == before
+
+
+async def test_a_disk_that_cannot_be_wiped_stops_the_destroy_before_anything(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "DestroyInstance")
+        before = dict(machine.resources)
+        machine.fail["check_wipe"] = Invalid("not hostd's")
+
+        reply = await worker.run(DESTROY)
+
+        assert (reply.code, reply.status, reply.changed) == (Code.INVALID, "running", False)
+        assert machine.resources == before
+        assert (await worker.run(KEEP)).code is Code.OK
+
+
+async def test_a_kept_volume_comes_back_with_its_instance(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        await worker.run(START)
+        first, disk = worker.record(), machine.resources["data_disks", str(REF)]
+        await worker.run(KEEP)
+        machine.files[REF] = instance_file(REF, 5)
+
+        reply = await worker.run(START)
+
+        assert reply.code is Code.OK
+        assert worker.record().disk == disk == first.disk
+        assert worker.record().launch == first.launch + 1
+
+
+async def test_a_failed_start_tells_the_end_of_the_vmms_log(tmp_path: Path) -> None:
+    machine = seeded()
+    machine.agent_answers = False
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+
+        reply = await worker.run(START)
+
+        assert reply.code is Code.UNAVAILABLE
+        assert reply.detail["vmm_log"] == "log"
+
+
+async def test_a_failed_wake_tells_the_end_of_the_vmms_log(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "WakeInstance")
+        machine.fail["load_snapshot"] = HostFault("it does not load")
+
+        reply = await worker.run(WAKE)
+
+        assert (reply.code, reply.detail["vmm_log"]) == (Code.HOST_FAULT, "log")
+
+
+async def test_a_network_commands_reply_has_no_instances_status(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await prepare(worker, "StopInstance")
+
+        reply = await worker.run(DOWN)
+
+        assert (reply.code, reply.status) == (Code.CONFLICT, None)
+
+
+async def test_start_needs_the_network(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        reply = await worker.run(START)
+
+        assert reply.code is Code.CONFLICT
+        assert worker.journal.instance(REF) is None
+
+
+async def test_volumes_are_refused_not_ignored(tmp_path: Path) -> None:
+    volume = VolumeAttach("w", "v", "/v", "read_write")
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        reply = await worker.run(StartInstance("acme", "web", "i-1", volumes=(volume,)))
+
+        assert reply.code is Code.UNSUPPORTED
+        assert reply.detail["path"] == "$.request.StartInstance.volumes"
+
+
+async def test_an_address_in_use_is_a_conflict_and_free_after_destroy(tmp_path: Path) -> None:
+    machine = seeded()
+    other = InstanceRef("acme", "web", "i-2")
+    machine.files[other] = instance_file(other, 5)
+    start_other = StartInstance("acme", "web", "i-2")
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        await worker.run(START)
+        await worker.run(SLEEP)
+
+        assert (await worker.run(start_other)).code is Code.CONFLICT
+        await worker.run(DESTROY)
+        assert (await worker.run(start_other)).code is Code.OK
+
+
+@pytest.mark.parametrize(
+    ("resources", "memory_mib"),
+    [
+        (InstanceResources(17, 128), 16_384),
+        (InstanceResources(1, 40_000), 160_000),
+        (InstanceResources(1, 2048), 2048),
+    ],
+    ids=["vcpus", "memory quota", "host memory"],
+)
+async def test_quota_and_capacity(
+    resources: InstanceResources, memory_mib: int, tmp_path: Path
+) -> None:
+    machine = seeded()
+    machine.memory_mib = memory_mib
+    machine.pools["acme", "web"] = PoolSpec("web", "acme", resources)
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        before = dict(machine.resources)
+
+        reply = await worker.run(START)
+
+        assert reply.code is Code.EXHAUSTED
+        assert machine.resources == before
+
+
+async def test_starts_at_once_share_neither_uid_nor_quota(tmp_path: Path) -> None:
+    machine = seeded()
+    refs = [InstanceRef("acme", "web", f"n-{n}") for n in range(12)]
+    for n, ref in enumerate(refs):
+        machine.files[ref] = instance_file(ref, 10 + n)
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        ids = [await worker.send(StartInstance("acme", "web", r.instance_id)) for r in refs]
+        replies = [await worker.reply(command_id) for command_id in ids]
+
+        codes = [reply.code for reply in replies]
+        assert codes.count(Code.OK) == machine.tenants["acme"].quotas.max_running
+        assert codes.count(Code.EXHAUSTED) == 4
+        slots = [r.uid_slot for r in worker.journal.instances() if r.uid_slot is not None]
+        assert len(set(slots)) == len(slots) == 8
+
+
+async def test_stop_ends_a_start_that_waits_for_its_turn(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await worker.run(UP)
+        while not worker.host.slots.boots.locked():
+            await worker.host.slots.boots.acquire()
+        start = await worker.send(START)
+        async with asyncio.timeout(10):
+            while worker.journal.instance(REF) is None:
+                await asyncio.sleep(0)
+        await worker.send(STOP)
+
+        assert (await worker.reply(start)).code is Code.SUPERSEDED
+
+
+async def test_the_deadline_ends_a_wait_for_a_turn(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        while not worker.host.slots.networks.locked():
+            await worker.host.slots.networks.acquire()
+
+        reply = await worker.run(UP, deadline_ms=now_ms() + 100)
+
+        assert reply.code is Code.EXPIRED
+
+
+async def test_a_revision_goes_when_its_last_instance_starts_with_another(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        await worker.run(START)
+        await worker.run(STOP)
+        machine.revisions["acme", "web"] = "r2"
+
+        await worker.run(START)
+
+        assert [key for kind, key in machine.resources if kind == "artifacts"] == ["acme/web/r2"]
+
+
+async def test_an_old_revision_that_cannot_go_fails_no_start(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        await worker.run(START)
+        await worker.run(STOP)
+        machine.revisions["acme", "web"] = "r2"
+        machine.fail["remove_artifacts"] = HostFault("it stays")
+
+        reply = await worker.run(START)
+
+        assert (reply.code, reply.status) == (Code.OK, "running")
+        assert reply.left_behind == ("artifacts acme/web/r1: it stays",)
+
+
+async def test_stop_ends_a_running_drain(tmp_path: Path) -> None:
+    machine = seeded()
+    machine.drain_gate = asyncio.Event()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "SleepInstance")
+        sleep = await worker.send(SLEEP)
+        async with asyncio.timeout(10):
+            while worker.record().status is not Status.DRAINING:
+                await asyncio.sleep(0)
+        stop = await worker.send(STOP)
+
+        assert (await worker.reply(sleep)).code is Code.SUPERSEDED
+        assert (await worker.reply(stop)).code is Code.OK
+        assert worker.record().status is Status.STOPPED
+
+
+async def test_a_guest_that_does_not_drain_sleeps_anyway(tmp_path: Path) -> None:
+    machine = seeded()
+    machine.drain_ack = False
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "SleepInstance")
+
+        reply = await worker.run(SLEEP)
+
+        assert reply.code is Code.OK
+        assert reply.detail["drain"].startswith("refused")
+        [info] = [v for (kind, _), v in machine.resources.items() if kind == "snapshot"]
+        assert info.kept_config is not None
+
+
+async def test_a_wake_is_new_in_pid_and_launch_and_keeps_its_place(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "SleepInstance")
+        first = worker.record()
+        machine.guests[first.jail_id].counter = 41
+        await worker.run(SLEEP)
+
+        reply = await worker.run(WAKE)
+
+        second = worker.record()
+        assert first.vmm is not None
+        assert reply.detail["pid"] != first.vmm.pid
+        assert second.launch == first.launch + 1
+        assert machine.guests[second.jail_id].counter == 41
+        assert (second.offset, second.net) == (first.offset, first.net)
+
+
+async def failed_once(machine: FakeHost, effect: str) -> None:
+    while effect not in machine.seen:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+
+def status_of(worker: MemoryWorker) -> str | None:
+    record = worker.journal.instance(REF)
+    return None if record is None or record.status is Status.CREATED else str(record.status)
+
+
+def shape(machine: FakeHost) -> dict[str, int]:
+    """How many of each kind there are; names differ by launch number."""
+    counts: dict[str, int] = {}
+    for kind, _ in machine.resources:
+        counts[kind] = counts.get(kind, 0) + 1
+    for guest in machine.guests.values():
+        counts[f"guest {guest.state}"] = counts.get(f"guest {guest.state}", 0) + 1
+    return counts

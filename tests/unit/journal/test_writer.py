@@ -1,0 +1,193 @@
+"""A disk that is full or broken: nothing half done, nobody told otherwise, and back by itself."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handlers.errors import HostFault
+from schemas.codes import Code
+from schemas.requests import Request
+from tests.fakes.shell_worker import Machine, ShellWorker, command, shell_worker, start, stop
+from tests.unit.journal.test_journal import accept, events, opened, record
+from worker.journal.admission import Found
+from worker.journal.journal import Journal
+from worker.journal.transaction import Transaction
+from worker.journal.writer import JournalFault
+
+ROOM = 2**30
+
+
+async def set_pages(journal: Journal, pages: int) -> None:
+    """Bound the file's size, as a full disk would. Forgotten by SQLite when it opens anew."""
+    await journal._writer.read(
+        lambda tx: tx.execute(f"PRAGMA max_page_count={pages}").fetchone(),
+    )
+
+
+async def fill(journal: Journal) -> int:
+    """Write until the disk is full; returns how many events were committed."""
+    for n in range(1000):
+        try:
+            await journal.event("audit", detail={"pad": "x" * 2000})
+        except JournalFault:
+            return n
+    raise AssertionError("the file never filled up")
+
+
+async def test_a_full_disk_is_a_typed_fault_and_heals_by_itself(tmp_path: Path) -> None:
+    told: list[bool] = []
+    async with opened(tmp_path) as journal:
+        journal.watch(lambda: told.append(journal.writable))
+        await journal.put_instance(record("a1"))
+        await set_pages(journal, 1)
+        written = await fill(journal)
+        assert told[:1] == [False]
+        await asyncio.wait_for(journal.until_writable(), 10)
+        await journal.put_instance(record("a2"))
+
+        assert told == [False, True]
+        assert [e.seq for e in await events(journal)] == list(range(1, written + 3))
+    async with opened(tmp_path) as journal:
+        assert [e.seq for e in await events(journal)] == list(range(1, written + 3))
+
+
+async def test_a_fault_fails_its_whole_commit_and_memory_follows_the_file(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+        await journal.put_instance(record("a0"))
+
+        def break_it(tx: Transaction) -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        results = await asyncio.gather(
+            journal.put_instance(record("a1")),
+            journal._writer.submit(break_it),
+            journal.put_instance(record("a2")),
+            return_exceptions=True,
+        )
+        assert isinstance(results[1], JournalFault)
+        assert isinstance(results[1], HostFault)
+        await asyncio.wait_for(journal.until_writable(), 10)
+        written = [name for name, n in (("a1", 0), ("a2", 2)) if results[n] is None]
+        names = {"a0", *written}
+        assert {r.ref.instance_id for r in journal.instances()} == names
+    async with opened(tmp_path) as journal:
+        assert {r.ref.instance_id for r in journal.instances()} == names
+
+
+async def test_a_bug_in_one_part_fails_no_other(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+
+        def bug(tx: Transaction) -> None:
+            tx.execute("DELETE FROM instance")
+            raise KeyError("bug")
+
+        results = await asyncio.gather(
+            journal.put_instance(record("a1")),
+            journal._writer.submit(bug),
+            journal.put_instance(record("a2")),
+            return_exceptions=True,
+        )
+
+        assert [type(r) for r in results] == [type(None), KeyError, type(None)]
+        assert journal.writable
+    async with opened(tmp_path) as journal:
+        assert len(journal.instances()) == 2
+
+
+async def test_reads_go_on_while_nothing_can_be_written(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+        assert (await accept(journal, command(start()))).kind is Found.NEW
+        await set_pages(journal, 1)
+        await fill(journal)
+
+        assert not journal.writable
+        assert await journal.result("other") is None
+        assert journal.is_unfinished("c1")
+
+
+def break_commits(worker: ShellWorker, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From now on no commit succeeds, until the function returned is called."""
+    broken = True
+    writer = worker.journal._writer
+    transact = writer._transact
+
+    def breaking(connection: sqlite3.Connection, batch: list[Any]) -> Transaction:
+        if broken:
+            raise sqlite3.OperationalError("database or disk is full")
+        return transact(connection, batch)
+
+    def mend() -> None:
+        nonlocal broken
+        broken = False
+
+    monkeypatch.setattr(writer, "_transact", breaking)
+    return mend
+
+
+async def until_paused(worker: ShellWorker) -> None:
+    async with asyncio.timeout(10):
+        while not worker.bus.paused:
+            worker.bus.changed.clear()
+            await worker.bus.changed.wait()
+
+
+async def test_while_the_journal_cannot_commit_the_stream_keeps_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        mend = break_commits(worker, monkeypatch)
+        with pytest.raises(JournalFault):
+            await worker.journal.put_meta("a", "b")
+        worker.send(start())
+        await until_paused(worker)
+        assert (len(worker.bus.commands), worker.replies()) == (1, [])
+
+        mend()
+        reply = await worker.reply()
+        await worker.bus.until_acked()
+        assert (reply.code, worker.bus.paused) == (Code.OK, False)
+        assert worker.machine.things.made == ["acme/web/a1"]
+
+
+@pytest.mark.parametrize("request_", [start(), stop()])
+async def test_a_command_whose_own_commit_fails_has_no_effect_until_it_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: Request
+) -> None:
+    machine = Machine()
+    machine.things.there.add("acme/web/a1")
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
+        mend = break_commits(worker, monkeypatch)
+        worker.send(request_)
+        await until_paused(worker)
+        assert machine.things.there == {"acme/web/a1"}
+        assert machine.things.made == []
+        assert (len(worker.bus.commands), worker.journal.unfinished()) == (1, [])
+
+        mend()
+        reply = await worker.reply()
+        await worker.bus.until_acked()
+        assert reply.code is Code.OK
+        assert reply.changed is (request_ == stop())
+        assert worker.meters.done == [(request_.kind, Code.OK)]
+        assert len(worker.bus.replies()) == 1
+
+
+async def test_a_running_command_waits_for_the_disk_and_then_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(gate=asyncio.Event())
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
+        worker.send(start())
+        await machine.at_gate.wait()
+        mend = break_commits(worker, monkeypatch)
+        machine.gate.set()
+        await until_paused(worker)
+        assert worker.replies() == []
+
+        mend()
+        reply = await worker.reply()
+        assert (reply.code, reply.attempts, machine.things.made) == (Code.OK, 1, ["acme/web/a1"])

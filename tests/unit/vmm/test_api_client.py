@@ -1,0 +1,206 @@
+"""The API client against replies the real binary does not give on demand, and by version."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handlers.errors import Exhausted, Failure, HostFault, Unavailable
+from handlers.host.vmm.api_client import BODY_BYTES, FirecrackerApi
+from handlers.host.vmm.api_schema import boot_requests, load_request, parse_version, refusal
+from handlers.specs import BootConfig
+
+CONFIG = BootConfig(
+    vcpus=2,
+    mem_mib=128,
+    kernel="/vmlinux",
+    initrd=None,
+    boot_args="reboot=k",
+    drives=(),
+    tap="tn1i3",
+    mac="02:fc:00:01:00:03",
+    vsock="/v.sock",
+    serial="/serial",
+)
+
+
+class Server:
+    """Gives each request the same bytes and then closes, or keeps the connection open."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.reply = b""
+        self.keep = False
+        self.requests: list[bytes] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while request := await reader.read(65536):
+                self.requests.append(request)
+                writer.write(self.reply)
+                await writer.drain()
+                if not self.keep:
+                    break
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+
+@pytest_asyncio.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    made = Server(tmp_path)
+    listening = await asyncio.start_unix_server(made.serve, tmp_path / "api.sock")
+    yield made
+    listening.close()
+    await listening.wait_closed()
+
+
+def http(body: bytes, status: str = "200 OK") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nServer: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def client(server: Server) -> FirecrackerApi:
+    return FirecrackerApi(str(server.directory), timeout_s=1, snapshot_timeout_s=1)
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (b"", Unavailable),
+        (b"HTTP/1.1 20", Unavailable),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", Unavailable),
+        (http(b"{}")[:-1], Unavailable),
+        (http(b"not json"), HostFault),
+        (http(b'{"id": 1}'), HostFault),
+        (http(b"[" * 100_000), HostFault),
+        (http(b" " * (BODY_BYTES + 1)), HostFault),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1_000_000, Unavailable),
+        (http(b"oops", "500 Internal"), HostFault),
+    ],
+    ids=["closed", "cut", "ssh", "short", "text", "type", "deep", "large", "header", "500"],
+)
+async def test_a_reply_that_is_none_is_a_failure_and_not_an_accident(
+    server: Server, reply: bytes, kind: type[Failure]
+) -> None:
+    server.reply = reply
+    api = client(server)
+
+    with pytest.raises(kind):
+        await api.state()
+
+    await api.close()
+
+
+async def test_a_connection_that_was_closed_while_idle_is_made_anew_by_the_next_call_but_one(
+    server: Server,
+) -> None:
+    server.reply = http(b'{"id": "a", "state": "Paused", "vmm_version": "1.12.1"}')
+    api = client(server)
+    assert await api.state() == "Paused"
+
+    with pytest.raises(Unavailable):
+        await api.state()
+    assert await api.state() == "Paused"
+
+    await api.close()
+
+
+async def test_no_socket_is_unavailable(tmp_path: Path) -> None:
+    api = FirecrackerApi(str(tmp_path), timeout_s=1, snapshot_timeout_s=1)
+
+    with pytest.raises(Unavailable, match="gone"):
+        await api.state()
+
+
+async def test_a_link_in_place_of_the_socket_is_not_followed(server: Server) -> None:
+    (server.directory / "api.sock").rename(server.directory / "elsewhere")
+    (server.directory / "api.sock").symlink_to("elsewhere")
+
+    with pytest.raises(HostFault, match="not a socket"):
+        await client(server).state()
+
+    assert server.requests == []
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("Resource busy (os error 16)", Unavailable),
+        ("Device or resource busy (os error 16)", Unavailable),
+        ("No space left on device (os error 28)", Exhausted),
+        ("Cannot allocate memory (os error 12)", Exhausted),
+        ("Too many open files (os error 24)", Exhausted),
+        ("Operation not permitted (os error 1)", HostFault),
+        ("No such file or directory (os error 2)", HostFault),
+        ("Resource busy", HostFault),
+        ("os error 16", HostFault),
+    ],
+)
+def test_the_number_decides_and_never_the_words(words: str, kind: type[Failure]) -> None:
+    body = json.dumps({"fault_message": f"Some error: {words}"}).encode()
+
+    failure = refusal("PUT", "/x", 400, body)
+
+    assert type(failure) is kind
+    assert words in failure.message
+
+
+@given(st.binary(max_size=3000))
+def test_any_refusal_is_quoted_in_bounds(body: bytes) -> None:
+    failure = refusal("PUT", "/x", 400, body)
+
+    assert len(failure.message) < 500
+    assert "\n" not in failure.message
+
+
+# -- by version ------------------------------------------------------------------------------------
+
+
+def sent(version: str) -> dict[str, dict[str, object]]:
+    requests = boot_requests(CONFIG, parse_version(version))
+    return {path: msgspec.to_builtins(body) for _, path, body in requests}
+
+
+def test_the_console_has_a_file_from_1_14_on() -> None:
+    assert "/serial" not in sent("1.13.9")
+    assert sent("1.14.0")["/serial"] == {"serial_out_path": "/serial"}
+
+
+def test_a_missing_initrd_is_not_sent() -> None:
+    assert sent("1.12.1")["/boot-source"] == {
+        "kernel_image_path": "/vmlinux",
+        "boot_args": "reboot=k",
+    }
+
+
+def test_a_load_asks_for_the_clock_from_1_16_on_and_never_resumes() -> None:
+    old = msgspec.to_builtins(load_request("/s", "/m", (1, 15, 9))[2])
+    new = msgspec.to_builtins(load_request("/s", "/m", (1, 16, 0))[2])
+
+    assert old == {
+        "snapshot_path": "/s",
+        "mem_backend": {"backend_type": "File", "backend_path": "/m"},
+        "resume_vm": False,
+    }
+    assert new == {**old, "clock_realtime": True}
+
+
+@pytest.mark.parametrize(("text", "version"), [("1.12.1", (1, 12, 1)), ("v1.16.0-dev", (1, 16, 0))])
+def test_versions_are_read(text: str, version: tuple[int, int, int]) -> None:
+    assert parse_version(text) == version
+
+
+def test_what_is_no_version_is_a_host_fault() -> None:
+    with pytest.raises(HostFault):
+        parse_version("latest")

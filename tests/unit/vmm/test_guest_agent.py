@@ -1,0 +1,227 @@
+"""The agent client against guests that misbehave, played by a stand-in on the vsock socket."""
+
+import asyncio
+import json
+import struct
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from handlers.errors import HostFault, Unavailable
+from handlers.host.vmm import guest_agent as module
+from handlers.host.vmm.guest_agent import FRAME_BYTES, GuestAgents
+from handlers.specs import Ack
+from schemas.settings import PathSettings, Settings
+
+JAIL = "abc-1"
+PORT = 5252
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Guest:
+    """Each connection takes the next of `plays`; the last one is repeated."""
+
+    def __init__(self, directory: Path, *plays: Serve) -> None:
+        self.root = directory / "jails" / "firecracker" / JAIL / "root"
+        self.root.mkdir(parents=True)
+        self.agents = GuestAgents(Settings(paths=PathSettings(state=str(directory))))
+        self.connections = 0
+        self._plays = plays
+
+    async def __aenter__(self) -> GuestAgents:
+        self._server = await asyncio.start_unix_server(self._serve, self.root / "v.sock")
+        return self.agents
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        play = self._plays[min(self.connections, len(self._plays) - 1)]
+        self.connections += 1
+        try:
+            await play(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+
+def answers(reply: object | bytes, *, raw: bool = False) -> Serve:
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.readline() == b"CONNECT 5252\n"
+        writer.write(b"OK 1073741824\n")
+        (length,) = struct.unpack(">I", await reader.readexactly(4))
+        await reader.readexactly(length)
+        await frame(writer, reply, raw=raw)
+
+    return play
+
+
+async def frame(writer: asyncio.StreamWriter, reply: object, *, raw: bool = False) -> None:
+    body = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+    writer.write(body if raw else struct.pack(">I", len(body)) + body)
+    await writer.drain()
+
+
+async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readline()
+
+
+async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+
+
+async def silent_after_ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"OK 1\n")
+    await reader.read()
+
+
+async def greets(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"OK 1\n\0\0\0\2{}")
+    await reader.read()
+
+
+async def test_ping_is_answered_by_pong(tmp_path: Path) -> None:
+    async with Guest(tmp_path, answers("Pong")) as agents:
+        await agents.ping(JAIL, PORT, timeout_s=5)
+
+
+async def test_acks_carry_success_and_detail(tmp_path: Path) -> None:
+    reply = {"SleepPrepAck": {"success": False, "detail": "busy", "new": [1]}}
+    async with Guest(tmp_path, answers(reply)) as agents:
+        ack = await agents.sleep_prep(JAIL, PORT, drain_timeout_s=1, timeout_s=5)
+
+    assert ack == Ack(success=False, detail="busy")
+
+
+async def test_wake_needs_no_detail(tmp_path: Path) -> None:
+    async with Guest(tmp_path, answers({"WakeAck": {"success": True}})) as agents:
+        assert await agents.wake(JAIL, PORT, timeout_s=5) == Ack(success=True)
+
+
+async def test_set_clock_tells_how_far_off_the_guest_was(tmp_path: Path) -> None:
+    async with Guest(tmp_path, answers({"ClockAck": {"was_off_nanos": -2_500_000_000}})) as agents:
+        assert await agents.set_clock(JAIL, PORT, timeout_s=5) == -2.5
+
+
+async def test_connections_that_are_cut_or_silent_are_tried_anew(tmp_path: Path) -> None:
+    guest = Guest(tmp_path, cut, cut, silent, silent_after_ok, answers("Pong"))
+    async with guest as agents:
+        await agents.ping(JAIL, PORT, timeout_s=10)
+
+    assert guest.connections == 5
+
+
+async def test_a_slow_drain_is_waited_for_and_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_SILENCE_S", 0.01)
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"OK 1\n")
+        (length,) = struct.unpack(">I", await reader.readexactly(4))
+        await reader.readexactly(length)
+        await asyncio.sleep(0.05)  # the guest's work: longer than a silence that ends an attempt
+        await frame(writer, {"SleepPrepAck": {"success": True, "detail": None}})
+
+    guest = Guest(tmp_path, slow)
+    async with guest as agents:
+        ack = await agents.sleep_prep(JAIL, PORT, drain_timeout_s=1, timeout_s=5)
+
+    assert ack.success
+    assert guest.connections == 1
+
+
+@pytest.mark.parametrize("play", [silent, silent_after_ok, cut])
+async def test_the_time_is_bounded(tmp_path: Path, play: Serve) -> None:
+    async with Guest(tmp_path, play) as agents:
+        started = time.monotonic()
+
+        with pytest.raises(Unavailable):
+            await agents.ping(JAIL, PORT, timeout_s=0.2)
+
+        assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    "play",
+    [
+        answers(b"\xff\xff\xff\xff", raw=True),
+        answers(struct.pack(">I", FRAME_BYTES + 1), raw=True),
+        answers(b"not json"),
+        answers(b"\xff\xfe"),
+        answers(b"[" * 200_000),
+        answers(b'{"x":' + b"[" * 200_000),
+        answers({"SleepPrepAck": {"success": "yes"}}),
+        answers({"WakeAck": {"success": True}}),
+        answers("Wake"),
+        answers(7),
+        greets,
+    ],
+    ids=[
+        "length",
+        "cap",
+        "text",
+        "utf8",
+        "nesting",
+        "hidden",
+        "type",
+        "other",
+        "name",
+        "int",
+        "early",
+    ],
+)
+async def test_what_is_no_answer_is_unavailable(tmp_path: Path, play: Serve) -> None:
+    async with Guest(tmp_path, play) as agents:
+        with pytest.raises(Unavailable):
+            await agents.sleep_prep(JAIL, PORT, drain_timeout_s=1, timeout_s=5)
+
+
+async def test_an_agent_that_does_not_know_the_request_is_quoted_bounded(tmp_path: Path) -> None:
+    reply = {"Error": {"message": "unknown\n\x1b[31m" + "x" * 1000}}
+    async with Guest(tmp_path, answers(reply)) as agents:
+        with pytest.raises(Unavailable) as refused:
+            await agents.set_clock(JAIL, PORT, timeout_s=5)
+
+    said = refused.value.detail["agent"]
+    assert len(said) == 200
+    assert said.isprintable()
+
+
+async def test_a_socket_that_nobody_serves_any_more_ends_it_early(tmp_path: Path) -> None:
+    guest = Guest(tmp_path, silent)
+    async with guest:
+        pass
+    started = time.monotonic()
+
+    with pytest.raises(Unavailable, match="gone"):
+        await guest.agents.ping(JAIL, PORT, timeout_s=30)
+
+    assert time.monotonic() - started < 5
+
+
+async def test_a_link_in_place_of_the_socket_is_not_followed(tmp_path: Path) -> None:
+    guest = Guest(tmp_path, answers("Pong"))
+    async with guest as agents:
+        (guest.root / "v.sock").rename(tmp_path / "elsewhere")
+        (guest.root / "v.sock").symlink_to(tmp_path / "elsewhere")
+
+        with pytest.raises(HostFault, match="not a socket"):
+            await agents.ping(JAIL, PORT, timeout_s=1)
+
+    assert guest.connections == 0
+
+
+async def test_a_path_longer_than_an_address_is_reached(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 120)
+    deep.mkdir()
+    guest = Guest(deep, answers("Pong"))
+    server = await asyncio.start_unix_server(guest._serve, tmp_path / "v")
+    (tmp_path / "v").rename(guest.root / "v.sock")
+    async with server:
+        await guest.agents.ping(JAIL, PORT, timeout_s=5)

@@ -1,0 +1,1 @@
+"""Unit tests of schemas: the wire and the files shared with agentd."""

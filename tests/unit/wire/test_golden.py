@@ -1,0 +1,55 @@
+"""The bytes that real rmp-serde writes, both ways: an agentd in Rust and hostd are one wire."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas import codec
+from schemas.envelopes import Form
+from schemas.serde import REQUEST, RESPONSE
+from schemas.unpack import pack, unpack
+
+VECTORS = json.loads((Path(__file__).parents[2] / "golden" / "rmp-vectors.json").read_text())
+REQUESTS = [each for each in VECTORS["vectors"] if "request" in each]
+RESPONSES = [each for each in VECTORS["vectors"] if "response" in each]
+
+
+def test_the_vectors_hold_every_variant() -> None:
+    def names(values: list[Any]) -> set[str]:
+        return {each if isinstance(each, str) else next(iter(each)) for each in values}
+
+    assert names([each["request"] for each in REQUESTS]) == {
+        "StartInstance", "StopInstance", "SleepInstance", "WakeInstance", "DestroyInstance",
+        "SetupNetwork", "TeardownNetwork", "Ping",
+    }  # fmt: skip
+    assert names([each["response"] for each in RESPONSES]) == {"Ok", "Error", "Pong"}
+
+
+@pytest.mark.parametrize("form", list(Form))
+@pytest.mark.parametrize("vector", REQUESTS, ids=lambda v: str(v["request"])[:40])
+def test_a_request_is_read_and_written_as_rmp_serde_does(
+    vector: dict[str, Any], form: Form
+) -> None:
+    data = bytes.fromhex(vector[f"{form}_hex"])
+
+    request = codec.decode_request(data)
+
+    assert REQUEST.write(request) == vector["request"]
+    assert codec.encode_request(request, form) == data
+    assert REQUEST.read(vector["request"], "$").value == request
+
+
+@pytest.mark.parametrize("form", list(Form))
+@pytest.mark.parametrize("vector", RESPONSES, ids=lambda v: str(v["response"]))
+def test_a_response_is_read_and_written_as_rmp_serde_does(
+    vector: dict[str, Any], form: Form
+) -> None:
+    data = bytes.fromhex(vector[f"{form}_hex"])
+
+    response = RESPONSE.read(unpack(data), "$").value
+
+    compact = form is Form.COMPACT
+    assert RESPONSE.write(response) == vector["response"]
+    assert pack(RESPONSE.write(response, compact=compact)) == data

@@ -1,0 +1,1 @@
+"""A real worker, nats-server and VMMs of the mini guest, end to end."""

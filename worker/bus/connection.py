@@ -1,0 +1,342 @@
+"""The worker's link to NATS: connects, and connects again for as long as the worker lives.
+
+Starts without a server, survives restarts, stalls, refused and rotated credentials, and a client
+object that died. Everything above (`nats_pull`, `nats_bus`, `ask`) sees typed messages and
+`BusError`, and is told of each new connection. Knows nothing of streams and subjects.
+"""
+
+# pyright: reportUnknownMemberType=false
+
+import asyncio
+import contextlib
+import re
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from functools import partial
+from typing import Any
+
+import structlog
+from nats import errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from schemas.settings import NatsSettings
+from worker.bus.credentials import CredentialsFile
+from worker.bus.guarded_client import (
+    ALL_GUARDS,
+    STANDARD,
+    Backoff,
+    Guard,
+    GuardedClient,
+    Tuning,
+    check_library,
+)
+from worker.bus.message import Message, NoResponder, Subscription, to_message
+from worker.bus.protocol import BusError
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+# A connection that lasted as long was a good one: the next attempt comes soon.
+STEADY_S = 5.0
+
+
+class Link:
+    """One logical connection to NATS, over as many sockets and clients as it takes.
+
+    Args:
+        settings: `[nats]`.
+        name: shown in the server's connection list.
+        inbox: prefix of this process's own inboxes, without the final dot.
+        guards: those in force; tests leave one out.
+
+    Needs: nothing at start; `start` returns at once with or without a server.
+    """
+
+    def __init__(
+        self,
+        settings: NatsSettings,
+        *,
+        name: str,
+        inbox: str,
+        guards: frozenset[Guard] = ALL_GUARDS,
+        tuning: Tuning = STANDARD,
+    ) -> None:
+        check_library()
+        self.tuning = tuning
+        self.guards = guards
+        self._settings = settings
+        self._url = re.sub(r"//[^/@,]*@", "//", settings.url)  # without a password
+        self._name, self._inbox = name, inbox
+        self._creds = (
+            CredentialsFile(settings.creds, reread=Guard.REREAD_CREDS in guards)
+            if settings.creds
+            else None
+        )
+        self._client: GuardedClient | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._listeners: list[Callable[[bool], None]] = []
+        self._losses: list[Callable[[], None]] = []
+        self._up = asyncio.Event()
+        self._dead = asyncio.Event()
+        self._backoff = Backoff(
+            tuning.backoff_base_s, tuning.backoff_cap_s, jitter=Guard.JITTER in guards
+        )
+        self._up_at = 0.0
+        self._said = ""
+        self._denied: set[str] = set()
+        self.reconnects = 0
+        self.permission_errors = 0
+        self.last_error = ""
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to connect, in the background, for ever."""
+        if self._supervisor is None:
+            self._supervisor = asyncio.create_task(self._supervise(), name="nats-link")
+
+    async def close(self) -> None:
+        """Send what is buffered, if the server takes it within two seconds, and disconnect."""
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            supervisor.cancel()
+            await asyncio.gather(supervisor, return_exceptions=True)
+        self._up.clear()
+
+    async def _supervise(self) -> None:
+        while True:
+            self._dead.clear()
+            client = GuardedClient(self.guards, self._backoff, self._on_dead)
+            try:
+                await self._connect(client)
+                if client.is_connected:
+                    self._client = client
+                    self._came_up(fresh=True)
+                    await self._dead.wait()
+            except (TimeoutError, OSError, errors.Error, ValueError, ImportError) as error:
+                await self._on_error(error)
+            finally:
+                await self._discard(client)
+            if Guard.REBUILD not in self.guards:
+                return
+            await asyncio.sleep(self._backoff.next_s())
+
+    async def _connect(self, client: GuardedClient) -> None:
+        options: dict[str, Any] = {"connect_timeout": self.tuning.connect_timeout_s}
+        if Guard.PING in self.guards:  # the default finds a stalled connection after six minutes
+            options["ping_interval"] = self.tuning.ping_s
+            options["max_outstanding_pings"] = self.tuning.pings
+        if self._creds is not None and self._creds.is_jwt():
+            options["user_credentials"] = self._creds.path
+        elif self._creds is not None:
+            options["user"] = self._creds.user
+            options["password"] = self._creds.password
+        if self._settings.tls:
+            options["tls"] = ssl.create_default_context(cafile=self._settings.tls)
+        await client.connect(
+            self._settings.url.split(","),
+            name=self._name,
+            inbox_prefix=self._inbox,
+            error_cb=self._safe(self._on_error),
+            disconnected_cb=self._safe(self._on_lost),
+            reconnected_cb=self._safe(self._on_reconnected),
+            closed_cb=self._safe(self._on_closed),
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=1,
+            pending_size=self.tuning.pending_bytes,
+            flush_timeout=2,
+            **options,
+        )
+
+    async def _discard(self, client: GuardedClient) -> None:
+        """Close a client whatever state it is in; a stalled peer delays it by two seconds."""
+        if self._client is client:
+            self._client = None
+        self._up.clear()
+        try:
+            async with asyncio.timeout(2):
+                await client.close()
+        except (TimeoutError, OSError, errors.Error):
+            client.abort()
+            with contextlib.suppress(OSError, errors.Error, asyncio.TimeoutError):
+                async with asyncio.timeout(2):
+                    await client.close()
+
+    # -- what nats-py calls ------------------------------------------------------------------------
+
+    def _safe(self, callback: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        """An exception in a callback ends nats-py's reader or its reconnecting."""
+        if Guard.SAFE_CALLBACKS not in self.guards:
+            return callback
+
+        async def guarded(*arguments: Any) -> None:
+            try:
+                await callback(*arguments)
+            except Exception:
+                log.exception("bus.callback_failed", callback=callback.__name__)
+
+        return guarded
+
+    async def _on_error(self, error: Exception) -> None:
+        text = str(error) or type(error).__name__
+        if "permissions violation" in text.lower():
+            self.permission_errors += 1
+            if text not in self._denied and len(self._denied) < 100:
+                self._denied.add(text)
+                log.error("bus.denied", error=text)
+            return
+        self.last_error = text
+        if not self.connected and text != self._said:
+            self._said = text
+            log.warning("bus.unreachable", url=self._url, error=text)
+
+    async def _on_lost(self) -> None:
+        if self._up.is_set():
+            self._up.clear()
+            if time.monotonic() - self._up_at > STEADY_S:
+                self._backoff.reset()
+            log.warning("bus.disconnected", error=self.last_error)
+        for listener in list(self._losses):
+            self._tell(listener)
+
+    async def _on_reconnected(self) -> None:
+        self.reconnects += 1
+        self._came_up(fresh=False)
+
+    async def _on_closed(self) -> None:
+        self._on_dead("closed")
+
+    def _on_dead(self, reason: str) -> None:
+        self.last_error = self.last_error or reason
+        self._up.clear()
+        self._dead.set()
+
+    def _came_up(self, *, fresh: bool) -> None:
+        self._said = self.last_error = ""
+        self._up_at = time.monotonic()
+        self._up.set()
+        log.info("bus.connected", url=self._url, reconnects=self.reconnects)
+        for listener in list(self._listeners):
+            self._tell(partial(listener, fresh))
+
+    def _tell(self, listener: Callable[[], None]) -> None:
+        """One listener's bug must not keep the others from hearing."""
+        try:
+            listener()
+        except Exception:
+            if Guard.SAFE_CALLBACKS not in self.guards:
+                raise
+            log.exception("bus.listener_failed")
+
+    # -- for the worker ----------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        return self._client is not None and self._client.is_connected
+
+    @property
+    def client(self) -> Client | None:
+        """The present client, for tests and for subscriptions that must know theirs."""
+        return self._client
+
+    async def wait_connected(self) -> None:
+        await self._up.wait()
+
+    def on_up(self, listener: Callable[[bool], None]) -> None:
+        """Call `listener(fresh)` after each (re)connect; fresh: subscriptions must be made anew."""
+        self._listeners.append(listener)
+
+    def on_loss(self, listener: Callable[[], None]) -> None:
+        """Call `listener()` when the connection was lost."""
+        self._losses.append(listener)
+
+    def new_inbox(self) -> str:
+        return self._present().new_inbox()
+
+    async def send(
+        self,
+        subject: str,
+        payload: bytes,
+        *,
+        reply: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Hand over to the socket; at most once, and not at all without a connection.
+
+        Raises:
+            BusError: not connected, or the payload is too large for the server.
+        """
+        try:
+            client = self._present()
+            with self._cancellable():
+                await client.publish(subject, payload, reply, dict(headers) if headers else None)
+        except (OSError, errors.Error) as error:
+            raise BusError(f"{subject}: {_text(error)}") from error
+
+    async def request(
+        self,
+        subject: str,
+        payload: bytes,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Message:
+        """Send and wait for one answer.
+
+        Raises:
+            NoResponder: nobody listens there.
+            BusError: no answer in time, or the connection went.
+        """
+        limit_s = self.tuning.request_timeout_s if timeout_s is None else timeout_s
+        try:
+            # A copy: nats-py adds to the headers that it is given.
+            with self._cancellable():
+                answer = await self._present().request(
+                    subject, payload, limit_s, headers=dict(headers) if headers else None
+                )
+        except errors.NoRespondersError as error:
+            raise NoResponder(f"{subject}: nobody listens there") from error
+        except (TimeoutError, OSError, errors.Error) as error:
+            raise BusError(f"{subject}: {_text(error)}") from error
+        return to_message(answer)
+
+    async def subscribe(
+        self,
+        subject: str,
+        receive: Callable[[Message], Awaitable[None]],
+        *,
+        queue: str = "",
+        limit: int = 4096,
+    ) -> Subscription:
+        """Until the client is replaced; `receive` must return at once and not raise."""
+
+        async def callback(message: Msg) -> None:
+            await receive(to_message(message))
+
+        try:
+            with self._cancellable():
+                return await self._present().subscribe(
+                    subject, queue=queue, cb=callback, pending_msgs_limit=limit
+                )
+        except (OSError, errors.Error) as error:
+            raise BusError(f"{subject}: {_text(error)}") from error
+
+    @contextlib.contextmanager
+    def _cancellable(self) -> Generator[None]:
+        """nats-py swallows a cancellation that comes while it flushes or as an answer comes."""
+        task = asyncio.current_task()
+        before = task.cancelling() if task else 0
+        yield
+        if task and task.cancelling() > before and Guard.CANCEL in self.guards:
+            raise asyncio.CancelledError
+
+    def _present(self) -> GuardedClient:
+        client = self._client
+        if client is None or not client.is_connected:
+            raise BusError(f"not connected to {self._url}: {self.last_error or 'starting'}")
+        return client
+
+
+def _text(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,263 @@
+"""The bus over NATS JetStream: commands in; replies, events and state out.
+
+Streams, bucket and consumer are only used and checked here; `provision.py` makes them, with
+another credential. No ordered consumers and no KV watches on this connection: with version 2 ack
+subjects nats-py's reader dies of them.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+
+from schemas.settings import NatsSettings
+from schemas.subjects import Subjects
+from worker.bus import streams, verify
+from worker.bus.connection import Link
+from worker.bus.guarded_client import ALL_GUARDS, STANDARD, Guard, Tuning
+from worker.bus.message import NoResponder
+from worker.bus.protocol import BusError, NotProvisioned, Receive, StateConflict
+from worker.bus.pull_consumer import PullLoop
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+WRONG_LAST_SEQUENCE = (10071, 10164)
+
+
+class NatsBus:
+    """One host's bus; implements `worker.bus.Bus`.
+
+    `trouble` is "" or the reason why commands do not come though the server is reachable;
+    `connected`, `reconnects`, `redeliveries`, `permission_errors` are for metrics.
+
+    Args:
+        settings: `[nats]`.
+        subjects: this host's names.
+        guards: all of them, but in tests.
+        window: deliveries that are received at once.
+        tuning: times.
+    """
+
+    def __init__(
+        self,
+        settings: NatsSettings,
+        subjects: Subjects,
+        *,
+        guards: frozenset[Guard] = ALL_GUARDS,
+        window: int = 64,
+        tuning: Tuning = STANDARD,
+        name: str = "",
+    ) -> None:
+        self.subjects = subjects
+        self.link = Link(
+            settings,
+            name=name or f"hostd/{subjects.host_id}",
+            inbox=streams.inbox_prefix(subjects.host_id),
+            guards=guards,
+            tuning=tuning,
+        )
+        self._window = window
+        self._loop: PullLoop | None = None
+        self._paused = False
+        self._redeliveries_before = 0
+        self.trouble = ""
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to connect; returns at once, with or without a server."""
+        await self.link.start()
+
+    async def close(self) -> None:
+        """After `consume` was cancelled and everything is published: disconnect."""
+        await self.link.close()
+
+    @property
+    def connected(self) -> bool:
+        return self.link.connected
+
+    @property
+    def reconnects(self) -> int:
+        return self.link.reconnects
+
+    @property
+    def permission_errors(self) -> int:
+        return self.link.permission_errors
+
+    @property
+    def redeliveries(self) -> int:
+        present = self._loop.redeliveries if self._loop else 0
+        return self._redeliveries_before + present
+
+    def on_connection(self, changed: Callable[[], None]) -> None:
+        """Call `changed()` after each connect and each loss; it must return at once."""
+        self.link.on_up(lambda _fresh: changed())
+        self.link.on_loss(changed)
+
+    # -- what must be there ------------------------------------------------------------------------
+
+    async def verify(self) -> None:
+        """Check that streams, consumer and bucket are what the worker needs.
+
+        Raises:
+            NotProvisioned: what is missing or wrong, and what to run.
+            BusError: it can not be told now.
+        """
+        await verify.verify(self.link, self.subjects)
+
+    async def wait_provisioned(self) -> None:
+        """Return when `verify` is content; says what is wrong each time that it changes."""
+        while True:
+            try:
+                await self.link.wait_connected()
+                await self.verify()
+            except BusError as error:
+                self._set_trouble(str(error))
+                await asyncio.sleep(self.link.tuning.missing_retry_s)
+            else:
+                self._set_trouble("")
+                return
+
+    def _set_trouble(self, text: str) -> None:
+        if text == self.trouble:
+            return
+        self.trouble = text
+        if text:
+            log.error("bus.not_provisioned", problem=text)
+        else:
+            log.info("bus.provisioned", stream=self.subjects.commands_stream)
+
+    # -- commands in -------------------------------------------------------------------------------
+
+    async def consume(self, receive: Receive) -> None:
+        """Pull commands until cancelled; work in hand is awaited then."""
+        loop = PullLoop(
+            self.link,
+            self.subjects.commands_stream,
+            self.subjects.consumer,
+            receive,
+            check=self.verify,
+            window=self._window,
+            trouble=self._set_trouble,
+        )
+        if self._paused:
+            loop.pause()
+        if self._loop is None:
+            self.link.on_up(lambda fresh: self._loop.on_up(fresh) if self._loop else None)
+        else:
+            self._redeliveries_before += self._loop.redeliveries
+        self._loop = loop
+        await loop.run()
+
+    def pause(self) -> None:
+        self._paused = True
+        if self._loop:
+            self._loop.pause()
+
+    def resume(self) -> None:
+        self._paused = False
+        if self._loop:
+            self._loop.resume()
+
+    # -- replies, events, dead letters out ---------------------------------------------------------
+
+    async def publish(
+        self, subject: str, payload: bytes, *, msg_id: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Into the stream of this subject, acknowledged by it; a duplicate is success.
+
+        Raises:
+            NotProvisioned: no stream takes that subject.
+            BusError: not taken now; publish again with the same `msg_id`.
+        """
+        sent = {**(headers or {})}
+        if Guard.MSG_ID in self.link.guards:
+            sent["Nats-Msg-Id"] = msg_id
+        if stream := streams.stream_of(self.subjects, subject):
+            sent["Nats-Expected-Stream"] = stream
+        await self._store(subject, payload, sent)
+
+    async def send(self, subject: str, payload: bytes) -> None:
+        """Core NATS, at most once. Raises BusError without a connection."""
+        await self.link.send(subject, payload)
+
+    async def _store(self, subject: str, payload: bytes, headers: Mapping[str, str]) -> int:
+        try:
+            answer = await self.link.request(subject, payload, headers=headers)
+        except NoResponder as error:
+            raise NotProvisioned(
+                f"no stream takes {subject}: run `hostd provision` for cell {self.subjects.cell}"
+            ) from error
+        try:
+            found: dict[str, Any] = json.loads(answer.data)
+            if "error" not in found:
+                return int(found["seq"])
+            code, text = found["error"].get("err_code"), found["error"].get("description")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise BusError(f"{subject}: the answer is no PubAck") from error
+        if code in WRONG_LAST_SEQUENCE:
+            raise StateConflict(f"{subject}: {text}")
+        raise BusError(f"{subject}: {text} (error {code})")
+
+    # -- state -------------------------------------------------------------------------------------
+
+    async def read_state(self, key: str) -> tuple[bytes, int] | None:
+        """The value and its revision; None if the key is absent or deleted. Raises BusError."""
+        value, revision = await self._last(key)
+        return None if value is None else (value, revision)
+
+    async def write_state(self, key: str, value: bytes, *, revision: int | None) -> int:
+        """Compare-and-set; `revision` 0 means absent, None whatever is there.
+
+        Raises:
+            StateConflict: the key is at another revision; read it back.
+            BusError: not taken now, or taken without our hearing of it; read it back.
+        """
+        return await self._set(key, value, {}, revision)
+
+    async def delete_state(self, key: str, *, revision: int | None) -> None:
+        """Leave a deletion mark; deleting what is absent is success. Raises as `write_state`."""
+        if revision is None and (await self._last(key))[0] is None:
+            return
+        await self._set(key, b"", {"KV-Operation": "DEL"}, revision)
+
+    async def _set(
+        self, key: str, value: bytes, headers: Mapping[str, str], revision: int | None
+    ) -> int:
+        subject = streams.state_subject(self.subjects, key)
+        sent = dict(headers)
+        if revision is not None:
+            sent["Nats-Expected-Last-Subject-Sequence"] = str(revision)
+        try:
+            return await self._store(subject, value, sent)
+        except StateConflict:
+            if revision != 0:
+                raise
+            # A deletion mark has a revision too, yet the key is absent.
+            present, marked = await self._last(key)
+            if present is not None or not marked:
+                raise
+            sent["Nats-Expected-Last-Subject-Sequence"] = str(marked)
+            return await self._store(subject, value, sent)
+
+    async def _last(self, key: str) -> tuple[bytes | None, int]:
+        """Value, or None for absent and deleted, and revision, or 0 for absent."""
+        stream = streams.bucket_stream(self.subjects)
+        subject = streams.state_subject(self.subjects, key)
+        try:
+            answer = await self.link.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"")
+        except NoResponder as error:
+            raise NotProvisioned(
+                f"no bucket {self.subjects.state_bucket}: run `hostd provision` for cell"
+                f" {self.subjects.cell}"
+            ) from error
+        status = answer.headers.get("Status")
+        if status == "404":
+            return None, 0
+        sequence = answer.headers.get("Nats-Sequence", "")
+        if status is not None or not sequence.isdigit():
+            raise BusError(f"{key}: {status} {answer.headers.get('Description', 'no sequence')}")
+        deleted = answer.headers.get("KV-Operation") in ("DEL", "PURGE")
+        return (None if deleted else answer.data), int(sequence)

@@ -1,0 +1,265 @@
+"""Continuous pull from one durable consumer: never deaf, never more at once than asked for.
+
+nats-py has no continuous consume; its `fetch` is not issued again after a reconnect and takes a
+deleted consumer for an idle one. Here credit is kept by hand: `credit` counts messages that the
+server still owes; a pull that may be lost is replaced under a new inbox, so that a stale one can
+not deliver on top. What the message means is not known here.
+"""
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import structlog
+
+from worker.bus.connection import Link
+from worker.bus.guarded_client import Guard
+from worker.bus.message import Message, Subscription
+from worker.bus.protocol import BusError, Delivery, NotProvisioned, Receive
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+ACK = b"+ACK"
+GRACE_S = 5.0
+GONE = ("consumer deleted", "stream deleted", "consumer is push based")
+
+
+class PullLoop:
+    """Pulls for ever; `run` ends only by cancellation.
+
+    Args:
+        link: the connection.
+        stream: of the consumer.
+        consumer: its durable name.
+        receive: settles one delivery; at most `window` of them run at once.
+        check: raises NotProvisioned with what is wrong, or BusError if that can not be told now.
+        window: deliveries in work or owed by the server, at most.
+        trouble: called with a text when commands can not come, with "" when they can again.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        stream: str,
+        consumer: str,
+        receive: Receive,
+        *,
+        check: Callable[[], Awaitable[None]],
+        window: int = 64,
+        trouble: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._link = link
+        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
+        self._receive = receive
+        self._check = check
+        self._trouble = trouble
+        self._window = window
+        self._slots = asyncio.Semaphore(window)
+        self._wake = asyncio.Event()
+        self._subscription: Subscription | None = None
+        self._inbox = ""
+        self._generation = 0
+        self._stale = True
+        self._missing = False
+        self._not_before = 0.0
+        self._heard_at = 0.0
+        self._paused = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.credit = 0
+        self.pulls = 0
+        self.deliveries = 0
+        self.redeliveries = 0
+
+    # -- control -----------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Ask for no more; what is owed already may still come."""
+        self._paused = True
+        self._stale = True
+        self._wake.set()
+
+    def resume(self) -> None:
+        self._paused = False
+        self._wake.set()
+
+    def on_up(self, fresh: bool) -> None:
+        """The connection is new: pulls of the old one are gone, or about to be."""
+        if fresh or Guard.REPULL in self._link.guards:
+            self._stale = True
+            self._not_before = 0.0
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Pull until cancelled; then no more is asked for and work in hand is awaited."""
+        try:
+            while True:
+                self._wake.clear()
+                await self._step()
+                # Not wait_for: Python 3.11's loses a cancellation that comes with the event.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._pause_s()):
+                        await self._wake.wait()
+        finally:
+            await self._unsubscribe()
+            await self._finish()
+
+    async def _finish(self) -> None:
+        """What is not settled in time is not acknowledged, and comes to the next worker."""
+        if not self._tasks:
+            return
+        _, stuck = await asyncio.wait(set(self._tasks), timeout=GRACE_S)
+        for task in stuck:
+            task.cancel()
+        await asyncio.gather(*stuck, return_exceptions=True)
+
+    def _pause_s(self) -> float:
+        if (left_s := self._not_before - time.monotonic()) > 0:
+            return left_s
+        return self._link.tuning.heartbeat_s / 2
+
+    async def _step(self) -> None:
+        tuning = self._link.tuning
+        silent = time.monotonic() - self._heard_at > 2.5 * tuning.heartbeat_s
+        if self.credit and silent and Guard.HEARTBEAT in self._link.guards:
+            self._stale = True
+        if not self._link.connected or time.monotonic() < self._not_before:
+            return
+        try:
+            if self._missing:
+                await self._look_again()
+            if self._stale:
+                await self._renew()
+            await self._pull()
+        except BusError as error:
+            self._stale = True
+            self._not_before = time.monotonic() + tuning.missing_retry_s * random.uniform(0.5, 1)  # noqa: S311
+            if isinstance(error, NotProvisioned):
+                self._trouble(str(error))
+
+    async def _look_again(self) -> None:
+        await self._check()
+        self._missing = False
+        self._trouble("")
+
+    # -- pulls -------------------------------------------------------------------------------------
+
+    async def _renew(self) -> None:
+        """Under a new inbox; the server drops waiting pulls of the old one for lack of interest."""
+        if self._inbox and Guard.FRESH_INBOX not in self._link.guards and self._subscription:
+            self.credit, self._stale = 0, False
+            return
+        await self._unsubscribe()
+        self._generation += 1
+        self.credit = 0
+        self._inbox = self._link.new_inbox()
+        self._subscription = await self._link.subscribe(
+            self._inbox, partial(self._on_message, self._generation)
+        )
+        self._stale = False
+
+    async def _unsubscribe(self) -> None:
+        old, self._subscription = self._subscription, None
+        if old is not None:
+            with contextlib.suppress(Exception):  # of a client that is closed or replaced
+                await old.unsubscribe()
+
+    async def _pull(self) -> None:
+        wanted = self._window - self.credit - len(self._tasks)
+        if self._paused or wanted <= 0 or (self.credit and wanted < self._window // 2):
+            return
+        tuning = self._link.tuning
+        body = {
+            "batch": wanted,
+            "expires": int(tuning.pull_expires_s * 1e9),
+            "idle_heartbeat": int(tuning.heartbeat_s * 1e9),
+        }
+        self.credit += wanted
+        self.pulls += 1
+        self._heard_at = time.monotonic()
+        await self._link.send(self._next, json.dumps(body).encode(), reply=self._inbox)
+
+    # -- what comes --------------------------------------------------------------------------------
+
+    async def _on_message(self, generation: int, message: Message) -> None:
+        self._heard_at = time.monotonic()
+        if not message.reply:
+            if generation == self._generation:
+                self._on_status(message)
+            return
+        if generation == self._generation:
+            self.credit = max(0, self.credit - 1)
+        task = asyncio.create_task(self._settle(message), name="receive")
+        self._tasks.add(task)
+        task.add_done_callback(self._settled)
+
+    def _settled(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not self.credit or len(self._tasks) <= self._window // 2:
+            self._wake.set()
+
+    async def _settle(self, message: Message) -> None:
+        async with self._slots:
+            try:
+                delivery = to_delivery(message, self._link)
+                self.deliveries += 1
+                self.redeliveries += delivery.delivered > 1
+                await self._receive(delivery)
+            except BusError as error:
+                log.warning("bus.not_acknowledged", subject=message.subject, error=str(error))
+            except Exception:
+                # Not acknowledged, so it comes again after ack_wait.
+                log.exception("bus.receive_failed", subject=message.subject)
+
+    def _on_status(self, message: Message) -> None:
+        status = message.headers.get("Status", "")
+        if status == "100":
+            return
+        text = message.headers.get("Description", "")
+        owed = message.headers.get("Nats-Pending-Messages", "")
+        if owed.isdigit():
+            self.credit = max(0, self.credit - int(owed))
+        elif status != "408" or self.credit:
+            self._stale = True  # servers before 2.10 do not say what they still owed
+        self._wake.set()
+        if status in ("404", "408"):
+            return
+        self._stale = True
+        if Guard.STATUS not in self._link.guards:
+            self._not_before = time.monotonic() + 0.1
+        elif status == "503" or text.lower() in GONE:
+            self._missing = True
+        elif status == "409" and not text.startswith("Exceeded"):
+            # The leader of the consumer moved, or the server goes down.
+            self._not_before = time.monotonic() + 0.1
+        else:
+            self._not_before = time.monotonic() + self._link.tuning.missing_retry_s
+            self._missing = True
+            self._trouble(f"the server refuses to deliver: {status} {text}")
+
+
+def to_delivery(message: Message, link: Link) -> Delivery:
+    """Read the ack subject, in both of its forms.
+
+    `$JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>....` (9 tokens), or with domain and
+    account hash after `$JS.ACK` (servers with `js_ack_fc_v2`).
+    """
+    tokens = message.reply.split(".")
+    first = 4 if len(tokens) == 9 else 6
+    delivered, stream_seq = int(tokens[first]), int(tokens[first + 1])
+
+    async def ack() -> None:
+        await link.request(message.reply, ACK)
+
+    headers = {name.lower(): value for name, value in message.headers.items()}
+    return Delivery(
+        subject=message.subject,
+        data=message.data,
+        msg_id=headers.get("nats-msg-id"),
+        stream_seq=stream_seq,
+        delivered=delivered,
+        ack=ack,
+    )

@@ -1,0 +1,1 @@
+"""`hostd demo`, and what it needs of its own: nats-server, network namespace, clean-up."""

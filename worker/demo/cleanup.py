@@ -1,0 +1,71 @@
+"""What a host made for a while leaves behind if it ends half-way: its VMMs, mounts and files.
+
+For the demo and the tests, whose hosts have a cgroup tree, a network namespace and a directory of
+their own. Not for a real host: there hostd removes nothing that it cannot prove to be its own.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from handlers.host.linux.syscalls import unmount
+from handlers.host.vmm.cgroups import CgroupTree
+from schemas.settings import Settings
+
+EMPTY_TIMEOUT_S = 10.0
+LOOK_EVERY_S = 0.01
+
+
+def remove_host(settings: Settings, directory: str) -> list[str]:
+    """Kill all that runs in the settings' cgroup tree, then remove the tree and the directory.
+
+    Absent already is success. Blocks until it is done.
+
+    Returns:
+        What could not be removed, one line each.
+
+    Source: cgroups(7), `cgroup.kill` and `cgroup.events`; umount2(2). Needs: CAP_SYS_ADMIN.
+    """
+    tree = CgroupTree.of(settings)
+    left = list(_remove_cgroups(Path(tree.path(tree.base))))
+    for mount in reversed(_mounts_below(directory)):
+        unmount(mount, detach=True)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(directory)
+    return left
+
+
+def _remove_cgroups(top: Path) -> Iterator[str]:
+    if not top.exists():
+        return
+    (top / "cgroup.kill").write_text("1", encoding="ascii")
+    until = time.monotonic() + EMPTY_TIMEOUT_S
+    while _populated(top) and time.monotonic() < until:
+        time.sleep(LOOK_EVERY_S)
+    for path in sorted((p for p in top.rglob("*") if p.is_dir()), reverse=True):
+        yield from _remove_cgroup(path)
+    yield from _remove_cgroup(top)
+
+
+def _remove_cgroup(path: Path) -> Iterator[str]:
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            yield f"cgroup {path}: {error.strerror}"
+
+
+def _populated(top: Path) -> bool:
+    return "populated 1" in (top / "cgroup.events").read_text(encoding="ascii")
+
+
+def _mounts_below(directory: str) -> list[str]:
+    """Mount points, parents first. Source: proc_pid_mountinfo(5)."""
+    inside = os.path.realpath(directory) + "/"
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    points = [line.split(" ")[4].encode().decode("unicode_escape") for line in lines]
+    return [point for point in points if point.startswith(inside)]

@@ -1,0 +1,1 @@
+"""The SQLite journal: commands, steps, records, outbox."""

@@ -1,0 +1,190 @@
+"""What of the journal is kept in memory, so that reading never waits for the disk."""
+
+import asyncio
+import sqlite3
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import structlog
+
+from handlers.mechanism import StepRow
+from schemas import codec
+from schemas.decode_error import DecodeError
+from schemas.envelopes import Command, Form
+from schemas.records import InstanceRecord, NetworkRecord, Tombstone
+from schemas.requests import InstanceRef
+from schemas.subjects import Lane
+from worker.journal.transaction import OutRow, StateRow
+
+OUT_KINDS: Final = ("reply", "direct", "dead", "event")
+OUT_CACHE: Final = 2000
+
+log = structlog.get_logger()
+INSTANCE = msgspec.json.Decoder(InstanceRecord)
+TOMBSTONE = msgspec.json.Decoder(Tombstone)
+NETWORK = msgspec.json.Decoder(NetworkRecord)
+
+
+@dataclass(slots=True)
+class CommandRow:
+    """An unfinished command. `attempts` counts over all workers; `n` is the order of intake.
+
+    While `admission` is not done the command is not on disk yet; `withdrawn`: it never was.
+    """
+
+    n: int
+    command: Command
+    lane: Lane
+    stream_seq: int
+    received_at_ms: int
+    attempts: int = 0
+    admission: asyncio.Future[None] | None = None
+    withdrawn: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.command.id
+
+
+@dataclass(slots=True)
+class OutQueue:
+    """Unsent rows of one kind in order; beyond `OUT_CACHE` they wait in the file only."""
+
+    rows: dict[int, OutRow] = field(default_factory=dict[int, OutRow])
+    count: int = 0
+    last: int = 0
+    spilled: bool = False
+
+    def add(self, row: OutRow) -> None:
+        self.count += 1
+        if self.spilled or len(self.rows) >= OUT_CACHE:
+            self.spilled = True
+        else:
+            self.rows[row.n] = row
+            self.last = row.n
+
+    def refill(self, rows: list[OutRow]) -> None:
+        for row in rows:
+            self.rows[row.n] = row
+            self.last = row.n
+        self.spilled = len(rows) == OUT_CACHE
+
+
+@dataclass(slots=True)
+class Mirror:
+    """The file as of the last commit."""
+
+    commands: dict[str, CommandRow] = field(default_factory=dict[str, CommandRow])
+    steps: dict[str, dict[tuple[str, str], StepRow]] = field(
+        default_factory=dict[str, dict[tuple[str, str], StepRow]]
+    )
+    points: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
+    instances: dict[InstanceRef, InstanceRecord] = field(
+        default_factory=dict[InstanceRef, InstanceRecord]
+    )
+    tombstones: dict[InstanceRef, Tombstone] = field(default_factory=dict[InstanceRef, Tombstone])
+    networks: dict[str, NetworkRecord] = field(default_factory=dict[str, NetworkRecord])
+    out: dict[str, OutQueue] = field(default_factory=dict[str, OutQueue])
+    states: dict[str, StateRow] = field(default_factory=dict[str, StateRow])
+    meta: dict[str, str] = field(default_factory=dict[str, str])
+    lanes: dict[Lane, int] = field(default_factory=dict[Lane, int])
+
+    def add_command(self, row: CommandRow) -> None:
+        if row.id not in self.commands:
+            self.lanes[row.lane] = self.lanes.get(row.lane, 0) + 1
+        self.commands[row.id] = row
+
+    def drop_command(self, command_id: str) -> None:
+        row = self.commands.pop(command_id, None)
+        if row is None:
+            return
+        self.lanes[row.lane] -= 1
+        if not self.lanes[row.lane]:
+            del self.lanes[row.lane]
+
+    @property
+    def unsent(self) -> int:
+        return sum(queue.count for queue in self.out.values())
+
+
+def load(connection: sqlite3.Connection) -> Mirror:
+    """Read all that memory holds. A row that does not decode is left in the file, and logged."""
+    mirror = Mirror()
+    for key, value in connection.execute("SELECT key, value FROM meta"):
+        mirror.meta[key] = value
+    cursor = connection.execute("SELECT * FROM command WHERE finished_at_ms IS NULL ORDER BY n")
+    cursor.row_factory = sqlite3.Row
+    for row in cursor:
+        with _poisoned("command", row["id"]):
+            mirror.add_command(_command_row(row))
+    for command_id, mechanism, key, existed in connection.execute(
+        "SELECT command_id, mechanism, key, existed FROM step ORDER BY n"
+    ):
+        rows = mirror.steps.setdefault(command_id, {})
+        rows[mechanism, key] = StepRow(mechanism, key, bool(existed))
+    for command_id, name in connection.execute("SELECT command_id, name FROM point"):
+        mirror.points.setdefault(command_id, set()).add(name)
+    for (record,) in connection.execute("SELECT record FROM instance"):
+        with _poisoned("instance", record):
+            instance = INSTANCE.decode(record)
+            mirror.instances[instance.ref] = instance
+    for (record,) in connection.execute("SELECT record FROM tombstone"):
+        with _poisoned("tombstone", record):
+            tombstone = TOMBSTONE.decode(record)
+            mirror.tombstones[tombstone.ref] = tombstone
+    for (record,) in connection.execute("SELECT record FROM network"):
+        with _poisoned("network", record):
+            network = NETWORK.decode(record)
+            mirror.networks[network.tenant_id] = network
+    for kind in OUT_KINDS:
+        queue = mirror.out[kind] = OutQueue()
+        (queue.count,) = connection.execute(
+            "SELECT count(*) FROM outbox WHERE kind = ?", (kind,)
+        ).fetchone()
+        queue.refill(read_out(connection, kind, after=0))
+    for key, value, seq in connection.execute("SELECT key, value, seq FROM state WHERE dirty"):
+        mirror.states[key] = StateRow(key, value, seq)
+    return mirror
+
+
+@contextmanager
+def _poisoned(table: str, row: object) -> Generator[None]:
+    """One row that cannot be read stops no other."""
+    try:
+        yield
+    except (DecodeError, msgspec.DecodeError, ValueError) as error:
+        log.error("journal.poisoned", table=table, row=row, error=str(error))  # noqa: TRY400
+
+
+def read_out(connection: sqlite3.Connection, kind: str, *, after: int) -> list[OutRow]:
+    """The next unsent rows of a kind, at most `OUT_CACHE`."""
+    rows = connection.execute(
+        "SELECT n, kind, subject, msg_id, headers, payload FROM outbox "
+        "WHERE kind = ? AND n > ? ORDER BY n LIMIT ?",
+        (kind, after, OUT_CACHE),
+    )
+    return [OutRow(*row) for row in rows]
+
+
+def _command_row(row: sqlite3.Row) -> CommandRow:
+    command = Command(
+        id=row["id"],
+        request=codec.decode_request(row["request"]),
+        form=Form(row["form"]),
+        issued_at_ms=row["issued_at_ms"],
+        deadline_ms=row["deadline_ms"],
+        reply_to=row["reply_to"],
+        issuer=row["issuer"],
+        traceparent=row["traceparent"],
+    )
+    return CommandRow(
+        n=row["n"],
+        command=command,
+        lane=Lane.parse(row["lane"]),
+        stream_seq=row["stream_seq"],
+        received_at_ms=row["received_at_ms"],
+        attempts=row["attempts"],
+    )

@@ -1,0 +1,340 @@
+"""The one thread that writes the journal: submissions queue up, one transaction takes them all.
+
+Group commit. Everything that waits when the thread is free becomes one transaction, each part in a
+savepoint of its own, so that one part's failure fails no other. The transaction is synced to disk
+(`synchronous=FULL`) if any part asks for it. Parts are committed in the order of submission, so
+what was submitted later is never on disk without what was submitted before.
+
+If a commit fails (disk full, I/O error), all its parts fail with `JournalFault`, the file is opened
+anew (what SQLite kept in memory after a failed fsync proves nothing), and a probe writes every
+half second until one succeeds.
+"""
+
+import asyncio
+import contextlib
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+import structlog
+
+from handlers.errors import HostFault
+from worker.journal import schema
+from worker.journal.transaction import Transaction
+
+BATCH: Final = 256
+LAZY_S: Final = 0.02
+PROBE_S: Final = 0.5
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+
+class JournalFault(HostFault):
+    """The journal cannot commit now: nothing of it was written. It recovers by itself."""
+
+
+@dataclass(slots=True)
+class _Part(Generic[T]):
+    do: Callable[[Transaction], T]
+    apply: Callable[[T], None] | None = None
+    future: asyncio.Future[T] | None = None
+    durable: bool = False
+    lazy: bool = False
+    read: bool = False
+    failed: Callable[[], None] | None = None
+    result: T | None = None
+    error: BaseException | None = None
+
+    def settle(self) -> None:
+        """On the loop: bring memory up to the commit, then wake the caller (if still there)."""
+        if self.error is None and self.apply is not None:
+            self.apply(self.result)  # type: ignore[arg-type]
+        elif self.error is not None and self.failed is not None:
+            self.failed()
+        if self.future is None or self.future.done():
+            return
+        if self.error is None:
+            self.future.set_result(self.result)  # type: ignore[arg-type]
+        else:
+            self.future.set_exception(self.error)
+
+
+class Writer:
+    """Owns the connection and the thread. All methods are for the event loop's thread.
+
+    Args:
+        committed: called on the loop after each commit, before its callers go on.
+        load: called in the thread after a fault, once it can commit again; what it read of the
+            whole file goes to `reopened` on the loop.
+        changed: called on the loop when `writable` changed.
+        observe: seconds of each commit.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        committed: Callable[[Transaction], None],
+        load: Callable[[sqlite3.Connection], T],
+        reopened: Callable[[T], None],
+        changed: Callable[[bool], None],
+        observe: Callable[[float], None],
+    ) -> None:
+        self.writable = True
+        self._path = path
+        self._committed = committed
+        self._load: Callable[[sqlite3.Connection], Any] = load
+        self._reopened: Callable[[Any], None] = reopened
+        self._changed = changed
+        self._observe = observe
+        self._queue: queue.SimpleQueue[list[_Part[Any]] | None] = queue.SimpleQueue()
+        self._later: list[_Part[Any]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._connection: sqlite3.Connection | None = None
+        self._seq = self._n = self._at_ms = 0
+        self._faulty = False
+        self._closing = False
+
+    def start(self, connection: sqlite3.Connection) -> None:
+        """Take over an open connection."""
+        self._adopt(connection)
+        self._thread.start()
+
+    def submit(
+        self,
+        do: Callable[[Transaction], T],
+        *,
+        apply: Callable[[T], None] | None = None,
+        durable: bool = False,
+    ) -> asyncio.Future[T]:
+        """Run `do` in the next commit; the future is done when it is on disk as asked.
+
+        Raises:
+            JournalFault: by the future; the commit failed.
+        """
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._put(_Part(do, apply, future, durable))
+        return future
+
+    def submit_soon(
+        self,
+        do: Callable[[Transaction], T],
+        *,
+        apply: Callable[[T], None],
+        failed: Callable[[], None],
+    ) -> asyncio.Future[T]:
+        """Like `submit`, durably; what is submitted in the next two turns of the loop goes along.
+
+        `failed` is called where `apply` would have been.
+        """
+        if self._closing:
+            raise JournalFault("the journal is closed")
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._later.append(_Part(do, apply, future, durable=True, failed=failed))
+        self._loop.call_soon(self._loop.call_soon, self._flush)
+        return future
+
+    @property
+    def seq(self) -> int:
+        """Of the last event that was committed."""
+        return self._seq
+
+    def later(
+        self, do: Callable[[Transaction], T], *, apply: Callable[[T], None] | None = None
+    ) -> None:
+        """Run `do` together with the next commit, or within 20 ms; nobody waits for it.
+
+        It must be such that it can only fail with the disk.
+        """
+        self._later.append(_Part(do, apply, lazy=True))
+        if self._timer is None:
+            self._timer = self._loop.call_later(LAZY_S, self._flush)
+
+    def read(
+        self, do: Callable[[Transaction], T], *, apply: Callable[[T], None] | None = None
+    ) -> asyncio.Future[T]:
+        """Read what is committed, also while nothing can be written."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._put(_Part(do, apply, future, read=True))
+        return future
+
+    async def close(self) -> None:
+        """Commit what was submitted, then close the file."""
+        self._flush()
+        self._closing = True
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+        # the last parts' callbacks were scheduled by the thread before it ended
+        await asyncio.sleep(0)
+
+    def _put(self, part: _Part[Any]) -> None:
+        if self._closing:
+            raise JournalFault("the journal is closed")
+        self._later.append(part)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Hand over everything in the order of submission."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        parts, self._later = self._later, []
+        if parts:
+            self._queue.put(parts)
+
+    # -- in the thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        more = True
+        while more:
+            batch, more = self._gather()
+            writes = [part for part in batch if not part.read]
+            if writes or self._faulty:
+                self._write(writes)
+            for part in batch:
+                if part.read:
+                    self._read(part)
+            reads = [part for part in batch if part.read]
+            if reads:
+                self._loop.call_soon_threadsafe(_settle, reads)
+        if self._connection is not None:
+            self._connection.close()
+
+    def _gather(self) -> tuple[list[_Part[Any]], bool]:
+        """Wait for work and take all that there is; false when the journal closes."""
+        batch: list[_Part[Any]] = []
+        timeout = PROBE_S if self._faulty else None
+        with contextlib.suppress(queue.Empty):
+            while len(batch) < BATCH:
+                parts = self._queue.get(timeout=timeout)
+                if parts is None:
+                    return batch, False
+                batch += parts
+                timeout = 0.0
+        return batch, True
+
+    def _adopt(self, connection: sqlite3.Connection) -> sqlite3.Connection:
+        self._connection = connection
+        self._seq = int(schema.read_meta(connection, "seq") or 0)
+        (last,) = connection.execute("SELECT max(n) FROM outbox").fetchone()
+        self._n = max(self._n, last or 0)
+        return connection
+
+    def _write(self, batch: list[_Part[Any]]) -> None:
+        started = time.perf_counter()
+        loaded: Any = None
+        try:
+            connection = self._connection or self._adopt(schema.open_file(self._path))
+            transaction = self._transact(connection, batch)
+            if self._faulty:
+                loaded = self._load(connection)
+        except (sqlite3.Error, HostFault) as error:
+            self._fail(batch, error)
+            return
+        self._seq, self._n = transaction.seq, transaction.n
+        self._at_ms = transaction.at_ms
+        recovered, self._faulty = self._faulty, False
+        seconds = time.perf_counter() - started
+        self._loop.call_soon_threadsafe(
+            self._finish, batch, transaction, seconds, recovered, loaded
+        )
+
+    def _transact(self, connection: sqlite3.Connection, batch: list[_Part[Any]]) -> Transaction:
+        durable = self._faulty or any(part.durable for part in batch)
+        connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+        connection.execute("BEGIN IMMEDIATE")
+        transaction = Transaction(connection, self._seq, self._n, self._at_ms)
+        if self._faulty:
+            schema.write_meta(connection, "probe", str(time.time()))
+        for part in batch:
+            self._do(transaction, part)
+        if transaction.seq != self._seq:
+            schema.write_meta(connection, "seq", str(transaction.seq))
+        connection.execute("COMMIT")
+        return transaction
+
+    @staticmethod
+    def _do(transaction: Transaction, part: _Part[Any]) -> None:
+        if part.lazy:  # one statement, that breaks no rule: needs no savepoint
+            part.result = part.do(transaction)
+            return
+        before = (transaction.seq, len(transaction.out), len(transaction.states))
+        transaction.execute("SAVEPOINT part")
+        try:
+            part.result = part.do(transaction)
+        except (sqlite3.OperationalError, sqlite3.InternalError):
+            raise  # the disk or the file, not this part
+        except sqlite3.DatabaseError as error:
+            if type(error) is sqlite3.DatabaseError:
+                raise  # malformed image
+            part.error = error
+        except Exception as error:  # noqa: BLE001 - handed to its caller, who waits for it
+            part.error = error
+        if part.error is not None:
+            transaction.execute("ROLLBACK TO part")
+            transaction.seq = before[0]
+            del transaction.out[before[1] :]
+            del transaction.states[before[2] :]
+        transaction.execute("RELEASE part")
+
+    def _read(self, part: _Part[Any]) -> None:
+        if self._connection is None:
+            part.error = JournalFault("the journal cannot be read now")
+            return
+        try:
+            part.result = part.do(Transaction(self._connection, self._seq, self._n))
+        except Exception as error:  # noqa: BLE001 - handed to its caller, who waits for it
+            part.error = error
+
+    def _fail(self, batch: list[_Part[Any]], error: Exception) -> None:
+        first, self._faulty = not self._faulty, True
+        if self._connection is not None:
+            self._connection.close()  # rolls back
+        self._connection = None
+        with contextlib.suppress(sqlite3.Error, HostFault):
+            self._adopt(schema.open_file(self._path))
+        for part in batch:
+            part.result = None
+            part.error = JournalFault(f"the journal {self._path} cannot commit: {error}")
+            part.error.__cause__ = error
+        self._loop.call_soon_threadsafe(self._broke, batch, error, first)
+
+    # -- back on the loop ----------------------------------------------------------------------
+
+    def _finish(
+        self,
+        batch: list[_Part[Any]],
+        transaction: Transaction,
+        seconds: float,
+        recovered: bool,
+        loaded: Any,
+    ) -> None:
+        self._observe(seconds)
+        if recovered:
+            self._reopened(loaded)
+        else:
+            self._committed(transaction)
+        _settle(batch)
+        if recovered:
+            log.info("journal.recovered")
+            self.writable = True
+            self._changed(True)
+
+    def _broke(self, batch: list[_Part[Any]], error: Exception, first: bool) -> None:
+        self.writable = False
+        _settle(batch)
+        if first:
+            log.error("journal.fault", error=str(error), path=self._path)
+            self._changed(False)
+
+
+def _settle(batch: list[_Part[Any]]) -> None:
+    for part in batch:
+        part.settle()

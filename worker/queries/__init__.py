@@ -1,0 +1,1 @@
+"""Read-only questions over NATS: the micro service `hostd` and `ask.*`."""

@@ -1,0 +1,131 @@
+"""What `ask` answers with: the journal's view, in plain values. Changes nothing."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import msgpack
+
+from handlers.errors import NotFound
+from schemas.records import InstanceRecord
+from schemas.requests import InstanceRef
+from worker.journal.journal import Journal
+
+Answer = Mapping[str, object]
+
+
+class Answers:
+    """Implements `worker.ask.Source`."""
+
+    def __init__(self, journal: Journal, boot_id: str, host_state: Callable[[], str]) -> None:
+        self._journal = journal
+        self._boot_id = boot_id
+        self._host_state = host_state
+        self._started = time.monotonic()
+
+    async def ping(self) -> Answer:
+        return {
+            "v": 1,
+            "host_id": self._journal.source.subjects.host_id,
+            "host_state": self._host_state(),
+            "uptime_s": int(time.monotonic() - self._started),
+        }
+
+    async def status(self) -> Answer:
+        instances = Counter(str(record.status) for record in self._journal.instances())
+        return {
+            "v": 1,
+            "host_id": self._journal.source.subjects.host_id,
+            "host_state": self._host_state(),
+            "boot_id": self._boot_id,
+            "journal_id": self._journal.journal_id,
+            "unfinished": len(self._journal.unfinished()),
+            "lanes": {str(lane): count for lane, count in self._journal.lanes().items()},
+            "instances": dict(instances),
+        }
+
+    async def list(self) -> Answer:
+        return {
+            "v": 1,
+            "instances": [
+                {
+                    "tenant_id": record.ref.tenant_id,
+                    "pool_id": record.ref.pool_id,
+                    "instance_id": record.ref.instance_id,
+                    "status": str(record.status),
+                    "since_ms": record.since_ms,
+                }
+                for record in sorted(self._journal.instances(), key=lambda record: record.ref)
+            ],
+            "networks": [
+                {
+                    "tenant_id": record.tenant_id,
+                    "bridge_name": record.net.bridge_name,
+                    "status": record.status,
+                }
+                for record in sorted(self._journal.networks(), key=lambda record: record.tenant_id)
+            ],
+        }
+
+    async def describe(
+        self, tenant_id: str, pool_id: str | None, instance_id: str | None
+    ) -> Answer:
+        if pool_id is not None and instance_id is not None:
+            ref = InstanceRef(tenant_id, pool_id, instance_id)
+            record = self._journal.instance(ref)
+            if record is None:
+                raise NotFound(f"instance {ref} is not in the journal of this host")
+            return described(record)
+        network = self._journal.network(tenant_id)
+        if network is None:
+            raise NotFound(f"tenant {tenant_id} has no network on this host")
+        net = network.net
+        return {
+            "v": 1,
+            "tenant_id": tenant_id,
+            "status": network.status,
+            "since_ms": network.since_ms,
+            "tenant_net_id": net.tenant_net_id,
+            "ipv4_subnet": net.ipv4_subnet,
+            "gateway_ip": net.gateway_ip,
+            "bridge_name": net.bridge_name,
+            "instances": [
+                {
+                    "pool_id": r.ref.pool_id,
+                    "instance_id": r.ref.instance_id,
+                    "status": str(r.status),
+                }
+                for r in self._journal.instances(tenant_id)
+            ],
+        }
+
+    async def result(self, command_id: str) -> Answer:
+        found = await self._journal.result(command_id)
+        if found is None:
+            raise NotFound(f"command {command_id} is not in the journal of this host")
+        answer: dict[str, object] = {"v": 1, "id": command_id, "state": found.state}
+        if found.reply is not None:
+            answer["reply"] = msgpack.unpackb(found.reply)
+        return answer
+
+
+def described(record: InstanceRecord) -> Answer:
+    """One instance, as far as an operator may act on it."""
+    return {
+        "v": 1,
+        "tenant_id": record.ref.tenant_id,
+        "pool_id": record.ref.pool_id,
+        "instance_id": record.ref.instance_id,
+        "status": str(record.status),
+        "since_ms": record.since_ms,
+        "launch": record.launch,
+        "jail_id": record.jail_id if record.launch else None,
+        "pid": record.vmm.pid if record.vmm is not None else None,
+        "uid_slot": record.uid_slot,
+        "offset": record.offset,
+        "revision": record.revision,
+        "vcpus": record.vcpus,
+        "mem_mib": record.mem_mib,
+        "snapshot": record.snapshot,
+        "command_id": record.command_id,
+    }

@@ -1,0 +1,204 @@
+"""A NATS micro service (ADR-32 of NATS) on the worker's link: discovery, statistics, endpoints.
+
+nats-py's own serves each endpoint one request at a time, sends `repr` of an exception to the
+caller, answers wherever a request tells it to, and loses requests when it stops. Discovery is for
+every `nats micro` tool; what an endpoint answers is its handler's business.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import structlog
+
+from schemas.decode_error import DecodeError
+from schemas.subjects import check_reply_to
+from worker.bus.connection import Link
+from worker.bus.message import Message, Subscription
+from worker.bus.protocol import BusError
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+TYPE = "io.nats.micro.v1"
+AT_ONCE = 64
+WAITING = 256
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """One question. `handle` answers any bytes with bytes; True beside them means an error."""
+
+    name: str
+    subject: str
+    handle: Callable[[bytes], Awaitable[tuple[bytes, bool]]]
+    requests: int = field(default=0, init=False)
+    errors: int = field(default=0, init=False)
+    took_ns: int = field(default=0, init=False)
+
+
+class MicroService:
+    """Serves until closed, on each new connection again.
+
+    Args:
+        link: the connection.
+        name: of the service, the same on every host.
+        instance: id of this one, also its queue group.
+        version: semantic.
+        metadata: shown by discovery.
+        endpoints: all of them.
+        inbox_prefixes: where answers may go; a request that wants its answer elsewhere is dropped.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        *,
+        name: str,
+        instance: str,
+        version: str,
+        metadata: Mapping[str, str],
+        endpoints: Sequence[Endpoint],
+        inbox_prefixes: Sequence[str],
+    ) -> None:
+        self._link = link
+        self._identity: dict[str, Any] = {
+            "name": name,
+            "id": instance,
+            "version": version,
+            "metadata": dict(metadata),
+        }
+        self._endpoints = endpoints
+        self._prefixes = tuple(inbox_prefixes)
+        self._started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._subscriptions: list[Subscription] = []
+        self._fresh = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self.dropped = 0
+
+    async def start(self) -> None:
+        """Begin to serve; returns at once, with or without a connection."""
+        self._link.on_up(lambda fresh: self._fresh.set() if fresh else None)
+        if self._link.connected:
+            self._fresh.set()
+        self._keeper = asyncio.create_task(self._keep(), name="micro")
+
+    async def close(self) -> None:
+        """Take no more requests, answer those in hand."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        for subscription in self._subscriptions:
+            try:
+                await subscription.unsubscribe()
+            except Exception as error:  # noqa: BLE001 (of a client that is gone)
+                log.debug("micro.unsubscribe_failed", error=str(error))
+        self._subscriptions = []
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    async def _keep(self) -> None:
+        """nats-py repeats subscriptions after a reconnect, but not in a client built anew."""
+        while True:
+            await self._fresh.wait()
+            self._fresh.clear()
+            try:
+                await self._subscribe()
+            except BusError as error:
+                log.warning("micro.subscribe_failed", error=str(error))
+
+    async def _subscribe(self) -> None:
+        self._subscriptions = []
+        name, instance = self._identity["name"], self._identity["id"]
+        for verb, tell in (("PING", self._ping), ("INFO", self._info), ("STATS", self._stats)):
+            receive = partial(self._take, partial(self._discover, tell))
+            for whose in ("", f".{name}", f".{name}.{instance}"):
+                subject = f"$SRV.{verb}{whose}"
+                self._subscriptions.append(await self._link.subscribe(subject, receive))
+        for endpoint in self._endpoints:
+            receive = partial(self._take, partial(self._serve, endpoint))
+            self._subscriptions.append(
+                await self._link.subscribe(endpoint.subject, receive, queue=instance)
+            )
+
+    # -- one request -------------------------------------------------------------------------------
+
+    async def _take(self, work: Callable[[Message], Awaitable[None]], message: Message) -> None:
+        """Answer in a task of its own, so that a slow question delays no other."""
+        try:
+            # The caller's reply subject is published to with hostd's rights.
+            check_reply_to(message.reply, self._prefixes)
+        except DecodeError:
+            self.dropped += 1
+            return
+        if len(self._tasks) >= WAITING:
+            self.dropped += 1
+            return
+        task = asyncio.create_task(self._run(work, message), name="question")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, work: Callable[[Message], Awaitable[None]], message: Message) -> None:
+        async with self._slots:
+            try:
+                await work(message)
+            except BusError as error:
+                log.debug("micro.answer_lost", subject=message.subject, error=str(error))
+            except Exception:
+                log.exception("micro.failed", subject=message.subject)
+
+    async def _serve(self, endpoint: Endpoint, message: Message) -> None:
+        began_ns = time.perf_counter_ns()
+        endpoint.requests += 1
+        answer, failed = await endpoint.handle(message.data)
+        endpoint.errors += failed
+        endpoint.took_ns += time.perf_counter_ns() - began_ns
+        await self._link.send(message.reply, answer)
+
+    async def _discover(self, tell: Callable[[], dict[str, Any]], message: Message) -> None:
+        await self._link.send(message.reply, json.dumps(tell()).encode())
+
+    # -- what discovery tells ----------------------------------------------------------------------
+
+    def _ping(self) -> dict[str, Any]:
+        return {"type": f"{TYPE}.ping_response", **self._identity}
+
+    def _info(self) -> dict[str, Any]:
+        queue = self._identity["id"]
+        return {
+            "type": f"{TYPE}.info_response",
+            **self._identity,
+            "description": "One host of a Firecracker fleet",
+            "endpoints": [
+                {"name": e.name, "subject": e.subject, "queue_group": queue, "metadata": {}}
+                for e in self._endpoints
+            ],
+        }
+
+    def _stats(self) -> dict[str, Any]:
+        queue = self._identity["id"]
+        return {
+            "type": f"{TYPE}.stats_response",
+            **self._identity,
+            "started": self._started,
+            "endpoints": [
+                {
+                    "name": e.name,
+                    "subject": e.subject,
+                    "queue_group": queue,
+                    "num_requests": e.requests,
+                    "num_errors": e.errors,
+                    "last_error": "",
+                    "processing_time": e.took_ns,
+                    "average_processing_time": e.took_ns // max(1, e.requests),
+                    "data": None,
+                }
+                for e in self._endpoints
+            ],
+        }

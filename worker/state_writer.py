@@ -1,0 +1,173 @@
+"""State out: the newest value of each key that changed goes to the bucket, by compare-and-set.
+
+A projection: what the journal says now, coalesced, no history. A failed compare-and-set is read
+back: own value, done; another writer's, fenced: nothing is written until the lease is renewed.
+"""
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import Protocol
+
+import structlog
+
+from schemas import unpack
+from schemas.decode_error import DecodeError
+from worker.bus.protocol import Bus, BusError, StateConflict
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+AT_ONCE = 32
+
+
+class StateRow(Protocol):
+    """The newest value of one key; None: the key is to go. `seq` grows with each value."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def seq(self) -> int: ...
+
+
+class StateSource(Protocol):
+    """The journal, as far as state is concerned."""
+
+    def dirty(self) -> Sequence[StateRow]:
+        """The newest value of each key that the bucket does not have yet."""
+        ...
+
+    async def wait_dirty(self) -> None:
+        """Return once there is a key to write."""
+        ...
+
+    def written(self, key: str, seq: int) -> None:
+        """The bucket has the value of `seq`; a newer one stays to be written."""
+        ...
+
+
+class HeldLease(Protocol):
+    """The lease that allows to write; `worker/lease.py`."""
+
+    key: str
+    generation: int
+
+    def touch(self) -> None: ...
+    async def wait_held(self) -> None: ...
+    async def wait_renewed(self, after: int) -> None: ...
+
+
+class Fenced(Exception):
+    """Another writer's value is where ours was."""
+
+
+class StateWriter:
+    """Writes what is dirty, for as long as it runs.
+
+    Args:
+        bus: where the bucket is.
+        source: what is dirty.
+        journal_id: in each of our values; tells ours from another writer's.
+        lease: without it nothing is written.
+    """
+
+    def __init__(self, bus: Bus, source: StateSource, journal_id: str, lease: HeldLease) -> None:
+        self._bus, self._source, self._lease = bus, source, lease
+        self._journal_id = journal_id
+        self._revisions: dict[str, int] = {}
+        self._fenced_at: int | None = None
+        self.fenced = False
+        self.writes = 0
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self._source.wait_dirty()
+            await self._wait_allowed()
+            rows = list(self._source.dirty())
+            results = await asyncio.gather(
+                *(self._put(row) for row in rows[:AT_ONCE]), return_exceptions=True
+            )
+            await self._after([result for result in results if result is not None])
+
+    async def _after(self, failures: Sequence[BaseException]) -> None:
+        for failure in failures:
+            if not isinstance(failure, BusError | Fenced):
+                raise failure
+        if fences := [failure for failure in failures if isinstance(failure, Fenced)]:
+            self.fenced = True
+            self._fenced_at = self._lease.generation
+            self._revisions.clear()
+            log.error("state.fenced", reason=str(fences[0]), keys=len(fences))
+            self._lease.touch()
+        elif failures:
+            log.debug("state.not_written", reason=str(failures[0]), keys=len(failures))
+            await asyncio.sleep(random.uniform(0.1, 0.5))  # noqa: S311
+
+    async def _wait_allowed(self) -> None:
+        if self._fenced_at is not None:
+            # The next renewal proves whose host id it is; until then we are not the writer.
+            await self._lease.wait_renewed(self._fenced_at)
+            self._fenced_at, self.fenced = None, False
+            log.info("state.unfenced")
+        await self._lease.wait_held()
+
+    async def _put(self, row: StateRow) -> None:
+        if row.key == self._lease.key:
+            # The lease writes the host's own value, with the facts of the moment.
+            self._lease.touch()
+        elif not await self._done_already(row):
+            await self._set(row, self._revisions[row.key])
+        self._source.written(row.key, row.seq)
+
+    async def _done_already(self, row: StateRow) -> bool:
+        """At the first write of a key in this life: whether the bucket has that value."""
+        if row.key in self._revisions:
+            return False
+        found = await self._bus.read_state(row.key)
+        self._revisions[row.key] = found[1] if found else 0
+        return found is None if row.value is None else found is not None and found[0] == row.value
+
+    async def _set(self, row: StateRow, revision: int) -> None:
+        try:
+            if row.value is None:
+                await self._bus.delete_state(row.key, revision=revision)
+                self._revisions.pop(row.key, None)
+            else:
+                self._revisions[row.key] = await self._bus.write_state(
+                    row.key, row.value, revision=revision
+                )
+            self.writes += 1
+        except StateConflict as error:
+            await self._read_back(row, revision, error)
+
+    async def _read_back(self, row: StateRow, revision: int, conflict: StateConflict) -> None:
+        found = await self._bus.read_state(row.key)
+        if found is None:
+            if row.value is None:
+                self._revisions.pop(row.key, None)
+                return
+            self._revisions[row.key] = 0
+            raise BusError(f"{row.key}: was deleted, is written again") from conflict
+        value, there = found
+        if there <= revision:
+            raise BusError(f"{row.key}: read back a revision before our own") from conflict
+        if value != row.value and not self._is_ours(value, row.seq):
+            raise Fenced(f"{row.key}: another writer's value at revision {there}") from conflict
+        self._revisions[row.key] = there
+        if value != row.value:
+            raise BusError(f"{row.key}: an older value of ours came late") from conflict
+        self.writes += 1
+
+    def _is_ours(self, data: bytes, seq: int) -> bool:
+        try:
+            value = unpack.unpack_map(data, unpack.ANSWER)
+        except DecodeError:
+            return False
+        theirs = value.get("seq")
+        return (
+            value.get("journal_id") == self._journal_id
+            and isinstance(theirs, int)
+            and theirs <= seq
+        )
