@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import struct
 import time
 from collections.abc import Awaitable, Callable
@@ -195,8 +196,8 @@ async def test_an_agent_that_does_not_know_the_request_is_quoted_bounded(tmp_pat
 
 async def test_a_socket_that_nobody_serves_any_more_ends_it_early(tmp_path: Path) -> None:
     guest = Guest(tmp_path, silent)
-    async with guest:
-        pass
+    with socket.socket(socket.AF_UNIX) as left:  # its file stays, as a killed VMM's does
+        left.bind(str(guest.root / "v.sock"))
     started = time.monotonic()
 
     with pytest.raises(Unavailable, match="gone"):
