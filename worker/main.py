@@ -190,8 +190,7 @@ class Worker:
         self.caretaker = Reconciler(real, journal, self.lanes, known, metrics)
         self.recovery = Recovery(host, journal, self.supervisor)
         metrics.on_collect(self._collect)
-        bus.on_connection(self._connection_changed)
-        self._reconnects = 0
+        bus.on_connection(self.outbox.wake)
 
     # -- what others may know ------------------------------------------------------------------
 
@@ -229,17 +228,18 @@ class Worker:
             "provisioned": not self.bus.trouble,
         }
 
-    def _connection_changed(self) -> None:
-        self.outbox.wake()
-        while self._reconnects < self.bus.reconnects:
-            self._reconnects += 1
-            self.metrics.reconnected()
-
     def _collect(self) -> None:
         self.metrics.lanes(**self.lanes.counts())
         self.metrics.unfinished(len(self.journal.unfinished()))
         self.metrics.outbox_rows(self.journal.depth)
         self.metrics.bus_connected(self.bus.connected)
+        self.metrics.bus_totals(
+            reconnects=self.bus.reconnects,
+            permission_errors=self.bus.permission_errors,
+            pulls=self.bus.pulls,
+        )
+        self.metrics.queries_dropped(self.service.dropped)
+        self.metrics.unknown_keys(self.intake.unknown_keys)
         self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(Counter(record.status for record in self.journal.instances()))
 

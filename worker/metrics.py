@@ -26,6 +26,18 @@ _LONG = (*_FAST, 30.0, 60.0, 300.0)
 _BYTES = tuple(float(2**exponent) for exponent in range(20, 37, 2))
 
 
+class _Total:
+    """A counter whose total another part keeps; `set` follows it."""
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self._counter = Counter(name, text, registry=registry)
+        self._last = 0
+
+    def set(self, total: int) -> None:
+        self._counter.inc(max(0, total - self._last))
+        self._last = total
+
+
 class Metrics:
     """All metrics of one worker. Methods only count; none blocks, fails or awaits."""
 
@@ -78,13 +90,27 @@ class Metrics:
         self._connected = Gauge(
             "hostd_bus_connected", "1 while the bus is connected, else 0.", registry=registry
         )
-        self._reconnects = Counter(
-            "hostd_bus_reconnects_total", "Times the bus connected again.", registry=registry
+        self._reconnects = _Total("hostd_bus_reconnects_total", "Reconnects to NATS.", registry)
+        self._permission_errors = _Total(
+            "hostd_bus_permission_errors_total",
+            "Publications and subscriptions that the NATS server denied.",
+            registry,
+        )
+        self._pulls = _Total(
+            "hostd_bus_pulls_total", "Pull requests sent to the command consumer.", registry
         )
         self._redeliveries = Counter(
             "hostd_redeliveries_total",
             "Messages that came with a delivery count above one.",
             registry=registry,
+        )
+        self._unknown_keys = _Total(
+            "hostd_unknown_keys_total", "Unknown envelope keys, which are ignored.", registry
+        )
+        self._queries_dropped = _Total(
+            "hostd_queries_dropped_total",
+            "Queries not answered: too many at once, or an invalid reply subject.",
+            registry,
         )
         self._instances = Gauge(
             "hostd_instances", "Instances of this host, by status.", ["status"], registry=registry
@@ -154,9 +180,6 @@ class Metrics:
     def commit(self, seconds: float) -> None:
         self._commit_seconds.observe(seconds)
 
-    def reconnected(self) -> None:
-        self._reconnects.inc()
-
     def redelivered(self) -> None:
         self._redeliveries.inc()
 
@@ -186,6 +209,18 @@ class Metrics:
 
     def bus_connected(self, connected: bool) -> None:
         self._connected.set(int(connected))
+
+    def bus_totals(self, *, reconnects: int, permission_errors: int, pulls: int) -> None:
+        """Totals since the worker started."""
+        self._reconnects.set(reconnects)
+        self._permission_errors.set(permission_errors)
+        self._pulls.set(pulls)
+
+    def queries_dropped(self, total: int) -> None:
+        self._queries_dropped.set(total)
+
+    def unknown_keys(self, total: int) -> None:
+        self._unknown_keys.set(total)
 
     def limits_enforced(self, enforced: bool) -> None:
         self._enforced.set(int(enforced))

@@ -78,7 +78,6 @@ class StateWriter:
         self._revisions: dict[str, int] = {}
         self._fenced_at: int | None = None
         self.fenced = False
-        self.writes = 0
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -138,7 +137,6 @@ class StateWriter:
                 self._revisions[row.key] = await self._bus.write_state(
                     row.key, row.value, revision=revision
                 )
-            self.writes += 1
         except StateConflict as error:
             await self._read_back(row, revision, error)
 
@@ -158,7 +156,6 @@ class StateWriter:
         self._revisions[row.key] = there
         if value != row.value:
             raise BusError(f"{row.key}: an older value of ours came late") from conflict
-        self.writes += 1
 
     def _is_ours(self, data: bytes, seq: int) -> bool:
         try:

@@ -1,5 +1,6 @@
 """Metrics: the contract's names and labels, good style by promtool, never a tenant as label."""
 
+import ast
 import asyncio
 import os
 import re
@@ -26,7 +27,11 @@ CONTRACT = {
     "hostd_outbox_rows": ("gauge", set()),
     "hostd_bus_connected": ("gauge", set()),
     "hostd_bus_reconnects": ("counter", set()),
+    "hostd_bus_permission_errors": ("counter", set()),
+    "hostd_bus_pulls": ("counter", set()),
     "hostd_redeliveries": ("counter", set()),
+    "hostd_unknown_keys": ("counter", set()),
+    "hostd_queries_dropped": ("counter", set()),
     "hostd_instances": ("gauge", {"status"}),
     "hostd_vmm_exits": ("counter", {"reason"}),
     "hostd_snapshot_duration_seconds": ("histogram", set()),
@@ -45,7 +50,9 @@ def used() -> Metrics:
     metrics.step("taps", 0.003)
     metrics.retry("StartInstance", Code.UNAVAILABLE)
     metrics.commit(0.0015)
-    metrics.reconnected()
+    metrics.bus_totals(reconnects=1, permission_errors=2, pulls=30)
+    metrics.queries_dropped(1)
+    metrics.unknown_keys(1)
     metrics.redelivered()
     metrics.vmm_exited("exited")
     metrics.snapshot(0.4, 512 << 20)
@@ -98,6 +105,30 @@ def test_values_are_what_was_counted() -> None:
     assert registry.get_sample_value("hostd_instances", {"status": "sleeping"}) == 0
     assert registry.get_sample_value("hostd_lanes", {"state": "waiting"}) == 1
     assert registry.get_sample_value("hostd_snapshot_bytes_sum") == 512 << 20
+
+
+def test_a_total_that_another_part_keeps_is_followed_not_added_up() -> None:
+    metrics = used()
+    metrics.bus_totals(reconnects=1, permission_errors=5, pulls=31)
+
+    assert metrics.registry.get_sample_value("hostd_bus_reconnects_total") == 1
+    assert metrics.registry.get_sample_value("hostd_bus_permission_errors_total") == 5
+
+
+def test_each_public_counter_of_a_part_is_read_by_the_worker() -> None:
+    """A counter that only a test reads is exported as a metric, or deleted."""
+    counted: dict[str, str] = {}
+    read: set[str] = set()
+    for path in [*ROOT.glob("worker/**/*.py"), *ROOT.glob("handlers/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Attribute):
+                name = ast.unparse(node.target).removeprefix("self.")
+                if name.isidentifier() and not name.startswith("_"):
+                    counted[name] = f"{path}:{node.lineno}"
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+
+    assert {name: where for name, where in counted.items() if name not in read} == {}
 
 
 def test_gauges_are_set_when_scraped() -> None:

@@ -184,7 +184,7 @@ class Link:
             self.permission_errors += 1
             if text not in self._denied and len(self._denied) < 100:
                 self._denied.add(text)
-                log.error("bus.denied", error=text)
+                log.error("bus.permission_denied", error=text)
             return
         self.last_error = text
         if not self.connected and text != self._said:

@@ -145,7 +145,6 @@ class GuardedClient(Client):
         self._guards = guards
         self._backoff = backoff
         self._dead = dead
-        self.reader_deaths = 0
 
     async def _process_pong(self) -> None:
         # A PONG after its flush() timed out sets a cancelled future: InvalidStateError ends the
@@ -169,7 +168,6 @@ class GuardedClient(Client):
             and self._reading_task is mine
             and self._status == Client.CONNECTED
         ):
-            self.reader_deaths += 1
             await self._process_op_err(errors.UnexpectedEOF())
 
     async def _process_err(self, err_msg: str) -> None:

@@ -30,7 +30,7 @@ class NatsBus:
     """One host's bus; implements `worker.bus.Bus`.
 
     `trouble` is "" or the reason why commands do not come though the server is reachable;
-    `connected`, `reconnects`, `redeliveries`, `permission_errors` are for metrics.
+    `connected`, `reconnects`, `permission_errors` and `pulls` are for metrics.
 
     Args:
         settings: `[nats]`.
@@ -61,7 +61,7 @@ class NatsBus:
         self._window = window
         self._loop: PullLoop | None = None
         self._paused = False
-        self._redeliveries_before = 0
+        self._pulls_before = 0
         self.trouble = ""
 
     # -- life ------------------------------------------------------------------------------------
@@ -87,9 +87,9 @@ class NatsBus:
         return self.link.permission_errors
 
     @property
-    def redeliveries(self) -> int:
-        present = self._loop.redeliveries if self._loop else 0
-        return self._redeliveries_before + present
+    def pulls(self) -> int:
+        """Pull requests sent since the start."""
+        return self._pulls_before + (self._loop.pulls if self._loop else 0)
 
     def on_connection(self, changed: Callable[[], None]) -> None:
         """Call `changed()` after each connect and each loss; it must return at once."""
@@ -147,7 +147,7 @@ class NatsBus:
         if self._loop is None:
             self.link.on_up(lambda fresh: self._loop.on_up(fresh) if self._loop else None)
         else:
-            self._redeliveries_before += self._loop.redeliveries
+            self._pulls_before += self._loop.pulls
         self._loop = loop
         await loop.run()
 

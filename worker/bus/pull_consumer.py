@@ -71,8 +71,6 @@ class PullLoop:
         self._tasks: set[asyncio.Task[None]] = set()
         self.credit = 0
         self.pulls = 0
-        self.deliveries = 0
-        self.redeliveries = 0
 
     # -- control -----------------------------------------------------------------------------------
 
@@ -204,10 +202,7 @@ class PullLoop:
     async def _settle(self, message: Message) -> None:
         async with self._slots:
             try:
-                delivery = to_delivery(message, self._link)
-                self.deliveries += 1
-                self.redeliveries += delivery.delivered > 1
-                await self._receive(delivery)
+                await self._receive(to_delivery(message, self._link))
             except BusError as error:
                 log.warning("bus.not_acknowledged", subject=message.subject, error=str(error))
             except Exception:
