@@ -21,7 +21,7 @@ from handlers.errors import (
 from handlers.interfaces import Host
 from handlers.mechanism import Removable
 from handlers.registry import Handler
-from handlers.steps import Done, Halted, Steps, Traced, no_trace
+from handlers.steps import Done, Failpoint, Halted, Steps, no_failpoint
 from schemas import serde
 from schemas.codes import Code
 from schemas.envelopes import Reply, StepTaken
@@ -78,7 +78,7 @@ class Dispatch:
         *,
         meters: Meters,
         draining: Callable[[], bool] = lambda: False,
-        trace: Traced = no_trace,
+        failpoint: Failpoint = no_failpoint,
     ) -> None:
         self._journal = journal
         self._handlers = handlers
@@ -86,7 +86,7 @@ class Dispatch:
         self._mechanisms = mechanisms
         self._meters = meters
         self._draining = draining
-        self._trace = trace
+        self._failpoint = failpoint
         self._budget_s = host.settings.limits.retry_budget_s
 
     async def run(self, work: Work) -> None:
@@ -106,7 +106,7 @@ class Dispatch:
             self._mechanisms,
             deadline_ms=row.command.deadline_ms,
             admission=row.admission,
-            trace=self._trace,
+            failpoint=self._failpoint,
             observe=self._meters.step,
         )
         work.began(steps)

@@ -27,7 +27,7 @@ from schemas.settings import Settings
 from schemas.subjects import Subjects
 from worker.bus.nats import NatsBus
 from worker.dispatch import Dispatch
-from worker.failpoints import tracer
+from worker.failpoints import failpoint
 from worker.health import HealthServer
 from worker.host_factory import RealHost, open_real_host, prepare_dirs
 from worker.intake import Intake
@@ -156,9 +156,10 @@ class Worker:
         self._phase = "recovering"
         self._real = real
         self._background = background
-        trace = tracer(os.environ)
         runner = NotifyingRunner(
-            Dispatch(journal, HANDLERS, host, known, meters=metrics, trace=trace)
+            Dispatch(
+                journal, HANDLERS, host, known, meters=metrics, failpoint=failpoint(os.environ)
+            )
         )
         self.lanes = Lanes(runner)
         self.supervisor = VmmWatch(host, journal, self.lanes, metrics)

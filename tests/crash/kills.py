@@ -12,7 +12,7 @@ from nats.aio.msg import Msg
 
 from schemas.requests import Request
 from tests.live_host import LiveHost
-from worker.failpoints import STOP_AT, TELL
+from worker.failpoints import FILE, POINT
 
 
 async def until(holds: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
@@ -25,9 +25,9 @@ async def until(holds: Callable[[], bool], what: str, timeout_s: float = 30) -> 
 
 async def stand_at(host: LiveHost, moment: str, request: Request, command_id: str) -> None:
     """Have a new worker stand still at the moment, in the midst of the command."""
-    told = Path(host.directory, f"trace-{command_id}")
+    told = Path(host.directory, f"failpoint-{command_id}")
     await host.stop_worker()
-    await host.start_worker(**{STOP_AT: moment, TELL: str(told)})
+    await host.start_worker(**{POINT: moment, FILE: str(told)})
     await host.publish(request, command_id)
     await until(told.exists, moment)
     assert told.read_text(encoding="ascii") == moment
