@@ -109,10 +109,10 @@ class Lanes:
         if self._started:
             self._wake(row.lane, line)
 
-    def put_chore(self, lane: Lane, chore: MaintenanceTask) -> None:
+    def put_maintenance(self, lane: Lane, task: MaintenanceTask) -> None:
         """Queue the worker's own work behind all else of the lane."""
         line = self._lines.setdefault(lane, _Line())
-        line.waiting.append(chore)
+        line.waiting.append(task)
         if self._started:
             self._wake(lane, line)
 
