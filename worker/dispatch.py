@@ -149,7 +149,7 @@ class Dispatch:
         except Halted:
             raise
         except Exception:
-            log.exception("command.bug", type=row.command.request.kind)
+            log.exception("command.crashed", type=row.command.request.kind)
             return await self._undone(row, steps, None), None
         reply = self._reply(
             row,
@@ -204,7 +204,7 @@ class Dispatch:
         failure = of_os_error(error) if isinstance(error, OSError) else error
         if isinstance(failure, Failure):
             self._meters.retry(row.command.request.kind, failure.code)
-            log.info("command.retry", code=failure.code.value, reason=failure.message)
+            log.info("command.retried", code=failure.code.value, reason=failure.message)
 
     async def _pause(self, steps: Steps, seconds: float) -> None:
         """Wait before the next attempt; a superseding command or the shutdown ends it at once."""
@@ -225,7 +225,7 @@ class Dispatch:
             except JournalFault:
                 await self._journal.until_writable()
             except Exception:
-                log.exception("command.bug", doing="undo")
+                log.exception("command.crashed", doing="undo")
                 rows = self._journal.rows(steps.command_id)
                 return tuple(f"{row.mechanism} {row.key}" for row in rows if not row.existed)
 
@@ -245,7 +245,7 @@ class Dispatch:
             except (TypeError, ValueError, OverflowError):
                 if reply.code is Code.INTERNAL:
                     raise
-                log.exception("command.bug", type=row.command.request.kind)  # no msgpack of it
+                log.exception("command.crashed", type=row.command.request.kind)  # no msgpack of it
                 reply = self._failed(row, None, ())
         if row.withdrawn:
             return

@@ -179,7 +179,7 @@ class Lanes:
                     else:
                         await self._runner.run(line.running)
                 except Exception:
-                    log.exception("lane.bug", lane=str(lane), work=_name(line.running))
+                    log.exception("lane.work_crashed", lane=str(lane), work=_name(line.running))
         finally:
             line.running = line.task = None
             if not line.waiting:

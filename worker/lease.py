@@ -64,7 +64,7 @@ class Lease:
         self._news = asyncio.Event()
         self._held = asyncio.Event()
         self._renewal = asyncio.Event()
-        self._said = ""
+        self._logged = ""
         self.generation = 0
 
     @property
@@ -94,7 +94,8 @@ class Lease:
             try:
                 await self._renew()
             except BusError as error:
-                self._say("lease.waiting", str(error))
+                if self._is_new(str(error)):
+                    log.warning("lease.acquire_failed", error=str(error))
                 await asyncio.sleep(random.uniform(0.1, 1))  # noqa: S311
             else:
                 return
@@ -110,9 +111,11 @@ class Lease:
                 await self._renew()
             except LeaseHeld as error:
                 self._held.clear()
-                self._say("lease.lost", str(error))
+                if self._is_new(str(error)):
+                    log.warning("lease.lost", error=str(error))
             except BusError as error:
-                self._say("lease.not_renewed", str(error))
+                if self._is_new(str(error)):
+                    log.warning("lease.renew_failed", error=str(error))
                 await asyncio.sleep(random.uniform(0.1, 1))  # noqa: S311
                 self._news.set()
 
@@ -123,7 +126,7 @@ class Lease:
         try:
             await self._bus.write_state(self.key, self._value(0), revision=self._revision)
         except BusError as error:
-            log.info("lease.not_released", error=str(error))
+            log.info("lease.release_failed", error=str(error))
         self._held.clear()
 
     # -- inside ------------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ class Lease:
         self.generation += 1
         self._renewal.set()
         self._renewal = asyncio.Event()
-        self._said = ""
+        self._logged = ""
         self._held.set()
 
     async def _revision_to_take(self) -> int:
@@ -182,7 +185,7 @@ class Lease:
         }
         return unpack.pack(facts | fixed)
 
-    def _say(self, event: str, text: str) -> None:
-        if text != self._said:
-            self._said = text
-            log.warning(event, reason=text)
+    def _is_new(self, text: str) -> bool:
+        """Whether this text differs from the last one logged: each is logged once."""
+        new, self._logged = text != self._logged, text
+        return new

@@ -101,7 +101,7 @@ class StateWriter:
             log.error("state.fenced", reason=str(fences[0]), keys=len(fences))
             self._lease.touch()
         elif failures:
-            log.debug("state.not_written", reason=str(failures[0]), keys=len(failures))
+            log.debug("state.write_failed", reason=str(failures[0]), keys=len(failures))
             await asyncio.sleep(random.uniform(0.1, 0.5))  # noqa: S311
 
     async def _wait_allowed(self) -> None:

@@ -189,7 +189,7 @@ class Link:
         self.last_error = text
         if not self.connected and text != self._said:
             self._said = text
-            log.warning("bus.unreachable", url=self._url, error=text)
+            log.warning("bus.connect_failed", url=self._url, error=text)
 
     async def _on_lost(self) -> None:
         if self._up.is_set():

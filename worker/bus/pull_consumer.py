@@ -204,7 +204,7 @@ class PullLoop:
             try:
                 await self._receive(to_delivery(message, self._link))
             except BusError as error:
-                log.warning("bus.not_acknowledged", subject=message.subject, error=str(error))
+                log.warning("bus.ack_failed", subject=message.subject, error=str(error))
             except Exception:
                 # Not acknowledged, so it comes again after ack_wait.
                 log.exception("bus.receive_failed", subject=message.subject)

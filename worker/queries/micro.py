@@ -98,7 +98,7 @@ class MicroService:
             try:
                 await subscription.unsubscribe()
             except Exception as error:  # noqa: BLE001 (of a client that is gone)
-                log.debug("micro.unsubscribe_failed", error=str(error))
+                log.debug("query.unsubscribe_failed", error=str(error))
         self._subscriptions = []
         if self._tasks:
             await asyncio.wait(set(self._tasks))
@@ -111,7 +111,7 @@ class MicroService:
             try:
                 await self._subscribe()
             except BusError as error:
-                log.warning("micro.subscribe_failed", error=str(error))
+                log.warning("query.subscribe_failed", error=str(error))
 
     async def _subscribe(self) -> None:
         self._subscriptions = []
@@ -149,9 +149,9 @@ class MicroService:
             try:
                 await work(message)
             except BusError as error:
-                log.debug("micro.answer_lost", subject=message.subject, error=str(error))
+                log.debug("query.answer_lost", subject=message.subject, error=str(error))
             except Exception:
-                log.exception("micro.failed", subject=message.subject)
+                log.exception("query.crashed", subject=message.subject)
 
     async def _serve(self, endpoint: Endpoint, message: Message) -> None:
         began_ns = time.perf_counter_ns()

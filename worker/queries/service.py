@@ -134,7 +134,7 @@ async def answer(
     except Failure as error:
         return _error(error.code, error.message), True
     except Exception:
-        log.exception("ask.failed", verb=verb)
+        log.exception("query.failed", verb=verb)
         return _error(Code.INTERNAL, f"{verb} failed; the worker's log says why"), True
     if len(packed) > ANSWER_BYTES:
         text = f"the answer has {len(packed)} bytes, more than {ANSWER_BYTES}"
