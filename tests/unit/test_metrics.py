@@ -145,6 +145,17 @@ def test_two_workers_in_one_process_do_not_share_a_registry() -> None:
     assert other.registry.get_sample_value("hostd_redeliveries_total") == 0
 
 
+def test_each_alert_reads_exported_metrics_and_has_a_case_that_fires() -> None:
+    rules = (ROOT / "deploy/prometheus/hostd.rules.yml").read_text()
+    cases = (ROOT / "deploy/prometheus/hostd.test.yml").read_text()
+    alerts = re.findall(r"- alert: (\w+)", rules)
+    read = {re.sub(r"_(total|bucket)$", "", name) for name in re.findall(r"\bhostd_\w+", rules)}
+
+    firing = re.findall(r"alertname: (\w+)\n +exp_alerts:\n", cases)
+    assert sorted(set(firing)) == sorted(alerts)
+    assert read <= set(CONTRACT)
+
+
 def test_promtool_finds_nothing_to_improve() -> None:
     promtool = shutil.which("promtool", path=f"{ROOT}/build/tools:{os.environ['PATH']}")
     if promtool is None:
