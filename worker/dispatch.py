@@ -49,7 +49,7 @@ SNAPSHOT_STEPS: Final = frozenset({"pause", "snapshot_draft", "publish"})
 log = structlog.get_logger()
 
 
-class Meters(Protocol):
+class CommandMeters(Protocol):
     """What dispatch counts (`worker/metrics.py`)."""
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None: ...
@@ -76,7 +76,7 @@ class Dispatch:
         host: Host,
         mechanisms: Mapping[str, Removable],
         *,
-        meters: Meters,
+        meters: CommandMeters,
         draining: Callable[[], bool] = lambda: False,
         failpoint: Failpoint = no_failpoint,
     ) -> None:

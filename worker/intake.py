@@ -31,7 +31,7 @@ from worker.lanes import Lanes
 log = structlog.get_logger()
 
 
-class Meters(Protocol):
+class IntakeMeters(Protocol):
     """What intake counts (`worker/metrics.py`)."""
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None: ...
@@ -70,7 +70,7 @@ class Intake:
         inbox_prefixes: Sequence[str],
         version: str,
         facts: Callable[[], dict[str, Any]],
-        meters: Meters,
+        meters: IntakeMeters,
     ) -> None:
         self.unknown_keys = 0
         self._bus = bus

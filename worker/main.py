@@ -38,7 +38,7 @@ from worker.metrics import Metrics, sample_loop_lag
 from worker.outbox import Outbox
 from worker.preflight import prepare_dirs
 from worker.queries.answers import Answers
-from worker.queries.service import ask_service
+from worker.queries.service import query_service
 from worker.reconcile.adoption import Adoption
 from worker.reconcile.reconciler import Reconciler
 from worker.reconcile.recovery import Recovery
@@ -144,8 +144,8 @@ class Worker:
             lambda: {**self.facts(), "seq": journal.seq},
         )
         self.state = StateWriter(bus, journal, journal.journal_id, self.lease)
-        self.service = ask_service(
-            bus.link,
+        self.service = query_service(
+            bus.connection,
             subjects,
             Answers(journal, real.facts.boot_id(), lambda: self.host_state),
             version=version("hostd"),

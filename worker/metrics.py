@@ -1,4 +1,4 @@
-"""The worker's metrics: one registry of its own, one small method per fact.
+"""The worker's metrics: one registry per worker, one small method per fact.
 
 Never a tenant, pool or instance as a label: the number of series must not grow with tenants. Names
 and labels are a contract (docs/operations.md lists them); `promtool check metrics` runs in a test.
@@ -39,7 +39,7 @@ class _Total:
 
 
 class Metrics:
-    """All metrics of one worker. Methods only count; none blocks, fails or awaits."""
+    """All metrics of one worker. No method blocks, awaits or raises."""
 
     def __init__(self, version: str) -> None:
         # `_created` series double a counter's cost and fail promtool's naming rules
@@ -48,13 +48,13 @@ class Metrics:
         self._collect: Callable[[], None] = lambda: None
         self._commands = Counter(
             "hostd_commands_total",
-            "Commands that ended, by type and result code.",
+            "Finished commands, by type and result code.",
             ["type", "code"],
             registry=registry,
         )
         self._command_seconds = Histogram(
             "hostd_command_duration_seconds",
-            "From a command's receipt to its outcome, waiting in its lane included.",
+            "Time from receipt of a command to its outcome, including the wait in its lane.",
             ["type"],
             buckets=_LONG,
             registry=registry,
@@ -68,7 +68,7 @@ class Metrics:
         )
         self._retries = Counter(
             "hostd_retries_total",
-            "Attempts beyond a command's first, by type and the code of the failure.",
+            "Attempts after the first of a command, by type and code of the failure.",
             ["type", "code"],
             registry=registry,
         )
@@ -101,7 +101,7 @@ class Metrics:
         )
         self._redeliveries = Counter(
             "hostd_redeliveries_total",
-            "Messages that came with a delivery count above one.",
+            "Command messages that NATS delivered more than once.",
             registry=registry,
         )
         self._unknown_keys = _Total(
@@ -113,11 +113,11 @@ class Metrics:
             registry,
         )
         self._instances = Gauge(
-            "hostd_instances", "Instances of this host, by status.", ["status"], registry=registry
+            "hostd_instances", "Instances on this host, by status.", ["status"], registry=registry
         )
         self._exits = Counter(
             "hostd_vmm_exits_total",
-            "VMMs that ended without a command, by reason.",
+            "VMMs that exited without a command, by reason.",
             ["reason"],
             registry=registry,
         )
@@ -135,7 +135,7 @@ class Metrics:
         )
         self._orphans = Gauge(
             "hostd_orphans",
-            "Things on this host that carry our mark and belong to no record, by kind.",
+            "Resources with hostd's mark that belong to no record, by kind.",
             ["kind"],
             registry=registry,
         )
@@ -147,7 +147,7 @@ class Metrics:
         )
         self._enforced = Gauge(
             "hostd_limits_enforced",
-            "1 while cgroup limits are in force, 0 on a developer's host.",
+            "1 if cgroup limits are enforced, 0 on a developer's host.",
             registry=registry,
         )
         build = Gauge("hostd_build_info", "Always 1.", ["version"], registry=registry)
@@ -156,18 +156,18 @@ class Metrics:
         self.instances({})
 
     def on_collect(self, collect: Callable[[], None]) -> None:
-        """Have `collect` set the gauges just before each scrape; it must be fast."""
+        """Call `collect` before each scrape, to set gauges and totals; it must be fast."""
         self._collect = collect
 
     def render(self) -> bytes:
-        """The text exposition format, gauges fresh."""
+        """The metrics in the text exposition format, with current gauges."""
         self._collect()
         return generate_latest(self.registry)
 
-    # -- what happened -------------------------------------------------------------------------
+    # -- events --------------------------------------------------------------------------------
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None:
-        """A command of this type ended, `seconds` after it was received."""
+        """A command of this type finished, `seconds` after it was received."""
         self._commands.labels(kind, code.value).inc()
         self._command_seconds.labels(kind).observe(seconds)
 
@@ -184,7 +184,7 @@ class Metrics:
         self._redeliveries.inc()
 
     def vmm_exited(self, reason: str) -> None:
-        """`reason` is one of a few words, never a text of the VMM's."""
+        """`reason` is one of a few words, never text from the VMM."""
         self._exits.labels(reason).inc()
 
     def snapshot(self, seconds: float, size_bytes: int) -> None:
@@ -194,10 +194,10 @@ class Metrics:
     def loop_lag(self, seconds: float) -> None:
         self._lag.observe(seconds)
 
-    # -- how things are ------------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------------------
 
     def lanes(self, *, busy: int, waiting: int) -> None:
-        """Lanes with a command running, and lanes with commands that wait behind it."""
+        """Lanes with a running command, and lanes with waiting commands."""
         self._lanes.labels("busy").set(busy)
         self._lanes.labels("waiting").set(waiting)
 
@@ -226,20 +226,20 @@ class Metrics:
         self._enforced.set(int(enforced))
 
     def instances(self, counts: Mapping[Status, int]) -> None:
-        """A status that is not in `counts` has none."""
+        """A status that is not in `counts` is set to 0."""
         for status in Status:
             if status is not Status.DESTROYED:
                 self._instances.labels(status.value).set(counts.get(status, 0))
 
     def orphans(self, counts: Mapping[str, int]) -> None:
-        """By kind of the inventory; a kind left out keeps no series."""
+        """By kind of the inventory; a kind that is left out has no series."""
         self._orphans.clear()
         for kind, count in counts.items():
             self._orphans.labels(kind).set(count)
 
 
 async def sample_loop_lag(metrics: Metrics, interval_s: float = LAG_INTERVAL_S) -> None:
-    """Until cancelled: note how much later than asked the loop wakes this task."""
+    """Until cancelled: measure how late the loop wakes this task."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + interval_s

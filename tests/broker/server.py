@@ -1,4 +1,4 @@
-"""A real nats-server for tests, with what is needed to hurt it; and an administrator's link."""
+"""A real nats-server for tests that can be paused, crashed and restarted; an admin client."""
 
 import asyncio
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.guarded_client import ALL_GUARDS, Guard, Tuning
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError, Delivery
@@ -74,24 +74,24 @@ async def running_server(
 
 
 @asynccontextmanager
-async def linked(
+async def connection_to(
     url: str,
     *,
     creds: str = "",
     guards: frozenset[Guard] = ALL_GUARDS,
     tuning: Tuning = QUICK,
     inbox: str = "_INBOX.admin",
-) -> AsyncIterator[Link]:
-    """A connected link, closed afterwards."""
-    link = Link(
+) -> AsyncIterator[Connection]:
+    """A connected connection, closed afterwards."""
+    connection = Connection(
         NatsSettings(url=url, creds=creds), name="test", inbox=inbox, guards=guards, tuning=tuning
     )
-    await link.start()
+    await connection.start()
     try:
-        await asyncio.wait_for(link.wait_connected(), 10)
-        yield link
+        await asyncio.wait_for(connection.wait_connected(), 10)
+        yield connection
     finally:
-        await link.close()
+        await connection.close()
 
 
 class Receiver:
@@ -153,7 +153,7 @@ class Host:
     def __init__(
         self,
         server: Server,
-        admin: Link,
+        admin: Connection,
         bus: NatsBus,
         receiver: Receiver,
         consumer: asyncio.Task[None],
@@ -193,7 +193,7 @@ async def consuming_host(
 ) -> AsyncIterator[Host]:
     """Provision, start a bus and consume."""
     receiver = receiver or Receiver()
-    async with linked(server.url, creds=admin_creds) as admin:
+    async with connection_to(server.url, creds=admin_creds) as admin:
         await provision(admin, SUBJECTS, [HOST], ack_wait_ns=500_000_000)
         settings = NatsSettings(url=url or server.url, creds=creds)
         bus = NatsBus(settings, SUBJECTS, guards=guards, window=window, tuning=tuning)

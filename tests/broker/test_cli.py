@@ -53,7 +53,7 @@ async def hostd(server: Server, *args: str, **env: str) -> Result:
 class StandIn:
     """Answers commands with the reply set, and questions with the answers set."""
 
-    link: Client
+    connection: Client
     reply: dict[str, Any] = field(default_factory=dict)
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
     silent: bool = False
@@ -65,7 +65,9 @@ class StandIn:
         self.commands.append((message.subject, command))
         if not self.silent:
             assert command.reply_to is not None
-            await self.link.publish(command.reply_to, codec.encode_reply(self.reply_to(command)))
+            await self.connection.publish(
+                command.reply_to, codec.encode_reply(self.reply_to(command))
+            )
 
     def reply_to(self, command: Command) -> Reply:
         response = Pong() if isinstance(command.request, Ping) else Ok()
@@ -83,13 +85,13 @@ async def worker(server: Server) -> AsyncIterator[StandIn]:
     """A provisioned cell with the stand-in at work."""
     done = await hostd(server, "provision", "--json")
     assert done.exit_code == 0, done.output
-    link = await nats.connect(server.url)
-    stand_in = StandIn(link)
-    await link.subscribe(f"{SUBJECTS.root}.{HOST}.cmd.>", cb=stand_in.on_command)
-    await link.subscribe(f"{SUBJECTS.root}.{HOST}.ask.*", cb=stand_in.on_question)
-    await link.flush()
+    connection = await nats.connect(server.url)
+    stand_in = StandIn(connection)
+    await connection.subscribe(f"{SUBJECTS.root}.{HOST}.cmd.>", cb=stand_in.on_command)
+    await connection.subscribe(f"{SUBJECTS.root}.{HOST}.ask.*", cb=stand_in.on_question)
+    await connection.flush()
     yield stand_in
-    await link.close()
+    await connection.close()
 
 
 Body = Callable[[], Awaitable[None]]
@@ -280,13 +282,13 @@ async def test_kept_events_come_first_then_new_ones_each_once(
 ) -> None:
     subject = f"{SUBJECTS.root}.{HOST}.evt.network.acme.status"
     for seq in (1, 2, 2):
-        await worker.link.jetstream().publish(subject, event(seq))
+        await worker.connection.jetstream().publish(subject, event(seq))
 
     kept = await hostd(server, "events", "--kept", "--no-follow", "--json")
     assert [json.loads(line)["seq"] for line in kept.output.splitlines()] == [1, 2]
 
     following = asyncio.create_task(hostd(server, "events", "--kept", "--count", "3"))
-    sender = asyncio.create_task(_again_and_again(worker.link, subject, event(3)))
+    sender = asyncio.create_task(_again_and_again(worker.connection, subject, event(3)))
     try:
         followed = await asyncio.wait_for(following, 20)
     finally:
@@ -299,10 +301,10 @@ async def test_kept_events_come_first_then_new_ones_each_once(
     )
 
 
-async def _again_and_again(link: Client, subject: str, payload: bytes) -> None:
+async def _again_and_again(connection: Client, subject: str, payload: bytes) -> None:
     """Until the follower has surely subscribed; it shows each event once."""
     while True:
-        await link.publish(subject, payload)
+        await connection.publish(subject, payload)
         await asyncio.sleep(0.05)
 
 

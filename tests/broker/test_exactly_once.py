@@ -15,11 +15,11 @@ from schemas.codes import Code
 from schemas.requests import Request
 from schemas.settings import NatsSettings
 from schemas.subjects import Lane
-from tests.broker.server import HOST, QUICK, SUBJECTS, Server, eventually, linked
+from tests.broker.server import HOST, QUICK, SUBJECTS, Server, connection_to, eventually
 from tests.fakes import shell_worker as fakes
 from tests.fakes.bus import FakeBus
 from tests.fakes.shell_worker import Machine, ShellWorker, command, start, stop
-from worker.bus.connection import Link, Message
+from worker.bus.connection import Connection, Message
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError
 from worker.bus.provision import provision
@@ -28,15 +28,15 @@ from worker.bus.provision import provision
 class Agentd:
     """The sender: publishes until the stream has it, listens on inboxes, reads the streams."""
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
         self.told: list[bytes] = []
 
     async def listen(self, inbox: str) -> None:
         async def hear(message: Message) -> None:
             self.told.append(message.data)
 
-        await self.link.subscribe(inbox, hear)
+        await self.connection.subscribe(inbox, hear)
 
     async def send(
         self, request: Request, command_id: str, *, msg_id: bool = False, **more: Any
@@ -47,7 +47,7 @@ class Agentd:
         async with asyncio.timeout(20):
             while True:
                 try:
-                    await self.link.request(subject, data, headers=headers, timeout_s=1)
+                    await self.connection.request(subject, data, headers=headers, timeout_s=1)
                 except BusError:
                     await asyncio.sleep(0.02)
                 else:
@@ -55,11 +55,13 @@ class Agentd:
 
     async def kept(self, stream: str) -> list[bytes]:
         """All messages of a stream, in order."""
-        info = json.loads((await self.link.request(f"$JS.API.STREAM.INFO.{stream}", b"")).data)
+        info = json.loads(
+            (await self.connection.request(f"$JS.API.STREAM.INFO.{stream}", b"")).data
+        )
         found: list[bytes] = []
         for seq in range(1, info["state"]["last_seq"] + 1):
             body = json.dumps({"seq": seq}).encode()
-            answer = await self.link.request(f"$JS.API.STREAM.MSG.GET.{stream}", body)
+            answer = await self.connection.request(f"$JS.API.STREAM.MSG.GET.{stream}", body)
             found.append(base64.b64decode(json.loads(answer.data)["message"]["data"]))
         return found
 
@@ -77,9 +79,9 @@ class Agentd:
 
 @asynccontextmanager
 async def agentd(server: Server) -> AsyncIterator[Agentd]:
-    async with linked(server.url) as link:
-        await provision(link, SUBJECTS, [HOST], ack_wait_ns=500_000_000)
-        yield Agentd(link)
+    async with connection_to(server.url) as connection:
+        await provision(connection, SUBJECTS, [HOST], ack_wait_ns=500_000_000)
+        yield Agentd(connection)
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from handlers.errors import HostFault
-from tests.broker.server import Server, eventually, linked, running_server
+from tests.broker.server import Server, connection_to, eventually, running_server
 from worker.demo.nats_server import EmbeddedNats
 
 PARENT = """
@@ -28,7 +28,7 @@ asyncio.run(main())
 
 async def test_streams_stay_over_a_restart_on_the_same_url(server: Server) -> None:
     before = server.url
-    async with linked(server.url) as admin:
+    async with connection_to(server.url) as admin:
         body = b'{"name": "S", "subjects": ["s.>"]}'
         assert b'"error"' not in (await admin.request("$JS.API.STREAM.CREATE.S", body)).data
         await admin.request("s.x", b"kept")

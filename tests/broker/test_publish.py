@@ -7,16 +7,16 @@ import time
 import pytest
 
 from tests.broker.proxy import proxied
-from tests.broker.server import HOST, SUBJECTS, Server, consuming_host, eventually, linked
+from tests.broker.server import HOST, SUBJECTS, Server, connection_to, consuming_host, eventually
 from tests.broker.test_guarded_client import guard_cases
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.guarded_client import Guard
 from worker.bus.protocol import BusError, NotProvisioned
 
 REPLY = f"{SUBJECTS.root}.{HOST}.reply.host"
 
 
-async def stored(admin: Link, stream: str) -> int:
+async def stored(admin: Connection, stream: str) -> int:
     answer = await admin.request(f"$JS.API.STREAM.INFO.{stream}", b"")
     number: int = json.loads(answer.data)["state"]["messages"]
     return number
@@ -96,10 +96,10 @@ async def test_the_headers_of_the_caller_stay_as_they_are(server: Server) -> Non
 async def test_a_cancellation_while_nats_py_flushes_is_not_lost(
     server: Server, guards: frozenset[Guard], cancelled: bool
 ) -> None:
-    async with linked(server.url, guards=guards - {Guard.PING}) as link:
+    async with connection_to(server.url, guards=guards - {Guard.PING}) as connection:
         server.pause()
         block = b"x" * 1_000_000
-        stuck = [asyncio.create_task(link.send("x.y", block)) for _ in range(20)]
+        stuck = [asyncio.create_task(connection.send("x.y", block)) for _ in range(20)]
         _, waiting = await asyncio.wait(stuck, timeout=0.3)
         assert waiting
 

@@ -15,9 +15,9 @@ from tests.broker.server import (
     Host,
     Receiver,
     Server,
+    connection_to,
     consuming_host,
     eventually,
-    linked,
     running_server,
 )
 from tests.broker.test_guarded_client import SLOW_PINGS, guard_cases, still_delivers
@@ -135,7 +135,7 @@ async def test_no_server_and_no_streams_at_the_start(server: Server) -> None:
         assert "Run `hostd provision`" in bus.trouble
         assert not provisioned.done()
 
-        async with linked(server.url) as admin:
+        async with connection_to(server.url) as admin:
             await provision(admin, SUBJECTS, [HOST])
             await asyncio.wait_for(provisioned, 5)
             host = Host(server, admin, bus, receiver, consumer)

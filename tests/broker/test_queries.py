@@ -12,13 +12,13 @@ from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
 from handlers.errors import NotFound
 from schemas.settings import NatsSettings
-from tests.broker.server import HOST, QUICK, SUBJECTS, Server, eventually, linked
-from worker.bus.connection import Link
+from tests.broker.server import HOST, QUICK, SUBJECTS, Server, connection_to, eventually
+from worker.bus.connection import Connection
 from worker.bus.message import Message
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError
 from worker.queries.micro import MicroService
-from worker.queries.service import ANSWER_BYTES, ask_service
+from worker.queries.service import ANSWER_BYTES, query_service
 
 
 class Answers:
@@ -49,7 +49,9 @@ class Answers:
 
 
 class Asked:
-    def __init__(self, caller: Link, bus: NatsBus, service: MicroService, source: Answers) -> None:
+    def __init__(
+        self, caller: Connection, bus: NatsBus, service: MicroService, source: Answers
+    ) -> None:
         self.caller, self.bus, self.service, self.source = caller, bus, service, source
 
     async def ask(self, verb: str, body: object = None) -> dict[str, Any]:
@@ -63,12 +65,12 @@ class Asked:
 async def asked(server: Server) -> AsyncIterator[Asked]:
     bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
     source = Answers()
-    service = ask_service(bus.link, SUBJECTS, source, version="1.2.3")
-    async with linked(server.url) as caller:
+    service = query_service(bus.connection, SUBJECTS, source, version="1.2.3")
+    async with connection_to(server.url) as caller:
         await service.start()
         await bus.start()
         try:
-            await asyncio.wait_for(bus.link.wait_connected(), 10)
+            await asyncio.wait_for(bus.connection.wait_connected(), 10)
             asked = Asked(caller, bus, service, source)
             await answering(asked)
             yield asked
@@ -108,8 +110,8 @@ async def test_each_question_gets_its_answer(server: Server) -> None:
         ("result", {}, "invalid", "$.id: is missing"),
         ("result", {"id": 5}, "invalid", "$.id"),
         ("result", [1], "invalid", "expected a map"),
-        ("describe", {"tenant_id": "a", "pool_id": "p"}, "invalid", "come together"),
-        ("list", None, "internal", "the worker's log says why"),
+        ("describe", {"tenant_id": "a", "pool_id": "p"}, "invalid", "set both or neither"),
+        ("list", None, "internal", "see the worker's log"),
     ],
 )
 async def test_an_error_says_what_and_leaks_nothing(
@@ -192,8 +194,8 @@ async def test_questions_are_answered_again_after(server: Server, how: str) -> N
         if how == "restart":
             await server.crash()
         else:
-            assert to.bus.link.client is not None
-            await to.bus.link.client.close()
+            assert to.bus.connection.client is not None
+            await to.bus.connection.client.close()
 
         await answering(to)
 

@@ -241,7 +241,9 @@ async def test_a_live_lease_of_another_machine_stops_the_start(server: Server) -
         first = lease_of(host.bus, "m1")
         await first.acquire()
 
-        with pytest.raises(LeaseHeld, match=r"machine 'm1' holds this host id.*\[host\] id"):
+        with pytest.raises(
+            LeaseHeld, match=r"machine 'm1' has the lease of this host ID.*\[host\] id"
+        ):
             await lease_of(host.bus, "m2").acquire()
 
         await lease_of(host.bus, "m1").acquire()

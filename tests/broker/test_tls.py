@@ -8,7 +8,7 @@ import pytest
 
 from schemas.settings import NatsSettings
 from tests.broker.server import QUICK, eventually, running_server
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 
 
 def authority(directory: Path, name: str) -> Path:
@@ -31,16 +31,18 @@ async def test_only_a_certificate_of_that_authority_is_trusted(
     config = f'tls {{ cert_file: "{cert}", key_file: "{cert.with_suffix(".key")}" }}'
     async with running_server(tmp_path / "nats", config=config) as server:
         settings = NatsSettings(url=server.url, tls=str(cert if trusted else other))
-        link = Link(settings, name="tls", inbox="_INBOX.tls", tuning=QUICK)
-        await link.start()
+        connection = Connection(settings, name="tls", inbox="_INBOX.tls", tuning=QUICK)
+        await connection.start()
         try:
             if trusted:
-                await asyncio.wait_for(link.wait_connected(), 10)
-                assert b"account_info_response" in (await link.request("$JS.API.INFO", b"")).data
+                await asyncio.wait_for(connection.wait_connected(), 10)
+                assert (
+                    b"account_info_response" in (await connection.request("$JS.API.INFO", b"")).data
+                )
                 await server.crash()
-                assert await eventually(lambda: link.reconnects == 1, 10)
+                assert await eventually(lambda: connection.reconnects == 1, 10)
             else:
-                assert await eventually(lambda: "certificate" in link.last_error.lower(), 5)
-                assert not link.connected
+                assert await eventually(lambda: "certificate" in connection.last_error.lower(), 5)
+                assert not connection.connected
         finally:
-            await link.close()
+            await connection.close()

@@ -9,7 +9,7 @@ from nats.aio.client import Client
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
 from worker.bus import streams
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.credentials import CredentialsFile
 from worker.bus.guarded_client import STANDARD, Backoff, LibraryMismatch, check_library
 from worker.bus.message import Message
@@ -82,7 +82,7 @@ def test_user_and_password_of_one_attempt_belong_together(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("text", ["", "no colon", "a:b\nc:d", ":x"])
 def test_a_credentials_file_that_is_neither_form_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(errors.Error, match="neither NATS credentials nor"):
+    with pytest.raises(errors.Error, match="expected NATS credentials or"):
         secret(tmp_path / "creds", text).user()
 
 
@@ -109,9 +109,9 @@ def test_a_nats_credentials_file_is_known_by_its_head(tmp_path: Path) -> None:
     ],
 )
 def test_both_forms_of_ack_subjects_are_read(reply: str) -> None:
-    link = Link(NatsSettings(), name="t", inbox="_INBOX.t")
+    connection = Connection(NatsSettings(), name="t", inbox="_INBOX.t")
 
-    got: Delivery = to_delivery(Message("s", reply, b"x", {"nats-msg-id": "id-1"}), link)
+    got: Delivery = to_delivery(Message("s", reply, b"x", {"nats-msg-id": "id-1"}), connection)
 
     assert (got.delivered, got.stream_seq, got.msg_id) == (3, 17, "id-1")
 
