@@ -22,7 +22,7 @@ HOST = "h1"
 SUBJECTS = Subjects(f"hostd.v1.{CELL}", HOST, CELL)
 OLD_SERVER = Path(__file__).parents[2] / "build" / "tools" / "nats-server-debian"
 
-# As the product's, but all waits short, so that a test sees the healing soon.
+# As in production, but with short times, so that a test sees the recovery soon.
 QUICK = Tuning(
     ping_s=0.3,
     pings=2,
@@ -40,7 +40,7 @@ class Server(EmbeddedNats):
     """An embedded server that can be paused, killed and restarted."""
 
     def pause(self) -> None:
-        """Stop every thread of it; returns when the kernel says so."""
+        """Stop every thread of it; returns once the kernel shows them stopped."""
         self.process.signal(signal.SIGSTOP)
         tasks = Path(f"/proc/{self.process.pid()}/task")
         while {(t / "stat").read_text().rsplit(") ", 1)[1][0] for t in tasks.iterdir()} != {"T"}:
@@ -50,12 +50,12 @@ class Server(EmbeddedNats):
         self.process.signal(signal.SIGCONT)
 
     async def restart(self) -> None:
-        """In good order: the server tells its clients and their pulls."""
+        """An orderly restart: the server notifies its clients and their pulls."""
         await self.stop()
         await self.start()
 
     async def crash(self) -> None:
-        """As a power cut would, without a word to anybody; and start again."""
+        """A restart after SIGKILL: nobody is notified."""
         await asyncio.to_thread(self.process.kill)
         await self.start()
 
@@ -64,7 +64,7 @@ class Server(EmbeddedNats):
 async def running_server(
     directory: Path, *, config: str = "", program: str = ""
 ) -> AsyncIterator[Server]:
-    """A started server in a directory of its own, gone afterwards."""
+    """A running server with its own directory, stopped afterwards."""
     server = Server(str(directory), config=config, program=program)
     await server.start()
     try:
@@ -82,7 +82,7 @@ async def connection_to(
     tuning: Tuning = QUICK,
     inbox: str = "_INBOX.admin",
 ) -> AsyncIterator[Connection]:
-    """A connected connection, closed afterwards."""
+    """A connected client, closed afterwards."""
     connection = Connection(
         NatsSettings(url=url, creds=creds), name="test", inbox=inbox, guards=guards, tuning=tuning
     )
@@ -95,7 +95,7 @@ async def connection_to(
 
 
 class Receiver:
-    """Takes deliveries, acknowledges them, remembers them."""
+    """Acknowledges and keeps deliveries."""
 
     def __init__(self, *, ack: bool = True) -> None:
         self.got: list[Delivery] = []
@@ -123,14 +123,14 @@ class Receiver:
         return [delivery.data for delivery in self.got]
 
     async def wait_for(self, body: bytes, timeout_s: float) -> bool:
-        """Whether that body comes within the time."""
+        """Whether that body arrives in time."""
         return await eventually(lambda: body in self.bodies, timeout_s, self._news)
 
 
 async def eventually(
     holds: Callable[[], bool], timeout_s: float, news: asyncio.Event | None = None
 ) -> bool:
-    """Whether a condition comes true within the time; looked at on news, or every 10 ms."""
+    """Whether a condition becomes true in time; checked on each event and every 10 ms."""
     end = time.monotonic() + timeout_s
     while not holds():
         left = end - time.monotonic()

@@ -41,7 +41,7 @@ def _b64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
-async def test_the_link_signs_in_with_a_jwt_credentials_file(tmp_path: Path) -> None:
+async def test_the_connection_authenticates_with_a_jwt_credentials_file(tmp_path: Path) -> None:
     operator = new_key(nkeys.PREFIX_BYTE_OPERATOR)
     account = new_key(nkeys.PREFIX_BYTE_ACCOUNT)
     system = new_key(nkeys.PREFIX_BYTE_ACCOUNT)

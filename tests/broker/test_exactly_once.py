@@ -1,4 +1,4 @@
-"""The whole way of a command over a real nats-server: one effect, one kept reply."""
+"""A command end to end over a real nats-server: one effect, one stored reply."""
 
 import asyncio
 import base64
@@ -30,11 +30,11 @@ class Agentd:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.told: list[bytes] = []
+        self.received: list[bytes] = []
 
     async def listen(self, inbox: str) -> None:
         async def hear(message: Message) -> None:
-            self.told.append(message.data)
+            self.received.append(message.data)
 
         await self.connection.subscribe(inbox, hear)
 
@@ -92,7 +92,7 @@ async def worker(
     bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
     await bus.start()
     try:
-        async with fakes.shell(path, cast("FakeBus", bus), machine) as running:
+        async with fakes.shell_worker(path, cast("FakeBus", bus), machine) as running:
             bus.on_connection(running.outbox.wake)
             yield running
     finally:
@@ -114,23 +114,23 @@ async def test_ten_copies_at_once_and_ten_after_a_restart_are_one_command(
             await machine.at_gate.wait()
             assert machine.gate is not None
             machine.gate.set()
-            told = 1 if msg_id else 10  # the server swallows a duplicate within its window
-            assert await eventually(lambda: len(sender.told) >= told, 10)
+            expected = 1 if msg_id else 10  # the server drops a duplicate within its window
+            assert await eventually(lambda: len(sender.received) >= expected, 10)
             (reply,) = await sender.replies(1)
             assert await eventually(lambda: running.journal.depth == 0, 10)
 
         async with worker(server, tmp_path / "j", machine, monkeypatch):
             for n in range(10):
                 await sender.send(start(), "c1", deadline_ms=n + 1, reply_to="_INBOX.me")
-            assert await eventually(lambda: len(sender.told) >= told + 10, 10)
+            assert await eventually(lambda: len(sender.received) >= expected + 10, 10)
             assert await sender.replies(1) == [reply]
 
     assert codec.decode_reply(reply).code is Code.OK
-    assert set(sender.told) == {reply, codec.mark_replayed(reply)}
+    assert set(sender.received) == {reply, codec.mark_replayed(reply)}
     assert (machine.runs, machine.things.made) == ([("c1", "StartInstance")], ["acme/web/a1"])
 
 
-async def test_a_server_that_crashes_while_commands_run_costs_and_doubles_none(
+async def test_a_server_crash_while_commands_run_loses_and_repeats_none(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine()

@@ -1,4 +1,4 @@
-"""Each defect of nats-py that leaves the connection deaf: healed with its guard, seen without it.
+"""Each defect of nats-py that stops the connection: repaired with its guard, seen without it.
 
 Pings are slow here, unless they are what is tested: they would heal most of it, too late.
 """
@@ -93,7 +93,7 @@ async def test_an_error_line_that_the_parser_cannot_read(
 @pytest.mark.parametrize(
     "line", ["User Authentication Expired", "Maximum Connections Exceeded", "Slow Consumer"]
 )
-async def test_an_err_line_does_not_end_the_connection_for_good(
+async def test_an_err_line_does_not_close_the_client(
     server: Server, guards: frozenset[Guard], heals: bool, line: str
 ) -> None:
     async with (
@@ -143,7 +143,7 @@ async def test_a_callback_that_raises(
 
 
 @pytest.mark.parametrize(("guards", "heals"), guard_cases(Guard.PING))
-async def test_a_stalled_connection_is_found(
+async def test_a_stalled_connection_is_detected(
     server: Server, guards: frozenset[Guard], heals: bool
 ) -> None:
     async with (
@@ -156,7 +156,7 @@ async def test_a_stalled_connection_is_found(
 
 
 @pytest.mark.parametrize(("guards", "heals"), guard_cases(Guard.ABORT))
-async def test_a_stalled_connection_with_unsent_data_is_let_go(
+async def test_a_stalled_connection_with_unsent_data_is_aborted(
     server: Server, guards: frozenset[Guard], heals: bool
 ) -> None:
     async with (
@@ -176,7 +176,7 @@ async def test_a_stalled_connection_with_unsent_data_is_let_go(
 
 
 @pytest.mark.parametrize(("guards", "fast"), guard_cases(Guard.FAIL_FAST))
-async def test_a_request_fails_when_the_connection_goes(
+async def test_a_request_fails_when_the_connection_is_lost(
     server: Server, guards: frozenset[Guard], fast: bool
 ) -> None:
     async with consuming_host(server, guards=guards) as host:
@@ -204,7 +204,7 @@ def authorization(password: str) -> str:
 
 
 @pytest.mark.parametrize("reread", [True, False])
-async def test_rotated_credentials_are_taken_up_without_a_restart(
+async def test_rotated_credentials_are_used_without_a_restart(
     server: Server, tmp_path: Path, reread: bool
 ) -> None:
     admin, creds = tmp_path / "admin.creds", tmp_path / "host.creds"

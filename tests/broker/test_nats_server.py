@@ -1,4 +1,4 @@
-"""The embedded server: its life, and that it does not outlive the process that started it."""
+"""The embedded server: start, restart, and its end with the process that started it."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ asyncio.run(main())
 """
 
 
-async def test_streams_stay_over_a_restart_on_the_same_url(server: Server) -> None:
+async def test_streams_survive_a_restart_on_the_same_url(server: Server) -> None:
     before = server.url
     async with connection_to(server.url) as admin:
         body = b'{"name": "S", "subjects": ["s.>"]}'
@@ -41,14 +41,14 @@ async def test_streams_stay_over_a_restart_on_the_same_url(server: Server) -> No
         assert b'"messages":1' in (await admin.request("$JS.API.STREAM.INFO.S", b"")).data
 
 
-async def test_a_server_that_can_not_start_names_its_log(tmp_path: Path) -> None:
+async def test_a_server_that_cannot_start_names_its_log(tmp_path: Path) -> None:
     server = EmbeddedNats(str(tmp_path), config="no such setting: {")
 
     with pytest.raises(HostFault, match=r"nats\.log"):
         await server.start()
 
 
-async def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+async def test_a_missing_program_is_named(tmp_path: Path) -> None:
     with pytest.raises(HostFault, match="/no/such/nats-server"):
         async with running_server(tmp_path, program="/no/such/nats-server"):
             pass

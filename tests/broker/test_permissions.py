@@ -68,14 +68,14 @@ async def roles(tmp_path: Path) -> AsyncIterator[Roles]:
 
 
 async def denied(connection: Connection, subject: str, *, reply: str = "") -> bool:
-    """Whether the server refuses a publication."""
+    """Whether the server denies a publication."""
     before = connection.permission_errors
     await connection.send(subject, b"x", reply=reply)
     return await eventually(lambda: connection.permission_errors > before, 1)
 
 
 async def deaf(connection: Connection, subject: str) -> bool:
-    """Whether the server refuses a subscription."""
+    """Whether the server denies a subscription."""
 
     async def ignore(_: Message) -> None: ...
 
@@ -84,7 +84,7 @@ async def deaf(connection: Connection, subject: str) -> bool:
     return await eventually(lambda: connection.permission_errors > before, 1)
 
 
-def test_the_example_is_a_configuration_that_nats_server_takes(tmp_path: Path) -> None:
+def test_nats_server_accepts_the_example_configuration(tmp_path: Path) -> None:
     done = subprocess.run(
         [find_program(), "-t", "-c", str(EXAMPLE)], capture_output=True, check=False, timeout=20
     )
@@ -169,7 +169,7 @@ async def test_a_host_may_not(roles: Roles, subject: str) -> None:
         ">",
     ],
 )
-async def test_a_host_may_not_listen_to(roles: Roles, subject: str) -> None:
+async def test_a_host_may_not_subscribe_to(roles: Roles, subject: str) -> None:
     bus = await roles.host()
 
     assert await deaf(bus.connection, subject)

@@ -1,4 +1,4 @@
-"""Provisioning: complete, repeatable, corrects what differs, says what it can not; old servers."""
+"""Provisioning: complete, repeatable, corrects what differs, names what it cannot; old servers."""
 
 import json
 import os
@@ -39,7 +39,7 @@ async def api(
     return answer
 
 
-async def test_it_makes_everything_once(server: Server) -> None:
+async def test_it_creates_everything_once(server: Server) -> None:
     async with connection_to(server.url) as admin:
         first = await provision(admin, SUBJECTS, ["h1", "h2"])
         second = await provision(admin, SUBJECTS, ["h1", "h2"])
@@ -59,7 +59,7 @@ async def test_it_makes_everything_once(server: Server) -> None:
             await bus.close()
 
 
-async def test_it_brings_back_what_was_changed(server: Server) -> None:
+async def test_it_resets_what_was_changed(server: Server) -> None:
     async with connection_to(server.url) as admin:
         await provision(admin, SUBJECTS, [HOST])
         name = SUBJECTS.events_stream
@@ -80,7 +80,7 @@ async def test_it_brings_back_what_was_changed(server: Server) -> None:
         assert {one.how for one in await provision(admin, SUBJECTS, [HOST])} == {"found"}
 
 
-async def test_it_says_what_it_can_not_change(server: Server) -> None:
+async def test_it_names_what_it_cannot_change(server: Server) -> None:
     async with connection_to(server.url) as admin:
         name = SUBJECTS.commands_stream
         wrong = {"name": name, "subjects": [SUBJECTS.of_all_hosts("cmd")], "storage": "memory"}
@@ -90,7 +90,7 @@ async def test_it_says_what_it_can_not_change(server: Server) -> None:
             await provision(admin, SUBJECTS, [HOST])
 
 
-async def test_overlapping_subjects_are_told(server: Server) -> None:
+async def test_overlapping_subjects_are_reported(server: Server) -> None:
     async with connection_to(server.url) as admin:
         foreign = {"name": "ALL", "subjects": [f"{SUBJECTS.root}.>"], "storage": "file"}
         await api(admin, "STREAM.CREATE.ALL", foreign)
@@ -99,7 +99,7 @@ async def test_overlapping_subjects_are_told(server: Server) -> None:
             await provision(admin, SUBJECTS, [HOST])
 
 
-async def test_without_jetstream_it_says_so(tmp_path: Path) -> None:
+async def test_a_server_without_jetstream_is_reported(tmp_path: Path) -> None:
     accounts = "accounts { A { users: [{ user: a, password: a }] } }"
     async with running_server(tmp_path / "nats", config=accounts) as server:
         url = server.url.replace("//", "//a:a@")

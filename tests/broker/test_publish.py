@@ -1,4 +1,4 @@
-"""Out to the bus: acknowledged, once, and honestly refused when the bus is not there."""
+"""Publishing: acknowledged, stored once, and an error without a connection."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ async def stored(admin: Connection, stream: str) -> int:
 
 
 @pytest.mark.parametrize(("guards", "once"), guard_cases(Guard.MSG_ID))
-async def test_published_again_after_a_lost_acknowledgement_it_is_there_once(
+async def test_a_message_published_again_after_a_lost_acknowledgement_is_stored_once(
     server: Server, guards: frozenset[Guard], once: bool
 ) -> None:
     async with (
@@ -41,7 +41,7 @@ async def test_published_again_after_a_lost_acknowledgement_it_is_there_once(
         assert (await stored(host.admin, SUBJECTS.replies_stream) == 1) == once
 
 
-async def test_without_a_connection_it_is_refused_at_once_and_not_sent_later(
+async def test_without_a_connection_publishing_fails_at_once_and_sends_nothing_later(
     server: Server,
 ) -> None:
     async with consuming_host(server) as host:
@@ -62,13 +62,13 @@ async def test_without_a_connection_it_is_refused_at_once_and_not_sent_later(
         assert await stored(host.admin, SUBJECTS.replies_stream) == 0
 
 
-async def test_a_subject_that_no_stream_takes_says_what_to_provision(server: Server) -> None:
+async def test_a_subject_without_a_stream_names_what_to_provision(server: Server) -> None:
     async with consuming_host(server) as host:
         with pytest.raises(NotProvisioned, match="hostd provision"):
             await host.bus.publish("elsewhere.x", b"r", msg_id="c-1")
 
 
-async def test_the_stream_s_refusal_is_told(server: Server) -> None:
+async def test_the_error_of_the_stream_is_raised(server: Server) -> None:
     async with consuming_host(server) as host:
         config = {"name": SUBJECTS.dead_stream, "subjects": [SUBJECTS.of_all_hosts("dead")]}
         limited = {**config, "storage": "file", "max_msgs": 1, "discard": "new"}
@@ -82,8 +82,8 @@ async def test_the_stream_s_refusal_is_told(server: Server) -> None:
             await host.bus.publish(subject, b"2", msg_id="d-2")
 
 
-async def test_the_headers_of_the_caller_stay_as_they_are(server: Server) -> None:
-    # nats-py writes into the headers that it is given.
+async def test_the_headers_of_the_caller_are_not_changed(server: Server) -> None:
+    # nats-py adds to the headers that it gets.
     async with consuming_host(server) as host:
         headers = {"Hostd-Reason": "x"}
 

@@ -1,4 +1,4 @@
-"""Questions over core NATS: answers, errors that leak nothing, discovery, and staying there."""
+"""Queries over core NATS: answers, errors that leak nothing, discovery, reconnects."""
 
 import asyncio
 import json
@@ -81,7 +81,7 @@ async def asked(server: Server) -> AsyncIterator[Asked]:
 
 
 async def answering(asked: Asked) -> None:
-    """Return once questions are answered."""
+    """Return once queries are answered."""
     async with asyncio.timeout(10):
         while True:
             try:
@@ -92,7 +92,7 @@ async def answering(asked: Asked) -> None:
                 return
 
 
-async def test_each_question_gets_its_answer(server: Server) -> None:
+async def test_each_query_gets_its_answer(server: Server) -> None:
     async with asked(server) as to:
         to.source.gate.set()
 
@@ -114,7 +114,7 @@ async def test_each_question_gets_its_answer(server: Server) -> None:
         ("list", None, "internal", "see the worker's log"),
     ],
 )
-async def test_an_error_says_what_and_leaks_nothing(
+async def test_an_error_has_its_message_and_leaks_nothing_else(
     server: Server, verb: str, body: object, code: str, part: str
 ) -> None:
     async with asked(server) as to:
@@ -125,21 +125,21 @@ async def test_an_error_says_what_and_leaks_nothing(
         assert "secret" not in error["message"]
 
 
-async def test_bytes_that_are_no_msgpack_are_answered(server: Server) -> None:
+async def test_a_query_that_is_not_msgpack_is_answered_with_an_error(server: Server) -> None:
     async with asked(server) as to:
         answer = await to.caller.request(SUBJECTS.ask("describe"), b"\xc1" * 100)
 
         assert msgpack.unpackb(answer.data)["error"]["code"] == "invalid"
 
 
-async def test_an_answer_that_no_server_would_carry_is_an_error(server: Server) -> None:
+async def test_an_answer_above_the_payload_limit_is_an_error(server: Server) -> None:
     async with asked(server) as to:
         to.source.huge = True
 
         assert (await to.ask("ping"))["error"]["code"] == "exhausted"
 
 
-async def test_a_slow_question_delays_no_other(server: Server) -> None:
+async def test_a_slow_query_does_not_delay_others(server: Server) -> None:
     async with asked(server) as to:
         slow = [asyncio.create_task(to.ask("status")) for _ in range(5)]
 
@@ -167,7 +167,7 @@ async def test_an_answer_is_sent_to_inboxes_only(server: Server, subject: str) -
         assert got == []
 
 
-async def test_discovery_is_what_micro_tools_read(server: Server) -> None:
+async def test_micro_tools_can_read_discovery(server: Server) -> None:
     async with asked(server) as to:
         ping = json.loads((await to.caller.request("$SRV.PING", b"")).data)
         info = json.loads((await to.caller.request("$SRV.INFO.hostd", b"")).data)
@@ -189,7 +189,7 @@ async def test_discovery_is_what_micro_tools_read(server: Server) -> None:
 
 
 @pytest.mark.parametrize("how", ["restart", "rebuild"])
-async def test_questions_are_answered_again_after(server: Server, how: str) -> None:
+async def test_queries_are_answered_again_after(server: Server, how: str) -> None:
     async with asked(server) as to:
         if how == "restart":
             await server.crash()
@@ -202,7 +202,7 @@ async def test_questions_are_answered_again_after(server: Server, how: str) -> N
         assert (await to.ask("ping"))["v"] == 1
 
 
-async def test_closing_answers_what_is_in_hand(server: Server) -> None:
+async def test_closing_answers_the_requests_already_received(server: Server) -> None:
     async with asked(server) as to:
         waiting = asyncio.create_task(to.ask("status"))
         assert await eventually(lambda: bool(to.service._tasks), 5)

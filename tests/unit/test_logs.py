@@ -74,7 +74,7 @@ def test_a_traceback_stays_on_the_line(out: Lines) -> None:
     assert "ValueError: x" in json.loads(line)["exception"]
 
 
-def test_values_of_telling_names_are_hidden(out: Lines) -> None:
+def test_values_of_fields_with_sensitive_names_are_hidden(out: Lines) -> None:
     structlog.get_logger().error("worker.started", secrets="hunter2", creds="x")
 
     line = out.readouterr().out

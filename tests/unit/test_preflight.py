@@ -53,7 +53,7 @@ def test_an_overlap_names_file_and_owner(
         ("subgid", "ann:1010:65536"),
     ],
 )
-def test_neighbours_are_no_overlap(
+def test_adjacent_ranges_do_not_overlap(
     files: tuple[str, ...], tmp_path: Path, name: str, line: str
 ) -> None:
     (tmp_path / name).write_text(f"{line}\n")

@@ -1,4 +1,4 @@
-"""What of the NATS edge needs no server: back-off, the library's check, credentials, configs."""
+"""The parts of worker/bus that need no server: backoff, library check, credentials, configs."""
 
 from pathlib import Path
 
@@ -19,18 +19,18 @@ from worker.bus.pull_consumer import to_delivery
 SUBJECTS = Subjects("hostd.v1.test", "h1", "test")
 
 
-def test_the_installed_nats_py_fits_the_guards() -> None:
+def test_the_installed_nats_py_has_what_the_guards_need() -> None:
     check_library()
 
 
-def test_a_nats_py_that_lost_a_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nats_py_without_a_method_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Client, "_process_pong")
 
     with pytest.raises(LibraryMismatch, match="_process_pong"):
         check_library()
 
 
-def test_a_nats_py_that_changed_a_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nats_py_with_another_signature_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     async def changed(self: Client, line: bytes, more: int) -> None: ...
 
     monkeypatch.setattr(Client, "_process_err", changed)
@@ -53,7 +53,7 @@ def test_back_off_has_full_jitter_below_a_growing_bound() -> None:
         assert max(delays) > bound * 0.9
 
 
-def test_a_stalled_connection_is_found_within_15_s_and_a_reconnect_waits_below_2_s() -> None:
+def test_a_stalled_connection_is_detected_within_15_s_and_a_reconnect_waits_below_2_s() -> None:
     assert STANDARD.ping_s * (STANDARD.pings + 1) + STANDARD.backoff_cap_s < 15
     assert STANDARD.backoff_cap_s < 2
     assert STANDARD.heartbeat_s * 2.5 < 15
@@ -81,12 +81,12 @@ def test_user_and_password_of_one_attempt_belong_together(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "no colon", "a:b\nc:d", ":x"])
-def test_a_credentials_file_that_is_neither_form_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_credentials_file_of_neither_form_is_rejected(tmp_path: Path, text: str) -> None:
     with pytest.raises(errors.Error, match="expected NATS credentials or"):
         secret(tmp_path / "creds", text).user()
 
 
-def test_credentials_that_others_can_read_are_refused(tmp_path: Path) -> None:
+def test_credentials_that_others_can_read_are_rejected(tmp_path: Path) -> None:
     creds = secret(tmp_path / "creds", "a:b")
     (tmp_path / "creds").chmod(0o640)
 
@@ -94,7 +94,7 @@ def test_credentials_that_others_can_read_are_refused(tmp_path: Path) -> None:
         creds.user()
 
 
-def test_a_nats_credentials_file_is_known_by_its_head(tmp_path: Path) -> None:
+def test_a_nats_credentials_file_is_recognised_by_its_header(tmp_path: Path) -> None:
     assert secret(tmp_path / "a", "-----BEGIN NATS USER JWT-----\nx\n").is_jwt()
     assert not secret(tmp_path / "b", "a:b").is_jwt()
     assert not CredentialsFile(str(tmp_path / "missing")).is_jwt()
