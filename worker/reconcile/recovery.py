@@ -40,7 +40,7 @@ class Counts:
     ended: int = 0
     quarantined: int = 0
     networks: int = 0
-    troubles: int = 0
+    failed: int = 0
 
 
 class Recovery:
@@ -86,7 +86,7 @@ class Recovery:
                 async with asyncio.timeout(INSTANCE_DEADLINE_S):
                     await one(item)
             except (Failure, OSError, TimeoutError) as error:
-                self._counts.troubles += 1
+                self._counts.failed += 1
                 log.warning("recovery.item_failed", item=str(item), error=repr(error))
 
         await asyncio.gather(*(guarded(item) for item in items))

@@ -122,7 +122,7 @@ async def test_an_instance_that_cannot_be_recovered_does_not_stop_the_recovery(
     async with memory_worker(tmp_path / "j", machine) as worker:
         counts = await recovery(worker).run()
 
-        assert (counts.troubles, counts.ended) == (1, 0)
+        assert (counts.failed, counts.ended) == (1, 0)
         assert worker.record().status is Status.RUNNING
         assert (await event_kinds(worker))[-1] == "recovered"
 
