@@ -86,7 +86,7 @@ async def _until_stopped(settings: Settings) -> None:
         )
         stack.push_async_callback(journal.close)
         background = Background()
-        real = open_real_host(settings, journal, background.start)
+        real = open_real_host(settings, journal.records, background.start)
         stack.callback(real.close)
         bus = NatsBus(settings.nats, subjects)
         stack.push_async_callback(bus.close)
@@ -176,10 +176,10 @@ class Worker:
         self.lease = Lease(
             bus,
             subjects.host_key,
-            Holder(real.facts.machine_id(), real.facts.boot_id(), journal.journal_id),
-            lambda: {**self.facts(), "seq": journal.seq},
+            Holder(real.facts.machine_id(), real.facts.boot_id(), journal.store.journal_id),
+            lambda: {**self.facts(), "seq": journal.store.seq},
         )
-        self.state = StateWriter(bus, journal, journal.journal_id, self.lease)
+        self.state = StateWriter(bus, journal.outbox, journal.store.journal_id, self.lease)
         self.service = ask_service(
             bus.link,
             subjects,
@@ -198,13 +198,13 @@ class Worker:
     @property
     def host_state(self) -> str:
         """`recovering`, `ready`, `draining`; `degraded`: ready, but the journal cannot commit."""
-        if self._phase == "ready" and not self.journal.writable:
+        if self._phase == "ready" and not self.journal.store.writable:
             return "degraded"
         return self._phase
 
     def facts(self) -> dict[str, Any]:
         """For Pong and the lease."""
-        live = [record for record in self.journal.instances() if record.holds_host]
+        live = [record for record in self.journal.records.instances() if record.holds_host]
         limits = self.settings.limits
         total_mib = self._real.facts.memory_mib() - limits.mem_reserve_mib
         used_mib = sum(record.mem_mib + limits.vmm_overhead_mib for record in live)
@@ -225,7 +225,7 @@ class Worker:
         return {
             "recovered": self.host_state != "recovering",
             "connected": self.bus.connected,
-            "can_commit": self.journal.writable,
+            "can_commit": self.journal.store.writable,
             "provisioned": not self.bus.trouble,
         }
 
@@ -237,11 +237,13 @@ class Worker:
 
     def _collect(self) -> None:
         self.metrics.lanes(**self.lanes.counts())
-        self.metrics.unfinished(len(self.journal.unfinished()))
-        self.metrics.outbox_rows(self.journal.depth)
+        self.metrics.unfinished(len(self.journal.commands.unfinished()))
+        self.metrics.outbox_rows(self.journal.outbox.depth)
         self.metrics.bus_connected(self.bus.connected)
         self.metrics.limits_enforced(self.settings.limits.enforce)
-        self.metrics.instances(Counter(record.status for record in self.journal.instances()))
+        self.metrics.instances(
+            Counter(record.status for record in self.journal.records.instances())
+        )
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -252,7 +254,7 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         # Queued before the bus brings new ones; nothing runs before recovery is through.
-        for row in self.journal.unfinished():
+        for row in self.journal.commands.unfinished():
             self.lanes.put(row)
         await self.bus.start()
         await self.service.start()
@@ -284,7 +286,7 @@ class Worker:
         await self.lease.acquire()
         with contextlib.suppress(Failure):  # it cannot commit now; then what changes is written
             # The bucket may have been made anew while no worker ran; what it has is left.
-            await self.journal.rewrite_state()
+            await self.journal.outbox.rewrite_state()
         async with asyncio.TaskGroup() as group:
             group.create_task(self.bus.consume(self.intake.receive))
             group.create_task(self.lease.run())
@@ -329,7 +331,7 @@ async def prune(journal: Journal) -> None:
     """Forget finished commands past their retention, a bounded number at a time."""
     while True:
         with contextlib.suppress(Failure):
-            if await journal.prune():
+            if await journal.commands.prune():
                 continue
         await asyncio.sleep(PRUNE_EVERY_S)
 

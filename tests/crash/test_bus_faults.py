@@ -160,11 +160,11 @@ async def test_replies_wait_for_a_stream_that_was_taken_away() -> None:
         await host.net_up(host.seed())
         name = await remove(host, "replies")
         assert (await host.run(START, "told"))["code"] == "ok"
-        await until(lambda: bool(logged(host, "outbox.unsent")), "a word about the reply")
+        await until(lambda: bool(logged(host, "outbox.send_failed")), "a word about the reply")
 
         await until(
             lambda: any(
-                "hostd provision" in line["error"] for line in logged(host, "outbox.unsent")
+                "hostd provision" in line["error"] for line in logged(host, "outbox.send_failed")
             ),
             f"what to provision for {name}",
         )

@@ -226,7 +226,7 @@ async def shell_worker(
         meters=meters,
     )
     outbox = Outbox(bus, journal)
-    for row in journal.unfinished():
+    for row in journal.commands.unfinished():
         lanes.put(row)
     if run:
         lanes.start()

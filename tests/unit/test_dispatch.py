@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import structlog
 
+from handlers.clock import now_ms
 from handlers.errors import (
     Conflict,
     Draining,
@@ -25,7 +26,6 @@ from schemas.codes import Code
 from schemas.requests import Error, Request
 from schemas.settings import LimitSettings
 from tests.fakes.shell_worker import Machine, Thing, shell_worker, start, stop
-from worker.journal.store import now_ms
 
 DONE = Done(changed=True, status="running", detail={})
 
@@ -200,7 +200,7 @@ async def test_what_cannot_be_undone_is_left_behind_by_name_and_record(tmp_path:
         reply = await worker.reply()
 
         assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("things made",))
-        assert [row.key for row in worker.journal.leftovers()["c1"]] == ["made"]
+        assert [row.key for row in worker.journal.steps.leftovers()["c1"]] == ["made"]
 
 
 async def test_a_bug_in_an_undo_leaves_behind_and_is_answered(
@@ -216,7 +216,7 @@ async def test_a_bug_in_an_undo_leaves_behind_and_is_answered(
         reply = await worker.reply()
 
         assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("things made",))
-        assert [row.key for row in worker.journal.leftovers()["c1"]] == ["made"]
+        assert [row.key for row in worker.journal.steps.leftovers()["c1"]] == ["made"]
 
 
 async def test_past_a_point_of_no_return_a_failure_is_retried_and_never_undone(
@@ -242,7 +242,7 @@ async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_goes_on
         await worker.lanes.stop(5)
 
         assert machine.things.there == {"acme/web/a1"}
-        assert [row.id for row in worker.journal.unfinished()] == ["c1"]
+        assert [row.id for row in worker.journal.commands.unfinished()] == ["c1"]
         assert [reply.id for reply in worker.replies()] == ["c2"]
         bus = worker.bus
     machine.gate.set()
@@ -267,7 +267,7 @@ async def test_a_shutdown_cancels_what_reaches_no_safe_point_in_its_budget(tmp_p
         await worker.lanes.stop(0.05)
 
         assert worker.lanes.counts() == {"busy": 0, "waiting": 0}
-        assert worker.journal.is_unfinished("c1")
+        assert worker.journal.commands.is_unfinished("c1")
         assert worker.replies() == []
 
 
@@ -281,7 +281,7 @@ async def test_a_shutdown_ends_the_wait_before_the_next_attempt(tmp_path: Path) 
                 await asyncio.sleep(0)
         await asyncio.wait_for(worker.lanes.stop(5), 2)
 
-        assert worker.journal.is_unfinished("c1")
+        assert worker.journal.commands.is_unfinished("c1")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from handlers.clock import now_ms
 from handlers.steps import Done
 from schemas import codec
 from schemas.codes import Code
@@ -24,7 +25,6 @@ from tests.fakes.shell_worker import (
     start,
     stop,
 )
-from worker.journal.store import now_ms
 
 LANE = "instance.acme.web.a1"
 CMD = f"hostd.v1.test.h1.cmd.{LANE}"
@@ -168,7 +168,7 @@ async def test_a_command_that_changes_nothing_costs_one_commit(
     same = Done(changed=False, status="stopped", detail={})
     async with shell_worker(tmp_path / "j", machine=Machine(behave=lambda *_: same)) as worker:
         commits: list[float] = []
-        monkeypatch.setattr(worker.journal._writer, "_observe", commits.append)
+        monkeypatch.setattr(worker.journal.store.writer, "_observe", commits.append)
         worker.send(stop())
         reply = await only_reply(worker)
 
@@ -324,7 +324,7 @@ async def test_ping_is_answered_while_all_lanes_are_busy_and_not_journalled(tmp_
         }  # fmt: skip
         assert reply.detail["protocol"] == {"min": 1, "max": 2}
         assert worker.bus.sent_to("_INBOX.1") == [worker.bus.replies()[0].payload]
-        assert await worker.journal.result("p1") is None
+        assert await worker.journal.commands.result("p1") is None
         machine.gate.set()
         await worker.lanes.idle()
 

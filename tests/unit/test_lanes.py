@@ -96,7 +96,7 @@ async def test_stop_and_destroy_end_what_runs_and_what_waits(
         assert replies["runs"].steps[-1].outcome == "undone"
         assert replies["wins"].code is Code.OK
         assert machine.things.there == set()
-        assert not worker.journal.leftovers()
+        assert not worker.journal.steps.leftovers()
 
 
 async def test_a_queued_loser_is_answered_before_the_winner_waits(tmp_path: Path) -> None:
@@ -167,22 +167,22 @@ async def test_after_a_restart_what_an_earlier_run_made_is_undone_before_superse
 
     async with shell_worker(tmp_path / "j", bus, machine, consume=False, run=False) as worker:
         # the Stop comes while recovery still holds the lanes
-        accepted = await worker.journal.accept(
+        decision = await worker.journal.commands.take_in(
             command(stop(), "c9"),
             lane=Lane.instance(REF),
             subject="s",
             stream_seq=9,
             received_at_ms=1,
         )
-        assert accepted.row is not None
-        worker.lanes.put(accepted.row)
+        assert decision.row is not None
+        worker.lanes.put(decision.row)
         assert (await worker.reply("waits")).attempts == 0
         worker.lanes.start()
         codes = [(await worker.reply(name)).code for name in ("began", "waits", "c9")]
 
         assert codes == [Code.SUPERSEDED, Code.SUPERSEDED, Code.OK]
         assert machine.things.there == set()
-        assert not worker.journal.leftovers()
+        assert not worker.journal.steps.leftovers()
 
 
 async def nothing() -> None:

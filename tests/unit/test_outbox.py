@@ -28,11 +28,11 @@ async def test_events_go_one_in_flight_in_order_and_again_with_the_same_id(tmp_p
     async with shell_worker(tmp_path / "j", consume=False) as worker:
         worker.bus.lose_next_ack = True
         for _ in range(5):
-            await worker.journal.event("audit")
+            await worker.journal.records.event("audit")
         await worker.bus.until(events=5)
         await worker.outbox.drained()
 
-        first = f"h1:{worker.journal.journal_id}:1"
+        first = f"h1:{worker.journal.store.journal_id}:1"
         assert [e.seq for e in worker.events()] == [1, 2, 3, 4, 5]
         assert worker.bus.attempts[:2] == [first, first]
         assert len(worker.bus.attempts) == 6
@@ -44,14 +44,14 @@ async def test_a_broker_that_is_gone_delays_but_loses_nothing(tmp_path: Path) ->
         await worker.bus.until_acked()
         worker.bus.up = False
         for _ in range(3):
-            await worker.journal.event("audit")
+            await worker.journal.records.event("audit")
         await attempts(worker, 6)
         worker.bus.up = True
         await worker.bus.until(replies=1, sent=1, events=4)
         await worker.outbox.drained()
 
         assert [e.seq for e in worker.events()] == [1, 2, 3, 4]
-        assert worker.journal.depth == 0
+        assert worker.journal.outbox.depth == 0
 
 
 async def test_a_connection_that_is_back_ends_the_backoff(
@@ -62,7 +62,7 @@ async def test_a_connection_that_is_back_ends_the_backoff(
     monkeypatch.setattr(outbox.random, "uniform", lambda low, high: high)
     async with shell_worker(tmp_path / "j", consume=False) as worker:
         worker.bus.up = False
-        await worker.journal.event("audit")
+        await worker.journal.records.event("audit")
         await attempts(worker, 1)
         worker.bus.up = True
         worker.outbox.wake()
@@ -78,7 +78,7 @@ async def test_replies_wait_for_no_event(tmp_path: Path) -> None:
             await super().publish(subject, payload, **more)  # type: ignore[arg-type]
 
     async with shell_worker(tmp_path / "j", Slow()) as worker:
-        await worker.journal.event("audit")
+        await worker.journal.records.event("audit")
         worker.send(start())
         await worker.reply()
 
@@ -99,4 +99,4 @@ async def test_what_was_not_confirmed_is_sent_by_the_next_worker(tmp_path: Path)
 
         assert codec.decode_reply(bus.sent[0][1]).id == "c1"
     async with shell_worker(tmp_path / "j", bus, machine) as worker:
-        assert worker.journal.depth == 0
+        assert worker.journal.outbox.depth == 0

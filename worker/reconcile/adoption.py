@@ -31,7 +31,7 @@ class Strangers:
 
     async def find(self) -> None:
         """Adopt, quarantine or report each live VMM in a jail that no record stands for."""
-        known = {record.jail_id for record in self._journal.instances()}
+        known = {record.jail_id for record in self._journal.records.instances()}
         directories = JailDirs(self._host.settings.jail_base)
         for jail_id in await asyncio.to_thread(directories.list_ids):
             if jail_id in known:
@@ -43,9 +43,9 @@ class Strangers:
 
     async def _judge(self, jail_id: str, note: JailFacts | None, identity: VmmIdentity) -> None:
         record = note.record if note is not None else None
-        if note is None or record is None or self._journal.instance(note.ref) is not None:
+        if note is None or record is None or self._journal.records.instance(note.ref) is not None:
             self.quarantined += 1
-            await self._journal.event(
+            await self._journal.records.event(
                 "quarantined",
                 reason="a VMM that neither the journal nor its jail's note accounts for",
                 detail={"jail": jail_id},
@@ -63,9 +63,9 @@ class Strangers:
         await self._keep_network(record)
         now_ms = self._host.facts.now_ms()
         known = replace(record, status=status, since_ms=now_ms, vmm=identity)
-        await self._journal.put_instance(known, reason=reason, durable=True)
+        await self._journal.records.put_instance(known, reason=reason, durable=True)
         kind = "recovered" if status is Status.RUNNING else "quarantined"
-        await self._journal.event(kind, ref=record.ref, reason=reason)
+        await self._journal.records.event(kind, ref=record.ref, reason=reason)
         log.warning("vmm.stranger", instance=str(record.ref), status=str(status), reason=reason)
 
     async def _prove(self, jail_id: str, uid: int, identity: VmmIdentity) -> None:
@@ -81,9 +81,9 @@ class Strangers:
     async def _keep_network(self, record: InstanceRecord) -> None:
         """A tenant with a VM has a network under standing order."""
         tenant_id = record.ref.tenant_id
-        if record.net is not None and self._journal.network(tenant_id) is None:
+        if record.net is not None and self._journal.records.network(tenant_id) is None:
             now_ms = self._host.facts.now_ms()
-            await self._journal.put_network(
+            await self._journal.records.put_network(
                 NetworkRecord(tenant_id=tenant_id, net=record.net, status="up", since_ms=now_ms),
                 durable=True,
             )

@@ -102,7 +102,7 @@ class Reconciler:
 
     async def repair_networks(self, net_id: int | None = None) -> None:
         """Put each standing network, or one, in force again; a `drift` event says what was off."""
-        for record in self._journal.networks():
+        for record in self._journal.records.networks():
             if net_id is not None and record.net.tenant_net_id != net_id:
                 continue
             try:
@@ -111,7 +111,7 @@ class Reconciler:
                 log.warning("network.not_repaired", tenant=record.tenant_id, error=repr(error))
                 continue
             if restored.repaired or restored.lost:
-                await self._journal.event(
+                await self._journal.records.event(
                     "drift",
                     tenant_id=record.tenant_id,
                     reason="changed behind hostd's back",
@@ -120,7 +120,7 @@ class Reconciler:
 
     async def sweep_leftovers(self) -> None:
         """Remove what finished commands left behind; what stays is tried again."""
-        for command_id, rows in self._journal.leftovers().items():
+        for command_id, rows in self._journal.steps.leftovers().items():
             for row in rows:
                 if not row.existed and not self._in_use(row.mechanism, row.key):
                     try:
@@ -128,38 +128,40 @@ class Reconciler:
                     except (Failure, OSError) as error:
                         log.warning("leftover.stays", step=row.mechanism, error=repr(error))
                         continue
-                    await self._journal.event(
+                    await self._journal.records.event(
                         "removed",
                         reason="left behind by a command",
                         detail={"mechanism": row.mechanism, "key": row.key},
                         command_id=command_id,
                     )
-                await self._journal.forget(command_id, row.mechanism, row.key)
+                await self._journal.steps.forget(command_id, row.mechanism, row.key)
 
     def _finish_stops(self) -> None:
         """A Stop that was answered half-way is completed in its instance's lane."""
-        for record in self._journal.instances():
+        for record in self._journal.records.instances():
             if record.status is not Status.STOPPING or self._has_command(record):
                 continue
             chore = MaintenanceTask("finish_stop", partial(self._finish_stop, record.ref))
             self._lanes.put_chore(Lane.instance(record.ref), chore)
 
     async def _finish_stop(self, ref: InstanceRef) -> None:
-        record = self._journal.instance(ref)
+        record = self._journal.records.instance(ref)
         if record is None or record.status is not Status.STOPPING or self._has_command(record):
             return
-        steps = Steps(f"finish-{record.jail_id}", self._journal, {})
+        steps = Steps(f"finish-{record.jail_id}", self._journal.steps, {})
         try:
             done = await finish_stop(record, steps, self._host)
         except (Failure, OSError) as error:
             log.warning("stop.unfinished", instance=str(ref), error=repr(error))
             return
         if done.record is not None:
-            await self._journal.put_instance(done.record, reason="completed later", durable=True)
+            await self._journal.records.put_instance(
+                done.record, reason="completed later", durable=True
+            )
 
     def _has_command(self, record: InstanceRecord) -> bool:
         command_id = record.command_id
-        return command_id is not None and self._journal.is_unfinished(command_id)
+        return command_id is not None and self._journal.commands.is_unfinished(command_id)
 
     async def _count_orphans(self) -> None:
         """At most once per pass interval: a look at the whole host is not for every hint."""
@@ -168,7 +170,9 @@ class Reconciler:
             return
         self._counted_at = now
         inventory = await asyncio.to_thread(take, self._host.settings)
-        found = unowned(inventory, self._journal.instances(), self._journal.networks())
+        found = unowned(
+            inventory, self._journal.records.instances(), self._journal.records.networks()
+        )
         self._metrics.orphans(counted(self._unowned, found))
         self._unowned = found
 
@@ -181,8 +185,8 @@ class Reconciler:
                 str(record.ref),
                 *((names.tap, names.pin.key) if (names := names_of(record)) else ()),
             )
-            for record in self._journal.instances()
+            for record in self._journal.records.instances()
             if record.holds_offset
         )
-        networks = (record.net.bridge_name for record in self._journal.networks())
+        networks = (record.net.bridge_name for record in self._journal.records.networks())
         return key in {*used, *networks} or mechanism == "tenant_rules"

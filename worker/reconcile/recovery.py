@@ -55,23 +55,24 @@ class Recovery:
     async def run(self) -> Found:
         """Networks first: a VM must not run on without its isolation."""
         boot_id = self._host.facts.boot_id()
-        rebooted = self._journal.meta(BOOT_ID) not in (None, boot_id)
-        await self._each(self._journal.networks(), self._network)
+        rebooted = self._journal.store.meta(BOOT_ID) not in (None, boot_id)
+        await self._each(self._journal.records.networks(), self._network)
         await self._each(
-            self._journal.instances(), lambda record: self._instance(record, rebooted=rebooted)
+            self._journal.records.instances(),
+            lambda record: self._instance(record, rebooted=rebooted),
         )
         strangers = Strangers(self._host, self._journal)
         await strangers.find()
         self.found.adopted += strangers.adopted
         self.found.quarantined += strangers.quarantined
-        asleep = [r for r in self._journal.instances() if r.status is Status.SLEEPING]
+        asleep = [r for r in self._journal.records.instances() if r.status is Status.SLEEPING]
         await self._each(asleep, self._hash_on)
-        await self._journal.put_meta(BOOT_ID, boot_id)
+        await self._journal.store.put_meta(BOOT_ID, boot_id)
         self._supervisor.sync()
-        await self._journal.event(
+        await self._journal.records.event(
             "recovered",
             reason="the host was rebooted" if rebooted else "the worker was started",
-            detail={**vars(self.found), "commands": len(self._journal.unfinished())},
+            detail={**vars(self.found), "commands": len(self._journal.commands.unfinished())},
         )
         log.info("worker.recovered", rebooted=rebooted, **vars(self.found))
         return self.found
@@ -93,7 +94,7 @@ class Recovery:
         restored = await restore_network(record, self._host)
         self.found.networks += 1
         if restored.repaired or restored.lost:
-            await self._journal.event(
+            await self._journal.records.event(
                 "drift",
                 tenant_id=record.tenant_id,
                 reason="found at start",
@@ -111,7 +112,7 @@ class Recovery:
             status = InstanceState(record).status
             back = record if status is Status.RUNNING else record.before
             record = replace(back, status=status, before=None, command_id=None)
-            await self._journal.put_instance(record, durable=True)
+            await self._journal.records.put_instance(record, durable=True)
         if record.status is Status.RUNNING:
             await self._adopt(record)
 
@@ -122,7 +123,7 @@ class Recovery:
             host.later("hash_memory", lambda: announce_hash(ref, number, host))
 
     def _has_command(self, record: InstanceRecord) -> bool:
-        return any(row.id == record.command_id for row in self._journal.unfinished())
+        return any(row.id == record.command_id for row in self._journal.commands.unfinished())
 
     async def _adopt(self, record: InstanceRecord) -> None:
         identity = await self._host.vmms.find(record.jail_id)
@@ -131,12 +132,12 @@ class Recovery:
             self._supervisor.exited(record, "while_away")
         elif identity != record.vmm:
             self.found.quarantined += 1
-            await self._journal.put_instance(
+            await self._journal.records.put_instance(
                 replace(record, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms()),
                 reason="its VMM is not the one in the journal",
                 durable=True,
             )
-            await self._journal.event(
+            await self._journal.records.event(
                 "quarantined", ref=record.ref, reason="its VMM is not the one in the journal"
             )
         else:
@@ -146,7 +147,7 @@ class Recovery:
 
     async def _resume(self, record: InstanceRecord) -> None:
         """A paused VM without a manifest is resumed: the sleep that paused it did not happen."""
-        now = self._journal.instance(record.ref)
+        now = self._journal.records.instance(record.ref)
         if now is None or now.vmm != record.vmm or now.status is not Status.RUNNING:
             return  # a command that waited in the lane came first
         try:
@@ -167,13 +168,13 @@ class Recovery:
 
     async def _forget(self, record: InstanceRecord) -> None:
         """After a reboot nothing volatile is left; what lies on disks is cleared away."""
-        steps = Steps(f"reboot-{record.jail_id}", self._journal, {})
+        steps = Steps(f"reboot-{record.jail_id}", self._journal.steps, {})
         steps.finalize()
         await release(record, steps, self._host)
         await self._host.snapshots.discard(record.ref)
         gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
         now_ms = self._host.facts.now_ms()
-        await self._journal.put_instance(
+        await self._journal.records.put_instance(
             final_record(gone, Status.STOPPED, now_ms), reason="the host was rebooted", durable=True
         )
         self.found.ended += 1

@@ -41,7 +41,7 @@ class VmmWatch:
         """Watch each running VMM, and no other."""
         running = {
             record.jail_id: record
-            for record in self._journal.instances()
+            for record in self._journal.records.instances()
             if record.status is Status.RUNNING and record.vmm is not None
         }
         for jail_id in [jail_id for jail_id in self._tasks if jail_id not in running]:
@@ -56,7 +56,7 @@ class VmmWatch:
         """Have the end of a VMM handled in its instance's lane."""
 
         async def handle() -> None:
-            steps = Steps(f"exit-{record.jail_id}", self._journal, {})
+            steps = Steps(f"exit-{record.jail_id}", self._journal.steps, {})
             try:
                 handled = await vmm_exited(record.ref, record.launch, steps, self._host)
             except (Failure, OSError) as error:
@@ -99,9 +99,9 @@ class VmmWatch:
             self.exited(record, how.reason)
 
     async def _quarantine(self, record: InstanceRecord, reason: str) -> None:
-        now = self._journal.instance(record.ref)
+        now = self._journal.records.instance(record.ref)
         if now is None or now.launch != record.launch or now.status is not Status.RUNNING:
             return
         unknown = replace(now, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms())
-        await self._journal.put_instance(unknown, reason=reason, durable=True)
-        await self._journal.event("quarantined", ref=record.ref, reason=reason)
+        await self._journal.records.put_instance(unknown, reason=reason, durable=True)
+        await self._journal.records.event("quarantined", ref=record.ref, reason=reason)

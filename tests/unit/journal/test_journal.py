@@ -23,8 +23,8 @@ from schemas.records import InstanceRecord, NetworkRecord, Status, Tombstone
 from schemas.requests import InstanceRef, Ok, TenantNet
 from schemas.subjects import Lane
 from tests.fakes.shell_worker import REF, SUBJECTS, command, start, stop
-from worker.journal import memory, store
-from worker.journal.admission import RESERVED, Accepted, Found
+from worker.journal import memory, outbox
+from worker.journal.admission import RESERVED, Decision, Verdict
 from worker.journal.journal import Journal
 
 NET = TenantNet(7, "10.240.7.0/24", "10.240.7.1", "br-tenant-7")
@@ -52,9 +52,10 @@ def ok(command_id: str = "c1", **more: Any) -> Reply:
 
 async def accept(
     journal: Journal, given: Command, seq: int = 1, *, redelivered: bool = False
-) -> Accepted:
+) -> Decision:
+    """Take a command in as intake does, and wait until it is on disk."""
     lane = Lane.of_request(given.request)
-    return await journal.accept(
+    decision = await journal.commands.take_in(
         given,
         lane=lane,
         subject=SUBJECTS.command(lane),
@@ -62,10 +63,17 @@ async def accept(
         received_at_ms=1,
         redelivered=redelivered,
     )
+    if decision.row is not None:
+        await decision.row.stored()
+    return decision
+
+
+async def finish(journal: Journal, reply: Reply) -> None:
+    await journal.commands.finish(reply, codec.encode_reply(reply))
 
 
 async def events(journal: Journal) -> list[Event]:
-    rows = await journal.pending("event", 10_000)
+    rows = await journal.outbox.pending("event", 10_000)
     return [codec.decode_event(row.payload) for row in rows]
 
 
@@ -100,24 +108,24 @@ async def test_a_file_that_is_no_journal_is_refused(tmp_path: Path, content: byt
 
 
 async def test_a_directory_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(HostFault, match="missing/journal cannot be opened"):
+    with pytest.raises(HostFault, match=r"cannot open the journal .*/missing/journal"):
         async with opened(tmp_path / "missing"):
             pass
 
 
 async def test_the_journal_id_is_made_with_the_file_and_stays(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
-        first = journal.journal_id
-        await journal.put_meta("boot_id", "b0")
+        first = journal.store.journal_id
+        await journal.store.put_meta("boot_id", "b0")
     async with opened(tmp_path) as journal:
-        assert journal.journal_id == first
-        assert journal.meta("boot_id") == "b0"
+        assert journal.store.journal_id == first
+        assert journal.store.meta("boot_id") == "b0"
 
 
 async def test_a_row_that_cannot_be_read_stops_no_other(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
-        await journal.put_instance(record("a1"))
-        await journal.put_instance(record("a2"))
+        await journal.records.put_instance(record("a1"))
+        await journal.records.put_instance(record("a2"))
         await accept(journal, command(start("a1"), "bad"))
         await accept(journal, command(start("a2"), "good"))
     with sqlite3.connect(tmp_path / "journal") as file:
@@ -127,8 +135,8 @@ async def test_a_row_that_cannot_be_read_stops_no_other(tmp_path: Path) -> None:
 
     with structlog.testing.capture_logs() as logs:
         async with opened(tmp_path) as journal:
-            assert [r.ref.instance_id for r in journal.instances()] == ["a2"]
-            assert [row.id for row in journal.unfinished()] == ["good"]
+            assert [r.ref.instance_id for r in journal.records.instances()] == ["a2"]
+            assert [row.id for row in journal.commands.unfinished()] == ["good"]
     assert [entry["table"] for entry in logs] == ["command", "instance"]
 
 
@@ -139,29 +147,31 @@ async def test_records_are_read_from_memory_and_kept_over_a_restart(tmp_path: Pa
     network = NetworkRecord(tenant_id="acme", net=NET, status="up", since_ms=1)
     gone = Tombstone(ref=InstanceRef("acme", "web", "old"), at_ms=1, launch=3, kept_volumes=True)
     async with opened(tmp_path) as journal:
-        await journal.put_instance(record(uid_slot=4, offset=9, net=NET))
-        await journal.put_network(network)
-        await journal.put_instance(record("old"))
-        await journal.drop_instance(gone.ref, gone)
+        await journal.records.put_instance(record(uid_slot=4, offset=9, net=NET))
+        await journal.records.put_network(network)
+        await journal.records.put_instance(record("old"))
+        await journal.records.drop_instance(gone.ref, gone)
 
     async with opened(tmp_path) as journal:
-        assert journal.instance(REF) == record(uid_slot=4, offset=9, net=NET)
-        assert journal.instances("acme") == (record(uid_slot=4, offset=9, net=NET),)
-        assert journal.instances("other") == ()
-        assert journal.tombstone(gone.ref) == gone
-        assert journal.network("acme") == network
-        await journal.drop_network("acme")
-        assert journal.networks() == ()
+        assert journal.records.instance(REF) == record(uid_slot=4, offset=9, net=NET)
+        assert journal.records.instances("acme") == (record(uid_slot=4, offset=9, net=NET),)
+        assert journal.records.instances("other") == ()
+        assert journal.records.tombstone(gone.ref) == gone
+        assert journal.records.network("acme") == network
+        await journal.records.drop_network("acme")
+        assert journal.records.networks() == ()
 
 
 async def test_each_change_of_a_status_is_one_event_from_the_last_to(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
-        await journal.put_instance(record(status=Status.STARTING, command_id="c1"))
-        await journal.put_instance(record(status=Status.STARTING, launch=1))
-        await journal.put_instance(record(status=Status.RUNNING), reason="ready", detail={"x": 1})
+        await journal.records.put_instance(record(status=Status.STARTING, command_id="c1"))
+        await journal.records.put_instance(record(status=Status.STARTING, launch=1))
+        await journal.records.put_instance(
+            record(status=Status.RUNNING), reason="ready", detail={"x": 1}
+        )
     async with opened(tmp_path) as journal:
-        await journal.drop_instance(REF, None)
-        await journal.put_instance(record(status=Status.STARTING))
+        await journal.records.drop_instance(REF, None)
+        await journal.records.put_instance(record(status=Status.STARTING))
         told = await events(journal)
 
     assert [(e.seq, e.from_, e.to) for e in told] == [
@@ -176,11 +186,11 @@ async def test_each_change_of_a_status_is_one_event_from_the_last_to(tmp_path: P
 
 async def test_a_uid_slot_is_one_instances_and_the_loser_writes_nothing(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
-        puts = [journal.put_instance(record(f"a{n}", uid_slot=n // 2)) for n in range(6)]
+        puts = [journal.records.put_instance(record(f"a{n}", uid_slot=n // 2)) for n in range(6)]
         outcomes = await asyncio.gather(*puts, return_exceptions=True)
 
         assert [type(o) for o in outcomes] == [type(None), Conflict] * 3
-        assert [r.ref.instance_id for r in journal.instances()] == ["a0", "a2", "a4"]
+        assert [r.ref.instance_id for r in journal.records.instances()] == ["a0", "a2", "a4"]
         assert [e.seq for e in await events(journal)] == [1, 2, 3]
 
 
@@ -189,47 +199,47 @@ async def test_an_offset_excludes_others_only_while_its_instance_lives_or_sleeps
 ) -> None:
     stopped = record("a1", Status.STOPPED, offset=5)
     async with opened(tmp_path) as journal:
-        await journal.put_instance(stopped)
-        await journal.put_instance(record("a2", Status.SLEEPING, offset=5))
+        await journal.records.put_instance(stopped)
+        await journal.records.put_instance(record("a2", Status.SLEEPING, offset=5))
         with pytest.raises(Conflict, match="offset 5"):
-            await journal.put_instance(replace(stopped, status=Status.STARTING, uid_slot=1))
+            await journal.records.put_instance(replace(stopped, status=Status.STARTING, uid_slot=1))
 
-        assert journal.instance(REF) == stopped
+        assert journal.records.instance(REF) == stopped
 
 
 async def test_a_tenant_net_id_is_one_tenants(tmp_path: Path) -> None:
     mine = NetworkRecord(tenant_id="acme", net=NET, status="up", since_ms=1)
     async with opened(tmp_path) as journal:
-        await journal.put_network(mine)
+        await journal.records.put_network(mine)
         with pytest.raises(Conflict, match="tenant_net_id 7"):
-            await journal.put_network(replace(mine, tenant_id="other"))
+            await journal.records.put_network(replace(mine, tenant_id="other"))
 
 
 async def test_state_is_the_newest_value_per_key(tmp_path: Path) -> None:
     key = "h1.instance.acme.web.a1"
     async with opened(tmp_path) as journal:
-        await journal.put_instance(record(status=Status.STARTING))
-        await journal.put_instance(record(status=Status.RUNNING))
-        (row,) = journal.dirty()
+        await journal.records.put_instance(record(status=Status.STARTING))
+        await journal.records.put_instance(record(status=Status.RUNNING))
+        (row,) = journal.outbox.dirty()
         value = msgspec.msgpack.decode(row.value or b"")
-        journal.written(key, 1)
+        journal.outbox.written(key, 1)
 
         assert (row.key, row.seq, value["status"], value["seq"]) == (key, 2, "running", 2)
-        assert value["journal_id"] == journal.journal_id
-        assert len(journal.dirty()) == 1
+        assert value["journal_id"] == journal.store.journal_id
+        assert len(journal.outbox.dirty()) == 1
     async with opened(tmp_path) as journal:
-        assert [r.seq for r in journal.dirty()] == [2]
-        journal.written(key, 2)
+        assert [r.seq for r in journal.outbox.dirty()] == [2]
+        journal.outbox.written(key, 2)
     async with opened(tmp_path) as journal:
-        assert journal.dirty() == ()
-        await journal.rewrite_state()
-        assert [r.seq for r in journal.dirty()] == [2]
-        await journal.drop_instance(REF, None)
-        assert [(r.key, r.value, r.seq) for r in journal.dirty()] == [(key, None, 3)]
-        journal.written(key, 3)
+        assert journal.outbox.dirty() == ()
+        await journal.outbox.rewrite_state()
+        assert [r.seq for r in journal.outbox.dirty()] == [2]
+        await journal.records.drop_instance(REF, None)
+        assert [(r.key, r.value, r.seq) for r in journal.outbox.dirty()] == [(key, None, 3)]
+        journal.outbox.written(key, 3)
     async with opened(tmp_path) as journal:
-        await journal.rewrite_state()
-        assert journal.dirty() == ()
+        await journal.outbox.rewrite_state()
+        assert journal.outbox.dirty() == ()
 
 
 Change = tuple[str, int, Status]
@@ -275,13 +285,13 @@ async def _chain(path: Path, changes: list[Change]) -> None:
 async def _change(journal: Journal, what: str, n: int, status: Status) -> None:
     ref = InstanceRef("acme", "web", f"a{n}")
     if what == "put":
-        await journal.put_instance(record(f"a{n}", status, uid_slot=n))
+        await journal.records.put_instance(record(f"a{n}", status, uid_slot=n))
     elif what == "clash":
-        await journal.put_instance(record(f"a{n}", status, uid_slot=n + 1))
+        await journal.records.put_instance(record(f"a{n}", status, uid_slot=n + 1))
     elif what == "drop":
-        await journal.drop_instance(ref, None)
+        await journal.records.drop_instance(ref, None)
     elif what == "event":
-        await journal.event("drift", ref=ref)
+        await journal.records.event("drift", ref=ref)
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -293,14 +303,15 @@ async def test_identity_is_the_id_and_the_request_whatever_the_envelope(tmp_path
         joins = await accept(journal, command(start(), reply_to="_INBOX.2", issuer="x"), 2)
         again = await accept(journal, command(start(), reply_to="_INBOX.1"), 1, redelivered=True)
         clash = await accept(journal, command(stop(), reply_to="_INBOX.3"), 3)
-        await journal.finish(ok())
+        await finish(journal, ok())
         replay = await accept(journal, command(start(), deadline_ms=1), 4)
         late = await accept(journal, command(start(), reply_to="_INBOX.1"), 1, redelivered=True)
-        direct = await journal.pending("direct", 10)
-        (kept,) = await journal.pending("reply", 10)
+        direct = await journal.outbox.pending("direct", 10)
+        (kept,) = await journal.outbox.pending("reply", 10)
 
-    assert [a.kind for a in (first, joins, again, clash, replay, late)] == [
-        Found.NEW, Found.JOINED, Found.JOINED, Found.CONFLICT, Found.REPLAY, Found.JOINED,
+    assert [a.verdict for a in (first, joins, again, clash, replay, late)] == [
+        Verdict.NEW, Verdict.JOINED, Verdict.JOINED,
+        Verdict.CONFLICT, Verdict.REPLAY, Verdict.JOINED,
     ]  # fmt: skip
     assert kept.payload == codec.encode_reply(ok())
     assert (kept.msg_id, kept.subject) == ("c1", "hostd.v1.test.h1.reply.instance.acme.web.a1")
@@ -312,17 +323,22 @@ async def test_identity_is_the_id_and_the_request_whatever_the_envelope(tmp_path
     ]
 
 
-async def test_a_lane_and_the_host_take_only_so_many(tmp_path: Path) -> None:
+@pytest.mark.parametrize("redelivered", [False, True])  # decided from memory, or from the file
+async def test_a_lane_and_the_host_take_only_so_many(tmp_path: Path, redelivered: bool) -> None:
+    async def verdict(instance: str, n: int) -> Verdict:
+        given = command(start(instance), f"{instance}{n}")
+        return (await accept(journal, given, redelivered=redelivered)).verdict
+
     async with opened(tmp_path, lane_depth=3, host_depth=5) as journal:
-        kinds = [(await accept(journal, command(start("a"), f"a{n}"))).kind for n in range(4)]
-        kinds += [(await accept(journal, command(start("b"), f"b{n}"))).kind for n in range(3)]
+        verdicts = [await verdict("a", n) for n in range(4)]
+        verdicts += [await verdict("b", n) for n in range(3)]
         known = await accept(journal, command(start("a"), "a0"), 2)
-        await journal.finish(ok("a0"))
+        await finish(journal, ok("a0"))
         room = await accept(journal, command(start("a"), "a9"))
 
-    new = Found.NEW
-    assert kinds == [new, new, new, Found.LANE_FULL, new, new, Found.HOST_FULL]
-    assert (known.kind, room.kind) == (Found.JOINED, new)
+    new = Verdict.NEW
+    assert verdicts == [new, new, new, Verdict.LANE_FULL, new, new, Verdict.HOST_FULL]
+    assert (known.verdict, room.verdict) == (Verdict.JOINED, new)
 
 
 async def test_what_is_full_still_takes_a_few_stops(tmp_path: Path) -> None:
@@ -330,12 +346,13 @@ async def test_what_is_full_still_takes_a_few_stops(tmp_path: Path) -> None:
         for n in range(2):
             await accept(journal, command(start(), f"start-{n}"))
         kinds = [
-            (await accept(journal, command(stop(), f"stop-{n}"))).kind for n in range(RESERVED + 1)
+            (await accept(journal, command(stop(), f"stop-{n}"))).verdict
+            for n in range(RESERVED + 1)
         ]
         late = await accept(journal, command(start(), "late"))
 
-    assert kinds == [Found.NEW] * RESERVED + [Found.LANE_FULL]
-    assert late.kind is Found.LANE_FULL
+    assert kinds == [Verdict.NEW] * RESERVED + [Verdict.LANE_FULL]
+    assert late.verdict is Verdict.LANE_FULL
 
 
 async def test_unfinished_commands_attempts_and_steps_survive_a_restart(tmp_path: Path) -> None:
@@ -343,45 +360,45 @@ async def test_unfinished_commands_attempts_and_steps_survive_a_restart(tmp_path
     async with opened(tmp_path) as journal:
         await accept(journal, given)
         await accept(journal, command(stop(), "c2"))
-        assert journal.begin_attempt("c1") == 1
-        await journal.begin("c1", "taps", "tn7i5", existed=False)
-        await journal.begin("c1", "jails", "j", existed=True)
-        await journal.mark("c1", "consumed")
+        assert journal.commands.begin_attempt("c1") == 1
+        await journal.steps.begin("c1", "taps", "tn7i5", existed=False)
+        await journal.steps.begin("c1", "jails", "j", existed=True)
+        await journal.steps.mark("c1", "consumed")
 
     async with opened(tmp_path) as journal:
-        assert [row.id for row in journal.unfinished()] == ["c1", "c2"]
-        assert journal.unfinished()[0].command == given
-        assert journal.begin_attempt("c1") == 2
-        assert await journal.begin("c1", "taps", "tn7i5", existed=True) == StepRow(
+        assert [row.id for row in journal.commands.unfinished()] == ["c1", "c2"]
+        assert journal.commands.unfinished()[0].command == given
+        assert journal.commands.begin_attempt("c1") == 2
+        assert await journal.steps.begin("c1", "taps", "tn7i5", existed=True) == StepRow(
             "taps", "tn7i5", existed=False
         )
-        assert [row.mechanism for row in journal.rows("c1")] == ["taps", "jails"]
-        assert journal.marked("c1", "consumed")
-        assert not journal.marked("c1", "other")
-        assert journal.lanes() == {Lane.instance(REF): 2}
+        assert [row.mechanism for row in journal.steps.rows("c1")] == ["taps", "jails"]
+        assert journal.steps.marked("c1", "consumed")
+        assert not journal.steps.marked("c1", "other")
+        assert journal.commands.lanes() == {Lane.instance(REF): 2}
 
 
 async def test_an_outcome_clears_the_steps_but_for_what_is_left_behind(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         await accept(journal, command(start()))
-        await journal.begin("c1", "taps", "tn7i5", existed=False)
-        await journal.begin("c1", "pins", "p", existed=False)
-        await journal.finish(ok(left_behind=("taps tn7i5",)))
-        assert [row.key for row in journal.leftovers()["c1"]] == ["tn7i5"]
+        await journal.steps.begin("c1", "taps", "tn7i5", existed=False)
+        await journal.steps.begin("c1", "pins", "p", existed=False)
+        await finish(journal, ok(left_behind=("taps tn7i5",)))
+        assert [row.key for row in journal.steps.leftovers()["c1"]] == ["tn7i5"]
 
     async with opened(tmp_path) as journal:
-        assert [row.key for row in journal.leftovers()["c1"]] == ["tn7i5"]
-        await journal.forget("c1", "taps", "tn7i5")
-        assert journal.leftovers() == {}
+        assert [row.key for row in journal.steps.leftovers()["c1"]] == ["tn7i5"]
+        await journal.steps.forget("c1", "taps", "tn7i5")
+        assert journal.steps.leftovers() == {}
 
 
 async def test_an_outcome_is_written_once(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         await accept(journal, command(start()))
-        await asyncio.gather(journal.finish(ok()), journal.finish(ok(changed=True)))
-        await journal.finish(ok(changed=True))
+        await asyncio.gather(finish(journal, ok()), finish(journal, ok(changed=True)))
+        await finish(journal, ok(changed=True))
 
-        (kept,) = await journal.pending("reply", 10)
+        (kept,) = await journal.outbox.pending("reply", 10)
         assert codec.decode_reply(kept.payload) == ok()
         assert [e.kind for e in await events(journal)] == ["command"]
 
@@ -389,16 +406,16 @@ async def test_an_outcome_is_written_once(tmp_path: Path) -> None:
 async def test_result_tells_where_a_command_stands(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         await accept(journal, command(start()))
-        waiting = await journal.result("c1")
-        journal.begin_attempt("c1")
-        running = await journal.result("c1")
-        await journal.finish(ok())
-        done = await journal.result("c1")
+        waiting = await journal.commands.result("c1")
+        journal.commands.begin_attempt("c1")
+        running = await journal.commands.result("c1")
+        await finish(journal, ok())
+        done = await journal.commands.result("c1")
 
         assert [s and s.state for s in (waiting, running, done)] == ["waiting", "running", "done"]
         assert done is not None
         assert done.reply == codec.encode_reply(ok())
-        assert await journal.result("never") is None
+        assert await journal.commands.result("never") is None
 
 
 async def test_done_commands_are_kept_a_day_and_pruned_in_batches(tmp_path: Path) -> None:
@@ -406,14 +423,14 @@ async def test_done_commands_are_kept_a_day_and_pruned_in_batches(tmp_path: Path
     async with opened(tmp_path, clock_ms=lambda: now) as journal:
         for n in range(5):
             await accept(journal, command(start(), f"c{n}"))
-            await journal.finish(ok(f"c{n}", finished_at_ms=n))
+            await finish(journal, ok(f"c{n}", finished_at_ms=n))
         await accept(journal, command(start(), "open"))
         now = journal_day = 24 * 3_600_000
-        assert await journal.prune() == 1
+        assert await journal.commands.prune() == 1
         now = journal_day + 4
-        assert [await journal.prune(limit=3) for _ in range(3)] == [3, 1, 0]
-        assert (await accept(journal, command(start(), "c0"))).kind is Found.NEW
-        assert journal.is_unfinished("open")
+        assert [await journal.commands.prune(limit=3) for _ in range(3)] == [3, 1, 0]
+        assert (await accept(journal, command(start(), "c0"))).verdict is Verdict.NEW
+        assert journal.commands.is_unfinished("open")
 
 
 # -- outbox ----------------------------------------------------------------------------------------
@@ -426,30 +443,30 @@ async def test_rows_beyond_memory_come_from_the_file_in_order(
     seen: list[int] = []
     async with opened(tmp_path) as journal:
         for _ in range(11):
-            await journal.event("audit")
-        while rows := await journal.pending("event", 3):
+            await journal.records.event("audit")
+        while rows := await journal.outbox.pending("event", 3):
             seen += [codec.decode_event(row.payload).seq for row in rows]
-            journal.sent(rows)
+            journal.outbox.sent(rows)
             if len(seen) in (3, 12):
-                await journal.event("audit")
+                await journal.records.event("audit")
 
         assert seen == list(range(1, 14))
-        assert journal.depth == 0
+        assert journal.outbox.depth == 0
     async with opened(tmp_path) as journal:
-        assert await journal.pending("event", 3) == []
+        assert await journal.outbox.pending("event", 3) == []
 
 
 async def test_too_much_unsent_stops_the_intake_until_a_tenth_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "BACKLOG_ROWS", 10)
+    monkeypatch.setattr(outbox, "BACKLOG_ROWS", 10)
     told: list[bool] = []
     async with opened(tmp_path) as journal:
-        journal.watch(lambda: told.append(journal.backlogged))
+        journal.store.watch(lambda: told.append(journal.outbox.backlogged))
         for _ in range(11):
-            await journal.event("audit")
-        assert (journal.backlogged, told) == (True, [True])
-        journal.sent(await journal.pending("event", 1))
-        assert journal.backlogged
-        journal.sent(await journal.pending("event", 2))
-        assert (journal.backlogged, told) == (False, [True, False])
+            await journal.records.event("audit")
+        assert (journal.outbox.backlogged, told) == (True, [True])
+        journal.outbox.sent(await journal.outbox.pending("event", 1))
+        assert journal.outbox.backlogged
+        journal.outbox.sent(await journal.outbox.pending("event", 2))
+        assert (journal.outbox.backlogged, told) == (False, [True, False])

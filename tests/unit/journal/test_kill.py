@@ -55,7 +55,7 @@ async def record_moments(tmp_path: Path, *, msg_id: bool) -> list[Moment]:
         moments.append(Moment(directory, {}, copy_bus(worker.bus), copy_machine(worker.machine)))
 
     async with shell_worker(path) as worker:
-        worker.journal._writer._observe = lambda seconds: note(worker)
+        worker.journal.store.writer._observe = lambda seconds: note(worker)
         worker.send(start(), reply_to="_INBOX.1", msg_id=msg_id)
         await worker.reply()
         worker.send(start("a2"), "c2", reply_to="_INBOX.2", msg_id=msg_id)

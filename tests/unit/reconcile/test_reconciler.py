@@ -71,7 +71,7 @@ async def test_what_an_undo_left_behind_is_removed_later(tmp_path: Path) -> None
         await caretaker_of(worker).once()
 
         assert machine.resources == before
-        assert worker.journal.leftovers() == {}
+        assert worker.journal.steps.leftovers() == {}
 
 
 async def test_what_a_live_instance_uses_by_now_is_not_removed(tmp_path: Path) -> None:
@@ -86,4 +86,4 @@ async def test_what_a_live_instance_uses_by_now_is_not_removed(tmp_path: Path) -
         await caretaker_of(worker).once()
 
         assert ("tap", "tn3i5") in machine.resources
-        assert worker.journal.leftovers() == {}
+        assert worker.journal.steps.leftovers() == {}
