@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from schemas import codec
+from schemas.envelopes import EventKind
 from tests.fakes.bus import FakeBus
 from tests.fakes.shell_worker import ShellWorker, shell_worker, start
 from worker import outbox
@@ -28,7 +29,7 @@ async def test_events_go_one_in_flight_in_order_and_again_with_the_same_id(tmp_p
     async with shell_worker(tmp_path / "j", consume=False) as worker:
         worker.bus.lose_next_ack = True
         for _ in range(5):
-            await worker.journal.records.event("audit")
+            await worker.journal.records.event(EventKind.DRIFT)
         await worker.bus.until(events=5)
         await worker.outbox.drained()
 
@@ -44,7 +45,7 @@ async def test_a_broker_that_is_gone_delays_but_loses_nothing(tmp_path: Path) ->
         await worker.bus.until_acked()
         worker.bus.up = False
         for _ in range(3):
-            await worker.journal.records.event("audit")
+            await worker.journal.records.event(EventKind.DRIFT)
         await attempts(worker, 6)
         worker.bus.up = True
         await worker.bus.until(replies=1, sent=1, events=4)
@@ -62,7 +63,7 @@ async def test_a_connection_that_is_back_ends_the_backoff(
     monkeypatch.setattr(outbox.random, "uniform", lambda low, high: high)
     async with shell_worker(tmp_path / "j", consume=False) as worker:
         worker.bus.up = False
-        await worker.journal.records.event("audit")
+        await worker.journal.records.event(EventKind.DRIFT)
         await attempts(worker, 1)
         worker.bus.up = True
         worker.outbox.wake()
@@ -78,7 +79,7 @@ async def test_replies_wait_for_no_event(tmp_path: Path) -> None:
             await super().publish(subject, payload, **more)  # type: ignore[arg-type]
 
     async with shell_worker(tmp_path / "j", Slow()) as worker:
-        await worker.journal.records.event("audit")
+        await worker.journal.records.event(EventKind.DRIFT)
         worker.send(start())
         await worker.reply()
 

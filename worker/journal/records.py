@@ -223,7 +223,7 @@ class JournalRecords:
 
     async def event(
         self,
-        kind: str,
+        kind: EventKind,
         *,
         ref: InstanceRef | None = None,
         tenant_id: str | None = None,
@@ -238,8 +238,6 @@ class JournalRecords:
             lane = Lane.network(tenant_id)
         else:
             lane = Lane.host()
-        draft = EventDraft(
-            EventKind(kind), lane, command_id=command_id, reason=reason, detail=detail
-        )
+        draft = EventDraft(kind, lane, command_id=command_id, reason=reason, detail=detail)
         at_ms = self._store.now_ms()
         await self._store.writer.submit(lambda tx: self._store.source.event(tx, draft, at_ms))

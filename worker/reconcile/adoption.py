@@ -14,6 +14,7 @@ from handlers.errors import Failure, HostFault
 from handlers.host.jail.layout import JailDirs, JailFacts
 from handlers.interfaces import Host
 from handlers.specs import LaunchSpec
+from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status, VmmIdentity
 from worker.journal.journal import Journal
 
@@ -46,7 +47,7 @@ class Strangers:
         if note is None or record is None or self._journal.records.instance(note.ref) is not None:
             self.quarantined += 1
             await self._journal.records.event(
-                "quarantined",
+                EventKind.QUARANTINED,
                 reason="a VMM that neither the journal nor its jail's note accounts for",
                 detail={"jail": jail_id},
             )
@@ -64,7 +65,8 @@ class Strangers:
         now_ms = self._host.facts.now_ms()
         known = replace(record, status=status, since_ms=now_ms, vmm=identity)
         await self._journal.records.put_instance(known, reason=reason, durable=True)
-        kind = "recovered" if status is Status.RUNNING else "quarantined"
+        adopted = status is Status.RUNNING
+        kind = EventKind.RECOVERED if adopted else EventKind.QUARANTINED
         await self._journal.records.event(kind, ref=record.ref, reason=reason)
         log.warning("vmm.stranger", instance=str(record.ref), status=str(status), reason=reason)
 

@@ -21,6 +21,7 @@ from handlers.mechanism import Removable
 from handlers.network import restore_network
 from handlers.network_names import names_of
 from handlers.steps import Steps
+from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane
@@ -112,7 +113,7 @@ class Reconciler:
                 continue
             if restored.repaired or restored.lost:
                 await self._journal.records.event(
-                    "drift",
+                    EventKind.DRIFT,
                     tenant_id=record.tenant_id,
                     reason="changed behind hostd's back",
                     detail={"repaired": list(restored.repaired), "lost": list(restored.lost)},
@@ -129,7 +130,7 @@ class Reconciler:
                         log.warning("leftover.stays", step=row.mechanism, error=repr(error))
                         continue
                     await self._journal.records.event(
-                        "removed",
+                        EventKind.REMOVED,
                         reason="left behind by a command",
                         detail={"mechanism": row.mechanism, "key": row.key},
                         command_id=command_id,

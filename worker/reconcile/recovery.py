@@ -20,6 +20,7 @@ from handlers.instance.state import InstanceState, final_record
 from handlers.interfaces import Host
 from handlers.network import restore_network
 from handlers.steps import Steps
+from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status
 from worker.journal.journal import Journal
 from worker.reconcile.adoption import Strangers
@@ -70,7 +71,7 @@ class Recovery:
         await self._journal.store.put_meta(BOOT_ID, boot_id)
         self._supervisor.sync()
         await self._journal.records.event(
-            "recovered",
+            EventKind.RECOVERED,
             reason="the host was rebooted" if rebooted else "the worker was started",
             detail={**vars(self.found), "commands": len(self._journal.commands.unfinished())},
         )
@@ -95,7 +96,7 @@ class Recovery:
         self.found.networks += 1
         if restored.repaired or restored.lost:
             await self._journal.records.event(
-                "drift",
+                EventKind.DRIFT,
                 tenant_id=record.tenant_id,
                 reason="found at start",
                 detail={"repaired": list(restored.repaired), "lost": list(restored.lost)},
@@ -138,7 +139,9 @@ class Recovery:
                 durable=True,
             )
             await self._journal.records.event(
-                "quarantined", ref=record.ref, reason="its VMM is not the one in the journal"
+                EventKind.QUARANTINED,
+                ref=record.ref,
+                reason="its VMM is not the one in the journal",
             )
         else:
             # In its lane: a VM that hangs answers no question, and must hold up no other.

@@ -15,6 +15,7 @@ from handlers.host.vmm.processes import ExitWatch
 from handlers.instance.vmm_exit import vmm_exited
 from handlers.interfaces import Host
 from handlers.steps import Steps
+from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
@@ -104,4 +105,4 @@ class VmmWatch:
             return
         unknown = replace(now, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms())
         await self._journal.records.put_instance(unknown, reason=reason, durable=True)
-        await self._journal.records.event("quarantined", ref=record.ref, reason=reason)
+        await self._journal.records.event(EventKind.QUARANTINED, ref=record.ref, reason=reason)

@@ -18,7 +18,7 @@ from handlers.errors import Conflict, HostFault
 from handlers.mechanism import StepRow
 from schemas import codec
 from schemas.codes import Code
-from schemas.envelopes import Command, Event, Reply
+from schemas.envelopes import Command, Event, EventKind, Reply
 from schemas.records import InstanceRecord, NetworkRecord, Status, Tombstone
 from schemas.requests import InstanceRef, Ok, TenantNet
 from schemas.subjects import Lane
@@ -291,7 +291,7 @@ async def _change(journal: Journal, what: str, n: int, status: Status) -> None:
     elif what == "drop":
         await journal.records.drop_instance(ref, None)
     elif what == "event":
-        await journal.records.event("drift", ref=ref)
+        await journal.records.event(EventKind.DRIFT, ref=ref)
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -443,12 +443,12 @@ async def test_rows_beyond_memory_come_from_the_file_in_order(
     seen: list[int] = []
     async with opened(tmp_path) as journal:
         for _ in range(11):
-            await journal.records.event("audit")
+            await journal.records.event(EventKind.DRIFT)
         while rows := await journal.outbox.pending("event", 3):
             seen += [codec.decode_event(row.payload).seq for row in rows]
             journal.outbox.sent(rows)
             if len(seen) in (3, 12):
-                await journal.records.event("audit")
+                await journal.records.event(EventKind.DRIFT)
 
         assert seen == list(range(1, 14))
         assert journal.outbox.depth == 0
@@ -464,7 +464,7 @@ async def test_too_much_unsent_stops_the_intake_until_a_tenth_is_gone(
     async with opened(tmp_path) as journal:
         journal.store.watch(lambda: told.append(journal.outbox.backlogged))
         for _ in range(11):
-            await journal.records.event("audit")
+            await journal.records.event(EventKind.DRIFT)
         assert (journal.outbox.backlogged, told) == (True, [True])
         journal.outbox.sent(await journal.outbox.pending("event", 1))
         assert journal.outbox.backlogged

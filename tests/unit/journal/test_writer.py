@@ -10,6 +10,7 @@ import pytest
 
 from handlers.errors import HostFault
 from schemas.codes import Code
+from schemas.envelopes import EventKind
 from schemas.requests import Request
 from tests.fakes.shell_worker import Machine, ShellWorker, command, shell_worker, start, stop
 from tests.unit.journal.test_journal import accept, events, opened, record
@@ -32,7 +33,7 @@ async def fill(journal: Journal) -> int:
     """Write until the disk is full; returns how many events were committed."""
     for n in range(1000):
         try:
-            await journal.records.event("audit", detail={"pad": "x" * 2000})
+            await journal.records.event(EventKind.DRIFT, detail={"pad": "x" * 2000})
         except JournalFault:
             return n
     raise AssertionError("the file never filled up")
