@@ -20,7 +20,6 @@ class Code(StrEnum):
     INTERNAL = "internal"
 
 
-EXIT_USAGE = 2
 EXIT_NO_ANSWER = 30
 EXIT_CODES: dict[Code, int] = {
     Code.OK: 0,

@@ -19,7 +19,6 @@ LANE_IDS: dict[str, tuple[str, ...]] = {
     "network": ("tenant_id",),
     "host": (),
 }
-VERBS = ("ping", "status", "list", "describe", "result", "explain")
 
 
 @dataclass(frozen=True, slots=True, order=True)
