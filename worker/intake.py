@@ -36,6 +36,8 @@ class Meters(Protocol):
 
     def redelivered(self) -> None: ...
 
+    def keys_ignored(self, count: int) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Message:
@@ -70,7 +72,6 @@ class Intake:
         facts: Callable[[], dict[str, Any]],
         meters: Meters,
     ) -> None:
-        self.unknown_keys = 0
         self._bus = bus
         self._journal = journal
         self._lanes = lanes
@@ -131,7 +132,7 @@ class Intake:
         else:
             content = decoded
             if decoded.unknown_keys:
-                self.unknown_keys += len(decoded.unknown_keys)
+                self._meters.keys_ignored(len(decoded.unknown_keys))
                 log.debug("envelope.keys_ignored", command_id=message_id, keys=decoded.unknown_keys)
         return _Message(delivery, received_at_ms, message_id, lane, reply_to, decoded.form, content)
 

@@ -86,6 +86,11 @@ class Metrics:
             "Messages that came with a delivery count above one.",
             registry=registry,
         )
+        self._ignored_keys = Counter(
+            "hostd_envelope_keys_ignored_total",
+            "Unknown keys of command envelopes, ignored.",
+            registry=registry,
+        )
         self._instances = Gauge(
             "hostd_instances", "Instances of this host, by status.", ["status"], registry=registry
         )
@@ -159,6 +164,10 @@ class Metrics:
 
     def redelivered(self) -> None:
         self._redeliveries.inc()
+
+    def keys_ignored(self, count: int) -> None:
+        """A command envelope had this many unknown keys: a newer sender, or a misspelt key."""
+        self._ignored_keys.inc(count)
 
     def vmm_exited(self, reason: str) -> None:
         """`reason` is one of a few words, never a text of the VMM's."""

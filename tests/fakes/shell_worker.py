@@ -59,6 +59,7 @@ class NoMeters:
     done: list[tuple[str, Code]] = field(default_factory=list)
     retries: list[Code] = field(default_factory=list)
     redeliveries: int = 0
+    ignored_keys: int = 0
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None:
         self.done.append((kind, code))
@@ -72,6 +73,9 @@ class NoMeters:
 
     def redelivered(self) -> None:
         self.redeliveries += 1
+
+    def keys_ignored(self, count: int) -> None:
+        self.ignored_keys += count
 
 
 @dataclass(frozen=True)

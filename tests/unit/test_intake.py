@@ -292,14 +292,14 @@ async def test_a_refused_message_delivered_again_is_answered_once(tmp_path: Path
         assert (len(worker.bus.sent), len(worker.bus.dead())) == (1, 1)
 
 
-async def test_keys_of_the_envelope_that_are_not_known_are_ignored_and_counted(
+async def test_unknown_envelope_keys_are_ignored_and_counted(
     tmp_path: Path,
 ) -> None:
     async with shell_worker(tmp_path / "j") as worker:
         worker.bus.command(CMD, msgpack.packb(envelope(color="red", size=3)))
         reply = await only_reply(worker)
 
-        assert (reply.code, worker.intake.unknown_keys) == (Code.OK, 2)
+        assert (reply.code, worker.meters.ignored_keys) == (Code.OK, 2)
 
 
 # -- Ping ------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ CONTRACT = {
     "hostd_bus_connected": ("gauge", set()),
     "hostd_bus_reconnects": ("counter", set()),
     "hostd_redeliveries": ("counter", set()),
+    "hostd_envelope_keys_ignored": ("counter", set()),
     "hostd_instances": ("gauge", {"status"}),
     "hostd_vmm_exits": ("counter", {"reason"}),
     "hostd_snapshot_duration_seconds": ("histogram", set()),
@@ -47,6 +48,7 @@ def used() -> Metrics:
     metrics.commit(0.0015)
     metrics.reconnected()
     metrics.redelivered()
+    metrics.keys_ignored(2)
     metrics.vmm_exited("exited")
     metrics.snapshot(0.4, 512 << 20)
     metrics.loop_lag(0.0001)
