@@ -71,6 +71,7 @@ class Intake:
         version: str,
         facts: Callable[[], dict[str, Any]],
         meters: Meters,
+        clock_ms: Callable[[], int] = now_ms,
     ) -> None:
         self._bus = bus
         self._journal = journal
@@ -79,6 +80,7 @@ class Intake:
         self._version = version
         self._facts = facts
         self._meters = meters
+        self._clock_ms = clock_ms
         self._subjects = journal.store.subjects
         self._started = time.monotonic()
         journal.store.watch(self._pause_or_resume)
@@ -110,7 +112,7 @@ class Intake:
 
     def _decode(self, delivery: Delivery) -> _Message:
         """Decode and check. An error in the subject is reported before one in the bytes."""
-        received_at_ms = now_ms()
+        received_at_ms = self._clock_ms()
         decoded = decode(delivery.data)
         error = decoded.error if isinstance(decoded, Undecodable) else None
         reply_to = decoded.reply_to
@@ -243,7 +245,7 @@ class Intake:
         if await self._journal.commands.result(message.id) is not None:
             await self._answer_conflict(message)
             return
-        if command.deadline_ms is not None and command.deadline_ms <= now_ms():
+        if command.deadline_ms is not None and command.deadline_ms <= self._clock_ms():
             reply = self._error(
                 message,
                 Code.EXPIRED,
@@ -258,7 +260,7 @@ class Intake:
                 code=Code.OK,
                 attempts=1,
                 received_at_ms=message.received_at_ms,
-                finished_at_ms=now_ms(),
+                finished_at_ms=self._clock_ms(),
                 detail={
                     "version": self._version,
                     "protocol": {"min": PROTOCOL_MIN, "max": PROTOCOL_MAX},
@@ -289,7 +291,7 @@ class Intake:
             code=code,
             retryable=retryable,
             received_at_ms=message.received_at_ms,
-            finished_at_ms=now_ms(),
+            finished_at_ms=self._clock_ms(),
             supported=supported,
             detail=detail,
         )

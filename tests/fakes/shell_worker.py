@@ -5,12 +5,14 @@ Its handlers change a dictionary; tests tell them to fail, to wait, or how often
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from handlers.clock import now_ms
 from handlers.interfaces import Host
 from handlers.mechanism import Removable
 from handlers.registry import Handler
@@ -30,6 +32,7 @@ from schemas.requests import (
 from schemas.settings import LimitSettings, Settings
 from schemas.subjects import Lane, Subjects
 from tests.fakes.bus import FakeBus
+from tests.fakes.clock import FakeClock
 from worker.dispatch import Dispatch
 from worker.intake import Intake
 from worker.journal.journal import Journal
@@ -54,10 +57,12 @@ def command(request: Request, command_id: str = "c1", **more: Any) -> Command:
 
 @dataclass
 class NoMeters:
-    """Counts what it is told."""
+    """Counts in lists, exports nothing."""
 
     done: list[tuple[str, Code]] = field(default_factory=list)
     retries: list[Code] = field(default_factory=list)
+    retried: asyncio.Event = field(default_factory=asyncio.Event)
+    snapshots: list[tuple[float, int]] = field(default_factory=list)
     redeliveries: int = 0
     ignored_keys: int = 0
 
@@ -68,8 +73,10 @@ class NoMeters:
 
     def retry(self, kind: str, code: Code) -> None:
         self.retries.append(code)
+        self.retried.set()
 
-    def snapshot(self, seconds: float, size_bytes: int) -> None: ...
+    def snapshot(self, seconds: float, size_bytes: int) -> None:
+        self.snapshots.append((seconds, size_bytes))
 
     def redelivered(self) -> None:
         self.redeliveries += 1
@@ -204,9 +211,12 @@ async def shell_worker(
     consume: bool = True,
     send: bool = True,
     run: bool = True,
+    clock: FakeClock | None = None,
 ) -> AsyncIterator[ShellWorker]:
     """A worker on the journal at `path`, recovering what is in it."""
     bus = bus or FakeBus()
+    clock_ms = now_ms if clock is None else clock.now_ms
+    monotonic_s = time.monotonic if clock is None else clock.monotonic_s
     machine = machine or Machine()
     meters = NoMeters()
     journal = await Journal.open(
@@ -215,10 +225,19 @@ async def shell_worker(
         boot_id="b1",
         lane_depth=limits.lane_depth,
         host_depth=limits.host_depth,
+        clock_ms=clock_ms,
     )
     host = cast("Host", SimpleNamespace(settings=Settings(limits=limits)))
     mechanisms: Mapping[str, Removable] = {"things": machine.things}
-    dispatch = Dispatch(journal, machine.handlers(), host, mechanisms, meters=meters)
+    dispatch = Dispatch(
+        journal,
+        machine.handlers(),
+        host,
+        mechanisms,
+        meters=meters,
+        clock_ms=clock_ms,
+        monotonic_s=monotonic_s,
+    )
     lanes = Lanes(dispatch)
     intake = Intake(
         bus,
@@ -228,6 +247,7 @@ async def shell_worker(
         version="0.0.0",
         facts=lambda: {"boot_id": "b1", "host_state": "ready", "capacity": {}},
         meters=meters,
+        clock_ms=clock_ms,
     )
     outbox = Outbox(bus, journal)
     for row in journal.commands.unfinished():

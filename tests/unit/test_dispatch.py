@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import structlog
 
-from handlers.clock import now_ms
 from handlers.errors import (
     Conflict,
     Draining,
@@ -23,9 +22,12 @@ from handlers.errors import (
 )
 from handlers.steps import Done, Steps
 from schemas.codes import Code
-from schemas.requests import Error, Request
+from schemas.envelopes import StepTaken
+from schemas.requests import Error, Request, SleepInstance
 from schemas.settings import LimitSettings
+from tests.fakes.clock import FakeClock
 from tests.fakes.shell_worker import Machine, Thing, shell_worker, start, stop
+from worker import dispatch
 
 DONE = Done(changed=True, status="running", detail={})
 
@@ -116,49 +118,104 @@ async def test_what_is_busy_is_tried_again_here(tmp_path: Path, error: Exception
         assert worker.meters.done == [("StartInstance", Code.OK)]
 
 
+class Slow(Failing):
+    """Each attempt takes this long by the clock."""
+
+    def __init__(self, clock: FakeClock, took_ms: int, error: Exception, **more: Any) -> None:
+        super().__init__(error, **more)
+        self.clock = clock
+        self.took_ms = took_ms
+
+    async def __call__(self, request: Request, steps: Steps) -> Done:
+        try:
+            return await super().__call__(request, steps)
+        finally:
+            self.clock.advance(self.took_ms)
+
+
+def slow(clock: FakeClock, took_ms: int, error: Exception, **more: Any) -> Machine:
+    behave = Slow(clock, took_ms, error, **more)
+    machine = Machine(behave=behave)
+    behave.machine = machine
+    return machine
+
+
+@pytest.fixture
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "BACKOFF_S", 0.0)
+
+
+@pytest.fixture
+def long_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait is 1000 s."""
+    monkeypatch.setattr(dispatch, "BACKOFF_S", 1000.0)
+    monkeypatch.setattr(dispatch, "BACKOFF_MAX_S", 1000.0)
+    monkeypatch.setattr("tenacity.wait.random.uniform", lambda low, high: high)
+
+
+@pytest.mark.usefixtures("no_backoff")
 async def test_attempts_end_with_the_budget(tmp_path: Path) -> None:
-    limits = LimitSettings(retry_budget_s=0.3)
-    async with shell_worker(
-        tmp_path / "j", machine=failing(Unavailable("busy")), limits=limits
-    ) as worker:
+    clock, limits = FakeClock(), LimitSettings(retry_budget_s=0.3)
+    machine = slow(clock, 125, Unavailable("busy"))
+    async with shell_worker(tmp_path / "j", machine=machine, limits=limits, clock=clock) as worker:
         worker.send(start())
         reply = await worker.reply()
 
-    assert (reply.code, reply.retryable) == (Code.UNAVAILABLE, True)
-    assert reply.attempts >= 1
-    assert reply.finished_at_ms - reply.received_at_ms < 2000
+    assert (reply.code, reply.retryable, reply.attempts) == (Code.UNAVAILABLE, True, 3)
+    assert reply.finished_at_ms - reply.received_at_ms == 375
 
 
+@pytest.mark.usefixtures("no_backoff")
 async def test_an_attempt_that_took_the_whole_budget_is_the_last(tmp_path: Path) -> None:
-    class Slow(Failing):
-        async def __call__(self, request: Request, steps: Steps) -> Done:
-            await asyncio.sleep(limits.retry_budget_s)
-            return await super().__call__(request, steps)
-
-    limits = LimitSettings(retry_budget_s=0.05)
-    machine = Machine(behave=(behave := Slow(Unavailable("busy"))))
-    behave.machine = machine
-    async with shell_worker(tmp_path / "j", machine=machine, limits=limits) as worker:
+    clock, limits = FakeClock(), LimitSettings(retry_budget_s=0.3)
+    machine = slow(clock, 300, Unavailable("busy"))
+    async with shell_worker(tmp_path / "j", machine=machine, limits=limits, clock=clock) as worker:
         worker.send(start())
         reply = await worker.reply()
 
     assert (reply.code, reply.attempts) == (Code.UNAVAILABLE, 1)
 
 
-async def test_attempts_end_with_the_deadline(tmp_path: Path) -> None:
-    machine = failing(Unavailable("busy"))
-    async with shell_worker(tmp_path / "j", machine=machine) as worker:
-        worker.send(start(), deadline_ms=now_ms() + 300)
+@pytest.mark.usefixtures("no_backoff")
+async def test_past_a_point_of_no_return_the_first_attempt_does_not_use_up_the_budget(
+    tmp_path: Path,
+) -> None:
+    clock, limits = FakeClock(), LimitSettings(retry_budget_s=0.3)
+    machine = slow(clock, 10_000, Unavailable("busy"), times=1, point="consumed")
+    async with shell_worker(tmp_path / "j", machine=machine, limits=limits, clock=clock) as worker:
+        worker.send(start())
         reply = await worker.reply()
 
-    assert reply.code in {Code.UNAVAILABLE, Code.EXPIRED}
-    assert reply.finished_at_ms - reply.received_at_ms < 1500
+    assert (reply.code, reply.attempts) == (Code.OK, 2)
+
+
+@pytest.mark.usefixtures("no_backoff")
+async def test_attempts_end_with_the_deadline(tmp_path: Path) -> None:
+    clock = FakeClock()
+    machine = slow(clock, 125, Unavailable("busy"))
+    async with shell_worker(tmp_path / "j", machine=machine, clock=clock) as worker:
+        worker.send(start(), deadline_ms=clock.at_ms + 300)
+        reply = await worker.reply()
+
+    assert (reply.code, reply.attempts) == (Code.UNAVAILABLE, 3)
     assert machine.things.there == set()
 
 
+@pytest.mark.usefixtures("long_backoff")
+async def test_a_wait_that_would_outlast_the_deadline_is_not_begun(tmp_path: Path) -> None:
+    limits = LimitSettings(retry_budget_s=10_000)
+    clock, machine = FakeClock(), failing(Unavailable("busy"))
+    async with shell_worker(tmp_path / "j", machine=machine, limits=limits, clock=clock) as worker:
+        worker.send(start(), deadline_ms=clock.at_ms + 999_000)
+        reply = await worker.reply()
+
+    assert (reply.code, reply.attempts) == (Code.UNAVAILABLE, 1)
+
+
 async def test_an_expired_command_is_not_started(tmp_path: Path) -> None:
-    async with shell_worker(tmp_path / "j") as worker:
-        worker.send(start(), deadline_ms=now_ms() - 1)
+    clock = FakeClock()
+    async with shell_worker(tmp_path / "j", clock=clock) as worker:
+        worker.send(start(), deadline_ms=clock.at_ms)
         reply = await worker.reply()
 
         assert (reply.code, reply.attempts, worker.machine.runs) == (Code.EXPIRED, 0, [])
@@ -264,24 +321,45 @@ async def test_a_shutdown_cancels_what_reaches_no_safe_point_in_its_budget(tmp_p
     async with shell_worker(tmp_path / "j", machine=Machine(behave=forever)) as worker:
         worker.send(start())
         await began.wait()
-        await worker.lanes.stop(0.05)
+        await worker.lanes.stop(0)
 
         assert worker.lanes.counts() == {"busy": 0, "waiting": 0}
         assert worker.journal.commands.is_unfinished("c1")
         assert worker.replies() == []
 
 
+@pytest.mark.usefixtures("long_backoff")
 async def test_a_shutdown_ends_the_wait_before_the_next_attempt(tmp_path: Path) -> None:
-    limits = LimitSettings(retry_budget_s=600)
+    limits = LimitSettings(retry_budget_s=10_000)
     machine = failing(Unavailable("busy"))
     async with shell_worker(tmp_path / "j", machine=machine, limits=limits) as worker:
         worker.send(start())
-        async with asyncio.timeout(10):
-            while not worker.meters.retries:
-                await asyncio.sleep(0)
-        await asyncio.wait_for(worker.lanes.stop(5), 2)
+        await worker.meters.retried.wait()
+        with structlog.testing.capture_logs() as logs:
+            await worker.lanes.stop(5)
 
+        # Not cancelled when the 5 s were over: the wait itself ended.
+        assert [entry["event"] for entry in logs] == ["command.halted"]
         assert worker.journal.commands.is_unfinished("c1")
+
+
+async def test_a_snapshot_is_measured_by_all_its_steps_not_by_those_that_the_reply_shows(
+    tmp_path: Path,
+) -> None:
+    async def sleeps(request: Request, steps: Steps) -> Done:
+        steps.taken += [
+            StepTaken("pause", 2_000_000, "done"),
+            *(StepTaken("other", 5_000_000, "done") for _ in range(dispatch.STEPS_SHOWN)),
+            StepTaken("snapshot_draft", 1_000_000, "done"),
+        ]
+        return Done(changed=True, status="sleeping", detail={"size_bytes": 7})
+
+    async with shell_worker(tmp_path / "j", machine=Machine(behave=sleeps)) as worker:
+        worker.send(SleepInstance("acme", "web", "a1", force=False))
+        reply = await worker.reply()
+
+        assert len(reply.steps) == dispatch.STEPS_SHOWN
+        assert worker.meters.snapshots == [(3.0, 7)]
 
 
 @pytest.mark.parametrize(
