@@ -1,4 +1,4 @@
-"""The result codes of the wire, and the exit code of the CLI that stands for each."""
+"""The result codes of the wire, and the exit code of the CLI for each."""
 
 from enum import StrEnum
 

@@ -19,7 +19,7 @@ class Form(StrEnum):
 class Command(msgspec.Struct, frozen=True):
     """One decoded command envelope; times are absolute Unix milliseconds.
 
-    `form` and `protocol` are how the request was written, no part of what it means.
+    `form` and `protocol` are the encoding of the request, not part of its meaning.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""Names, addresses and ids that are derived, never read from a file or a request. Pure."""
+"""Names, addresses and IDs that are derived, never read from a file or a request. Pure."""
 
 import hashlib
 import ipaddress
@@ -8,6 +8,7 @@ from schemas.decode_error import DecodeError, quoted
 from schemas.requests import InstanceRef, TenantNet
 
 ID_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+ID_RULE = "1 to 63 characters a-z, 0-9 or '-', not at the ends"
 HOST_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,63}")
 COMMAND_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 REVISION_PATTERN = re.compile(r"[0-9a-z]{1,64}")
@@ -61,5 +62,5 @@ def parse_ref(text: str) -> InstanceRef:
     """
     ids = text.split("/")
     if len(ids) != 3 or not all(ID_PATTERN.fullmatch(each) for each in ids):
-        raise DecodeError("key", f"invalid instance key: got {quoted(text)}, want t/p/i, three IDs")
+        raise DecodeError("key", f"got {quoted(text)}, want t/p/i, each {ID_RULE}")
     return InstanceRef(*ids)

@@ -37,7 +37,7 @@ class Undecodable(NamedTuple):
 
 
 def decode(data: bytes) -> Command | Undecodable:
-    """A command, or what can be read of bytes that are none."""
+    """The command, or what can be read of a message that is not a valid one."""
     try:
         return codec.decode_command(data)
     except DecodeError as error:

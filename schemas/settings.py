@@ -1,4 +1,4 @@
-"""Every setting of hostd with its default and unit. Types only; read by `worker/settings.py`."""
+"""All settings of hostd with defaults and units. Types only; `worker/settings.py` reads them."""
 
 import msgspec
 
@@ -51,11 +51,11 @@ class MetricsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NetworkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[network]`. `uplinks` empty means the links of the default routes.
+    """`[network]`. `uplinks` empty means the interfaces of the default routes.
 
     `host_services` are `tcp/<port>` or `udp/<port>` that guests may reach on their gateway.
     `exempt_routes` are CIDRs of host routes that a tenant's subnet may overlap. `max_flows` is how
-    many flows a tenant may have open to the outside at once, lest one fill the host's conntrack.
+    many flows a tenant may have open to the outside at once, so that none fills conntrack.
     """
 
     allowed: tuple[str, ...] = ("10.240.0.0/12",)
@@ -67,7 +67,7 @@ class NetworkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[limits]`: how much at once. `mem_reserve_mib` is kept free for the host."""
+    """`[limits]`: concurrency and capacity. `mem_reserve_mib` is kept free for the host."""
 
     enforce: bool = True
     cgroup: str = "hostd"

@@ -59,7 +59,7 @@ class Meters(Protocol):
 
 
 class Dispatch:
-    """Runs commands with their handlers; the lanes say which and when.
+    """Runs commands with their handlers; the lanes decide which and when.
 
     Args:
         mechanisms: by name, all that a step row may name; undo removes with them.
@@ -147,7 +147,7 @@ class Dispatch:
         except Halted:
             raise
         except Exception:
-            log.exception("command.bug", type=row.command.request.kind)
+            log.exception("command.crashed", type=row.command.request.kind)
             return await self._undone(row, steps, None), None
         reply = self._reply(
             row,
@@ -211,7 +211,7 @@ class Dispatch:
             log.info("command.retried", code=failure.code.value, reason=failure.message)
 
     async def _pause(self, steps: Steps, seconds: float) -> None:
-        """Wait before the next attempt; a superseding command or the shutdown ends it at once."""
+        """Wait before the next attempt; a superseding command or the shutdown ends the wait."""
         await self._journal.store.until_writable()
         await steps.pause(seconds)
 
@@ -229,7 +229,7 @@ class Dispatch:
             except JournalFault:
                 await self._journal.store.until_writable()
             except Exception:
-                log.exception("command.bug", doing="undo")
+                log.exception("command.crashed", doing="undo")
                 rows = self._journal.steps.rows(steps.command_id)
                 return tuple(f"{row.mechanism} {row.key}" for row in rows if not row.existed)
 
@@ -275,7 +275,7 @@ class Dispatch:
         try:
             return reply, codec.encode_reply(reply, row.command.form)
         except (TypeError, ValueError, OverflowError):
-            log.exception("command.bug", type=row.command.request.kind)
+            log.exception("command.crashed", type=row.command.request.kind)
             reply = self._failed(row, None, ())
             return reply, codec.encode_reply(reply, row.command.form)
 

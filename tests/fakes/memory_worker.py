@@ -27,7 +27,7 @@ REF = InstanceRef("acme", "web", "i-1")
 
 @dataclass
 class MemoryWorker:
-    """One worker's life on a machine that outlives it."""
+    """One worker from start to kill, on a host that outlives it."""
 
     machine: FakeHost
     journal: Journal
@@ -53,7 +53,7 @@ class MemoryWorker:
         return command_id
 
     async def reply(self, command_id: str) -> Reply:
-        """The outcome, once the command's lane is through with it."""
+        """The outcome, once the lane has finished the command."""
         async with asyncio.timeout(20):
             await self.lanes.idle()
             found = await self.journal.commands.result(command_id)
@@ -70,7 +70,7 @@ class MemoryWorker:
         return found
 
     async def kill(self) -> None:
-        """As kill -9 would: what ran is cut where it stands, nothing is undone or answered."""
+        """As kill -9: a running command is cut off, nothing is undone or answered."""
         await self.lanes.stop(0)
         await self.journal.close()
 

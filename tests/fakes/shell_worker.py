@@ -1,6 +1,6 @@
-"""A worker without a machine: real journal, intake, lanes, dispatch and outbox, a fake bus.
+"""A worker without a host: real journal, intake, lanes, dispatch and outbox, a fake bus.
 
-Its handlers change a dictionary; tests tell them to fail, to wait, or how often they ran.
+Its handlers change a set; tests make them fail or wait, and read how often they ran.
 """
 
 import asyncio
@@ -119,7 +119,7 @@ Behave = Callable[[Request, Steps], Any]
 
 @dataclass
 class Machine:
-    """What the handlers do. `gate` holds a Start at its step until it is set."""
+    """What the handlers do. With `gate`, a Start waits in its step until it is set."""
 
     things: Things = field(default_factory=Things)
     runs: list[tuple[str, str]] = field(default_factory=list)
@@ -156,7 +156,7 @@ class Machine:
 
 @dataclass
 class ShellWorker:
-    """One worker's life."""
+    """One worker from start to kill."""
 
     bus: FakeBus
     machine: Machine
@@ -193,7 +193,7 @@ class ShellWorker:
                 await self.bus.changed.wait()
 
     async def kill(self) -> None:
-        """As kill -9 would: nothing is waited for, told or closed in order."""
+        """As kill -9: nothing is finished, answered or closed in order."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""One run of one command: attempts, undo, and what the sender is told."""
+"""One run of one command: attempts, undo, and the reply."""
 
 import asyncio
 import errno
@@ -73,7 +73,7 @@ def failing(error: BaseException, times: int = 1000, point: str | None = None) -
         (PermissionError(errno.EPERM, "x", "/dev/net/tun"), Code.HOST_FAULT, "operator", False),
     ],
 )
-async def test_a_failure_is_not_tried_again_undone_and_says_who_must_act(
+async def test_a_final_failure_is_undone_not_retried_and_names_who_must_act(
     tmp_path: Path, error: Exception, code: Code, act: str, retryable: bool
 ) -> None:
     machine = failing(error)
@@ -89,7 +89,7 @@ async def test_a_failure_is_not_tried_again_undone_and_says_who_must_act(
     assert (machine.things.there, reply.changed, reply.left_behind) == (set(), False, ())
 
 
-async def test_unsupported_names_the_protocols_that_are(tmp_path: Path) -> None:
+async def test_a_handlers_unsupported_names_the_supported_protocols(tmp_path: Path) -> None:
     async with shell_worker(tmp_path / "j", machine=failing(Unsupported("volumes"))) as worker:
         worker.send(start())
         reply = await worker.reply()
@@ -106,7 +106,7 @@ async def test_unsupported_names_the_protocols_that_are(tmp_path: Path) -> None:
         ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
     ],
 )
-async def test_what_is_busy_is_tried_again_here(tmp_path: Path, error: Exception) -> None:
+async def test_unavailable_is_retried_on_this_host(tmp_path: Path, error: Exception) -> None:
     machine = failing(error, times=2)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
@@ -230,11 +230,13 @@ async def test_a_bug_is_internal_undone_and_logged_with_its_traceback(tmp_path: 
 
     assert (reply.code, reply.attempts, machine.things.there) == (Code.INTERNAL, 1, set())
     assert "secret" not in str(reply)
-    (bug,) = [entry for entry in logs if entry["event"] == "command.bug"]
+    (bug,) = [entry for entry in logs if entry["event"] == "command.crashed"]
     assert bug["exc_info"]
 
 
-async def test_a_detail_that_has_no_msgpack_is_internal_and_blocks_nothing(tmp_path: Path) -> None:
+async def test_a_detail_without_a_msgpack_encoding_is_internal_and_does_not_block_the_lane(
+    tmp_path: Path,
+) -> None:
     machine = Machine()
 
     def behave(request: Request, steps: Steps) -> Done | None:
@@ -249,7 +251,9 @@ async def test_a_detail_that_has_no_msgpack_is_internal_and_blocks_nothing(tmp_p
         assert (await worker.reply("c2")).code is Code.OK
 
 
-async def test_what_cannot_be_undone_is_left_behind_by_name_and_record(tmp_path: Path) -> None:
+async def test_a_failed_undo_is_left_behind_in_the_reply_and_in_the_step_log(
+    tmp_path: Path,
+) -> None:
     machine = failing(Conflict("no"))
     machine.things.stuck = True
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
@@ -260,7 +264,7 @@ async def test_what_cannot_be_undone_is_left_behind_by_name_and_record(tmp_path:
         assert [row.key for row in worker.journal.steps.leftovers()["c1"]] == ["made"]
 
 
-async def test_a_bug_in_an_undo_leaves_behind_and_is_answered(
+async def test_a_bug_in_an_undo_is_answered_with_what_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def buggy(key: str) -> None:
@@ -287,7 +291,7 @@ async def test_past_a_point_of_no_return_a_failure_is_retried_and_never_undone(
     assert (reply.code, reply.attempts, machine.things.there) == (Code.OK, 3, {"made"})
 
 
-async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_goes_on(
+async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_continues(
     tmp_path: Path,
 ) -> None:
     machine = Machine(gate=asyncio.Event())
@@ -310,7 +314,9 @@ async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_goes_on
         assert machine.things.made == ["acme/web/a1"]
 
 
-async def test_a_shutdown_cancels_what_reaches_no_safe_point_in_its_budget(tmp_path: Path) -> None:
+async def test_a_shutdown_cancels_a_command_that_reaches_no_safe_point_in_time(
+    tmp_path: Path,
+) -> None:
     began = asyncio.Event()
 
     async def forever(request: Request, steps: Steps) -> Done:
@@ -343,7 +349,7 @@ async def test_a_shutdown_ends_the_wait_before_the_next_attempt(tmp_path: Path) 
         assert worker.journal.commands.is_unfinished("c1")
 
 
-async def test_a_snapshot_is_measured_by_all_its_steps_not_by_those_that_the_reply_shows(
+async def test_a_snapshot_is_measured_by_all_its_steps_not_only_those_in_the_reply(
     tmp_path: Path,
 ) -> None:
     async def sleeps(request: Request, steps: Steps) -> Done:
@@ -381,11 +387,13 @@ async def test_a_snapshot_is_measured_by_all_its_steps_not_by_those_that_the_rep
         (None, HostFault),
     ],
 )
-def test_each_errno_says_who_must_act(number: int | None, kind: type[Failure]) -> None:
+def test_each_errno_has_the_class_that_names_who_must_act(
+    number: int | None, kind: type[Failure]
+) -> None:
     failure = of_os_error(OSError(number, "text") if number else OSError("text"))
 
     assert type(failure) is kind
 
 
 async def nothing() -> None:
-    """What a point of no return of these tests commits."""
+    """The commit of a point of no return in these tests."""

@@ -50,7 +50,7 @@ def test_a_traceback_stays_on_the_line(out: Lines) -> None:
     try:
         raise ValueError("x")
     except ValueError:
-        structlog.get_logger().exception("command.bug")
+        structlog.get_logger().exception("command.crashed")
 
     (line,) = out.readouterr().out.splitlines()
     assert "ValueError: x" in json.loads(line)["exception"]

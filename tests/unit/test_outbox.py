@@ -1,4 +1,4 @@
-"""From the journal to the bus: everything, in order where it matters, across a broker's absence."""
+"""From the journal to the bus: every message, events in order, also while the broker is down."""
 
 import asyncio
 from pathlib import Path
@@ -18,14 +18,16 @@ def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def attempts(worker: ShellWorker, count: int) -> None:
-    """Wait until the outbox tried so often to publish."""
+    """Wait until the outbox has tried `count` times to publish."""
     async with asyncio.timeout(20):
         while len(worker.bus.attempts) < count:
             worker.bus.changed.clear()
             await worker.bus.changed.wait()
 
 
-async def test_events_go_one_in_flight_in_order_and_again_with_the_same_id(tmp_path: Path) -> None:
+async def test_events_are_sent_one_at_a_time_in_order_and_resent_with_the_same_id(
+    tmp_path: Path,
+) -> None:
     async with shell_worker(tmp_path / "j", consume=False) as worker:
         worker.bus.lose_next_ack = True
         for _ in range(5):
@@ -39,7 +41,7 @@ async def test_events_go_one_in_flight_in_order_and_again_with_the_same_id(tmp_p
         assert len(worker.bus.attempts) == 6
 
 
-async def test_a_broker_that_is_gone_delays_but_loses_nothing(tmp_path: Path) -> None:
+async def test_an_absent_broker_delays_messages_but_loses_none(tmp_path: Path) -> None:
     async with shell_worker(tmp_path / "j") as worker:
         worker.send(start(), reply_to="_INBOX.1")
         await worker.bus.until_acked()
@@ -55,7 +57,7 @@ async def test_a_broker_that_is_gone_delays_but_loses_nothing(tmp_path: Path) ->
         assert worker.journal.outbox.depth == 0
 
 
-async def test_a_connection_that_is_back_ends_the_backoff(
+async def test_a_reconnect_ends_the_backoff(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outbox, "BACKOFF_S", 1000.0)
@@ -71,7 +73,7 @@ async def test_a_connection_that_is_back_ends_the_backoff(
         await worker.bus.until(events=1)
 
 
-async def test_replies_wait_for_no_event(tmp_path: Path) -> None:
+async def test_replies_do_not_wait_for_events(tmp_path: Path) -> None:
     class Slow(FakeBus):
         async def publish(self, subject: str, payload: bytes, **more: object) -> None:
             if ".evt." in subject:
@@ -86,7 +88,7 @@ async def test_replies_wait_for_no_event(tmp_path: Path) -> None:
         assert worker.events() == []
 
 
-async def test_what_was_not_confirmed_is_sent_by_the_next_worker(tmp_path: Path) -> None:
+async def test_unconfirmed_messages_are_sent_by_the_next_worker(tmp_path: Path) -> None:
     bus = FakeBus()
     async with shell_worker(tmp_path / "j", bus, send=False) as worker:
         worker.send(start(), reply_to="_INBOX.1")

@@ -1,4 +1,4 @@
-"""What the journal keeps, in what order it tells of it, and what it refuses."""
+"""What the journal keeps, the order of what it publishes, and what it refuses."""
 
 import asyncio
 import sqlite3
@@ -93,7 +93,9 @@ async def test_a_journal_of_a_newer_hostd_is_refused_by_name(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", [b"no database, but long enough to be looked at" * 50, None])
-async def test_a_file_that_is_no_journal_is_refused(tmp_path: Path, content: bytes | None) -> None:
+async def test_a_file_that_is_not_a_journal_is_refused(
+    tmp_path: Path, content: bytes | None
+) -> None:
     path = tmp_path / "journal"
     if content is None:
         with sqlite3.connect(path) as file:
@@ -107,7 +109,7 @@ async def test_a_file_that_is_no_journal_is_refused(tmp_path: Path, content: byt
             pass
 
 
-async def test_a_directory_that_is_missing_is_named(tmp_path: Path) -> None:
+async def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(HostFault, match=r"cannot open the journal .*/missing/journal"):
         async with opened(tmp_path / "missing"):
             pass
@@ -122,7 +124,7 @@ async def test_the_journal_id_is_made_with_the_file_and_stays(tmp_path: Path) ->
         assert journal.store.meta("boot_id") == "b0"
 
 
-async def test_a_row_that_cannot_be_read_stops_no_other(tmp_path: Path) -> None:
+async def test_a_corrupt_row_is_skipped_and_logged(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         await journal.records.put_instance(record("a1"))
         await journal.records.put_instance(record("a2"))
@@ -162,7 +164,9 @@ async def test_records_are_read_from_memory_and_kept_over_a_restart(tmp_path: Pa
         assert journal.records.networks() == ()
 
 
-async def test_each_change_of_a_status_is_one_event_from_the_last_to(tmp_path: Path) -> None:
+async def test_each_status_change_is_one_event_whose_from_is_the_previous_to(
+    tmp_path: Path,
+) -> None:
     async with opened(tmp_path) as journal:
         await journal.records.put_instance(record(status=Status.STARTING, command_id="c1"))
         await journal.records.put_instance(record(status=Status.STARTING, launch=1))
@@ -184,7 +188,9 @@ async def test_each_change_of_a_status_is_one_event_from_the_last_to(tmp_path: P
     assert (told[1].reason, told[1].detail, told[1].instance_id) == ("ready", {"x": 1}, "a1")
 
 
-async def test_a_uid_slot_is_one_instances_and_the_loser_writes_nothing(tmp_path: Path) -> None:
+async def test_a_uid_slot_has_one_instance_and_a_conflicting_put_writes_nothing(
+    tmp_path: Path,
+) -> None:
     async with opened(tmp_path) as journal:
         puts = [journal.records.put_instance(record(f"a{n}", uid_slot=n // 2)) for n in range(6)]
         outcomes = await asyncio.gather(*puts, return_exceptions=True)
@@ -194,7 +200,7 @@ async def test_a_uid_slot_is_one_instances_and_the_loser_writes_nothing(tmp_path
         assert [e.seq for e in await events(journal)] == [1, 2, 3]
 
 
-async def test_an_offset_excludes_others_only_while_its_instance_lives_or_sleeps(
+async def test_an_offset_is_exclusive_only_while_its_instance_lives_or_sleeps(
     tmp_path: Path,
 ) -> None:
     stopped = record("a1", Status.STOPPED, offset=5)
@@ -207,7 +213,7 @@ async def test_an_offset_excludes_others_only_while_its_instance_lives_or_sleeps
         assert journal.records.instance(REF) == stopped
 
 
-async def test_a_tenant_net_id_is_one_tenants(tmp_path: Path) -> None:
+async def test_a_tenant_net_id_belongs_to_one_tenant(tmp_path: Path) -> None:
     mine = NetworkRecord(tenant_id="acme", net=NET, status="up", since_ms=1)
     async with opened(tmp_path) as journal:
         await journal.records.put_network(mine)
@@ -215,7 +221,7 @@ async def test_a_tenant_net_id_is_one_tenants(tmp_path: Path) -> None:
             await journal.records.put_network(replace(mine, tenant_id="other"))
 
 
-async def test_state_is_the_newest_value_per_key(tmp_path: Path) -> None:
+async def test_state_has_the_newest_value_of_each_key(tmp_path: Path) -> None:
     key = "h1.instance.acme.web.a1"
     async with opened(tmp_path) as journal:
         await journal.records.put_instance(record(status=Status.STARTING))
@@ -297,7 +303,7 @@ async def _change(journal: Journal, what: str, n: int, status: Status) -> None:
 # -- commands --------------------------------------------------------------------------------------
 
 
-async def test_identity_is_the_id_and_the_request_whatever_the_envelope(tmp_path: Path) -> None:
+async def test_identity_is_the_id_and_the_request_not_the_envelope(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         first = await accept(journal, command(start(), reply_to="_INBOX.1"))
         joins = await accept(journal, command(start(), reply_to="_INBOX.2", issuer="x"), 2)
@@ -324,7 +330,9 @@ async def test_identity_is_the_id_and_the_request_whatever_the_envelope(tmp_path
 
 
 @pytest.mark.parametrize("redelivered", [False, True])  # decided from memory, or from the file
-async def test_a_lane_and_the_host_take_only_so_many(tmp_path: Path, redelivered: bool) -> None:
+async def test_a_lane_and_the_host_have_a_limit_of_unfinished_commands(
+    tmp_path: Path, redelivered: bool
+) -> None:
     async def verdict(instance: str, n: int) -> Verdict:
         given = command(start(instance), f"{instance}{n}")
         return (await accept(journal, given, redelivered=redelivered)).verdict
@@ -341,7 +349,7 @@ async def test_a_lane_and_the_host_take_only_so_many(tmp_path: Path, redelivered
     assert (known.verdict, room.verdict) == (Verdict.JOINED, new)
 
 
-async def test_what_is_full_still_takes_a_few_stops(tmp_path: Path) -> None:
+async def test_a_full_lane_still_takes_a_few_stops(tmp_path: Path) -> None:
     async with opened(tmp_path, lane_depth=2, host_depth=2) as journal:
         for n in range(2):
             await accept(journal, command(start(), f"start-{n}"))
@@ -378,7 +386,7 @@ async def test_unfinished_commands_attempts_and_steps_survive_a_restart(tmp_path
         assert journal.commands.lanes() == {Lane.instance(REF): 2}
 
 
-async def test_an_outcome_clears_the_steps_but_for_what_is_left_behind(tmp_path: Path) -> None:
+async def test_an_outcome_deletes_all_steps_except_those_left_behind(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         await accept(journal, command(start()))
         await journal.steps.begin("c1", "taps", "tn7i5", existed=False)
@@ -403,7 +411,7 @@ async def test_an_outcome_is_written_once(tmp_path: Path) -> None:
         assert [e.kind for e in await events(journal)] == ["command"]
 
 
-async def test_result_tells_where_a_command_stands(tmp_path: Path) -> None:
+async def test_result_returns_the_state_of_a_command(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         await accept(journal, command(start()))
         waiting = await journal.commands.result("c1")
@@ -418,7 +426,7 @@ async def test_result_tells_where_a_command_stands(tmp_path: Path) -> None:
         assert await journal.commands.result("never") is None
 
 
-async def test_done_commands_are_kept_a_day_and_pruned_in_batches(tmp_path: Path) -> None:
+async def test_finished_commands_are_kept_a_day_and_pruned_in_batches(tmp_path: Path) -> None:
     now = 0
     async with opened(tmp_path, clock_ms=lambda: now) as journal:
         for n in range(5):
@@ -436,7 +444,7 @@ async def test_done_commands_are_kept_a_day_and_pruned_in_batches(tmp_path: Path
 # -- outbox ----------------------------------------------------------------------------------------
 
 
-async def test_rows_beyond_memory_come_from_the_file_in_order(
+async def test_rows_beyond_the_cache_are_read_from_the_file_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "OUT_CACHE", 4)
@@ -456,7 +464,7 @@ async def test_rows_beyond_memory_come_from_the_file_in_order(
         assert await journal.outbox.pending("event", 3) == []
 
 
-async def test_too_much_unsent_stops_the_intake_until_a_tenth_is_gone(
+async def test_a_backlog_is_reported_until_a_tenth_of_it_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outbox, "BACKLOG_ROWS", 10)

@@ -19,7 +19,7 @@ from tests.fakes.shell_worker import Machine, ShellWorker, Things, shell_worker,
 
 @dataclass
 class Moment:
-    """All that outlives a killed worker."""
+    """Everything that survives the worker's kill."""
 
     directory: Path
     commands: dict[int, object]
@@ -69,7 +69,7 @@ async def record_moments(tmp_path: Path, *, msg_id: bool) -> list[Moment]:
 
 
 @pytest.mark.parametrize("msg_id", [False, True])
-async def test_a_worker_killed_after_any_commit_ends_each_command_once(
+async def test_a_worker_killed_after_any_commit_finishes_each_command_once(
     tmp_path: Path, msg_id: bool
 ) -> None:
     moments = await record_moments(tmp_path, msg_id=msg_id)

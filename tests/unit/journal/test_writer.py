@@ -1,4 +1,4 @@
-"""A disk that is full or broken: nothing half done, nobody told otherwise, and back by itself."""
+"""A disk that is full or faulty: no partial commit, no false answer, and recovery without help."""
 
 import asyncio
 import sqlite3
@@ -23,7 +23,7 @@ ROOM = 2**30
 
 
 async def set_pages(journal: Journal, pages: int) -> None:
-    """Bound the file's size, as a full disk would. Forgotten by SQLite when it opens anew."""
+    """Bound the size of the file, as a full disk does; in effect until it is reopened."""
     await journal.store.writer.read(
         lambda tx: tx.execute(f"PRAGMA max_page_count={pages}").fetchone(),
     )
@@ -39,24 +39,26 @@ async def fill(journal: Journal) -> int:
     raise AssertionError("the file never filled up")
 
 
-async def test_a_full_disk_is_a_typed_fault_and_heals_by_itself(tmp_path: Path) -> None:
-    told: list[bool] = []
+async def test_a_full_disk_is_a_typed_fault_and_commits_resume_when_it_has_room(
+    tmp_path: Path,
+) -> None:
+    reported: list[bool] = []
     async with opened(tmp_path) as journal:
-        journal.store.watch(lambda: told.append(journal.store.writable))
+        journal.store.watch(lambda: reported.append(journal.store.writable))
         await journal.records.put_instance(record("a1"))
         await set_pages(journal, 1)
         written = await fill(journal)
-        assert told[:1] == [False]
+        assert reported[:1] == [False]
         await asyncio.wait_for(journal.store.until_writable(), 10)
         await journal.records.put_instance(record("a2"))
 
-        assert told == [False, True]
+        assert reported == [False, True]
         assert [e.seq for e in await events(journal)] == list(range(1, written + 3))
     async with opened(tmp_path) as journal:
         assert [e.seq for e in await events(journal)] == list(range(1, written + 3))
 
 
-async def test_a_fault_fails_its_whole_commit_and_memory_follows_the_file(tmp_path: Path) -> None:
+async def test_a_fault_fails_its_whole_commit_and_memory_matches_the_file(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         await journal.records.put_instance(record("a0"))
 
@@ -79,7 +81,7 @@ async def test_a_fault_fails_its_whole_commit_and_memory_follows_the_file(tmp_pa
         assert {r.ref.instance_id for r in journal.records.instances()} == names
 
 
-async def test_a_bug_in_one_part_fails_no_other(tmp_path: Path) -> None:
+async def test_a_bug_in_one_part_does_not_fail_the_others(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
 
         def bug(tx: Transaction) -> None:
@@ -99,7 +101,7 @@ async def test_a_bug_in_one_part_fails_no_other(tmp_path: Path) -> None:
         assert len(journal.records.instances()) == 2
 
 
-async def test_reads_go_on_while_nothing_can_be_written(tmp_path: Path) -> None:
+async def test_reads_work_while_nothing_can_be_written(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         assert (await accept(journal, command(start()))).verdict is Verdict.NEW
         await set_pages(journal, 1)
@@ -155,7 +157,7 @@ async def test_while_the_journal_cannot_commit_the_stream_keeps_the_commands(
 
 
 @pytest.mark.parametrize("request_", [start(), stop()])
-async def test_a_command_whose_own_commit_fails_has_no_effect_until_it_is_in(
+async def test_a_command_whose_commit_fails_has_no_effect_until_it_is_admitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: Request
 ) -> None:
     machine = Machine()
@@ -177,7 +179,7 @@ async def test_a_command_whose_own_commit_fails_has_no_effect_until_it_is_in(
         assert len(worker.bus.replies()) == 1
 
 
-async def test_a_running_command_waits_for_the_disk_and_then_ends_well(
+async def test_a_running_command_waits_for_the_disk_and_then_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(gate=asyncio.Event())

@@ -33,7 +33,7 @@ FIELDS = ["acme", "web", "i-1"]
     ],
     ids=lambda value: ascii(value)[:30],
 )
-def test_id_and_reply_to_are_read_of_a_bad_message(
+def test_id_and_reply_to_are_read_from_a_bad_message(
     data: bytes, found: tuple[str | None, str | None]
 ) -> None:
     assert peek(data)[:2] == found
@@ -57,7 +57,9 @@ def test_id_and_reply_to_are_read_of_a_bad_message(
     ],
     ids=lambda value: ascii(value)[:30],
 )
-def test_a_refused_request_shows_in_which_form_to_answer(request_: object, form: Form) -> None:
+def test_the_form_of_the_answer_is_read_from_a_refused_request(
+    request_: object, form: Form
+) -> None:
     data = msgpack.packb({"v": 1, "request": request_, "id": "a"})
 
     assert peek(data).form == form
