@@ -188,6 +188,7 @@ async def test_a_command_that_changes_nothing_costs_one_commit(
          "$.request.StartInstance.instance_id"),
         (envelope(), CMD + ".more", Code.INVALID, "subject"),
         (envelope(), CMD.replace("h1", "h2"), Code.INVALID, "subject"),
+        (envelope(v=2), CMD.replace("h1", "h2"), Code.INVALID, "subject"),
         (envelope(deadline_ms=-1), CMD, Code.INVALID, "$.deadline_ms"),
     ],
 )  # fmt: skip

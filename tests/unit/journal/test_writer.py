@@ -13,7 +13,7 @@ from schemas.codes import Code
 from schemas.envelopes import EventKind
 from schemas.requests import Request
 from tests.fakes.shell_worker import Machine, ShellWorker, command, shell_worker, start, stop
-from tests.unit.journal.test_journal import accept, events, opened, record
+from tests.unit.journal.journals import accept, events, opened, record
 from worker.journal.admission import Verdict
 from worker.journal.journal import Journal
 from worker.journal.transaction import Transaction
