@@ -30,6 +30,7 @@ from handlers.specs import (
     TenantRulesSpec,
 )
 from handlers.tenant_locks import TenantLocks
+from schemas.envelopes import EventKind
 from schemas.files import InstanceFile, PoolSpec, TenantConfig
 from schemas.records import DiskIdentity, InstanceRecord, NetworkRecord, Tombstone, VmmIdentity
 from schemas.requests import InstanceRef
@@ -293,7 +294,7 @@ class Records(Protocol):
 
     async def event(
         self,
-        kind: str,
+        kind: EventKind,
         *,
         ref: InstanceRef | None = None,
         tenant_id: str | None = None,

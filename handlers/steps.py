@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
+from handlers.clock import now_ms
 from handlers.errors import Expired, Failure, Superseded
 from handlers.mechanism import Keyed, Mechanism, Removable, StepLog, StepRow
 from schemas.envelopes import StepTaken
@@ -55,6 +56,7 @@ class Steps:
         mechanisms: Mapping[str, Removable],
         *,
         deadline_ms: int | None = None,
+        clock_ms: Callable[[], int] = now_ms,
         admission: asyncio.Future[None] | None = None,
         failpoint: Failpoint = no_failpoint,
         observe: Callable[[str, float], None] = lambda step, seconds: None,
@@ -62,6 +64,7 @@ class Steps:
         self.command_id = command_id
         self.deadline_ms = deadline_ms
         self.taken: list[StepTaken] = []
+        self._clock_ms = clock_ms
         self._log = step_log
         self._admission = admission
         self._mechanisms = mechanisms
@@ -220,7 +223,7 @@ class Steps:
         """Seconds until the deadline, or None."""
         if self.deadline_ms is None:
             return None
-        return self.deadline_ms / 1000 - time.time()
+        return (self.deadline_ms - self._clock_ms()) / 1000
 
     # -- undoing -------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Command, reply and event envelopes to bytes and back.
 
 Decoding raises `DecodeError` and nothing else, whatever the bytes. It checks types, ranges and the
-rules for ids; it does not check what needs settings or the host: whether `reply_to` is allowed and
-the lane right (`schemas/subjects.py`), whether a `TenantNet` is sound (`schemas/tenant_net.py`).
+rules for IDs. Checks that need settings or the host are elsewhere: `reply_to` and the lane in
+`schemas/subjects.py`, a `TenantNet` in `schemas/tenant_net.py`.
 """
 
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Request
 from schemas.serde import LINE_MAX, REQUEST, RESPONSE, check_u64, read_request
 from schemas.unpack import ANSWER, MESSAGE_MAX_BYTES, OWN, convert, pack, unpack, unpack_map
 
-# What goes out; the rest up to the limit of a message is for the headers, which a stream counts.
+# The rest up to the limit of a message is for the headers, which a stream counts.
 SENT_MAX_BYTES = MESSAGE_MAX_BYTES - 4096
 
 Unsigned = Annotated[int, msgspec.Meta(ge=0)]
@@ -89,7 +89,7 @@ def read_command(raw: dict[str, object]) -> Command:
     """
     keys = convert(raw, _CommandKeys)
     if not naming.COMMAND_ID_PATTERN.fullmatch(keys.id):
-        raise DecodeError("$.id", "is not 1 to 64 characters of A-Z a-z 0-9 _ -")
+        raise DecodeError("$.id", "want 1 to 64 characters A-Z, a-z, 0-9, '_' or '-'")
     check_u64("$.issued_at_ms", keys.issued_at_ms)
     check_u64("$.deadline_ms", keys.deadline_ms)
     request, compact, later = read_request(keys.request, "$.request")
@@ -110,7 +110,7 @@ def read_command(raw: dict[str, object]) -> Command:
 def decode_command(data: bytes) -> Command:
     """A command envelope, the request in either form.
 
-    Unknown keys of the envelope are kept in `unknown_keys` to be counted.
+    Unknown keys of the envelope are listed in `unknown_keys`, to be counted.
 
     Raises:
         DecodeError: `unsupported` for an unknown variant, field or surplus element of the request
@@ -146,7 +146,7 @@ def read_reply(raw: dict[str, object]) -> Reply:
     """A reply envelope in plain objects.
 
     Raises:
-        DecodeError: with the path of the fault.
+        DecodeError: with the path of the error.
     """
     keys = convert(raw, _ReplyKeys)
     response = RESPONSE.read(keys.response, "$.response").value
@@ -159,16 +159,15 @@ def decode_reply(data: bytes) -> Reply:
     """A reply envelope, the response in either form.
 
     Raises:
-        DecodeError: with the path of the fault.
+        DecodeError: with the path of the error.
     """
     return read_reply(unpack_map(data, ANSWER))
 
 
 def encode_reply(reply: Reply, form: Form = Form.NAMED) -> bytes:
-    """The envelope, its response in the form that the request had.
+    """The envelope, its response in the form of the request.
 
-    One that would be too long for a message loses what makes it long, and `detail` says so: an
-    answer always goes out.
+    One that is too long for a message is shortened, and `detail` says so: there is always a reply.
     """
     data = pack(write_reply(reply, compact=form is Form.COMPACT))
     if len(data) <= SENT_MAX_BYTES:
@@ -185,7 +184,7 @@ def encode_reply(reply: Reply, form: Form = Form.NAMED) -> bytes:
 
 
 def write_reply(reply: Reply, *, compact: bool = False) -> dict[str, object]:
-    """The envelope as plain objects in wire order; `supported` only if there is something in it."""
+    """The envelope as plain objects in wire order; `supported` only if it is not empty."""
     raw: dict[str, object] = {name: getattr(reply, name) for name in Reply.__struct_fields__}
     raw["response"] = RESPONSE.write(reply.response, compact=compact)
     raw["steps"] = [
@@ -198,7 +197,7 @@ def write_reply(reply: Reply, *, compact: bool = False) -> dict[str, object]:
 
 
 def mark_replayed(data: bytes) -> bytes:
-    """A stored reply as it goes out again: byte for byte the same but for `replayed: true`."""
+    """A stored reply as it is sent again: byte for byte the same except `replayed: true`."""
     raw = unpack_map(data, OWN)
     raw["replayed"] = True
     return pack(raw)
@@ -211,7 +210,7 @@ def read_event(raw: dict[str, object]) -> Event:
     """An event envelope in plain objects.
 
     Raises:
-        DecodeError: with the path of the fault.
+        DecodeError: with the path of the error.
     """
     convert(raw, _Versioned)
     return convert(raw, Event)
@@ -221,7 +220,7 @@ def decode_event(data: bytes) -> Event:
     """An event envelope.
 
     Raises:
-        DecodeError: with the path of the fault.
+        DecodeError: with the path of the error.
     """
     return read_event(unpack_map(data, ANSWER))
 

@@ -1,4 +1,4 @@
-"""The result codes of the wire, and the exit code of the CLI that stands for each."""
+"""The result codes of the wire, and the exit code of the CLI for each."""
 
 from enum import StrEnum
 
@@ -20,7 +20,6 @@ class Code(StrEnum):
     INTERNAL = "internal"
 
 
-EXIT_USAGE = 2
 EXIT_NO_ANSWER = 30
 EXIT_CODES: dict[Code, int] = {
     Code.OK: 0,

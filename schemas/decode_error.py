@@ -1,4 +1,4 @@
-"""What comes out of a decoder that cannot read its input: one exception, naming the spot."""
+"""The one exception of all decoders; it names the field at fault."""
 
 import re
 
@@ -8,13 +8,13 @@ PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
 class DecodeError(Exception):
-    """The input does not decode or breaks a rule; never tried again as it is.
+    """The input does not decode or breaks a rule; never retried unchanged.
 
     Args:
         path: the field at fault, e.g. `$.request.SleepInstance.drain_timeout_secs`; for a shared
             file its name comes first, e.g. `pool.json: $.instance_resources.vcpus`.
-        message: one sentence; holds no bytes of the input but bounded, quoted names.
-        code: `invalid`, or `unsupported` for what a newer agentd may mean.
+        message: one sentence, usually `got X, want Y`; input only quoted and bounded.
+        code: `invalid`, or `unsupported` for something that a newer agentd may send.
     """
 
     def __init__(self, path: str, message: str, *, code: Code = Code.INVALID) -> None:
@@ -28,7 +28,7 @@ class DecodeError(Exception):
 
 
 def child(path: str, key: str | int) -> str:
-    """The path of one field or element; an odd key is quoted and cut, never copied as it is."""
+    """The path of one field or element; an unusual key is quoted and truncated."""
     if isinstance(key, int):
         return f"{path}[{key}]"
     if PLAIN_KEY.fullmatch(key):
@@ -37,5 +37,5 @@ def child(path: str, key: str | int) -> str:
 
 
 def quoted(text: str) -> str:
-    """Hostile text made fit for a message: ASCII, escaped, at most 64 characters of it."""
+    """Hostile text made safe for a message: ASCII, escaped, at most 64 characters of it."""
     return ascii(text if len(text) <= 64 else text[:64] + "...")

@@ -19,7 +19,7 @@ class Form(StrEnum):
 class Command(msgspec.Struct, frozen=True):
     """One decoded command envelope; times are absolute Unix milliseconds.
 
-    `form` and `protocol` are how the request was written, no part of what it means.
+    `form` and `protocol` are the encoding of the request, not part of its meaning.
     """
 
     id: str
@@ -64,6 +64,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventKind(StrEnum):
+    """What an event reports; the last token of its subject."""
+
     STATUS = "status"
     COMMAND = "command"
     VMM_EXITED = "vmm_exited"
@@ -73,8 +75,6 @@ class EventKind(StrEnum):
     QUARANTINED = "quarantined"
     SNAPSHOT = "snapshot"
     RECOVERED = "recovered"
-    DRAINING = "draining"
-    AUDIT = "audit"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

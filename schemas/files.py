@@ -1,14 +1,14 @@
 """The JSON files shared with agentd: fields, types and defaults as the contract fixes them.
 
-They lie where an unprivileged process writes, so nothing in them is believed: each is read under a
-size limit, checked for types, ranges and rules, and must carry the ids of its directories.
-Unknown fields are allowed and kept by whoever rewrites a file; a missing optional field reads as
-its default. No I/O here; who reads the bytes gives them and the name for messages.
+An unprivileged process writes them, so nothing in them is trusted: each is read under a size limit,
+checked for types, ranges and rules, and must have the IDs of its directories. Unknown fields are
+allowed, and kept when hostd rewrites a file; a missing optional field has its default. No I/O here:
+the caller passes the bytes, and the file name for messages.
 """
 
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -73,7 +73,7 @@ class PoolMetadata(msgspec.Struct, frozen=True):
 
 
 class PoolSpec(msgspec.Struct, frozen=True):
-    """`pool.json`; only what hostd reads. `metadata.tags`: `hostd.ready`, `hostd.agent_port`."""
+    """`pool.json`, as far as hostd reads it. `metadata.tags`: `hostd.ready`, `hostd.agent_port`."""
 
     pool_id: str
     tenant_id: str
@@ -84,7 +84,7 @@ class PoolSpec(msgspec.Struct, frozen=True):
 
     @property
     def ready(self) -> str:
-        """`agent` or `api`: what proves that a started instance is ready."""
+        """`agent` or `api`: the proof that a started instance is ready."""
         return self.metadata.tags.get("hostd.ready", "agent")
 
     @property
@@ -106,7 +106,7 @@ class InstanceNet(msgspec.Struct, frozen=True):
 
 
 class InstanceFile(msgspec.Struct, frozen=True):
-    """`instance.json`; only what hostd reads. `extra` is everything else, which is agentd's."""
+    """`instance.json`, as far as hostd reads it. `extra` has the other fields, agentd's."""
 
     instance_id: str
     pool_id: str
@@ -120,8 +120,8 @@ class InstanceFile(msgspec.Struct, frozen=True):
 
 
 def parse_tenant(data: bytes, file: str, tenant_id: str) -> TenantConfig:
-    """`tenant.json` of the directory `tenant_id`. Whether its net lies in what is allowed is not
-    judged here, all else of it is.
+    """`tenant.json` of the directory `tenant_id`. Everything is checked except that its net lies in
+    an allowed range.
 
     Raises:
         DecodeError: the path names `file` and the field, e.g. `tenant.json: $.quotas.max_vcpus`.
@@ -132,24 +132,24 @@ def parse_tenant(data: bytes, file: str, tenant_id: str) -> TenantConfig:
 
 
 def parse_pool(data: bytes, file: str, tenant_id: str, pool_id: str) -> PoolSpec:
-    """`pool.json` of the directories given, tags of hostd's checked.
+    """`pool.json` of these directories, with the `hostd.*` tags checked.
 
     Raises:
         DecodeError: the path names `file` and the field, e.g. `pool.json: $.metadata.tags`.
     """
     pool = _parse(data, file, PoolSpec, {"tenant_id": tenant_id, "pool_id": pool_id})
     tags = pool.metadata.tags
-    _check_tag(file, tags, "hostd.ready", tags.get("hostd.ready", "agent") in ("agent", "api"))
-    _check_tag(file, tags, "hostd.serial", tags.get("hostd.serial", "true") in ("true", "false"))
-    port = tags.get("hostd.agent_port", "1")
-    is_port = PORT_PATTERN.fullmatch(port) is not None and int(port) <= 65_535
-    _check_tag(file, tags, "hostd.agent_port", is_port)
+    _check_tag(file, tags, "hostd.ready", lambda value: value in ("agent", "api"), "agent or api")
+    _check_tag(
+        file, tags, "hostd.serial", lambda value: value in ("true", "false"), "true or false"
+    )
+    _check_tag(file, tags, "hostd.agent_port", _is_port, "a port, 1 to 65535")
     return pool
 
 
 def parse_instance(data: bytes, file: str, ref: InstanceRef) -> InstanceFile:
-    """`instance.json` of the directories that `ref` names, all fields that hostd does not know in
-    `extra`. Its addresses are not judged here: see `check_instance_net`.
+    """`instance.json` of the directories of `ref`, with unknown fields in `extra`. Its addresses
+    are checked by `check_instance_net`.
 
     Raises:
         DecodeError: the path names `file` and the field, e.g. `instance.json: $.status`.
@@ -158,37 +158,41 @@ def parse_instance(data: bytes, file: str, ref: InstanceRef) -> InstanceFile:
     instance = _parse(data, file, InstanceFile, ids)
     revision = instance.revision_hash
     if revision is not None and not naming.REVISION_PATTERN.fullmatch(revision):
-        raise DecodeError(f"{file}: $.revision_hash", f"{quoted(revision)} is no revision")
+        raise DecodeError(
+            f"{file}: $.revision_hash", f"got {quoted(revision)}, want [0-9a-z]{{1,64}}"
+        )
     return instance
 
 
 def offset_of(guest_ip: str, net: TenantNet, path: str = "instance.json: $.net.guest_ip") -> int:
-    """Which address of a sound net a guest has: 3 to 254, whatever the prefix length.
+    """The offset of a guest's address in a checked net: 3 to 254, whatever the prefix length.
 
     Raises:
-        DecodeError: no IPv4 address, outside the subnet, out of range, broadcast or the gateway's.
+        DecodeError: not an IPv4 address, outside the subnet, out of range, broadcast or gateway.
     """
     address = address_of(guest_ip, path)
     subnet = ipaddress.IPv4Network(net.ipv4_subnet)
     if address not in subnet:
-        raise DecodeError(path, f"{address} is not in {subnet}")
+        raise DecodeError(path, f"got {address}, want an address in {subnet}")
     offset = int(address) - int(subnet.network_address)
     if not naming.OFFSET_MIN <= offset <= naming.OFFSET_MAX:
         raise DecodeError(
-            path, f"{address} is number {offset}, not {naming.OFFSET_MIN} to {naming.OFFSET_MAX}"
+            path,
+            f"got {address}, offset {offset} in {subnet}, want offset {naming.OFFSET_MIN} to "
+            f"{naming.OFFSET_MAX}",
         )
     if address == subnet.broadcast_address or str(address) == net.gateway_ip:
-        raise DecodeError(path, f"{address} is the broadcast or gateway address of {subnet}")
+        raise DecodeError(path, f"got {address}, the broadcast or gateway address of {subnet}")
     return offset
 
 
 def check_instance_net(
     instance: InstanceFile, net: TenantNet, offset: int, file: str = "instance.json"
 ) -> None:
-    """That the file says of the instance's network what is derived from the tenant's.
+    """Check that the instance's network is the one derived from the tenant's.
 
     Raises:
-        DecodeError: a value disagrees; the derived one is in the message.
+        DecodeError: a value differs; the derived one is in the message.
     """
     derived = InstanceNet(
         tap_dev=naming.tap_name(net.tenant_net_id, offset),
@@ -200,7 +204,7 @@ def check_instance_net(
     for name in InstanceNet.__struct_fields__:
         own, due = getattr(instance.net, name), getattr(derived, name)
         if own != due:
-            raise DecodeError(f"{file}: $.net.{name}", f"is {quoted(str(own))}, not {due}")
+            raise DecodeError(f"{file}: $.net.{name}", f"got {quoted(str(own))}, want {due}")
 
 
 def _parse(data: bytes, file: str, kind: type[FileT], ids: Mapping[str, str]) -> FileT:
@@ -217,11 +221,17 @@ def _parse(data: bytes, file: str, kind: type[FileT], ids: Mapping[str, str]) ->
     for name, due in ids.items():
         own = getattr(parsed, name)
         if own != due:
-            raise DecodeError(f"{file}: $.{name}", f"is {quoted(own)}, but the directory is {due}")
+            raise DecodeError(f"{file}: $.{name}", f"got {quoted(own)}, want {due}, its directory")
     return parsed
 
 
-def _check_tag(file: str, tags: Mapping[str, str], tag: str, sound: bool) -> None:
-    if not sound:
+def _is_port(value: str) -> bool:
+    return PORT_PATTERN.fullmatch(value) is not None and int(value) <= 65_535
+
+
+def _check_tag(
+    file: str, tags: Mapping[str, str], tag: str, is_valid: Callable[[str], bool], want: str
+) -> None:
+    if tag in tags and not is_valid(tags[tag]):
         path = f"{file}: $.metadata.tags['{tag}']"
-        raise DecodeError(path, f"{quoted(tags[tag])} is no value of it")
+        raise DecodeError(path, f"got {quoted(tags[tag])}, want {want}")

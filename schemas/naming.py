@@ -1,15 +1,18 @@
-"""Names, addresses and ids that are derived, never read from a file or a request. Pure."""
+"""Names, addresses and IDs that are derived, never read from a file or a request. Pure."""
 
 import hashlib
 import ipaddress
 import re
 
+from schemas.decode_error import DecodeError, quoted
 from schemas.requests import InstanceRef, TenantNet
 
 ID_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+ID_RULE = "1 to 63 characters a-z, 0-9 or '-', not at the ends"
 HOST_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,63}")
 COMMAND_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 REVISION_PATTERN = re.compile(r"[0-9a-z]{1,64}")
+JAIL_ID_PATTERN = re.compile(r"[0-9a-f]{12}-[0-9]+")
 OFFSET_MIN, OFFSET_MAX = 3, 254
 
 
@@ -43,4 +46,21 @@ def netmask(net: TenantNet) -> str:
 
 def jail_id(ref: InstanceRef, launch: int) -> str:
     """First 12 hex of sha256 of `t/p/i`, `-`, the launch number; also the VMM's `--id`."""
-    return f"{hashlib.sha256(str(ref).encode()).hexdigest()[:12]}-{launch}"
+    return f"{jail_id_prefix(ref)}{launch}"
+
+
+def jail_id_prefix(ref: InstanceRef) -> str:
+    """The start of every jail ID of this instance, up to and including the `-`."""
+    return f"{hashlib.sha256(str(ref).encode()).hexdigest()[:12]}-"
+
+
+def parse_ref(text: str) -> InstanceRef:
+    """The inverse of `str(InstanceRef)`, e.g. of a step's key `t/p/i`.
+
+    Raises:
+        DecodeError: not three valid IDs; path `key`.
+    """
+    ids = text.split("/")
+    if len(ids) != 3 or not all(ID_PATTERN.fullmatch(each) for each in ids):
+        raise DecodeError("key", f"got {quoted(text)}, want t/p/i, each {ID_RULE}")
+    return InstanceRef(*ids)

@@ -1,4 +1,4 @@
-"""Whom to answer, and how, read of a command that may be bad in every other way.
+"""A command message decoded, or the reason why not with the fields that an answer needs.
 
 Nothing here raises: what cannot be read is None, or the default.
 """
@@ -9,16 +9,17 @@ from typing import NamedTuple
 
 import msgpack
 
-from schemas import naming
-from schemas.envelopes import Form
+from schemas import codec, naming
+from schemas.decode_error import DecodeError
+from schemas.envelopes import Command, Form
 from schemas.subjects import REPLY_TO_PATTERN
 from schemas.unpack import COMMAND, MESSAGE_MAX_BYTES, UNREADABLE
 
 
 class PartialEnvelope(NamedTuple):
-    """`id` and `reply_to` are None if missing or not usable; `form` is the request's if it shows.
+    """`id` and `reply_to` are None if missing or unusable; `form` is named if it cannot be read.
 
-    Whether hostd may publish to `reply_to` is `subjects.check_reply_to`'s to say.
+    `subjects.check_reply_to` decides whether hostd may publish to `reply_to`.
     """
 
     id: str | None = None
@@ -26,10 +27,28 @@ class PartialEnvelope(NamedTuple):
     form: Form = Form.NAMED
 
 
-def peek(data: bytes) -> PartialEnvelope:
-    """What can be read of an envelope, also of one cut short.
+class Undecodable(NamedTuple):
+    """A message that is not a valid command: why, and what an answer needs."""
 
-    The rest is skipped without making objects of it; of a too long message only the start is read.
+    error: DecodeError
+    id: str | None
+    reply_to: str | None
+    form: Form
+
+
+def decode(data: bytes) -> Command | Undecodable:
+    """The command, or what can be read of a message that is not a valid one."""
+    try:
+        return codec.decode_command(data)
+    except DecodeError as error:
+        return Undecodable(error, *peek(data))
+
+
+def peek(data: bytes) -> PartialEnvelope:
+    """What can be read of an envelope, also of a truncated one.
+
+    The rest is skipped without creating objects; of a message that is too long only the start is
+    read.
     """
     data = data[:MESSAGE_MAX_BYTES]
     reader = msgpack.Unpacker(
@@ -61,7 +80,7 @@ def peek(data: bytes) -> PartialEnvelope:
 
 
 def _only(values: list[object], pattern: re.Pattern[str]) -> str | None:
-    """The one usable value; of two that repeat neither is."""
+    """The one usable value; None if the key repeats."""
     match values:
         case [str(value)] if pattern.fullmatch(value):
             return value

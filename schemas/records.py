@@ -1,4 +1,4 @@
-"""What the journal remembers of instances and networks. Values only; `worker/journal` owns them."""
+"""The journal's records of instances and networks. Values only; `worker/journal` owns them."""
 
 from enum import StrEnum
 
@@ -9,7 +9,7 @@ from schemas.requests import InstanceRef, TenantNet
 
 
 class Status(StrEnum):
-    """What an instance may be; the first six also appear in `instance.json`."""
+    """Status of an instance; the first six also appear in `instance.json`."""
 
     CREATED = "created"
     READY = "ready"
@@ -29,7 +29,7 @@ class Status(StrEnum):
 
 
 class DiskIdentity(msgspec.Struct, frozen=True):
-    """A data disk that hostd made: device and inode; a file that differs is refused."""
+    """A data disk that hostd created: device and inode; a file that differs is refused."""
 
     dev: int
     ino: int
@@ -37,10 +37,10 @@ class DiskIdentity(msgspec.Struct, frozen=True):
 
 
 class VmmIdentity(msgspec.Struct, frozen=True):
-    """What proves that a pid still is the VMM launched: all of it must hold before a signal.
+    """Proves that a pid is still the VMM that was launched: all of it is verified before a signal.
 
     `start_ticks` is field 22 of /proc/<pid>/stat (proc(5)); `exe_dev`, `exe_ino` those of the
-    executable in the jail; `cgroup` the path in the cgroup2 tree without leading slash.
+    executable in the jail; `cgroup` is the path in the cgroup2 tree without a leading slash.
     """
 
     pid: int
@@ -54,9 +54,9 @@ class VmmIdentity(msgspec.Struct, frozen=True):
 class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One instance on this host. Changed with `msgspec.structs.replace`, saved by the journal.
 
-    `uid_slot` is held from before the first effect of a launch until its VMM was seen gone.
-    `offset` stays from the first Start on; it excludes others while the instance lives or sleeps.
-    `before` is the record as it was before the command that runs now: what a failure gives back.
+    `uid_slot` is set from before the first effect of a launch until its VMM was verified gone.
+    `offset` is set from the first Start on; it excludes others while the instance lives or sleeps.
+    `before` is the record before the current command; a failure restores it.
     """
 
     ref: InstanceRef
@@ -93,7 +93,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NetworkRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A tenant's network under standing order. `status`: up, down (being set up or taken down)."""
+    """Desired state of a tenant's network. `status`: up, or down while set up or taken down."""
 
     tenant_id: str
     net: TenantNet
@@ -102,7 +102,7 @@ class NetworkRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
-    """What remains of a destroyed instance: lets a later Destroy wipe the kept volumes."""
+    """The record of a destroyed instance: a later Destroy wipes the kept volumes by it."""
 
     ref: InstanceRef
     at_ms: int

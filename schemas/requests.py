@@ -29,7 +29,7 @@ class VolumeAttach(msgspec.Struct, frozen=True):
 
 
 class InstanceRef(msgspec.Struct, frozen=True, order=True):
-    """Names one instance: tenant, pool, instance. Printed and keyed as `t/p/i`."""
+    """Names one instance: tenant, pool, instance. Printed, and used as a key, as `t/p/i`."""
 
     tenant_id: str
     pool_id: str

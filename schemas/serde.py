@@ -1,11 +1,11 @@
 """`HostdRequest` and `HostdResponse` as serde writes them, and the rules of a request.
 
-Types, ranges and ids only: what needs settings or the host is checked later, see `codec.py`.
+Types, ranges and IDs only; checks that need settings or the host come later, see `codec.py`.
 """
 
 from schemas import naming
 from schemas.codes import Code
-from schemas.decode_error import DecodeError, child
+from schemas.decode_error import DecodeError, child, quoted
 from schemas.requests import (
     PROTOCOL_MAX,
     PROTOCOL_MIN,
@@ -70,26 +70,28 @@ def read_request(raw: object, path: str = "$") -> Tag[Request]:
 
 
 def _check_request(request: InstanceRequest | NetworkRequest, path: str) -> None:
-    """Ids and ranges that the types do not say."""
+    """IDs and ranges that the types cannot express."""
     for name in LANE_IDS[Lane.of_request(request).kind]:
-        if not naming.ID_PATTERN.fullmatch(getattr(request, name)):
-            raise DecodeError(child(path, name), "is not 1 to 63 of a-z 0-9 -, no - at either end")
+        value: str = getattr(request, name)
+        if not naming.ID_PATTERN.fullmatch(value):
+            raise DecodeError(child(path, name), f"got {quoted(value)}, want {naming.ID_RULE}")
     if isinstance(request, SetupNetwork | TeardownNetwork):
         return
     if isinstance(request, SleepInstance):
         check_u64(f"{path}.drain_timeout_secs", request.drain_timeout_secs)
     if isinstance(request, StartInstance) and request.volumes:
-        message = f"volumes cannot be attached yet; {RANGE}, without them"
+        message = f"volumes are not supported; {RANGE}, without them"
         raise DecodeError(f"{path}.volumes", message, code=Code.UNSUPPORTED)
     if request.workspace_id is not None and len(request.workspace_id) > LINE_MAX:
-        raise DecodeError(f"{path}.workspace_id", f"is longer than {LINE_MAX} characters")
+        size = len(request.workspace_id)
+        raise DecodeError(f"{path}.workspace_id", f"got {size} characters, want at most {LINE_MAX}")
 
 
 def check_u64(path: str, value: int | None) -> None:
-    """That a number of the wire fits 64 bits, which msgspec's own bounds cannot say.
+    """Check that a number fits 64 bits, a bound that msgspec cannot express.
 
     Raises:
         DecodeError: it does not.
     """
     if value is not None and not 0 <= value <= U64_MAX:
-        raise DecodeError(path, "is not an unsigned integer of 64 bits")
+        raise DecodeError(path, "want an unsigned 64-bit integer")

@@ -1,4 +1,4 @@
-"""Every setting of hostd with its default and unit. Types only; read by `worker/settings.py`."""
+"""All settings of hostd with defaults and units. Types only; `worker/settings.py` reads them."""
 
 import msgspec
 

@@ -1,6 +1,6 @@
-"""NATS subjects, stream and bucket names, and lanes. Builds and parses text; knows no NATS.
+"""NATS subjects, stream and bucket names, and lanes. Builds and parses text; no NATS client.
 
-Every token comes from a checked id, so no subject can be widened by what a tenant calls itself.
+Every token comes from a checked ID, so no tenant's name can widen a subject.
 """
 
 import re
@@ -19,7 +19,6 @@ LANE_IDS: dict[str, tuple[str, ...]] = {
     "network": ("tenant_id",),
     "host": (),
 }
-VERBS = ("ping", "status", "list", "describe", "result", "explain")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -58,21 +57,25 @@ class Lane:
         """The inverse of `str`.
 
         Raises:
-            DecodeError: not a lane, or an id in it that breaks the rule for ids; path `subject`.
+            DecodeError: not a lane, or an invalid ID in it; path `subject`.
         """
         kind, *ids = tokens.split(".")
         if kind not in LANE_IDS or len(ids) != len(LANE_IDS[kind]):
-            raise DecodeError("subject", f"{quoted(tokens)} is no lane")
+            raise DecodeError(
+                "subject",
+                f"got {quoted(tokens)}, want instance.<tenant>.<pool>.<instance>, "
+                "network.<tenant> or host",
+            )
         for token in ids:
             if not naming.ID_PATTERN.fullmatch(token):
-                raise DecodeError("subject", f"{quoted(token)} is no id")
+                raise DecodeError("subject", f"got {quoted(token)}, want {naming.ID_RULE}")
         return cls(kind, tuple(ids))
 
     def check(self, request: Request) -> None:
-        """That the request belongs here.
+        """Check that the request belongs to this lane.
 
         Raises:
-            DecodeError: it does not; the path names the first id that differs.
+            DecodeError: it does not; the path names the first ID that differs.
         """
         own = Lane.of_request(request)
         if own == self:
@@ -81,7 +84,7 @@ class Lane:
         if own.kind == self.kind:
             pairs = zip(LANE_IDS[self.kind], self.ids, own.ids, strict=True)
             path += next(f".{name}" for name, here, there in pairs if here != there)
-        raise DecodeError(path, f"belongs to the lane {own}, was sent to {self}")
+        raise DecodeError(path, f"the request belongs to lane {own}, was sent to {self}")
 
     @property
     def ref(self) -> InstanceRef | None:
@@ -101,7 +104,7 @@ class Subjects:
     """The names of one host: `root` is e.g. `hostd.v1.<cell>`.
 
     Raises:
-        ValueError: root, host id or cell cannot stand in a subject or a stream's name.
+        ValueError: root, host ID or cell is not valid in a subject or the name of a stream.
     """
 
     root: str
@@ -110,11 +113,15 @@ class Subjects:
 
     def __post_init__(self) -> None:
         if not ROOT_PATTERN.fullmatch(self.root):
-            raise ValueError(f"{quoted(self.root)} is no subject root")
+            raise ValueError(
+                f"invalid subject root {quoted(self.root)}: want up to 8 tokens A-Z a-z 0-9 _ -"
+            )
         if not naming.HOST_ID_PATTERN.fullmatch(self.host_id):
-            raise ValueError(f"{quoted(self.host_id)} is no host id")
+            raise ValueError(
+                f"invalid host ID {quoted(self.host_id)}: want 1 to 63 of A-Z a-z 0-9 _ -"
+            )
         if not CELL_PATTERN.fullmatch(self.cell):
-            raise ValueError(f"{quoted(self.cell)} is no cell")
+            raise ValueError(f"invalid cell {quoted(self.cell)}: want 1 to 32 of A-Z a-z 0-9 _ -")
 
     # -- streams, bucket, consumer: the names are the cell's -------------------------------------
 
@@ -145,11 +152,11 @@ class Subjects:
 
     @property
     def command_filter(self) -> str:
-        """What this host's consumer takes."""
+        """The filter subject of this host's consumer."""
         return f"{self.root}.{self.host_id}.cmd.>"
 
     def of_all_hosts(self, kind: str) -> str:
-        """What a stream of the cell holds; `kind` is `cmd`, `evt`, `reply` or `dead`."""
+        """The subjects of a stream of the cell; `kind` is `cmd`, `evt`, `reply` or `dead`."""
         return f"{self.root}.*.{kind}.>"
 
     # -- one subject -----------------------------------------------------------------------------
@@ -175,7 +182,7 @@ class Subjects:
 
     @property
     def host_key(self) -> str:
-        """The key of the host's own value, the lease."""
+        """The key of the host's value, the lease."""
         return self.state_key(Lane.host())
 
     def parse_command(self, subject: str) -> Lane:
@@ -186,7 +193,7 @@ class Subjects:
         """
         own = f"{self.root}.{self.host_id}.cmd."
         if not subject.startswith(own):
-            raise DecodeError("subject", f"{quoted(subject)} is not below {own[:-1]}")
+            raise DecodeError("subject", f"got {quoted(subject)}, want a subject below {own[:-1]}")
         return Lane.parse(subject[len(own) :])
 
 
@@ -194,28 +201,28 @@ def lane_of_any(subject: str, kind: str) -> Lane:
     """The lane of a subject of any host below any root; `kind` is `cmd`, `reply`, `evt`, `dead`.
 
     Raises:
-        DecodeError: it is no such subject; path `subject`.
+        DecodeError: it is not such a subject; path `subject`.
     """
     tokens = subject.split(".")
-    # A root, a host, the kind, the lane; a cell or an id may be called `cmd` too.
+    # Root, host, kind, lane; a cell or an ID may be `cmd`, too.
     for at in range(2, len(tokens) - 1):
         if tokens[at] == kind and tokens[at + 1] in LANE_IDS:
             end = len(tokens) - 1 if kind == "evt" else len(tokens)
             return Lane.parse(".".join(tokens[at + 1 : end]))
-    raise DecodeError("subject", f"{quoted(subject)} is not <root>.<host>.{kind}.<lane>")
+    raise DecodeError("subject", f"got {quoted(subject)}, want <root>.<host>.{kind}.<lane>")
 
 
 def check_reply_to(reply_to: str, prefixes: Sequence[str]) -> None:
-    """That hostd may publish there: below an allowed prefix, one subject, no wildcard.
+    """Check that hostd may publish there: below an allowed prefix, one subject, no wildcard.
 
     Raises:
-        DecodeError: it may not; nothing must be sent there.
+        DecodeError: it must not publish there.
     """
     path = "$.reply_to"
     if not REPLY_TO_PATTERN.fullmatch(reply_to):
-        raise DecodeError(path, "is not 1 to 255 printable ASCII characters without blanks")
+        raise DecodeError(path, "want 1 to 255 printable ASCII characters without blanks")
     if not any(reply_to.startswith(prefix) for prefix in prefixes):
-        raise DecodeError(path, f"{quoted(reply_to)} does not begin with {' or '.join(prefixes)}")
+        raise DecodeError(path, f"got {quoted(reply_to)}, want one below {' or '.join(prefixes)}")
     tokens = reply_to.split(".")
     if "" in tokens or any("*" in token or ">" in token for token in tokens):
-        raise DecodeError(path, f"{quoted(reply_to)} has an empty token or a wildcard")
+        raise DecodeError(path, f"got {quoted(reply_to)}, want no empty token and no wildcard")

@@ -2,7 +2,7 @@
 
 A unit variant is its name (`"Ping"`); a struct variant is a map of one key, its fields a map
 (named form) or an array in declaration order (compact form); Structs inside follow the same rule,
-each in its own form. Nothing here knows which unions there are.
+each in its own form. This module knows no particular union.
 """
 
 import typing
@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 
 class Tag(NamedTuple, Generic[T]):
-    """A value read, and how it was written: `compact` by its outermost fields, `later` if a field
-    of a later protocol was there."""
+    """A decoded value and its form: `compact` by its outermost fields, `later` if it has a field of
+    a later protocol."""
 
     value: T
     compact: bool
@@ -48,7 +48,7 @@ class Tagged(Generic[T]):
     """One enum: its name for messages, its variants.
 
     `later` are fields that a later protocol appended to the variants, with defaults: they are
-    written only if one of them is set, or if asked for, so that older bytes stay what they were.
+    written only if one of them is set, or on request, so that older bytes do not change.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Tagged(Generic[T]):
         return Tag(value, isinstance(payload, list), seen.later)
 
     def write(self, value: T, *, compact: bool = False, later: bool = False) -> object:
-        """Plain objects for the value; with `later` also what a later protocol added."""
+        """Plain objects for the value; with `later` also the fields of a later protocol."""
         name = type(value).__name__
         shape = self._shapes[name]
         if not shape.names:
@@ -112,7 +112,7 @@ class Tagged(Generic[T]):
             if len(items) > len(shape.names):
                 raise DecodeError(
                     child(path, len(shape.names)),
-                    f"is past the {len(shape.names)} fields of {shape.kind.__name__}",
+                    f"surplus element: {shape.kind.__name__} has {len(shape.names)} fields",
                     code=Code.UNSUPPORTED,
                 )
             fields = dict(zip(shape.names, items, strict=False))
@@ -122,7 +122,7 @@ class Tagged(Generic[T]):
                 if name not in shape.names:
                     raise DecodeError(
                         child(path, name),
-                        f"is no field of {shape.kind.__name__}",
+                        f"unknown field of {shape.kind.__name__}",
                         code=Code.UNSUPPORTED,
                     )
         else:

@@ -1,9 +1,9 @@
-"""Untrusted msgpack and JSON to plain objects, under limits, each fault with its path.
+"""Untrusted msgpack and JSON to plain objects, under limits; each error has its path.
 
-Here is everything that does not depend on what the bytes mean: sizes, duplicate keys, text that is
-not UTF-8, bin, ext, NaN, depth. Meaning is checked afterwards (`schemas/codec.py`, `files.py`).
-Reading never costs more than its input: msgpack makes an object per container, so their number is
-counted while it reads and a bomb of small ones ends after a few microseconds.
+These are the checks that do not depend on the meaning of the bytes: sizes, duplicate keys, invalid
+UTF-8, bin, ext, NaN, depth. Meaning is checked afterwards (`schemas/codec.py`, `files.py`).
+Reading never costs more than its input: msgpack creates an object per container, so their number
+is counted while it reads, and a bomb of small ones is refused after a few microseconds.
 """
 
 import json
@@ -26,7 +26,7 @@ Items = dict[str | bytes, object] | list[object]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`containers` in all, `items` in each of them, `depth` of containers in containers."""
+    """`containers` in total, `items` in each of them, `depth` of nesting."""
 
     size_bytes: int = MESSAGE_MAX_BYTES
     containers: int = 128
@@ -36,12 +36,12 @@ class Limits:
 
 COMMAND = Limits()
 ANSWER = Limits(containers=4096, items=4096, depth=16)
-OWN = Limits(size_bytes=2**24, containers=2**20, items=2**20, depth=64)  # what hostd itself wrote
+OWN = Limits(size_bytes=2**24, containers=2**20, items=2**20, depth=64)  # written by hostd
 FILE = Limits(size_bytes=262_144, containers=8192, items=4096, depth=16)
 
 
 class _Repeated:
-    """Stands where a map has a key twice, until the walk finds its path."""
+    """Replaces a map with a duplicate key, until the walk finds its path."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -52,7 +52,7 @@ class _TooMany(Exception):
 
 
 class _Fault(Exception):
-    """A fault on its way up the walk, which collects where it was."""
+    """An error on its way up the walk, which collects its path."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class _Fault(Exception):
 
 
 class _Containers:
-    """Counts containers while a reader makes them, and finds keys that repeat."""
+    """Counts containers while a reader creates them, and finds duplicate keys."""
 
     def __init__(self, limits: Limits) -> None:
         self._left = limits.containers
@@ -92,10 +92,10 @@ def unpack(data: bytes, limits: Limits = COMMAND) -> object:
     """Plain objects from msgpack: dict with str keys, list, str, int, bool, float, None.
 
     Raises:
-        DecodeError: not one msgpack value, past the limits, or holding what hostd takes nowhere.
+        DecodeError: not one msgpack value, beyond the limits, or a kind that no field has.
     """
     if len(data) > limits.size_bytes:
-        raise DecodeError("$", f"{len(data)} bytes; at most {limits.size_bytes} are read")
+        raise DecodeError("$", f"got {len(data)} bytes, want at most {limits.size_bytes}")
     containers = _Containers(limits)
     try:
         value = msgpack.unpackb(
@@ -104,22 +104,24 @@ def unpack(data: bytes, limits: Limits = COMMAND) -> object:
             strict_map_key=True,
             object_pairs_hook=containers.of_pairs,
             list_hook=containers.of_items,
-            # Bin, ext and what is not UTF-8 are let through here, so that `check` can say where.
+            # Bin, ext and invalid UTF-8 pass here, so that `check` can report the path.
             unicode_errors="surrogateescape",
             max_array_len=limits.items,
             max_map_len=limits.items,
         )
     except _TooMany:
-        raise DecodeError("$", f"more than {limits.containers} maps and arrays") from None
+        raise DecodeError("$", f"want at most {limits.containers} maps and arrays") from None
     except msgpack.ExtraData as error:
-        raise DecodeError("$", f"{len(error.extra)} bytes follow the value") from None
+        raise DecodeError("$", f"got {len(error.extra)} surplus bytes after the value") from None
     except UNREADABLE as error:
-        raise DecodeError("$", f"not msgpack within limits: {_reason(error)}") from error
+        raise DecodeError(
+            "$", f"invalid msgpack, or beyond the limits: {_reason(error)}"
+        ) from error
     return check(value, limits)
 
 
 def unpack_map(data: bytes, limits: Limits = COMMAND) -> dict[str, object]:
-    """As `unpack`, for what must be a map.
+    """As `unpack`, for a map.
 
     Raises:
         DecodeError: as `unpack`, or not a map.
@@ -134,15 +136,15 @@ def read_json(data: bytes, limits: Limits = FILE) -> dict[str, object]:
         DecodeError: not one JSON object, past the limits, a duplicate key, NaN.
     """
     if len(data) > limits.size_bytes:
-        raise DecodeError("$", f"{len(data)} bytes; at most {limits.size_bytes} are read")
-    # Counted before the reader, which has no limits of its own, makes anything of them.
+        raise DecodeError("$", f"got {len(data)} bytes, want at most {limits.size_bytes}")
+    # Counted first: the JSON reader has no limits.
     if data.count(b"{") + data.count(b"[") > limits.containers:
-        raise DecodeError("$", f"more than {limits.containers} objects and arrays")
+        raise DecodeError("$", f"want at most {limits.containers} objects and arrays")
     containers = _Containers(limits)
     try:
         value = json.loads(data.decode(), object_pairs_hook=containers.of_pairs)
     except (ValueError, RecursionError) as error:
-        raise DecodeError("$", f"not JSON: {_reason(error)}") from error
+        raise DecodeError("$", f"invalid JSON: {_reason(error)}") from error
     return _as_map(check(value, limits))
 
 
@@ -166,10 +168,10 @@ def convert(raw: object, kind: type[T], path: str = "$") -> T:
 
 
 def check(value: object, limits: Limits, path: str = "$") -> object:
-    """The value itself, if nothing in it is of a kind that hostd takes nowhere.
+    """The value itself, if all of it is of kinds that fields have.
 
     Raises:
-        DecodeError: a duplicate key, bin, ext, NaN, infinity, text that is not UTF-8, too deep.
+        DecodeError: a duplicate key, bin, ext, NaN, infinity, invalid UTF-8, nested too deeply.
     """
     try:
         _walk(value, limits.depth, limits.items)
@@ -185,14 +187,14 @@ def _walk(value: object, depth: int, items: int) -> None:
         _check_text(value, "the text")
     elif isinstance(value, dict | list):
         if depth == 0:
-            raise _Fault("is nested too deeply")
+            raise _Fault("nested too deeply")
         inner = cast("Items", value)
         if len(inner) > items:
-            raise _Fault(f"has {len(inner)} items; at most {items} are read")
+            raise _Fault(f"got {len(inner)} items, want at most {items}")
         _walk_into(inner, depth - 1, items)
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise _Fault("is not a finite number")
+            raise _Fault("got NaN or infinity, want a finite number")
     elif value is not None and not isinstance(value, int):
         _refuse(value)
 
@@ -200,7 +202,7 @@ def _walk(value: object, depth: int, items: int) -> None:
 def _walk_into(value: Items, depth: int, items: int) -> None:
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(key, bytes):
-            raise _Fault("a key of the map is bin, which no field takes")
+            raise _Fault("got a bin key, want str")
         if isinstance(key, str):
             _check_text(key, "a key of the map")
         try:
@@ -215,17 +217,17 @@ def _check_text(text: str, what: str) -> None:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise _Fault(f"{what} is not UTF-8") from None
+            raise _Fault(f"{what} is not valid UTF-8") from None
 
 
 def _refuse(value: object) -> NoReturn:
     if isinstance(value, _Repeated):
-        fault = _Fault("is there twice")
+        fault = _Fault("duplicate key")
         fault.keys.append(value.key)
         raise fault
     if isinstance(value, bytes):
-        raise _Fault("is bin, which no field takes")
-    raise _Fault("is a msgpack extension, which no field takes")
+        raise _Fault("got bin, which no field accepts")
+    raise _Fault("got a msgpack extension, which no field accepts")
 
 
 def _as_map(value: object) -> dict[str, object]:
@@ -235,12 +237,12 @@ def _as_map(value: object) -> dict[str, object]:
 
 
 def pack(value: object) -> bytes:
-    """Plain objects to msgpack. Text from file names may hold surrogates; it goes out escaped."""
+    """Plain objects to msgpack. Surrogates, as in text from file names, are escaped."""
     return msgpack.packb(value, use_bin_type=True, unicode_errors="backslashreplace")
 
 
 def kind_of(value: object) -> str:
-    """The msgpack word for a plain value, for messages."""
+    """The msgpack type of a plain value, for messages."""
     words: dict[type, str] = {
         dict: "map",
         list: "array",
@@ -253,7 +255,7 @@ def kind_of(value: object) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The decoder's own words, which hold numbers and no input; or its class if it has none."""
+    """The decoder's message, which has numbers but no input; or its class if it has none."""
     return (
         quoted(" ".join(str(part) for part in error.args)) if error.args else type(error).__name__
     )

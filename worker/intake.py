@@ -1,30 +1,28 @@
 """From a message to a journalled command or an answer. Never waits for a lane.
 
 A message is acknowledged when the journal owns it, or when it was answered and needs no journal
-(Ping, a replay, a conflict). What fails before that stays in the stream and comes again.
+(Ping, a replay, a conflict). What fails before that stays in the stream and is redelivered.
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
 
+from handlers.clock import now_ms
 from schemas import codec, serde
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
 from schemas.envelopes import Command, Form, Reply
 from schemas.naming import COMMAND_ID_PATTERN
-from schemas.partial import PartialEnvelope, peek
+from schemas.partial import Undecodable, decode
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Ping, Pong, Request
 from schemas.subjects import Lane, check_reply_to
 from worker.bus.protocol import Bus, BusError, Delivery
-from worker.journal.admission import Accepted, Found
+from worker.journal.admission import Refusal, Verdict
 from worker.journal.journal import Journal
-from worker.journal.refusals import Refusal
-from worker.journal.store import now_ms
 from worker.journal.writer import JournalFault
 from worker.lanes import Lanes
 
@@ -38,25 +36,27 @@ class IntakeMeters(Protocol):
 
     def redelivered(self) -> None: ...
 
+    def keys_ignored(self, count: int) -> None: ...
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class _Message:
-    """One delivery and what is known of it so far; `reply_to` only once hostd may publish there."""
+    """One delivery, decoded. `reply_to` is set only if hostd may publish there."""
 
     delivery: Delivery
     received_at_ms: int
-    lane: Lane = field(default_factory=Lane.host)
-    id: str = ""
-    reply_to: str | None = None
-    form: Form = Form.NAMED
-    request: Request | None = None
+    id: str
+    lane: Lane
+    reply_to: str | None
+    form: Form
+    content: Command | DecodeError
 
 
 class Intake:
-    """Takes each delivery to its end; `receive` is what the bus calls.
+    """Answers or journals each delivery; `receive` is what the bus calls.
 
     Args:
-        facts: what a Pong's `detail` says beyond version, protocol and uptime: `boot_id`,
+        facts: the part of a Pong's `detail` beyond version, protocol and uptime: `boot_id`,
             `host_state`, `capacity`.
         inbox_prefixes: what a `reply_to` must begin with.
     """
@@ -71,8 +71,8 @@ class Intake:
         version: str,
         facts: Callable[[], dict[str, Any]],
         meters: IntakeMeters,
+        clock_ms: Callable[[], int] = now_ms,
     ) -> None:
-        self.unknown_keys = 0
         self._bus = bus
         self._journal = journal
         self._lanes = lanes
@@ -80,58 +80,76 @@ class Intake:
         self._version = version
         self._facts = facts
         self._meters = meters
-        self._subjects = journal.source.subjects
+        self._clock_ms = clock_ms
+        self._subjects = journal.store.subjects
         self._started = time.monotonic()
-        journal.watch(self._flow)
-        self._flow()
+        journal.store.watch(self._pause_or_resume)
+        self._pause_or_resume()
 
-    def _flow(self) -> None:
-        """The stream keeps the commands while the journal can take none."""
-        if self._journal.writable and not self._journal.backlogged:
+    def _pause_or_resume(self) -> None:
+        """Leave the commands in the stream while the journal can take none."""
+        if self._journal.store.writable and not self._journal.outbox.backlogged:
             self._bus.resume()
         else:
             self._bus.pause()
 
     async def receive(self, delivery: Delivery) -> None:
-        """Settle one message: journalled or answered, then acknowledged."""
+        """Journal or answer one message, then acknowledge it."""
         if delivery.delivered > 1:
             self._meters.redelivered()
-        message = _Message(delivery, now_ms())
+        message = self._decode(delivery)
         try:
             while True:
                 try:
-                    await self._settle(message)
+                    await self._handle(message)
                     break
                 except JournalFault:
-                    await self._journal.until_writable()
+                    await self._journal.store.until_writable()
             await delivery.ack()
         except BusError as error:
-            # the stream has it still, and delivers it again
-            log.warning("intake.deferred", command_id=message.id, error=str(error))
+            # the stream still has the message and delivers it again
+            log.warning("intake.ack_skipped", command_id=message.id, error=str(error))
 
-    async def _settle(self, message: _Message) -> None:
+    def _decode(self, delivery: Delivery) -> _Message:
+        """Decode and check. An error in the subject is reported before one in the bytes."""
+        received_at_ms = self._clock_ms()
+        decoded = decode(delivery.data)
+        error = decoded.error if isinstance(decoded, Undecodable) else None
+        reply_to = decoded.reply_to
+        if reply_to is not None:
+            try:
+                check_reply_to(reply_to, self._prefixes)
+            except DecodeError as refused:
+                reply_to, error = None, error or refused
+        lane = Lane.host()
         try:
-            command = self._read(message)
-        except DecodeError as error:
-            await self._refuse_malformed(message, error)
-            return
-        if isinstance(command.request, Ping):
-            await self._answer_ping(message, command)
-            return
+            lane = self._subjects.parse_command(delivery.subject)
+            if isinstance(decoded, Command) and error is None:
+                lane.check(decoded.request)
+        except DecodeError as refused:
+            error = refused
+        message_id = decoded.id or _fallback_id(delivery)
+        if isinstance(decoded, Undecodable) or error is not None:
+            content: Command | DecodeError = error or DecodeError("$", "does not decode")
+        else:
+            content = decoded
+            if decoded.unknown_keys:
+                self._meters.keys_ignored(len(decoded.unknown_keys))
+                log.debug("envelope.keys_ignored", command_id=message_id, keys=decoded.unknown_keys)
+        return _Message(delivery, received_at_ms, message_id, lane, reply_to, decoded.form, content)
+
+    async def _handle(self, message: _Message) -> None:
+        match message.content:
+            case DecodeError() as error:
+                await self._refuse_malformed(message, error)
+            case Command(request=Ping()) as command:
+                await self._answer_ping(message, command)
+            case command:
+                await self._take_in(message, command)
+
+    async def _take_in(self, message: _Message, command: Command) -> None:
         delivery = message.delivery
-        if delivery.delivered == 1:
-            row = self._journal.admit(
-                command,
-                lane=message.lane,
-                subject=delivery.subject,
-                stream_seq=delivery.stream_seq,
-                received_at_ms=message.received_at_ms,
-            )
-            if row is not None and row.admission is not None:
-                self._lanes.put(row)
-                await asyncio.shield(row.admission)
-                return
-        accepted = await self._journal.accept(
+        decision = await self._journal.commands.take_in(
             command,
             lane=message.lane,
             subject=delivery.subject,
@@ -139,64 +157,23 @@ class Intake:
             received_at_ms=message.received_at_ms,
             redelivered=delivery.delivered > 1,
         )
-        await self._go_on(message, command, accepted)
-
-    def _read(self, message: _Message) -> Command:
-        """Decode and check; on the way `message` learns whom to answer, and how.
-
-        Raises:
-            DecodeError: invalid or unsupported.
-        """
-        delivery = message.delivery
-        malformed: DecodeError | None = None
-        seen: Command | PartialEnvelope
-        try:
-            seen = codec.decode_command(delivery.data)
-        except DecodeError as error:
-            seen, malformed = peek(delivery.data), error
-        message.id, message.form = seen.id or _fallback_id(delivery), seen.form
-        if seen.reply_to is not None:
-            try:
-                check_reply_to(seen.reply_to, self._prefixes)
-                message.reply_to = seen.reply_to
-            except DecodeError as error:
-                malformed = malformed or error
-        message.lane = self._subjects.parse_command(delivery.subject)
-        if isinstance(seen, PartialEnvelope) or malformed is not None:
-            raise malformed or DecodeError("$", "does not decode")
-        message.lane.check(seen.request)
-        if seen.unknown_keys:
-            self.unknown_keys += len(seen.unknown_keys)
-            log.debug("intake.keys_ignored", command_id=message.id, keys=seen.unknown_keys)
-        return seen
-
-    async def _go_on(self, message: _Message, command: Command, accepted: Accepted) -> None:
-        match accepted.kind:
-            case Found.NEW if accepted.row is not None:
-                self._lanes.put(accepted.row)
-            case Found.REPLAY if accepted.reply is not None:
+        match decision.verdict:
+            case Verdict.NEW if decision.row is not None:
+                self._lanes.put(decision.row)
+                await decision.row.stored()
+            case Verdict.REPLAY if decision.reply is not None:
                 if command.reply_to is not None:
-                    await self._bus.send(command.reply_to, accepted.reply)
-            case Found.CONFLICT:
+                    await self._bus.send(command.reply_to, decision.reply)
+            case Verdict.CONFLICT:
                 await self._answer_conflict(message)
-            case Found.LANE_FULL | Found.HOST_FULL:
-                lane_full = accepted.kind is Found.LANE_FULL
-                what, limit = (
-                    (f"lane {message.lane}", self._journal.lane_depth)
-                    if lane_full
-                    else ("this host", self._journal.host_depth)
-                )
-                message.request = command.request
-                reply = self._error(
-                    message,
-                    Code.EXHAUSTED,
-                    f"{what} has {limit} unfinished commands, its limit",
-                    retryable=True,
-                    detail={"act": "scheduler"},
-                )
-                await self._refuse(message, reply, dead=None)
+            case Verdict.LANE_FULL:
+                limit = self._journal.commands.limits.lane_depth
+                await self._refuse_full(message, command, f"lane {message.lane}", limit)
+            case Verdict.HOST_FULL:
+                limit = self._journal.commands.limits.host_depth
+                await self._refuse_full(message, command, "this host", limit)
             case _:
-                pass  # joined: told when the first ends
+                pass  # joined: answered when the first one ends
 
     # -- answers -------------------------------------------------------------------------------
 
@@ -208,44 +185,67 @@ class Intake:
             supported=serde.SUPPORTED if error.code is Code.UNSUPPORTED else (),
             detail={"act": "sender", "path": error.path},
         )
-        log.info("intake.refused", command_id=message.id, code=error.code.value, reason=str(error))
+        log.info("command.refused", command_id=message.id, code=error.code.value, reason=str(error))
         await self._refuse(message, reply, dead=str(error))
 
-    async def _refuse(self, message: _Message, reply: Reply, *, dead: str | None) -> None:
+    async def _refuse_full(
+        self, message: _Message, command: Command, what: str, limit: int
+    ) -> None:
+        reply = self._error(
+            message,
+            Code.EXHAUSTED,
+            f"{what} has {limit} unfinished commands, its limit; retry later with a new id",
+            retryable=True,
+            detail={"act": "scheduler"},
+        )
+        await self._refuse(message, reply, request=command.request)
+
+    async def _refuse(
+        self,
+        message: _Message,
+        reply: Reply,
+        *,
+        request: Request | None = None,
+        dead: str | None = None,
+    ) -> None:
         delivery = message.delivery
-        await self._journal.refuse(
+        await self._journal.commands.refuse(
             Refusal(
-                reply=reply,
+                id=reply.id,
+                code=reply.code,
+                reply=codec.encode_reply(reply, message.form),
+                received_at_ms=reply.received_at_ms,
+                finished_at_ms=reply.finished_at_ms,
                 form=message.form,
                 lane=message.lane,
                 subject=delivery.subject,
                 stream_seq=delivery.stream_seq,
                 data=delivery.data,
                 reply_to=message.reply_to,
-                request=message.request,
+                request=request,
                 dead=dead,
             )
         )
-        kind = "unknown" if message.request is None else message.request.kind
+        kind = "unknown" if request is None else request.kind
         self._meters.command_done(kind, reply.code, 0.0)
 
     async def _answer_conflict(self, message: _Message) -> None:
-        """The id is taken: its own sender alone hears of it."""
+        """The ID is in use: only the sender of this message gets the answer."""
         if message.reply_to is None:
             return
         reply = self._error(
             message,
             Code.CONFLICT,
-            f"the id {message.id} was used for another request; a new request takes a new id",
+            f"the id {message.id} was used for another request; send this one with a new id",
             detail={"act": "sender", "path": "$.id"},
         )
         await self._bus.send(message.reply_to, codec.encode_reply(reply, message.form))
 
     async def _answer_ping(self, message: _Message, command: Command) -> None:
-        if await self._journal.result(message.id) is not None:
+        if await self._journal.commands.result(message.id) is not None:
             await self._answer_conflict(message)
             return
-        if command.deadline_ms is not None and command.deadline_ms <= now_ms():
+        if command.deadline_ms is not None and command.deadline_ms <= self._clock_ms():
             reply = self._error(
                 message,
                 Code.EXPIRED,
@@ -260,7 +260,7 @@ class Intake:
                 code=Code.OK,
                 attempts=1,
                 received_at_ms=message.received_at_ms,
-                finished_at_ms=now_ms(),
+                finished_at_ms=self._clock_ms(),
                 detail={
                     "version": self._version,
                     "protocol": {"min": PROTOCOL_MIN, "max": PROTOCOL_MAX},
@@ -291,14 +291,14 @@ class Intake:
             code=code,
             retryable=retryable,
             received_at_ms=message.received_at_ms,
-            finished_at_ms=now_ms(),
+            finished_at_ms=self._clock_ms(),
             supported=supported,
             detail=detail,
         )
 
 
 def _fallback_id(delivery: Delivery) -> str:
-    """What answers a message whose own id cannot be read."""
+    """The ID in the answer to a message whose own ID cannot be read."""
     if delivery.msg_id is not None and COMMAND_ID_PATTERN.fullmatch(delivery.msg_id):
         return delivery.msg_id
     return f"seq-{delivery.stream_seq}"

@@ -1,8 +1,8 @@
-"""One FIFO per lane, lanes concurrent: who may run now. Knows nothing of what running means.
+"""One FIFO per lane, lanes concurrent: which command may run now. It does not know how they run.
 
-A lane's task lives as long as the lane has work. Stop and Destroy win over a Start, Wake or Sleep
-of the same instance: what runs is told to end at its next safe point, what waits and never ran is
-answered without running, both before the winner waits for anything.
+A lane's task lives as long as the lane has work. Stop and Destroy supersede a Start, Wake or Sleep
+of the same instance: one that runs ends at its next safe point, one that waits and never ran is
+answered without running, both before the superseding command waits for anything.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class Work:
     steps: Steps | None = None
 
     def supersede(self, by: str) -> None:
-        """Have it end at its next safe point; one that has not begun ends before its first."""
+        """End it at its next safe point; if it has not begun, before its first step."""
         self.superseded_by = by
         if self.steps is not None:
             self.steps.supersede(by)
@@ -51,7 +51,7 @@ class Work:
             self.steps.halt()
 
     def began(self, steps: Steps) -> None:
-        """A run begins: what was asked before reaches it too."""
+        """Set the steps of a run; an earlier `supersede` or `halt` applies to it."""
         self.steps = steps
         if self.superseded_by is not None:
             steps.supersede(self.superseded_by)
@@ -61,14 +61,14 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class MaintenanceTask:
-    """The worker's own work in a lane, e.g. after a VMM's exit: not journalled, never answered."""
+    """Work of the worker in a lane, e.g. after a VMM's exit: not journalled, not answered."""
 
     name: str
     run: Callable[[], Awaitable[None]]
 
 
 class Runner(Protocol):
-    """Runs one command to its outcome. Raises nothing but CancelledError."""
+    """Runs one command to its outcome. Raises only CancelledError."""
 
     async def run(self, work: Work) -> None: ...
 
@@ -85,7 +85,7 @@ class _Line:
 
 
 class Lanes:
-    """All lanes of this host. Work may be put at any time; it runs once `start` was called."""
+    """All lanes of this host. Work can be queued at any time; it runs after `start`."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -95,13 +95,13 @@ class Lanes:
         self._stopping = False
 
     def start(self) -> None:
-        """Let the lanes run; until then (recovery) they only queue."""
+        """Run the lanes; before that (during recovery) they only queue."""
         self._started = True
         for lane, line in self._lines.items():
             self._wake(lane, line)
 
     def put(self, row: CommandRow) -> None:
-        """Queue a command behind all others of its lane, having superseded those it wins over."""
+        """Queue a command at the end of its lane, after superseding those that it wins over."""
         line = self._lines.setdefault(row.lane, _Line())
         if isinstance(row.command.request, SUPERSEDING):
             self._supersede(line, row.id)
@@ -117,7 +117,7 @@ class Lanes:
             self._wake(lane, line)
 
     def counts(self) -> dict[str, int]:
-        """`busy`: lanes with a command running; `waiting`: lanes with commands that wait."""
+        """`busy`: lanes with a running command; `waiting`: lanes with queued commands."""
         return {
             "busy": sum(line.running is not None for line in self._lines.values()),
             "waiting": sum(bool(line.waiting) for line in self._lines.values()),
@@ -129,7 +129,7 @@ class Lanes:
             await asyncio.wait(tasks)
 
     async def stop(self, budget_s: float) -> None:
-        """Begin nothing more; have what runs stop at its next safe point, at last by cancelling.
+        """Start nothing new; halt what runs at its next safe point, cancel it after `budget_s`.
 
         Nothing is undone or answered: the journal keeps the commands for the next worker.
         """
@@ -159,7 +159,7 @@ class Lanes:
             ):
                 continue
             work.supersede(by)
-            if not work.row.attempts:  # else an earlier worker began it: it must be undone
+            if not work.row.attempts:  # else an earlier worker began it, and it must be undone
                 line.waiting.remove(work)
                 task = asyncio.create_task(self._runner.answer_superseded(work))
                 self._answers.add(task)

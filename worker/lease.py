@@ -13,10 +13,10 @@ from typing import cast
 
 import structlog
 
+from handlers.clock import now_ms
 from schemas import unpack
 from schemas.decode_error import DecodeError
 from worker.bus.protocol import Bus, BusError, StateConflict
-from worker.journal.store import now_ms
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

@@ -88,7 +88,7 @@ async def _until_stopped(settings: Settings) -> None:
         )
         stack.push_async_callback(journal.close)
         background = BackgroundTasks()
-        real = open_real_host(settings, journal, background.start)
+        real = open_real_host(settings, journal.records, background.start)
         stack.callback(real.close)
         bus = NatsBus(settings.nats, subjects)
         stack.push_async_callback(bus.close)
@@ -140,10 +140,10 @@ class Worker:
         self.lease = Lease(
             bus,
             subjects.host_key,
-            Holder(real.facts.machine_id(), real.facts.boot_id(), journal.journal_id),
-            lambda: {**self.facts(), "seq": journal.seq},
+            Holder(real.facts.machine_id(), real.facts.boot_id(), journal.store.journal_id),
+            lambda: {**self.facts(), "seq": journal.store.seq},
         )
-        self.state = StateWriter(bus, journal, journal.journal_id, self.lease)
+        self.state = StateWriter(bus, journal.outbox, journal.store.journal_id, self.lease)
         self.service = query_service(
             bus.connection,
             subjects,
@@ -172,13 +172,13 @@ class Worker:
     @property
     def host_state(self) -> str:
         """`recovering`, `ready`, `draining`; `degraded`: ready, but the journal cannot commit."""
-        if self._phase == "ready" and not self.journal.writable:
+        if self._phase == "ready" and not self.journal.store.writable:
             return "degraded"
         return self._phase
 
     def facts(self) -> dict[str, Any]:
         """Shown in a Pong and in the lease: state and capacity of this host."""
-        live = [record for record in self.journal.instances() if record.holds_host]
+        live = [record for record in self.journal.records.instances() if record.holds_host]
         limits = self.settings.limits
         total_mib = self._real.facts.memory_mib() - limits.mem_reserve_mib
         used_mib = sum(record.mem_mib + limits.vmm_overhead_mib for record in live)
@@ -199,14 +199,14 @@ class Worker:
         return {
             "recovered": self.host_state != "recovering",
             "connected": self.bus.connected,
-            "can_commit": self.journal.writable,
+            "can_commit": self.journal.store.writable,
             "provisioned": not self.bus.trouble,
         }
 
     def _collect(self) -> None:
         self.metrics.lanes(**self.lanes.counts())
-        self.metrics.unfinished(len(self.journal.unfinished()))
-        self.metrics.outbox_rows(self.journal.depth)
+        self.metrics.unfinished(len(self.journal.commands.unfinished()))
+        self.metrics.outbox_rows(self.journal.outbox.depth)
         self.metrics.bus_connected(self.bus.connected)
         self.metrics.bus_totals(
             reconnects=self.bus.reconnects,
@@ -214,9 +214,10 @@ class Worker:
             pulls=self.bus.pulls,
         )
         self.metrics.queries_dropped(self.service.dropped)
-        self.metrics.unknown_keys(self.intake.unknown_keys)
         self.metrics.limits_enforced(self.settings.limits.enforce)
-        self.metrics.instances(Counter(record.status for record in self.journal.instances()))
+        self.metrics.instances(
+            Counter(record.status for record in self.journal.records.instances())
+        )
 
     # -- start and stop ------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class Worker:
             loop.add_signal_handler(number, stop.set)
         # Unfinished commands are queued before the bus delivers new ones; the lanes start after
         # recovery (`_recover`).
-        for row in self.journal.unfinished():
+        for row in self.journal.commands.unfinished():
             self.lanes.put(row)
         await self.bus.start()
         await self.service.start()
@@ -260,7 +261,7 @@ class Worker:
         await self.lease.acquire()
         with contextlib.suppress(Failure):  # cannot commit now: only later changes are written
             # The bucket may have been recreated while no worker ran; keys it has are not changed.
-            await self.journal.rewrite_state()
+            await self.journal.outbox.rewrite_state()
         async with asyncio.TaskGroup() as group:
             group.create_task(self.bus.consume(self.intake.receive))
             group.create_task(self.lease.run())
@@ -310,7 +311,7 @@ async def prune(journal: Journal) -> None:
     """Delete finished commands past their retention, a bounded number at a time."""
     while True:
         with contextlib.suppress(Failure):
-            if await journal.prune():
+            if await journal.commands.prune():
                 continue
         await asyncio.sleep(PRUNE_EVERY_S)
 

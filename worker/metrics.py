@@ -104,13 +104,15 @@ class Metrics:
             "Command messages that NATS delivered more than once.",
             registry=registry,
         )
-        self._unknown_keys = _Total(
-            "hostd_unknown_keys_total", "Unknown envelope keys, which are ignored.", registry
-        )
         self._queries_dropped = _Total(
             "hostd_queries_dropped_total",
             "Queries not answered: too many at once, or an invalid reply subject.",
             registry,
+        )
+        self._ignored_keys = Counter(
+            "hostd_envelope_keys_ignored_total",
+            "Unknown keys of command envelopes, ignored.",
+            registry=registry,
         )
         self._instances = Gauge(
             "hostd_instances", "Instances on this host, by status.", ["status"], registry=registry
@@ -183,6 +185,10 @@ class Metrics:
     def redelivered(self) -> None:
         self._redeliveries.inc()
 
+    def keys_ignored(self, count: int) -> None:
+        """A command envelope had this many unknown keys: a newer sender, or a misspelt key."""
+        self._ignored_keys.inc(count)
+
     def vmm_exited(self, reason: str) -> None:
         """`reason` is one of a few words, never text from the VMM."""
         self._exits.labels(reason).inc()
@@ -218,9 +224,6 @@ class Metrics:
 
     def queries_dropped(self, total: int) -> None:
         self._queries_dropped.set(total)
-
-    def unknown_keys(self, total: int) -> None:
-        self._unknown_keys.set(total)
 
     def limits_enforced(self, enforced: bool) -> None:
         self._enforced.set(int(enforced))

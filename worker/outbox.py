@@ -1,7 +1,7 @@
-"""From the journal to the bus: replies, dead letters, events. A row goes when the bus has it.
+"""From the journal to the bus: replies, dead letters, events. A row is deleted once confirmed.
 
-Each kind has a task of its own, so replies wait for no event. Replies and dead letters go several
-at once; events one in flight in the order of `seq`, resent with the same id until confirmed.
+Each kind has its own task, so replies wait for no event. Replies and dead letters go several at
+once; events one in flight in the order of `seq`, resent with the same ID until confirmed.
 """
 
 import asyncio
@@ -27,15 +27,16 @@ HEADERS = msgspec.json.Decoder(dict[str, str])
 
 
 class Outbox:
-    """Runs until cancelled. What was sent but not yet forgotten is sent again: same id."""
+    """Runs until cancelled. A restart sends rows that are not deleted yet again, same ID."""
 
     def __init__(self, bus: Bus, journal: Journal) -> None:
         self._bus = bus
-        self._journal = journal
+        self._outbox = journal.outbox
+        self._store = journal.store
         self._woken = {kind: asyncio.Event() for kind in OUT_KINDS}
 
     async def run(self) -> None:
-        """Send all kinds, each in its task."""
+        """Send all kinds, each in its own task."""
         async with asyncio.TaskGroup() as group:
             for kind in OUT_KINDS:
                 group.create_task(self._send_kind(kind), name=f"outbox {kind}")
@@ -46,23 +47,23 @@ class Outbox:
             woken.set()
 
     async def drained(self) -> None:
-        """Return when all replies and dead letters are sent; for the shutdown, with a timeout."""
-        while any(self._journal.count(kind) for kind in ("reply", "direct", "dead", "event")):
-            await self._journal.wait_sent()
+        """Return when everything is sent; for the shutdown, with a timeout."""
+        while any(self._outbox.count(kind) for kind in OUT_KINDS):
+            await self._outbox.wait_sent()
 
     async def _send_kind(self, kind: str) -> None:
         failures = 0
         while True:
-            await self._journal.wait_pending(kind)
+            await self._outbox.wait_pending(kind)
             try:
-                rows = await self._journal.pending(kind, WINDOWS[kind])
+                rows = await self._outbox.pending(kind, WINDOWS[kind])
             except JournalFault:
-                await self._journal.until_writable()
+                await self._store.until_writable()
                 continue
             self._woken[kind].clear()
             sent = await self._send(rows)
             if sent:
-                self._journal.sent(sent)
+                self._outbox.sent(sent)
             if len(sent) == len(rows):
                 failures = 0
             else:
@@ -70,7 +71,7 @@ class Outbox:
                 await self._back_off(kind, failures)
 
     async def _send(self, rows: Sequence[OutRow]) -> list[OutRow]:
-        """Those that the bus confirmed."""
+        """Returns the rows that the bus confirmed."""
         if len(rows) == 1:
             results: list[BusError | None] = [await self._send_one(rows[0])]
         else:
@@ -97,7 +98,7 @@ class Outbox:
         return None
 
     async def _back_off(self, kind: str, failures: int) -> None:
-        """Full jitter; a wake, also one while it was being sent, ends it."""
+        """Wait with full jitter; a `wake`, also one during the send, ends it."""
         limit = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(failures, 10))
         try:
             await asyncio.wait_for(self._woken[kind].wait(), random.uniform(0, limit))  # noqa: S311

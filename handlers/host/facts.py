@@ -1,8 +1,9 @@
 """What is true of this host as a whole, read from /proc, /etc and the file systems."""
 
 import os
-import time
 from functools import cached_property
+
+from handlers.clock import now_ms
 
 MACHINE_ID = "/etc/machine-id"
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -14,7 +15,7 @@ class HostFacts:
 
     def now_ms(self) -> int:
         """Wall clock, Unix milliseconds."""
-        return time.time_ns() // 1_000_000
+        return now_ms()
 
     def boot_id(self) -> str:
         """New at each boot. Source: proc_sys_kernel(5)."""

@@ -16,6 +16,7 @@ from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host, Vmm
 from handlers.specs import SnapshotFacts, SnapshotInfo
 from handlers.steps import Done, Steps
+from schemas.envelopes import EventKind
 from schemas.files import RuntimePolicy
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef, SleepInstance
@@ -138,7 +139,7 @@ async def drain_guest(cmd: SleepInstance, record: InstanceRecord, steps: Steps, 
     drain = await steps.interruptible("drain", ask)
     if drain != "acknowledged":
         await host.records.event(
-            "snapshot",
+            EventKind.SNAPSHOT,
             ref=record.ref,
             reason="the guest was put to sleep without a drain",
             detail={"drain": drain},
@@ -165,5 +166,5 @@ async def announce_hash(ref: InstanceRef, number: int, host: Host) -> None:
     sha256 = await host.snapshots.hash_memory(ref, number)
     if sha256 is not None:
         await host.records.event(
-            "snapshot", ref=ref, detail={"snapshot": number, "mem_sha256": sha256}
+            EventKind.SNAPSHOT, ref=ref, detail={"snapshot": number, "mem_sha256": sha256}
         )

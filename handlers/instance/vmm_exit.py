@@ -8,6 +8,7 @@ from handlers.instance.release import release
 from handlers.instance.state import final_record
 from handlers.interfaces import Host
 from handlers.steps import Steps
+from schemas.envelopes import EventKind
 from schemas.records import Status
 from schemas.requests import InstanceRef
 
@@ -34,7 +35,7 @@ async def vmm_exited(ref: InstanceRef, launch: int, steps: Steps, host: Host) ->
     if record.vmm is not None and record.vmm.boot_id != host.facts.boot_id():
         reason, status = "the host was rebooted", Status.STOPPED
     await host.records.event(
-        "vmm_exited",
+        EventKind.VMM_EXITED,
         ref=ref,
         reason=reason,
         detail={"launch": launch, "log_tail": tail},

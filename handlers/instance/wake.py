@@ -34,6 +34,7 @@ from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host
 from handlers.specs import Artifact, DataDiskSpec, SnapshotInfo
 from handlers.steps import Done, Steps, together
+from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import WakeInstance
 
@@ -206,7 +207,10 @@ async def go_on(
     )
     if trouble := {k: v for k, v in detail.items() if k.endswith("_failed")}:
         await host.records.event(
-            "snapshot", ref=record.ref, reason="the guest was not told of its wake", detail=trouble
+            EventKind.SNAPSHOT,
+            ref=record.ref,
+            reason="the guest was not told of its wake",
+            detail=trouble,
         )
     awake = replace(record, vmm=identity, snapshot=None, consumed=True)
     return Done(

@@ -117,7 +117,7 @@ async def test_ten_copies_at_once_and_ten_after_a_restart_are_one_command(
             expected = 1 if msg_id else 10  # the server drops a duplicate within its window
             assert await eventually(lambda: len(sender.received) >= expected, 10)
             (reply,) = await sender.replies(1)
-            assert await eventually(lambda: running.journal.depth == 0, 10)
+            assert await eventually(lambda: running.journal.outbox.depth == 0, 10)
 
         async with worker(server, tmp_path / "j", machine, monkeypatch):
             for n in range(10):
@@ -150,7 +150,7 @@ async def test_a_server_crash_while_commands_run_loses_and_repeats_none(
             await server.crash()
         await sending
         replies = [codec.decode_reply(data) for data in await sender.replies(60)]
-        assert await eventually(lambda: running.journal.depth == 0, 20)
+        assert await eventually(lambda: running.journal.outbox.depth == 0, 20)
         events = [codec.decode_event(data) for data in await sender.kept(SUBJECTS.events_stream)]
 
     assert sorted(reply.id for reply in replies) == sorted(names)
@@ -170,8 +170,8 @@ async def test_outcomes_of_a_worker_killed_without_a_server_are_sent_by_the_next
             await server.stop()
             assert machine.gate is not None
             machine.gate.set()
-            assert await eventually(lambda: not running.journal.is_unfinished("c1"), 10)
-            assert running.journal.count("reply") == 1
+            assert await eventually(lambda: not running.journal.commands.is_unfinished("c1"), 10)
+            assert running.journal.outbox.count("reply") == 1
         await server.start()
         async with worker(server, tmp_path / "j", machine, monkeypatch):
             await sender.send(stop(), "c2")

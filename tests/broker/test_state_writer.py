@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from handlers.clock import now_ms
 from schemas import unpack
 from tests.broker.server import Host, Server, consuming_host, eventually
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import StateConflict
-from worker.journal.store import now_ms
 from worker.lease import Holder, Lease, LeaseHeld
 from worker.state_writer import StateWriter
 

@@ -1,4 +1,4 @@
-"""The bus in memory: streams that keep, redeliver and lose, and a broker that can be down."""
+"""The bus in memory: streams that keep, redeliver and lose messages, and a broker that can fail."""
 
 import asyncio
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from worker.bus.protocol import BusError, Delivery, Receive, StateConflict
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A message that a stream took."""
+    """A message that a stream accepted."""
 
     subject: str
     payload: bytes
@@ -28,11 +28,11 @@ class _Command:
 
 @dataclass(slots=True)
 class FakeBus:
-    """Implements `worker.bus.protocol.Bus`. `up = False` is a broker that is gone.
+    """Implements `worker.bus.protocol.Bus`. `up = False` is a broker that is down.
 
     A command stays in its stream until it is acknowledged and is delivered again by `redeliver`.
-    The streams that take what is published swallow a `msg_id` that they had, `window` or not.
-    `lose_next_ack` lets the stream take the next message, but its confirmation gets lost.
+    The streams for published messages drop a known `msg_id`, however old. With `lose_next_ack` the
+    stream keeps the next message, but its confirmation is lost.
     """
 
     commands: dict[int, _Command] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class FakeBus:
     # -- the sender's side ---------------------------------------------------------------------
 
     def command(self, subject: str, data: bytes, msg_id: str | None = None) -> int | None:
-        """Put a command into the stream; None if it swallowed a duplicate `msg_id`."""
+        """Put a command into the stream; None if the stream dropped a duplicate `msg_id`."""
         if msg_id is not None and self.dedupe_commands:
             if msg_id in self._known_commands:
                 return None
@@ -65,7 +65,7 @@ class FakeBus:
         return self._seq
 
     def redeliver(self) -> None:
-        """Deliver everything again that was not acknowledged."""
+        """Redeliver everything that was not acknowledged."""
         for seq in self.commands:
             self._due.put_nowait(seq)
 
@@ -82,7 +82,7 @@ class FakeBus:
         return [payload for to, payload in self.sent if to == subject]
 
     async def until(self, *, replies: int = 0, sent: int = 0, events: int = 0) -> None:
-        """Wait until at least so much came out."""
+        """Wait until at least this many messages were published."""
         async with asyncio.timeout(20):
             while (
                 len(self.replies()) < replies
@@ -114,7 +114,7 @@ class FakeBus:
                     group.create_task(receive(self._delivery(command)))
 
     def delivery(self, seq: int) -> Delivery:
-        """Hand one command to the worker by hand."""
+        """One command, for a test that calls `receive` itself."""
         return self._delivery(self.commands[seq])
 
     def _delivery(self, command: _Command) -> Delivery:
@@ -158,7 +158,7 @@ class FakeBus:
             self.changed.set()
         if self.lose_next_ack:
             self.lose_next_ack = False
-            raise BusError("no confirmation came")
+            raise BusError("the confirmation was lost")
 
     async def send(self, subject: str, payload: bytes) -> None:
         await asyncio.sleep(0)
@@ -188,4 +188,4 @@ class FakeBus:
 
     def _check_up(self) -> None:
         if not self.up:
-            raise BusError("the broker is gone")
+            raise BusError("the broker is down")

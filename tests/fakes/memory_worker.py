@@ -27,7 +27,7 @@ REF = InstanceRef("acme", "web", "i-1")
 
 @dataclass
 class MemoryWorker:
-    """One worker's life on a machine that outlives it."""
+    """One worker from start to kill, on a host that outlives it."""
 
     machine: FakeHost
     journal: Journal
@@ -37,25 +37,26 @@ class MemoryWorker:
     ids: list[str] = field(default_factory=list)
 
     async def send(self, request: Request, command_id: str | None = None, **more: object) -> str:
-        """Accept a command as intake would; returns its id."""
+        """Take a command in as intake does; returns its ID."""
         self.seq += 1
         command_id = command_id or f"{request.kind}-{uuid.uuid4().hex[:12]}"
-        accepted = await self.journal.accept(
+        decision = await self.journal.commands.take_in(
             command(request, command_id, **more),
             lane=Lane.of_request(request),
             subject=SUBJECTS.command(Lane.of_request(request)),
             stream_seq=self.seq,
             received_at_ms=1,
         )
-        if accepted.row is not None:
-            self.lanes.put(accepted.row)
+        if decision.row is not None:
+            self.lanes.put(decision.row)
+            await decision.row.stored()
         return command_id
 
     async def reply(self, command_id: str) -> Reply:
-        """The outcome, once the command's lane is through with it."""
+        """The outcome, once the lane has finished the command."""
         async with asyncio.timeout(20):
             await self.lanes.idle()
-            found = await self.journal.result(command_id)
+            found = await self.journal.commands.result(command_id)
         assert found is not None
         assert found.reply is not None, f"{command_id} is {found.state}"
         return codec.decode_reply(found.reply)
@@ -64,12 +65,12 @@ class MemoryWorker:
         return await self.reply(await self.send(request, command_id, **more))
 
     def record(self) -> InstanceRecord:
-        found = self.journal.instance(REF)
+        found = self.journal.records.instance(REF)
         assert found is not None
         return found
 
     async def kill(self) -> None:
-        """As kill -9 would: what ran is cut where it stands, nothing is undone or answered."""
+        """As kill -9: a running command is cut off, nothing is undone or answered."""
         await self.lanes.stop(0)
         await self.journal.close()
 
@@ -85,12 +86,12 @@ async def memory_worker(
     """A worker on the journal at `path`, with recovery of what is in it."""
     settings = Settings(limits=limits)
     journal = await Journal.open(str(path), subjects=SUBJECTS, boot_id="b1")
-    host = machine.host(journal, settings)
+    host = machine.host(journal.records, settings)
     dispatch = Dispatch(
         journal, HANDLERS, host, mechanisms(host), meters=NoMeters(), failpoint=failpoint
     )
     lanes = Lanes(dispatch)
-    for row in journal.unfinished():
+    for row in journal.commands.unfinished():
         lanes.put(row)
     lanes.start()
     made = MemoryWorker(machine, journal, host, lanes)

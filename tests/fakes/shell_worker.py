@@ -1,16 +1,18 @@
-"""A worker without a machine: real journal, intake, lanes, dispatch and outbox, a fake bus.
+"""A worker without a host: real journal, intake, lanes, dispatch and outbox, a fake bus.
 
-Its handlers change a dictionary; tests tell them to fail, to wait, or how often they ran.
+Its handlers change a set; tests make them fail or wait, and read how often they ran.
 """
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from handlers.clock import now_ms
 from handlers.interfaces import Host
 from handlers.mechanism import Removable
 from handlers.registry import Handler
@@ -30,6 +32,7 @@ from schemas.requests import (
 from schemas.settings import LimitSettings, Settings
 from schemas.subjects import Lane, Subjects
 from tests.fakes.bus import FakeBus
+from tests.fakes.clock import FakeClock
 from worker.dispatch import Dispatch
 from worker.intake import Intake
 from worker.journal.journal import Journal
@@ -54,11 +57,14 @@ def command(request: Request, command_id: str = "c1", **more: Any) -> Command:
 
 @dataclass
 class NoMeters:
-    """Counts what it is told."""
+    """Counts in lists, exports nothing."""
 
     done: list[tuple[str, Code]] = field(default_factory=list)
     retries: list[Code] = field(default_factory=list)
+    retried: asyncio.Event = field(default_factory=asyncio.Event)
+    snapshots: list[tuple[float, int]] = field(default_factory=list)
     redeliveries: int = 0
+    ignored_keys: int = 0
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None:
         self.done.append((kind, code))
@@ -67,11 +73,16 @@ class NoMeters:
 
     def retry(self, kind: str, code: Code) -> None:
         self.retries.append(code)
+        self.retried.set()
 
-    def snapshot(self, seconds: float, size_bytes: int) -> None: ...
+    def snapshot(self, seconds: float, size_bytes: int) -> None:
+        self.snapshots.append((seconds, size_bytes))
 
     def redelivered(self) -> None:
         self.redeliveries += 1
+
+    def keys_ignored(self, count: int) -> None:
+        self.ignored_keys += count
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ Behave = Callable[[Request, Steps], Any]
 
 @dataclass
 class Machine:
-    """What the handlers do. `gate` holds a Start at its step until it is set."""
+    """What the handlers do. With `gate`, a Start waits in its step until it is set."""
 
     things: Things = field(default_factory=Things)
     runs: list[tuple[str, str]] = field(default_factory=list)
@@ -145,7 +156,7 @@ class Machine:
 
 @dataclass
 class ShellWorker:
-    """One worker's life."""
+    """One worker from start to kill."""
 
     bus: FakeBus
     machine: Machine
@@ -182,7 +193,7 @@ class ShellWorker:
                 await self.bus.changed.wait()
 
     async def kill(self) -> None:
-        """As kill -9 would: nothing is waited for, told or closed in order."""
+        """As kill -9: nothing is finished, answered or closed in order."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -200,9 +211,12 @@ async def shell_worker(
     consume: bool = True,
     send: bool = True,
     run: bool = True,
+    clock: FakeClock | None = None,
 ) -> AsyncIterator[ShellWorker]:
     """A worker on the journal at `path`, recovering what is in it."""
     bus = bus or FakeBus()
+    clock_ms = now_ms if clock is None else clock.now_ms
+    monotonic_s = time.monotonic if clock is None else clock.monotonic_s
     machine = machine or Machine()
     meters = NoMeters()
     journal = await Journal.open(
@@ -211,10 +225,19 @@ async def shell_worker(
         boot_id="b1",
         lane_depth=limits.lane_depth,
         host_depth=limits.host_depth,
+        clock_ms=clock_ms,
     )
     host = cast("Host", SimpleNamespace(settings=Settings(limits=limits)))
     mechanisms: Mapping[str, Removable] = {"things": machine.things}
-    dispatch = Dispatch(journal, machine.handlers(), host, mechanisms, meters=meters)
+    dispatch = Dispatch(
+        journal,
+        machine.handlers(),
+        host,
+        mechanisms,
+        meters=meters,
+        clock_ms=clock_ms,
+        monotonic_s=monotonic_s,
+    )
     lanes = Lanes(dispatch)
     intake = Intake(
         bus,
@@ -224,9 +247,10 @@ async def shell_worker(
         version="0.0.0",
         facts=lambda: {"boot_id": "b1", "host_state": "ready", "capacity": {}},
         meters=meters,
+        clock_ms=clock_ms,
     )
     outbox = Outbox(bus, journal)
-    for row in journal.unfinished():
+    for row in journal.commands.unfinished():
         lanes.put(row)
     if run:
         lanes.start()

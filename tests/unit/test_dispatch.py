@@ -1,4 +1,4 @@
-"""One run of one command: attempts, undo, and what the sender is told."""
+"""One run of one command: attempts, undo, and the reply."""
 
 import asyncio
 import errno
@@ -22,10 +22,12 @@ from handlers.errors import (
 )
 from handlers.steps import Done, Steps
 from schemas.codes import Code
-from schemas.requests import Error, Request
+from schemas.envelopes import StepTaken
+from schemas.requests import Error, Request, SleepInstance
 from schemas.settings import LimitSettings
+from tests.fakes.clock import FakeClock
 from tests.fakes.shell_worker import Machine, Thing, shell_worker, start, stop
-from worker.journal.store import now_ms
+from worker import dispatch
 
 DONE = Done(changed=True, status="running", detail={})
 
@@ -71,7 +73,7 @@ def failing(error: BaseException, times: int = 1000, point: str | None = None) -
         (PermissionError(errno.EPERM, "x", "/dev/net/tun"), Code.HOST_FAULT, "operator", False),
     ],
 )
-async def test_a_failure_is_not_tried_again_undone_and_says_who_must_act(
+async def test_a_final_failure_is_undone_not_retried_and_names_who_must_act(
     tmp_path: Path, error: Exception, code: Code, act: str, retryable: bool
 ) -> None:
     machine = failing(error)
@@ -87,7 +89,7 @@ async def test_a_failure_is_not_tried_again_undone_and_says_who_must_act(
     assert (machine.things.there, reply.changed, reply.left_behind) == (set(), False, ())
 
 
-async def test_unsupported_names_the_protocols_that_are(tmp_path: Path) -> None:
+async def test_a_handlers_unsupported_names_the_supported_protocols(tmp_path: Path) -> None:
     async with shell_worker(tmp_path / "j", machine=failing(Unsupported("volumes"))) as worker:
         worker.send(start())
         reply = await worker.reply()
@@ -104,7 +106,7 @@ async def test_unsupported_names_the_protocols_that_are(tmp_path: Path) -> None:
         ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
     ],
 )
-async def test_what_is_busy_is_tried_again_here(tmp_path: Path, error: Exception) -> None:
+async def test_unavailable_is_retried_on_this_host(tmp_path: Path, error: Exception) -> None:
     machine = failing(error, times=2)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
@@ -116,49 +118,104 @@ async def test_what_is_busy_is_tried_again_here(tmp_path: Path, error: Exception
         assert worker.meters.done == [("StartInstance", Code.OK)]
 
 
+class Slow(Failing):
+    """Each attempt takes this long by the clock."""
+
+    def __init__(self, clock: FakeClock, took_ms: int, error: Exception, **more: Any) -> None:
+        super().__init__(error, **more)
+        self.clock = clock
+        self.took_ms = took_ms
+
+    async def __call__(self, request: Request, steps: Steps) -> Done:
+        try:
+            return await super().__call__(request, steps)
+        finally:
+            self.clock.advance(self.took_ms)
+
+
+def slow(clock: FakeClock, took_ms: int, error: Exception, **more: Any) -> Machine:
+    behave = Slow(clock, took_ms, error, **more)
+    machine = Machine(behave=behave)
+    behave.machine = machine
+    return machine
+
+
+@pytest.fixture
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "BACKOFF_S", 0.0)
+
+
+@pytest.fixture
+def long_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait is 1000 s."""
+    monkeypatch.setattr(dispatch, "BACKOFF_S", 1000.0)
+    monkeypatch.setattr(dispatch, "BACKOFF_MAX_S", 1000.0)
+    monkeypatch.setattr("tenacity.wait.random.uniform", lambda low, high: high)
+
+
+@pytest.mark.usefixtures("no_backoff")
 async def test_attempts_end_with_the_budget(tmp_path: Path) -> None:
-    limits = LimitSettings(retry_budget_s=0.3)
-    async with shell_worker(
-        tmp_path / "j", machine=failing(Unavailable("busy")), limits=limits
-    ) as worker:
+    clock, limits = FakeClock(), LimitSettings(retry_budget_s=0.3)
+    machine = slow(clock, 125, Unavailable("busy"))
+    async with shell_worker(tmp_path / "j", machine=machine, limits=limits, clock=clock) as worker:
         worker.send(start())
         reply = await worker.reply()
 
-    assert (reply.code, reply.retryable) == (Code.UNAVAILABLE, True)
-    assert reply.attempts >= 1
-    assert reply.finished_at_ms - reply.received_at_ms < 2000
+    assert (reply.code, reply.retryable, reply.attempts) == (Code.UNAVAILABLE, True, 3)
+    assert reply.finished_at_ms - reply.received_at_ms == 375
 
 
+@pytest.mark.usefixtures("no_backoff")
 async def test_an_attempt_that_took_the_whole_budget_is_the_last(tmp_path: Path) -> None:
-    class Slow(Failing):
-        async def __call__(self, request: Request, steps: Steps) -> Done:
-            await asyncio.sleep(limits.retry_budget_s)
-            return await super().__call__(request, steps)
-
-    limits = LimitSettings(retry_budget_s=0.05)
-    machine = Machine(behave=(behave := Slow(Unavailable("busy"))))
-    behave.machine = machine
-    async with shell_worker(tmp_path / "j", machine=machine, limits=limits) as worker:
+    clock, limits = FakeClock(), LimitSettings(retry_budget_s=0.3)
+    machine = slow(clock, 300, Unavailable("busy"))
+    async with shell_worker(tmp_path / "j", machine=machine, limits=limits, clock=clock) as worker:
         worker.send(start())
         reply = await worker.reply()
 
     assert (reply.code, reply.attempts) == (Code.UNAVAILABLE, 1)
 
 
-async def test_attempts_end_with_the_deadline(tmp_path: Path) -> None:
-    machine = failing(Unavailable("busy"))
-    async with shell_worker(tmp_path / "j", machine=machine) as worker:
-        worker.send(start(), deadline_ms=now_ms() + 300)
+@pytest.mark.usefixtures("no_backoff")
+async def test_past_a_point_of_no_return_the_first_attempt_does_not_use_up_the_budget(
+    tmp_path: Path,
+) -> None:
+    clock, limits = FakeClock(), LimitSettings(retry_budget_s=0.3)
+    machine = slow(clock, 10_000, Unavailable("busy"), times=1, point="consumed")
+    async with shell_worker(tmp_path / "j", machine=machine, limits=limits, clock=clock) as worker:
+        worker.send(start())
         reply = await worker.reply()
 
-    assert reply.code in {Code.UNAVAILABLE, Code.EXPIRED}
-    assert reply.finished_at_ms - reply.received_at_ms < 1500
+    assert (reply.code, reply.attempts) == (Code.OK, 2)
+
+
+@pytest.mark.usefixtures("no_backoff")
+async def test_attempts_end_with_the_deadline(tmp_path: Path) -> None:
+    clock = FakeClock()
+    machine = slow(clock, 125, Unavailable("busy"))
+    async with shell_worker(tmp_path / "j", machine=machine, clock=clock) as worker:
+        worker.send(start(), deadline_ms=clock.at_ms + 300)
+        reply = await worker.reply()
+
+    assert (reply.code, reply.attempts) == (Code.UNAVAILABLE, 3)
     assert machine.things.there == set()
 
 
+@pytest.mark.usefixtures("long_backoff")
+async def test_a_wait_that_would_outlast_the_deadline_is_not_begun(tmp_path: Path) -> None:
+    limits = LimitSettings(retry_budget_s=10_000)
+    clock, machine = FakeClock(), failing(Unavailable("busy"))
+    async with shell_worker(tmp_path / "j", machine=machine, limits=limits, clock=clock) as worker:
+        worker.send(start(), deadline_ms=clock.at_ms + 999_000)
+        reply = await worker.reply()
+
+    assert (reply.code, reply.attempts) == (Code.UNAVAILABLE, 1)
+
+
 async def test_an_expired_command_is_not_started(tmp_path: Path) -> None:
-    async with shell_worker(tmp_path / "j") as worker:
-        worker.send(start(), deadline_ms=now_ms() - 1)
+    clock = FakeClock()
+    async with shell_worker(tmp_path / "j", clock=clock) as worker:
+        worker.send(start(), deadline_ms=clock.at_ms)
         reply = await worker.reply()
 
         assert (reply.code, reply.attempts, worker.machine.runs) == (Code.EXPIRED, 0, [])
@@ -177,7 +234,9 @@ async def test_a_bug_is_internal_undone_and_logged_with_its_traceback(tmp_path: 
     assert bug["exc_info"]
 
 
-async def test_a_detail_that_has_no_msgpack_is_internal_and_blocks_nothing(tmp_path: Path) -> None:
+async def test_a_detail_without_a_msgpack_encoding_is_internal_and_does_not_block_the_lane(
+    tmp_path: Path,
+) -> None:
     machine = Machine()
 
     def behave(request: Request, steps: Steps) -> Done | None:
@@ -192,7 +251,9 @@ async def test_a_detail_that_has_no_msgpack_is_internal_and_blocks_nothing(tmp_p
         assert (await worker.reply("c2")).code is Code.OK
 
 
-async def test_what_cannot_be_undone_is_left_behind_by_name_and_record(tmp_path: Path) -> None:
+async def test_a_failed_undo_is_left_behind_in_the_reply_and_in_the_step_log(
+    tmp_path: Path,
+) -> None:
     machine = failing(Conflict("no"))
     machine.things.stuck = True
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
@@ -200,10 +261,10 @@ async def test_what_cannot_be_undone_is_left_behind_by_name_and_record(tmp_path:
         reply = await worker.reply()
 
         assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("things made",))
-        assert [row.key for row in worker.journal.leftovers()["c1"]] == ["made"]
+        assert [row.key for row in worker.journal.steps.leftovers()["c1"]] == ["made"]
 
 
-async def test_a_bug_in_an_undo_leaves_behind_and_is_answered(
+async def test_a_bug_in_an_undo_is_answered_with_what_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def buggy(key: str) -> None:
@@ -216,7 +277,7 @@ async def test_a_bug_in_an_undo_leaves_behind_and_is_answered(
         reply = await worker.reply()
 
         assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("things made",))
-        assert [row.key for row in worker.journal.leftovers()["c1"]] == ["made"]
+        assert [row.key for row in worker.journal.steps.leftovers()["c1"]] == ["made"]
 
 
 async def test_past_a_point_of_no_return_a_failure_is_retried_and_never_undone(
@@ -230,7 +291,7 @@ async def test_past_a_point_of_no_return_a_failure_is_retried_and_never_undone(
     assert (reply.code, reply.attempts, machine.things.there) == (Code.OK, 3, {"made"})
 
 
-async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_goes_on(
+async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_continues(
     tmp_path: Path,
 ) -> None:
     machine = Machine(gate=asyncio.Event())
@@ -242,7 +303,7 @@ async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_goes_on
         await worker.lanes.stop(5)
 
         assert machine.things.there == {"acme/web/a1"}
-        assert [row.id for row in worker.journal.unfinished()] == ["c1"]
+        assert [row.id for row in worker.journal.commands.unfinished()] == ["c1"]
         assert [reply.id for reply in worker.replies()] == ["c2"]
         bus = worker.bus
     machine.gate.set()
@@ -253,7 +314,9 @@ async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_goes_on
         assert machine.things.made == ["acme/web/a1"]
 
 
-async def test_a_shutdown_cancels_what_reaches_no_safe_point_in_its_budget(tmp_path: Path) -> None:
+async def test_a_shutdown_cancels_a_command_that_reaches_no_safe_point_in_time(
+    tmp_path: Path,
+) -> None:
     began = asyncio.Event()
 
     async def forever(request: Request, steps: Steps) -> Done:
@@ -264,24 +327,45 @@ async def test_a_shutdown_cancels_what_reaches_no_safe_point_in_its_budget(tmp_p
     async with shell_worker(tmp_path / "j", machine=Machine(behave=forever)) as worker:
         worker.send(start())
         await began.wait()
-        await worker.lanes.stop(0.05)
+        await worker.lanes.stop(0)
 
         assert worker.lanes.counts() == {"busy": 0, "waiting": 0}
-        assert worker.journal.is_unfinished("c1")
+        assert worker.journal.commands.is_unfinished("c1")
         assert worker.replies() == []
 
 
+@pytest.mark.usefixtures("long_backoff")
 async def test_a_shutdown_ends_the_wait_before_the_next_attempt(tmp_path: Path) -> None:
-    limits = LimitSettings(retry_budget_s=600)
+    limits = LimitSettings(retry_budget_s=10_000)
     machine = failing(Unavailable("busy"))
     async with shell_worker(tmp_path / "j", machine=machine, limits=limits) as worker:
         worker.send(start())
-        async with asyncio.timeout(10):
-            while not worker.meters.retries:
-                await asyncio.sleep(0)
-        await asyncio.wait_for(worker.lanes.stop(5), 2)
+        await worker.meters.retried.wait()
+        with structlog.testing.capture_logs() as logs:
+            await worker.lanes.stop(5)
 
-        assert worker.journal.is_unfinished("c1")
+        # Not cancelled when the 5 s were over: the wait itself ended.
+        assert [entry["event"] for entry in logs] == ["command.halted"]
+        assert worker.journal.commands.is_unfinished("c1")
+
+
+async def test_a_snapshot_is_measured_by_all_its_steps_not_only_those_in_the_reply(
+    tmp_path: Path,
+) -> None:
+    async def sleeps(request: Request, steps: Steps) -> Done:
+        steps.taken += [
+            StepTaken("pause", 2_000_000, "done"),
+            *(StepTaken("other", 5_000_000, "done") for _ in range(dispatch.STEPS_SHOWN)),
+            StepTaken("snapshot_draft", 1_000_000, "done"),
+        ]
+        return Done(changed=True, status="sleeping", detail={"size_bytes": 7})
+
+    async with shell_worker(tmp_path / "j", machine=Machine(behave=sleeps)) as worker:
+        worker.send(SleepInstance("acme", "web", "a1", force=False))
+        reply = await worker.reply()
+
+        assert len(reply.steps) == dispatch.STEPS_SHOWN
+        assert worker.meters.snapshots == [(3.0, 7)]
 
 
 @pytest.mark.parametrize(
@@ -303,11 +387,13 @@ async def test_a_shutdown_ends_the_wait_before_the_next_attempt(tmp_path: Path) 
         (None, HostFault),
     ],
 )
-def test_each_errno_says_who_must_act(number: int | None, kind: type[Failure]) -> None:
+def test_each_errno_has_the_class_that_names_who_must_act(
+    number: int | None, kind: type[Failure]
+) -> None:
     failure = of_os_error(OSError(number, "text") if number else OSError("text"))
 
     assert type(failure) is kind
 
 
 async def nothing() -> None:
-    """What a point of no return of these tests commits."""
+    """The commit of a point of no return in these tests."""

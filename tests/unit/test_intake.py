@@ -8,6 +8,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from handlers.clock import now_ms
 from handlers.steps import Done
 from schemas import codec
 from schemas.codes import Code
@@ -24,7 +25,6 @@ from tests.fakes.shell_worker import (
     start,
     stop,
 )
-from worker.journal.store import now_ms
 
 LANE = "instance.acme.web.a1"
 CMD = f"hostd.v1.test.h1.cmd.{LANE}"
@@ -103,7 +103,7 @@ async def test_a_copy_after_a_restart_gets_the_stored_reply_even_past_its_deadli
         assert len(machine.runs) == 1
 
 
-async def test_a_message_delivered_again_is_acknowledged_and_told_nothing_twice(
+async def test_a_redelivered_message_is_acknowledged_and_not_answered_twice(
     tmp_path: Path,
 ) -> None:
     async with shell_worker(tmp_path / "j", consume=False) as worker:
@@ -120,7 +120,7 @@ async def test_a_message_delivered_again_is_acknowledged_and_told_nothing_twice(
         assert worker.meters.redeliveries == 1
 
 
-async def test_the_same_id_with_another_request_is_a_conflict_told_to_its_sender_only(
+async def test_the_same_id_with_another_request_is_a_conflict_sent_to_its_sender_only(
     tmp_path: Path,
 ) -> None:
     async with shell_worker(tmp_path / "j") as worker:
@@ -168,7 +168,7 @@ async def test_a_command_that_changes_nothing_costs_one_commit(
     same = Done(changed=False, status="stopped", detail={})
     async with shell_worker(tmp_path / "j", machine=Machine(behave=lambda *_: same)) as worker:
         commits: list[float] = []
-        monkeypatch.setattr(worker.journal._writer, "_observe", commits.append)
+        monkeypatch.setattr(worker.journal.store.writer, "_observe", commits.append)
         worker.send(stop())
         reply = await only_reply(worker)
 
@@ -188,10 +188,11 @@ async def test_a_command_that_changes_nothing_costs_one_commit(
          "$.request.StartInstance.instance_id"),
         (envelope(), CMD + ".more", Code.INVALID, "subject"),
         (envelope(), CMD.replace("h1", "h2"), Code.INVALID, "subject"),
+        (envelope(v=2), CMD.replace("h1", "h2"), Code.INVALID, "subject"),
         (envelope(deadline_ms=-1), CMD, Code.INVALID, "$.deadline_ms"),
     ],
 )  # fmt: skip
-async def test_what_is_wrong_is_answered_kept_as_dead_and_changes_nothing(
+async def test_an_invalid_message_is_answered_kept_as_dead_letter_and_has_no_effect(
     tmp_path: Path, data: dict[str, Any], subject: str, code: Code, path: str
 ) -> None:
     packed = msgpack.packb(data)
@@ -212,7 +213,7 @@ async def test_what_is_wrong_is_answered_kept_as_dead_and_changes_nothing(
 
 
 @pytest.mark.parametrize("reply_to", ["hostd.v1.test.h2.cmd.host", "_INBOX.*", "_INBOX.>", "a b"])
-async def test_hostd_publishes_to_no_inbox_but_those_allowed(tmp_path: Path, reply_to: str) -> None:
+async def test_hostd_publishes_only_to_allowed_inboxes(tmp_path: Path, reply_to: str) -> None:
     async with shell_worker(tmp_path / "j") as worker:
         worker.send(start(), reply_to=reply_to)
         reply = await only_reply(worker)
@@ -224,7 +225,7 @@ async def test_hostd_publishes_to_no_inbox_but_those_allowed(tmp_path: Path, rep
 
 
 @pytest.mark.parametrize("msg_id", ["m-1", None, "not an id"])
-async def test_bytes_without_an_id_are_answered_under_that_of_the_message(
+async def test_bytes_without_an_id_are_answered_with_the_id_of_the_message(
     tmp_path: Path, msg_id: str | None
 ) -> None:
     async with shell_worker(tmp_path / "j") as worker:
@@ -246,7 +247,7 @@ async def test_a_bomb_of_empty_maps_is_refused_and_the_next_command_runs(tmp_pat
         assert (await worker.reply("c1")).code is Code.OK
 
 
-async def test_bad_bytes_with_a_known_id_disturb_nothing(tmp_path: Path) -> None:
+async def test_bad_bytes_with_a_known_id_do_not_disturb_its_command(tmp_path: Path) -> None:
     machine = Machine(gate=asyncio.Event())
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), reply_to="_INBOX.1")
@@ -263,7 +264,7 @@ async def test_bad_bytes_with_a_known_id_disturb_nothing(tmp_path: Path) -> None
         assert len(worker.bus.dead()) == 1
 
 
-async def test_a_refusal_is_final_for_its_id_and_repeats_as_it_was(tmp_path: Path) -> None:
+async def test_a_refusal_is_final_for_its_id_and_is_replayed(tmp_path: Path) -> None:
     bad = msgpack.packb(envelope(v=9))
     async with shell_worker(tmp_path / "j") as worker:
         worker.bus.command(CMD, bad)
@@ -279,7 +280,7 @@ async def test_a_refusal_is_final_for_its_id_and_repeats_as_it_was(tmp_path: Pat
         assert worker.machine.runs == []
 
 
-async def test_a_refused_message_delivered_again_is_answered_once(tmp_path: Path) -> None:
+async def test_a_refused_message_that_is_redelivered_is_answered_once(tmp_path: Path) -> None:
     async with shell_worker(tmp_path / "j", consume=False) as worker:
         worker.bus.command(CMD, msgpack.packb(envelope(v=9)))
         worker.bus.up = False
@@ -292,14 +293,14 @@ async def test_a_refused_message_delivered_again_is_answered_once(tmp_path: Path
         assert (len(worker.bus.sent), len(worker.bus.dead())) == (1, 1)
 
 
-async def test_keys_of_the_envelope_that_are_not_known_are_ignored_and_counted(
+async def test_unknown_envelope_keys_are_ignored_and_counted(
     tmp_path: Path,
 ) -> None:
     async with shell_worker(tmp_path / "j") as worker:
         worker.bus.command(CMD, msgpack.packb(envelope(color="red", size=3)))
         reply = await only_reply(worker)
 
-        assert (reply.code, worker.intake.unknown_keys) == (Code.OK, 2)
+        assert (reply.code, worker.meters.ignored_keys) == (Code.OK, 2)
 
 
 # -- Ping ------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ async def test_ping_is_answered_while_all_lanes_are_busy_and_not_journalled(tmp_
         }  # fmt: skip
         assert reply.detail["protocol"] == {"min": 1, "max": 2}
         assert worker.bus.sent_to("_INBOX.1") == [worker.bus.replies()[0].payload]
-        assert await worker.journal.result("p1") is None
+        assert await worker.journal.commands.result("p1") is None
         machine.gate.set()
         await worker.lanes.idle()
 

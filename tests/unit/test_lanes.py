@@ -1,4 +1,4 @@
-"""Who may run now: order in a lane, no order between lanes, and who wins over whom."""
+"""Which command may run: order in a lane, no order between lanes, superseding."""
 
 import asyncio
 from pathlib import Path
@@ -38,7 +38,7 @@ async def test_a_lane_runs_in_order_and_lanes_run_at_once(tmp_path: Path) -> Non
         assert worker.lanes.counts() == {"busy": 0, "waiting": 0}
 
 
-async def test_500_commands_at_one_lane_hold_up_no_other(tmp_path: Path) -> None:
+async def test_500_commands_in_one_lane_do_not_delay_another(tmp_path: Path) -> None:
     machine = Machine(gate=asyncio.Event())
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         for n in range(500):
@@ -79,7 +79,7 @@ async def test_an_exhausted_command_stays_exhausted_for_its_id(tmp_path: Path) -
 
 @pytest.mark.parametrize("winner", [stop(), DESTROY])
 @pytest.mark.parametrize("loser", [start(), WAKE, SLEEP])
-async def test_stop_and_destroy_end_what_runs_and_what_waits(
+async def test_stop_and_destroy_supersede_running_and_waiting_commands(
     tmp_path: Path, winner: StopInstance, loser: Request
 ) -> None:
     machine = Machine(gate=asyncio.Event())
@@ -96,10 +96,12 @@ async def test_stop_and_destroy_end_what_runs_and_what_waits(
         assert replies["runs"].steps[-1].outcome == "undone"
         assert replies["wins"].code is Code.OK
         assert machine.things.there == set()
-        assert not worker.journal.leftovers()
+        assert not worker.journal.steps.leftovers()
 
 
-async def test_a_queued_loser_is_answered_before_the_winner_waits(tmp_path: Path) -> None:
+async def test_a_superseded_waiting_command_is_answered_before_the_lane_is_free(
+    tmp_path: Path,
+) -> None:
     release = asyncio.Event()
 
     async def stubborn(request: Request, steps: Steps) -> Done:
@@ -119,7 +121,7 @@ async def test_a_queued_loser_is_answered_before_the_winner_waits(tmp_path: Path
         assert (await worker.reply("wins")).code is Code.OK
 
 
-async def test_a_stop_supersedes_no_other_instance(tmp_path: Path) -> None:
+async def test_a_stop_does_not_supersede_commands_of_another_instance(tmp_path: Path) -> None:
     machine = Machine(gate=asyncio.Event())
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), "c1")
@@ -131,7 +133,7 @@ async def test_a_stop_supersedes_no_other_instance(tmp_path: Path) -> None:
         assert (await worker.reply("c1")).code is Code.OK
 
 
-async def test_past_its_point_of_no_return_nothing_is_superseded(tmp_path: Path) -> None:
+async def test_a_command_past_its_point_of_no_return_is_not_superseded(tmp_path: Path) -> None:
     reached, release = asyncio.Event(), asyncio.Event()
 
     async def waking(request: Request, steps: Steps) -> Done | None:
@@ -153,7 +155,7 @@ async def test_past_its_point_of_no_return_nothing_is_superseded(tmp_path: Path)
         assert (await worker.reply("stop")).code is Code.OK
 
 
-async def test_after_a_restart_what_an_earlier_run_made_is_undone_before_superseded(
+async def test_after_a_restart_an_earlier_run_is_undone_before_the_superseded_reply(
     tmp_path: Path,
 ) -> None:
     machine = Machine(gate=asyncio.Event())
@@ -167,23 +169,23 @@ async def test_after_a_restart_what_an_earlier_run_made_is_undone_before_superse
 
     async with shell_worker(tmp_path / "j", bus, machine, consume=False, run=False) as worker:
         # the Stop comes while recovery still holds the lanes
-        accepted = await worker.journal.accept(
+        decision = await worker.journal.commands.take_in(
             command(stop(), "c9"),
             lane=Lane.instance(REF),
             subject="s",
             stream_seq=9,
             received_at_ms=1,
         )
-        assert accepted.row is not None
-        worker.lanes.put(accepted.row)
+        assert decision.row is not None
+        worker.lanes.put(decision.row)
         assert (await worker.reply("waits")).attempts == 0
         worker.lanes.start()
         codes = [(await worker.reply(name)).code for name in ("began", "waits", "c9")]
 
         assert codes == [Code.SUPERSEDED, Code.SUPERSEDED, Code.OK]
         assert machine.things.there == set()
-        assert not worker.journal.leftovers()
+        assert not worker.journal.steps.leftovers()
 
 
 async def nothing() -> None:
-    """What a point of no return of these tests commits."""
+    """The commit of a point of no return in these tests."""

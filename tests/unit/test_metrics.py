@@ -26,8 +26,8 @@ CONTRACT = {
     "hostd_bus_permission_errors": ("counter", set()),
     "hostd_bus_pulls": ("counter", set()),
     "hostd_redeliveries": ("counter", set()),
-    "hostd_unknown_keys": ("counter", set()),
     "hostd_queries_dropped": ("counter", set()),
+    "hostd_envelope_keys_ignored": ("counter", set()),
     "hostd_instances": ("gauge", {"status"}),
     "hostd_vmm_exits": ("counter", {"reason"}),
     "hostd_snapshot_duration_seconds": ("histogram", set()),
@@ -48,8 +48,8 @@ def used() -> Metrics:
     metrics.commit(0.0015)
     metrics.bus_totals(reconnects=1, permission_errors=2, pulls=30)
     metrics.queries_dropped(1)
-    metrics.unknown_keys(1)
     metrics.redelivered()
+    metrics.keys_ignored(2)
     metrics.vmm_exited("exited")
     metrics.snapshot(0.4, 512 << 20)
     metrics.loop_lag(0.0001)

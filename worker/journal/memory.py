@@ -1,4 +1,4 @@
-"""What of the journal is kept in memory, so that reading never waits for the disk."""
+"""The part of the journal that is kept in memory, so that reads never wait for the disk."""
 
 import asyncio
 import sqlite3
@@ -32,7 +32,7 @@ NETWORK = msgspec.json.Decoder(NetworkRecord)
 class CommandRow:
     """An unfinished command. `attempts` counts over all workers; `n` is the order of intake.
 
-    While `admission` is not done the command is not on disk yet; `withdrawn`: it never was.
+    While `admission` is not done the command is not on disk yet; `withdrawn`: its commit failed.
     """
 
     n: int
@@ -48,10 +48,19 @@ class CommandRow:
     def id(self) -> str:
         return self.command.id
 
+    async def stored(self) -> None:
+        """Return when the command is on disk.
+
+        Raises:
+            JournalFault: its commit failed.
+        """
+        if self.admission is not None:
+            await asyncio.shield(self.admission)
+
 
 @dataclass(slots=True)
 class OutQueue:
-    """Unsent rows of one kind in order; beyond `OUT_CACHE` they wait in the file only."""
+    """Unsent rows of one kind in order; those beyond `OUT_CACHE` are in the file only."""
 
     rows: dict[int, OutRow] = field(default_factory=dict[int, OutRow])
     count: int = 0
@@ -111,14 +120,14 @@ class Mirror:
 
 
 def load(connection: sqlite3.Connection) -> Mirror:
-    """Read all that memory holds. A row that does not decode is left in the file, and logged."""
+    """Read all of it. A row that does not decode is left in the file, and logged."""
     mirror = Mirror()
     for key, value in connection.execute("SELECT key, value FROM meta"):
         mirror.meta[key] = value
     cursor = connection.execute("SELECT * FROM command WHERE finished_at_ms IS NULL ORDER BY n")
     cursor.row_factory = sqlite3.Row
     for row in cursor:
-        with _poisoned("command", row["id"]):
+        with _skipping_bad_row("command", row["id"]):
             mirror.add_command(_command_row(row))
     for command_id, mechanism, key, existed in connection.execute(
         "SELECT command_id, mechanism, key, existed FROM step ORDER BY n"
@@ -128,15 +137,15 @@ def load(connection: sqlite3.Connection) -> Mirror:
     for command_id, name in connection.execute("SELECT command_id, name FROM point"):
         mirror.points.setdefault(command_id, set()).add(name)
     for (record,) in connection.execute("SELECT record FROM instance"):
-        with _poisoned("instance", record):
+        with _skipping_bad_row("instance", record):
             instance = INSTANCE.decode(record)
             mirror.instances[instance.ref] = instance
     for (record,) in connection.execute("SELECT record FROM tombstone"):
-        with _poisoned("tombstone", record):
+        with _skipping_bad_row("tombstone", record):
             tombstone = TOMBSTONE.decode(record)
             mirror.tombstones[tombstone.ref] = tombstone
     for (record,) in connection.execute("SELECT record FROM network"):
-        with _poisoned("network", record):
+        with _skipping_bad_row("network", record):
             network = NETWORK.decode(record)
             mirror.networks[network.tenant_id] = network
     for kind in OUT_KINDS:
@@ -151,8 +160,8 @@ def load(connection: sqlite3.Connection) -> Mirror:
 
 
 @contextmanager
-def _poisoned(table: str, row: object) -> Generator[None]:
-    """One row that cannot be read stops no other."""
+def _skipping_bad_row(table: str, row: object) -> Generator[None]:
+    """Log a row that does not decode, and continue with the next."""
     try:
         yield
     except (DecodeError, msgspec.DecodeError, ValueError) as error:

@@ -1,23 +1,43 @@
 """What waits to be sent: outbox rows in order, and the newest state per key."""
 
+import asyncio
 from collections.abc import Sequence
+from typing import Final
 
 from worker.journal import memory
-from worker.journal.store import JournalFile
+from worker.journal.memory import Mirror
+from worker.journal.store import Store
 from worker.journal.transaction import OutRow, StateRow, Transaction
 
+BACKLOG_ROWS: Final = 100_000
 
-class JournalOutbox(JournalFile):
-    """Rows stay until the bus has them for sure; after kill -9 they are sent again."""
+
+class JournalOutbox:
+    """A row stays until the bus confirmed it; after kill -9 it is sent again."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._arrivals: dict[str, asyncio.Event] = {}
+        self._gone: set[int] = set()  # sent, but perhaps still in the file
+        self._forgetting = False
+        self._backlogged = False
+        self._backlogged = self._over_limit(store.mirror)
+        store.on_commit(self._committed)
+        store.on_reload(self._reloaded)
 
     @property
     def depth(self) -> int:
         """Unsent messages of all kinds, and state keys."""
-        return self._mirror.unsent + len(self._mirror.states)
+        return self._store.mirror.unsent + len(self._store.mirror.states)
+
+    @property
+    def backlogged(self) -> bool:
+        """Whether too much is unsent: true at `BACKLOG_ROWS`, until a tenth of that is sent."""
+        return self._backlogged
 
     def count(self, kind: str) -> int:
         """Unsent rows of a kind."""
-        return self._mirror.out[kind].count
+        return self._store.mirror.out[kind].count
 
     async def wait_sent(self) -> None:
         """Return after the next `sent`."""
@@ -27,10 +47,10 @@ class JournalOutbox(JournalFile):
 
     async def pending(self, kind: str, limit: int) -> Sequence[OutRow]:
         """The first unsent rows of a kind, in order; empty if there are none."""
-        queue = self._mirror.out[kind]
+        queue = self._store.mirror.out[kind]
         if not queue.rows and queue.spilled:
             after = queue.last
-            await self._writer.read(
+            await self._store.writer.read(
                 lambda tx: memory.read_out(tx.connection, kind, after=after),
                 apply=queue.refill,
             )
@@ -42,28 +62,27 @@ class JournalOutbox(JournalFile):
         return rows
 
     async def wait_pending(self, kind: str) -> None:
-        """Return once there is something of this kind to send."""
+        """Return once there is a row of this kind to send."""
         arrival = self._arrival(kind)
-        while not self._mirror.out[kind].count:
+        while not self._store.mirror.out[kind].count:
             arrival.clear()
             await arrival.wait()
 
     def sent(self, rows: Sequence[OutRow]) -> None:
-        """Forget rows that the bus confirmed; on disk within some 20 ms."""
+        """Delete rows that the bus confirmed; on disk within some 20 ms."""
         for row in rows:
-            queue = self._mirror.out[row.kind]
+            queue = self._store.mirror.out[row.kind]
             if queue.rows.pop(row.n, None) is not None:
                 queue.count -= 1
                 self._gone.add(row.n)
         self._arrival("sent").set()
         if not self._forgetting:
             self._forgetting = True
-            self._writer.later(self._forget_gone, apply=self._forgot)
-        if not self._taking and self.writable and not self.backlogged:
-            self._tell()
+            self._store.writer.later(self._forget_gone, apply=self._forgot)
+        self._check_backlog()
 
     def _forget_gone(self, tx: Transaction) -> tuple[int, ...]:
-        """In the writer's thread: all that are gone by now."""
+        """In the writer's thread: delete all that were sent by now."""
         gone = tuple(self._gone)
         tx.connection.executemany("DELETE FROM outbox WHERE n = ?", ((n,) for n in gone))
         return gone
@@ -78,30 +97,30 @@ class JournalOutbox(JournalFile):
 
     def dirty(self) -> Sequence[StateRow]:
         """The newest value of each key that the bucket does not have yet."""
-        return tuple(self._mirror.states.values())
+        return tuple(self._store.mirror.states.values())
 
     async def wait_dirty(self) -> None:
         """Return once there is a key to write."""
         arrival = self._arrival("state")
-        while not self._mirror.states:
+        while not self._store.mirror.states:
             arrival.clear()
             await arrival.wait()
 
     def written(self, key: str, seq: int) -> None:
-        """The bucket has the value of `seq`; a newer one stays to be written."""
-        row = self._mirror.states.get(key)
+        """The bucket has the value of `seq`; a newer one remains to be written."""
+        row = self._store.mirror.states.get(key)
         if row is None or row.seq != seq:
             return
-        del self._mirror.states[key]
+        del self._store.mirror.states[key]
 
         def do(tx: Transaction) -> None:
             tx.execute("DELETE FROM state WHERE key = ? AND seq = ? AND value IS NULL", (key, seq))
             tx.execute("UPDATE state SET dirty = 0 WHERE key = ? AND seq = ?", (key, seq))
 
-        self._writer.later(do)
+        self._store.writer.later(do)
 
     async def rewrite_state(self) -> None:
-        """Have every key written again, e.g. into a bucket that was made anew."""
+        """Mark every key dirty, e.g. for a bucket that was deleted and created again."""
 
         def do(tx: Transaction) -> list[StateRow]:
             tx.execute("UPDATE state SET dirty = 1")
@@ -109,4 +128,38 @@ class JournalOutbox(JournalFile):
             tx.states.extend(StateRow(*row) for row in rows)
             return tx.states
 
-        await self._writer.submit(do)
+        await self._store.writer.submit(do)
+
+    # -- after a commit or a fault -------------------------------------------------------------
+
+    def _committed(self, transaction: Transaction) -> None:
+        mirror = self._store.mirror
+        for row in transaction.out:
+            mirror.out[row.kind].add(row)
+            self._arrival(row.kind).set()
+        for state in transaction.states:
+            mirror.states[state.key] = state
+            self._arrival("state").set()
+        if transaction.out:
+            self._check_backlog()
+
+    def _reloaded(self, mirror: Mirror) -> None:
+        for queue in mirror.out.values():
+            for n in self._gone & queue.rows.keys():
+                del queue.rows[n]
+                queue.count -= 1
+        self._forgetting = False  # the deletion failed with the rest of its commit
+        self._backlogged = self._over_limit(mirror)
+        for kind in (*memory.OUT_KINDS, "state"):
+            self._arrival(kind).set()
+
+    def _check_backlog(self) -> None:
+        before, self._backlogged = self._backlogged, self._over_limit(self._store.mirror)
+        if self._backlogged != before:
+            self._store.notify()
+
+    def _over_limit(self, mirror: Mirror) -> bool:
+        return mirror.unsent >= (BACKLOG_ROWS * 9 // 10 if self._backlogged else BACKLOG_ROWS)
+
+    def _arrival(self, kind: str) -> asyncio.Event:
+        return self._arrivals.setdefault(kind, asyncio.Event())

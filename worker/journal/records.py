@@ -1,7 +1,8 @@
-"""Instances, networks and tombstones (`handlers.machine.Records`), and the events they cause."""
+"""Instances, networks, tombstones (`handlers.interfaces.Records`), and the events they cause."""
 
 import sqlite3
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -11,24 +12,34 @@ from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status, Tombstone
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane
-from worker.journal.events import EventDraft
-from worker.journal.store import JournalFile
-from worker.journal.transaction import Transaction
+from worker.journal.store import Store
+from worker.journal.transaction import EventDraft, Transaction
 
 ABSENT = "absent"
 
 
-class JournalRecords(JournalFile):
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of a record: `save` it in a transaction, then `remember` it in memory."""
+
+    save: Callable[[Transaction], None]
+    remember: Callable[[], None]
+
+
+class JournalRecords:
     """Reads from memory; a put is committed when it returns."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
     # -- instances -----------------------------------------------------------------------------
 
     def instance(self, ref: InstanceRef) -> InstanceRecord | None:
-        return self._mirror.instances.get(ref)
+        return self._store.mirror.instances.get(ref)
 
     def instances(self, tenant_id: str | None = None) -> Sequence[InstanceRecord]:
         """All, or one tenant's."""
-        records = self._mirror.instances.values()
+        records = self._store.mirror.instances.values()
         return tuple(r for r in records if tenant_id is None or r.ref.tenant_id == tenant_id)
 
     async def put_instance(
@@ -39,31 +50,34 @@ class JournalRecords(JournalFile):
         detail: dict[str, Any] | None = None,
         durable: bool = False,
     ) -> None:
-        """Save; a changed status is announced (event and state) in the same transaction.
+        """Save; a changed status is published (event and state) in the same transaction.
 
         Raises:
             Conflict: another instance has the uid slot, or lives or sleeps with the offset.
         """
-        do, apply = self._putting(record, reason=reason, detail=detail)
+        change = self.change_put(record, reason=reason, detail=detail)
         try:
-            await self._writer.submit(do, apply=apply, durable=durable)
+            await self._submit(change, durable=durable)
         except sqlite3.IntegrityError as error:
             if "uid_slot" in str(error):
-                raise Conflict(f"uid slot {record.uid_slot} belongs to another instance") from error
+                raise Conflict(
+                    f"cannot record {record.ref}: uid slot {record.uid_slot} belongs to another "
+                    "instance"
+                ) from error
             raise Conflict(
-                f"address offset {record.offset} is used by another instance of "
-                f"{record.ref.tenant_id}"
+                f"cannot record {record.ref}: address offset {record.offset} is used by another "
+                f"instance of {record.ref.tenant_id}"
             ) from error
 
-    def _putting(
+    def change_put(
         self,
         record: InstanceRecord,
         *,
         reason: str | None = None,
         detail: dict[str, Any] | None = None,
         command_id: str | None = None,
-    ) -> tuple[Callable[[Transaction], None], Callable[[object], None]]:
-        """What saves a record within a transaction, and what then follows in memory."""
+    ) -> Change:
+        """What `put_instance` commits, for a transaction that does more."""
         ref = record.ref
         draft = EventDraft(
             kind=EventKind.STATUS,
@@ -75,7 +89,7 @@ class JournalRecords(JournalFile):
         )
         packed = msgspec.json.encode(record)
         offset = record.offset if record.holds_offset else None
-        at_ms = self._now_ms()
+        at_ms = self._store.now_ms()
         state = {
             "since_ms": record.since_ms,
             "launch": record.launch,
@@ -84,7 +98,7 @@ class JournalRecords(JournalFile):
             "reason": reason,
         }
 
-        def do(tx: Transaction) -> None:
+        def save(tx: Transaction) -> None:
             key = (ref.tenant_id, ref.pool_id, ref.instance_id)
             tx.execute(
                 "INSERT INTO instance VALUES (?, ?, ?, ?, ?, ?) "
@@ -93,22 +107,22 @@ class JournalRecords(JournalFile):
                 "record = excluded.record",
                 (*key, record.uid_slot, offset, packed),
             )
-            self.source.announce(tx, draft, at_ms, state)
+            self._store.source.announce(tx, draft, at_ms, state)
 
-        def apply(_: object) -> None:
-            self._mirror.instances[ref] = record
+        def remember() -> None:
+            self._store.mirror.instances[ref] = record
 
-        return do, apply
+        return Change(save, remember)
 
     async def drop_instance(self, ref: InstanceRef, tombstone: Tombstone | None) -> None:
-        """Forget the instance, durably: `destroyed` is announced, its state key goes."""
-        do, apply = self._dropping(ref, tombstone)
-        await self._writer.submit(do, apply=apply, durable=True)
+        """Delete the instance, durably: `destroyed` is published, its state key deleted."""
+        await self._submit(self.change_drop(ref, tombstone), durable=True)
 
-    def _dropping(
+    def change_drop(
         self, ref: InstanceRef, tombstone: Tombstone | None, *, command_id: str | None = None
-    ) -> tuple[Callable[[Transaction], None], Callable[[object], None]]:
-        record = self._mirror.instances.get(ref)
+    ) -> Change:
+        """What `drop_instance` commits, for a transaction that does more."""
+        record = self._store.mirror.instances.get(ref)
         draft = EventDraft(
             kind=EventKind.STATUS,
             lane=Lane.instance(ref),
@@ -116,9 +130,9 @@ class JournalRecords(JournalFile):
             command_id=command_id or (record.command_id if record else None),
         )
         key = (ref.tenant_id, ref.pool_id, ref.instance_id)
-        at_ms = self._now_ms()
+        at_ms = self._store.now_ms()
 
-        def do(tx: Transaction) -> None:
+        def save(tx: Transaction) -> None:
             where = "WHERE tenant_id = ? AND pool_id = ? AND instance_id = ?"
             gone = tx.execute(f"DELETE FROM instance {where}", key).rowcount  # noqa: S608
             if tombstone is None:
@@ -127,39 +141,45 @@ class JournalRecords(JournalFile):
                 packed = msgspec.json.encode(tombstone)
                 tx.execute("INSERT OR REPLACE INTO tombstone VALUES (?, ?, ?, ?)", (*key, packed))
             if gone:
-                self.source.announce(tx, draft, at_ms, None)
+                self._store.source.announce(tx, draft, at_ms, None)
 
-        def apply(_: object) -> None:
-            self._mirror.instances.pop(ref, None)
-            self._mirror.tombstones.pop(ref, None)
+        def remember() -> None:
+            self._store.mirror.instances.pop(ref, None)
+            self._store.mirror.tombstones.pop(ref, None)
             if tombstone is not None:
-                self._mirror.tombstones[ref] = tombstone
+                self._store.mirror.tombstones[ref] = tombstone
 
-        return do, apply
+        return Change(save, remember)
+
+    async def _submit(self, change: Change, *, durable: bool) -> None:
+        def apply(_: None) -> None:
+            change.remember()
+
+        await self._store.writer.submit(change.save, apply=apply, durable=durable)
 
     def tombstone(self, ref: InstanceRef) -> Tombstone | None:
-        return self._mirror.tombstones.get(ref)
+        return self._store.mirror.tombstones.get(ref)
 
     # -- networks ------------------------------------------------------------------------------
 
     def network(self, tenant_id: str) -> NetworkRecord | None:
-        return self._mirror.networks.get(tenant_id)
+        return self._store.mirror.networks.get(tenant_id)
 
     def networks(self) -> Sequence[NetworkRecord]:
-        return tuple(self._mirror.networks.values())
+        return tuple(self._store.mirror.networks.values())
 
     async def put_network(self, record: NetworkRecord, *, durable: bool = False) -> None:
-        """Save; a changed status is announced by a `network` event and the state row.
+        """Save; a changed status is published as a `network` event and in the state row.
 
-        Within a command it needs no sync of its own: its outcome's comes after it, and without
-        one the command goes on after a power loss.
+        Within a command it needs no sync: the sync of the outcome covers it, and a command
+        without an outcome is run again after a power loss.
 
         Raises:
             Conflict: another tenant has the `tenant_net_id`.
         """
         draft = EventDraft(EventKind.NETWORK, Lane.network(record.tenant_id), to=record.status)
         packed = msgspec.json.encode(record)
-        at_ms = self._now_ms()
+        at_ms = self._store.now_ms()
         state = {
             "since_ms": record.since_ms,
             "bridge_name": record.net.bridge_name,
@@ -172,37 +192,38 @@ class JournalRecords(JournalFile):
                 "tenant_net_id = excluded.tenant_net_id, record = excluded.record",
                 (record.tenant_id, record.net.tenant_net_id, packed),
             )
-            self.source.announce(tx, draft, at_ms, state)
+            self._store.source.announce(tx, draft, at_ms, state)
 
         def apply(_: None) -> None:
-            self._mirror.networks[record.tenant_id] = record
+            self._store.mirror.networks[record.tenant_id] = record
 
         try:
-            await self._writer.submit(do, apply=apply, durable=durable)
+            await self._store.writer.submit(do, apply=apply, durable=durable)
         except sqlite3.IntegrityError as error:
             raise Conflict(
-                f"tenant_net_id {record.net.tenant_net_id} belongs to another tenant"
+                f"cannot record the network of {record.tenant_id}: tenant_net_id "
+                f"{record.net.tenant_net_id} belongs to another tenant"
             ) from error
 
     async def drop_network(self, tenant_id: str) -> None:
-        """Forget the network: `absent` is announced, its state key goes. As `put_network`."""
+        """Delete the network: `absent` is published, its state key deleted. As `put_network`."""
         draft = EventDraft(EventKind.NETWORK, Lane.network(tenant_id), to=ABSENT)
-        at_ms = self._now_ms()
+        at_ms = self._store.now_ms()
 
         def do(tx: Transaction) -> None:
             if tx.execute("DELETE FROM network WHERE tenant_id = ?", (tenant_id,)).rowcount:
-                self.source.announce(tx, draft, at_ms, None)
+                self._store.source.announce(tx, draft, at_ms, None)
 
         def apply(_: None) -> None:
-            self._mirror.networks.pop(tenant_id, None)
+            self._store.mirror.networks.pop(tenant_id, None)
 
-        await self._writer.submit(do, apply=apply)
+        await self._store.writer.submit(do, apply=apply)
 
     # -- events --------------------------------------------------------------------------------
 
     async def event(
         self,
-        kind: str,
+        kind: EventKind,
         *,
         ref: InstanceRef | None = None,
         tenant_id: str | None = None,
@@ -210,15 +231,13 @@ class JournalRecords(JournalFile):
         detail: dict[str, Any] | None = None,
         command_id: str | None = None,
     ) -> None:
-        """Tell of something that is no change of a status; without ref and tenant, of the host."""
+        """Publish what changes no status; without `ref` and `tenant_id` it is about the host."""
         if ref is not None:
             lane = Lane.instance(ref)
         elif tenant_id is not None:
             lane = Lane.network(tenant_id)
         else:
             lane = Lane.host()
-        draft = EventDraft(
-            EventKind(kind), lane, command_id=command_id, reason=reason, detail=detail
-        )
-        at_ms = self._now_ms()
-        await self._writer.submit(lambda tx: self.source.event(tx, draft, at_ms))
+        draft = EventDraft(kind, lane, command_id=command_id, reason=reason, detail=detail)
+        at_ms = self._store.now_ms()
+        await self._store.writer.submit(lambda tx: self._store.source.event(tx, draft, at_ms))

@@ -1,4 +1,4 @@
-"""The journal's file: its tables, how it is opened, and which versions of it this hostd reads."""
+"""The journal's file: its tables, how it is opened, and which schema versions this hostd reads."""
 
 import sqlite3
 import uuid
@@ -40,7 +40,7 @@ CREATE TABLE command (
 CREATE INDEX command_unfinished ON command (lane) WHERE finished_at_ms IS NULL;
 CREATE INDEX command_finished ON command (finished_at_ms) WHERE finished_at_ms IS NOT NULL;
 
--- Further copies of an unfinished command, each to be told the outcome on its own inbox.
+-- Further copies of an unfinished command; the outcome goes to the inbox of each.
 CREATE TABLE joiner (
     command_id TEXT NOT NULL,
     stream_seq INTEGER NOT NULL,
@@ -86,7 +86,7 @@ CREATE TABLE network (
     record BLOB NOT NULL
 ) WITHOUT ROWID;
 
--- The last `to` that was announced per lane: the next event's `from`, also after a Destroy.
+-- The last `to` that was published per lane: the next event's `from`, also after a Destroy.
 CREATE TABLE announced (lane TEXT PRIMARY KEY, status TEXT NOT NULL) WITHOUT ROWID;
 
 -- `n` is counted by the writer and never used twice while the file is open.
@@ -99,7 +99,7 @@ CREATE TABLE outbox (
     payload BLOB NOT NULL
 );
 
--- The newest value per key; a NULL value means that the key is to go.
+-- The newest value per key; NULL: delete the key from the bucket.
 CREATE TABLE state (
     key TEXT PRIMARY KEY,
     value BLOB,
@@ -111,10 +111,10 @@ CREATE INDEX state_dirty ON state (key) WHERE dirty;
 
 
 def open_file(path: str) -> sqlite3.Connection:
-    """Open the journal, making it if it is not there.
+    """Open the journal; create it if it does not exist.
 
     Raises:
-        HostFault: the file is not a journal, or of a newer hostd; says what to do.
+        HostFault: the file is not a journal, or a newer hostd wrote it; says what to do.
         sqlite3.Error: it cannot be opened now.
     """
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
@@ -127,7 +127,7 @@ def open_file(path: str) -> sqlite3.Connection:
 
 
 def open_reader(path: str) -> sqlite3.Connection:
-    """A second connection to an open journal, that can only read what is committed."""
+    """A second, read-only connection to an open journal; it reads what is committed."""
     return sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, isolation_level=None)
 
 
@@ -137,14 +137,20 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError):
             raise
-        raise HostFault(f"{path} is not a journal of hostd, or is damaged: {error}") from error
+        raise HostFault(
+            f"cannot open {path}: not a journal of hostd, or damaged ({error}); move it away to "
+            "start with an empty one"
+        ) from error
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     if version and application != APPLICATION_ID:
-        raise HostFault(f"{path} is a database, but not a journal of hostd")
+        raise HostFault(
+            f"cannot open {path}: an SQLite database, but not a journal of hostd (application_id "
+            f"{application}, want {APPLICATION_ID}); move it away"
+        )
     if version > VERSION:
         raise HostFault(
-            f"the journal {path} has schema version {version}, this hostd reads up to {VERSION}: "
-            "run the newer hostd again, or move the journal away"
+            f"cannot open the journal {path}: schema version {version}, this hostd reads up to "
+            f"{VERSION}; run the newer hostd again, or move the journal away"
         )
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")

@@ -1,66 +1,62 @@
-"""The open journal: its file, its memory, whether it can take more. The base of its parts."""
+"""The open journal file: its writer, what memory holds of it, and whether it can commit.
+
+The parts of the journal (`commands`, `steps`, `records`, `outbox`) share one store. They submit
+changes to its `writer` and read its `mirror`; state that concerns one part is that part's own.
+"""
 
 import asyncio
 import sqlite3
-import time
 from collections.abc import Callable
 from typing import Final, Self
 
+from handlers.clock import now_ms
 from handlers.errors import HostFault
 from schemas.subjects import Subjects
 from worker.journal import memory, schema
-from worker.journal.events import Source
 from worker.journal.memory import Mirror
-from worker.journal.transaction import Transaction
+from worker.journal.transaction import EventSource, Transaction
 from worker.journal.writer import Writer
 
-BACKLOG_ROWS: Final = 100_000
 JOURNAL_ID: Final = "journal_id"
 
 
-def now_ms() -> int:
-    """Unix time in milliseconds."""
-    return int(time.time() * 1000)
+class Store:
+    """Open, close, watch, and small facts (`meta`). Made by `open`, on the event loop.
 
-
-class JournalFile:
-    """Open, close, watch, and the small facts (`meta`). Made by `open`, on the event loop."""
+    Attributes:
+        mirror: the file as of the last commit; replaced after a fault, so never kept by a part.
+        reader: a second connection, for short reads on the loop.
+        now_ms: Unix time in milliseconds.
+    """
 
     def __init__(
         self,
         path: str,
         mirror: Mirror,
-        source: Source,
+        source: EventSource,
         reader: sqlite3.Connection,
         *,
-        lane_depth: int,
-        host_depth: int,
         observe_commit: Callable[[float], None],
         clock_ms: Callable[[], int],
     ) -> None:
         self.path = path
         self.source = source
-        self.lane_depth = lane_depth
-        self.host_depth = host_depth
-        self._mirror = mirror
-        self._reader = reader
-        self._undecided: set[str] = set()  # ids that are being looked up in the file
-        self._now_ms = clock_ms
-        self._watchers: list[Callable[[], None]] = []
-        self._writable = asyncio.Event()
-        self._writable.set()
-        self._taking = True
-        self._arrivals: dict[str, asyncio.Event] = {}
-        self._gone: set[int] = set()  # sent, but perhaps still in the file
-        self._forgetting = False
-        self._writer = Writer(
+        self.mirror = mirror
+        self.reader = reader
+        self.now_ms = clock_ms
+        self.writer = Writer(
             path,
             committed=self._committed,
             load=memory.load,
             reopened=self._reopened,
-            changed=self._changed,
+            changed=self._writable_changed,
             observe=observe_commit,
         )
+        self._watchers: list[Callable[[], None]] = []
+        self._commit_hooks: list[Callable[[Transaction], None]] = []
+        self._reload_hooks: list[Callable[[Mirror], None]] = []
+        self._writable = asyncio.Event()
+        self._writable.set()
 
     @classmethod
     async def open(
@@ -69,130 +65,117 @@ class JournalFile:
         *,
         subjects: Subjects,
         boot_id: str,
-        lane_depth: int = 100,
-        host_depth: int = 5000,
         observe_commit: Callable[[float], None] = lambda seconds: None,
         clock_ms: Callable[[], int] = now_ms,
     ) -> Self:
         """Open the file, or make it with a new `journal_id`. One process at a time.
 
         Raises:
-            HostFault: it is of a newer hostd, no journal, or cannot be opened.
+            HostFault: a newer hostd wrote it, it is not a journal, or it cannot be opened.
         """
         try:
             connection = await asyncio.to_thread(schema.open_file, path)
         except sqlite3.Error as error:
-            raise HostFault(f"the journal {path} cannot be opened: {error}") from error
+            raise HostFault(
+                f"cannot open the journal {path}: {error}; check [paths] state"
+            ) from error
         try:
             mirror = await asyncio.to_thread(memory.load, connection)
-            source = Source(subjects, boot_id, mirror.meta[JOURNAL_ID])
-            journal = cls(
+            store = cls(
                 path,
                 mirror,
-                source,
+                EventSource(subjects, boot_id, mirror.meta[JOURNAL_ID]),
                 schema.open_reader(path),
-                lane_depth=lane_depth,
-                host_depth=host_depth,
                 observe_commit=observe_commit,
                 clock_ms=clock_ms,
             )
         except BaseException:
             connection.close()
             raise
-        journal._writer.start(connection)
-        return journal
+        store.writer.start(connection)
+        return store
 
     async def close(self) -> None:
         """Commit what was submitted and close the file."""
-        await self._writer.close()
-        self._reader.close()
+        await self.writer.close()
+        self.reader.close()
 
     @property
     def journal_id(self) -> str:
+        """Made with the file; part of every event's ID."""
         return self.source.journal_id
+
+    @property
+    def subjects(self) -> Subjects:
+        return self.source.subjects
 
     @property
     def seq(self) -> int:
         """Of the last event that was committed."""
-        return self._writer.seq
+        return self.writer.seq
 
-    # -- can it take more ----------------------------------------------------------------------
+    # -- whether it can commit -----------------------------------------------------------------
 
     @property
     def writable(self) -> bool:
         """False from a failed commit until one succeeds again."""
-        return self._writer.writable
-
-    @property
-    def backlogged(self) -> bool:
-        """Too much is unsent: take no more commands until the outbox has drained a tenth."""
-        limit = BACKLOG_ROWS if self._taking else BACKLOG_ROWS * 9 // 10
-        return self._mirror.unsent >= limit
-
-    def watch(self, changed: Callable[[], None]) -> None:
-        """Have `changed` called on the loop whenever `writable` or `backlogged` may have."""
-        self._watchers.append(changed)
+        return self.writer.writable
 
     async def until_writable(self) -> None:
         await self._writable.wait()
 
-    def _changed(self, writable: bool) -> None:
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` on the loop when `writable` or the outbox's `backlogged` changed."""
+        self._watchers.append(changed)
+
+    def notify(self) -> None:
+        """Call the watchers."""
+        for changed in self._watchers:
+            changed()
+
+    def _writable_changed(self, writable: bool) -> None:
         if writable:
             self._writable.set()
         else:
             self._writable.clear()
-        self._tell()
-
-    def _tell(self) -> None:
-        self._taking = self.writable and not self.backlogged
-        for changed in self._watchers:
-            changed()
+        self.notify()
 
     # -- small facts ---------------------------------------------------------------------------
 
     def meta(self, key: str) -> str | None:
-        """A fact kept by `put_meta`, e.g. the boot id that the journal last saw."""
-        return self._mirror.meta.get(key)
+        """A fact kept by `put_meta`, e.g. the boot ID that the journal last saw."""
+        return self.mirror.meta.get(key)
 
     async def put_meta(self, key: str, value: str) -> None:
         """Keep a fact, durably."""
 
         def apply(_: None) -> None:
-            self._mirror.meta[key] = value
+            self.mirror.meta[key] = value
 
-        await self._writer.submit(
+        await self.writer.submit(
             lambda tx: schema.write_meta(tx.connection, key, value),
             apply=apply,
             durable=True,
         )
 
-    # -- after a commit ------------------------------------------------------------------------
+    # -- for the parts -------------------------------------------------------------------------
+
+    def on_commit(self, hook: Callable[[Transaction], None]) -> None:
+        """Call `hook` on the loop after each commit, before the callers of its parts continue."""
+        self._commit_hooks.append(hook)
+
+    def on_reload(self, hook: Callable[[Mirror], None]) -> None:
+        """Call `hook` after a fault with the mirror that replaces the one in use.
+
+        The file alone says what was committed; the hook adds what exists in memory only.
+        """
+        self._reload_hooks.append(hook)
 
     def _committed(self, transaction: Transaction) -> None:
-        for row in transaction.out:
-            self._mirror.out[row.kind].add(row)
-            self._arrival(row.kind).set()
-        for state in transaction.states:
-            self._mirror.states[state.key] = state
-            self._arrival("state").set()
-        if transaction.out and self._taking and self.backlogged:
-            self._tell()
+        for hook in self._commit_hooks:
+            hook(transaction)
 
     def _reopened(self, mirror: Mirror) -> None:
-        """After a fault the file alone says what was committed."""
-        for command_id, known in self._mirror.commands.items():
-            if command_id in mirror.commands:
-                mirror.commands[command_id] = known  # lanes hold it, and it counts attempts
-            elif known.admission is not None and not known.admission.done():
-                mirror.add_command(known)
-        for queue in mirror.out.values():
-            for n in self._gone & queue.rows.keys():
-                del queue.rows[n]
-                queue.count -= 1
-        self._mirror = mirror
-        self._forgetting = False  # what was to be forgotten failed with the rest
-        for kind in (*memory.OUT_KINDS, "state"):
-            self._arrival(kind).set()
-
-    def _arrival(self, kind: str) -> asyncio.Event:
-        return self._arrivals.setdefault(kind, asyncio.Event())
+        for hook in self._reload_hooks:
+            hook(mirror)
+        self.mirror = mirror

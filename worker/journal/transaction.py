@@ -1,9 +1,19 @@
-"""One commit of the journal as its parts see it, and the rows that it can queue."""
+"""One commit as the journal's parts see it: SQL, outbox rows, events with their `seq`, state rows.
+
+All of it runs in the writer's thread, inside the transaction of the change that it reports.
+"""
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import msgspec
+
+from schemas import codec
+from schemas.envelopes import Event, EventKind
+from schemas.requests import InstanceRef
+from schemas.subjects import Lane, Subjects
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +30,7 @@ class OutRow:
 
 @dataclass(frozen=True, slots=True)
 class StateRow:
-    """The newest value of one key of the state bucket; None: the key is to go."""
+    """The newest value of one key of the state bucket; None: delete the key."""
 
     key: str
     value: bytes | None
@@ -31,7 +41,7 @@ class StateRow:
 class Transaction:
     """What one commit does. `seq`, `n`: of the last event and outbox row; `out`, `states`: new.
 
-    `at_ms` is the last event's time: later ones are never told as earlier.
+    `at_ms` is the last event's time; no later event is stamped earlier.
     """
 
     connection: sqlite3.Connection
@@ -43,3 +53,104 @@ class Transaction:
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         return self.connection.execute(sql, values)
+
+
+@dataclass(frozen=True, slots=True)
+class EventDraft:
+    """An event without a place in the order: the journal adds `id`, `seq` and its source."""
+
+    kind: EventKind
+    lane: Lane
+    from_: str | None = None
+    to: str | None = None
+    command_id: str | None = None
+    reason: str | None = None
+    detail: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EventSource:
+    """Adds messages to a transaction; its fields are the same in all events of one worker."""
+
+    subjects: Subjects
+    boot_id: str
+    journal_id: str
+
+    def queue(
+        self,
+        transaction: Transaction,
+        kind: str,
+        subject: str,
+        payload: bytes,
+        *,
+        msg_id: str = "",
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        """Add one outbox row, sent after all earlier ones of its kind."""
+        packed = msgspec.json.encode(headers) if headers else b"{}"
+        transaction.n += 1
+        values = (transaction.n, kind, subject, msg_id, packed, payload)
+        transaction.execute("INSERT INTO outbox VALUES (?, ?, ?, ?, ?, ?)", values)
+        transaction.out.append(OutRow(*values))
+
+    def event(self, transaction: Transaction, draft: EventDraft, at_ms: int) -> int:
+        """Add one event; returns its `seq`, the next without a gap."""
+        transaction.seq += 1
+        # A part is stamped when it is made, which is not always the order of commits.
+        transaction.at_ms = max(transaction.at_ms, at_ms)
+        host_id = self.subjects.host_id
+        ref = draft.lane.ref or InstanceRef("", "", "")
+        event = Event(
+            id=f"{host_id}:{self.journal_id}:{transaction.seq}",
+            host_id=host_id,
+            boot_id=self.boot_id,
+            journal_id=self.journal_id,
+            seq=transaction.seq,
+            at_ms=transaction.at_ms,
+            kind=draft.kind,
+            tenant_id=draft.lane.tenant_id,
+            pool_id=ref.pool_id or None,
+            instance_id=ref.instance_id or None,
+            from_=draft.from_,
+            to=draft.to,
+            command_id=draft.command_id,
+            reason=draft.reason,
+            detail=draft.detail or {},
+        )
+        subject = self.subjects.event(draft.lane, draft.kind.value)
+        self.queue(transaction, "event", subject, codec.encode_event(event), msg_id=event.id)
+        return transaction.seq
+
+    def announce(
+        self,
+        transaction: Transaction,
+        draft: EventDraft,
+        at_ms: int,
+        state: dict[str, Any] | None,
+    ) -> None:
+        """Publish a new status, `draft.to`, unless it is the last one published for this lane.
+
+        The event's `from` is the last `to`. `state` is merged into the value of the state bucket;
+        None deletes the key.
+        """
+        lane = str(draft.lane)
+        last = transaction.execute(
+            "SELECT status FROM announced WHERE lane = ?", (lane,)
+        ).fetchone()
+        if last is not None and last[0] == draft.to:
+            return
+        seq = self.event(transaction, replace(draft, from_=last and last[0]), at_ms)
+        transaction.execute("INSERT OR REPLACE INTO announced VALUES (?, ?)", (lane, draft.to))
+        value = None
+        if state is not None:
+            fixed = {
+                "v": 1,
+                "status": draft.to,
+                "journal_id": self.journal_id,
+                "seq": seq,
+                "at_ms": at_ms,
+            }
+            value = msgspec.msgpack.encode(fixed | state)
+        key = self.subjects.state_key(draft.lane)
+        transaction.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?, 1)", (key, value, seq))
+        transaction.states.append(StateRow(key, value, seq))

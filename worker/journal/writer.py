@@ -1,13 +1,41 @@
-"""The one thread that writes the journal: submissions queue up, one transaction takes them all.
+"""The one thread that writes the journal.
 
-Group commit. Everything that waits when the thread is free becomes one transaction, each part in a
-savepoint of its own, so that one part's failure fails no other. The transaction is synced to disk
-(`synchronous=FULL`) if any part asks for it. Parts are committed in the order of submission, so
-what was submitted later is never on disk without what was submitted before.
+Why a thread. A commit with fsync(2) takes from 100 us to many ms, and SQLite has no asynchronous
+interface. So one thread owns the connection, and the event loop only exchanges objects with it: a
+queue towards the thread, `call_soon_threadsafe` back. Nothing else touches the connection, so
+there is no lock, and no two writers. Memory (`memory.Mirror`) is changed on the loop only.
 
-If a commit fails (disk full, I/O error), all its parts fail with `JournalFault`, the file is opened
-anew (what SQLite kept in memory after a failed fsync proves nothing), and a probe writes every
-half second until one succeeds.
+Group commit. Everything that waits when the thread is free becomes one transaction, up to `BATCH`
+parts. While it syncs, the next parts queue up: under load a sync serves many commands, alone each
+has its own. Each part has a savepoint, so an error of one part (a constraint, a bug) is raised to
+its caller only and rolls back nothing else. Parts are committed in the order of submission, so
+what was submitted later is never on disk without what was submitted before. Callers rely on that:
+a step that needs no sync is on disk with the outcome that follows it.
+
+Durability. A part asks for one of three levels:
+
+- `submit(durable=True)`: the transaction is synced (`synchronous=FULL`) before the caller
+  continues. Admissions, outcomes, points of no return, and steps whose effect survives a reboot.
+- `submit()`: in the write-ahead log of the process (`synchronous=NORMAL`) before the caller
+  continues. It survives kill -9 but not a power loss, which also removes the effect it is about.
+- `later()`: with the next commit, or within `LAZY_S`. Nobody waits. It survives nothing until
+  then: what is sent to the bus but not yet deleted here is sent again, and deduplicated.
+
+If one part of a batch is durable, the whole batch is. `submit_soon` is `submit(durable=True)` that
+leaves two turns of the loop for further parts to join, so that a command that changes nothing is
+admitted and finished in one commit.
+
+After a commit. `committed` brings memory up to date, then each part's `apply`, then each caller's
+future: on the loop, in one callback, in the order of the file. So no task sees memory ahead of
+the file, or half of a commit.
+
+On a fault (disk full, I/O error) the transaction is rolled back and all its parts fail with
+`JournalFault`; `writable` becomes false and intake stops. The connection is closed and the file is
+opened again: after a failed fsync the pages that SQLite has in memory prove nothing (the kernel may
+drop dirty pages that it could not write). A probe, a row in `meta`, is written with FULL every
+`PROBE_S` until a commit succeeds. Then the whole file is read again, since the failed commit may be
+in it or not, and `reopened` replaces memory with it before `writable` becomes true. Reads work
+throughout, as far as the file can be opened.
 """
 
 import asyncio
@@ -35,7 +63,7 @@ log = structlog.get_logger()
 
 
 class JournalFault(HostFault):
-    """The journal cannot commit now: nothing of it was written. It recovers by itself."""
+    """The journal cannot commit now: nothing was written. It retries until the disk works."""
 
 
 @dataclass(slots=True)
@@ -50,8 +78,8 @@ class _Part(Generic[T]):
     result: T | None = None
     error: BaseException | None = None
 
-    def settle(self) -> None:
-        """On the loop: bring memory up to the commit, then wake the caller (if still there)."""
+    def resolve(self) -> None:
+        """On the loop: bring memory up to the commit, then resolve the caller's future."""
         if self.error is None and self.apply is not None:
             self.apply(self.result)  # type: ignore[arg-type]
         elif self.error is not None and self.failed is not None:
@@ -68,7 +96,7 @@ class Writer:
     """Owns the connection and the thread. All methods are for the event loop's thread.
 
     Args:
-        committed: called on the loop after each commit, before its callers go on.
+        committed: called on the loop after each commit, before its callers continue.
         load: called in the thread after a fault, once it can commit again; what it read of the
             whole file goes to `reopened` on the loop.
         changed: called on the loop when `writable` changed.
@@ -114,10 +142,10 @@ class Writer:
         apply: Callable[[T], None] | None = None,
         durable: bool = False,
     ) -> asyncio.Future[T]:
-        """Run `do` in the next commit; the future is done when it is on disk as asked.
+        """Run `do` in the next commit; the future is done after it, synced if `durable`.
 
         Raises:
-            JournalFault: by the future; the commit failed.
+            JournalFault: from the future; the commit failed.
         """
         future: asyncio.Future[T] = self._loop.create_future()
         self._put(_Part(do, apply, future, durable))
@@ -130,12 +158,12 @@ class Writer:
         apply: Callable[[T], None],
         failed: Callable[[], None],
     ) -> asyncio.Future[T]:
-        """Like `submit`, durably; what is submitted in the next two turns of the loop goes along.
+        """Like `submit`, durably; parts of the next two turns of the loop join its commit.
 
         `failed` is called where `apply` would have been.
         """
         if self._closing:
-            raise JournalFault("the journal is closed")
+            raise JournalFault(f"the journal {self._path} is closed")
         future: asyncio.Future[T] = self._loop.create_future()
         self._later.append(_Part(do, apply, future, durable=True, failed=failed))
         self._loop.call_soon(self._loop.call_soon, self._flush)
@@ -149,9 +177,9 @@ class Writer:
     def later(
         self, do: Callable[[Transaction], T], *, apply: Callable[[T], None] | None = None
     ) -> None:
-        """Run `do` together with the next commit, or within 20 ms; nobody waits for it.
+        """Run `do` with the next commit, or within `LAZY_S`; nobody waits for it.
 
-        It must be such that it can only fail with the disk.
+        It has no savepoint: it must be one that only a fault of the disk can fail.
         """
         self._later.append(_Part(do, apply, lazy=True))
         if self._timer is None:
@@ -176,7 +204,7 @@ class Writer:
 
     def _put(self, part: _Part[Any]) -> None:
         if self._closing:
-            raise JournalFault("the journal is closed")
+            raise JournalFault(f"the journal {self._path} is closed")
         self._later.append(part)
         self._flush()
 
@@ -203,7 +231,7 @@ class Writer:
                     self._read(part)
             reads = [part for part in batch if part.read]
             if reads:
-                self._loop.call_soon_threadsafe(_settle, reads)
+                self._loop.call_soon_threadsafe(_resolve, reads)
         if self._connection is not None:
             self._connection.close()
 
@@ -262,7 +290,7 @@ class Writer:
 
     @staticmethod
     def _do(transaction: Transaction, part: _Part[Any]) -> None:
-        if part.lazy:  # one statement, that breaks no rule: needs no savepoint
+        if part.lazy:  # one statement that violates no constraint: needs no savepoint
             part.result = part.do(transaction)
             return
         before = (transaction.seq, len(transaction.out), len(transaction.states))
@@ -270,12 +298,12 @@ class Writer:
         try:
             part.result = part.do(transaction)
         except (sqlite3.OperationalError, sqlite3.InternalError):
-            raise  # the disk or the file, not this part
+            raise  # a fault of the disk or the file, not of this part
         except sqlite3.DatabaseError as error:
             if type(error) is sqlite3.DatabaseError:
                 raise  # malformed image
             part.error = error
-        except Exception as error:  # noqa: BLE001 - handed to its caller, who waits for it
+        except Exception as error:  # noqa: BLE001 - raised to its caller
             part.error = error
         if part.error is not None:
             transaction.execute("ROLLBACK TO part")
@@ -286,11 +314,13 @@ class Writer:
 
     def _read(self, part: _Part[Any]) -> None:
         if self._connection is None:
-            part.error = JournalFault("the journal cannot be read now")
+            part.error = JournalFault(
+                f"cannot read the journal {self._path}: opening it after a failed commit failed"
+            )
             return
         try:
             part.result = part.do(Transaction(self._connection, self._seq, self._n))
-        except Exception as error:  # noqa: BLE001 - handed to its caller, who waits for it
+        except Exception as error:  # noqa: BLE001 - raised to its caller
             part.error = error
 
     def _fail(self, batch: list[_Part[Any]], error: Exception) -> None:
@@ -302,7 +332,9 @@ class Writer:
             self._adopt(schema.open_file(self._path))
         for part in batch:
             part.result = None
-            part.error = JournalFault(f"the journal {self._path} cannot commit: {error}")
+            part.error = JournalFault(
+                f"cannot commit to the journal {self._path}: {error}; check its file system"
+            )
             part.error.__cause__ = error
         self._loop.call_soon_threadsafe(self._broke, batch, error, first)
 
@@ -321,7 +353,7 @@ class Writer:
             self._reopened(loaded)
         else:
             self._committed(transaction)
-        _settle(batch)
+        _resolve(batch)
         if recovered:
             log.info("journal.recovered")
             self.writable = True
@@ -329,12 +361,12 @@ class Writer:
 
     def _broke(self, batch: list[_Part[Any]], error: Exception, first: bool) -> None:
         self.writable = False
-        _settle(batch)
+        _resolve(batch)
         if first:
             log.error("journal.commit_failed", error=str(error), path=self._path)
             self._changed(False)
 
 
-def _settle(batch: list[_Part[Any]]) -> None:
+def _resolve(batch: list[_Part[Any]]) -> None:
     for part in batch:
-        part.settle()
+        part.resolve()

@@ -26,21 +26,21 @@ class Answers:
     async def ping(self) -> Answer:
         return {
             "v": 1,
-            "host_id": self._journal.source.subjects.host_id,
+            "host_id": self._journal.store.subjects.host_id,
             "host_state": self._host_state(),
             "uptime_s": int(time.monotonic() - self._started),
         }
 
     async def status(self) -> Answer:
-        instances = Counter(str(record.status) for record in self._journal.instances())
+        instances = Counter(str(record.status) for record in self._journal.records.instances())
         return {
             "v": 1,
-            "host_id": self._journal.source.subjects.host_id,
+            "host_id": self._journal.store.subjects.host_id,
             "host_state": self._host_state(),
             "boot_id": self._boot_id,
-            "journal_id": self._journal.journal_id,
-            "unfinished": len(self._journal.unfinished()),
-            "lanes": {str(lane): count for lane, count in self._journal.lanes().items()},
+            "journal_id": self._journal.store.journal_id,
+            "unfinished": len(self._journal.commands.unfinished()),
+            "lanes": {str(lane): count for lane, count in self._journal.commands.lanes().items()},
             "instances": dict(instances),
         }
 
@@ -55,7 +55,9 @@ class Answers:
                     "status": str(record.status),
                     "since_ms": record.since_ms,
                 }
-                for record in sorted(self._journal.instances(), key=lambda record: record.ref)
+                for record in sorted(
+                    self._journal.records.instances(), key=lambda record: record.ref
+                )
             ],
             "networks": [
                 {
@@ -63,7 +65,9 @@ class Answers:
                     "bridge_name": record.net.bridge_name,
                     "status": record.status,
                 }
-                for record in sorted(self._journal.networks(), key=lambda record: record.tenant_id)
+                for record in sorted(
+                    self._journal.records.networks(), key=lambda record: record.tenant_id
+                )
             ],
         }
 
@@ -72,11 +76,11 @@ class Answers:
     ) -> Answer:
         if pool_id is not None and instance_id is not None:
             ref = InstanceRef(tenant_id, pool_id, instance_id)
-            record = self._journal.instance(ref)
+            record = self._journal.records.instance(ref)
             if record is None:
                 raise NotFound(f"instance {ref} is not in the journal of this host")
             return described(record)
-        network = self._journal.network(tenant_id)
+        network = self._journal.records.network(tenant_id)
         if network is None:
             raise NotFound(f"tenant {tenant_id} has no network on this host")
         net = network.net
@@ -95,12 +99,12 @@ class Answers:
                     "instance_id": r.ref.instance_id,
                     "status": str(r.status),
                 }
-                for r in self._journal.instances(tenant_id)
+                for r in self._journal.records.instances(tenant_id)
             ],
         }
 
     async def result(self, command_id: str) -> Answer:
-        found = await self._journal.result(command_id)
+        found = await self._journal.commands.result(command_id)
         if found is None:
             raise NotFound(f"command {command_id} is not in the journal of this host")
         answer: dict[str, object] = {"v": 1, "id": command_id, "state": found.state}

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from handlers.errors import Failure, HostFault
 from handlers.interfaces import Host
 from handlers.specs import LaunchSpec
+from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status, VmmIdentity
 from schemas.requests import InstanceRef
 from worker.journal.journal import Journal
@@ -55,7 +56,7 @@ class Adoption:
 
     async def run(self) -> None:
         """Adopt, quarantine or report each live VMM in a jail that no record names."""
-        recorded = {record.jail_id for record in self._journal.instances()}
+        recorded = {record.jail_id for record in self._journal.records.instances()}
         for jail_id in await asyncio.to_thread(self._jails.list_ids):
             if jail_id in recorded:
                 continue
@@ -68,10 +69,16 @@ class Adoption:
         self, jail_id: str, metadata: JailMetadata | None, identity: VmmIdentity
     ) -> None:
         record = metadata.record if metadata is not None else None
-        if metadata is None or record is None or self._journal.instance(metadata.ref) is not None:
+        if (
+            metadata is None
+            or record is None
+            or self._journal.records.instance(metadata.ref) is not None
+        ):
             self.quarantined += 1
             reason = "neither the journal nor the metadata of its jail explains this VMM"
-            await self._journal.event("quarantined", reason=reason, detail={"jail": jail_id})
+            await self._journal.records.event(
+                EventKind.QUARANTINED, reason=reason, detail={"jail": jail_id}
+            )
             log.warning("vmm.quarantined", jail=jail_id, reason=reason)
             return
         try:
@@ -80,13 +87,13 @@ class Adoption:
             self.quarantined += 1
             reason = f"identity not proven: {failure.message}"
             await self._put(record, Status.UNKNOWN, identity, reason)
-            await self._journal.event("quarantined", ref=record.ref, reason=reason)
+            await self._journal.records.event(EventKind.QUARANTINED, ref=record.ref, reason=reason)
             log.warning("vmm.quarantined", instance=str(record.ref), jail=jail_id, reason=reason)
         else:
             self.adopted += 1
             reason = "adopted by the metadata of its jail: it was not in the journal"
             await self._put(record, Status.RUNNING, identity, reason)
-            await self._journal.event("recovered", ref=record.ref, reason=reason)
+            await self._journal.records.event(EventKind.RECOVERED, ref=record.ref, reason=reason)
             log.warning("vmm.adopted", instance=str(record.ref), jail=jail_id, reason=reason)
 
     async def _prove(self, jail_id: str, uid: int, identity: VmmIdentity) -> None:
@@ -105,14 +112,14 @@ class Adoption:
         await self._put_network(record)
         now_ms = self._host.facts.now_ms()
         record = replace(record, status=status, since_ms=now_ms, vmm=identity)
-        await self._journal.put_instance(record, reason=reason, durable=True)
+        await self._journal.records.put_instance(record, reason=reason, durable=True)
 
     async def _put_network(self, record: InstanceRecord) -> None:
         """Record the tenant's network too, so that it is kept in its desired state."""
         tenant_id = record.ref.tenant_id
-        if record.net is not None and self._journal.network(tenant_id) is None:
+        if record.net is not None and self._journal.records.network(tenant_id) is None:
             now_ms = self._host.facts.now_ms()
-            await self._journal.put_network(
+            await self._journal.records.put_network(
                 NetworkRecord(tenant_id=tenant_id, net=record.net, status="up", since_ms=now_ms),
                 durable=True,
             )

@@ -21,6 +21,7 @@ from handlers.mechanism import Removable
 from handlers.network import restore_network
 from handlers.network_names import names_of
 from handlers.steps import Steps
+from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane
@@ -127,7 +128,7 @@ class Reconciler:
 
     async def repair_networks(self, net_id: int | None = None) -> None:
         """Restore every network, or one, to its desired state; a `drift` event names changes."""
-        for record in self._journal.networks():
+        for record in self._journal.records.networks():
             if net_id is not None and record.net.tenant_net_id != net_id:
                 continue
             try:
@@ -136,8 +137,8 @@ class Reconciler:
                 log.warning("network.repair_failed", tenant=record.tenant_id, error=repr(error))
                 continue
             if restored.repaired or restored.lost:
-                await self._journal.event(
-                    "drift",
+                await self._journal.records.event(
+                    EventKind.DRIFT,
                     tenant_id=record.tenant_id,
                     reason="changed out of band",
                     detail={"repaired": list(restored.repaired), "lost": list(restored.lost)},
@@ -145,7 +146,7 @@ class Reconciler:
 
     async def sweep_leftovers(self) -> None:
         """Remove what finished commands left behind; a failed removal is tried again."""
-        for command_id, rows in self._journal.leftovers().items():
+        for command_id, rows in self._journal.steps.leftovers().items():
             for row in rows:
                 if not row.existed and not self._in_use(row.mechanism, row.key):
                     try:
@@ -153,40 +154,40 @@ class Reconciler:
                     except (Failure, OSError) as error:
                         log.warning("leftover.remove_failed", step=row.mechanism, error=repr(error))
                         continue
-                    await self._journal.event(
-                        "removed",
+                    await self._journal.records.event(
+                        EventKind.REMOVED,
                         reason="left behind by a command",
                         detail={"mechanism": row.mechanism, "key": row.key},
                         command_id=command_id,
                     )
-                await self._journal.forget(command_id, row.mechanism, row.key)
+                await self._journal.steps.forget(command_id, row.mechanism, row.key)
 
     def _finish_stops(self) -> None:
         """Complete each Stop that failed partway, in the lane of its instance."""
-        for record in self._journal.instances():
+        for record in self._journal.records.instances():
             if record.status is not Status.STOPPING or self._has_command(record):
                 continue
             task = MaintenanceTask("finish_stop", partial(self._finish_stop, record.ref))
             self._lanes.put_maintenance(Lane.instance(record.ref), task)
 
     async def _finish_stop(self, ref: InstanceRef) -> None:
-        record = self._journal.instance(ref)
+        record = self._journal.records.instance(ref)
         if record is None or record.status is not Status.STOPPING or self._has_command(record):
             return
-        steps = Steps(f"finish-{record.jail_id}", self._journal, {})
+        steps = Steps(f"finish-{record.jail_id}", self._journal.steps, {})
         try:
             done = await finish_stop(record, steps, self._host)
         except (Failure, OSError) as error:
             log.warning("stop.finish_failed", instance=str(ref), error=repr(error))
             return
         if done.record is not None:
-            await self._journal.put_instance(
+            await self._journal.records.put_instance(
                 done.record, reason="completed by the reconciler", durable=True
             )
 
     def _has_command(self, record: InstanceRecord) -> bool:
         command_id = record.command_id
-        return command_id is not None and self._journal.is_unfinished(command_id)
+        return command_id is not None and self._journal.commands.is_unfinished(command_id)
 
     async def _count_orphans(self) -> None:
         """At most once per pass interval: an inventory of the whole host is expensive."""
@@ -195,7 +196,9 @@ class Reconciler:
             return
         self._counted_at = now
         inventory = await asyncio.to_thread(self._take_inventory)
-        resources = unowned(inventory, self._journal.instances(), self._journal.networks())
+        resources = unowned(
+            inventory, self._journal.records.instances(), self._journal.records.networks()
+        )
         self._metrics.orphans(count_in_both(self._unowned, resources))
         self._unowned = resources
 
@@ -208,8 +211,8 @@ class Reconciler:
                 str(record.ref),
                 *((names.tap, names.pin.key) if (names := names_of(record)) else ()),
             )
-            for record in self._journal.instances()
+            for record in self._journal.records.instances()
             if record.holds_offset
         )
-        networks = (record.net.bridge_name for record in self._journal.networks())
+        networks = (record.net.bridge_name for record in self._journal.records.networks())
         return key in {*used, *networks} or mechanism == "tenant_rules"

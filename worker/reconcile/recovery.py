@@ -20,6 +20,7 @@ from handlers.instance.state import InstanceState, final_record
 from handlers.interfaces import Host
 from handlers.network import restore_network
 from handlers.steps import Steps
+from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status
 from worker.journal.journal import Journal
 from worker.reconcile.adoption import Adoption
@@ -58,22 +59,23 @@ class Recovery:
     async def run(self) -> Counts:
         """Networks first: a VM must not keep running without its isolation."""
         boot_id = self._host.facts.boot_id()
-        rebooted = self._journal.meta(BOOT_ID) not in (None, boot_id)
-        await self._each(self._journal.networks(), self._network)
+        rebooted = self._journal.store.meta(BOOT_ID) not in (None, boot_id)
+        await self._each(self._journal.records.networks(), self._network)
         await self._each(
-            self._journal.instances(), lambda record: self._instance(record, rebooted=rebooted)
+            self._journal.records.instances(),
+            lambda record: self._instance(record, rebooted=rebooted),
         )
         await self._adoption.run()
         self._counts.adopted += self._adoption.adopted
         self._counts.quarantined += self._adoption.quarantined
-        asleep = [r for r in self._journal.instances() if r.status is Status.SLEEPING]
+        asleep = [r for r in self._journal.records.instances() if r.status is Status.SLEEPING]
         await self._each(asleep, self._hash_memory)
-        await self._journal.put_meta(BOOT_ID, boot_id)
+        await self._journal.store.put_meta(BOOT_ID, boot_id)
         self._vmm_watch.sync()
-        await self._journal.event(
-            "recovered",
+        await self._journal.records.event(
+            EventKind.RECOVERED,
             reason="the host was rebooted" if rebooted else "the worker was started",
-            detail={**vars(self._counts), "commands": len(self._journal.unfinished())},
+            detail={**vars(self._counts), "commands": len(self._journal.commands.unfinished())},
         )
         log.info("worker.recovered", rebooted=rebooted, **vars(self._counts))
         return self._counts
@@ -95,8 +97,8 @@ class Recovery:
         restored = await restore_network(record, self._host)
         self._counts.networks += 1
         if restored.repaired or restored.lost:
-            await self._journal.event(
-                "drift",
+            await self._journal.records.event(
+                EventKind.DRIFT,
                 tenant_id=record.tenant_id,
                 reason="found at start",
                 detail={"repaired": list(restored.repaired), "lost": list(restored.lost)},
@@ -113,7 +115,7 @@ class Recovery:
             status = InstanceState(record).status
             back = record if status is Status.RUNNING else record.before
             record = replace(back, status=status, before=None, command_id=None)
-            await self._journal.put_instance(record, durable=True)
+            await self._journal.records.put_instance(record, durable=True)
         if record.status is Status.RUNNING:
             await self._adopt(record)
 
@@ -124,7 +126,7 @@ class Recovery:
             host.later("hash_memory", lambda: announce_hash(ref, number, host))
 
     def _has_command(self, record: InstanceRecord) -> bool:
-        return any(row.id == record.command_id for row in self._journal.unfinished())
+        return any(row.id == record.command_id for row in self._journal.commands.unfinished())
 
     async def _adopt(self, record: InstanceRecord) -> None:
         identity = await self._host.vmms.find(record.jail_id)
@@ -133,13 +135,15 @@ class Recovery:
             self._vmm_watch.exited(record, "while_away")
         elif identity != record.vmm:
             self._counts.quarantined += 1
-            await self._journal.put_instance(
+            await self._journal.records.put_instance(
                 replace(record, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms()),
                 reason="its VMM is not the one in the journal",
                 durable=True,
             )
-            await self._journal.event(
-                "quarantined", ref=record.ref, reason="its VMM is not the one in the journal"
+            await self._journal.records.event(
+                EventKind.QUARANTINED,
+                ref=record.ref,
+                reason="its VMM is not the one in the journal",
             )
         else:
             # In its lane: a VM that hangs does not answer, and must not delay the others.
@@ -148,7 +152,7 @@ class Recovery:
 
     async def _resume(self, record: InstanceRecord) -> None:
         """Resume a paused VM that has no snapshot manifest: its Sleep did not complete."""
-        now = self._journal.instance(record.ref)
+        now = self._journal.records.instance(record.ref)
         if now is None or now.vmm != record.vmm or now.status is not Status.RUNNING:
             return  # a command that waited in the lane ran first
         try:
@@ -169,13 +173,13 @@ class Recovery:
 
     async def _forget_after_reboot(self, record: InstanceRecord) -> None:
         """After a reboot: nothing volatile is left; remove what is left on disk."""
-        steps = Steps(f"reboot-{record.jail_id}", self._journal, {})
+        steps = Steps(f"reboot-{record.jail_id}", self._journal.steps, {})
         steps.finalize()
         await release(record, steps, self._host)
         await self._host.snapshots.discard(record.ref)
         gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
         now_ms = self._host.facts.now_ms()
-        await self._journal.put_instance(
+        await self._journal.records.put_instance(
             final_record(gone, Status.STOPPED, now_ms), reason="the host was rebooted", durable=True
         )
         self._counts.ended += 1

@@ -15,6 +15,7 @@ from handlers.errors import Failure
 from handlers.instance.vmm_exit import vmm_exited
 from handlers.interfaces import Host
 from handlers.steps import Steps
+from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
@@ -69,7 +70,7 @@ class VmmWatch:
         """Watch each running VMM, and stop watching all others."""
         running = {
             record.jail_id: record
-            for record in self._journal.instances()
+            for record in self._journal.records.instances()
             if record.status is Status.RUNNING and record.vmm is not None
         }
         for jail_id in [jail_id for jail_id in self._tasks if jail_id not in running]:
@@ -84,7 +85,7 @@ class VmmWatch:
         """Handle the exit of a VMM in its instance's lane."""
 
         async def handle() -> None:
-            steps = Steps(f"exit-{record.jail_id}", self._journal, {})
+            steps = Steps(f"exit-{record.jail_id}", self._journal.steps, {})
             try:
                 handled = await vmm_exited(record.ref, record.launch, steps, self._host)
             except (Failure, OSError) as error:
@@ -129,12 +130,12 @@ class VmmWatch:
             self.exited(record, end.reason)
 
     async def _quarantine(self, record: InstanceRecord, reason: str) -> None:
-        now = self._journal.instance(record.ref)
+        now = self._journal.records.instance(record.ref)
         if now is None or now.launch != record.launch or now.status is not Status.RUNNING:
             return
         unknown = replace(now, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms())
-        await self._journal.put_instance(unknown, reason=reason, durable=True)
-        await self._journal.event("quarantined", ref=record.ref, reason=reason)
+        await self._journal.records.put_instance(unknown, reason=reason, durable=True)
+        await self._journal.records.event(EventKind.QUARANTINED, ref=record.ref, reason=reason)
 
 
 class NotifyingRunner:

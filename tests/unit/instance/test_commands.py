@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from handlers.clock import now_ms
 from handlers.errors import HostFault, Invalid, Unavailable
 from schemas.codes import Code
 from schemas.files import InstanceResources, PoolSpec
@@ -27,7 +28,6 @@ from schemas.requests import (
 )
 from tests.fakes.host import FakeHost, instance_file, seeded
 from tests.fakes.memory_worker import REF, MemoryWorker, memory_worker
-from worker.journal.store import now_ms
 
 START = StartInstance("acme", "web", "i-1")
 STOP = StopInstance("acme", "web", "i-1")
@@ -234,7 +234,7 @@ async def test_what_cannot_be_undone_is_named(kind: str, effect: str, tmp_path: 
         assert reply.code is Code.HOST_FAULT
         extra = {f"{name} {key}" for name, key in set(machine.resources) - set(before)}
         assert extra <= set(reply.left_behind)
-        rows = [row for rows in worker.journal.leftovers().values() for row in rows]
+        rows = [row for rows in worker.journal.steps.leftovers().values() for row in rows]
         assert {f"{row.mechanism} {row.key}" for row in rows} == set(reply.left_behind)
 
 
@@ -490,7 +490,7 @@ async def test_start_needs_the_network(tmp_path: Path) -> None:
         reply = await worker.run(START)
 
         assert reply.code is Code.CONFLICT
-        assert worker.journal.instance(REF) is None
+        assert worker.journal.records.instance(REF) is None
 
 
 async def test_volumes_are_refused_not_ignored(tmp_path: Path) -> None:
@@ -555,7 +555,7 @@ async def test_starts_at_once_share_neither_uid_nor_quota(tmp_path: Path) -> Non
         codes = [reply.code for reply in replies]
         assert codes.count(Code.OK) == machine.tenants["acme"].quotas.max_running
         assert codes.count(Code.EXHAUSTED) == 4
-        slots = [r.uid_slot for r in worker.journal.instances() if r.uid_slot is not None]
+        slots = [r.uid_slot for r in worker.journal.records.instances() if r.uid_slot is not None]
         assert len(set(slots)) == len(slots) == 8
 
 
@@ -566,7 +566,7 @@ async def test_stop_ends_a_start_that_waits_for_its_turn(tmp_path: Path) -> None
             await worker.host.slots.boots.acquire()
         start = await worker.send(START)
         async with asyncio.timeout(10):
-            while worker.journal.instance(REF) is None:
+            while worker.journal.records.instance(REF) is None:
                 await asyncio.sleep(0)
         await worker.send(STOP)
 
@@ -666,7 +666,7 @@ async def failed_once(machine: FakeHost, effect: str) -> None:
 
 
 def status_of(worker: MemoryWorker) -> str | None:
-    record = worker.journal.instance(REF)
+    record = worker.journal.records.instance(REF)
     return None if record is None or record.status is Status.CREATED else str(record.status)
 
 

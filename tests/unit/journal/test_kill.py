@@ -19,7 +19,7 @@ from tests.fakes.shell_worker import Machine, ShellWorker, Things, shell_worker,
 
 @dataclass
 class Moment:
-    """All that outlives a killed worker."""
+    """Everything that survives the worker's kill."""
 
     directory: Path
     commands: dict[int, object]
@@ -55,7 +55,7 @@ async def record_moments(tmp_path: Path, *, msg_id: bool) -> list[Moment]:
         moments.append(Moment(directory, {}, copy_bus(worker.bus), copy_machine(worker.machine)))
 
     async with shell_worker(path) as worker:
-        worker.journal._writer._observe = lambda seconds: note(worker)
+        worker.journal.store.writer._observe = lambda seconds: note(worker)
         worker.send(start(), reply_to="_INBOX.1", msg_id=msg_id)
         await worker.reply()
         worker.send(start("a2"), "c2", reply_to="_INBOX.2", msg_id=msg_id)
@@ -69,7 +69,7 @@ async def record_moments(tmp_path: Path, *, msg_id: bool) -> list[Moment]:
 
 
 @pytest.mark.parametrize("msg_id", [False, True])
-async def test_a_worker_killed_after_any_commit_ends_each_command_once(
+async def test_a_worker_killed_after_any_commit_finishes_each_command_once(
     tmp_path: Path, msg_id: bool
 ) -> None:
     moments = await record_moments(tmp_path, msg_id=msg_id)

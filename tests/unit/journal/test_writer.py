@@ -1,4 +1,4 @@
-"""A disk that is full or broken: nothing half done, nobody told otherwise, and back by itself."""
+"""A disk that is full or faulty: no partial commit, no false answer, and recovery without help."""
 
 import asyncio
 import sqlite3
@@ -10,10 +10,11 @@ import pytest
 
 from handlers.errors import HostFault
 from schemas.codes import Code
+from schemas.envelopes import EventKind
 from schemas.requests import Request
 from tests.fakes.shell_worker import Machine, ShellWorker, command, shell_worker, start, stop
-from tests.unit.journal.test_journal import accept, events, opened, record
-from worker.journal.admission import Found
+from tests.unit.journal.journals import accept, events, opened, record
+from worker.journal.admission import Verdict
 from worker.journal.journal import Journal
 from worker.journal.transaction import Transaction
 from worker.journal.writer import JournalFault
@@ -22,8 +23,8 @@ ROOM = 2**30
 
 
 async def set_pages(journal: Journal, pages: int) -> None:
-    """Bound the file's size, as a full disk would. Forgotten by SQLite when it opens anew."""
-    await journal._writer.read(
+    """Bound the size of the file, as a full disk does; in effect until it is reopened."""
+    await journal.store.writer.read(
         lambda tx: tx.execute(f"PRAGMA max_page_count={pages}").fetchone(),
     )
 
@@ -32,53 +33,55 @@ async def fill(journal: Journal) -> int:
     """Write until the disk is full; returns how many events were committed."""
     for n in range(1000):
         try:
-            await journal.event("audit", detail={"pad": "x" * 2000})
+            await journal.records.event(EventKind.DRIFT, detail={"pad": "x" * 2000})
         except JournalFault:
             return n
     raise AssertionError("the file never filled up")
 
 
-async def test_a_full_disk_is_a_typed_fault_and_heals_by_itself(tmp_path: Path) -> None:
-    told: list[bool] = []
+async def test_a_full_disk_is_a_typed_fault_and_commits_resume_when_it_has_room(
+    tmp_path: Path,
+) -> None:
+    reported: list[bool] = []
     async with opened(tmp_path) as journal:
-        journal.watch(lambda: told.append(journal.writable))
-        await journal.put_instance(record("a1"))
+        journal.store.watch(lambda: reported.append(journal.store.writable))
+        await journal.records.put_instance(record("a1"))
         await set_pages(journal, 1)
         written = await fill(journal)
-        assert told[:1] == [False]
-        await asyncio.wait_for(journal.until_writable(), 10)
-        await journal.put_instance(record("a2"))
+        assert reported[:1] == [False]
+        await asyncio.wait_for(journal.store.until_writable(), 10)
+        await journal.records.put_instance(record("a2"))
 
-        assert told == [False, True]
+        assert reported == [False, True]
         assert [e.seq for e in await events(journal)] == list(range(1, written + 3))
     async with opened(tmp_path) as journal:
         assert [e.seq for e in await events(journal)] == list(range(1, written + 3))
 
 
-async def test_a_fault_fails_its_whole_commit_and_memory_follows_the_file(tmp_path: Path) -> None:
+async def test_a_fault_fails_its_whole_commit_and_memory_matches_the_file(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
-        await journal.put_instance(record("a0"))
+        await journal.records.put_instance(record("a0"))
 
         def break_it(tx: Transaction) -> None:
             raise sqlite3.OperationalError("disk I/O error")
 
         results = await asyncio.gather(
-            journal.put_instance(record("a1")),
-            journal._writer.submit(break_it),
-            journal.put_instance(record("a2")),
+            journal.records.put_instance(record("a1")),
+            journal.store.writer.submit(break_it),
+            journal.records.put_instance(record("a2")),
             return_exceptions=True,
         )
         assert isinstance(results[1], JournalFault)
         assert isinstance(results[1], HostFault)
-        await asyncio.wait_for(journal.until_writable(), 10)
+        await asyncio.wait_for(journal.store.until_writable(), 10)
         written = [name for name, n in (("a1", 0), ("a2", 2)) if results[n] is None]
         names = {"a0", *written}
-        assert {r.ref.instance_id for r in journal.instances()} == names
+        assert {r.ref.instance_id for r in journal.records.instances()} == names
     async with opened(tmp_path) as journal:
-        assert {r.ref.instance_id for r in journal.instances()} == names
+        assert {r.ref.instance_id for r in journal.records.instances()} == names
 
 
-async def test_a_bug_in_one_part_fails_no_other(tmp_path: Path) -> None:
+async def test_a_bug_in_one_part_does_not_fail_the_others(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
 
         def bug(tx: Transaction) -> None:
@@ -86,33 +89,33 @@ async def test_a_bug_in_one_part_fails_no_other(tmp_path: Path) -> None:
             raise KeyError("bug")
 
         results = await asyncio.gather(
-            journal.put_instance(record("a1")),
-            journal._writer.submit(bug),
-            journal.put_instance(record("a2")),
+            journal.records.put_instance(record("a1")),
+            journal.store.writer.submit(bug),
+            journal.records.put_instance(record("a2")),
             return_exceptions=True,
         )
 
         assert [type(r) for r in results] == [type(None), KeyError, type(None)]
-        assert journal.writable
+        assert journal.store.writable
     async with opened(tmp_path) as journal:
-        assert len(journal.instances()) == 2
+        assert len(journal.records.instances()) == 2
 
 
-async def test_reads_go_on_while_nothing_can_be_written(tmp_path: Path) -> None:
+async def test_reads_work_while_nothing_can_be_written(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
-        assert (await accept(journal, command(start()))).kind is Found.NEW
+        assert (await accept(journal, command(start()))).verdict is Verdict.NEW
         await set_pages(journal, 1)
         await fill(journal)
 
-        assert not journal.writable
-        assert await journal.result("other") is None
-        assert journal.is_unfinished("c1")
+        assert not journal.store.writable
+        assert await journal.commands.result("other") is None
+        assert journal.commands.is_unfinished("c1")
 
 
 def break_commits(worker: ShellWorker, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From now on no commit succeeds, until the function returned is called."""
     broken = True
-    writer = worker.journal._writer
+    writer = worker.journal.store.writer
     transact = writer._transact
 
     def breaking(connection: sqlite3.Connection, batch: list[Any]) -> Transaction:
@@ -141,7 +144,7 @@ async def test_while_the_journal_cannot_commit_the_stream_keeps_the_commands(
     async with shell_worker(tmp_path / "j") as worker:
         mend = break_commits(worker, monkeypatch)
         with pytest.raises(JournalFault):
-            await worker.journal.put_meta("a", "b")
+            await worker.journal.store.put_meta("a", "b")
         worker.send(start())
         await until_paused(worker)
         assert (len(worker.bus.commands), worker.replies()) == (1, [])
@@ -154,7 +157,7 @@ async def test_while_the_journal_cannot_commit_the_stream_keeps_the_commands(
 
 
 @pytest.mark.parametrize("request_", [start(), stop()])
-async def test_a_command_whose_own_commit_fails_has_no_effect_until_it_is_in(
+async def test_a_command_whose_commit_fails_has_no_effect_until_it_is_admitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: Request
 ) -> None:
     machine = Machine()
@@ -165,7 +168,7 @@ async def test_a_command_whose_own_commit_fails_has_no_effect_until_it_is_in(
         await until_paused(worker)
         assert machine.things.there == {"acme/web/a1"}
         assert machine.things.made == []
-        assert (len(worker.bus.commands), worker.journal.unfinished()) == (1, [])
+        assert (len(worker.bus.commands), worker.journal.commands.unfinished()) == (1, [])
 
         mend()
         reply = await worker.reply()
@@ -176,7 +179,7 @@ async def test_a_command_whose_own_commit_fails_has_no_effect_until_it_is_in(
         assert len(worker.bus.replies()) == 1
 
 
-async def test_a_running_command_waits_for_the_disk_and_then_ends_well(
+async def test_a_running_command_waits_for_the_disk_and_then_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(gate=asyncio.Event())

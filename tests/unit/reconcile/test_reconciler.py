@@ -58,7 +58,7 @@ async def test_what_an_undo_left_behind_is_removed(tmp_path: Path) -> None:
         await reconciled(worker).reconciler.once()
 
         assert machine.resources == before
-        assert worker.journal.leftovers() == {}
+        assert worker.journal.steps.leftovers() == {}
 
 
 async def test_a_leftover_that_a_live_instance_uses_by_now_is_not_removed(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ async def test_a_leftover_that_a_live_instance_uses_by_now_is_not_removed(tmp_pa
         await reconciled(worker).reconciler.once()
 
         assert ("tap", "tn3i5") in machine.resources
-        assert worker.journal.leftovers() == {}
+        assert worker.journal.steps.leftovers() == {}
 
 
 async def test_a_reported_change_restores_the_network_it_concerns(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ async def started(path: Path, machine: FakeHost, *more: SleepInstance) -> None:
 
 
 async def event_kinds(worker: MemoryWorker) -> list[str]:
-    rows = await worker.journal.pending("event", 1000)
+    rows = await worker.journal.outbox.pending("event", 1000)
     return [str(codec.decode_event(row.payload).kind) for row in rows]
 
 
@@ -142,7 +142,7 @@ async def test_a_vmm_of_a_lost_journal_is_adopted_only_on_proof(
         expected = Status.RUNNING if proven else Status.UNKNOWN
         assert (counts.adopted, counts.quarantined) == (int(proven), int(not proven))
         assert worker.record().status is expected
-        assert worker.journal.network("acme") is not None
+        assert worker.journal.records.network("acme") is not None
         assert len(machine.guests) == 1
 
 
@@ -159,7 +159,7 @@ async def test_a_vmm_whose_jail_has_no_metadata_is_reported_and_left_running(
         counts = await recovery(worker, jails).run()
 
         assert counts.quarantined == 1
-        assert worker.journal.instance(REF) is None
+        assert worker.journal.records.instance(REF) is None
         assert await event_kinds(worker) == ["quarantined", "recovered"]
         assert ("vmms", jail_id) in machine.resources
 

@@ -40,7 +40,7 @@ def refusal_of(request: object) -> tuple[str, str]:
 # -- what is taken -------------------------------------------------------------------------------
 
 
-def test_an_envelope_with_everything_in_it() -> None:
+def test_an_envelope_with_every_key_is_decoded() -> None:
     command = codec.decode_command(
         msgpack.packb(
             {
@@ -89,7 +89,7 @@ def test_ping_is_a_string_or_a_map_of_nil(ping: object) -> None:
         IDS | {"workspace_id": None, "volumes": []},
     ],
 )
-def test_protocols_1_and_2_say_the_same_start(fields: object) -> None:
+def test_protocols_1_and_2_decode_to_the_same_start(fields: object) -> None:
     command = codec.decode_command(msgpack.packb(ENVELOPE | {"request": {"StartInstance": fields}}))
 
     assert command.request == StartInstance("acme", "web", "i-1")
@@ -125,7 +125,7 @@ def test_a_missing_drain_timeout_is_nil() -> None:
         assert request.drain_timeout_secs is None
 
 
-def test_wide_encodings_of_small_values_are_taken() -> None:
+def test_wide_encodings_of_small_values_are_accepted() -> None:
     data = b"\xdf\x00\x00\x00\x03\xa1v\xcf" + b"\x00" * 7 + b"\x01\xd9\x02id\xda\x00\x01a"
 
     command = codec.decode_command(data + b"\xa7request\xdb\x00\x00\x00\x04Ping")
@@ -133,7 +133,7 @@ def test_wide_encodings_of_small_values_are_taken() -> None:
     assert command == Command(id="a", request=Ping())
 
 
-def test_what_protocol_2_sent_is_written_as_protocol_2() -> None:
+def test_a_protocol_2_command_is_encoded_as_protocol_2() -> None:
     for fields in (IDS | {"workspace_id": None, "volumes": []}, ["acme", "web", "i-1", None, []]):
         data = msgpack.packb(ENVELOPE | {"request": {"StartInstance": fields}})
 
@@ -169,11 +169,11 @@ def test_what_protocol_2_sent_is_written_as_protocol_2() -> None:
         ),
     ],
 )
-def test_what_a_newer_agentd_may_mean_is_unsupported(request_: object, path: str) -> None:
+def test_fields_of_a_newer_agentd_are_unsupported(request_: object, path: str) -> None:
     assert refusal_of(request_) == ("unsupported", path)
 
 
-def test_unsupported_says_which_protocols_are_spoken() -> None:
+def test_unsupported_names_the_supported_protocols() -> None:
     with pytest.raises(DecodeError, match="protocol 1 to 2"):
         codec.decode_request(msgpack.packb("Reboot"))
 
@@ -187,7 +187,7 @@ def test_an_envelope_is_a_map(envelope: object) -> None:
 
 
 @pytest.mark.parametrize("key", ["v", "id", "request"])
-def test_v_id_and_request_are_needed(key: str) -> None:
+def test_v_id_and_request_are_required(key: str) -> None:
     rest = {name: value for name, value in ENVELOPE.items() if name != key}
 
     assert refusal(rest) == ("invalid", f"$.{key}")
@@ -269,7 +269,7 @@ def test_an_id_matches_in_full(name: str, value: object) -> None:
         )
 
 
-def test_an_id_of_63_is_taken_and_of_the_tenant_too() -> None:
+def test_an_id_may_have_63_characters() -> None:
     long = "a" * 63
 
     request = codec.decode_request(msgpack.packb({"StopInstance": [long, "0", "a-0"]}))
@@ -371,11 +371,11 @@ def test_a_broken_rule_of_a_request_is_invalid_and_names_the_field(
     ],
     ids=lambda value: ascii(value)[:30],
 )
-def test_bytes_that_no_field_takes_are_invalid(data: bytes, path: str) -> None:
+def test_bytes_that_no_field_accepts_are_invalid(data: bytes, path: str) -> None:
     assert refusal(data) == ("invalid", path)
 
 
-def test_a_key_that_repeats_is_named_where_it_is() -> None:
+def test_a_duplicate_key_is_reported_with_its_path() -> None:
     fields = b"\x84" + b"".join(msgpack.packb(x) for pair in IDS.items() for x in pair)
     request = b"\x81\xacStopInstance" + fields + b"\xa7pool_id\xa3web"
 
@@ -475,7 +475,7 @@ def test_a_reply_is_a_map_whose_response_has_the_form_of_the_request() -> None:
     assert named["steps"] == [{"name": "taps", "took_us": 12, "outcome": "done"}]
 
 
-def test_what_is_supported_is_said_where_it_is_not() -> None:
+def test_supported_is_sent_only_with_unsupported() -> None:
     reply = codec.encode_reply(
         Reply(
             id="c",
@@ -491,7 +491,7 @@ def test_what_is_supported_is_said_where_it_is_not() -> None:
     assert msgpack.unpackb(reply)["supported"] == ["1", "2"]
 
 
-def test_an_event_leaves_out_what_it_does_not_say() -> None:
+def test_an_event_omits_keys_that_are_not_set() -> None:
     assert msgpack.unpackb(codec.encode_event(EVENT)) == {
         "v": 1,
         "id": "h1:j1:7",
@@ -508,7 +508,7 @@ def test_an_event_leaves_out_what_it_does_not_say() -> None:
     }
 
 
-def test_a_reply_goes_out_even_with_a_name_that_is_not_text() -> None:
+def test_a_reply_is_encoded_even_with_a_file_name_that_is_not_utf8() -> None:
     name = b"/x/\xff".decode(errors="surrogateescape")
 
     data = codec.encode_reply(
@@ -560,7 +560,7 @@ def test_a_bad_event_names_the_field(key: str, value: object) -> None:
     assert caught.value.path == f"$.{key}"
 
 
-def test_a_message_quotes_hostile_text_cut_and_escaped() -> None:
+def test_a_message_quotes_hostile_text_truncated_and_escaped() -> None:
     raw = msgpack.unpackb(codec.encode_event(EVENT)) | {"kind": "\x1b[31m\u202e" * 5000}
 
     with pytest.raises(DecodeError) as caught:
@@ -571,7 +571,7 @@ def test_a_message_quotes_hostile_text_cut_and_escaped() -> None:
     assert len(str(caught.value)) < 1100
 
 
-def test_a_reply_too_long_for_a_message_goes_out_shorter() -> None:
+def test_a_reply_too_long_for_a_message_is_shortened() -> None:
     for long in (
         {"detail": {"log": "x" * 70_000}},
         {"response": Error("\u00e9" * 70_000)},
@@ -588,7 +588,7 @@ def test_a_reply_too_long_for_a_message_goes_out_shorter() -> None:
         assert sent.detail["shortened_from_bytes"] > codec.SENT_MAX_BYTES
 
 
-def test_an_event_too_long_for_a_message_goes_out_shorter() -> None:
+def test_an_event_too_long_for_a_message_is_shortened() -> None:
     data = codec.encode_event(
         msgspec.structs.replace(EVENT, reason="r" * 5000, detail={"log": "x" * 70_000})
     )

@@ -120,7 +120,7 @@ def only_malformed(data: bytes) -> bool:
 
 @BOUNDED
 @given(st.binary(max_size=300))
-def test_random_bytes_bring_out_nothing_else(data: bytes) -> None:
+def test_random_bytes_raise_nothing_but_decode_errors(data: bytes) -> None:
     only_malformed(data)
 
 
@@ -148,7 +148,7 @@ anything = st.recursive(
 
 @BOUNDED
 @given(anything)
-def test_any_structure_brings_out_nothing_else(value: object) -> None:
+def test_any_structure_raises_nothing_but_decode_errors(value: object) -> None:
     only_malformed(msgpack.packb(value))
 
 
@@ -184,7 +184,7 @@ def mutated(source: random.Random, seeds: list[bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_mutated_messages_bring_out_nothing_else(seed: int) -> None:
+def test_mutated_messages_raise_nothing_but_decode_errors(seed: int) -> None:
     source = random.Random(seed)
     seeds = corpus()
 

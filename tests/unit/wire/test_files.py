@@ -94,7 +94,7 @@ def test_files_as_agentd_writes_them_are_read() -> None:
     assert instance.extra == {key: INSTANCE[key] for key in ("idle_metrics", "tags", "extra")}
 
 
-def test_what_is_optional_may_be_missing() -> None:
+def test_optional_fields_may_be_missing() -> None:
     pool = {key: POOL[key] for key in ("pool_id", "tenant_id", "instance_resources")}
 
     read = parse_pool(json.dumps(pool).encode(), "pool.json", "acme", "web")
@@ -177,7 +177,7 @@ def test_a_hostile_value_is_invalid_and_names_file_and_field(
         ("hostd.agent_port", "9" * 5000),
     ],
 )
-def test_a_tag_of_hostd_takes_only_its_values(tag: str, value: str) -> None:
+def test_a_hostd_tag_accepts_only_its_values(tag: str, value: str) -> None:
     content = POOL | {"metadata": {"tags": {tag: value}}}
 
     error = refused(FILES["pool.json"][1], json.dumps(content).encode())
@@ -203,7 +203,7 @@ def test_a_tag_of_hostd_takes_only_its_values(tag: str, value: str) -> None:
     ],
     ids=lambda data: ascii(data[:12]),
 )
-def test_what_is_no_json_object_within_limits_is_invalid(file: str, data: bytes) -> None:
+def test_anything_but_a_json_object_within_limits_is_invalid(file: str, data: bytes) -> None:
     error = refused(FILES[file][1], data)
 
     assert error.path == f"{file}: $"
@@ -220,7 +220,7 @@ def test_what_is_no_json_object_within_limits_is_invalid(file: str, data: bytes)
         (b'{"x":' + b"[" * 20 + b"]" * 20 + b"}", "tenant.json: $.x" + "[0]" * 15),
     ],
 )
-def test_the_spot_in_a_file_is_named(data: bytes, path: str) -> None:
+def test_an_error_in_a_file_has_its_path(data: bytes, path: str) -> None:
     assert refused(FILES["tenant.json"][1], data).path == path
 
 

@@ -16,7 +16,7 @@ REQUESTS = [each for each in VECTORS["vectors"] if "request" in each]
 RESPONSES = [each for each in VECTORS["vectors"] if "response" in each]
 
 
-def test_the_vectors_hold_every_variant() -> None:
+def test_the_vectors_have_every_variant() -> None:
     def names(values: list[Any]) -> set[str]:
         return {each if isinstance(each, str) else next(iter(each)) for each in values}
 
@@ -29,7 +29,7 @@ def test_the_vectors_hold_every_variant() -> None:
 
 @pytest.mark.parametrize("form", list(Form))
 @pytest.mark.parametrize("vector", REQUESTS, ids=lambda v: str(v["request"])[:40])
-def test_a_request_is_read_and_written_as_rmp_serde_does(
+def test_a_request_is_decoded_and_encoded_as_by_rmp_serde(
     vector: dict[str, Any], form: Form
 ) -> None:
     data = bytes.fromhex(vector[f"{form}_hex"])
@@ -43,7 +43,7 @@ def test_a_request_is_read_and_written_as_rmp_serde_does(
 
 @pytest.mark.parametrize("form", list(Form))
 @pytest.mark.parametrize("vector", RESPONSES, ids=lambda v: str(v["response"]))
-def test_a_response_is_read_and_written_as_rmp_serde_does(
+def test_a_response_is_decoded_and_encoded_as_by_rmp_serde(
     vector: dict[str, Any], form: Form
 ) -> None:
     data = bytes.fromhex(vector[f"{form}_hex"])

@@ -1,10 +1,13 @@
-"""Whom to answer is read even of a bad message."""
+"""One door for a command message: decoded, or the error with what an answer needs."""
 
 import msgpack
 import pytest
 
-from schemas.envelopes import Form
-from schemas.partial import peek
+from schemas import codec
+from schemas.codes import Code
+from schemas.envelopes import Command, Form
+from schemas.partial import Undecodable, decode, peek
+from schemas.requests import StartInstance
 
 NOTHING = (None, None)
 FIELDS = ["acme", "web", "i-1"]
@@ -33,7 +36,7 @@ FIELDS = ["acme", "web", "i-1"]
     ],
     ids=lambda value: ascii(value)[:30],
 )
-def test_id_and_reply_to_are_read_of_a_bad_message(
+def test_id_and_reply_to_are_read_from_a_bad_message(
     data: bytes, found: tuple[str | None, str | None]
 ) -> None:
     assert peek(data)[:2] == found
@@ -57,7 +60,26 @@ def test_id_and_reply_to_are_read_of_a_bad_message(
     ],
     ids=lambda value: ascii(value)[:30],
 )
-def test_a_refused_request_shows_in_which_form_to_answer(request_: object, form: Form) -> None:
+def test_the_form_of_the_answer_is_read_from_a_refused_request(
+    request_: object, form: Form
+) -> None:
     data = msgpack.packb({"v": 1, "request": request_, "id": "a"})
 
     assert peek(data).form == form
+
+
+def test_a_valid_message_is_decoded() -> None:
+    command = Command(id="c1", request=StartInstance("acme", "web", "i-1"), reply_to="_INBOX.x")
+
+    assert decode(codec.encode_command(command)) == command
+
+
+def test_an_invalid_message_has_its_error_and_what_an_answer_needs() -> None:
+    request = {"Grow": FIELDS}
+    data = msgpack.packb({"v": 1, "id": "a", "reply_to": "_INBOX.x", "request": request})
+
+    decoded = decode(data)
+
+    assert isinstance(decoded, Undecodable)
+    assert decoded[1:] == ("a", "_INBOX.x", Form.COMPACT)
+    assert (decoded.error.code, decoded.error.path) == (Code.UNSUPPORTED, "$.request.Grow")

@@ -24,7 +24,7 @@ NET = TenantNet(3, "10.240.3.0/24", "10.240.3.1", "br-tenant-3")
         {"ipv4_subnet": "10.240.0.0/12"},
     ],
 )
-def test_a_sound_net_passes(changes: dict[str, object]) -> None:
+def test_a_consistent_net_is_accepted(changes: dict[str, object]) -> None:
     check_net(msgspec.structs.replace(NET, **changes), ALLOWED)
 
 
@@ -102,7 +102,9 @@ def test_an_offset_counts_from_the_subnet(guest_ip: str, subnet: str, offset: in
         ("", "10.240.3.0/24", "10.240.3.1"),
     ],
 )
-def test_an_address_that_is_no_guests_is_invalid(guest_ip: str, subnet: str, gateway: str) -> None:
+def test_an_address_that_no_guest_can_have_is_invalid(
+    guest_ip: str, subnet: str, gateway: str
+) -> None:
     net = msgspec.structs.replace(NET, ipv4_subnet=subnet, gateway_ip=gateway)
 
     with pytest.raises(DecodeError) as caught:

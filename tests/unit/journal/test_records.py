@@ -1,0 +1,173 @@
+"""Instances, networks and tombstones, and the events and state that a change publishes."""
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from handlers.errors import Conflict
+from schemas.envelopes import EventKind
+from schemas.records import NetworkRecord, Status, Tombstone
+from schemas.requests import InstanceRef
+from tests.fakes.shell_worker import REF
+from tests.unit.journal.journals import NET, events, opened, record
+from worker.journal.journal import Journal
+
+
+async def test_records_are_read_from_memory_and_kept_over_a_restart(tmp_path: Path) -> None:
+    network = NetworkRecord(tenant_id="acme", net=NET, status="up", since_ms=1)
+    gone = Tombstone(ref=InstanceRef("acme", "web", "old"), at_ms=1, launch=3, kept_volumes=True)
+    async with opened(tmp_path) as journal:
+        await journal.records.put_instance(record(uid_slot=4, offset=9, net=NET))
+        await journal.records.put_network(network)
+        await journal.records.put_instance(record("old"))
+        await journal.records.drop_instance(gone.ref, gone)
+
+    async with opened(tmp_path) as journal:
+        assert journal.records.instance(REF) == record(uid_slot=4, offset=9, net=NET)
+        assert journal.records.instances("acme") == (record(uid_slot=4, offset=9, net=NET),)
+        assert journal.records.instances("other") == ()
+        assert journal.records.tombstone(gone.ref) == gone
+        assert journal.records.network("acme") == network
+        await journal.records.drop_network("acme")
+        assert journal.records.networks() == ()
+
+
+async def test_each_status_change_is_one_event_whose_from_is_the_previous_to(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as journal:
+        await journal.records.put_instance(record(status=Status.STARTING, command_id="c1"))
+        await journal.records.put_instance(record(status=Status.STARTING, launch=1))
+        await journal.records.put_instance(
+            record(status=Status.RUNNING), reason="ready", detail={"x": 1}
+        )
+    async with opened(tmp_path) as journal:
+        await journal.records.drop_instance(REF, None)
+        await journal.records.put_instance(record(status=Status.STARTING))
+        told = await events(journal)
+
+    assert [(e.seq, e.from_, e.to) for e in told] == [
+        (1, None, "starting"),
+        (2, "starting", "running"),
+        (3, "running", "destroyed"),
+        (4, "destroyed", "starting"),
+    ]
+    assert (told[0].command_id, told[0].id) == ("c1", f"h1:{told[0].journal_id}:1")
+    assert (told[1].reason, told[1].detail, told[1].instance_id) == ("ready", {"x": 1}, "a1")
+
+
+async def test_a_uid_slot_has_one_instance_and_a_conflicting_put_writes_nothing(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as journal:
+        puts = [journal.records.put_instance(record(f"a{n}", uid_slot=n // 2)) for n in range(6)]
+        outcomes = await asyncio.gather(*puts, return_exceptions=True)
+
+        assert [type(o) for o in outcomes] == [type(None), Conflict] * 3
+        assert [r.ref.instance_id for r in journal.records.instances()] == ["a0", "a2", "a4"]
+        assert [e.seq for e in await events(journal)] == [1, 2, 3]
+
+
+async def test_an_offset_is_exclusive_only_while_its_instance_lives_or_sleeps(
+    tmp_path: Path,
+) -> None:
+    stopped = record("a1", Status.STOPPED, offset=5)
+    async with opened(tmp_path) as journal:
+        await journal.records.put_instance(stopped)
+        await journal.records.put_instance(record("a2", Status.SLEEPING, offset=5))
+        with pytest.raises(Conflict, match="offset 5"):
+            await journal.records.put_instance(replace(stopped, status=Status.STARTING, uid_slot=1))
+
+        assert journal.records.instance(REF) == stopped
+
+
+async def test_a_tenant_net_id_belongs_to_one_tenant(tmp_path: Path) -> None:
+    mine = NetworkRecord(tenant_id="acme", net=NET, status="up", since_ms=1)
+    async with opened(tmp_path) as journal:
+        await journal.records.put_network(mine)
+        with pytest.raises(Conflict, match="tenant_net_id 7"):
+            await journal.records.put_network(replace(mine, tenant_id="other"))
+
+
+async def test_state_has_the_newest_value_of_each_key(tmp_path: Path) -> None:
+    key = "h1.instance.acme.web.a1"
+    async with opened(tmp_path) as journal:
+        await journal.records.put_instance(record(status=Status.STARTING))
+        await journal.records.put_instance(record(status=Status.RUNNING))
+        (row,) = journal.outbox.dirty()
+        value = msgspec.msgpack.decode(row.value or b"")
+        journal.outbox.written(key, 1)
+
+        assert (row.key, row.seq, value["status"], value["seq"]) == (key, 2, "running", 2)
+        assert value["journal_id"] == journal.store.journal_id
+        assert len(journal.outbox.dirty()) == 1
+    async with opened(tmp_path) as journal:
+        assert [r.seq for r in journal.outbox.dirty()] == [2]
+        journal.outbox.written(key, 2)
+    async with opened(tmp_path) as journal:
+        assert journal.outbox.dirty() == ()
+        await journal.outbox.rewrite_state()
+        assert [r.seq for r in journal.outbox.dirty()] == [2]
+        await journal.records.drop_instance(REF, None)
+        assert [(r.key, r.value, r.seq) for r in journal.outbox.dirty()] == [(key, None, 3)]
+        journal.outbox.written(key, 3)
+    async with opened(tmp_path) as journal:
+        await journal.outbox.rewrite_state()
+        assert journal.outbox.dirty() == ()
+
+
+Change = tuple[str, int, Status]
+CHANGES = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "put", "drop", "event", "clash", "reopen"]),
+        st.integers(0, 2),
+        st.sampled_from([Status.RUNNING, Status.STOPPED, Status.SLEEPING]),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(changes=CHANGES)
+def test_seq_has_no_gaps_and_the_statuses_form_a_chain(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[Change]
+) -> None:
+    asyncio.run(_chain(tmp_path_factory.mktemp("journal"), changes))
+
+
+async def _chain(path: Path, changes: list[Change]) -> None:
+    parts: list[list[Change]] = [[]]
+    for change in changes:
+        if change[0] == "reopen":
+            parts.append([])
+        parts[-1].append(change)
+    for part in parts:
+        async with opened(path) as journal:
+            calls = [_change(journal, *change) for change in part]
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            assert {type(r) for r in results} <= {type(None), Conflict}
+            told = await events(journal)
+    assert [e.seq for e in told] == list(range(1, len(told) + 1))
+    last: dict[str | None, str | None] = {}
+    for event in told:
+        if event.kind == "status":
+            assert event.from_ == last.get(event.instance_id)
+            assert event.to != event.from_
+            last[event.instance_id] = event.to
+
+
+async def _change(journal: Journal, what: str, n: int, status: Status) -> None:
+    ref = InstanceRef("acme", "web", f"a{n}")
+    if what == "put":
+        await journal.records.put_instance(record(f"a{n}", status, uid_slot=n))
+    elif what == "clash":
+        await journal.records.put_instance(record(f"a{n}", status, uid_slot=n + 1))
+    elif what == "drop":
+        await journal.records.drop_instance(ref, None)
+    elif what == "event":
+        await journal.records.event(EventKind.DRIFT, ref=ref)

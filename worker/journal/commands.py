@@ -1,0 +1,284 @@
+"""Commands in the journal: taken in once per ID, run, and ended with one reply.
+
+A command that is surely new may begin while its own commit is under way (`take_in`). Commits keep
+the order of submission, so whatever a command writes is on disk only with or after its admission,
+and one that changes nothing is admitted and answered in a single commit. Effects on the host wait
+for the admission (`Steps`), and so does the acknowledgement.
+"""
+
+import sqlite3
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from schemas import codec
+from schemas.envelopes import Command, EventKind, Reply
+from schemas.records import InstanceRecord, Tombstone
+from schemas.requests import Error
+from schemas.subjects import Lane
+from worker.journal import admission
+from worker.journal.admission import Decision, Limits, Refusal, Verdict, reserved_for
+from worker.journal.memory import CommandRow, Mirror
+from worker.journal.records import Change, JournalRecords
+from worker.journal.store import Store
+from worker.journal.transaction import EventDraft, Transaction
+
+RETENTION_MS: Final = 24 * 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class CommandState:
+    """`state`: waiting, running or done; `reply` of a done one, as it went out."""
+
+    state: str
+    reply: bytes | None = None
+
+
+class JournalCommands:
+    """Admission, refusals, attempts, outcomes; `limits` are those of unfinished commands."""
+
+    def __init__(
+        self, store: Store, records: JournalRecords, *, lane_depth: int, host_depth: int
+    ) -> None:
+        self.limits = Limits(lane_depth, host_depth)
+        self._store = store
+        self._records = records
+        self._undecided: set[str] = set()  # IDs that are being looked up in the file
+        store.on_reload(self._reloaded)
+
+    # -- admission -----------------------------------------------------------------------------
+
+    async def take_in(
+        self,
+        command: Command,
+        *,
+        lane: Lane,
+        subject: str,
+        stream_seq: int,
+        received_at_ms: int,
+        redelivered: bool = False,
+    ) -> Decision:
+        """Take a command in, or say what is known of its ID.
+
+        A new one may be returned before it is on disk: it can be queued, and is acknowledged
+        after `row.stored()`. If its commit fails it is `withdrawn`. A copy of an unfinished
+        command joins it and gets the outcome on its own `reply_to`. A redelivered message that
+        was taken in before joins without a second answer.
+        """
+        request = codec.encode_request(command.request)
+        row = CommandRow(0, command, lane, stream_seq, received_at_ms)
+        if not redelivered and self._is_new(command.id) and self._has_room(row):
+            self._admit(row, subject, request)
+            return Decision(Verdict.NEW, row)
+
+        def do(tx: Transaction) -> Decision:
+            return admission.decide(tx, row, subject, request, self.limits, redelivered=redelivered)
+
+        def apply(decision: Decision) -> None:
+            if decision.row is not None:
+                self._store.mirror.add_command(decision.row)
+
+        with self._deciding(command.id):
+            return await self._store.writer.submit(do, apply=apply, durable=True)
+
+    def _admit(self, row: CommandRow, subject: str, request: bytes) -> None:
+        def do(tx: Transaction) -> None:
+            admission.insert(tx, row, subject, request)
+
+        def apply(_: None) -> None:
+            self._store.mirror.add_command(row)
+
+        def failed() -> None:
+            row.withdrawn = True
+            if self._store.mirror.commands.get(row.id) is row:
+                self._store.mirror.drop_command(row.id)
+
+        row.admission = self._store.writer.submit_soon(do, apply=apply, failed=failed)
+        self._store.mirror.add_command(row)
+
+    def _is_new(self, command_id: str) -> bool:
+        return (
+            self._store.writable
+            and command_id not in self._store.mirror.commands
+            and command_id not in self._undecided
+            and not self._is_stored(command_id)
+        )
+
+    def _has_room(self, row: CommandRow) -> bool:
+        mirror, reserved = self._store.mirror, reserved_for(row.command)
+        return (
+            mirror.lanes.get(row.lane, 0) < self.limits.lane_depth + reserved
+            and len(mirror.commands) < self.limits.host_depth + reserved
+        )
+
+    def _is_stored(self, command_id: str) -> bool:
+        """One read of an index whose pages are in memory: some ten microseconds, on the loop."""
+        try:
+            found = self._store.reader.execute("SELECT 1 FROM command WHERE id = ?", (command_id,))
+            return found.fetchone() is not None
+        except sqlite3.Error:
+            return True
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer a message without running it, durably; the outcome is final for its ID."""
+        with self._deciding(refusal.id):
+            await self._store.writer.submit(
+                lambda tx: admission.refuse(tx, self._store.source, refusal), durable=True
+            )
+
+    @contextmanager
+    def _deciding(self, command_id: str) -> Generator[None]:
+        self._undecided.add(command_id)
+        try:
+            yield
+        finally:
+            self._undecided.discard(command_id)
+
+    # -- running -------------------------------------------------------------------------------
+
+    def unfinished(self) -> Sequence[CommandRow]:
+        """All commands without an outcome, in the order of intake."""
+        return sorted(self._store.mirror.commands.values(), key=lambda row: row.n)
+
+    def is_unfinished(self, command_id: str) -> bool:
+        return command_id in self._store.mirror.commands
+
+    def lanes(self) -> dict[Lane, int]:
+        """Unfinished commands per lane that has any."""
+        return dict(self._store.mirror.lanes)
+
+    def begin_attempt(self, command_id: str) -> int:
+        """Count one more attempt, from 1 over all workers.
+
+        On disk with, and not after, the first step of the attempt: the order of submission is
+        the order of commits.
+        """
+        row = self._store.mirror.commands[command_id]
+        row.attempts += 1
+        values = (row.attempts, command_id)
+
+        def do(tx: Transaction) -> None:
+            tx.execute("UPDATE command SET attempts = ? WHERE id = ?", values)
+
+        self._store.writer.later(do)
+        return row.attempts
+
+    async def finish(
+        self,
+        reply: Reply,
+        data: bytes,
+        *,
+        record: InstanceRecord | None = None,
+        tombstone: Tombstone | None = None,
+    ) -> None:
+        """The outcome with its replies and event, durably, in one transaction. Once only.
+
+        `data` is the encoded reply. The instance's `record` is saved with it; with a `tombstone`
+        it is deleted instead. The command's step rows are deleted, except those that
+        `reply.left_behind` names.
+        """
+        mirror, source = self._store.mirror, self._store.source
+        row = mirror.commands.get(reply.id)
+        if row is None:
+            return
+        command = row.command
+        change = self._change(record, tombstone, reply.id)
+        ended = _command_event(row, reply)
+        steps = mirror.steps.get(reply.id, {})
+        points = mirror.points.get(reply.id)
+        kept = {k: s for k, s in steps.items() if f"{k[0]} {k[1]}" in reply.left_behind}
+        gone = [(reply.id, *key) for key in steps if key not in kept]
+
+        def do(tx: Transaction) -> None:
+            done = tx.execute(
+                "UPDATE command SET code = ?, reply = ?, finished_at_ms = ?, attempts = ? "
+                "WHERE id = ? AND finished_at_ms IS NULL",
+                (reply.code.value, data, reply.finished_at_ms, reply.attempts, reply.id),
+            )
+            if not done.rowcount:
+                return
+            if command.reply_to is not None:  # first: a client waits for it
+                source.queue(tx, "direct", command.reply_to, data)
+            admission.answer_joiners(tx, source, reply.id, data)
+            source.queue(tx, "reply", source.subjects.reply(row.lane), data, msg_id=reply.id)
+            if points:
+                tx.execute("DELETE FROM point WHERE command_id = ?", (reply.id,))
+            if gone:
+                tx.connection.executemany(
+                    "DELETE FROM step WHERE command_id = ? AND mechanism = ? AND key = ?", gone
+                )
+            if change is not None:
+                change.save(tx)
+            source.event(tx, ended, reply.finished_at_ms)
+
+        def apply(_: None) -> None:
+            if change is not None:
+                change.remember()
+            mirror = self._store.mirror
+            mirror.drop_command(reply.id)
+            mirror.points.pop(reply.id, None)
+            mirror.steps.pop(reply.id, None)
+            if kept:
+                mirror.steps[reply.id] = kept
+
+        await self._store.writer.submit(do, apply=apply, durable=True)
+
+    def _change(
+        self, record: InstanceRecord | None, tombstone: Tombstone | None, command_id: str
+    ) -> Change | None:
+        """What a command's outcome does to its instance's record."""
+        if record is None:
+            return None
+        if tombstone is not None:
+            return self._records.change_drop(record.ref, tombstone, command_id=command_id)
+        return self._records.change_put(record, command_id=command_id)
+
+    def _reloaded(self, mirror: Mirror) -> None:
+        for command_id, row in self._store.mirror.commands.items():
+            if command_id in mirror.commands:
+                mirror.commands[command_id] = row  # lanes have this object; it counts attempts
+            elif row.admission is not None and not row.admission.done():
+                mirror.add_command(row)
+
+    # -- results -------------------------------------------------------------------------------
+
+    async def result(self, command_id: str) -> CommandState | None:
+        """The state of a command, or None for an ID that is unknown or was pruned."""
+        row = self._store.mirror.commands.get(command_id)
+        if row is not None:
+            return CommandState("running" if row.attempts else "waiting")
+        stored = await self._store.writer.read(
+            lambda tx: tx.execute(
+                "SELECT reply FROM command WHERE id = ?", (command_id,)
+            ).fetchone()
+        )
+        return None if stored is None else CommandState("done", stored[0])
+
+    async def prune(self, *, keep_ms: int = RETENTION_MS, limit: int = 500) -> int:
+        """Delete up to `limit` commands that ended `keep_ms` ago or earlier; returns how many."""
+        before_ms = self._store.now_ms() - keep_ms
+
+        def do(tx: Transaction) -> int:
+            return tx.execute(
+                "DELETE FROM command WHERE n IN (SELECT n FROM command "
+                "WHERE finished_at_ms <= ? ORDER BY finished_at_ms LIMIT ?)",
+                (before_ms, limit),
+            ).rowcount
+
+        return await self._store.writer.submit(do)
+
+
+def _command_event(row: CommandRow, reply: Reply) -> EventDraft:
+    """The event of an outcome; of a failure with its message and the tail of the VMM's log."""
+    detail: dict[str, object] = {
+        "type": row.command.request.kind,
+        "code": reply.code.value,
+        "changed": reply.changed,
+        "attempts": reply.attempts,
+    }
+    if isinstance(reply.response, Error):
+        detail["message"] = reply.response.message
+        if vmm_log := reply.detail.get("vmm_log"):
+            detail["vmm_log"] = str(vmm_log)
+    return EventDraft(EventKind.COMMAND, row.lane, command_id=reply.id, detail=detail)
