@@ -69,5 +69,7 @@ def test_a_worker_does_not_start_with_ids_that_somebody_has(
     taken = Taken("/etc/subuid", "ann", 100_000, 65_536)
     monkeypatch.setattr(run, "find_overlap", lambda base, count: taken)
 
-    with pytest.raises(CliError, match=r"invalid: vmm.uid_base.*/etc/subuid.*ann"):
+    with pytest.raises(
+        CliError, match=r"invalid: vmm.uid_base.*overlaps ann in /etc/subuid \(uids 100000-165535\)"
+    ):
         check_uids(Settings())

@@ -1,4 +1,4 @@
-"""The command line as a whole: settings, errors as exit codes, help."""
+"""The command line as a whole: settings, exit codes, help."""
 
 import json
 import tomllib
@@ -31,7 +31,7 @@ def test_check_config_prints_toml_that_it_reads_again(tmp_path: Path) -> None:
     assert tomllib.loads(again.output)["limits"]["boots"] == 3
 
 
-def test_check_config_says_of_each_setting_its_unit_and_where_it_is_from() -> None:
+def test_check_config_prints_unit_and_origin_of_each_setting() -> None:
     result = hostd("check-config", "--json", HOSTD_LIMITS_BOOTS="3")
 
     shown = json.loads(result.output)
@@ -103,12 +103,20 @@ def test_every_subcommand_loads_and_explains_itself() -> None:
         assert "--json" in result.output, name
 
 
+def test_the_help_lists_every_subcommand_with_its_summary_in_full() -> None:
+    lines = hostd("--help").output.splitlines()
+
+    for name in COMMANDS:
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert line.endswith("."), line
+
+
 def test_every_code_has_its_exit_code_and_an_unknown_one_counts_as_internal() -> None:
     assert {exit_code(code.value) for code in Code} == set(EXIT_CODES.values())
     assert exit_code("from_the_future") == EXIT_CODES[Code.INTERNAL]
 
 
-def test_logs_prints_the_last_launch_kept_or_says_that_there_is_none(tmp_path: Path) -> None:
+def test_logs_prints_the_latest_launch_or_is_not_found(tmp_path: Path) -> None:
     directory = tmp_path / "logs/acme/web/i-1"
     directory.mkdir(parents=True)
     for launch in (9, 10):
