@@ -27,7 +27,7 @@ WRONG_LAST_SEQUENCE = (10071, 10164)
 
 
 class NatsBus:
-    """One host's bus; implements `worker.bus.Bus`.
+    """One host's bus; implements `worker.bus.protocol.Bus`.
 
     `trouble` is "" or the reason why commands do not come though the server is reachable;
     `connected`, `reconnects`, `redeliveries`, `permission_errors` are for metrics.

@@ -1,4 +1,4 @@
-"""Instances, networks and tombstones (`handlers.machine.Records`), and the events they cause."""
+"""Instances, networks and tombstones (`handlers.interfaces.Records`), and the events they cause."""
 
 import sqlite3
 from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ Answer = Mapping[str, object]
 
 
 class Answers:
-    """Implements `worker.ask.Source`."""
+    """Implements `worker.queries.service.Source`."""
 
     def __init__(self, journal: Journal, boot_id: str, host_state: Callable[[], str]) -> None:
         self._journal = journal
