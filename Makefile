@@ -18,7 +18,7 @@ test: setup ## All tests, the slowest last
 	@$(PY) -m pytest tests/unit tests/contract tests/kernel tests/broker tests/vm tests/crash tests/lab
 
 check: setup ## Lint, types, layers
-	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/pyright && .venv/bin/lint-imports
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/codespell && .venv/bin/mypy && .venv/bin/pyright && .venv/bin/lint-imports
 
 bench: setup ## Measure, side by side with the raw alternative; writes bench/results.json
 	@$(PY) -m bench

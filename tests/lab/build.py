@@ -43,6 +43,7 @@ LEFT_OUT = (
     "mypy*",
     "*__mypyc*",
     "ruff*",
+    "codespell*",
     "uv*",
     "pip*",
     "setuptools*",
