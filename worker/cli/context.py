@@ -89,7 +89,7 @@ def check_id(kind: str, value: str) -> None:
     if not ID_PATTERN.fullmatch(value):
         raise CliError(
             Code.INVALID,
-            f"invalid {kind} ID {value!r}: use 1-63 characters a-z, 0-9 or '-', "
+            f"{kind} ID {value!r}: use 1-63 characters a-z, 0-9 or '-', "
             "starting and ending with a letter or digit",
         )
 

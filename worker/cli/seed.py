@@ -82,9 +82,7 @@ def write_seed(data_root: str, seed: Seed) -> Seeded:
     check_id("pool", seed.ref.pool_id)
     check_id("instance", seed.ref.instance_id)
     if not NET_IDS[0] <= seed.net_id <= NET_IDS[1]:
-        raise CliError(
-            "invalid", f"invalid tenant net ID {seed.net_id}: want {NET_IDS[0]}..{NET_IDS[1]}"
-        )
+        raise CliError("invalid", f"tenant net ID {seed.net_id}: want {NET_IDS[0]}..{NET_IDS[1]}")
     tenant = os.path.join(data_root, "tenants", seed.ref.tenant_id)
     pool = os.path.join(tenant, "pools", seed.ref.pool_id)
     net = _write_tenant(tenant, seed)

@@ -112,7 +112,7 @@ def test_another_net_for_a_tenant_is_a_conflict(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", ["..", "a/b", "", "A", "a\n", "-a", "a" * 64])
 def test_an_id_that_could_leave_its_directory_is_refused(tmp_path: Path, bad: str) -> None:
-    with pytest.raises(CliError, match="invalid pool ID"):
+    with pytest.raises(CliError, match="invalid: pool ID"):
         write_seed(str(tmp_path), Seed(InstanceRef("acme", bad, "i-1"), 7))
     assert list(tmp_path.iterdir()) == []
 
