@@ -90,7 +90,7 @@ async def worker(
     bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
     await bus.start()
     try:
-        async with fakes.shell(path, cast("FakeBus", bus), machine) as running:
+        async with fakes.shell_worker(path, cast("FakeBus", bus), machine) as running:
             bus.on_connection(running.outbox.wake)
             yield running
     finally:

@@ -119,6 +119,24 @@ async def test_a_client_that_closed_is_replaced(
         await still_delivers(host, heals)
 
 
+@pytest.mark.parametrize(("guards", "heals"), guard_cases(Guard.DISCARD))
+async def test_a_client_that_cannot_be_closed_is_replaced(
+    server: Server, guards: frozenset[Guard], heals: bool
+) -> None:
+    async with consuming_host(server, guards=guards) as host:
+        client = host.bus.link.client
+        assert client is not None
+        assert client._transport is not None
+
+        def bad() -> None:
+            raise RuntimeError("closing met what it did not expect")
+
+        client._transport.close = bad  # type: ignore[method-assign]
+        await server.crash()
+
+        await still_delivers(host, heals)
+
+
 @pytest.mark.parametrize("which", ["loss", "up"])
 @pytest.mark.parametrize(
     ("guards", "heals"),

@@ -80,6 +80,15 @@ def test_the_contract_lists_all_subcommands() -> None:
     assert sorted(listed.split(" | ")) == sorted(COMMANDS)
 
 
+def test_every_quoted_make_target_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    named = set(hits(r"`make ([a-z]+)`")) | set(hits(r"^make ([a-z]+)"))
+    assert ("CONTRIBUTING.md", "unit") in named
+
+    assert {each for each in named if each[1] not in targets} == set()
+
+
 def test_links_lead_to_a_file_and_a_heading() -> None:
     assert [(name_of(page), target) for page in pages() for target in broken_links(page)] == []
 

@@ -9,12 +9,22 @@ from worker import settings as settings_module
 from worker.settings import SettingsError, keys, load, load_with_origins
 
 HOST = {"HOSTD_HOST_ID": "h1"}
+MACHINE_ID = "0123456789abcdef0123456789abcdef"
 
 
 def write(tmp_path: Path, text: str) -> str:
     path = tmp_path / "hostd.toml"
     path.write_text(text)
     return str(path)
+
+
+@pytest.fixture
+def machine_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in place of /etc/machine-id, which a container may not have; it holds MACHINE_ID."""
+    path = tmp_path / "machine-id"
+    path.write_text(f"{MACHINE_ID}\n")
+    monkeypatch.setattr(settings_module, "MACHINE_ID_FILE", str(path))
+    return path
 
 
 def test_without_a_file_the_defaults_hold() -> None:
@@ -26,11 +36,33 @@ def test_without_a_file_the_defaults_hold() -> None:
     assert settings.jail_base == "/var/lib/hostd/jails"
 
 
-def test_an_empty_host_id_is_the_machine_id() -> None:
+def test_an_empty_host_id_is_the_machine_id(machine_id: Path) -> None:
     loaded = load_with_origins(None, {})
 
-    assert loaded.settings.host.id == Path("/etc/machine-id").read_text().strip()[:32]
-    assert loaded.origins["host.id"] == "/etc/machine-id"
+    assert loaded.settings.host.id == MACHINE_ID
+    assert loaded.origins["host.id"] == str(machine_id)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "there is no machine id to take"),
+        ("", "holds no machine id"),
+        ("uninitialized\n", "holds no machine id"),
+    ],
+)
+def test_without_a_machine_id_the_host_id_must_be_set(
+    machine_id: Path, text: str | None, says: str
+) -> None:
+    machine_id.unlink()
+    if text is not None:
+        machine_id.write_text(text)
+
+    with pytest.raises(SettingsError, match=says) as caught:
+        load(None, {})
+
+    assert (caught.value.source, caught.value.key) == (str(machine_id), "host.id")
+    assert load(None, HOST).host.id == "h1"
 
 
 def test_the_file_beats_the_default_and_the_environment_beats_the_file(tmp_path: Path) -> None:
@@ -66,7 +98,9 @@ def test_the_environment_reads_booleans_lists_and_numbers() -> None:
     assert settings.metrics.listen == "127.0.0.1:0"
 
 
-def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default() -> None:
+def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default(
+    machine_id: Path,
+) -> None:
     for key in keys():
         default = key.default
         if isinstance(default, bool):

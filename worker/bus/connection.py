@@ -162,6 +162,12 @@ class Link:
             with contextlib.suppress(OSError, errors.Error, asyncio.TimeoutError):
                 async with asyncio.timeout(2):
                     await client.close()
+        except Exception:
+            # Whatever state it is in: nobody would connect again if the supervisor ended here.
+            if Guard.DISCARD not in self.guards:
+                raise
+            log.exception("bus.discard_failed")
+            client.abort()
 
     # -- what nats-py calls ------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 from nats import errors
 from nats.aio.client import Client, Srv
+from nats.aio.transport import TcpTransport
 from nats.protocol.parser import PERMISSIONS_ERR
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -45,6 +46,8 @@ class Guard(StrEnum):
     STATUS = "status"
     MSG_ID = "msg_id"
     CANCEL = "cancel"
+    RAW_ABORT = "raw_abort"
+    DISCARD = "discard"
 
 
 ALL_GUARDS = frozenset(Guard)
@@ -67,6 +70,7 @@ _READ = (
     "_resp_map",
     "_reconnection_task",
 )
+_READ_OF_TRANSPORT = ("_io_writer", "_bare_io_writer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,8 @@ def check_library() -> None:
             wrong.append(f"{name}{inspect.signature(method)}")
     fresh = Client()
     wrong += [name for name in _READ if not hasattr(fresh, name)]
+    transport = TcpTransport()  # type: ignore[no-untyped-call]
+    wrong += [name for name in _READ_OF_TRANSPORT if not hasattr(transport, name)]
     if wrong:
         raise LibraryMismatch(
             f"nats-py {version('nats-py')} does not fit the guards of hostd: {', '.join(wrong)}"
@@ -226,7 +232,10 @@ class GuardedClient(Client):
         await super()._connect_to_server(s)
 
     def _abort_transport(self) -> None:
-        writer: Any = getattr(self._transport, "_io_writer", None)
+        # Below TLS: its transport, once closed twice as upstream does, aborts nothing any more; in
+        # Python 3.11.2, Debian 12's, that raises AttributeError at every attempt to reconnect.
+        raw = Guard.RAW_ABORT in self._guards
+        writer: Any = getattr(self._transport, "_bare_io_writer" if raw else "_io_writer", None)
         if writer is not None:
             writer.transport.abort()
 

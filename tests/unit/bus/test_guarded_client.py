@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from nats import errors
 from nats.aio.client import Client
+from nats.aio.transport import TcpTransport
 
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
@@ -36,6 +37,13 @@ def test_a_nats_py_that_changed_a_signature_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(Client, "_process_err", changed)
 
     with pytest.raises(LibraryMismatch, match=r"_process_err.*more"):
+        check_library()
+
+
+def test_a_nats_py_whose_transport_changed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TcpTransport, "__init__", lambda self: None)
+
+    with pytest.raises(LibraryMismatch, match="_bare_io_writer"):
         check_library()
 
 
