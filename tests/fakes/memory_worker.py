@@ -9,7 +9,7 @@ from pathlib import Path
 
 from handlers.interfaces import Host
 from handlers.registry import HANDLERS, mechanisms
-from handlers.steps import Traced, no_trace
+from handlers.steps import Failpoint, no_failpoint
 from schemas import codec
 from schemas.envelopes import Reply
 from schemas.records import InstanceRecord
@@ -79,14 +79,16 @@ async def memory_worker(
     path: Path,
     machine: FakeHost,
     *,
-    trace: Traced = no_trace,
+    failpoint: Failpoint = no_failpoint,
     limits: LimitSettings = LimitSettings(retry_budget_s=0.0),  # noqa: B008 (frozen)
 ) -> AsyncIterator[MemoryWorker]:
     """A worker on the journal at `path`, with recovery of what is in it."""
     settings = Settings(limits=limits)
     journal = await Journal.open(str(path), subjects=SUBJECTS, boot_id="b1")
     host = machine.host(journal, settings)
-    dispatch = Dispatch(journal, HANDLERS, host, mechanisms(host), meters=NoMeters(), trace=trace)
+    dispatch = Dispatch(
+        journal, HANDLERS, host, mechanisms(host), meters=NoMeters(), failpoint=failpoint
+    )
     lanes = Lanes(dispatch)
     for row in journal.unfinished():
         lanes.put(row)

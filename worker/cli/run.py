@@ -6,7 +6,7 @@ from schemas.settings import Settings
 from worker import logs
 from worker import main as worker_main
 from worker.cli.context import CliError, config_option, settings_of
-from worker.uid_range import find_overlap
+from worker.preflight import find_uid_overlap
 
 
 @click.command()
@@ -28,7 +28,7 @@ def check_uids(settings: Settings) -> None:
         CliError: `invalid`; the message names the file and the owner of the overlapping ids.
     """
     vmm = settings.vmm
-    if taken := find_overlap(vmm.uid_base, vmm.uid_count):
+    if taken := find_uid_overlap(vmm.uid_base, vmm.uid_count):
         last = taken.first + taken.count - 1
         ids = f"uid {taken.first}" if taken.count == 1 else f"uids {taken.first}-{last}"
         raise CliError(

@@ -22,7 +22,7 @@ from schemas.settings import (
     VmmSettings,
 )
 from schemas.subjects import Subjects
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.provision import provision
 from worker.cli.client import Client
 from worker.cli.context import CliError
@@ -49,7 +49,7 @@ def demo_settings(directory: str, url: str, build: str) -> Settings:
 
 
 async def provision_cell(settings: Settings, subjects: Subjects) -> None:
-    connection = Link(settings.nats, name="hostd-demo", inbox="_INBOX.hostd-demo")
+    connection = Connection(settings.nats, name="hostd-demo", inbox="_INBOX.hostd-demo")
     await connection.start()
     try:
         await connection.wait_connected()
