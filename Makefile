@@ -23,8 +23,8 @@ test: setup ## All tests, the slowest last
 unit: venv ## The unit tests, as any user
 	@$(PY) -m pytest tests/unit
 
-check: venv ## Lint, types, layers, as any user
-	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/pyright && .venv/bin/lint-imports
+check: venv ## Lint, spelling, types, layers, as any user
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/codespell && .venv/bin/mypy && .venv/bin/pyright && .venv/bin/lint-imports
 
 bench: setup ## Measure, side by side with the raw alternative; writes bench/results.json
 	@$(PY) -m bench

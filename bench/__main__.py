@@ -1,4 +1,4 @@
-"""`python -m bench`: measure, print a table, write `bench/results.json`. As root."""
+"""`python -m bench`: measure, print a table, write `bench/results.json`. Needs root."""
 
 import argparse
 import asyncio
@@ -10,8 +10,8 @@ import time
 from dataclasses import asdict
 
 from bench import commands, footprint, launches, machine, networks, rows
+from bench.bench_host import bench_host
 from bench.rows import Row
-from bench.world import world
 
 GROUPS = ("commands", "networks", "launches", "burst", "footprint", "decoding")
 GROUP_TIMEOUT_S = 150
@@ -21,7 +21,7 @@ async def measure(group: str) -> list[Row]:
     """One group, in this process."""
     if group == "decoding":
         return commands.measure_decoding()
-    async with world() as stage:
+    async with bench_host() as stage:
         match group:
             case "commands":
                 return await commands.measure(stage)
@@ -38,9 +38,9 @@ async def measure(group: str) -> list[Row]:
 
 
 def measure_apart(group: str) -> list[Row]:
-    """One group in a process, and so in a network namespace and with threads, of its own.
+    """One group in a separate process: separate network namespace, threads and memory.
 
-    None finds what another left in memory. Its own words go to stderr.
+    Its progress goes to stderr.
     """
     began = time.monotonic()
     print(f"measuring {group} ...", end="", flush=True)
@@ -52,25 +52,25 @@ def measure_apart(group: str) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--write-docs", action="store_true", help="also into docs/benchmarks.md")
+    parser.add_argument("--write-docs", action="store_true", help="also update docs/benchmarks.md")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP")
     parser.add_argument("--within", choices=GROUPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if os.geteuid() != 0:
-        print("bench: needs root: it starts VMs and sets up networks", file=sys.stderr)
+        print("bench: run as root: it starts VMs and sets up networks", file=sys.stderr)
         return 1
     if options.within:
         print(json.dumps([asdict(each) for each in asyncio.run(measure(options.within))]))
         return 0
     facts = machine.describe()
     print("\n".join(facts), flush=True)
-    found = [each for group in options.only for each in measure_apart(group)]
-    print(rows.table(found))
-    missed = [each.name for each in found if each.ok is False]
-    print("\nmissed: " + "; ".join(missed) if missed else "\nall budgets are kept")
-    rows.write_results(found)
+    results = [each for group in options.only for each in measure_apart(group)]
+    print(rows.table(results))
+    missed = [each.name for each in results if each.ok is False]
+    print("\nmissed: " + "; ".join(missed) if missed else "\nall budgets met")
+    rows.write_results(results)
     if options.write_docs:
-        rows.write_docs(found, facts)
+        rows.write_docs(results, facts)
     return 0
 
 

@@ -1,8 +1,8 @@
 """The bare script that a launch is measured against: jailer, Firecracker's API, guest agent.
 
-The same calls with the same binaries and files as hostd makes them, and nothing else: no journal,
-no bus, no checks, plain blocking sockets. Standard library only. As a program it reads one job
-per line (JSON) from stdin and answers each with a line: when it was done, or what went wrong.
+The same calls with the same binaries and files as hostd's, and nothing else: no journal, no bus, no
+checks, plain blocking sockets. Standard library only. As a program it reads one job per line (JSON)
+from stdin and writes one line for each: its duration, or its error.
 """
 
 import json
@@ -35,7 +35,7 @@ def _run_jailer(argv: list[str]) -> None:
     pid = os.posix_spawn(argv[0], argv, {})
     _, status = os.waitpid(pid, 0)
     if status:
-        raise RuntimeError(f"the jailer failed: {status}")
+        raise RuntimeError(f"jailer exited with wait status {status}")
 
 
 def _connected(path: Path) -> socket.socket:
@@ -73,7 +73,7 @@ def _call(api: socket.socket, method: str, path: str, body: object) -> None:
 
 
 def _ask(path: Path, request: object) -> None:
-    """Until the guest answers: while it boots nothing listens, and the connection is closed."""
+    """Retry until the guest answers; while it boots, connections are closed."""
     until = time.monotonic() + LIMIT_S
     body = json.dumps(request).encode()
     while True:
@@ -105,7 +105,7 @@ def _closed() -> bytes:
 
 
 def main() -> None:
-    """One job per line; `at` of the answer is CLOCK_MONOTONIC, the same for all processes."""
+    """One job per line; `at` in the answer is CLOCK_MONOTONIC, common to all processes."""
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         began = time.monotonic()

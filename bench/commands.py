@@ -1,4 +1,4 @@
-"""What hostd itself costs per command, against a raw pull-reply-ack loop on the same server."""
+"""hostd's own cost per command, against a raw pull-reply-ack loop on the same server."""
 
 import asyncio
 import sys
@@ -10,8 +10,8 @@ import msgpack
 import msgspec
 
 from bench import raw_loop
+from bench.bench_host import BenchHost, Sender, Sent
 from bench.rows import Row, median, row
-from bench.world import BenchHost, Sender, Sent
 from schemas import codec
 from schemas.envelopes import Command
 from schemas.requests import SetupNetwork, StartInstance, StopInstance, TeardownNetwork, TenantNet
@@ -56,26 +56,26 @@ async def raw_sender(host: LiveHost) -> AsyncGenerator[Sender]:
         await process.wait()
 
 
-async def measure(world: BenchHost) -> list[Row]:
+async def measure(bench: BenchHost) -> list[Row]:
     """Latency one at a time, then throughput."""
-    net = await stopped_instances(world, LANES)
-    async with raw_sender(world.host) as raw:
-        rows = await latencies(world.sender, raw, net)
-        rows += await throughput(world.sender, raw)
+    net = await stopped_instances(bench, LANES)
+    async with raw_sender(bench.host) as raw:
+        rows = await latencies(bench.sender, raw, net)
+        rows += await throughput(bench.sender, raw)
     return rows
 
 
-async def stopped_instances(world: BenchHost, count: int) -> TenantNet:
-    """Instances that ran and were stopped: one more Stop of them changes nothing."""
-    seeded = world.seed("i-0", mem_mib=MEM_MIB, data_disk_mib=0)
-    await world.sender.send(SetupNetwork("acme", seeded.net))
+async def stopped_instances(bench: BenchHost, count: int) -> TenantNet:
+    """Instances that ran and were stopped: another Stop changes nothing."""
+    seeded = bench.seed("i-0", mem_mib=MEM_MIB, data_disk_mib=0)
+    await bench.sender.send(SetupNetwork("acme", seeded.net))
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def one(number: int) -> None:
-        world.seed(f"i-{number}", mem_mib=MEM_MIB, data_disk_mib=0)
+        bench.seed(f"i-{number}", mem_mib=MEM_MIB, data_disk_mib=0)
         async with gate:
-            await world.sender.send(StartInstance("acme", "web", f"i-{number}"))
-            await world.sender.send(StopInstance("acme", "web", f"i-{number}"))
+            await bench.sender.send(StartInstance("acme", "web", f"i-{number}"))
+            await bench.sender.send(StopInstance("acme", "web", f"i-{number}"))
 
     await asyncio.gather(*(one(number) for number in range(count)))
     return seeded.net
@@ -108,7 +108,7 @@ async def latencies(sender: Sender, raw: Sender, net: TenantNet) -> list[Row]:
 
 
 def aside_ms(sent: Sent) -> float:
-    """What it took without its steps."""
+    """Its duration without its steps."""
     return (sent.took_s - sent.step_s()) * 1e3
 
 
@@ -125,7 +125,7 @@ def own_cost(name: str, mine: list[float], base: list[float], limit_ms: float) -
 
 
 async def throughput(sender: Sender, raw: Sender) -> list[Row]:
-    """Commands that change nothing, over many lanes, many at once."""
+    """Concurrent commands that change nothing, over many lanes."""
     mine: list[float] = []
     base: list[float] = []
     for _ in range(REPEATS):
@@ -149,7 +149,7 @@ async def throughput(sender: Sender, raw: Sender) -> list[Row]:
 
 
 def measure_decoding() -> list[Row]:
-    """Decode and validate one StartInstance envelope; bare msgpack makes maps of it, unchecked."""
+    """Decode and validate one StartInstance envelope; bare msgpack validates nothing."""
     command = Command(
         id=new_id(),
         request=StartInstance("acme", "web", "i-0"),

@@ -1,7 +1,7 @@
 """StartInstance and WakeInstance against a bare script of the same jailer, API and agent calls.
 
-Both are timed whole: hostd from the sender's publish to its reply, the script from its first line
-to the agent's last answer. Rounds alternate, which of the two begins does too.
+Both are timed end to end: hostd from the sender's publish to its reply, the script from its first
+line to the agent's last answer. Rounds alternate, and so does which of the two goes first.
 """
 
 import asyncio
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from bench import bare
-from bench.places import Place, Places
+from bench.bare_instance import BareInstance, BareInstances
+from bench.bench_host import BenchHost, Sent
 from bench.rows import Row, median, p99, row
-from bench.world import BenchHost, Sent
 from schemas.requests import (
     InstanceRef,
     SetupNetwork,
@@ -41,7 +41,7 @@ VMM_STEPS_OF_WAKE = ("vmms", "load_snapshot", "resume", "agent_wake", "set_clock
 
 
 class Script:
-    """One running bare script; a job is a line to it."""
+    """One running bare script; a job is one line of its input."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -65,7 +65,7 @@ class Script:
         async with asyncio.timeout(60):
             answer: dict[str, Any] = json.loads(await self._process.stdout.readline())
         if "error" in answer:
-            raise RuntimeError(f"the bare script: {answer['error']}")
+            raise RuntimeError(f"bare script failed: {answer['error']}")
         return answer
 
     async def close(self) -> None:
@@ -76,7 +76,7 @@ class Script:
 
 @dataclass
 class Times:
-    """Seconds by what was done, and the replies of hostd's."""
+    """Durations by operation: hostd's with their replies, the script's in seconds."""
 
     hostd: defaultdict[str, list[Sent]] = field(default_factory=lambda: defaultdict(list))
     bare: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -89,46 +89,46 @@ class Times:
 
 
 @asynccontextmanager
-async def stage(world: BenchHost) -> AsyncGenerator[Places]:
+async def stage(bench: BenchHost) -> AsyncGenerator[BareInstances]:
     """A tenant with its network up and its revision imported."""
-    seeded = world.seed("i-0", mem_mib=MEM_MIB, data_disk_mib=DATA_DISK_MIB, offset=3)
-    await world.sender.send(SetupNetwork("acme", seeded.net))
-    await world.sender.send(StartInstance("acme", "web", "i-0"))
-    await world.sender.send(StopInstance("acme", "web", "i-0"))
+    seeded = bench.seed("i-0", mem_mib=MEM_MIB, data_disk_mib=DATA_DISK_MIB, offset=3)
+    await bench.sender.send(SetupNetwork("acme", seeded.net))
+    await bench.sender.send(StartInstance("acme", "web", "i-0"))
+    await bench.sender.send(StopInstance("acme", "web", "i-0"))
     assert seeded.revision is not None
     size = {"mem_mib": MEM_MIB, "data_disk_mib": DATA_DISK_MIB}
-    with Places(world.host, seeded.net, seeded.revision, **size) as places:
-        yield places
+    with BareInstances(bench.host, seeded.net, seeded.revision, **size) as instances:
+        yield instances
 
 
-async def measure(world: BenchHost, rounds: int = ROUNDS) -> list[Row]:
+async def measure(bench: BenchHost, rounds: int = ROUNDS) -> list[Row]:
     """Start and Wake, one at a time."""
     times = Times()
-    async with stage(world) as places, AsyncExitStack() as stack:
-        world.seed("bare-0", mem_mib=MEM_MIB, data_disk_mib=DATA_DISK_MIB, offset=100)
+    async with stage(bench) as instances, AsyncExitStack() as stack:
+        bench.seed("bare-0", mem_mib=MEM_MIB, data_disk_mib=DATA_DISK_MIB, offset=100)
         script = await Script.start()
         stack.push_async_callback(script.close)
-        place = places.add("bare-0", 100)
-        await take_snapshot(place, script)
+        instance = instances.add("bare-0", 100)
+        await take_snapshot(instance, script)
         for number in range(rounds + 1):
-            await both_rounds(world, place, script, times, hostd_first=bool(number % 2))
+            await both_rounds(bench, instance, script, times, hostd_first=bool(number % 2))
             if number == 0:
-                times = Times()  # warm: files in the cache, code imported
+                times = Times()  # warm-up: page cache, imports
     return rows_of(times)
 
 
 async def both_rounds(
-    world: BenchHost, place: Place, script: Script, times: Times, *, hostd_first: bool
+    bench: BenchHost, instance: BareInstance, script: Script, times: Times, *, hostd_first: bool
 ) -> None:
     for hostd in (hostd_first, not hostd_first):
         if hostd:
-            await hostd_round(world, times)
+            await hostd_round(bench, times)
         else:
-            await bare_round(place, script, times)
+            await bare_round(instance, script, times)
         await asyncio.sleep(SETTLE_S)
 
 
-async def hostd_round(world: BenchHost, times: Times) -> None:
+async def hostd_round(bench: BenchHost, times: Times) -> None:
     names = ("acme", "web", "i-0")
     for what, request in (
         ("start", StartInstance(*names)),
@@ -136,32 +136,32 @@ async def hostd_round(world: BenchHost, times: Times) -> None:
         ("wake", WakeInstance(*names)),
         ("stop", StopInstance(*names)),
     ):
-        times.hostd[what].append(await world.sender.send(request))
+        times.hostd[what].append(await bench.sender.send(request))
         await asyncio.sleep(SETTLE_S)
 
 
-async def bare_round(place: Place, script: Script, times: Times) -> None:
+async def bare_round(instance: BareInstance, script: Script, times: Times) -> None:
     for what in ("start", "wake"):
-        await place.prepare()
+        await instance.prepare()
         if what == "wake":
-            place.link_snapshot()
+            instance.link_snapshot()
         await asyncio.sleep(SETTLE_S)
-        job = place.start_job() if what == "start" else place.wake_job()
+        job = instance.start_job() if what == "start" else instance.wake_job()
         try:
             times.bare[what].append((await script.run(job))["took_s"])
         finally:
-            await place.clear()
+            await instance.clear()
 
 
-async def take_snapshot(place: Place, script: Script) -> None:
-    """Start, pause and snapshot once; the files serve every wake of the place."""
-    await place.prepare()
+async def take_snapshot(instance: BareInstance, script: Script) -> None:
+    """Start, pause and snapshot once; the files serve every wake of the instance."""
+    await instance.prepare()
     try:
-        await script.run(place.start_job())
-        await script.run(place.sleep_job())
-        place.keep_snapshot()
+        await script.run(instance.start_job())
+        await script.run(instance.sleep_job())
+        instance.keep_snapshot()
     finally:
-        await place.clear()
+        await instance.clear()
 
 
 def rows_of(times: Times) -> list[Row]:
@@ -187,31 +187,31 @@ def rows_of(times: Times) -> list[Row]:
     return rows
 
 
-async def measure_burst(world: BenchHost, count: int = BURST, bursts: int = BURSTS) -> list[Row]:
+async def measure_burst(bench: BenchHost, count: int = BURST, bursts: int = BURSTS) -> list[Row]:
     """`count` wakes at once, by hostd and by as many bare scripts; the memory files are warm."""
     mine: list[float] = []
     theirs: list[float] = []
-    async with stage(world) as places, AsyncExitStack() as stack:
+    async with stage(bench) as instances, AsyncExitStack() as stack:
         scripts = [await Script.start() for _ in range(count)]
         for script in scripts:
             stack.push_async_callback(script.close)
         size = {"mem_mib": MEM_MIB, "data_disk_mib": DATA_DISK_MIB}
         refs = [InstanceRef("acme", "web", f"b-{n}") for n in range(count)]
         for number, ref in enumerate(refs):
-            world.seed(ref.instance_id, offset=10 + number, **size)
-            await world.sender.send(StartInstance(ref.tenant_id, ref.pool_id, ref.instance_id))
-            world.seed(f"bare-b-{number}", offset=110 + number, **size)
-            place = places.add(f"bare-b-{number}", 110 + number)
-            await take_snapshot(place, scripts[number])
+            bench.seed(ref.instance_id, offset=10 + number, **size)
+            await bench.sender.send(StartInstance(ref.tenant_id, ref.pool_id, ref.instance_id))
+            bench.seed(f"bare-b-{number}", offset=110 + number, **size)
+            instance = instances.add(f"bare-b-{number}", 110 + number)
+            await take_snapshot(instance, scripts[number])
         for number in range(bursts):
             for hostd in (bool(number % 2), not number % 2):
                 if hostd:
-                    await hostd_burst(world, refs, mine)
+                    await hostd_burst(bench, refs, mine)
                 else:
-                    await bare_burst(places.all, scripts, theirs)
+                    await bare_burst(instances.all, scripts, theirs)
                 await asyncio.sleep(1)
         for ref in refs:
-            await world.sender.send(StopInstance(ref.tenant_id, ref.pool_id, ref.instance_id))
+            await bench.sender.send(StopInstance(ref.tenant_id, ref.pool_id, ref.instance_id))
     name = f"burst of {count} wakes"
     ratio = p99(mine) / p99(theirs)
     return [
@@ -227,9 +227,9 @@ async def measure_burst(world: BenchHost, count: int = BURST, bursts: int = BURS
     ]
 
 
-async def hostd_burst(world: BenchHost, refs: list[InstanceRef], times: list[float]) -> None:
+async def hostd_burst(bench: BenchHost, refs: list[InstanceRef], times: list[float]) -> None:
     for ref in refs:
-        await world.sender.send(
+        await bench.sender.send(
             SleepInstance(ref.tenant_id, ref.pool_id, ref.instance_id, force=False)
         )
     await asyncio.sleep(1)
@@ -237,24 +237,26 @@ async def hostd_burst(world: BenchHost, refs: list[InstanceRef], times: list[flo
     began = time.monotonic()
 
     async def one(wake: WakeInstance) -> None:
-        await world.sender.send(wake)
+        await bench.sender.send(wake)
         times.append((time.monotonic() - began) * 1e3)
 
     await asyncio.gather(*(one(wake) for wake in wakes))
 
 
-async def bare_burst(places: list[Place], scripts: list[Script], times: list[float]) -> None:
-    for place in places:
-        await place.prepare()
-        place.link_snapshot()
+async def bare_burst(
+    instances: list[BareInstance], scripts: list[Script], times: list[float]
+) -> None:
+    for instance in instances:
+        await instance.prepare()
+        instance.link_snapshot()
     await asyncio.sleep(1)
     began = time.monotonic()
     try:
         answers = await asyncio.gather(
-            *(s.run(p.wake_job()) for s, p in zip(scripts, places, strict=True))
+            *(s.run(p.wake_job()) for s, p in zip(scripts, instances, strict=True))
         )
         times += [(answer["at"] - began) * 1e3 for answer in answers]
     finally:
-        for place in places:
-            await place.clear()
+        for instance in instances:
+            await instance.clear()
     os.sync()

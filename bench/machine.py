@@ -1,4 +1,4 @@
-"""The machine that was measured: a number without it says nothing."""
+"""The measured machine; a number without it is meaningless."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from tests.guests.firecracker import VERSION
 
 
 def describe() -> list[str]:
-    """Facts, one a line."""
+    """Facts, one per line."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     pairs = (line.partition(":") for line in info.splitlines())
     fields = {name.strip(): value.strip() for name, _, value in pairs}

@@ -1,11 +1,11 @@
-"""SetupNetwork of a new tenant against the same done and read back by `ip` and `nft` processes."""
+"""SetupNetwork of a new tenant against `ip` and `nft` processes that do and read back the same."""
 
 import asyncio
 import subprocess
 import time
 
+from bench.bench_host import BenchHost
 from bench.rows import Row, median, p99, row
-from bench.world import BenchHost
 from handlers.host.net.bridges import GATEWAY_OFFSET, SYSCTLS
 from handlers.host.net.ruleset import base_script
 from handlers.host.net.tenant_rules import tenant_members
@@ -21,21 +21,21 @@ FASTER = 5.0
 FIRST_ID, FIRST_RAW_ID = 100, 200
 
 
-async def measure(world: BenchHost) -> list[Row]:
+async def measure(bench: BenchHost) -> list[Row]:
     mine: list[float] = []
     raw: list[float] = []
     nft(base_script(16_384).replace(" hostd", " bench"))
     try:
         for number in range(ROUNDS + 1):
             tenant = f"net-{number}"
-            seeded = world.seed("i-0", tenant=tenant, net_id=FIRST_ID + number)
+            seeded = bench.seed("i-0", tenant=tenant, net_id=FIRST_ID + number)
             net = net_of(FIRST_RAW_ID + number)
             hostd_first = bool(number % 2)
             for hostd in (hostd_first, not hostd_first):
                 if hostd:
-                    mine.append((await world.sender.send(SetupNetwork(tenant, seeded.net))).took_s)
+                    mine.append((await bench.sender.send(SetupNetwork(tenant, seeded.net))).took_s)
                     await asyncio.sleep(SETTLE_S)
-                    await world.sender.send(TeardownNetwork(tenant, seeded.net))
+                    await bench.sender.send(TeardownNetwork(tenant, seeded.net))
                 else:
                     raw.append(await asyncio.to_thread(set_up_by_processes, net))
                     await asyncio.sleep(SETTLE_S)
@@ -61,7 +61,7 @@ async def measure(world: BenchHost) -> list[Row]:
 
 
 def set_up_by_processes(net: TenantNet) -> float:
-    """Seconds. One process per operation, as a shell script does it; everything is read back."""
+    """Seconds, with one process per operation as in a shell script; everything is read back."""
     bridge = net.bridge_name
     members = tenant_members(TenantRulesSpec("raw", net).key)
     named = [(name.replace(" hostd ", " bench "), element) for name, element in members]

@@ -1,7 +1,7 @@
 """The raw loop that hostd's own cost per command is measured against: pull, reply, ack.
 
 As a program: `raw_loop.py <url> <stream> <consumer>`. No journal, no checks, no lanes: it reads
-`reply_to`, sends a reply of the usual size there, acknowledges without waiting, and never stops.
+`reply_to`, sends a reply of the usual size there, acknowledges without waiting, and never exits.
 """
 
 import asyncio

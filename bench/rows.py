@@ -1,4 +1,4 @@
-"""What is measured becomes rows; rows become a table, `results.json` and `docs/benchmarks.md`."""
+"""Measurements as rows; rows as a table, `results.json` and `docs/benchmarks.md`."""
 
 import json
 import statistics
@@ -13,9 +13,9 @@ BEGIN, END = "<!-- numbers: begin -->", "<!-- numbers: end -->"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One number. `baseline` is the raw alternative's, measured in the same run.
+    """One number. `baseline` is that of the raw alternative, measured in the same run.
 
-    `ok` is None where there is no budget: the row is there to be seen.
+    `ok` is None where there is no budget.
     """
 
     name: str
@@ -46,7 +46,7 @@ def median(values: Iterable[float]) -> float:
 
 
 def p99(values: Sequence[float]) -> float:
-    """The value that 99 of 100 do not exceed; of few values the largest."""
+    """The 99th percentile; of few values, the largest."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
 
@@ -71,13 +71,13 @@ def write_results(rows: Sequence[Row]) -> None:
 
 
 def write_docs(rows: Sequence[Row], machine: Sequence[str]) -> None:
-    """Replace what stands between the two marks; the prose around it is kept."""
+    """Replace the text between the two marks; the prose around it is kept."""
     head = "| what | unit | hostd | raw | ratio | budget | |"
     rule = "| --- | --- | --: | --: | --: | --- | --- |"
     lines = ["| " + " | ".join(_cells(each)) + " |" for each in rows]
     missed = [each.name for each in rows if each.ok is False]
-    said = "All budgets are kept." if not missed else "Missed: " + "; ".join(missed) + "."
-    numbers = "\n".join([*(f"- {fact}" for fact in machine), "", head, rule, *lines, "", said])
+    verdict = "All budgets are met." if not missed else "Missed: " + "; ".join(missed) + "."
+    numbers = "\n".join([*(f"- {fact}" for fact in machine), "", head, rule, *lines, "", verdict])
     text = DOCS.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -85,7 +85,7 @@ def write_docs(rows: Sequence[Row], machine: Sequence[str]) -> None:
 
 
 def _cells(each: Row) -> tuple[str, ...]:
-    verdict = {True: "kept", False: "MISSED", None: ""}[each.ok]
+    verdict = {True: "met", False: "MISSED", None: ""}[each.ok]
     return (
         each.name,
         each.unit,

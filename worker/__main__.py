@@ -1,4 +1,4 @@
-"""`python -I -m worker`: what the unit runs, the same as `hostd run`."""
+"""`python -I -m worker`, the command of the systemd unit: equivalent to `hostd run`."""
 
 import sys
 

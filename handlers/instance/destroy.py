@@ -19,7 +19,7 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
     earlier Destroy kept. What neither journal nor files know is `Ok` with `detail.absent`.
 
     Raises:
-        Conflict: the instance is quarantined: `hostd adopt` or `hostd release` first.
+        Conflict: the instance is quarantined.
         Invalid: its data disk is none that hostd made; nothing was touched.
         HostFault: a volume could not be wiped and verified; run again under a new id.
     """

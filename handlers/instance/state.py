@@ -45,7 +45,8 @@ class InstanceState:
     def refuse_unknown(self) -> None:
         if self.status is Status.UNKNOWN:
             raise Conflict(
-                f"instance {self.record.ref} is quarantined: use hostd adopt or hostd release",
+                f"instance {self.record.ref} is quarantined: its VMM could not be proven; "
+                "see docs/operations.md",
                 detail={"status": str(self.status)},
             )
 

@@ -159,7 +159,7 @@ async def test_a_failure_exits_with_its_class_and_says_all_that_helps(
 
     assert result.exit_code == 14
     assert result.output == (
-        "exhausted: acme/web/i-1: no memory for it; may be sent again with a new id\n"
+        "exhausted: acme/web/i-1: no memory for it; retryable with a new command ID\n"
         "left behind: taps tn7i3\n"
     )
 
@@ -194,7 +194,7 @@ async def test_the_outcome_of_a_command_that_the_server_drops_as_a_duplicate_is_
     result = await hostd(server, "start", *REF, "--id", "again")
 
     assert result.exit_code == 0, result.output
-    assert "(outcome of before)" in result.output
+    assert "(replayed)" in result.output
     assert worker.questions == [("result", {"id": "again"})]
 
 
@@ -206,7 +206,7 @@ async def test_without_a_reply_the_command_line_exits_with_no_answer(
     result = await hostd(server, "stop", *REF, "--timeout", "0.3")
 
     assert result.exit_code == 30
-    assert "may still be carried out" in result.output
+    assert "the command may still run" in result.output
 
 
 async def test_without_a_stream_the_message_says_what_to_do(server: Server) -> None:
@@ -220,7 +220,7 @@ async def test_without_a_worker_a_query_has_no_answer(server: Server) -> None:
     result = await hostd(server, "ls")
 
     assert result.exit_code == 30
-    assert "no worker answers for host h1" in result.output
+    assert "no worker is running for host h1" in result.output
 
 
 async def test_ls_and_show_print_what_the_worker_answers(server: Server, worker: StandIn) -> None:

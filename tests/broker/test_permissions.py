@@ -21,7 +21,7 @@ from worker.bus.message import Message
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError
 from worker.bus.provision import provision
-from worker.demo.nats_config import find_program
+from worker.demo.nats_server import find_program
 from worker.queries.service import query_service
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "nats" / "hostd.conf"

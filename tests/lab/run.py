@@ -1,9 +1,9 @@
 """Run a command in the lab: `python -m tests.lab.run -- COMMAND...`, or `run_in_lab` from a test.
 
-The lab boots for it, has the project as it is on this machine at the same path, and powers off.
-What the command writes is streamed, stdout and stderr apart; what else the console says is kept in
-build/lab/console.log if something went wrong. QEMU's emulation is known to hang now and then: a
-lab without a sign of life is killed and started once more, from the beginning.
+The lab boots for it with the project in its current state at the same path, and powers off. The
+command's stdout and stderr are streamed separately; after a failure, the whole console is in
+build/lab/console.log. QEMU's emulation is known to hang occasionally: a lab without a heartbeat is
+killed and started once more, from the beginning.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from tests.lab import qemu
 from tests.lab.build import ensure_lab
 
 ALIVE = b"\x1e"  # written by the lab every 3 s
-BEGIN = b"\x1d"  # what comes before it is the lab's own
+BEGIN = b"\x1d"  # output before it is the lab's own
 ERROR = b"\x1c"  # begins a line of the command's stderr
-EXIT = b"\x1f"  # begins the line with the exit code; after it the lab's own again
+EXIT = b"\x1f"  # begins the line with the exit code; output after it is the lab's own
 CONSOLE = cache.BUILD / "lab" / "console.log"
 SILENCE_S = 30.0
 ATTEMPTS = 2
@@ -37,18 +37,18 @@ Sink = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class LabResult:
-    """How the command ended, and all that it wrote to stdout and stderr, as it came."""
+    """The exit code, and stdout and stderr in the order of their arrival."""
 
     exit_code: int
     output: str
 
 
 class LabFailure(Exception):
-    """The lab itself failed: hung twice, ran out of time, or ended without an exit code."""
+    """The lab itself failed: hung twice, timed out, or ended without an exit code."""
 
 
 class _Hung(Exception):
-    """No sign of life."""
+    """No heartbeat."""
 
 
 def run_in_lab(
@@ -64,8 +64,8 @@ def run_in_lab(
     """Boot the lab, run one command in the project's directory, power off.
 
     Args:
-        argv: the command; the project's environment comes first on PATH.
-        files: more to take along: path in the lab -> file or directory here.
+        argv: the command; the project's environment is first in PATH.
+        files: additional files: path in the lab -> file or directory here.
         environment: variables set for it, besides HOSTD_LAB=1 and CI as it is here.
         timeout_s: for each attempt, boot included.
         sink: gets the output as it comes.
@@ -74,7 +74,7 @@ def run_in_lab(
     Raises:
         LabFailure: the command's end is unknown.
     """
-    tell = error_sink or sink
+    errors = error_sink or sink
     ensure_lab()
     variables = {name: os.environ[name] for name in ("CI",) if name in os.environ}
     variables |= environment or {}
@@ -84,13 +84,13 @@ def run_in_lab(
         command = qemu.command_line(source, mem_mib=mem_mib, shell=False)
         for attempt in range(1, ATTEMPTS + 1):
             if attempt > 1:
-                tell("lab: started once more, all from the beginning\n")
-            console = _Console(sink, tell)
+                errors("lab: started once more, all from the beginning\n")
+            console = _Console(sink, errors)
             try:
                 result = _run(command, Path(scratch), timeout_s, console)
             except _Hung:
                 console.keep()
-                tell(f"\nlab: QEMU hung, no sign of life for {SILENCE_S:.0f} s; killed\n")
+                errors(f"\nlab: QEMU hung, no heartbeat for {SILENCE_S:.0f} s; killed\n")
             except LabFailure:
                 console.keep()
                 raise
@@ -121,7 +121,9 @@ def _run(command: list[str], scratch: Path, timeout_s: float, console: "_Console
                 if not selector.select(max(0.0, patience_s)):
                     if patience_s == SILENCE_S:
                         raise _Hung
-                    raise LabFailure(f"not done after {timeout_s:.0f} s; so far: {console.tail()}")
+                    raise LabFailure(
+                        f"command still running after {timeout_s:.0f} s; console: {console.tail()}"
+                    )
                 data = os.read(process.stdout.fileno(), 65536)
                 if not data:
                     return console.result()
@@ -131,7 +133,7 @@ def _run(command: list[str], scratch: Path, timeout_s: float, console: "_Console
 
 
 class _Console:
-    """Takes what the command writes out of what the lab's only serial line carries."""
+    """Separates the command's output from the rest of the lab's only serial line."""
 
     def __init__(self, sink: Sink, error_sink: Sink) -> None:
         self._raw = bytearray()
@@ -157,7 +159,7 @@ class _Console:
         self._divide(text if self._begun else b"")
 
     def _divide(self, text: bytes) -> None:
-        """An ERROR byte begins stderr, the end of that line is the end of it."""
+        """Stderr starts at an ERROR byte and ends with that line."""
         while text:
             piece, mark, text = text.partition(b"\n" if self._in_error else ERROR)
             self._write(piece + mark if self._in_error else piece)
@@ -178,11 +180,11 @@ class _Console:
         return LabResult(code, "".join(self._parts))
 
     def tail(self) -> str:
-        """The console's last words, the lab's own included."""
+        """The end of the console, the lab's own output included."""
         return bytes(self._raw[-2000:]).decode("utf-8", "replace")
 
     def keep(self) -> None:
-        """Write all of it to CONSOLE, over that of an earlier failure."""
+        """Write all of it to CONSOLE, replacing that of an earlier failure."""
         CONSOLE.parent.mkdir(parents=True, exist_ok=True)
         CONSOLE.write_bytes(self._raw)
 

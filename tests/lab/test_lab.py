@@ -1,4 +1,4 @@
-"""Each test of tests/lab/inside, run in the lab: one boot of it for all of them."""
+"""Run the tests of tests/lab/inside in the lab, with one boot for all of them."""
 
 import ast
 import re

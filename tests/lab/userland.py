@@ -1,7 +1,7 @@
 """A Debian userland, copied from the packages installed on this machine. Nothing is downloaded.
 
-Their maintainer scripts do not run: the directory holds the files, a linker cache, byte code and
-the few files of /etc that programs look for.
+Maintainer scripts do not run: the directory contains the files, a linker cache, byte code and
+the few files of /etc that programs need.
 """
 
 import os
@@ -31,7 +31,7 @@ PACKAGES = (
 )
 UNWANTED = ("/usr/share/doc", "/usr/share/man", "/usr/share/locale", "/usr/share/bash-completion")
 UNWANTED_PACKAGES = {"perl-base", "debconf", "dpkg", "tar", "systemd", "libpam-modules"}
-MERGED = ("bin", "sbin", "lib", "lib64")  # links into usr/, as on every Debian since 12
+MERGED = ("bin", "sbin", "lib", "lib64")  # symlinks into usr/, as on every Debian since 12
 ETC = {
     "passwd": "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534::/nonexistent:/bin/false\n",
     "group": "root:x:0:\nnogroup:x:65534:\n",
@@ -43,7 +43,7 @@ ETC = {
 
 
 def versions() -> str:
-    """The packages that a userland would be made of, each with its version."""
+    """The packages of the userland, each with its version."""
     facts = _installed()
     return "\n".join(f"{name} {facts[name][0]}" for name in _closure(facts))
 
@@ -69,7 +69,7 @@ def make_userland(tree: Path) -> None:
 
 
 def _installed() -> dict[str, tuple[str, list[str]]]:
-    """Package name -> (version, names it depends on), for all that is installed."""
+    """Package name -> (version, names it depends on), for all installed packages."""
     fields = (
         "${Package}\t${Version}\t${Pre-Depends}, ${Depends}\t${Provides}\t${db:Status-Status}\n"
     )
@@ -95,7 +95,7 @@ def _names(depends: str) -> Iterable[str]:
 def _closure(facts: dict[str, tuple[str, list[str]]]) -> list[str]:
     missing = [name for name in PACKAGES if name not in facts]
     if missing:
-        raise SystemExit(f"the lab is made of installed packages; missing: {' '.join(missing)}")
+        raise SystemExit(f"the lab copies installed packages; not installed: {' '.join(missing)}")
     wanted, todo = set(PACKAGES), list(PACKAGES)
     while todo:
         for name in facts[todo.pop()][1]:

@@ -71,7 +71,7 @@ def test_a_worker_does_not_start_with_ids_that_are_in_use(
     taken = IdRange("/etc/subuid", "ann", 100_000, 65_536)
     monkeypatch.setattr(run, "find_uid_overlap", lambda base, count: taken)
 
-    with pytest.raises(CliError, match=r"invalid: vmm.uid_base.*/etc/subuid.*ann"):
+    with pytest.raises(CliError, match=r"invalid: vmm.uid_base.*overlaps ann in /etc/subuid"):
         check_uids(Settings())
 
 

@@ -83,7 +83,7 @@ def test_a_directory_named_worker_in_the_working_directory_is_not_run(
     done = run(tmp_path, bin_dir / "python", "-I", "-m", "worker", "--help")
 
     assert done.returncode == 0, done.stderr
-    assert "Run the worker of this host" in done.stdout
+    assert "Run the worker until" in done.stdout
 
 
 def test_the_module_fails_as_the_command_does(bin_dir: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The effective settings, as `hostd check-config` prints them."""
+"""`hostd check-config`: validate the settings and print the effective ones."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ from worker.settings import DEFAULT, Key, Loaded, keys
 @config_option
 @json_option
 def check_config(config: str | None, as_json: bool) -> None:
-    """Check the settings and print each with its unit and where it is from."""
+    """Validate the settings and print each with its unit and origin."""
     loaded = load(config)
     if as_json:
         print_json(
@@ -37,7 +37,7 @@ def value_of(settings: Settings, key: Key) -> Any:
 
 
 def describe(loaded: Loaded) -> list[str]:
-    """The effective settings as TOML; a comment says unit and origin."""
+    """The effective settings as TOML; a comment gives unit and origin."""
     lines: list[str] = []
     table = ""
     for key in keys():
@@ -53,5 +53,5 @@ def describe(loaded: Loaded) -> list[str]:
 
 
 def toml(value: object) -> str:
-    """A value as TOML writes it; strings, numbers, booleans and lists of strings are JSON too."""
+    """A value in TOML; strings, numbers, booleans and lists of strings are the same in JSON."""
     return json.dumps(value, ensure_ascii=False)

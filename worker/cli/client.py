@@ -1,10 +1,11 @@
-"""A command's sender: plain nats-py with short timeouts, as an agentd may do it in any language.
+"""A client of the wire protocol: plain nats-py with short timeouts.
 
-Nothing of the worker is used but the wire, so this is also the example of how to speak to it.
+It imports nothing of the worker, only `schemas`: it doubles as the reference client for authors of
+an agentd in any language.
 """
 
 # pyright: reportUnknownMemberType=false
-# (nats-py leaves some of its parameters without types)
+# (nats-py has untyped parameters)
 
 import asyncio
 import os
@@ -36,7 +37,7 @@ _ANSWER = Limits(size_bytes=8 << 20, containers=100_000, items=50_000, depth=16)
 
 
 def new_id() -> str:
-    """A UUIDv7 in hex: 48 bits of Unix milliseconds, then random bits; sorts by time."""
+    """A UUIDv7: 48 bits of Unix milliseconds, then random bits; sorts by time. Source: RFC 9562."""
     now_ms = time.time_ns() // 1_000_000
     random = int.from_bytes(os.urandom(10), "big")
     value = now_ms << 80 | random
@@ -47,7 +48,7 @@ def new_id() -> str:
 
 
 class Client:
-    """One connection to the bus; made by `connect`. Raises NoAnswer and CliError only."""
+    """One NATS connection, opened by `connect`. Raises only NoAnswer and CliError."""
 
     def __init__(self, connection: Nats, root: str, cell: str) -> None:
         self.nats = connection
@@ -70,9 +71,9 @@ class Client:
         deadline_ms: int | None = None,
         issuer: str = "hostd-cli",
     ) -> dict[str, Any]:
-        """Publish one command and wait for its reply envelope, as a map.
+        """Publish one command and return its reply envelope as a map.
 
-        The id may be given to ask again for the outcome of a command sent before.
+        Reusing the `command_id` of an earlier command returns its stored reply.
         """
         command = Command(
             id=command_id or new_id(),
@@ -93,25 +94,29 @@ class Client:
         except (TimeoutError, nats.errors.Error) as error:
             raise NoAnswer(
                 f"no reply from host {host} to command {command.id} within {timeout_s:g} s; "
-                "it may still be carried out"
+                f"the command may still run: resend with --id {command.id} for its outcome"
             ) from error
         finally:
             await replies.unsubscribe()
 
     async def _publish(self, subject: str, payload: bytes, command_id: str) -> bool:
-        """Whether the server took it for a duplicate."""
+        """Publish to the command stream; true if the server dropped it as a duplicate."""
         try:
             ack = await self.nats.jetstream().publish(
                 subject, payload, timeout=PUBLISH_TIMEOUT_S, headers={"Nats-Msg-Id": command_id}
             )
         except nats.js.errors.NoStreamResponseError as error:
-            raise NoAnswer(f"no stream takes {subject}; see `hostd provision --help`") from error
+            raise NoAnswer(
+                f"no JetStream stream is bound to {subject}: run `hostd provision`"
+            ) from error
         except nats.js.errors.APIError as error:
-            raise NoAnswer(f"the stream refused {subject}: {error.description}") from error
+            raise NoAnswer(
+                f"JetStream refused to publish {subject}: {error.description}"
+            ) from error
         return bool(ack.duplicate)
 
     async def _result(self, host: str, command_id: str) -> dict[str, Any]:
-        """The stored reply of a command that was sent before, once it is done."""
+        """The stored reply of an earlier command, once it has finished."""
         while True:
             answer = await self.ask(host, "result", {"id": command_id})
             if answer.get("state") == "done":
@@ -121,10 +126,11 @@ class Client:
     async def ask(
         self, host: str, question: str, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """A read-only question to a worker.
+        """Send a read-only query to a worker.
 
         Raises:
-            CliError: the worker's error; NoAnswer: nobody answers for this host.
+            CliError: the worker's error.
+            NoAnswer: no worker of this host is subscribed, or it did not answer in time.
         """
         subject = self._subjects(host).ask(question)
         try:
@@ -132,18 +138,18 @@ class Client:
                 subject, pack(dict(body or {})), timeout=ASK_TIMEOUT_S
             )
         except nats.errors.NoRespondersError as error:
-            raise NoAnswer(f"no worker answers for host {host}") from error
+            raise NoAnswer(f"no worker is running for host {host} (no responders)") from error
         except nats.errors.TimeoutError as error:
             raise NoAnswer(
-                f"host {host} did not answer {question} in {ASK_TIMEOUT_S:g} s"
+                f"no answer from host {host} to query {question!r} within {ASK_TIMEOUT_S:g} s"
             ) from error
         answer = _map(message.data)
-        if refused := answer.get("error"):
-            raise CliError(str(refused.get("code")), str(refused.get("message")))
+        if failure := answer.get("error"):
+            raise CliError(str(failure.get("code")), str(failure.get("message")))
         return answer
 
     async def live_events(self, host: str) -> AsyncIterator[dict[str, Any]]:
-        """Events from now on, of one host or (`*`) of all, for ever."""
+        """Events from now on, of one host or of all (`*`). Never ends."""
         subscription = await self.nats.subscribe(f"{self._root}.{host}.evt.>")
         await self.nats.flush()
 
@@ -154,12 +160,12 @@ class Client:
         return each()
 
     async def kept_events(self, stream: str, host: str) -> AsyncIterator[dict[str, Any]]:
-        """Events that the stream still keeps, the oldest first, up to now."""
+        """Retained events of the stream, oldest first, up to now."""
         context = self.nats.jetstream()
         try:
             subscription = await context.pull_subscribe(f"{self._root}.{host}.evt.>", stream=stream)
         except nats.js.errors.Error as error:
-            raise NoAnswer(f"stream {stream} cannot be read: {error}") from error
+            raise NoAnswer(f"cannot read stream {stream}: {error}") from error
         pending = (await subscription.consumer_info()).num_pending or 0
         while pending > 0:
             for message in await subscription.fetch(min(pending, 256), timeout=ASK_TIMEOUT_S):
@@ -173,7 +179,12 @@ class Client:
 async def connect(
     settings: Settings, *, url: str | None = None, creds: str | None = None
 ) -> AsyncGenerator[Client]:
-    """Connect once, without retries; raises NoAnswer if that fails."""
+    """Connect once, without retries.
+
+    Raises:
+        NoAnswer: the server is unreachable or refused the connection.
+        CliError: `invalid` CA file.
+    """
     target = url or settings.nats.url
     options: dict[str, Any] = {}
     if path := creds or settings.nats.creds:
@@ -192,7 +203,7 @@ async def connect(
                 name="hostd-cli",
                 connect_timeout=CONNECT_TIMEOUT_S,
                 allow_reconnect=False,
-                max_reconnect_attempts=1,  # 0 means: for ever
+                max_reconnect_attempts=1,  # 0 means unlimited
                 reconnect_time_wait=0.1,
                 error_cb=note,
                 inbox_prefix=settings.nats.inbox_prefixes[0].removesuffix("."),
@@ -200,7 +211,9 @@ async def connect(
             )
     except (OSError, nats.errors.Error, TimeoutError) as error:
         why = seen[0] if seen else error
-        raise NoAnswer(f"{target}: {str(why) or type(why).__name__}") from error
+        raise NoAnswer(
+            f"cannot connect to NATS at {target}: {str(why) or type(why).__name__}"
+        ) from error
     try:
         yield Client(connection, settings.root, settings.host.cell)
     finally:
@@ -215,20 +228,20 @@ def _trust(ca_file: str) -> ssl.SSLContext:
 
 
 def _map(payload: bytes) -> dict[str, Any]:
-    """An envelope as a map.
+    """Decode an envelope into a map.
 
     Raises:
-        CliError: `internal`; a worker answered something else.
+        CliError: `internal`: the answer is not a valid envelope.
     """
     try:
         return unpack_map(payload, _ANSWER)
     except DecodeError as error:
-        raise CliError("internal", f"an answer that is no envelope: {error}") from error
+        raise CliError("internal", f"cannot decode the answer: {error}") from error
 
 
 def _inner(answer: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A map inside an answer."""
+    """The map in field `name` of an answer."""
     value = answer.get(name)
     if not isinstance(value, dict):
-        raise CliError("internal", f"an answer without {name}")
+        raise CliError("internal", f"invalid answer: field {name!r} is missing")
     return cast("dict[str, Any]", value)

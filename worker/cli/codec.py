@@ -1,7 +1,8 @@
-"""`hostd decode` and `hostd encode`: what an agentd's author debugs with. No bus, no settings.
+"""`hostd decode` and `hostd encode`: debugging tools for authors of an agentd.
 
-Both take commands, replies and events, which their keys tell apart, and are as strict as the
-worker; what a worker would refuse is refused here with the same code and path.
+Neither uses NATS or the settings. Both accept commands, replies and events, distinguished by their
+keys, and are as strict as the worker: what a worker would refuse is refused here with the same code
+and path.
 """
 
 import json
@@ -18,25 +19,28 @@ from schemas.subjects import lane_of_any
 from schemas.unpack import ANSWER, COMMAND, check, pack, read_json, unpack_map
 
 JSON_FLAG = click.option(
-    "--json", "as_json", is_flag=True, help="Taken for uniformity: the output is JSON anyway."
+    "--json", "as_json", is_flag=True, help="Accepted for consistency; the output is always JSON."
 )
 FILE = click.argument("file", type=click.File("rb"), default="-")
 
 
 @click.command()
-@click.option("--subject", help="Also check the message against the subject it came on.")
-@click.option("--lines", is_flag=True, help="One hex string per line in, one JSON object out.")
+@click.option("--subject", help="Also check the message against this subject's lane.")
+@click.option(
+    "--lines", is_flag=True, help="Read one hex string per line, write one JSON object per line."
+)
 @JSON_FLAG
 @FILE
 @click.pass_context
 def decode(
     ctx: click.Context, file: BinaryIO, subject: str | None, lines: bool, as_json: bool
 ) -> None:
-    """Print the JSON that serde_json would write for an envelope's msgpack bytes.
+    """Decode a msgpack envelope to JSON.
 
-    FILE holds one raw message ("-" or nothing is stdin). What a worker would refuse prints
-    {"error": {"code", "path", "message"}} and exits with the code of its class: 10 invalid,
-    11 unsupported. With --lines every line is answered; the first refusal gives the exit code.
+    The output is what serde_json would write. FILE is one raw message; without it, or with "-",
+    stdin is read. A message that a worker would refuse prints {"error": {"code", "path",
+    "message"}} and exits with 10 (invalid) or 11 (unsupported). With --lines every line gets a
+    line of output and the first error sets the exit code.
     """
     del as_json
 
@@ -53,22 +57,24 @@ def decode(
     type=click.Choice([form.value for form in Form]),
     default=Form.NAMED.value,
     show_default=True,
-    help="How the serde types inside are written: as maps or as arrays.",
+    help="Form of the serde types: maps (named) or arrays (compact).",
 )
-@click.option("--lines", is_flag=True, help="One JSON object per line in, one hex string out.")
-@click.option("--json", "as_json", is_flag=True, help='Print {"hex": ...} for each message.')
+@click.option(
+    "--lines", is_flag=True, help="Read one JSON object per line, write one hex string per line."
+)
+@click.option("--json", "as_json", is_flag=True, help='Print {"hex": ...} instead of raw bytes.')
 @FILE
 @click.pass_context
 def encode(ctx: click.Context, file: BinaryIO, form: str, lines: bool, as_json: bool) -> None:
-    """Write the msgpack bytes of an envelope given as JSON: the inverse of decode.
+    """Encode a JSON envelope to msgpack, the inverse of decode.
 
-    FILE holds one JSON object ("-" or nothing is stdin). Refuses what decode refuses, on stdout,
-    with the same exit codes.
+    FILE is one JSON object; without it, or with "-", stdin is read. Errors are reported as by
+    decode: on stdout, with the same exit codes.
     """
 
     def one(text: bytes) -> bytes:
         data = pack(_read_json(text, compact=form == Form.COMPACT))
-        _read_bytes(data, None)  # what was written is what a worker takes: sizes
+        _read_bytes(data, None)  # the worker's size limits apply to the result too
         if as_json:
             return _json({"hex": data.hex()}) + b"\n"
         return data.hex().encode() + b"\n" if lines else data
@@ -77,7 +83,7 @@ def encode(ctx: click.Context, file: BinaryIO, form: str, lines: bool, as_json: 
 
 
 def _run(ctx: click.Context, file: BinaryIO, one: Callable[[bytes], bytes], *, lines: bool) -> None:
-    """Answer each message; the first refusal gives the exit code."""
+    """Write one result per message; the first error sets the exit code."""
     content = file.read()
     first = Code.OK
     for message in content.splitlines() if lines else [content]:
@@ -102,7 +108,7 @@ def _read_bytes(data: bytes, subject: str | None) -> dict[str, object]:
     command = codec.decode_command(data)
     if lane is not None:
         lane.check(command.request)
-    _say_ignored(command.unknown_keys)
+    _report_ignored(command.unknown_keys)
     return codec.write_command(command)
 
 
@@ -115,12 +121,12 @@ def _read_json(text: bytes, *, compact: bool) -> dict[str, object]:
         return codec.write_event(codec.read_event(raw))
     check(raw, COMMAND)
     command = codec.read_command(raw)
-    _say_ignored(command.unknown_keys)
+    _report_ignored(command.unknown_keys)
     return codec.write_command(command, compact=compact)
 
 
 def _kind_of(raw: dict[str, object]) -> str:
-    """The kind of subject an envelope belongs on, by the key that only it has."""
+    """`cmd`, `reply` or `evt`, by the key that only this envelope has."""
     if "request" in raw:
         return "cmd"
     if "response" in raw:
@@ -132,12 +138,12 @@ def _from_hex(text: bytes) -> bytes:
     try:
         return bytes.fromhex(text.decode("ascii"))
     except ValueError:
-        raise DecodeError("$", "the line is not hex") from None
+        raise DecodeError("$", "invalid line: expected a hex string") from None
 
 
-def _say_ignored(keys: tuple[str, ...]) -> None:
+def _report_ignored(keys: tuple[str, ...]) -> None:
     if keys:
-        click.echo(f"ignored keys of the envelope: {', '.join(map(quoted, keys))}", err=True)
+        click.echo(f"ignored unknown envelope keys: {', '.join(map(quoted, keys))}", err=True)
 
 
 def _json(value: object) -> bytes:

@@ -1,4 +1,4 @@
-"""The commands, sent over the bus: ping start stop sleep wake destroy net-up net-down."""
+"""Send a command and print its reply: ping net-up net-down start stop sleep wake destroy."""
 
 import asyncio
 import time
@@ -12,7 +12,6 @@ from schemas import codec
 from schemas.decode_error import DecodeError
 from schemas.envelopes import Reply
 from schemas.files import TenantConfig
-from schemas.naming import ID_PATTERN
 from schemas.requests import (
     DestroyInstance,
     Error,
@@ -29,6 +28,7 @@ from schemas.requests import (
 from worker.cli.client import connect, new_id
 from worker.cli.context import (
     CliError,
+    check_id,
     config_option,
     json_option,
     leave,
@@ -41,23 +41,35 @@ DEFAULT_TIMEOUT_S = 120.0
 
 
 def bus_options(command: F) -> F:
-    """Where to: `--host`, `--url`, `--creds`; then `--config` and `--json`."""
+    """The destination: `--host`, `--url`, `--creds`; then `--config` and `--json`."""
     for add in (
         json_option,
         config_option,
-        click.option("--creds", metavar="FILE", help="NATS credentials. Default: [nats] creds."),
-        click.option("--url", help="NATS server. Default: [nats] url."),
-        click.option("--host", help="Host id. Default: [host] id."),
+        click.option(
+            "--creds", metavar="FILE", help="NATS credentials file. Default: [nats] creds."
+        ),
+        click.option("--url", help="NATS server URL. Default: [nats] url."),
+        click.option("--host", help="Target host ID. Default: [host] id."),
     ):
         command = add(command)
     return command
 
 
 def send_options(command: F) -> F:
-    """What each sent command takes besides its own arguments."""
+    """The options that every command takes, in addition to its own arguments."""
     for add in (
-        click.option("--deadline", type=float, metavar="S", help="Not started after S seconds."),
-        click.option("--id", "command_id", help="Command id; the same again tells its outcome."),
+        click.option(
+            "--deadline",
+            type=float,
+            metavar="S",
+            help="Reject the command if it has not started within S seconds.",
+        ),
+        click.option(
+            "--id",
+            "command_id",
+            metavar="ID",
+            help="Command ID (idempotency key). Reusing one returns the stored reply.",
+        ),
         click.option(
             "--timeout",
             "timeout_s",
@@ -65,7 +77,7 @@ def send_options(command: F) -> F:
             default=DEFAULT_TIMEOUT_S,
             show_default=True,
             metavar="S",
-            help="How long to wait for the reply.",
+            help="Seconds to wait for the reply.",
         ),
     ):
         command = add(command)
@@ -90,7 +102,7 @@ def send(
     command_id: str | None,
     deadline: float | None,
 ) -> None:
-    """Send, print the reply, exit with the code of its class."""
+    """Send the command, print its reply, exit with the reply's exit code."""
     settings = settings_of(config)
     deadline_ms = None if deadline is None else int((time.time() + deadline) * 1000)
 
@@ -108,7 +120,7 @@ def send(
     try:
         reply = codec.read_reply(raw)
     except DecodeError as error:
-        raise CliError("internal", f"an answer that is no reply: {error}") from error
+        raise CliError("internal", f"cannot decode the reply: {error}") from error
     if as_json:
         print_json(raw)
     else:
@@ -117,10 +129,10 @@ def send(
 
 
 def describe_reply(request: Request, reply: Reply) -> str:
-    """A reply for people: outcome, subject, status, time, and what is left behind."""
+    """A reply as text: outcome, subject, status, duration, detail, and what was left behind."""
     about = _subject_of(request)
     if isinstance(reply.response, Error):
-        again = "; may be sent again with a new id" if reply.retryable else ""
+        again = "; retryable with a new command ID" if reply.retryable else ""
         lines = [f"{reply.code}: {about}: {reply.response.message}{again}"]
         if reply.supported:
             lines.append(f"supported: {', '.join(reply.supported)}")
@@ -129,9 +141,9 @@ def describe_reply(request: Request, reply: Reply) -> str:
         if reply.status:
             words.append(f"is {reply.status}")
         if not reply.changed and not isinstance(request, Ping):
-            words.append("(nothing to do)")
+            words.append("(no change)")
         if reply.replayed:
-            words.append("(outcome of before)")
+            words.append("(replayed)")
         lines = [f"{' '.join(words)}, {reply.finished_at_ms - reply.received_at_ms} ms"]
         lines += [f"  {name}: {value}" for name, value in reply.detail.items()]
     lines.extend(f"left behind: {what}" for what in reply.left_behind)
@@ -147,19 +159,20 @@ def _subject_of(request: Request) -> str:
 
 
 def tenant_net(config: str | None, tenant_id: str) -> TenantNet:
-    """The tenant's net as `tenant.json` has it.
+    """The `net` object of the tenant's `tenant.json`.
 
     Raises:
         CliError: `not_found` or `invalid`, naming the file.
     """
-    if not ID_PATTERN.fullmatch(tenant_id):
-        raise CliError("invalid", f"{tenant_id!r} is no id: 1 to 63 of a-z 0-9 and inner -")
+    check_id("tenant", tenant_id)
     path = f"{settings_of(config).paths.data}/tenants/{tenant_id}/tenant.json"
     try:
         with open(path, "rb") as file:
             return msgspec.json.decode(file.read(), type=TenantConfig).net
     except FileNotFoundError as error:
-        raise CliError("not_found", f"{path}: no such file") from error
+        raise CliError(
+            "not_found", f"{path}: no such file; check the tenant ID and [paths] data"
+        ) from error
     except (OSError, msgspec.MsgspecError) as error:
         raise CliError("invalid", f"{path}: {error}") from error
 
@@ -167,7 +180,7 @@ def tenant_net(config: str | None, tenant_id: str) -> TenantNet:
 @click.command()
 @send_options
 def ping(**options: Any) -> None:
-    """Ask through the command stream whether the worker takes commands."""
+    """Check that the worker accepts commands. Sends Ping through the command stream."""
     send(Ping(), **options)
 
 
@@ -175,7 +188,7 @@ def ping(**options: Any) -> None:
 @instance_arguments
 @send_options
 def start(tenant_id: str, pool_id: str, instance_id: str, **options: Any) -> None:
-    """Start an instance: a jailed VMM runs it and its guest answers."""
+    """Start an instance and wait until its guest agent answers."""
     send(StartInstance(tenant_id, pool_id, instance_id), **options)
 
 
@@ -183,19 +196,19 @@ def start(tenant_id: str, pool_id: str, instance_id: str, **options: Any) -> Non
 @instance_arguments
 @send_options
 def stop(tenant_id: str, pool_id: str, instance_id: str, **options: Any) -> None:
-    """Stop an instance; its volumes stay, a snapshot does not."""
+    """Stop an instance. Keeps its volumes, discards its snapshot."""
     send(StopInstance(tenant_id, pool_id, instance_id), **options)
 
 
 @click.command()
 @instance_arguments
-@click.option("--force", is_flag=True, help="Do not ask the guest to drain first.")
+@click.option("--force", is_flag=True, help="Skip the guest's drain.")
 @click.option(
     "--drain-timeout",
     "drain_timeout_secs",
     type=click.IntRange(min=0),
     metavar="S",
-    help="Seconds the guest may drain. Default: the pool's policy.",
+    help="Time limit of the guest's drain. Default: the pool's policy.",
 )
 @send_options
 def sleep(
@@ -206,7 +219,7 @@ def sleep(
     drain_timeout_secs: int | None,
     **options: Any,
 ) -> None:
-    """Put an instance to sleep: its memory goes to disk, all else is released."""
+    """Snapshot an instance to disk and release its resources."""
     send(SleepInstance(tenant_id, pool_id, instance_id, force, drain_timeout_secs), **options)
 
 
@@ -214,18 +227,18 @@ def sleep(
 @instance_arguments
 @send_options
 def wake(tenant_id: str, pool_id: str, instance_id: str, **options: Any) -> None:
-    """Wake a sleeping instance where it stopped."""
+    """Resume a sleeping instance from its snapshot."""
     send(WakeInstance(tenant_id, pool_id, instance_id), **options)
 
 
 @click.command()
 @instance_arguments
-@click.option("--wipe-volumes", is_flag=True, help="Also wipe its data disk.")
+@click.option("--wipe-volumes", is_flag=True, help="Also erase its data disk.")
 @send_options
 def destroy(
     tenant_id: str, pool_id: str, instance_id: str, wipe_volumes: bool, **options: Any
 ) -> None:
-    """Destroy an instance."""
+    """Remove an instance. Keeps its volumes unless --wipe-volumes is given."""
     send(DestroyInstance(tenant_id, pool_id, instance_id, wipe_volumes), **options)
 
 
@@ -233,7 +246,7 @@ def destroy(
 @click.argument("tenant_id", metavar="TENANT")
 @send_options
 def net_up(tenant_id: str, config: str | None, **options: Any) -> None:
-    """Set up a tenant's network as tenant.json has it; kept in force until net-down."""
+    """Set up a tenant's network from its tenant.json."""
     send(SetupNetwork(tenant_id, tenant_net(config, tenant_id)), config=config, **options)
 
 
@@ -241,5 +254,5 @@ def net_up(tenant_id: str, config: str | None, **options: Any) -> None:
 @click.argument("tenant_id", metavar="TENANT")
 @send_options
 def net_down(tenant_id: str, config: str | None, **options: Any) -> None:
-    """Take down a tenant's network; refused while an instance uses it."""
+    """Remove a tenant's network. Refused while an instance uses it."""
     send(TeardownNetwork(tenant_id, tenant_net(config, tenant_id)), config=config, **options)

@@ -1,4 +1,4 @@
-"""What the subcommands share: settings, output, and how a failure becomes an exit code."""
+"""Shared by all subcommands: settings, output, and the mapping of failures to exit codes."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 
 from schemas.codes import EXIT_CODES, EXIT_NO_ANSWER, Code
+from schemas.naming import ID_PATTERN
 from schemas.settings import Settings
 from worker.settings import DEFAULT_FILE, Loaded, SettingsError, load_with_origins
 
@@ -16,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class CliError(Exception):
-    """Ends the subcommand: `main` prints it and exits with the code of its class."""
+    """Ends the subcommand: `main` prints it and exits with the exit code of `code`."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
@@ -25,14 +26,14 @@ class CliError(Exception):
 
 
 class NoAnswer(CliError):
-    """Nobody answered: no connection, no stream, no worker, or the time was up."""
+    """No answer: not connected, no stream, no worker, or the timeout expired."""
 
     def __init__(self, message: str) -> None:
         super().__init__(NO_ANSWER, message)
 
 
 def exit_code(code: str) -> int:
-    """The exit code of a result code; one that this version does not know counts as internal."""
+    """The exit code of a result code; a code unknown to this version counts as `internal`."""
     if code == NO_ANSWER:
         return EXIT_NO_ANSWER
     try:
@@ -42,25 +43,27 @@ def exit_code(code: str) -> int:
 
 
 def config_option(command: F) -> F:
-    """`--config FILE`, after the subcommand too."""
+    """`--config FILE`; accepted before and after the subcommand."""
     return click.option(
         "--config",
         metavar="FILE",
         type=click.Path(dir_okay=False),
-        help=f"Settings, TOML. Default: $HOSTD_CONFIG, or {DEFAULT_FILE} if it is there.",
+        help=f"Settings file (TOML). Default: $HOSTD_CONFIG, or {DEFAULT_FILE} if it exists.",
     )(command)
 
 
 def json_option(command: F) -> F:
     """`--json`, as `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(
+        command
+    )
 
 
 def load(config: str | None) -> Loaded:
-    """The settings of `--config`, here or before the subcommand, or of the default file.
+    """The settings from `--config` (before or after the subcommand) or its default.
 
     Raises:
-        CliError: `invalid`, naming file and key.
+        CliError: `invalid`; the message names the file and the key.
     """
     context = click.get_current_context(silent=True)
     path = config or (context.find_root().params.get("config") if context else None)
@@ -77,6 +80,20 @@ def settings_of(config: str | None) -> Settings:
     return load(config).settings
 
 
+def check_id(kind: str, value: str) -> None:
+    """Refuse a malformed tenant, pool or instance ID before it becomes part of a path.
+
+    Raises:
+        CliError: `invalid`.
+    """
+    if not ID_PATTERN.fullmatch(value):
+        raise CliError(
+            Code.INVALID,
+            f"{kind} ID {value!r}: use 1-63 characters a-z, 0-9 or '-', "
+            "starting and ending with a letter or digit",
+        )
+
+
 def print_json(value: object) -> None:
     """One JSON document on one line."""
     click.echo(json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain))
@@ -87,10 +104,10 @@ def _plain(value: object) -> str:
 
 
 def progress(text: str) -> None:
-    """A line about work under way; on stderr, so that stdout is the result alone."""
+    """A progress line. On stderr: stdout carries the result only."""
     click.echo(text, err=True)
 
 
 def leave(code: str) -> NoReturn:
-    """End with the exit code of a result that was already printed."""
+    """Exit with the exit code of a result that was already printed."""
     raise SystemExit(exit_code(code))

@@ -1,4 +1,4 @@
-"""What is on this host, read locally and as root: logs inventory."""
+"""Read this host's files and kernel state directly, as root: logs inventory."""
 
 import asyncio
 
@@ -15,7 +15,7 @@ from worker.cli.context import CliError, config_option, json_option, print_json,
 
 @click.command()
 @instance_arguments
-@click.option("--launch", type=click.IntRange(min=1), help="Which launch. Default: the last.")
+@click.option("--launch", type=click.IntRange(min=1), help="Launch number. Default: the latest.")
 @config_option
 @json_option
 def logs(
@@ -26,7 +26,7 @@ def logs(
     config: str | None,
     as_json: bool,
 ) -> None:
-    """Print the VMM's log of an instance; the last three launches are kept."""
+    """Print the VMM log of an instance. The last three launches are kept."""
     settings = settings_of(config)
     ref = InstanceRef(tenant_id, pool_id, instance_id)
     jails = Jails(
@@ -37,9 +37,9 @@ def logs(
     except Failure as error:
         raise CliError(error.code, error.message) from error
     except PermissionError as error:
-        raise CliError("host_fault", f"{error.filename}: {error.strerror}") from error
+        raise CliError("host_fault", f"{error.filename}: {error.strerror}; run as root") from error
     if not log:
-        raise CliError("not_found", f"no launch of {ref} has left a log in {settings.paths.state}")
+        raise CliError("not_found", f"no VMM log of {ref} below {settings.paths.state}/logs")
     text = log.decode(errors="replace")
     if as_json:
         print_json({"log": text})
@@ -48,24 +48,22 @@ def logs(
 
 
 @click.command()
-@click.option("--names", is_flag=True, help="Tell what they are, not only how many.")
+@click.option("--names", is_flag=True, help="List names as well as counts.")
 @config_option
 @json_option
 def inventory(names: bool, config: str | None, as_json: bool) -> None:
-    """Count what hostd owns on this host, from the kernel and the file systems."""
+    """Count hostd's resources on this host. Reads the kernel and the file systems."""
     settings = settings_of(config)
     try:
-        found = take(settings)
+        owned = take(settings)
     except Failure as error:
         raise CliError(error.code, error.message) from error
     except PermissionError as error:
-        raise CliError(
-            "host_fault", f"{error.filename}: {error.strerror}; run it as root"
-        ) from error
+        raise CliError("host_fault", f"{error.filename}: {error.strerror}; run as root") from error
     if as_json:
-        print_json(to_builtins(found) if names else found.counts)
+        print_json(to_builtins(owned) if names else owned.counts)
         return
-    for kind, count in found.counts.items():
+    for kind, count in owned.counts.items():
         click.echo(f"{kind:<10} {count:>6}")
-        for name in getattr(found, kind) if names else ():
+        for name in getattr(owned, kind) if names else ():
             click.echo(f"  {name}")

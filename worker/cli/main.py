@@ -1,4 +1,4 @@
-"""The `hostd` command: one explicit table of subcommands, each loaded when it is used."""
+"""The `hostd` command: one explicit table of subcommands, each imported on first use."""
 
 import importlib
 from importlib.metadata import version
@@ -10,37 +10,45 @@ import structlog
 from worker import logs
 from worker.cli.context import CliError, config_option, exit_code, print_json
 
+SECTIONS: Final[dict[str, dict[str, str]]] = {
+    "Worker": {
+        "run": "worker.cli.run:run",
+        "check-config": "worker.cli.check_config:check_config",
+        "provision": "worker.cli.provision:provision",
+        "demo": "worker.demo.command:demo",
+    },
+    "Commands (sent over NATS)": {
+        "ping": "worker.cli.commands:ping",
+        "net-up": "worker.cli.commands:net_up",
+        "net-down": "worker.cli.commands:net_down",
+        "start": "worker.cli.commands:start",
+        "stop": "worker.cli.commands:stop",
+        "sleep": "worker.cli.commands:sleep",
+        "wake": "worker.cli.commands:wake",
+        "destroy": "worker.cli.commands:destroy",
+    },
+    "Queries (read-only, over NATS)": {
+        "ls": "worker.cli.queries:ls",
+        "show": "worker.cli.queries:show",
+        "events": "worker.cli.queries:events",
+    },
+    "Local files and kernel state (as root)": {
+        "logs": "worker.cli.local:logs",
+        "inventory": "worker.cli.local:inventory",
+        "seed": "worker.cli.seed:seed",
+    },
+    "Message debugging": {
+        "decode": "worker.cli.codec:decode",
+        "encode": "worker.cli.codec:encode",
+    },
+}
 COMMANDS: Final[dict[str, str]] = {
-    # the worker
-    "run": "worker.cli.run:run",
-    "demo": "worker.demo.command:demo",
-    "check-config": "worker.cli.check_config:check_config",
-    "provision": "worker.cli.provision:provision",
-    # commands, over the bus
-    "ping": "worker.cli.commands:ping",
-    "start": "worker.cli.commands:start",
-    "stop": "worker.cli.commands:stop",
-    "sleep": "worker.cli.commands:sleep",
-    "wake": "worker.cli.commands:wake",
-    "destroy": "worker.cli.commands:destroy",
-    "net-up": "worker.cli.commands:net_up",
-    "net-down": "worker.cli.commands:net_down",
-    # questions, over the bus
-    "ls": "worker.cli.queries:ls",
-    "show": "worker.cli.queries:show",
-    "events": "worker.cli.queries:events",
-    # on this host's files
-    "seed": "worker.cli.seed:seed",
-    "logs": "worker.cli.local:logs",
-    "inventory": "worker.cli.local:inventory",
-    # without a host
-    "decode": "worker.cli.codec:decode",
-    "encode": "worker.cli.codec:encode",
+    name: target for section in SECTIONS.values() for name, target in section.items()
 }
 
 
-class Lazy(click.Group):
-    """A group that imports a subcommand when it is asked for: `hostd decode` needs no bus."""
+class LazyGroup(click.Group):
+    """A group that imports a subcommand on first use: `hostd decode` needs no NATS client."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -51,11 +59,23 @@ class Lazy(click.Group):
         module, _, name = COMMANDS[cmd_name].partition(":")
         command = getattr(importlib.import_module(module), name)
         if not isinstance(command, click.Command):
-            raise TypeError(f"{COMMANDS[cmd_name]} is no command")
+            raise TypeError(f"{COMMANDS[cmd_name]}: expected a click command, got {command!r}")
         return command
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The subcommands by section, in the order of the table."""
+        width = max(map(len, COMMANDS))
+        for title, section in SECTIONS.items():
+            rows: list[tuple[str, str]] = []
+            for name in section:
+                command = self.get_command(ctx, name)
+                if command is not None:
+                    rows.append((name.ljust(width), command.get_short_help_str(limit=80)))
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the subcommand; a failure is printed once, here."""
+        """Run the subcommand. The only place that prints a failure."""
         as_json = "--json" in ctx.args
         try:
             return super().invoke(ctx)
@@ -67,14 +87,14 @@ class Lazy(click.Group):
             ctx.exit(exit_code(error.code))
 
 
-@click.command(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("hostd"), prog_name="hostd")
 @config_option
 @click.pass_context
 def main(ctx: click.Context, config: str | None) -> None:
-    """The host daemon of a Firecracker fleet.
+    """Host daemon for Firecracker microVMs, and its command-line client.
 
-    Exit codes: 0 done, 2 usage, 10 invalid, 11 unsupported, 12 conflict, 13 not found,
+    Exit codes: 0 ok, 2 usage error, 10 invalid, 11 unsupported, 12 conflict, 13 not found,
     14 exhausted, 15 unavailable, 16 expired, 17 superseded, 18 draining, 20 host fault,
     21 internal, 30 no answer.
     """

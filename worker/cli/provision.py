@@ -1,4 +1,4 @@
-"""`hostd provision`: the streams, bucket and consumers of a cell, with an admin's credential."""
+"""`hostd provision`: streams, KV bucket and consumers of a cell, with an admin credential."""
 
 import asyncio
 from dataclasses import asdict
@@ -26,10 +26,20 @@ CONNECT_TIMEOUT_S = 10.0
 
 
 @click.command()
-@click.option("--url", help="NATS server. Default: [nats] url.")
-@click.option("--creds", metavar="FILE", help="The administrator's NATS credentials.")
-@click.option("--host", "hosts", multiple=True, help="Repeatable. Default: [host] id.")
-@click.option("--replicas", type=click.IntRange(1, 5), default=1, show_default=True)
+@click.option("--url", help="NATS server URL. Default: [nats] url.")
+@click.option(
+    "--creds",
+    metavar="FILE",
+    help="NATS credentials file of an administrator. Default: [nats] creds.",
+)
+@click.option("--host", "hosts", multiple=True, help="Host ID; repeatable. Default: [host] id.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(1, 5),
+    default=1,
+    show_default=True,
+    help="Replicas of each stream and the bucket.",
+)
 @config_option
 @json_option
 def provision(
@@ -40,11 +50,13 @@ def provision(
     config: str | None,
     as_json: bool,
 ) -> None:
-    """Make what a cell needs on the NATS server, and a consumer per host; may be repeated."""
+    """Create a cell's streams, KV bucket and one consumer per host. Idempotent."""
     settings = settings_of(config)
     hosts = hosts or (settings.host.id,)
     if bad := [host for host in hosts if not HOST_ID_PATTERN.fullmatch(host)]:
-        raise click.UsageError(f"{bad[0]!r} is no host id")
+        raise click.UsageError(
+            f"invalid host ID {bad[0]!r}: use 1-63 characters A-Z, a-z, 0-9, '_' or '-'"
+        )
     nats = msgspec.structs.replace(
         settings.nats, url=url or settings.nats.url, creds=creds or settings.nats.creds
     )
@@ -57,11 +69,14 @@ def provision(
             await asyncio.wait_for(connection.wait_connected(), CONNECT_TIMEOUT_S)
             return await provision_cell(connection, subjects, hosts, replicas=replicas)
         except TimeoutError as error:
-            raise NoAnswer(f"{nats.url}: {connection.last_error or 'no connection'}") from error
+            raise NoAnswer(
+                f"cannot connect to NATS at {nats.url} within {CONNECT_TIMEOUT_S:g} s: "
+                f"{connection.last_error or 'no connection'}"
+            ) from error
         finally:
             await connection.close()
 
-    progress(f"provisioning cell {settings.host.cell} for {len(hosts)} hosts at {nats.url}")
+    progress(f"provisioning cell {settings.host.cell} at {nats.url}, hosts: {', '.join(hosts)}")
     try:
         made = asyncio.run(work())
     except NotProvisioned as error:

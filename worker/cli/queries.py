@@ -1,4 +1,4 @@
-"""Questions to a worker over `ask`, and its events: ls show events. None changes the host."""
+"""Read-only queries to a worker over its `ask` subjects, and its events: ls show events."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from worker.cli.context import NoAnswer, print_json, settings_of
 
 
 def ask(question: str, body: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """One question to one host; `options` are those of `bus_options`."""
+    """Send one query to one host; `options` are those of `bus_options`."""
     settings = settings_of(options["config"])
 
     async def exchange() -> dict[str, Any]:
@@ -26,14 +26,14 @@ def ask(question: str, body: dict[str, Any], options: dict[str, Any]) -> dict[st
 
 
 def clock(at_ms: int) -> str:
-    """Unix milliseconds as UTC, to the millisecond."""
+    """Unix milliseconds as UTC with millisecond precision."""
     return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
 
 
 @click.command("ls")
 @bus_options
 def ls(as_json: bool, **options: Any) -> None:
-    """List the host's networks and instances with their status."""
+    """List a host's networks and instances with their status."""
     answer = ask("list", {}, options)
     if as_json:
         print_json(answer)
@@ -51,7 +51,7 @@ def ls(as_json: bool, **options: Any) -> None:
         for instance in answer["instances"]
     ]
     if not rows:
-        click.echo("nothing here")
+        click.echo("no networks or instances")
         return
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
@@ -67,9 +67,9 @@ def ls(as_json: bool, **options: Any) -> None:
 def show(
     tenant_id: str, pool_id: str | None, instance_id: str | None, as_json: bool, **options: Any
 ) -> None:
-    """Show all that the host knows of a tenant's network or of an instance."""
+    """Show a tenant's network or an instance in full."""
     if (pool_id is None) != (instance_id is None):
-        raise click.UsageError("give TENANT, or TENANT POOL INSTANCE")
+        raise click.UsageError("expected TENANT or TENANT POOL INSTANCE")
     body = {"tenant_id": tenant_id}
     if pool_id is not None and instance_id is not None:
         body |= {"pool_id": pool_id, "instance_id": instance_id}
@@ -90,11 +90,11 @@ def _text(name: str, value: object) -> str:
 
 
 @click.command()
-@click.option("--all-hosts", is_flag=True, help="Of all hosts of the cell.")
-@click.option("--kept", is_flag=True, help="First what the stream still keeps, the oldest first.")
-@click.option("--no-follow", is_flag=True, help="Do not wait for new ones.")
-@click.option("--count", type=click.IntRange(min=1), help="Stop after this many.")
-@click.option("--timeout", "timeout_s", type=float, metavar="S", help="Stop after S seconds.")
+@click.option("--all-hosts", is_flag=True, help="Events of all hosts of the cell.")
+@click.option("--kept", is_flag=True, help="Start with retained events (replay), oldest first.")
+@click.option("--no-follow", is_flag=True, help="Exit after the retained events.")
+@click.option("--count", type=click.IntRange(min=1), help="Exit after this many events.")
+@click.option("--timeout", "timeout_s", type=float, metavar="S", help="Exit after S seconds.")
 @bus_options
 def events(
     all_hosts: bool,
@@ -105,19 +105,19 @@ def events(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Follow the event stream. With --json one event per line.
+    """Follow the event stream. With --json, one event per line.
 
-    Exit code 30 if --timeout passed before --count events came.
+    Exits with 30 if --timeout expires before --count events have arrived.
     """
     if no_follow and not kept:
-        raise click.UsageError("--no-follow shows something only with --kept")
+        raise click.UsageError("--no-follow requires --kept")
     settings = settings_of(options["config"])
     host = "*" if all_hosts else options["host"] or settings.host.id
     shown = 0
     newest: dict[str, int] = {}
 
     def show_event(event: dict[str, Any]) -> bool:
-        """Whether it was the last one asked for; one that comes twice is shown once."""
+        """Print an event unless it is a duplicate; true when `--count` is reached."""
         nonlocal shown
         journal = f"{event['host_id']}:{event['journal_id']}"
         if event["seq"] > newest.get(journal, 0):
@@ -141,7 +141,9 @@ def events(
                 await follow()
         except TimeoutError as error:
             if count is not None:
-                raise NoAnswer(f"{shown} of {count} events within {timeout_s} s") from error
+                raise NoAnswer(
+                    f"received {shown} of {count} events within {timeout_s:g} s"
+                ) from error
 
     with suppress(KeyboardInterrupt):
         asyncio.run(bounded())

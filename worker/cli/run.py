@@ -1,4 +1,4 @@
-"""The worker itself: `hostd run`."""
+"""`hostd run`: the worker process."""
 
 import click
 
@@ -11,9 +11,9 @@ from worker.preflight import find_uid_overlap
 
 @click.command()
 @config_option
-@click.option("--json", is_flag=True, help="Taken for uniformity: its logs are JSON anyway.")
+@click.option("--json", is_flag=True, help="Accepted for consistency; logs are always JSON.")
 def run(config: str | None, json: bool) -> None:
-    """Run the worker of this host until SIGTERM or SIGINT; VMs go on running."""
+    """Run the worker until SIGTERM or SIGINT. VMs outlive it."""
     del json
     settings = settings_of(config)
     check_uids(settings)
@@ -22,11 +22,17 @@ def run(config: str | None, json: bool) -> None:
 
 
 def check_uids(settings: Settings) -> None:
-    """That no user of this host has a uid of the jails. Raises CliError, `invalid`."""
+    """Refuse a jail uid range that overlaps a local user, group or subordinate id range.
+
+    Raises:
+        CliError: `invalid`; the message names the file and the owner of the overlapping ids.
+    """
     vmm = settings.vmm
     if taken := find_uid_overlap(vmm.uid_base, vmm.uid_count):
+        last = taken.first + taken.count - 1
+        ids = f"uid {taken.first}" if taken.count == 1 else f"uids {taken.first}-{last}"
         raise CliError(
             "invalid",
-            f"vmm.uid_base, vmm.uid_count: {taken.file} gives {taken.count} of these ids, "
-            f"from {taken.first} on, to {taken.owner}; choose a range that nobody has",
+            f"vmm.uid_base, vmm.uid_count: uid range overlaps {taken.owner} in {taken.file} "
+            f"({ids}); choose an unused range",
         )

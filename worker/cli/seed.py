@@ -1,7 +1,7 @@
-"""`hostd seed`: writes a tenant, a pool and an instance as agentd would.
+"""`hostd seed`: write the files of a tenant, a pool and an instance in agentd's place.
 
-For trying hostd out and for tests. What is there is kept: a tenant's net and an instance's file
-are never rewritten, a pool gets the values that are asked for. All writes are atomic.
+For trials and tests. Existing tenant and instance files are never rewritten; an existing pool gets
+the resources and tags that are given. All writes are atomic.
 """
 
 import contextlib
@@ -20,7 +20,14 @@ import click
 from schemas import naming
 from schemas.requests import InstanceRef, TenantNet
 from worker.cli.commands import instance_arguments
-from worker.cli.context import CliError, config_option, json_option, print_json, settings_of
+from worker.cli.context import (
+    CliError,
+    check_id,
+    config_option,
+    json_option,
+    print_json,
+    settings_of,
+)
 
 NET_IDS: Final = (1, 4095)
 _QUOTAS: Final = {
@@ -36,7 +43,7 @@ _QUOTAS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """What to write. `artifacts` maps `vmlinux`, `rootfs.ext4`, `initrd` to files to copy."""
+    """What to write. `artifacts` maps `vmlinux`, `rootfs.ext4`, `initrd` to the files to copy."""
 
     ref: InstanceRef
     net_id: int
@@ -51,7 +58,7 @@ class Seed:
 
 @dataclass(frozen=True, slots=True)
 class Seeded:
-    """What is there now. `revision` is None as long as the pool has no artifacts."""
+    """The resulting state. `revision` is None while the pool has no artifacts."""
 
     net: TenantNet
     guest_ip: str
@@ -60,22 +67,22 @@ class Seeded:
 
 
 def net_of(net_id: int) -> TenantNet:
-    """The subnet that agentd's formula gives: `10.(240 + id >> 8).(id & 255).0/24`."""
+    """The subnet by agentd's formula: `10.(240 + (id >> 8)).(id & 255).0/24`."""
     base = f"10.{240 + (net_id >> 8)}.{net_id & 255}"
     return TenantNet(net_id, f"{base}.0/24", f"{base}.1", naming.bridge_name(net_id))
 
 
 def write_seed(data_root: str, seed: Seed) -> Seeded:
-    """Write what is missing below `data_root`.
+    """Create the files that are missing below `data_root`.
 
     Raises:
-        CliError: `invalid` ids; `conflict` with what is there; `exhausted` addresses.
+        CliError: `invalid` IDs; `conflict` with an existing file; `exhausted` addresses.
     """
-    for value in (seed.ref.tenant_id, seed.ref.pool_id, seed.ref.instance_id):
-        if not naming.ID_PATTERN.fullmatch(value):
-            raise CliError("invalid", f"{value!r} is no id: 1 to 63 of a-z 0-9 and inner -")
+    check_id("tenant", seed.ref.tenant_id)
+    check_id("pool", seed.ref.pool_id)
+    check_id("instance", seed.ref.instance_id)
     if not NET_IDS[0] <= seed.net_id <= NET_IDS[1]:
-        raise CliError("invalid", f"net id {seed.net_id} is not in {NET_IDS[0]}..{NET_IDS[1]}")
+        raise CliError("invalid", f"tenant net ID {seed.net_id}: want {NET_IDS[0]}..{NET_IDS[1]}")
     tenant = os.path.join(data_root, "tenants", seed.ref.tenant_id)
     pool = os.path.join(tenant, "pools", seed.ref.pool_id)
     net = _write_tenant(tenant, seed)
@@ -89,17 +96,20 @@ def write_seed(data_root: str, seed: Seed) -> Seeded:
 
 def _write_tenant(directory: str, seed: Seed) -> TenantNet:
     path = os.path.join(directory, "tenant.json")
-    wanted = net_of(seed.net_id)
+    net = net_of(seed.net_id)
     if (there := _read(path)) is not None:
         if there.get("net", {}).get("tenant_net_id") != seed.net_id:
-            raise CliError("conflict", f"{path}: has another net: {there.get('net')}")
+            raise CliError(
+                "conflict",
+                f"{path}: net mismatch: found {there.get('net')}, want tenant_net_id {seed.net_id}",
+            )
         return TenantNet(**there["net"])
     _write_json(
         path,
         {
             "tenant_id": seed.ref.tenant_id,
             "quotas": _QUOTAS,
-            "net": {name: getattr(wanted, name) for name in wanted.__struct_fields__},
+            "net": {name: getattr(net, name) for name in net.__struct_fields__},
             "secrets_epoch": 0,
             "config_version": 1,
             "pinned": False,
@@ -107,7 +117,7 @@ def _write_tenant(directory: str, seed: Seed) -> TenantNet:
             "created_at": _now(),
         },
     )
-    return wanted
+    return net
 
 
 def _write_pool(directory: str, seed: Seed) -> None:
@@ -133,7 +143,7 @@ def _write_pool(directory: str, seed: Seed) -> None:
 
 
 def _write_artifacts(directory: str, artifacts: dict[str, str]) -> str | None:
-    """Copy into `revisions/<hash of the content>` and point `current` at it."""
+    """Copy into `revisions/<hash of the content>` and point the `current` symlink at it."""
     current = os.path.join(directory, "current")
     if not artifacts:
         there = os.readlink(current) if os.path.islink(current) else None
@@ -143,20 +153,20 @@ def _write_artifacts(directory: str, artifacts: dict[str, str]) -> str | None:
     os.makedirs(revisions, exist_ok=True)
     target = os.path.join(revisions, revision)
     if not os.path.isdir(target):
-        half = tempfile.mkdtemp(prefix=".new-", dir=revisions)
+        partial = tempfile.mkdtemp(prefix=".new-", dir=revisions)
         try:
-            os.chmod(half, 0o755)  # noqa: S103 # hostd and agentd are different users
+            os.chmod(partial, 0o755)  # noqa: S103 # hostd and agentd run as different users
             for name, source in artifacts.items():
-                shutil.copyfile(source, os.path.join(half, name))
-            os.rename(half, target)
+                shutil.copyfile(source, os.path.join(partial, name))
+            os.rename(partial, target)
         except OSError:
-            shutil.rmtree(half, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-    link = f"{current}.new"
+    symlink = f"{current}.new"
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(link)
-    os.symlink(f"revisions/{revision}", link)
-    os.rename(link, current)
+        os.unlink(symlink)
+    os.symlink(f"revisions/{revision}", symlink)
+    os.rename(symlink, current)
     return revision
 
 
@@ -208,7 +218,7 @@ def _write_instance(tenant: str, pool: str, seed: Seed, net: TenantNet) -> dict[
 
 
 def _free_offset(tenant: str, net: TenantNet) -> int:
-    """The first offset that no instance of the tenant has, as agentd takes it."""
+    """The lowest address offset that no instance of the tenant uses, as agentd allocates it."""
     base = ipaddress.IPv4Network(net.ipv4_subnet).network_address
     taken: set[int] = set()
     pools = os.path.join(tenant, "pools")
@@ -221,7 +231,7 @@ def _free_offset(tenant: str, net: TenantNet) -> int:
     for offset in range(naming.OFFSET_MIN, naming.OFFSET_MAX + 1):
         if offset not in taken:
             return offset
-    raise CliError("exhausted", f"{tenant}: no address is left in {net.ipv4_subnet}")
+    raise CliError("exhausted", f"{tenant}: all addresses of {net.ipv4_subnet} are in use")
 
 
 def _now() -> str:
@@ -243,26 +253,26 @@ def _write_json(path: str, value: dict[str, Any]) -> None:
 
 
 def write_atomic(path: str, content: bytes, *, mode: int) -> None:
-    """Replace the file in one step, on disk before it shows."""
+    """Replace the file atomically: written and synced under a temporary name, then renamed."""
     directory = os.path.dirname(path)
     os.makedirs(directory, exist_ok=True)
-    descriptor, half = tempfile.mkstemp(prefix=".new-", dir=directory)
+    descriptor, partial = tempfile.mkstemp(prefix=".new-", dir=directory)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        os.rename(half, path)
+        os.rename(partial, path)
     except OSError:
-        os.unlink(half)
+        os.unlink(partial)
         raise
 
 
 def _tags(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> object:
     pairs = [value.partition("=") for value in values]
     if bad := [name for name, equals, _ in pairs if not equals or not name]:
-        raise click.BadParameter(f"{bad[0]!r} is not name=value")
+        raise click.BadParameter(f"invalid tag {bad[0]!r}: expected NAME=VALUE")
     return {name: value for name, _, value in pairs}
 
 
@@ -271,16 +281,32 @@ _FILE = click.Path(exists=True, dir_okay=False)
 
 @click.command()
 @instance_arguments
-@click.option("--net-id", type=click.IntRange(*NET_IDS), required=True, help="Tenant net id.")
-@click.option("--vmlinux", type=_FILE, help="Kernel; with --rootfs makes a new revision current.")
-@click.option("--rootfs", type=_FILE)
-@click.option("--initrd", type=_FILE)
-@click.option("--vcpus", type=click.IntRange(1, 32), default=1, show_default=True)
-@click.option("--mem-mib", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--data-disk-mib", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--tag", "tags", multiple=True, callback=_tags, metavar="K=V", help="Of the pool.")
-@click.option("--secrets", type=click.File("rb"), help="Becomes the tenant's secrets.json.")
-@click.option("--offset", type=click.IntRange(naming.OFFSET_MIN, naming.OFFSET_MAX))
+@click.option("--net-id", type=click.IntRange(*NET_IDS), required=True, help="Tenant net ID.")
+@click.option(
+    "--vmlinux", type=_FILE, help="Kernel image; with --rootfs, becomes the current revision."
+)
+@click.option("--rootfs", type=_FILE, help="Root file system image (ext4).")
+@click.option("--initrd", type=_FILE, help="Initial RAM disk.")
+@click.option("--vcpus", type=click.IntRange(1, 32), default=1, show_default=True, help="vCPUs.")
+@click.option(
+    "--mem-mib", type=click.IntRange(1), default=128, show_default=True, help="Memory in MiB."
+)
+@click.option(
+    "--data-disk-mib",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Data disk in MiB; 0 for none.",
+)
+@click.option(
+    "--tag", "tags", multiple=True, callback=_tags, metavar="K=V", help="Pool tag; repeatable."
+)
+@click.option("--secrets", type=click.File("rb"), help="File copied to the tenant's secrets.json.")
+@click.option(
+    "--offset",
+    type=click.IntRange(naming.OFFSET_MIN, naming.OFFSET_MAX),
+    help="Address offset in the subnet. Default: the lowest free one.",
+)
 @config_option
 @json_option
 def seed(
@@ -297,9 +323,11 @@ def seed(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Write a tenant, pool and instance as agentd would; what is there is kept."""
+    """Create tenant, pool and instance files as agentd does. Keeps existing ones."""
     if (vmlinux is None) != (rootfs is None) or (initrd and not vmlinux):
-        raise click.UsageError("--vmlinux and --rootfs go together, --initrd only with them")
+        raise click.UsageError(
+            "--vmlinux and --rootfs must be given together; --initrd requires both"
+        )
     files = {"vmlinux": vmlinux, "rootfs.ext4": rootfs, "initrd": initrd}
     ref = InstanceRef(tenant_id, pool_id, instance_id)
     root = settings_of(config).paths.data
@@ -316,5 +344,7 @@ def seed(
     if as_json:
         print_json({"guest_ip": seeded.guest_ip, "tap": seeded.tap, "revision": seeded.revision})
     else:
-        click.echo(f"{ref}: {seeded.guest_ip} on {seeded.net.bridge_name}, below {root}")
-        click.echo(f"revision {seeded.revision or 'none: give --vmlinux and --rootfs'}")
+        click.echo(
+            f"{ref}: address {seeded.guest_ip}, bridge {seeded.net.bridge_name}, files in {root}"
+        )
+        click.echo(f"revision: {seeded.revision or 'none (add one with --vmlinux and --rootfs)'}")

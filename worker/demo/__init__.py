@@ -1,1 +1,4 @@
-"""`hostd demo`, and what it needs of its own: nats-server, network namespace, clean-up."""
+"""`hostd demo` and its environment: nats-server, network namespace, cleanup.
+
+The tests use the environment too. Nothing here runs in a production worker.
+"""

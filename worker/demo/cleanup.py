@@ -1,7 +1,7 @@
-"""What a host made for a while leaves behind if it ends half-way: its VMMs, mounts and files.
+"""Removal of a temporary host: its VMMs, cgroups, mounts and files.
 
-For the demo and the tests, whose hosts have a cgroup tree, a network namespace and a directory of
-their own. Not for a real host: there hostd removes nothing that it cannot prove to be its own.
+For the demo and the tests, whose hosts have a private cgroup tree, network namespace and directory.
+Never for a real host: there hostd removes nothing that it cannot prove to be its own.
 """
 
 import contextlib
@@ -17,26 +17,26 @@ from handlers.host.vmm.cgroups import CgroupTree
 from schemas.settings import Settings
 
 EMPTY_TIMEOUT_S = 10.0
-LOOK_EVERY_S = 0.01
+POLL_INTERVAL_S = 0.01
 
 
 def remove_host(settings: Settings, directory: str) -> list[str]:
-    """Kill all that runs in the settings' cgroup tree, then remove the tree and the directory.
+    """Kill all processes in the settings' cgroup tree, then remove the tree and the directory.
 
-    Absent already is success. Blocks until it is done.
+    Idempotent. Blocks until done.
 
     Returns:
-        What could not be removed, one line each.
+        One line for each cgroup that could not be removed.
 
     Source: cgroups(7), `cgroup.kill` and `cgroup.events`; umount2(2). Needs: CAP_SYS_ADMIN.
     """
     tree = CgroupTree.of(settings)
-    left = list(_remove_cgroups(Path(tree.path(tree.base))))
+    remaining = list(_remove_cgroups(Path(tree.path(tree.base))))
     for mount in reversed(_mounts_below(directory)):
         unmount(mount, detach=True)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(directory)
-    return left
+    return remaining
 
 
 def _remove_cgroups(top: Path) -> Iterator[str]:
@@ -45,7 +45,7 @@ def _remove_cgroups(top: Path) -> Iterator[str]:
     (top / "cgroup.kill").write_text("1", encoding="ascii")
     until = time.monotonic() + EMPTY_TIMEOUT_S
     while _populated(top) and time.monotonic() < until:
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(POLL_INTERVAL_S)
     for path in sorted((p for p in top.rglob("*") if p.is_dir()), reverse=True):
         yield from _remove_cgroup(path)
     yield from _remove_cgroup(top)

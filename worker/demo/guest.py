@@ -1,4 +1,4 @@
-"""The demo's side of the guest: traffic through its TAP, and what its agent remembers."""
+"""The demo's view of the guest: traffic through its TAP, and the state its agent reports."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ AGENT_PORT = 5252
 
 
 async def echo_through_tap(guest_ip: str, text: bytes, *, timeout_s: float = 20.0) -> float:
-    """Send text to the guest's TCP echo service; returns the seconds until it came back."""
+    """Send text to the guest's TCP echo service; return the round-trip time in seconds."""
     loop = asyncio.get_running_loop()
     started = loop.time()
     async with asyncio.timeout(timeout_s):
@@ -29,12 +29,14 @@ async def echo_through_tap(guest_ip: str, text: bytes, *, timeout_s: float = 20.
         finally:
             writer.transport.abort()
     if answer != text:
-        raise Unavailable(f"the guest at {guest_ip} echoed something else")
+        raise Unavailable(
+            f"echo mismatch from guest {guest_ip}: sent {text!r}, received {answer!r}"
+        )
     return loop.time() - started
 
 
 async def read_stat(jail_root: str, *, timeout_s: float = 20.0) -> dict[str, Any]:
-    """The test guests' own `Stat`: counter, boots, boot_id, clock; asked until answered."""
+    """The test guests' `Stat` request: counter, boots, boot_id, clock. Retries until answered."""
     async with asyncio.timeout(timeout_s):
         while True:
             try:

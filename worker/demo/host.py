@@ -1,4 +1,4 @@
-"""The demo's host: a worker process with settings of its own, and how it goes again."""
+"""The demo's host: settings, a worker process, and its removal."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ from worker.demo.progress import DemoFailed
 
 
 def demo_settings(directory: str, url: str, build: str) -> Settings:
-    """All paths in one directory; limits in force where the machine has the controllers."""
+    """All paths in one directory; cgroup limits enforced where the machine has the controllers."""
     with open(f"{find_mount()}/cgroup.controllers") as file:
         controllers = file.read().split()
     return Settings(
@@ -60,11 +60,11 @@ async def provision_cell(settings: Settings, subjects: Subjects) -> None:
 
 @asynccontextmanager
 async def worker_process(settings: Settings, directory: str) -> AsyncGenerator[None]:
-    """`hostd run` as its own process; ended by SIGTERM, its log shown if it fails."""
+    """`hostd run` in a child process; stopped by SIGTERM, its log printed on failure."""
     environment = os.environ | environment_of(settings)
     log_path = f"{directory}/hostd.log"
-    with open(log_path, "wb") as log:  # noqa: ASYNC230 (the demo waits for nothing else)
-        # Not the working directory's `worker` directory; PYTHONPATH counts, the lab has it.
+    with open(log_path, "wb") as log:  # noqa: ASYNC230 (nothing else runs on this loop)
+        # -P: never import `worker` from the working directory. Not -I: the lab needs PYTHONPATH.
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "worker", stdout=log, stderr=log, env=environment
         )
@@ -84,7 +84,7 @@ async def worker_process(settings: Settings, directory: str) -> AsyncGenerator[N
             process.kill()
             await process.wait()
     if process.returncode != 0:
-        raise DemoFailed(f"the worker ended with {process.returncode}")
+        raise DemoFailed(f"the worker exited with status {process.returncode}, expected 0")
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
@@ -97,8 +97,8 @@ def environment_of(settings: Settings) -> dict[str, str]:
     return names
 
 
-async def first_ping(client: Client, settings: Settings) -> list[str]:
-    """Wait until the worker takes commands; what it says of itself."""
+async def wait_ready(client: Client, settings: Settings) -> list[str]:
+    """Wait until the worker accepts commands; return its version and limits, as text."""
     async with asyncio.timeout(60):
         while True:
             with suppress(CliError):
@@ -106,11 +106,11 @@ async def first_ping(client: Client, settings: Settings) -> list[str]:
                     break
             await asyncio.sleep(0.1)
     detail = (await client.send(settings.host.id, Ping(), timeout_s=10))["detail"]
-    limits = "in force" if detail["limits_enforced"] else "off, no cgroup v2 controllers here"
+    limits = "enforced" if detail["limits_enforced"] else "off (no cgroup v2 controllers)"
     return [f"hostd {detail['version']}", f"limits {limits}"]
 
 
-async def leave_nothing(settings: Settings, directory: str) -> None:
-    """After a good end only files are left to remove, after a bad one perhaps a VM."""
+async def clean_up(settings: Settings, directory: str) -> None:
+    """Remove the demo's files and, after a failure, its VMs; report what cannot be removed."""
     for line in await asyncio.to_thread(remove_host, settings, directory):
         click.echo(f"left behind: {line}", err=True)

@@ -1,4 +1,4 @@
-"""A network namespace of one's own, for the demo: what it does never meets the machine's links.
+"""A private network namespace for the demo: it never touches the machine's interfaces.
 
 Source: unshare(2), CLONE_NEWNET; netdevice(7), SIOCSIFFLAGS. Needs: CAP_SYS_ADMIN, CAP_NET_ADMIN.
 """
@@ -16,15 +16,17 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 
 
 def enter_new_network() -> None:
-    """Move this process, before it starts threads, into a new network namespace with `lo` up.
+    """Move this process into a new network namespace with `lo` up. Call before starting threads.
 
     Raises:
-        HostFault: not allowed, or the kernel has no network namespaces.
+        HostFault: permission denied, or the kernel has no network namespaces.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNET) != 0:
         error = ctypes.get_errno()
-        raise HostFault(f"no network namespace of its own: {os.strerror(error)}")
+        raise HostFault(
+            f"cannot create a network namespace: unshare(CLONE_NEWNET): {os.strerror(error)}"
+        )
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         request = struct.pack("16sh14x", b"lo", 0)
         (flags,) = struct.unpack_from("h", fcntl.ioctl(control, SIOCGIFFLAGS, request), 16)

@@ -1,4 +1,4 @@
-"""How the demo tells what it does: a line for each step, and a summary."""
+"""Progress of the demo: one line per step, and the rows of the summary."""
 
 import asyncio
 import time
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Story:
-    """What happened, told while it happens and summed up at the end."""
+class Progress:
+    """Prints each step while it runs and collects the rows of the summary."""
 
-    say: Callable[[str, bool], None]  # a text, and whether the line ends with it
+    write: Callable[[str, bool], None]  # a text, and whether it ends the line
     started: float = field(default_factory=time.perf_counter)
     rows: list[tuple[str, float | None, str]] = field(
         default_factory=list[tuple[str, float | None, str]]
@@ -20,44 +20,44 @@ class Story:
     stopped_by: int | None = None
 
     def line(self, text: str) -> None:
-        self.say(text, True)
+        self.write(text, True)
 
     def stop(self, signal_number: int) -> None:
-        """Begin no further step: a cancellation alone may be lost in a library's wait."""
+        """Start no further step: a library's wait may swallow a cancellation."""
         self.stopped_by = signal_number
 
     @contextmanager
     def step(self, what: str) -> Generator[list[str]]:
-        """Time the body; it appends the facts that are told. The name shows while it runs."""
+        """Time the body, which appends the facts to print. The name is printed first."""
         if self.stopped_by is not None:
             raise asyncio.CancelledError
-        self.say(f"  {what:<20} ", False)
+        self.write(f"  {what:<20} ", False)
         began = time.perf_counter()
         facts: list[str] = []
         try:
             yield facts
         except BaseException as error:
-            self.say("failed" if isinstance(error, Exception) else "interrupted", True)
+            self.write("failed" if isinstance(error, Exception) else "interrupted", True)
             raise
-        self._tell(what, time.perf_counter() - began, ", ".join(facts))
+        self._finish(what, time.perf_counter() - began, ", ".join(facts))
 
-    def tell(self, what: str, facts: str) -> None:
-        """Something seen, that took no time of its own."""
-        self.say(f"  {what:<20} ", False)
-        self._tell(what, None, facts)
+    def note(self, what: str, facts: str) -> None:
+        """A row without a duration."""
+        self.write(f"  {what:<20} ", False)
+        self._finish(what, None, facts)
 
-    def _tell(self, what: str, seconds: float | None, facts: str) -> None:
+    def _finish(self, what: str, seconds: float | None, facts: str) -> None:
         self.rows.append((what, seconds, facts))
-        self.say(f"{'' if seconds is None else duration(seconds):>9}   {facts}", True)
+        self.write(f"{'' if seconds is None else duration(seconds):>9}   {facts}", True)
 
     def total_s(self) -> float:
         return time.perf_counter() - self.started
 
 
 def duration(seconds: float) -> str:
-    """For people: milliseconds, or seconds from one on."""
+    """Milliseconds below one second, seconds from there on."""
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 
 class DemoFailed(Exception):
-    """The demo did not see what it promises to show."""
+    """The demo observed something other than what it is meant to show."""

@@ -1,4 +1,4 @@
-"""Instances, networks, tombstones (`handlers.interfaces.Records`), and the events they cause."""
+"""Instances, networks and tombstones (`handlers.interfaces.Records`), and the events they cause."""
 
 import sqlite3
 from collections.abc import Callable, Sequence

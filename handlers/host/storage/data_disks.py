@@ -58,8 +58,8 @@ class DataDisks:
         It has no name until it is whole: made unnamed, synced, marked, then linked into place.
 
         Raises:
-            Invalid: what is there is not the disk that hostd recorded (until `hostd adopt`), is a
-                link, is no regular file, or has names that no jail explains.
+            Invalid: the file is not the disk that hostd recorded, is a symlink, is not a regular
+                file, or has names that no jail explains.
             NotFound: the instance's directory is missing.
             Exhausted: the disk is full.
         """
@@ -109,7 +109,7 @@ class DataDisks:
         await run_in_slow_thread(lambda pace: self._wipe(ref, known, pace))
 
     async def adopt(self, ref: InstanceRef) -> DiskIdentity:
-        """Take the file that is there as the instance's disk: the operator's word, `hostd adopt`.
+        """Record the existing file as the instance's disk, by decision of an operator.
 
         Raises:
             NotFound: there is none. Invalid: a link, not a regular file, or several names.
@@ -164,7 +164,7 @@ class DataDisks:
             mark = read_mark(fd)
             ours = mark is not None and mark.ref == str(spec.ref)
             if spec.known is None and not (ours and mark is not None and mark.new):
-                raise Invalid(f"{path} was not made by hostd: see `hostd adopt`", path=path)
+                raise Invalid(f"{path} was not created by hostd: move it away", path=path)
             if spec.known is not None and not _is(identity, spec.known, marked=ours):
                 raise Invalid(f"{path} is not the disk that hostd recorded", path=path)
             self._check_names(spec.ref, fd, path)

@@ -80,7 +80,7 @@ async def test_a_file_that_hostd_did_not_make_waits_for_adoption(
     disks: DataDisks, world: StoreHost
 ) -> None:
     write(path_of(world), b"\0" * 4096)
-    with pytest.raises(Invalid, match="hostd adopt"):
+    with pytest.raises(Invalid, match="was not created by hostd"):
         await disks.ensure(SPEC)
     for refuse in (disks.check_wipe, disks.wipe):
         with pytest.raises(Invalid, match="no data disk that hostd made"):

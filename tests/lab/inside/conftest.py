@@ -1,4 +1,4 @@
-"""Collected in the lab only: here, on the machine that boots the lab, they would prove nothing."""
+"""Collected in the lab only: on the machine that boots the lab they would prove nothing."""
 
 import os
 

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 
-def test_the_demo_tells_its_story_and_leaves_nothing() -> None:
+def test_the_demo_reports_every_step_and_leaves_nothing() -> None:
     demo = subprocess.run(
         ["hostd", "demo", "--here", "--json"],
         capture_output=True,
@@ -15,11 +15,11 @@ def test_the_demo_tells_its_story_and_leaves_nothing() -> None:
     )
 
     assert demo.returncode == 0, demo.stderr
-    told = json.loads(demo.stdout)
-    facts = {step["what"]: step["facts"] for step in told["steps"]}
-    assert (told["where"], told["guest"]) == ("in the lab", "linux")
-    assert "limits in force" in facts["worker ready"]
-    assert "same boot id, clock within" in facts["the guest remembers"]
-    assert "the same before and after: 0 things" in facts["inventory"]
+    summary = json.loads(demo.stdout)
+    facts = {step["what"]: step["facts"] for step in summary["steps"]}
+    assert (summary["where"], summary["guest"]) == ("in the lab", "linux")
+    assert "limits enforced" in facts["worker ready"]
+    assert "same boot id, clock within" in facts["guest state"]
+    assert "unchanged: 0 resources" in facts["inventory"]
     assert list(Path("/var/tmp").glob("hostd-demo-*")) == []
     assert list(Path("/sys/fs/cgroup").glob("hostd-demo-*")) == []

@@ -1,4 +1,4 @@
-"""The lab is a host as in production: true KVM, cgroup v2 with its controllers, nftables."""
+"""The lab is like a production host: true KVM, cgroup v2 with its controllers, nftables."""
 
 import fcntl
 import os
@@ -28,7 +28,7 @@ def test_cgroup_v2_has_the_controllers_that_limits_need() -> None:
     assert {"cpu", "io", "memory", "pids"} <= set(enabled)
 
 
-def test_nftables_bridges_and_taps_are_there() -> None:
+def test_nftables_bridges_and_taps_are_available() -> None:
     for command in (
         "nft add table bridge lab-check",
         "nft delete table bridge lab-check",

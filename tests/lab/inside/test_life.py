@@ -1,7 +1,7 @@
-"""An instance's whole life with the Linux guest, through the worker of a production host.
+"""An instance's whole life cycle with the Linux guest, through the worker of a production host.
 
-The life is lived once, in order; what was seen on the way is kept, and each test is about one
-promise of it. The worker is killed while the VM runs and restarted while it sleeps.
+It runs once, in order, and records observations; each test checks one guarantee. The worker is
+killed while the VM runs and restarted while it sleeps.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ CONFIG_FILE, SECRETS_FILE = "/mnt/config/config.json", "/mnt/secrets/secrets.jso
 
 
 @dataclass
-class Look:
-    """What was seen of the running instance at one moment."""
+class Observation:
+    """The running instance at one moment."""
 
     described: dict[str, Any]
     stat: dict[str, Any]
@@ -39,12 +39,12 @@ class Look:
 
 @dataclass
 class Life:
-    """All that was seen. `replies` by what was asked, `looks` by when, `limits` of the cgroup."""
+    """All observations. `replies` by command, `seen` by moment, `limits` of the cgroup."""
 
     overhead_mib: int = 0
     slept_s: float = 0.0
     replies: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
-    looks: dict[str, Look] = field(default_factory=dict[str, Look])
+    seen: dict[str, Observation] = field(default_factory=dict[str, Observation])
     limits: dict[str, str] = field(default_factory=dict[str, str])
     cgroups: dict[str, str] = field(default_factory=dict[str, str])
     drives: list[str] = field(default_factory=list[str])
@@ -60,11 +60,11 @@ async def live() -> Life:
         life.replies["ping"] = await host.ping()
         life.replies["net_up"] = await host.net_up(seeded)
         life.replies["start"] = await host.run(START)
-        life.looks["started"] = await look(host, seeded)
+        life.seen["started"] = await look(host, seeded)
         await look_outside(life, host)
         await host.kill_worker()
         await host.start_worker()
-        life.looks["adopted"] = await look(host, seeded)
+        life.seen["adopted"] = await look(host, seeded)
         life.replies["sleep"] = await host.run(SLEEP)
         asleep_from = time.monotonic()
         life.owned["asleep"] = await host.inventory()
@@ -74,7 +74,7 @@ async def live() -> Life:
         await host.start_worker()
         life.slept_s = time.monotonic() - asleep_from
         life.replies["wake"] = await host.run(WAKE)
-        life.looks["woken"] = await look(host, seeded)
+        life.seen["woken"] = await look(host, seeded)
         life.replies["stop"] = await host.run(STOP)
         life.replies["destroy"] = await host.run(DESTROY)
         life.replies["net_down"] = await host.net_down(seeded.net)
@@ -83,11 +83,11 @@ async def live() -> Life:
     return life
 
 
-async def look(host: LiveHost, seeded: Seeded) -> Look:
+async def look(host: LiveHost, seeded: Seeded) -> Observation:
     stat = await host.stat()
     clock_off_s = stat["unix_nanos"] / 1e9 - time.time()
     address = seeded.guest_ip
-    return Look(
+    return Observation(
         described=await host.describe(),
         stat=stat,
         clock_off_s=clock_off_s,
@@ -108,7 +108,7 @@ async def read_file(host: LiveHost, path: str) -> str:
 
 
 async def look_outside(life: Life, host: LiveHost) -> None:
-    """The VMM as the kernel sees it."""
+    """The VMM according to the kernel."""
     pid = life.replies["start"]["detail"]["pid"]
     tree = CgroupTree.of(host.settings)
     name = tree.name(REF.tenant_id, (await host.describe())["jail_id"])
@@ -132,7 +132,7 @@ def test_every_command_does_its_work_and_leaves_nothing_behind(life: Life) -> No
     assert life.replies["ping"]["detail"]["limits_enforced"] is True
 
 
-def test_limits_are_in_force(life: Life) -> None:
+def test_limits_are_enforced(life: Life) -> None:
     assert life.limits == {
         "memory.max": str((128 + life.overhead_mib) * MIB),
         "memory.swap.max": "0",
@@ -143,7 +143,7 @@ def test_limits_are_in_force(life: Life) -> None:
 
 
 def test_the_guest_finds_its_drives_by_label_with_their_content(life: Life) -> None:
-    look = life.looks["started"]
+    look = life.seen["started"]
     config = json.loads(look.config)
 
     assert life.drives == ["linux-root", "mvm-config", "mvm-data", "mvm-secrets"]
@@ -159,11 +159,11 @@ def test_the_guest_finds_its_drives_by_label_with_their_content(life: Life) -> N
 
 @pytest.mark.parametrize("when", ["started", "adopted", "woken"])
 def test_traffic_flows(life: Life, when: str) -> None:
-    assert life.looks[when].answers == {"ping": True, "udp": b"datagram", "tcp": PAYLOAD}
+    assert life.seen[when].answers == {"ping": True, "udp": b"datagram", "tcp": PAYLOAD}
 
 
 def test_a_killed_worker_finds_its_vm_again(life: Life) -> None:
-    before, after = life.looks["started"], life.looks["adopted"]
+    before, after = life.seen["started"], life.seen["adopted"]
 
     assert after.described["status"] == "running"
     assert after.described["jail_id"] == before.described["jail_id"]
@@ -183,13 +183,13 @@ def test_sleep_drains_the_guest_and_keeps_only_the_snapshot(life: Life) -> None:
 
 
 def test_the_woken_guest_is_the_one_that_slept(life: Life) -> None:
-    before, after = life.looks["adopted"].stat, life.looks["woken"].stat
+    before, after = life.seen["adopted"].stat, life.seen["woken"].stat
     started, woken = life.replies["start"]["detail"], life.replies["wake"]["detail"]
 
     assert after["counter"] > before["counter"]
     assert after["boot_id"] == before["boot_id"]
     assert (after["boots"], after["drains"]) == (1, 1)
-    assert after["wakes"] >= 1  # told once more where the first answer was slow to come
+    assert after["wakes"] >= 1  # sent again where the first answer was slow
     assert woken["pid"] != started["pid"]
     assert (started["launch"], woken["launch"]) == (1, 2)
 
@@ -198,13 +198,13 @@ def test_the_clock_is_right_after_seconds_asleep(life: Life) -> None:
     detail = life.replies["wake"]["detail"]
 
     assert life.slept_s > 2
-    assert abs(life.looks["woken"].clock_off_s) < 1
+    assert abs(life.seen["woken"].clock_off_s) < 1
     assert isinstance(detail["clock_was_off_s"], float)
     assert not [name for name in detail if name.endswith("_failed")]
 
 
 def test_the_woken_guest_gets_new_small_drives(life: Life) -> None:
-    before, after = life.looks["adopted"], life.looks["woken"]
+    before, after = life.seen["adopted"], life.seen["woken"]
 
     assert before.secrets.encode() == SECRETS[0]
     assert after.secrets.encode() == SECRETS[1]
@@ -212,7 +212,7 @@ def test_the_woken_guest_gets_new_small_drives(life: Life) -> None:
     assert after.stat["mounted"] == ["config", "secrets", "data"]
 
 
-def test_the_guest_ends_by_itself_when_asked_to_stop(life: Life) -> None:
+def test_the_guest_shuts_down_when_asked_to_stop(life: Life) -> None:
     assert life.replies["stop"]["detail"]["rung"] == "guest"
     assert life.replies["stop"]["status"] == "stopped"
 

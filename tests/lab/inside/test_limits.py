@@ -1,4 +1,4 @@
-"""Limits with the real controllers of cgroup v2: in force, read back, and around a jailed VMM."""
+"""Limits with the real cgroup v2 controllers: enforced, read back, applied to a jailed VMM."""
 
 import dataclasses
 import os
@@ -37,7 +37,7 @@ def value(cgroups: Cgroups, name: str) -> str:
 
 
 def run_inside(cgroups: Cgroups, program: str) -> subprocess.CompletedProcess[str]:
-    """A program that enters the leaf first."""
+    """Run a program that enters the leaf first."""
     leaf = cgroups.tree.path(cgroups.tree.name("acme", "a1-1"))
     enter = f"import os; open('{leaf}/cgroup.procs', 'w').write(str(os.getpid())); "
     return subprocess.run(
@@ -49,7 +49,7 @@ def run_inside(cgroups: Cgroups, program: str) -> subprocess.CompletedProcess[st
     )
 
 
-async def test_limits_are_set_read_back_and_set_anew(cgroups: Cgroups) -> None:
+async def test_limits_are_set_read_back_and_changed(cgroups: Cgroups) -> None:
     await cgroups.ensure(SPEC)
     await cgroups.ensure(SPEC)
 

@@ -1,4 +1,4 @@
-"""The Linux guest itself, on real Firecracker without a jail: what hostd's tests build on holds."""
+"""The Linux guest on real Firecracker without a jail: properties that hostd's tests rely on."""
 
 import contextlib
 import json
@@ -72,7 +72,7 @@ def read_file(vm: PlainVm, path: str) -> str:
     return content.encode("latin-1").decode()
 
 
-def test_it_boots_by_hostds_arguments_alone_and_finds_its_drives(
+def test_it_boots_with_hostds_arguments_alone_and_finds_its_drives(
     boot: Boot, namespace: TestNamespace
 ) -> None:
     vm = boot()

@@ -1,4 +1,4 @@
-"""`hostd decode` and `hostd encode`, as an agentd's author uses them."""
+"""`hostd decode` and `hostd encode`, as the author of an agentd uses them."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_a_file_is_read_as_stdin_is(tmp_path: Path) -> None:
     ],
     ids=lambda value: ascii(value)[:24],
 )  # fmt: skip
-def test_a_refusal_is_json_and_exits_with_its_class(
+def test_an_error_is_json_and_exits_with_its_exit_code(
     data: bytes, code: str, path: str, exit_code: int
 ) -> None:
     result = run(decode, data=data)
@@ -103,7 +103,7 @@ def test_with_a_subject_the_lane_is_checked(subject: str, path: str | None) -> N
     assert path is None or error_of(result)["path"] == path
 
 
-def test_an_id_may_be_called_as_a_part_of_the_subject() -> None:
+def test_an_id_may_equal_a_token_of_the_subject() -> None:
     data = HEAD + msgpack.packb({"StopInstance": ["cmd", "host", "cmd"]})
 
     assert run(decode, "--subject", SUBJECT + "instance.cmd.host.cmd", data=data).exit_code == 0
@@ -171,7 +171,7 @@ def test_encode_refuses_what_decode_refuses(text: str, code: str | None, path: s
     assert (error_of(result)["code"], error_of(result)["path"]) == (code, path)
 
 
-def test_ignored_keys_are_said_on_stderr() -> None:
+def test_ignored_keys_are_reported_on_stderr() -> None:
     result = run(decode, data=msgpack.packb({"v": 1, "id": "a", "request": "Ping", "x\n": 1}))
 
     assert result.exit_code == 0

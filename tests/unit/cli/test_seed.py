@@ -1,4 +1,4 @@
-"""`hostd seed` writes what agentd would: the contract's fields, formulas and layout."""
+"""`hostd seed` writes what agentd does: the contract's fields, formulas and layout."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_each_instance_of_a_tenant_gets_the_first_free_address(tmp_path: Path) -
     assert addresses == ["10.240.7.3", "10.240.7.4", "10.240.7.5", "10.240.7.3"]
 
 
-def test_current_is_a_relative_link_to_the_hash_of_the_content(
+def test_current_is_a_relative_symlink_to_the_hash_of_the_content(
     tmp_path: Path, images: dict[str, str]
 ) -> None:
     root = tmp_path / "data"
@@ -88,7 +88,7 @@ def test_current_is_a_relative_link_to_the_hash_of_the_content(
     assert write_seed(str(root), Seed(REF, 7)).revision == second
 
 
-def test_what_is_there_is_kept(tmp_path: Path) -> None:
+def test_existing_files_are_kept(tmp_path: Path) -> None:
     write_seed(str(tmp_path), Seed(REF, 7, tags={"a": "1"}))
     path = tmp_path / "tenants/acme/pools/web/instances/i-1/instance.json"
     mine = {**read(path), "status": "running", "foreign": [1]}
@@ -105,14 +105,14 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
 def test_another_net_for_a_tenant_is_a_conflict(tmp_path: Path) -> None:
     write_seed(str(tmp_path), Seed(REF, 7))
 
-    with pytest.raises(CliError, match=r"tenant\.json: has another net") as caught:
+    with pytest.raises(CliError, match=r"tenant\.json: net mismatch") as caught:
         write_seed(str(tmp_path), Seed(REF, 8))
     assert caught.value.code == "conflict"
 
 
 @pytest.mark.parametrize("bad", ["..", "a/b", "", "A", "a\n", "-a", "a" * 64])
 def test_an_id_that_could_leave_its_directory_is_refused(tmp_path: Path, bad: str) -> None:
-    with pytest.raises(CliError, match="is no id"):
+    with pytest.raises(CliError, match="invalid: pool ID"):
         write_seed(str(tmp_path), Seed(InstanceRef("acme", bad, "i-1"), 7))
     assert list(tmp_path.iterdir()) == []
 

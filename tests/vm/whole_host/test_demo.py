@@ -1,4 +1,4 @@
-"""`hostd demo` with the mini guest, as a process: it leaves nothing, also when interrupted."""
+"""`hostd demo` with the mini guest, as a process: nothing is left, also when interrupted."""
 
 import json
 import os
@@ -55,16 +55,16 @@ def left_of(pid: int, directory: Path) -> list[str]:
     return [*map(str, directory.iterdir()), *([str(cgroup)] * cgroup.exists()), *mounts, *processes]
 
 
-def test_the_demo_tells_its_story_and_leaves_nothing(demo: Demo, tmp_path: Path) -> None:
+def test_the_demo_reports_every_step_and_leaves_nothing(demo: Demo, tmp_path: Path) -> None:
     process = demo("--json")
     out, err = process.communicate(timeout=90)
 
     assert process.returncode == 0, err
-    told = json.loads(out)
-    facts = {step["what"]: step["facts"] for step in told["steps"]}
-    assert "same boot id" in facts["the guest remembers"]
+    summary = json.loads(out)
+    facts = {step["what"]: step["facts"] for step in summary["steps"]}
+    assert "same boot id" in facts["guest state"]
     assert "processes 1, taps 1, bridges 1" in facts["hostd owns"]
-    assert "the same before and after" in facts["inventory"]
+    assert "unchanged" in facts["inventory"]
     assert left_of(process.pid, tmp_path) == []
 
 

@@ -1,7 +1,7 @@
-"""The place of a bare launch, made ready beforehand and not timed: same files, same namespace.
+"""An instance that the bare script launches: prepared beforehand, and not timed.
 
-It is made by hostd's own mechanisms, so the bare script finds exactly what hostd makes for itself:
-the jail with its links, log and config drive, the cgroup leaf, the TAP on the tenant's bridge.
+hostd's own mechanisms prepare it, so the script starts from exactly what hostd creates for itself:
+the jail with its hard links, log and config drive, the cgroup leaf, the TAP on the tenant's bridge.
 """
 
 import asyncio
@@ -49,8 +49,8 @@ RESUME_CALL = ("PATCH", "/vm", {"state": "Resumed"})
 
 
 @dataclass
-class Place:
-    """One instance that the bare script launches again and again; `offset` is its alone."""
+class BareInstance:
+    """One instance that the bare script launches repeatedly; no other uses its `offset`."""
 
     host: LiveHost
     net: TenantNet
@@ -129,7 +129,7 @@ class Place:
         )
 
     def start_job(self) -> dict[str, Any]:
-        """What hostd's StartInstance asks of jailer, API and agent."""
+        """The jailer, API and agent calls of hostd's StartInstance."""
         calls = [
             (method, path, msgspec.to_builtins(body))
             for method, path, body in boot_requests(self._config(), parse_version(VERSION))
@@ -137,7 +137,7 @@ class Place:
         return self._job([*calls, START_CALL], ["Ping"])
 
     def wake_job(self) -> dict[str, Any]:
-        """What hostd's WakeInstance asks; the snapshot must have been linked."""
+        """The calls of hostd's WakeInstance; the snapshot must have been linked."""
         body = {
             "snapshot_path": f"/{WOKEN}/state",
             "mem_backend": {"backend_type": "File", "backend_path": f"/{WOKEN}/mem"},
@@ -147,7 +147,7 @@ class Place:
         return self._job([("PUT", "/snapshot/load", body), RESUME_CALL], ["Wake", clock])
 
     def sleep_job(self) -> dict[str, Any]:
-        """To be run once, on a started VM: leaves state and memory in the jail."""
+        """Run once, on a started VM: leaves state and memory in the jail."""
         body = {"snapshot_type": "Full", "snapshot_path": "/state", "mem_file_path": "/mem"}
         job = self._job([PAUSE_CALL, ("PUT", "/snapshot/create", body)], [])
         return job | {"jailer": []}
@@ -157,7 +157,7 @@ class Place:
         return {"root": str(self.root), "jailer": jailer, "calls": calls, "agent": agent}
 
     def keep_snapshot(self) -> None:
-        """Take state and memory out of the jail, for all later wakes."""
+        """Move state and memory out of the jail, for all later wakes."""
         self.snapshot.mkdir()
         for name in ("state", "mem"):
             os.rename(self.root / name, self.snapshot / name)
@@ -165,7 +165,7 @@ class Place:
             os.chmod(self.snapshot / name, 0o440)
 
     def link_snapshot(self) -> None:
-        """Into the prepared jail, as hostd links it."""
+        """Hard-link it into the prepared jail, as hostd does."""
         woken = self.root / WOKEN
         woken.mkdir(mode=0o750)
         os.chown(woken, 0, self.uid)
@@ -173,7 +173,7 @@ class Place:
             os.link(self.snapshot / name, woken / name)
 
     async def clear(self) -> None:
-        """End the VMM and take the place away."""
+        """Kill the VMM and remove jail, cgroup and TAP."""
         pids = self._cgroups.tree.pids(self.spec.cgroup)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -206,8 +206,8 @@ class Place:
         )
 
 
-class Places:
-    """The places of a measurement, made with one set of network mechanisms."""
+class BareInstances:
+    """The instances of a measurement, made with one set of network mechanisms."""
 
     def __init__(self, host: LiveHost, net: TenantNet, revision: str, **size: int) -> None:
         self._host = host
@@ -215,20 +215,20 @@ class Places:
         self._revision = revision
         self._size = size
         self._network = open_network_mechanisms(host.settings.network)
-        self.all: list[Place] = []
+        self.all: list[BareInstance] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._network.close()
-        for place in self.all:
-            shutil.rmtree(place.snapshot, ignore_errors=True)
+        for instance in self.all:
+            shutil.rmtree(instance.snapshot, ignore_errors=True)
 
-    def add(self, name: str, offset: int) -> Place:
+    def add(self, name: str, offset: int) -> BareInstance:
         ref = InstanceRef("acme", "web", name)
-        place = Place(
+        instance = BareInstance(
             self._host, self._net, ref, offset, self._revision, network=self._network, **self._size
         )
-        self.all.append(place)
-        return place
+        self.all.append(instance)
+        return instance

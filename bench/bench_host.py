@@ -1,4 +1,4 @@
-"""The host that is measured: a worker process with its own bus, and a sender to it."""
+"""The measured host: a worker process with its own nats-server, and a sender."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ PAGE_KIB = os.sysconf("SC_PAGESIZE") // 1024
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """One command as its sender saw it."""
+    """One command as seen by its sender."""
 
     took_s: float
     reply: dict[str, Any]
@@ -37,7 +37,7 @@ class Sent:
 
 
 class Sender:
-    """One connection, one subscription for all replies: as little as a client can do."""
+    """A minimal client: one connection, one subscription for all replies."""
 
     def __init__(self, nats: Nats, subjects: Subjects) -> None:
         self._nats = nats
@@ -55,13 +55,13 @@ class Sender:
             waiting.set_result(message.data)
 
     def encode(self, request: Request, command_id: str) -> tuple[str, bytes]:
-        """Subject and bytes of a command that is answered here."""
+        """Subject and bytes of a command whose reply comes here."""
         reply_to = f"{self._inbox}.{command_id}"
         command = Command(id=command_id, request=request, reply_to=reply_to)
         return self._subjects.command(Lane.of_request(request)), codec.encode_command(command)
 
     async def send(self, request: Request, *, expect: str = "ok") -> Sent:
-        """From the publish, confirmed by the stream, to the reply."""
+        """Publish, wait for the stream's ack and the reply; the time covers all of it."""
         command_id = new_id()
         subject, data = self.encode(request, command_id)
         return await self.send_raw(command_id, subject, data, expect=expect)
@@ -80,7 +80,7 @@ class Sender:
         return Sent(took_s, reply)
 
     async def send_many(self, commands: Sequence[tuple[str, str, bytes]], window: int) -> float:
-        """Seconds until all are answered; at most `window` unanswered at once."""
+        """Seconds until all have replies; at most `window` outstanding at once."""
         loop = asyncio.get_running_loop()
         free = asyncio.Semaphore(window)
         began = time.perf_counter()
@@ -98,7 +98,7 @@ class Sender:
 
 @dataclass(frozen=True, slots=True)
 class BenchHost:
-    """The measured host with a sender to it."""
+    """The measured host with a sender."""
 
     host: LiveHost
     sender: Sender
@@ -113,8 +113,8 @@ class BenchHost:
 
 
 @contextlib.asynccontextmanager
-async def world() -> AsyncGenerator[BenchHost]:
-    """In a network namespace of its own; leaves nothing behind."""
+async def bench_host() -> AsyncGenerator[BenchHost]:
+    """A host in a private network namespace; leaves nothing behind."""
     async with live_host() as host, connect(host.settings) as client:
         sender = Sender(client.nats, host.subjects)
         await sender.start()

@@ -1,0 +1,72 @@
+"""Replies as text, and the checks of arguments before a command is sent."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas.codes import Code
+from schemas.envelopes import Reply
+from schemas.requests import Error, Ok, Ping, Pong, StopInstance
+from tests.unit.cli.hostd import hostd
+from worker.cli.commands import describe_reply
+
+STOP = StopInstance("acme", "web", "i-1")
+
+
+def reply(**facts: Any) -> Reply:
+    return Reply(
+        **{
+            "id": "c-1",
+            "host_id": "h1",
+            "response": Ok(),
+            "code": Code.OK,
+            "changed": True,
+            "received_at_ms": 1000,
+            "finished_at_ms": 1042,
+            **facts,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        ({"status": "stopped"}, "ok: acme/web/i-1 is stopped, 42 ms"),
+        ({"changed": False}, "ok: acme/web/i-1 (no change), 42 ms"),
+        ({"replayed": True}, "ok: acme/web/i-1 (replayed), 42 ms"),
+        ({"detail": {"pid": 7}}, "ok: acme/web/i-1, 42 ms\n  pid: 7"),
+        ({"left_behind": ("tap tn7i3",)}, "ok: acme/web/i-1, 42 ms\nleft behind: tap tn7i3"),
+        (
+            {"response": Error("busy"), "code": Code.UNAVAILABLE, "retryable": True},
+            "unavailable: acme/web/i-1: busy; retryable with a new command ID",
+        ),
+        (
+            {"response": Error("no"), "code": Code.UNSUPPORTED, "supported": ("1", "2")},
+            "unsupported: acme/web/i-1: no\nsupported: 1, 2",
+        ),
+    ],
+)
+def test_a_reply_is_printed_with_its_outcome_first(facts: dict[str, Any], text: str) -> None:
+    assert describe_reply(STOP, reply(**facts)) == text
+
+
+def test_a_ping_is_not_reported_as_unchanged() -> None:
+    assert describe_reply(Ping(), reply(response=Pong(), changed=False)) == "ok: host, 42 ms"
+
+
+def test_an_invalid_tenant_id_is_refused_before_it_becomes_a_path() -> None:
+    result = hostd("net-up", "../A")
+
+    assert result.exit_code == 10
+    assert result.stderr == (
+        "invalid: tenant ID '../A': use 1-63 characters a-z, 0-9 or '-', "
+        "starting and ending with a letter or digit\n"
+    )
+
+
+def test_a_missing_tenant_file_is_not_found_and_named(tmp_path: Path) -> None:
+    result = hostd("net-up", "acme", HOSTD_PATHS_DATA=str(tmp_path))
+
+    assert result.exit_code == 13
+    assert f"{tmp_path}/tenants/acme/tenant.json: no such file" in result.stderr

@@ -1,0 +1,81 @@
+"""The command line as a whole: settings file, exit codes, help."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from schemas.codes import EXIT_CODES, EXIT_NO_ANSWER, Code
+from tests.unit.cli.hostd import hostd
+from worker.cli.context import exit_code
+from worker.cli.main import COMMANDS
+
+
+@pytest.mark.parametrize("place", ["before", "after", "environment"])
+def test_the_settings_file_is_named_before_or_after_the_subcommand_or_by_the_environment(
+    tmp_path: Path, place: str
+) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text('[host]\ncell = "c7"\n')
+    args = {
+        "before": ("--config", str(file), "check-config", "--json"),
+        "after": ("check-config", "--json", "--config", str(file)),
+        "environment": ("check-config", "--json"),
+    }[place]
+
+    result = hostd(*args, **({"HOSTD_CONFIG": str(file)} if place == "environment" else {}))
+
+    assert json.loads(result.output)["host.cell"]["value"] == "c7"
+
+
+def test_wrong_settings_are_invalid_and_name_file_and_key(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text("[host]\ncel = 1\n")
+
+    result = hostd("check-config", "--config", str(file))
+
+    assert result.exit_code == 10
+    assert result.stderr == f"invalid: {file}: host.cel: no such setting\n"
+    assert result.stdout == ""
+
+
+def test_with_json_a_failure_is_json_too(tmp_path: Path) -> None:
+    result = hostd("check-config", "--json", "--config", str(tmp_path / "none"))
+
+    assert result.exit_code == 10
+    assert json.loads(result.stdout)["error"]["code"] == "invalid"
+
+
+def test_without_a_bus_there_is_no_answer() -> None:
+    result = hostd("ping", "--url", "nats://127.0.0.1:1")
+
+    assert result.exit_code == EXIT_NO_ANSWER
+    assert "127.0.0.1:1" in result.stderr
+
+
+def test_usage_errors_exit_with_2() -> None:
+    assert hostd("start", "t", "p").exit_code == 2
+    assert hostd("show", "t", "p").exit_code == 2
+    assert hostd("events", "--no-follow").exit_code == 2
+    assert hostd("nonsense").exit_code == 2
+
+
+def test_every_subcommand_loads_and_explains_itself() -> None:
+    for name in COMMANDS:
+        result = hostd(name, "--help")
+        assert result.exit_code == 0, (name, result.output)
+        assert "Usage: " in result.output
+        assert "--json" in result.output, name
+
+
+def test_the_help_lists_every_subcommand_with_its_summary_in_full() -> None:
+    lines = hostd("--help").output.splitlines()
+
+    for name in COMMANDS:
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert line.endswith("."), line
+
+
+def test_every_code_has_its_exit_code_and_an_unknown_one_counts_as_internal() -> None:
+    assert {exit_code(code.value) for code in Code} == set(EXIT_CODES.values())
+    assert exit_code("from_the_future") == EXIT_CODES[Code.INTERNAL]
