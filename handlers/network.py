@@ -88,7 +88,7 @@ async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Do
 async def turn(tenant_id: str, steps: Steps, host: Host) -> AsyncGenerator[None]:
     """The tenant's network to oneself, and what gives net ids and subnets to tenants."""
     async with (
-        held(host.slots.networks, "wait_networks", steps),
+        held(host.slots.networks, "wait_network_slot", steps),
         host.locks.exclusive(tenant_id),
         host.locks.subnets(),
     ):

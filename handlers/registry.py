@@ -4,9 +4,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from handlers.instance.destroy import destroy_instance
-from handlers.instance.reservations import Phases, Reservations
+from handlers.instance.reservations import Reservations
 from handlers.instance.sleep import sleep_instance
-from handlers.instance.snapshot_steps import Drafts, Pauses, SnapshotUses
+from handlers.instance.snapshot_steps import (
+    Pauses,
+    SnapshotDrafts,
+    SnapshotUses,
+    Transitions,
+)
 from handlers.instance.start import start_instance
 from handlers.instance.stop import stop_instance
 from handlers.instance.wake import wake_instance
@@ -42,9 +47,9 @@ def mechanisms(host: Host) -> Mapping[str, Removable]:
     """All that a step row may name, by name."""
     known: tuple[Removable, ...] = (
         Reservations(host),
-        Phases(host),
+        Transitions(host),
         Pauses(host),
-        Drafts(host),
+        SnapshotDrafts(host),
         SnapshotUses(host),
         host.bridges,
         host.tenant_rules,

@@ -4,9 +4,16 @@ All paths are absolute host paths, all sizes in bytes unless a name says otherwi
 """
 
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 
 from schemas.records import DiskIdentity, InstanceRecord
 from schemas.requests import InstanceRef, TenantNet
+
+
+def parse_ref(key: str) -> InstanceRef:
+    """The instance that a key `<tenant>/<pool>/<instance>` names, as `str(ref)` wrote it."""
+    tenant_id, pool_id, instance_id = key.split("/")
+    return InstanceRef(tenant_id, pool_id, instance_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,29 @@ class BridgeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantRulesKey:
+    """What a tenant's rules are removed by: `<net id>,<subnet>,<gateway>` in the step log."""
+
+    tenant_net_id: int
+    ipv4_subnet: str
+    gateway_ip: str
+
+    def __str__(self) -> str:
+        return f"{self.tenant_net_id},{self.ipv4_subnet},{self.gateway_ip}"
+
+    @classmethod
+    def parse(cls, key: str) -> "TenantRulesKey":
+        net_id, subnet, gateway = key.split(",")
+        return cls(int(net_id), subnet, gateway)
+
+    def overlaps(self, net: TenantNet) -> bool:
+        """Whether removal would touch that network's elements, pins or conntrack entries."""
+        return self.tenant_net_id == net.tenant_net_id or IPv4Network(self.ipv4_subnet).overlaps(
+            IPv4Network(net.ipv4_subnet)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TenantRulesSpec:
     """A tenant's NAT, isolation and input rules; removal also flushes the tenant's conntrack."""
 
@@ -30,7 +60,8 @@ class TenantRulesSpec:
 
     @property
     def key(self) -> str:
-        return f"{self.net.tenant_net_id},{self.net.ipv4_subnet},{self.net.gateway_ip}"
+        net = self.net
+        return str(TenantRulesKey(net.tenant_net_id, net.ipv4_subnet, net.gateway_ip))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +75,10 @@ class PinSpec:
     @property
     def key(self) -> str:
         return f"{self.tap},{self.mac},{self.guest_ip}"
+
+    @classmethod
+    def parse(cls, key: str) -> "PinSpec":
+        return cls(*key.split(","))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +241,22 @@ class Ack:
 
     success: bool
     detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotKey:
+    """One snapshot of an instance: `<t>/<p>/<i>#<number>` in the step log."""
+
+    ref: InstanceRef
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.ref}#{self.number}"
+
+    @classmethod
+    def parse(cls, key: str) -> "SnapshotKey":
+        ref, _, number = key.partition("#")
+        return cls(parse_ref(ref), int(number))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from handlers.errors import Expired, Failure, Superseded
-from handlers.mechanism import Keyed, Mechanism, Removable, StepLog, StepRow
+from handlers.mechanism import Keyed, Mechanism, Removable, StepIntent, StepLog
 from schemas.envelopes import StepTaken
 from schemas.records import InstanceRecord, Tombstone
 
@@ -89,10 +89,13 @@ class Steps:
         found = await asyncio.gather(*(mechanism.exists(key) for mechanism, key in coming))
         names = [(mechanism.name, key) for mechanism, key in coming]
         known = {(row.mechanism, row.key) for row in self._log.rows(self.command_id)}
-        rows = [StepRow(*name, existed) for name, existed in zip(names, found, strict=True)]
+        intents = [
+            _intent(mechanism, key, existed=existed)
+            for (mechanism, key), existed in zip(coming, found, strict=True)
+        ]
         self._existed |= dict(zip(names, found, strict=True))
         self._untouched |= set(names) - known
-        await self._log.begin_all(self.command_id, rows)
+        await self._log.begin(self.command_id, *intents)
 
     async def ensure(self, mechanism: Mechanism[SpecT, T], spec: SpecT) -> T:
         """Make one resource, having recorded that this command is about to.
@@ -105,12 +108,17 @@ class Steps:
         if existed is None:
             existed = await mechanism.exists(spec.key)
         self._untouched.discard((mechanism.name, spec.key))
-        row = await self._log.begin(self.command_id, mechanism.name, spec.key, existed=existed)
+        intent = _intent(mechanism, spec.key, existed=existed)
+        (row,) = await self._log.begin(self.command_id, intent)
         return await self._timed(
             mechanism.name,
             lambda: mechanism.ensure(spec),
             outcome="found" if existed and row.existed else "done",
         )
+
+    async def ensure_kept(self, mechanism: Mechanism[SpecT, T], spec: SpecT) -> T:
+        """As `ensure`, for a resource that undo must keep: no row is written."""
+        return await self.act(mechanism.name, lambda: mechanism.ensure(spec))
 
     async def remove(self, mechanism: Removable, key: str) -> None:
         """Make one resource absent; never undone, so no row is needed."""
@@ -222,6 +230,10 @@ class Steps:
             return None
         return self.deadline_ms / 1000 - time.time()
 
+    def seconds_of(self, *names: str) -> float:
+        """How long the steps of these names took in this run."""
+        return sum(step.took_us for step in self.taken if step.name in names) / 1e6
+
     # -- undoing -------------------------------------------------------------------------------
 
     async def undo(self) -> tuple[str, ...]:
@@ -277,6 +289,10 @@ class Steps:
         return value
 
 
+def _intent(mechanism: Removable, key: str, *, existed: bool) -> StepIntent:
+    return StepIntent(mechanism.name, key, existed, mechanism.durability)
+
+
 async def together(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> tuple[T, U]:
     """Two parts of a command that need nothing of each other, at once; both are over on return.
 
@@ -294,6 +310,14 @@ async def together(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotMeasure:
+    """A snapshot that a command wrote, for the metrics: `seconds` from the pause on."""
+
+    seconds: float
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """What a handler gives back on success; `changed` false means the host already was as asked.
 
@@ -307,3 +331,4 @@ class Done:
     left_behind: tuple[str, ...] = ()
     record: InstanceRecord | None = None
     tombstone: Tombstone | None = None
+    snapshot: SnapshotMeasure | None = None

@@ -1,7 +1,7 @@
 """One run of one command: handler, attempts, undo, outcome. Here alone an error becomes a reply."""
 
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 import structlog
@@ -30,7 +30,6 @@ from schemas.requests import (
     Ok,
     Ping,
     SetupNetwork,
-    SleepInstance,
     StartInstance,
     TeardownNetwork,
     WakeInstance,
@@ -44,7 +43,6 @@ from worker.lanes import Work
 BACKOFF_S: Final = 0.1
 BACKOFF_MAX_S: Final = 5.0
 STEPS_SHOWN: Final = 100
-SNAPSHOT_STEPS: Final = frozenset({"pause", "snapshot_draft", "publish"})
 
 log = structlog.get_logger()
 
@@ -252,8 +250,8 @@ class Dispatch:
         seconds = (reply.finished_at_ms - reply.received_at_ms) / 1000
         kind = row.command.request.kind
         self._meters.command_done(kind, reply.code, seconds)
-        if isinstance(row.command.request, SleepInstance) and reply.changed:
-            self._meters.snapshot(_seconds(reply, SNAPSHOT_STEPS), reply.detail["size_bytes"])
+        if done is not None and done.snapshot is not None:
+            self._meters.snapshot(done.snapshot.seconds, done.snapshot.size_bytes)
         log.info(
             "command.done",
             type=kind,
@@ -330,8 +328,3 @@ def _may_retry(error: BaseException, steps: Steps) -> bool:
 def _superseded(work: Work) -> Superseded:
     by = work.superseded_by or ""
     return Superseded(f"superseded by {by}", detail={"by": by})
-
-
-def _seconds(reply: Reply, names: Container[str]) -> float:
-    """How long the steps of these names took."""
-    return sum(step.took_us for step in reply.steps if step.name in names) / 1e6

@@ -1,6 +1,6 @@
 """A place to stop a worker at a named moment, for crash tests: off unless the environment asks.
 
-With `HOSTD_TRACE_STOP=after:taps` and `HOSTD_TRACE_FILE=/path` in the environment, the command
+With `HOSTD_TRACE_STOP=after:tap` and `HOSTD_TRACE_FILE=/path` in the environment, the command
 that reaches that moment writes it to the file and waits there for ever; whoever watches the file
 may then send SIGKILL. Moments are those of `handlers/steps.py`: `before:<step>`, `after:<step>`.
 """

@@ -15,7 +15,7 @@ from schemas.requests import InstanceRef
 async def ensure_revision(ref: InstanceRef, revision: str, steps: Steps, host: Host) -> Artifact:
     """The revision's files as hostd's own; not undone, since others may use them by then."""
     spec = ArtifactSpec(ref.tenant_id, ref.pool_id, revision)
-    return await steps.act("artifacts", lambda: host.artifacts.ensure(spec))
+    return await steps.ensure_kept(host.artifacts, spec)
 
 
 async def collect_revision(ref: InstanceRef, revision: str | None, host: Host) -> None:
@@ -29,7 +29,7 @@ async def release_revision(ref: InstanceRef, revision: str | None, host: Host) -
     try:
         await collect_revision(ref, revision, host)
     except Failure as error:
-        return (f"artifacts {ref.tenant_id}/{ref.pool_id}/{revision}: {error.message}",)
+        return (f"artifact {ref.tenant_id}/{ref.pool_id}/{revision}: {error.message}",)
     return ()
 
 

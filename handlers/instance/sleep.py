@@ -10,17 +10,24 @@ from handlers.concurrency import held
 from handlers.errors import Conflict, Failure, Unavailable
 from handlers.instance.instance_file import write_at_rest
 from handlers.instance.release import release
-from handlers.instance.reservations import Phases, PhaseSpec
-from handlers.instance.snapshot_steps import Draft, Drafts, DraftSpec, Pauses, PauseSpec
+from handlers.instance.snapshot_steps import (
+    Pauses,
+    PauseSpec,
+    SnapshotDrafts,
+    SnapshotDraftSpec,
+    Transitions,
+    TransitionSpec,
+)
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host, Vmm
-from handlers.specs import SnapshotFacts, SnapshotInfo
-from handlers.steps import Done, Steps
+from handlers.specs import SnapshotFacts, SnapshotInfo, SnapshotKey
+from handlers.steps import Done, SnapshotMeasure, Steps
 from schemas.files import RuntimePolicy
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef, SleepInstance
 
 AGENT_SLACK_S = 2.0
+PUBLISH = "publish_snapshot"
 
 
 async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
@@ -61,6 +68,10 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
         detail={"snapshot": number, "size_bytes": info.size_bytes, "drain": drain},
         left_behind=await write_at_rest(record, Status.SLEEPING, host, now_ms),
         record=final_record(asleep, Status.SLEEPING, now_ms),
+        snapshot=SnapshotMeasure(
+            seconds=steps.seconds_of(Pauses.name, SnapshotDrafts.name, PUBLISH),
+            size_bytes=info.size_bytes,
+        ),
     )
 
 
@@ -76,12 +87,14 @@ async def take_snapshot(
             # An earlier run was cut between its pause and its manifest.
             await vmm.resume()
         now_ms = host.facts.now_ms()
-        phase = PhaseSpec(steps.command_id, record, Status.DRAINING, now_ms)
-        record = await steps.ensure(Phases(host), phase)
+        transition = TransitionSpec(steps.command_id, record, Status.DRAINING, now_ms)
+        record = await steps.ensure(Transitions(host), transition)
         drain = await drain_guest(cmd, record, steps, host)
-        async with held(host.slots.snapshots, "wait_snapshots", steps):
-            phase = PhaseSpec(steps.command_id, record, Status.SNAPSHOTTING, host.facts.now_ms())
-            record = await steps.ensure(Phases(host), phase)
+        async with held(host.slots.snapshots, "wait_snapshot_slot", steps):
+            transition = TransitionSpec(
+                steps.command_id, record, Status.SNAPSHOTTING, host.facts.now_ms()
+            )
+            record = await steps.ensure(Transitions(host), transition)
             info = await write_snapshot(record, drain, vmm, steps, host)
     finally:
         await vmm.close()
@@ -108,9 +121,12 @@ async def write_snapshot(
         keep_drives=drain != "acknowledged",
     )
     uid = host.settings.vmm.uid_base + record.uid_slot
-    info = await steps.ensure(Drafts(host), DraftSpec(Draft(record.ref, record.launch), uid, facts))
+    info = await steps.ensure(
+        SnapshotDrafts(host),
+        SnapshotDraftSpec(SnapshotKey(record.ref, record.launch), uid, facts),
+    )
     steps.safe_point()
-    await steps.act("publish", lambda: host.snapshots.publish(record.ref, record.launch))
+    await steps.act(PUBLISH, lambda: host.snapshots.publish(record.ref, record.launch))
     return info
 
 
@@ -135,7 +151,7 @@ async def drain_guest(cmd: SleepInstance, record: InstanceRecord, steps: Steps, 
             return "no answer"
         return "acknowledged" if ack.success else f"refused: {ack.detail or 'no reason given'}"
 
-    drain = await steps.interruptible("drain", ask)
+    drain = await steps.interruptible("drain_guest", ask)
     if drain != "acknowledged":
         await host.records.event(
             "snapshot",

@@ -82,7 +82,7 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
             now_ms=host.facts.now_ms(),
         ),
     )
-    async with held(host.slots.boots, "wait_boots", steps):
+    async with held(host.slots.boots, "wait_boot_slot", steps):
         done = await boot(wanted, record, steps, host)
     before = record.before.revision if record.before is not None else None
     if before == record.revision:
@@ -121,7 +121,9 @@ async def boot(wanted: Wanted, record: InstanceRecord, steps: Steps, host: Host)
         record, state = await together(record_vmm(launch, identity, host), vmm.state())
         if state == "Not started":
             config = boot_config(launch, artifact, jail, has_data=data_path is not None, host=host)
-            await together(steps.mark(BOOT), steps.act("configure", lambda: vmm.configure(config)))
+            await together(
+                steps.mark(BOOT), steps.act("configure_vm", lambda: vmm.configure(config))
+            )
             await steps.act("start_vm", vmm.start)
         # Not beside each other: the guest boots meanwhile, and each would hold the other up.
         await steps.act("check_confinement", lambda: check(launch, identity, host))
@@ -196,7 +198,7 @@ async def wait_for_agent(
     async def answered() -> None:
         await race_vmm_exit(identity, ping, host)
 
-    await steps.interruptible("agent_ready", answered)
+    await steps.interruptible("wait_agent", answered)
 
 
 def boot_config(

@@ -29,10 +29,10 @@ from handlers.instance.launch import (
 )
 from handlers.instance.release import release
 from handlers.instance.reservations import Reservations
-from handlers.instance.snapshot_steps import Draft, SnapshotUses, SnapshotUseSpec
+from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host
-from handlers.specs import Artifact, DataDiskSpec, SnapshotInfo
+from handlers.specs import Artifact, DataDiskSpec, SnapshotInfo, SnapshotKey
 from handlers.steps import Done, Steps, together
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import WakeInstance
@@ -90,7 +90,7 @@ async def restore(
         Reservations(host),
         dataclasses.replace(spec, vcpus=info.vcpus, mem_mib=info.mem_mib),
     )
-    async with held(host.slots.restores, "wait_restores", steps):
+    async with held(host.slots.restores, "wait_restore_slot", steps):
         return await load(wanted, record, info, steps, host)
 
 
@@ -104,7 +104,7 @@ async def load(
     artifact = await ensure_revision(launch.ref, info.revision, steps, host)
     await steps.announce(
         *launch_resources(launch, host),
-        (SnapshotUses(host), Draft(launch.ref, info.number).key),
+        (SnapshotUses(host), str(SnapshotKey(launch.ref, info.number))),
         (host.jails, launch.jail_id),
         (host.vmms, launch.jail_id),
     )
@@ -148,7 +148,7 @@ async def ensure_files(
     """Cgroup, data disk and jail, the snapshot lent: nothing of the network."""
     await ensure_cgroup(launch, steps, host)
     launch, data_path = await known_data_disk(launch, steps, host)
-    await steps.ensure(SnapshotUses(host), SnapshotUseSpec(Draft(launch.ref, info.number)))
+    await steps.ensure(SnapshotUses(host), SnapshotUseSpec(SnapshotKey(launch.ref, info.number)))
     secrets = await host.shared.secrets(launch.ref.tenant_id) if info.has_secrets else None
     await steps.ensure(
         host.jails,
@@ -170,7 +170,7 @@ async def known_data_disk(launch: Launch, steps: Steps, host: Host) -> tuple[Lau
     if known is None:
         return launch, None
     spec = DataDiskSpec(launch.ref, launch.pool.instance_resources.data_disk_mib, known)
-    disk = await steps.act("data_disk", lambda: host.data_disks.ensure(spec))
+    disk = await steps.ensure_kept(host.data_disks, spec)
     return await record_disk(launch, disk.identity, host), disk.path
 
 
@@ -198,7 +198,7 @@ async def go_on(
     vmm = host.vmms.api(record.jail_id)
     try:
         if loaded or await vmm.state() == "Paused":
-            await steps.act("resume", vmm.resume)
+            await steps.act("resume_vm", vmm.resume)
     finally:
         await vmm.close()
     detail, left_behind = await together(
@@ -228,7 +228,7 @@ async def tell_guest(record: InstanceRecord, steps: Steps, host: Host) -> dict[s
     timeout_s = AGENT_TIMEOUT_S if left_s is None else max(0.1, min(AGENT_TIMEOUT_S, left_s))
     try:
         ack = await steps.act(
-            "agent_wake", lambda: host.agents.wake(record.jail_id, port, timeout_s=timeout_s)
+            "wake_agent", lambda: host.agents.wake(record.jail_id, port, timeout_s=timeout_s)
         )
         if not ack.success:
             detail["agent_failed"] = ack.detail or "the agent refused"

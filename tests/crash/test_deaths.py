@@ -211,7 +211,7 @@ async def test_a_published_snapshot_is_kept_though_its_vmm_died() -> None:
         await host.net_up(host.seed())
         await host.run(START)
         slept = await host.stat()
-        await kill_at(host, "after:publish", SLEEP, "killed")
+        await kill_at(host, "after:publish_snapshot", SLEEP, "killed")
         (pid,) = host.vm_pids()
         await end_vmm(pid)
         await host.start_worker()

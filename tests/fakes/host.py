@@ -9,11 +9,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
-from typing import Any
+from typing import Any, ClassVar
 
 from handlers.concurrency import Slots
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound, Unavailable
 from handlers.interfaces import Host, Records
+from handlers.mechanism import Durability
 from handlers.specs import (
     Ack,
     Artifact,
@@ -97,7 +98,7 @@ class FakeHost:
 
     def kill(self, jail_id: str) -> None:
         """The VMM ends, whoever wanted it."""
-        identity = self.resources.pop(("vmms", jail_id), None)
+        identity = self.resources.pop(("vmm", jail_id), None)
         self.guests.pop(jail_id, None)
         self.uids.pop(jail_id, None)
         if identity is not None:
@@ -130,7 +131,7 @@ class FakeHost:
             taps=FakeTaps(self),
             artifacts=FakeArtifacts(self),
             data_disks=FakeDataDisks(self),
-            cgroups=Plain(self, "cgroups"),
+            cgroups=Plain(self, "cgroup"),
             jails=FakeJails(self),
             vmms=FakeVmms(self),
             agents=FakeAgents(self),
@@ -145,9 +146,14 @@ class FakeHost:
 class Plain:
     """A mechanism that only is or is not there."""
 
-    def __init__(self, machine: FakeHost, name: str) -> None:
+    swept: ClassVar[bool] = True
+
+    def __init__(
+        self, machine: FakeHost, name: str, durability: Durability = Durability.VOLATILE
+    ) -> None:
         self.machine = machine
         self.name = name
+        self.durability = durability
 
     async def exists(self, key: str) -> bool:
         return (self.name, key) in self.machine.resources
@@ -274,7 +280,7 @@ class FakeShared:
         def remove() -> None:
             self.machine.files.pop(ref, None)
             if not keep_volumes:
-                self.machine.resources.pop(("data_disks", str(ref)), None)
+                self.machine.resources.pop(("data_disk", str(ref)), None)
 
         await self.machine.effect("remove_files", remove)
 
@@ -287,7 +293,7 @@ def _known(table: dict[Any, Any], key: Any, file: str) -> Any:
 
 class FakeArtifacts(Plain):
     def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "artifacts")
+        super().__init__(machine, "artifact", Durability.DURABLE)
 
     async def ensure(self, spec: ArtifactSpec) -> Artifact:
         await super().ensure(spec)
@@ -296,7 +302,7 @@ class FakeArtifacts(Plain):
 
 class FakeDataDisks(Plain):
     def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "data_disks")
+        super().__init__(machine, "data_disk", Durability.DURABLE)
 
     def path(self, ref: InstanceRef) -> str:
         return f"/volumes/{ref}/data.ext4"
@@ -325,7 +331,7 @@ class FakeDataDisks(Plain):
 
 class FakeJails(Plain):
     def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "jails")
+        super().__init__(machine, "jail", Durability.DURABLE)
 
     async def ensure(self, spec: JailSpec) -> Jail:
         await super().ensure(spec)
@@ -338,7 +344,7 @@ class FakeJails(Plain):
 
 class FakeVmms(Plain):
     def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "vmms")
+        super().__init__(machine, "vmm")
 
     async def ensure(self, spec: LaunchSpec) -> VmmIdentity:
         machine = self.machine
@@ -360,7 +366,7 @@ class FakeVmms(Plain):
         return await machine.effect(self.name, launch)
 
     async def remove(self, key: str) -> None:
-        await self.machine.effect("remove_vmms", lambda: self.machine.kill(key))
+        await self.machine.effect("remove_vmm", lambda: self.machine.kill(key))
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         return self.machine.resources.get((self.name, jail_id))
@@ -403,7 +409,7 @@ class FakeVmm:
 
     async def configure(self, config: BootConfig) -> None:
         guest = self.guest
-        await self.machine.effect("configure", lambda: setattr(guest, "config", config))
+        await self.machine.effect("configure_vm", lambda: setattr(guest, "config", config))
 
     async def start(self) -> None:
         guest = self.guest
@@ -421,7 +427,7 @@ class FakeVmm:
 
     async def resume(self) -> None:
         guest = self.guest
-        await self.machine.effect("resume", lambda: setattr(guest, "state", "Running"))
+        await self.machine.effect("resume_vm", lambda: setattr(guest, "state", "Running"))
 
     async def state(self) -> str:
         return self.guest.state
@@ -455,7 +461,7 @@ class FakeAgents:
         self.machine = machine
 
     async def ping(self, jail_id: str, port: int, *, timeout_s: float) -> None:
-        await self.machine.effect("agent_ready", lambda: None)
+        await self.machine.effect("wait_agent", lambda: None)
         if not self.machine.agent_answers:
             raise Unavailable("the guest agent did not answer")
 
@@ -464,11 +470,11 @@ class FakeAgents:
     ) -> Ack:
         if self.machine.drain_gate is not None:
             await self.machine.drain_gate.wait()
-        await self.machine.effect("drain", lambda: None)
+        await self.machine.effect("drain_guest", lambda: None)
         return Ack(self.machine.drain_ack)
 
     async def wake(self, jail_id: str, port: int, *, timeout_s: float) -> Ack:
-        await self.machine.effect("agent_wake", lambda: None)
+        await self.machine.effect("wake_agent", lambda: None)
         return Ack(True)
 
     async def set_clock(self, jail_id: str, port: int, *, timeout_s: float) -> float:
@@ -519,7 +525,7 @@ class FakeSnapshots:
                 raise HostFault(f"there is no snapshot {key} to publish")
             resources["snapshot", key] = resources.pop(("snapshot_draft", key))
 
-        await self.machine.effect("publish", rename)
+        await self.machine.effect("publish_snapshot", rename)
 
     async def read(self, ref: InstanceRef) -> SnapshotInfo | None:
         found = [
@@ -565,6 +571,8 @@ class FakeSnapshots:
         await self.settle(ref, number)
 
     async def drop(self, ref: InstanceRef, number: int) -> None:
+        if "drop_snapshot" in self.machine.fail:
+            raise self.machine.fail["drop_snapshot"]
         for kind in ("snapshot", "snapshot_draft"):
             self.machine.resources.pop((kind, f"{ref}#{number}"), None)
 

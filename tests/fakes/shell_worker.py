@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from handlers.interfaces import Host
-from handlers.mechanism import Removable
+from handlers.mechanism import Durability, Removable
 from handlers.registry import Handler
 from handlers.steps import Done, Steps
 from schemas import codec
@@ -83,7 +83,9 @@ class Thing:
 class Things:
     """A mechanism whose resources are names in a set."""
 
-    name: str = "things"
+    name: ClassVar[str] = "thing"
+    durability: ClassVar[Durability] = Durability.DURABLE
+    swept: ClassVar[bool] = True
     there: set[str] = field(default_factory=set)
     made: list[str] = field(default_factory=list)
     stuck: bool = False
@@ -213,7 +215,7 @@ async def shell_worker(
         host_depth=limits.host_depth,
     )
     host = cast("Host", SimpleNamespace(settings=Settings(limits=limits)))
-    mechanisms: Mapping[str, Removable] = {"things": machine.things}
+    mechanisms: Mapping[str, Removable] = {machine.things.name: machine.things}
     dispatch = Dispatch(journal, machine.handlers(), host, mechanisms, meters=meters)
     lanes = Lanes(dispatch)
     intake = Intake(

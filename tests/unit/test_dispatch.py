@@ -199,7 +199,7 @@ async def test_what_cannot_be_undone_is_left_behind_by_name_and_record(tmp_path:
         worker.send(start())
         reply = await worker.reply()
 
-        assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("things made",))
+        assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("thing made",))
         assert [row.key for row in worker.journal.leftovers()["c1"]] == ["made"]
 
 
@@ -215,7 +215,7 @@ async def test_a_bug_in_an_undo_leaves_behind_and_is_answered(
         worker.send(start())
         reply = await worker.reply()
 
-        assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("things made",))
+        assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("thing made",))
         assert [row.key for row in worker.journal.leftovers()["c1"]] == ["made"]
 
 

@@ -38,6 +38,7 @@ from handlers.host.storage import disk_ownership, wipe
 from handlers.host.storage.agentd_files import open_tenant
 from handlers.host.storage.data_disks import DATA_DISK, ref_of
 from handlers.host.storage.drive_images import CONFIG, SECRETS, SmallDrives, copy_drive
+from handlers.mechanism import Durability
 from handlers.specs import Jail, JailFile, JailSpec
 from schemas import naming
 from schemas.requests import InstanceRef
@@ -51,7 +52,9 @@ class Jails:
     Needs: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_SYS_ADMIN.
     """
 
-    name: ClassVar[str] = "jails"
+    name: ClassVar[str] = "jail"
+    durability: ClassVar[Durability] = Durability.DURABLE
+    swept: ClassVar[bool] = True
 
     def __init__(self, *, data: str, state: str, jail_base: str, log_bytes: int = 1 << 20) -> None:
         self._data = data

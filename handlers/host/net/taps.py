@@ -25,6 +25,7 @@ from handlers.host.net.rtnetlink_reader import (
     Link,
 )
 from handlers.host.net.sysctl import ensure_sysctl
+from handlers.mechanism import Durability
 from handlers.specs import TapSpec
 from schemas import naming
 
@@ -46,6 +47,8 @@ class Taps:
     """
 
     name: ClassVar[str] = "tap"
+    durability: ClassVar[Durability] = Durability.VOLATILE
+    swept: ClassVar[bool] = True
 
     def __init__(self, netlink: Netlink, *, isolate_guests: bool) -> None:
         self._netlink = netlink

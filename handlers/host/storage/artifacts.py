@@ -21,6 +21,7 @@ from handlers.host.linux.rmtree import remove_path
 from handlers.host.linux.sparse_copy import copy_sparse, sha256_of
 from handlers.host.linux.state_dirs import ids, make_dir, remove_empty, sync_dir
 from handlers.host.storage.agentd_files import open_tenant
+from handlers.mechanism import Durability
 from handlers.specs import Artifact, ArtifactSpec
 
 ELF = b"\x7fELF"
@@ -47,7 +48,9 @@ class Artifacts:
     not removed.
     """
 
-    name: ClassVar[str] = "artifacts"
+    name: ClassVar[str] = "artifact"
+    durability: ClassVar[Durability] = Durability.DURABLE
+    swept: ClassVar[bool] = True
 
     def __init__(
         self, *, data: str, state: str, in_use: Callable[[str], bool] = lambda key: False

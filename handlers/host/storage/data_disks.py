@@ -18,6 +18,7 @@ from handlers.host.storage import wipe
 from handlers.host.storage.agentd_files import open_instance
 from handlers.host.storage.disk_ownership import check_mark, read_mark, write_mark
 from handlers.host.storage.mkfs import make_ext4
+from handlers.mechanism import Durability
 from handlers.specs import DataDisk, DataDiskSpec
 from schemas import naming
 from schemas.records import DiskIdentity
@@ -40,7 +41,9 @@ def identity_of(found: os.stat_result) -> DiskIdentity:
 class DataDisks:
     """The Protocol of `handlers/interfaces.py`; the key is `t/p/i`."""
 
-    name: ClassVar[str] = "data_disks"
+    name: ClassVar[str] = "data_disk"
+    durability: ClassVar[Durability] = Durability.DURABLE
+    swept: ClassVar[bool] = True
 
     def __init__(self, *, data: str, jail_base: str) -> None:
         self._data = data

@@ -21,6 +21,7 @@ from handlers.errors import Failure, HostFault, Invalid, Unavailable
 from handlers.host.linux.errnos import os_failure
 from handlers.host.linux.procfs import read_text
 from handlers.interfaces import CPU_PERIOD_US
+from handlers.mechanism import Durability
 from handlers.specs import CgroupSpec
 from schemas.settings import Settings
 
@@ -117,7 +118,9 @@ class Cgroups:
     Needs: CAP_SYS_ADMIN or ownership of the subtree.
     """
 
-    name: ClassVar[str] = "cgroups"
+    name: ClassVar[str] = "cgroup"
+    durability: ClassVar[Durability] = Durability.VOLATILE
+    swept: ClassVar[bool] = True
 
     def __init__(self, settings: Settings) -> None:
         self.tree = CgroupTree.of(settings)

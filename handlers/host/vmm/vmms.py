@@ -32,6 +32,7 @@ from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.jailer import Jailer, clear
 from handlers.host.vmm.processes import FileIdentity
 from handlers.interfaces import Vmm
+from handlers.mechanism import Durability
 from handlers.specs import LaunchSpec
 from schemas.records import VmmIdentity
 from schemas.settings import Settings
@@ -49,7 +50,9 @@ class Vmms:
     Needs: what the jailer needs, CAP_KILL and CAP_SYS_PTRACE.
     """
 
-    name: ClassVar[str] = "vmms"
+    name: ClassVar[str] = "vmm"
+    durability: ClassVar[Durability] = Durability.VOLATILE
+    swept: ClassVar[bool] = True
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings.vmm

@@ -8,7 +8,7 @@ from handlers.concurrency import Slots
 from handlers.errors import NotFound
 from handlers.host.facts import HostFacts
 from handlers.interfaces import Host
-from handlers.mechanism import StepRow
+from handlers.mechanism import StepIntent, StepRow
 from handlers.steps import Steps
 from handlers.tenant_locks import TenantLocks
 from schemas.files import TenantConfig, TenantQuota
@@ -66,13 +66,14 @@ class StepBook:
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str, str], StepRow] = {}
 
-    async def begin(self, command_id: str, mechanism: str, key: str, *, existed: bool) -> StepRow:
-        row = StepRow(mechanism, key, existed)
-        return self._rows.setdefault((command_id, mechanism, key), row)
-
-    async def begin_all(self, command_id: str, rows: Sequence[StepRow]) -> None:
-        for row in rows:
-            await self.begin(command_id, row.mechanism, row.key, existed=row.existed)
+    async def begin(self, command_id: str, *intents: StepIntent) -> Sequence[StepRow]:
+        return [
+            self._rows.setdefault(
+                (command_id, intent.mechanism, intent.key),
+                StepRow(intent.mechanism, intent.key, intent.existed),
+            )
+            for intent in intents
+        ]
 
     async def forget(self, command_id: str, mechanism: str, key: str) -> None:
         self._rows.pop((command_id, mechanism, key), None)

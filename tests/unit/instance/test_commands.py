@@ -53,27 +53,27 @@ COMMANDS = {request.kind: request for request in (UP, DOWN, START, STOP, SLEEP, 
 UNDONE: dict[str, tuple[str, ...]] = {
     "SetupNetwork": ("prepare_network", "tenant_rules", "bridge"),
     "StartInstance": (
-        "artifacts",
-        "cgroups",
+        "artifact",
+        "cgroup",
         "pin",
         "tap",
-        "data_disks",
-        "jails",
-        "vmms",
-        "configure",
+        "data_disk",
+        "jail",
+        "vmm",
+        "configure_vm",
         "start_vm",
         "check_confinement",
-        "agent_ready",
+        "wait_agent",
     ),
-    "SleepInstance": ("pause", "create_snapshot", "seal", "publish"),
+    "SleepInstance": ("pause", "create_snapshot", "seal", "publish_snapshot"),
     "WakeInstance": (
-        "artifacts",
-        "cgroups",
+        "artifact",
+        "cgroup",
         "pin",
         "tap",
-        "data_disks",
-        "jails",
-        "vmms",
+        "data_disk",
+        "jail",
+        "vmm",
         "verify_snapshot",
         "link_snapshot",
         "load_snapshot",
@@ -83,40 +83,40 @@ UNDONE: dict[str, tuple[str, ...]] = {
 COMPLETED: dict[str, tuple[str, ...]] = {
     "TeardownNetwork": ("remove_bridge", "remove_tenant_rules"),
     "StopInstance": (
-        "remove_vmms",
+        "remove_vmm",
         "remove_tap",
         "remove_pin",
-        "remove_jails",
-        "remove_cgroups",
+        "remove_jail",
+        "remove_cgroup",
         "discard_snapshot",
     ),
     "SleepInstance": (
-        "remove_vmms",
+        "remove_vmm",
         "remove_tap",
         "remove_pin",
-        "remove_jails",
-        "remove_cgroups",
+        "remove_jail",
+        "remove_cgroup",
         "discard_snapshot",
     ),
-    "WakeInstance": ("consume", "resume"),
+    "WakeInstance": ("consume", "resume_vm"),
     "DestroyInstance": (
-        "remove_vmms",
+        "remove_vmm",
         "remove_tap",
         "remove_pin",
-        "remove_jails",
-        "remove_cgroups",
+        "remove_jail",
+        "remove_cgroup",
         "discard_snapshot",
         "wipe_volumes",
         "remove_files",
-        "remove_artifacts",
+        "remove_artifact",
     ),
 }
 # What may fail without failing the command: told in the reply.
 TOLD: dict[str, tuple[str, ...]] = {
     "StartInstance": ("update_instance",),
     "StopInstance": ("update_instance",),
-    "SleepInstance": ("drain", "update_instance"),
-    "WakeInstance": ("agent_wake", "set_clock", "update_instance"),
+    "SleepInstance": ("drain_guest", "update_instance"),
+    "WakeInstance": ("wake_agent", "set_clock", "update_instance"),
 }
 
 
@@ -141,7 +141,7 @@ async def test_the_tables_of_effects_are_complete(kind: str, tmp_path: Path) -> 
 
         assert reply.code is Code.OK, reply
         listed = {e for table in (UNDONE, COMPLETED, TOLD) for e in table.get(kind, ())}
-        cleaning = {"remove_jails"} if kind in ("StartInstance", "WakeInstance") else set()
+        cleaning = {"remove_jail"} if kind in ("StartInstance", "WakeInstance") else set()
         assert set(machine.seen) - cleaning == listed
 
 
@@ -159,7 +159,7 @@ async def test_a_failed_step_leaves_the_host_as_it_was(
 
         reply = await worker.run(COMMANDS[kind])
 
-        if late and effect == "publish":
+        if late and effect == "publish_snapshot":
             # The manifest stands: there is no way back, and the next attempt completes it.
             assert reply.code is Code.HOST_FAULT
             return
@@ -224,10 +224,10 @@ async def test_what_cannot_be_undone_is_named(kind: str, effect: str, tmp_path: 
         await prepare(worker, kind)
         before = dict(machine.resources)
         machine.fail[effect] = HostFault("injected")
-        for name in ("tap", "cgroups", "jails", "tenant_rules"):
+        for name in ("tap", "cgroup", "jail", "tenant_rules"):
             machine.fail[f"remove_{name}"] = HostFault("stuck")
         if kind in ("StartInstance", "WakeInstance"):
-            machine.fail.pop("remove_jails")
+            machine.fail.pop("remove_jail")
 
         reply = await worker.run(COMMANDS[kind])
 
@@ -243,33 +243,40 @@ MOMENTS = {
     "TeardownNetwork": ("remove_bridge", "remove_tenant_rules"),
     "StartInstance": (
         "reservation",
-        "artifacts",
-        "cgroups",
+        "artifact",
+        "cgroup",
         "pin",
         "tap",
-        "data_disks",
-        "jails",
-        "vmms",
-        "configure",
+        "data_disk",
+        "jail",
+        "vmm",
+        "configure_vm",
         "boot",
         "start_vm",
-        "agent_ready",
+        "wait_agent",
     ),
-    "StopInstance": ("stop_vmm", "remove_vmms", "remove_tap", "remove_jails", "discard_snapshot"),
-    "SleepInstance": ("phase", "drain", "pause", "snapshot_draft", "publish", "remove_vmms"),
+    "StopInstance": ("stop_vmm", "remove_vmm", "remove_tap", "remove_jail", "discard_snapshot"),
+    "SleepInstance": (
+        "transition",
+        "drain_guest",
+        "pause",
+        "snapshot_draft",
+        "publish_snapshot",
+        "remove_vmm",
+    ),
     "WakeInstance": (
         "reservation",
         "tap",
         "snapshot_use",
-        "jails",
-        "vmms",
+        "jail",
+        "vmm",
         "link_snapshot",
         "load_snapshot",
         "consumed",
-        "resume",
-        "agent_wake",
+        "resume_vm",
+        "wake_agent",
     ),
-    "DestroyInstance": ("remove_vmms", "remove_jails", "wipe_volumes", "remove_files"),
+    "DestroyInstance": ("remove_vmm", "remove_jail", "wipe_volumes", "remove_files"),
 }
 
 
@@ -442,7 +449,7 @@ async def test_a_kept_volume_comes_back_with_its_instance(tmp_path: Path) -> Non
     async with memory_worker(tmp_path / "j", machine) as worker:
         await worker.run(UP)
         await worker.run(START)
-        first, disk = worker.record(), machine.resources["data_disks", str(REF)]
+        first, disk = worker.record(), machine.resources["data_disk", str(REF)]
         await worker.run(KEEP)
         machine.files[REF] = instance_file(REF, 5)
 
@@ -593,7 +600,7 @@ async def test_a_revision_goes_when_its_last_instance_starts_with_another(tmp_pa
 
         await worker.run(START)
 
-        assert [key for kind, key in machine.resources if kind == "artifacts"] == ["acme/web/r2"]
+        assert [key for kind, key in machine.resources if kind == "artifact"] == ["acme/web/r2"]
 
 
 async def test_an_old_revision_that_cannot_go_fails_no_start(tmp_path: Path) -> None:
@@ -603,12 +610,12 @@ async def test_an_old_revision_that_cannot_go_fails_no_start(tmp_path: Path) -> 
         await worker.run(START)
         await worker.run(STOP)
         machine.revisions["acme", "web"] = "r2"
-        machine.fail["remove_artifacts"] = HostFault("it stays")
+        machine.fail["remove_artifact"] = HostFault("it stays")
 
         reply = await worker.run(START)
 
         assert (reply.code, reply.status) == (Code.OK, "running")
-        assert reply.left_behind == ("artifacts acme/web/r1: it stays",)
+        assert reply.left_behind == ("artifact acme/web/r1: it stays",)
 
 
 async def test_stop_ends_a_running_drain(tmp_path: Path) -> None:

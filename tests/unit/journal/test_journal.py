@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from handlers.errors import Conflict, HostFault
-from handlers.mechanism import StepRow
+from handlers.mechanism import Durability, StepIntent, StepRow
 from schemas import codec
 from schemas.codes import Code
 from schemas.envelopes import Command, Event, Reply
@@ -338,24 +338,28 @@ async def test_what_is_full_still_takes_a_few_stops(tmp_path: Path) -> None:
     assert late.kind is Found.LANE_FULL
 
 
+def intent(mechanism: str, key: str, *, existed: bool = False) -> StepIntent:
+    return StepIntent(mechanism, key, existed, Durability.VOLATILE)
+
+
 async def test_unfinished_commands_attempts_and_steps_survive_a_restart(tmp_path: Path) -> None:
     given = command(start(), deadline_ms=5, issuer="me", traceparent="t", reply_to="_INBOX.1")
     async with opened(tmp_path) as journal:
         await accept(journal, given)
         await accept(journal, command(stop(), "c2"))
         assert journal.begin_attempt("c1") == 1
-        await journal.begin("c1", "taps", "tn7i5", existed=False)
-        await journal.begin("c1", "jails", "j", existed=True)
+        await journal.begin("c1", intent("tap", "tn7i5"))
+        await journal.begin("c1", intent("jail", "j", existed=True))
         await journal.mark("c1", "consumed")
 
     async with opened(tmp_path) as journal:
         assert [row.id for row in journal.unfinished()] == ["c1", "c2"]
         assert journal.unfinished()[0].command == given
         assert journal.begin_attempt("c1") == 2
-        assert await journal.begin("c1", "taps", "tn7i5", existed=True) == StepRow(
-            "taps", "tn7i5", existed=False
+        assert await journal.begin("c1", intent("tap", "tn7i5", existed=True)) == (
+            StepRow("tap", "tn7i5", existed=False),
         )
-        assert [row.mechanism for row in journal.rows("c1")] == ["taps", "jails"]
+        assert [row.mechanism for row in journal.rows("c1")] == ["tap", "jail"]
         assert journal.marked("c1", "consumed")
         assert not journal.marked("c1", "other")
         assert journal.lanes() == {Lane.instance(REF): 2}
@@ -364,14 +368,14 @@ async def test_unfinished_commands_attempts_and_steps_survive_a_restart(tmp_path
 async def test_an_outcome_clears_the_steps_but_for_what_is_left_behind(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         await accept(journal, command(start()))
-        await journal.begin("c1", "taps", "tn7i5", existed=False)
-        await journal.begin("c1", "pins", "p", existed=False)
-        await journal.finish(ok(left_behind=("taps tn7i5",)))
+        await journal.begin("c1", intent("tap", "tn7i5"))
+        await journal.begin("c1", intent("pin", "p"))
+        await journal.finish(ok(left_behind=("tap tn7i5",)))
         assert [row.key for row in journal.leftovers()["c1"]] == ["tn7i5"]
 
     async with opened(tmp_path) as journal:
         assert [row.key for row in journal.leftovers()["c1"]] == ["tn7i5"]
-        await journal.forget("c1", "taps", "tn7i5")
+        await journal.forget("c1", "tap", "tn7i5")
         assert journal.leftovers() == {}
 
 

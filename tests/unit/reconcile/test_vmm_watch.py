@@ -29,7 +29,7 @@ async def test_an_end_that_could_not_be_cleaned_up_is_tried_again(
         supervisor = VmmWatch(worker.host, worker.journal, worker.lanes, Metrics("0"))
         record = worker.record()
         machine.kill(record.jail_id)
-        machine.fail["remove_jails"] = HostFault("the disk does not answer")
+        machine.fail["remove_jail"] = HostFault("the disk does not answer")
 
         supervisor.exited(record, "unknown")
         await worker.lanes.idle()
