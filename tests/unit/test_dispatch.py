@@ -12,13 +12,11 @@ from handlers.errors import (
     Conflict,
     Draining,
     Exhausted,
-    Failure,
     HostFault,
     Invalid,
     NotFound,
     Unavailable,
     Unsupported,
-    of_os_error,
 )
 from handlers.steps import Done, Steps
 from schemas.codes import Code
@@ -282,31 +280,6 @@ async def test_a_shutdown_ends_the_wait_before_the_next_attempt(tmp_path: Path) 
         await asyncio.wait_for(worker.lanes.stop(5), 2)
 
         assert worker.journal.is_unfinished("c1")
-
-
-@pytest.mark.parametrize(
-    ("number", "kind"),
-    [
-        (errno.EAGAIN, Unavailable),
-        (errno.EBUSY, Unavailable),
-        (errno.EINTR, Unavailable),
-        (errno.ENOBUFS, Unavailable),
-        (errno.ETIMEDOUT, Unavailable),
-        (errno.ENOMEM, Exhausted),
-        (errno.ENOSPC, Exhausted),
-        (errno.EDQUOT, Exhausted),
-        (errno.EMFILE, Exhausted),
-        (errno.EACCES, HostFault),
-        (errno.EPERM, HostFault),
-        (errno.EIO, HostFault),
-        (errno.ENOTTY, HostFault),
-        (None, HostFault),
-    ],
-)
-def test_each_errno_says_who_must_act(number: int | None, kind: type[Failure]) -> None:
-    failure = of_os_error(OSError(number, "text") if number else OSError("text"))
-
-    assert type(failure) is kind
 
 
 async def nothing() -> None:

@@ -325,5 +325,5 @@ async def test_a_vmm_gets_only_the_tap_of_its_own_uid(rig: VmmRig) -> None:
         api = rig.vmms.api(spec.jail_id)
         with pytest.raises(Failure) as refused:
             await api.configure(dataclasses.replace(config, tap=other))
-        assert refused.value.detail["errno"] == 1
+        assert refused.value.detail["errno"] == "EPERM"
         await api.close()
