@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 
-from handlers.concurrency import held
+from handlers.concurrency import limited
 from handlers.errors import Conflict, Invalid, NotFound
 from handlers.interfaces import Host
-from handlers.network_names import HOLDING_A_TAP, network_specs, port_specs
+from handlers.network_names import network_specs, port_specs
 from handlers.steps import Done, Steps, together
 from schemas.decode_error import DecodeError
 from schemas.records import NetworkRecord
@@ -88,7 +88,7 @@ async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Do
 async def turn(tenant_id: str, steps: Steps, host: Host) -> AsyncGenerator[None]:
     """The tenant's network to oneself, and what gives net ids and subnets to tenants."""
     async with (
-        held(host.slots.networks, "wait_network_slot", steps),
+        limited(host.slots.networks, "wait_network_slot", steps),
         host.locks.exclusive(tenant_id),
         host.locks.subnets(),
     ):
@@ -117,7 +117,7 @@ async def restore_network(record: NetworkRecord, host: Host) -> Restored:
         if await host.bridges.ensure(bridge):
             repaired.append(f"{host.bridges.name} {bridge.key}")
         for instance in host.records.instances(record.tenant_id):
-            if instance.status not in HOLDING_A_TAP or instance.vmm is None:
+            if not instance.status.holds_tap or instance.vmm is None:
                 continue
             pin, tap = port_specs(instance, host.settings.vmm.uid_base)
             if not await host.taps.exists(tap.key):
@@ -195,7 +195,7 @@ async def refuse_in_use(cmd: TeardownNetwork, host: Host) -> None:
     holders = [
         str(instance.ref)
         for instance in host.records.instances(cmd.tenant_id)
-        if instance.status in HOLDING_A_TAP
+        if instance.status.holds_tap
     ]
     if taps or holders:
         raise Conflict(

@@ -140,6 +140,11 @@ class DataDisk:
     identity: DiskIdentity
 
 
+def cgroup_key(record: InstanceRecord) -> str:
+    """The key of the cgroup of the record's launch."""
+    return f"{record.ref.tenant_id}/{record.jail_id}"
+
+
 @dataclass(frozen=True, slots=True)
 class CgroupSpec:
     """Leaf `<limits.cgroup>/<tenant>/<jail id>` of the cgroup2 tree; limits are read back."""
@@ -220,8 +225,16 @@ class DriveConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class NicConfig:
+    """The guest's network interface: the host's TAP and the MAC that the guest has."""
+
+    tap: str
+    mac: str
+
+
+@dataclass(frozen=True, slots=True)
 class BootConfig:
-    """All that the API calls before InstanceStart say; paths are inside the jail."""
+    """Everything that is configured before InstanceStart; paths are inside the jail."""
 
     vcpus: int
     mem_mib: int
@@ -229,8 +242,7 @@ class BootConfig:
     initrd: str | None
     boot_args: str
     drives: tuple[DriveConfig, ...]
-    tap: str
-    mac: str
+    nic: NicConfig
     vsock: str
     serial: str | None = None
 

@@ -28,7 +28,7 @@ from handlers.host.vmm.api_schema import (
     VmState,
     Vsock,
 )
-from handlers.specs import BootConfig, DriveConfig
+from handlers.specs import BootConfig, DriveConfig, NicConfig
 from tests.guests.firecracker import FIRECRACKER, VERSION
 from tests.vm import payload
 from tests.vm.vmm_rig import MAC, MIB, TAP, add_tap, need, own_network
@@ -83,8 +83,7 @@ class Vmm:
                 DriveConfig("rootfs", "rootfs", read_only=True, root_device=True),
                 DriveConfig("data", "data", read_only=False),
             ),
-            tap=TAP,
-            mac=MAC,
+            nic=NicConfig(TAP, MAC),
             vsock="v.sock",
         )
 

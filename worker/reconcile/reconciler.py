@@ -20,7 +20,7 @@ from handlers.instance.stop import finish_stop
 from handlers.mechanism import Removable, StepRow
 from handlers.network import restore_network
 from handlers.network_names import names_of
-from handlers.specs import SnapshotKey, TenantRulesKey
+from handlers.specs import SnapshotKey, TenantRulesKey, cgroup_key
 from handlers.steps import Steps
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef
@@ -191,7 +191,7 @@ class Reconciler:
         used = chain.from_iterable(
             (
                 record.jail_id,
-                f"{record.ref.tenant_id}/{record.jail_id}",
+                cgroup_key(record),
                 str(record.ref),
                 str(SnapshotKey(record.ref, record.snapshot or 0)),
                 *((names.tap, names.pin.key) if (names := names_of(record)) else ()),

@@ -112,7 +112,7 @@ class Recovery:
             back = record if status is Status.RUNNING else record.before
             record = replace(back, status=status, before=None, command_id=None)
             await self._journal.put_instance(record, durable=True)
-        if record.status is Status.RUNNING:
+        if record.status.expects_vmm:
             await self._adopt(record)
 
     async def _hash_on(self, record: InstanceRecord) -> None:
@@ -147,7 +147,7 @@ class Recovery:
     async def _resume(self, record: InstanceRecord) -> None:
         """A paused VM without a manifest is resumed: the sleep that paused it did not happen."""
         now = self._journal.instance(record.ref)
-        if now is None or now.vmm != record.vmm or now.status is not Status.RUNNING:
+        if now is None or now.vmm != record.vmm or not now.status.expects_vmm:
             return  # a command that waited in the lane came first
         try:
             await self._resume_paused(record)

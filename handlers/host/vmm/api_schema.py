@@ -141,7 +141,7 @@ def boot_requests(config: BootConfig, version: Version) -> list[Request]:
         (
             "PUT",
             f"/network-interfaces/{IFACE_ID}",
-            NetworkInterface(IFACE_ID, config.tap, config.mac),
+            NetworkInterface(IFACE_ID, config.nic.tap, config.nic.mac),
         ),
         ("PUT", "/vsock", Vsock(GUEST_CID, config.vsock)),
     ]

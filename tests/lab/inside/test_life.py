@@ -213,7 +213,7 @@ def test_the_woken_guest_gets_new_small_drives(life: Life) -> None:
 
 
 def test_the_guest_ends_by_itself_when_asked_to_stop(life: Life) -> None:
-    assert life.replies["stop"]["detail"]["rung"] == "guest"
+    assert life.replies["stop"]["detail"]["method"] == "graceful"
     assert life.replies["stop"]["status"] == "stopped"
 
 

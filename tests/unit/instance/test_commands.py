@@ -214,7 +214,7 @@ async def test_what_stops_nothing_is_told_in_the_reply(
 
         assert reply.code is Code.OK
         told = " ".join([*reply.left_behind, *map(str, reply.detail.values())])
-        assert "injected" in told or "no answer" in told
+        assert "injected" in told or "no_answer" in told
 
 
 @pytest.mark.parametrize(("kind", "effect"), cases(UNDONE))
@@ -643,7 +643,7 @@ async def test_a_guest_that_does_not_drain_sleeps_anyway(tmp_path: Path) -> None
         reply = await worker.run(SLEEP)
 
         assert reply.code is Code.OK
-        assert reply.detail["drain"].startswith("refused")
+        assert reply.detail["drain"] == "refused"
         [info] = [v for (kind, _), v in machine.resources.items() if kind == "snapshot"]
         assert info.kept_config is not None
 
