@@ -226,7 +226,7 @@ async def test_another_net_for_a_network_that_is_up_is_a_conflict(desk: Desk) ->
     await desk.setup("acme", ACME)
     desk.books.tenants["acme"] = net_of(4)
 
-    with pytest.raises(Conflict, match="tear it down"):
+    with pytest.raises(Conflict, match="send TeardownNetwork first"):
         await desk.setup("acme", net_of(4))
 
     assert (await desk.teardown("acme", ACME)).changed
