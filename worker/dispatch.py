@@ -8,6 +8,7 @@ import structlog
 import tenacity
 from structlog.contextvars import bind_contextvars
 
+from handlers.control import Control, Halted
 from handlers.errors import (
     Draining,
     Exhausted,
@@ -21,7 +22,7 @@ from handlers.errors import (
 from handlers.interfaces import Host
 from handlers.mechanism import Removable
 from handlers.registry import Handler
-from handlers.steps import Done, Halted, Steps, Traced, no_trace
+from handlers.steps import Done, Steps, Traced, no_trace
 from schemas import serde
 from schemas.codes import Code
 from schemas.envelopes import Reply, StepTaken
@@ -102,7 +103,7 @@ class Dispatch:
             row.id,
             self._journal,
             self._mechanisms,
-            deadline_ms=row.command.deadline_ms,
+            control=Control(row.command.deadline_ms, now_ms),
             admission=row.admission,
             trace=self._trace,
             observe=self._meters.step,
@@ -170,8 +171,8 @@ class Dispatch:
             if not _may_retry(error, steps):
                 raise
             made: list[Failure | OSError] = [error]
-        budget_s, left_s = self._budget_s, steps.left_s()
-        if not steps.final:
+        budget_s, left_s = self._budget_s, steps.control.left_s()
+        if not steps.control.final:
             # The first attempt counts: one that took its whole time to fail is not tried again.
             budget_s -= time.monotonic() - began
         if left_s is not None:
@@ -207,12 +208,12 @@ class Dispatch:
     async def _pause(self, steps: Steps, seconds: float) -> None:
         """Wait before the next attempt; a superseding command or the shutdown ends it at once."""
         await self._journal.until_writable()
-        await steps.pause(seconds)
+        await steps.control.pause(seconds)
 
     async def _undone(self, row: CommandRow, steps: Steps, failure: Failure | None) -> Reply:
         """Take back what the command made, unless there is no way back, and say how it failed."""
         left: tuple[str, ...] = failure.left_behind if failure is not None else ()
-        if not steps.final:
+        if not steps.control.final:
             left += await self._undo(steps)
         return self._failed(row, failure, steps.taken, left)
 
@@ -322,7 +323,7 @@ def _may_retry(error: BaseException, steps: Steps) -> bool:
     if isinstance(failure, Unavailable | JournalFault):
         return True
     # past a point of no return there is only completion
-    return steps.final and isinstance(failure, HostFault | Exhausted)
+    return steps.control.final and isinstance(failure, HostFault | Exhausted)
 
 
 def _superseded(work: Work) -> Superseded:

@@ -155,7 +155,7 @@ async def write_snapshot(
         SnapshotDrafts(host),
         SnapshotDraftSpec(SnapshotKey(record.ref, record.launch), uid, facts),
     )
-    steps.safe_point()
+    steps.control.safe_point()
     await steps.act(PUBLISH, lambda: host.snapshots.publish(record.ref, record.launch))
     return info
 

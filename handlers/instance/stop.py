@@ -96,7 +96,7 @@ async def stop_budget_s(record: InstanceRecord, steps: Steps, host: Host) -> flo
         budget_s = DEFAULT_BUDGET_S
     else:
         budget_s = float(pool.runtime_policy.graceful_shutdown_seconds)
-    left_s = steps.left_s()
+    left_s = steps.control.left_s()
     return budget_s if left_s is None else max(0.0, min(budget_s, left_s))
 
 

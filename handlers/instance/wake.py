@@ -79,7 +79,7 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
                 "check_confinement",
                 lambda: host.vmms.check_confinement(vm.identity, vm.launch.vmm),
             )
-            steps.safe_point()
+            steps.control.safe_point()
             record = replace(vm.record, consumed=True)
             # The point of no return, committed with `synchronous=FULL`: part of the record, so
             # that a later command knows it too.
@@ -163,7 +163,7 @@ async def wake_guest(record: InstanceRecord, steps: Steps, host: Host) -> dict[s
     detail: dict[str, object] = {}
     if port is None:
         return detail
-    left_s = steps.left_s()
+    left_s = steps.control.left_s()
     timeout_s = AGENT_TIMEOUT_S if left_s is None else max(0.1, min(AGENT_TIMEOUT_S, left_s))
     try:
         ack = await steps.act(
