@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from handlers.concurrency import limited
-from handlers.errors import Unavailable, Unsupported
+from handlers.errors import Unavailable
 from handlers.instance.artifact_refs import release_revision
 from handlers.instance.instance_file import write_running
 from handlers.instance.jail_contents import boot_config
@@ -41,10 +41,6 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
         Unavailable: the guest agent did not answer in time; retry with a new id.
         HostFault: a limit or a confinement fact is not in effect.
     """
-    if cmd.volumes:
-        raise Unsupported(
-            "volumes are not supported by this version", path="$.request.StartInstance.volumes"
-        )
     state = await read_state(cmd.ref, host, host.facts.now_ms())
     state.refuse_unknown()
     state.refuse_incomplete(steps.command_id)

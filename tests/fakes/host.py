@@ -1,7 +1,7 @@
 """A host in memory: every mechanism of `interfaces.Host`, with one place to make things fail.
 
 `FakeHost.resources` is all that exists on it, by kind and key; a test compares it before and
-after. `fail[name]` holds the failure that the named effect raises, before or after it took hold.
+after. Effects have the names of the steps that cause them.
 It passes the same contract tests as the real mechanisms (`tests/contract`).
 """
 
@@ -48,7 +48,7 @@ BOOT_ID = "00000000-0000-4000-8000-000000000001"
 
 @dataclass
 class Guest:
-    """What a guest remembers. `boots` lives on the data disk, `counter` in memory."""
+    """A guest; `counter` is in its memory. How often it booted is in `FakeHost.boots`."""
 
     state: str = "Not started"
     counter: int = 0
@@ -57,7 +57,7 @@ class Guest:
 
 @dataclass
 class FakeHost:
-    """The machine. `fail` maps an effect to the failure it raises; `fail_late` after it took."""
+    """`fail` maps an effect to the failure raised instead of it, `fail_late` after it."""
 
     resources: dict[tuple[str, str], Any] = field(default_factory=dict)
     fail: dict[str, BaseException] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class FakeHost:
         return value
 
     def kill(self, jail_id: str) -> None:
-        """The VMM ends, whoever wanted it."""
+        """The VMM exits, for whatever reason."""
         identity = self.resources.pop(("vmm", jail_id), None)
         self.guests.pop(jail_id, None)
         self.uids.pop(jail_id, None)
@@ -105,7 +105,7 @@ class FakeHost:
             self.exited[identity.pid].set()
 
     def plant_link(self, name: str) -> None:
-        """A link appears that is not hostd's."""
+        """An interface appears that is not hostd's."""
         self.foreign_links.add(name)
 
     def has_link(self, name: str) -> bool:
@@ -144,7 +144,7 @@ class FakeHost:
 
 
 class Plain:
-    """A mechanism that only is or is not there."""
+    """A mechanism whose resources only exist or not."""
 
     swept: ClassVar[bool] = True
 
@@ -188,7 +188,7 @@ class FakeBridges(Plain):
 
 
 class FakeTaps(Plain):
-    """TAPs; one with another alias is another instance's."""
+    """TAPs; one with another alias belongs to another instance."""
 
     def __init__(self, machine: FakeHost) -> None:
         super().__init__(machine, "tap")
@@ -383,8 +383,6 @@ class FakeVmms(Plain):
         if not gone.is_set():
             await asyncio.sleep(0)
         return gone.is_set()
-
-    async def terminate(self, identity: VmmIdentity) -> None: ...
 
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
         await self.machine.effect("check_confinement", lambda: None)

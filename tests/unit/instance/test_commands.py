@@ -23,7 +23,6 @@ from schemas.requests import (
     StartInstance,
     StopInstance,
     TeardownNetwork,
-    VolumeAttach,
     WakeInstance,
 )
 from schemas.settings import LimitSettings
@@ -518,15 +517,6 @@ async def test_start_needs_the_network(tmp_path: Path) -> None:
 
         assert reply.code is Code.CONFLICT
         assert worker.journal.instance(REF) is None
-
-
-async def test_volumes_are_refused_not_ignored(tmp_path: Path) -> None:
-    volume = VolumeAttach("w", "v", "/v", "read_write")
-    async with memory_worker(tmp_path / "j", seeded()) as worker:
-        reply = await worker.run(StartInstance("acme", "web", "i-1", volumes=(volume,)))
-
-        assert reply.code is Code.UNSUPPORTED
-        assert reply.detail["path"] == "$.request.StartInstance.volumes"
 
 
 async def test_an_address_in_use_is_a_conflict_and_free_after_destroy(tmp_path: Path) -> None:
