@@ -1,4 +1,4 @@
-"""Command type -> handler, and what undo may be asked to remove: explicit lists on one screen."""
+"""Command type -> handler, and the mechanisms that a step row may name: two explicit lists."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -44,7 +44,7 @@ HANDLERS: Final[Mapping[type, Handler]] = {
 
 
 def mechanisms(host: Host) -> Mapping[str, Removable]:
-    """All that a step row may name, by name."""
+    """All mechanisms that a step row may name, by name."""
     known: tuple[Removable, ...] = (
         Reservations(host),
         Transitions(host),

@@ -1,4 +1,4 @@
-"""What a handler asks of a mechanism and what it gets: specs, each with its key, and values.
+"""The arguments and results of mechanisms: specs, each with its key, and values.
 
 All paths are absolute host paths, all sizes in bytes unless a name says otherwise.
 """
@@ -18,7 +18,7 @@ def parse_ref(key: str) -> InstanceRef:
 
 @dataclass(frozen=True, slots=True)
 class BridgeSpec:
-    """A tenant's bridge with its gateway address. `key` is the link's name."""
+    """A tenant's bridge with its gateway address. `key` is the name of the interface."""
 
     tenant_id: str
     net: TenantNet
@@ -66,7 +66,8 @@ class TenantRulesSpec:
 
 @dataclass(frozen=True, slots=True)
 class PinSpec:
-    """MAC and address pinned to a TAP in the bridge table; made before the TAP is up."""
+    """Anti-spoofing entry: the MAC and the address that a TAP may send from, in the nftables
+    bridge table; made before the TAP is up."""
 
     tap: str
     mac: str
@@ -85,7 +86,7 @@ class PinSpec:
 class TapSpec:
     """A TAP owned by the jail's uid, attached to the bridge, up, with static FDB and neighbour.
 
-    `alias` (`hostd:<t>/<p>/<i>`) marks it as ours: one without it is foreign and never touched.
+    `alias` (`hostd:<t>/<p>/<i>`) marks it as hostd's: an interface without it is never changed.
     """
 
     name: str
@@ -102,6 +103,8 @@ class TapSpec:
 
 @dataclass(frozen=True, slots=True)
 class ArtifactSpec:
+    """A revision of a pool's artifacts, named by its hash."""
+
     tenant_id: str
     pool_id: str
     revision: str
@@ -123,7 +126,7 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class DataDiskSpec:
-    """`volumes/data.ext4` of an instance. `known` is the one hostd recorded, if any."""
+    """`volumes/data.ext4` of an instance. `known` is the disk in the journal, if any."""
 
     ref: InstanceRef
     size_mib: int
@@ -136,6 +139,8 @@ class DataDiskSpec:
 
 @dataclass(frozen=True, slots=True)
 class DataDisk:
+    """A data disk and the identity by which it is recognized from now on."""
+
     path: str
     identity: DiskIdentity
 
@@ -162,7 +167,7 @@ class CgroupSpec:
 
 @dataclass(frozen=True, slots=True)
 class JailFile:
-    """A hard link into the jail. `writable` ones are chowned to the jail's uid while in use."""
+    """A hard link to make in the jail. Writable files belong to the jail's uid while in use."""
 
     name: str
     source: str
@@ -171,11 +176,11 @@ class JailFile:
 
 @dataclass(frozen=True, slots=True)
 class JailSpec:
-    """The jail's root before the jailer starts: links, log, small drives, secrets on tmpfs.
+    """The jail's root before the jailer runs: hard links, log, small drives, secrets on tmpfs.
 
     `config` and `secrets` are the contents for new `config.ext4` and `secrets.ext4`; a path in
     `kept_config`, `kept_secrets` (images kept with a snapshot) is used instead where given.
-    `record` is noted beside the jail: a worker that lost its journal adopts the VM by it.
+    `record` is written to the jail's metadata: a worker without its journal adopts the VM by it.
     """
 
     ref: InstanceRef
@@ -205,7 +210,7 @@ class Jail:
 
 @dataclass(frozen=True, slots=True)
 class LaunchSpec:
-    """One jailer execution. The cgroup leaf must exist: the jailer silently does without."""
+    """One run of the jailer. The cgroup must exist: the jailer silently continues without it."""
 
     jail_id: str
     uid: int
@@ -218,6 +223,8 @@ class LaunchSpec:
 
 @dataclass(frozen=True, slots=True)
 class DriveConfig:
+    """One block device, as Firecracker's `/drives` has it."""
+
     drive_id: str
     path_in_jail: str
     read_only: bool
@@ -273,7 +280,7 @@ class SnapshotKey:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotFacts:
-    """What the handler knows of a snapshot and the manifest must name."""
+    """The facts of a snapshot that the handler has and the manifest records."""
 
     ref: InstanceRef
     number: int
@@ -291,7 +298,7 @@ class SnapshotFacts:
 class SnapshotInfo:
     """A sealed snapshot. `kept_config`, `kept_secrets`: images kept with it, or None.
 
-    `disk` is the data disk that slept with it; its device number is not known (0).
+    `disk` is the data disk of the sleeping instance; its device number is not recorded (0).
     """
 
     number: int

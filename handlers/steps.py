@@ -14,7 +14,7 @@ before", and to remove an absent resource is success.
 Undo order. Undo walks the rows in reverse. Where steps run concurrently, `announce` commits all
 their rows at once, in the order whose reverse is the order of the undo, however the effects
 interleave. A row whose step never began (in any run) is not undone: its resource may belong to
-somebody else by then.
+another command by then.
 
 Points of no return. `reach` commits that the command cannot be undone any more, and `finalize`
 says so of a command that never can. From there on it is only completed: by retries, or by the next

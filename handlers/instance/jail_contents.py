@@ -1,4 +1,4 @@
-"""What lies in an instance's jail, and under which names its VMM is told of it."""
+"""The files in an instance's jail, their names, and the VMM's configuration made of them."""
 
 import json
 
@@ -14,7 +14,7 @@ CONFIG, SECRETS, VSOCK, SERIAL = "/config.ext4", "/secrets/secrets.ext4", "/v.so
 
 
 def config_json(launch: Launch) -> bytes:
-    """`config.json` of the config drive, as the contract names its fields."""
+    """`config.json` of the config drive, its fields as in the contract."""
     document = {
         "instance_id": launch.ref.instance_id,
         "pool_id": launch.ref.pool_id,

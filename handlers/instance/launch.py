@@ -49,7 +49,7 @@ class LaunchedVmm:
 
 @asynccontextmanager
 async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator[LaunchedVmm]:
-    """Make everything the VMM needs, launch it and journal its identity; or find it running.
+    """Make everything that the VMM needs, launch it and journal its identity; or find it running.
 
     A failure inside the context gets the end of the VMM's log. The connection to the VMM's API is
     closed at the end of the context; the VMM stays.

@@ -1,4 +1,4 @@
-"""What a launch needs, read and checked before anything is made: agentd's files, names, sizes."""
+"""The plan of a launch, read and checked before anything is made: agentd's files, names, sizes."""
 
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ def launch_of(record: InstanceRecord, pool: PoolSpec, host: Host) -> Launch:
     """The launch of a record that has a reservation."""
     names = names_of(record)
     if names is None or record.uid_slot is None:
-        raise Conflict(f"instance {record.ref} has no launch reserved")
+        raise Conflict(f"instance {record.ref} has no network address or uid reserved")
     spec = LaunchSpec(
         jail_id=record.jail_id,
         uid=host.settings.vmm.uid_base + record.uid_slot,

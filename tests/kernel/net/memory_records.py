@@ -54,13 +54,13 @@ class MemoryRecords:
 class LiveVmms:
     """All that repair asks of VMMs: whether a jail's one lives."""
 
-    books: MemoryRecords
+    journal: MemoryRecords
 
     async def exists(self, key: str) -> bool:
-        return key in self.books.jails_alive
+        return key in self.journal.jails_alive
 
 
-class StepBook:
+class MemoryStepLog:
     """The step log; it outlives a run of a command, as the journal does."""
 
     def __init__(self) -> None:
@@ -88,16 +88,16 @@ class StepBook:
         return False
 
 
-def host_of(net: HostNet, books: MemoryRecords, settings: NetworkSettings | None = None) -> Host:
+def host_of(net: HostNet, journal: MemoryRecords, settings: NetworkSettings | None = None) -> Host:
     """A host whose network is real and whose other parts no network handler may touch."""
     nothing = cast("Any", None)
     mechanisms = net.mechanisms
     return Host(
         settings=Settings(network=settings or NetworkSettings()),
         locks=TenantLocks(),
-        records=cast("Any", books),
+        records=cast("Any", journal),
         facts=HostFacts(),
-        shared=cast("Any", books),
+        shared=cast("Any", journal),
         networks=mechanisms.networks,
         bridges=mechanisms.bridges,
         tenant_rules=mechanisms.tenant_rules,
@@ -107,7 +107,7 @@ def host_of(net: HostNet, books: MemoryRecords, settings: NetworkSettings | None
         data_disks=nothing,
         cgroups=nothing,
         jails=nothing,
-        vmms=cast("Any", LiveVmms(books)),
+        vmms=cast("Any", LiveVmms(journal)),
         agents=nothing,
         snapshots=nothing,
         slots=Slots.of(LimitSettings()),
@@ -116,7 +116,7 @@ def host_of(net: HostNet, books: MemoryRecords, settings: NetworkSettings | None
     )
 
 
-def steps_of(host: Host, log: StepBook, command_id: str = "cmd-1") -> Steps:
+def steps_of(host: Host, log: MemoryStepLog, command_id: str = "cmd-1") -> Steps:
     """A new run of a command."""
     mechanisms = (host.bridges, host.tenant_rules, host.pins, host.taps)
     return Steps(command_id, log, {mechanism.name: mechanism for mechanism in mechanisms})

@@ -87,6 +87,7 @@ async def all_sent(tmp_path: Path) -> dict[str, Sent]:
 
     machine: FakeHost = seeded()
     async with memory_worker(tmp_path / "j", machine) as worker:
+        request: Request
         for request in (UP, START, SLEEP, WAKE):
             note(request, await waiting(worker, request))
         for request in (STOP, START, SLEEP, STOP, START):
