@@ -1,4 +1,4 @@
-"""The tenant's network lock: shared or alone, fair, and no trace of who gave up."""
+"""The tenant's network lock: shared or exclusive, fair; a cancelled waiter changes nothing."""
 
 import asyncio
 from contextlib import AbstractAsyncContextManager
@@ -9,7 +9,7 @@ from handlers.tenant_locks import TenantLocks
 
 
 class Hold:
-    """One holder that waits inside until it is let go."""
+    """A holder of the lock, until `leave`."""
 
     def __init__(self, lock: AbstractAsyncContextManager[None]) -> None:
         self._lock = lock
@@ -28,7 +28,7 @@ class Hold:
 
 
 async def settle() -> None:
-    """Let every task that can run go as far as it can."""
+    """Let every task run until it waits."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -46,7 +46,7 @@ async def test_sharers_hold_it_together() -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), [(True, True), (True, False), (False, True)])
-async def test_alone_means_alone(*, one: bool, other: bool) -> None:
+async def test_exclusive_excludes_every_other(*, one: bool, other: bool) -> None:
     locks = TenantLocks()
     pick = {True: locks.exclusive, False: locks.shared}
     first = Hold(pick[one]("acme"))
