@@ -22,8 +22,9 @@ from handlers.host.storage.data_disks import DataDisks
 from handlers.host.vmm.api_schema import boot_requests, parse_version
 from handlers.host.vmm.cgroups import Cgroups
 from handlers.host.vmm.jailer import Jailer
-from handlers.instance.launch import CONFIG as CONFIG_DRIVE
-from handlers.instance.launch import DATA, KERNEL, MIB, PIDS_PER_VMM, ROOTFS, VSOCK
+from handlers.instance.jail_contents import CONFIG as CONFIG_DRIVE
+from handlers.instance.jail_contents import DATA, KERNEL, ROOTFS, VSOCK
+from handlers.instance.launch import MIB, PIDS_PER_VMM
 from handlers.interfaces import CPU_PERIOD_US
 from handlers.specs import (
     ArtifactSpec,
@@ -34,6 +35,7 @@ from handlers.specs import (
     JailFile,
     JailSpec,
     LaunchSpec,
+    NicConfig,
     TapSpec,
 )
 from schemas import naming
@@ -200,8 +202,7 @@ class BareInstance:
             initrd=None,
             boot_args=f"reboot=k panic=1 {address}",
             drives=tuple(drives),
-            tap=self.tap,
-            mac=naming.mac_address(self.net.tenant_net_id, self.offset),
+            nic=NicConfig(self.tap, naming.mac_address(self.net.tenant_net_id, self.offset)),
             vsock=VSOCK,
         )
 

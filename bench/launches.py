@@ -36,8 +36,8 @@ DATA_DISK_MIB = 16
 OWN_COST_MS = 10.0
 BURST_RATIO = 1.3
 SETTLE_S = 0.15
-VMM_STEPS = ("vmms", "configure", "start_vm", "agent_ready")
-VMM_STEPS_OF_WAKE = ("vmms", "load_snapshot", "resume", "agent_wake", "set_clock")
+VMM_STEPS = ("vmm", "configure_vm", "start_vm", "wait_agent")
+VMM_STEPS_OF_WAKE = ("vmm", "load_snapshot", "resume_vm", "wake_agent", "set_clock")
 
 
 class Script:

@@ -1,4 +1,4 @@
-"""How much heavy work at once, by kind, across all lanes; Stop and Destroy never wait here."""
+"""Concurrency limits by kind of heavy work, across all lanes; Stop and Destroy have none."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -11,7 +11,7 @@ from schemas.settings import LimitSettings
 
 @dataclass(slots=True)
 class Slots:
-    """One semaphore per kind; `held` around the heavy part only, never around a drain."""
+    """One semaphore per kind; `limited` surrounds the heavy part only, never a drain."""
 
     boots: asyncio.Semaphore
     restores: asyncio.Semaphore
@@ -29,17 +29,17 @@ class Slots:
 
 
 @asynccontextmanager
-async def held(slot: asyncio.Semaphore, name: str, steps: Steps) -> AsyncGenerator[None]:
-    """Hold one of a kind's slots; a command that has to wait for it does so as the step `name`.
+async def limited(slots: asyncio.Semaphore, step: str, steps: Steps) -> AsyncGenerator[None]:
+    """Hold one of the slots; a command that has to wait for one does so in the step named `step`.
 
     Raises:
-        Superseded, Expired, Halted: the wait was cut.
+        Superseded, Expired, Halted: the wait was interrupted.
     """
-    if slot.locked():
-        await steps.interruptible(name, slot.acquire)
+    if slots.locked():
+        await steps.interruptible(step, slots.acquire)
     else:
-        await slot.acquire()
+        await slots.acquire()
     try:
         yield
     finally:
-        slot.release()
+        slots.release()

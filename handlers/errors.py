@@ -1,7 +1,8 @@
-"""The failure vocabulary: the class says who must act. Only the dispatcher makes it a reply."""
+"""The failures of commands: the class says who must act. Only the dispatcher makes one a reply."""
 
 import errno
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from schemas.codes import Code
@@ -12,7 +13,7 @@ class Failure(Exception):
 
     Args:
         message: one sentence with the names needed to act; ends up in the reply.
-        path: the field at fault, e.g. `$.request.SetupNetwork.net.gateway_ip`, or a file.
+        path: the invalid field, e.g. `$.request.SetupNetwork.net.gateway_ip`, or a file.
         detail: facts for the reply's `detail`; no guest data, no secrets.
     """
 
@@ -31,13 +32,13 @@ class Failure(Exception):
         self.final = False
 
     def not_retryable(self) -> "Failure":
-        """The same failure, not to be tried again under this command id."""
+        """Mark the failure as final: the command is not retried under this id. Returns it."""
         self.final = True
         return self
 
 
 class Unavailable(Failure):
-    """Busy or not ready yet; tried again here with backoff, then by the sender with a new id."""
+    """Busy or not ready yet: retried here with backoff, then by the sender with a new id."""
 
     code = Code.UNAVAILABLE
     retryable = True
@@ -52,7 +53,7 @@ class Exhausted(Failure):
 
 
 class Invalid(Failure):
-    """Does not decode or breaks a rule; never retried as it is."""
+    """Does not decode or breaks a rule; never retried unchanged."""
 
     code = Code.INVALID
 
@@ -82,13 +83,13 @@ class Expired(Failure):
 
 
 class Superseded(Failure):
-    """A later command for the same instance won."""
+    """A later command for the same instance takes precedence."""
 
     code = Code.SUPERSEDED
 
 
 class Draining(Failure):
-    """The host takes no new VMs; nothing was started."""
+    """The host accepts no new VMs; nothing was started."""
 
     code = Code.DRAINING
     retryable = True
@@ -102,7 +103,8 @@ class HostFault(Failure):
     act = "operator"
 
 
-_OF_ERRNO: Final[dict[int, type[Failure]]] = {
+# The one table from errno to who must act. A number that is not in it is a fault of the host.
+FAILURE_OF_ERRNO: Final[Mapping[int, type[Failure]]] = {
     errno.EAGAIN: Unavailable,
     errno.EBUSY: Unavailable,
     errno.EINTR: Unavailable,
@@ -113,16 +115,37 @@ _OF_ERRNO: Final[dict[int, type[Failure]]] = {
     errno.ENOSPC: Exhausted,
     errno.EDQUOT: Exhausted,
     errno.EMFILE: Exhausted,
+    errno.ENFILE: Exhausted,
 }
 
 
-def of_os_error(error: OSError) -> Failure:
-    """Who must act on what the kernel said; unlisted numbers (EACCES, EPERM, EIO) page someone."""
-    if isinstance(error, TimeoutError):
-        return Unavailable("a step did not end in time")
-    number = error.errno or 0
-    what = os.strerror(number) if number else type(error).__name__
-    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    message = f"{what}: {' -> '.join(names)}" if names else what
-    detail = {"errno": errno.errorcode.get(number, str(number))}
-    return _OF_ERRNO.get(number, HostFault)(message, detail=detail)
+def failure_class(number: int | None) -> type[Failure]:
+    """The class for an errno; HostFault for None and what is not listed (EACCES, EPERM, EIO)."""
+    return HostFault if number is None else FAILURE_OF_ERRNO.get(number, HostFault)
+
+
+def errno_name(number: int) -> str:
+    """The symbolic name, as `detail.errno` has it: `ENOSPC`; the digits if there is no name."""
+    return errno.errorcode.get(number, str(number))
+
+
+def of_os_error(error: OSError, attempted: str | None = None) -> Failure:
+    """The failure for an error of the kernel, with its class by errno.
+
+    Args:
+        attempted: what failed, with names, e.g. `cannot create cgroup a/b`; without it the message
+            names the files of the error.
+    """
+    number = error.errno
+    if number:
+        reason, detail = os.strerror(number), {"errno": errno_name(number)}
+    elif isinstance(error, TimeoutError):
+        return Unavailable(f"{attempted}: timed out" if attempted else "a step timed out")
+    else:
+        reason, detail = type(error).__name__, {}
+    if attempted:
+        message = f"{attempted}: {reason}"
+    else:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        message = f"{reason}: {' -> '.join(names)}" if names else reason
+    return failure_class(number)(message, detail=detail)

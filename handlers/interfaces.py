@@ -1,6 +1,6 @@
-"""What a handler may ask of this host: the mechanisms, their specs and values. Types only.
+"""The interfaces between handlers and this host: one Protocol per mechanism. Types only.
 
-Implemented for real in `handlers/host/`, one mechanism per file, and in memory by `tests/fakes`;
+Implemented in `handlers/host/`, one mechanism per file, and in memory by `tests/fakes/host.py`;
 `tests/contract` runs the same tests against both. All paths are absolute host paths, all sizes in
 bytes unless a name says otherwise. Every method raises a `Failure` of `handlers/errors.py`.
 """
@@ -37,22 +37,23 @@ from schemas.requests import InstanceRef
 from schemas.settings import Settings
 
 # -- network ---------------------------------------------------------------------------------------
-# `ensure` of these mechanisms gives true if anything had to be made or repaired.
+# `ensure` of these mechanisms returns true if anything was made or repaired.
 
 
 class Networks(Protocol):
-    """Questions about the host's network, and what no single resource owns."""
+    """The host's network outside of tenants: routes, interfaces, base rules, sysctls."""
 
     async def overlapping_route(self, subnet: str, *, except_bridge: str) -> str | None:
-        """A host route, other than the default route and the exempt ones, that overlaps."""
+        """A host route that overlaps the subnet, or None. Not considered: the default route,
+        those of `except_bridge` and those within `[network] exempt_routes`."""
         ...
 
     async def taps_on(self, bridge: str) -> Sequence[str]:
-        """Names of the links enslaved to the bridge."""
+        """Names of the interfaces attached to the bridge."""
         ...
 
     async def prepare(self) -> bool:
-        """Base table, uplinks, `ip_forward`, `bridge-nf-call-*`; true if any had to change."""
+        """Put base table, uplinks, `ip_forward`, `bridge-nf-call-*` in effect; true if changed."""
         ...
 
 
@@ -60,40 +61,64 @@ class Networks(Protocol):
 
 
 class SharedFiles(Protocol):
-    """agentd's directories: every open stays beneath the tenant's and follows no symlink."""
+    """agentd's directories, writable by an unprivileged process: every open stays beneath the
+    tenant's directory and follows no symlink.
 
-    async def tenant(self, tenant_id: str) -> TenantConfig: ...
+    Raises:
+        NotFound: the file is missing. Invalid: it is malformed or hostile. Both name the file.
+    """
 
-    async def pool(self, tenant_id: str, pool_id: str) -> PoolSpec: ...
+    async def tenant(self, tenant_id: str) -> TenantConfig:
+        """`tenant.json`, validated."""
+        ...
 
-    async def instance(self, ref: InstanceRef) -> InstanceFile: ...
+    async def pool(self, tenant_id: str, pool_id: str) -> PoolSpec:
+        """`pool.json`, validated."""
+        ...
+
+    async def instance(self, ref: InstanceRef) -> InstanceFile:
+        """`instance.json`, validated."""
+        ...
 
     async def of_launch(self, ref: InstanceRef) -> tuple[TenantConfig, PoolSpec, InstanceFile]:
-        """The three files that a launch asks, read in this order."""
+        """The three files that a launch needs, read in this order."""
         ...
 
-    async def current_revision(self, tenant_id: str, pool_id: str) -> str: ...
+    async def current_revision(self, tenant_id: str, pool_id: str) -> str:
+        """The revision that the pool's symlink `artifacts/current` names."""
+        ...
 
-    async def secrets(self, tenant_id: str) -> bytes | None: ...
+    async def secrets(self, tenant_id: str) -> bytes | None:
+        """The tenant's secrets as JSON, or None if it has none."""
+        ...
 
     async def update_instance(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
-        """Change hostd's six fields, keeping all else; atomic, owner, group and mode kept."""
+        """Replace hostd's fields of `instance.json`, atomically; all else in it, owner, group and
+        mode are kept."""
         ...
 
-    async def remove_instance(self, ref: InstanceRef, *, keep_volumes: bool) -> None: ...
+    async def remove_instance(self, ref: InstanceRef, *, keep_volumes: bool) -> None:
+        """Remove the instance's directory, except `volumes/` if kept; success if absent."""
+        ...
 
 
 class DataDisks(Mechanism[DataDiskSpec, DataDisk], Protocol):
+    """`volumes/data.ext4` of instances; the key is `<tenant>/<pool>/<instance>`.
+
+    `ensure` makes the disk or finds the known one, and never changes its size. A file that hostd
+    did not make, by device and inode, is Invalid. `remove` unlinks only a disk that hostd made.
+    """
+
     def path(self, ref: InstanceRef) -> str:
-        """Where the instance's data disk is, if it has one."""
+        """The path of the instance's data disk, whether it exists or not."""
         ...
 
     async def check_wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
-        """Whether `wipe` would do it: raises Invalid if the disk is not hostd's. No effect."""
+        """Raise Invalid if `wipe` would, because the disk is not hostd's. No effect."""
         ...
 
     async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
-        """Overwrite or discard the blocks, verify, unlink; absent already is success."""
+        """Overwrite or discard the blocks, verify, unlink; success if absent already."""
         ...
 
 
@@ -104,61 +129,83 @@ CPU_PERIOD_US = 100_000  # of which `cpu_quota_us` may be used
 
 
 class Jails(Mechanism[JailSpec, Jail], Protocol):
-    """Removal unmounts the tmpfs, gives the data disk back to root and keeps the launch's log."""
+    """Directory, hard links, small drives and secrets tmpfs of each VMM; the key is the jail id.
+
+    `remove` unmounts the tmpfs, gives the data disk back to root and keeps the launch's log.
+    """
 
     async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
-        """The VMM's log of a launch, live or kept (the last 3 are); empty if there is none."""
+        """The VMM's log of a launch, by default the last; live or kept (the last 3 launches are);
+        empty if there is none."""
         ...
 
 
 class Vmm(Protocol):
-    """The API of one live VMM, typed; one request at a time. Closed by `close`."""
+    """The API of one live VMM, typed; one request at a time.
 
-    async def configure(self, config: BootConfig) -> None: ...
+    Raises:
+        Conflict: the VM's state does not allow the request.
+        Unavailable: the VMM does not answer. HostFault: it refused.
+    """
 
-    async def start(self) -> None: ...
+    async def configure(self, config: BootConfig) -> None:
+        """Everything that precedes InstanceStart."""
+        ...
 
-    async def pause(self) -> None: ...
+    async def start(self) -> None:
+        """InstanceStart: the guest boots."""
+        ...
 
-    async def resume(self) -> None: ...
+    async def pause(self) -> None:
+        """Stop the vCPUs."""
+        ...
+
+    async def resume(self) -> None:
+        """Let the vCPUs of a paused or loaded VM run."""
+        ...
 
     async def state(self) -> str:
         """`Not started`, `Running` or `Paused`."""
         ...
 
-    async def version(self) -> str: ...
+    async def version(self) -> str:
+        """Firecracker's version, e.g. `1.12.1`."""
+        ...
 
     async def create_snapshot(self, state_path: str, mem_path: str) -> None:
-        """Paths inside the jail. Full snapshot; the VM must be paused."""
+        """Write a full snapshot to two paths inside the jail; the VM must be paused."""
         ...
 
     async def load_snapshot(self, state_path: str, mem_path: str) -> None:
-        """`resume_vm: false`. After a failure the VMM is gone."""
+        """Load with `resume_vm: false`; the VM stays paused. After a failure the VMM exits."""
         ...
 
-    async def send_ctrl_alt_del(self) -> None: ...
+    async def send_ctrl_alt_del(self) -> None:
+        """Ask the guest to shut down; whether it does is up to the guest."""
+        ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Close the connection; the VMM stays."""
+        ...
 
 
 class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
-    """VMM processes. `ensure` launches through the jailer, waits for the API, proves identity.
+    """VMM processes; the key is the jail id.
 
-    `remove(jail_id)` sends SIGKILL by pidfd after the proof and waits until it is gone.
+    `ensure` launches through the jailer, waits for the API and proves the identity. `remove` proves
+    the identity, sends SIGKILL by pidfd and waits until the process has exited.
     """
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         """The live VMM of a jail, proven from the kernel, or None."""
         ...
 
-    async def alive(self, identity: VmmIdentity) -> bool: ...
-
-    async def wait_exit(self, identity: VmmIdentity, timeout_s: float) -> bool:
-        """True once it is gone; false when the time is up."""
+    async def alive(self, identity: VmmIdentity) -> bool:
+        """Whether that very process still runs."""
         ...
 
-    async def terminate(self, identity: VmmIdentity) -> None:
-        """SIGTERM by pidfd (ignored in a pid namespace of its own)."""
+    async def wait_exit(self, identity: VmmIdentity, timeout_s: float) -> bool:
+        """True once it has exited; false after the timeout."""
         ...
 
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
@@ -166,33 +213,41 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
         pid namespace, once the VM is started or loaded.
 
         Raises:
-            HostFault: names the first fact that does not hold.
+            HostFault: names the first fact that differs.
         """
         ...
 
-    def api(self, jail_id: str) -> Vmm: ...
+    def api(self, jail_id: str) -> Vmm:
+        """The VMM's API; connects with the first request."""
+        ...
 
 
 class GuestAgents(Protocol):
     """The guest agent on vsock, framed JSON; untrusted, bounded in size and time.
 
-    Each call connects anew and retries until `timeout_s`: the first connection after a resume
-    may be cut, a paused guest never answers.
+    Each call opens a connection and retries until `timeout_s`: the first connection after a resume
+    may be reset, a paused guest never answers.
 
     Raises:
         Unavailable: no well-formed answer within `timeout_s`.
     """
 
-    async def ping(self, jail_id: str, port: int, *, timeout_s: float) -> None: ...
+    async def ping(self, jail_id: str, port: int, *, timeout_s: float) -> None:
+        """Return once the agent answers."""
+        ...
 
     async def sleep_prep(
         self, jail_id: str, port: int, *, drain_timeout_s: int, timeout_s: float
-    ) -> Ack: ...
+    ) -> Ack:
+        """Ask the guest to finish its work, unmount its small drives and sync."""
+        ...
 
-    async def wake(self, jail_id: str, port: int, *, timeout_s: float) -> Ack: ...
+    async def wake(self, jail_id: str, port: int, *, timeout_s: float) -> Ack:
+        """Announce that the guest was restored, so that it mounts its small drives again."""
+        ...
 
     async def set_clock(self, jail_id: str, port: int, *, timeout_s: float) -> float:
-        """Step the guest's clock to the host's; returns the seconds it was off before."""
+        """Set the guest's clock to the host's; returns by how many seconds it was off."""
         ...
 
 
@@ -200,14 +255,15 @@ class GuestAgents(Protocol):
 
 
 class Snapshots(Protocol):
-    """`<state>/snapshots/<t>/<p>/<i>/<n>/{state,mem,manifest.json}`."""
+    """`<state>/snapshots/<t>/<p>/<i>/<n>/{state,mem,manifest.json}`; `number` is the launch's."""
 
     async def begin(self, jail_id: str, uid: int) -> tuple[str, str]:
-        """An empty directory in the jail for the VMM to write to; the two paths inside the jail."""
+        """Make an empty directory in the jail, writable by the uid; returns the two paths inside
+        the jail, of state and memory."""
         ...
 
     async def seal(self, jail_id: str, facts: SnapshotFacts) -> SnapshotInfo:
-        """Move the files out of the jail, hash the state, write and fsync; no manifest yet."""
+        """Move the files out of the jail, hash the state, fsync; the manifest is not published."""
         ...
 
     async def publish(self, ref: InstanceRef, number: int) -> None:
@@ -222,36 +278,37 @@ class Snapshots(Protocol):
         """Check manifest, state hash, memory identity or hash, disks, CPU, VMM version.
 
         Raises:
-            HostFault: what differs; the instance stays asleep and a file put right can be woken.
+            HostFault: what differs; the instance stays asleep, and can wake once it is restored.
         """
         ...
 
     async def hash_memory(self, ref: InstanceRef, number: int) -> str | None:
-        """In the background after Sleep: sha256 bound to the file's identity; None if gone."""
+        """The sha256 of the memory file, recorded with the file's identity; None if it is gone."""
         ...
 
     async def is_hashed(self, ref: InstanceRef, number: int) -> bool:
-        """Whether the memory's hash was taken; true also of a snapshot that is gone."""
+        """Whether the memory's hash is recorded; also true if the snapshot is gone."""
         ...
 
     async def link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
-        """Hard-link state and memory into the jail, owned by the uid; the paths inside it."""
+        """Hard-link state and memory into the jail, owned by the uid; returns the paths inside."""
         ...
 
     async def settle(self, ref: InstanceRef, number: int) -> None:
-        """After a failed wake: files to root again, memory identity recorded anew."""
+        """After a failed wake: give the files back to root, record the memory's new identity."""
         ...
 
     async def consume(self, ref: InstanceRef, number: int) -> None:
-        """Take the manifest away, keep the files (a running VM maps them); absent is success."""
+        """Remove the manifest, keep the files (a running VM maps them); success if absent."""
         ...
 
     async def drop(self, ref: InstanceRef, number: int) -> None:
-        """Remove one, published or not; absent is success."""
+        """Remove one snapshot, published or not; success if absent."""
         ...
 
     async def discard(self, ref: InstanceRef, *, below: int | None = None) -> None:
-        """Remove all (or those numbered below), memory blocks discarded; absent is success."""
+        """Remove all snapshots, or those numbered below `below`; the blocks of the memory files are
+        discarded; success if absent."""
         ...
 
 
@@ -259,15 +316,19 @@ class Snapshots(Protocol):
 
 
 class Records(Protocol):
-    """The journal's side of instances and networks: reads from memory, writes committed.
+    """The journal's records of instances and networks: reads are from memory, writes committed.
 
     A put whose `status` differs from the stored one also writes the `status` event and the state
     row, in the same transaction.
     """
 
-    def instance(self, ref: InstanceRef) -> InstanceRecord | None: ...
+    def instance(self, ref: InstanceRef) -> InstanceRecord | None:
+        """The record, or None if the instance was never launched or is destroyed."""
+        ...
 
-    def instances(self, tenant_id: str | None = None) -> Sequence[InstanceRecord]: ...
+    def instances(self, tenant_id: str | None = None) -> Sequence[InstanceRecord]:
+        """All records, or those of one tenant."""
+        ...
 
     async def put_instance(
         self,
@@ -277,20 +338,40 @@ class Records(Protocol):
         detail: dict[str, Any] | None = None,
         durable: bool = False,
     ) -> None:
-        """Raises Conflict if uid slot or offset are taken by another instance."""
+        """Write a record; `durable` syncs the commit.
+
+        Raises:
+            Conflict: another instance has the uid slot or the offset.
+        """
         ...
 
-    async def drop_instance(self, ref: InstanceRef, tombstone: Tombstone | None) -> None: ...
+    async def drop_instance(self, ref: InstanceRef, tombstone: Tombstone | None) -> None:
+        """Delete the record, in the same commit write the tombstone, if any."""
+        ...
 
-    def tombstone(self, ref: InstanceRef) -> Tombstone | None: ...
+    def tombstone(self, ref: InstanceRef) -> Tombstone | None:
+        """What remains of a destroyed instance."""
+        ...
 
-    def network(self, tenant_id: str) -> NetworkRecord | None: ...
+    def network(self, tenant_id: str) -> NetworkRecord | None:
+        """The desired state of the tenant's network, or None."""
+        ...
 
-    def networks(self) -> Sequence[NetworkRecord]: ...
+    def networks(self) -> Sequence[NetworkRecord]:
+        """All networks that should exist."""
+        ...
 
-    async def put_network(self, record: NetworkRecord) -> None: ...
+    async def put_network(self, record: NetworkRecord) -> None:
+        """Write a record.
 
-    async def drop_network(self, tenant_id: str) -> None: ...
+        Raises:
+            Conflict: another tenant has the net id.
+        """
+        ...
+
+    async def drop_network(self, tenant_id: str) -> None:
+        """Delete the record; success if absent."""
+        ...
 
     async def event(
         self,
@@ -301,15 +382,21 @@ class Records(Protocol):
         reason: str | None = None,
         detail: dict[str, Any] | None = None,
         command_id: str | None = None,
-    ) -> None: ...
+    ) -> None:
+        """Append an event, published once committed."""
+        ...
 
 
 class HostFacts(Protocol):
+    """Facts of this host that no mechanism changes."""
+
     def now_ms(self) -> int:
         """Wall clock, Unix milliseconds."""
         ...
 
-    def boot_id(self) -> str: ...
+    def boot_id(self) -> str:
+        """`/proc/sys/kernel/random/boot_id`: changes with each boot."""
+        ...
 
     def memory_mib(self) -> int:
         """Total memory of the host."""
@@ -317,14 +404,20 @@ class HostFacts(Protocol):
 
 
 class Later(Protocol):
+    """Background work that no reply waits for."""
+
     def __call__(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Run it in the background, logged under `name`; dropped at shutdown."""
+        """Start `work` in the background; its failure is logged under `name`. Cancelled at
+        shutdown."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Everything a handler touches. One for the worker, one made by each test."""
+    """Everything that a handler uses. The worker has one, each test makes one.
+
+    `pending_reservations` are the records of launches whose reservation is being committed.
+    """
 
     settings: Settings
     locks: TenantLocks

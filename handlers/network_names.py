@@ -1,37 +1,22 @@
-"""What a tenant's network and an instance's place in it consist of. Pure."""
+"""Names and specs of a tenant's network and of an instance's port in it. Pure functions."""
 
 from dataclasses import dataclass
 
 from handlers.errors import Conflict
 from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
 from schemas import naming
-from schemas.records import InstanceRecord, Status
+from schemas.records import InstanceRecord
 from schemas.requests import InstanceRef, TenantNet
-
-# An instance in one of these may have a TAP; sleepers and the stopped hold none.
-HOLDING_A_TAP = frozenset(
-    {
-        Status.RUNNING,
-        Status.WARM,
-        Status.STARTING,
-        Status.STOPPING,
-        Status.DRAINING,
-        Status.SNAPSHOTTING,
-        Status.WAKING,
-        Status.DESTROYING,
-        Status.UNKNOWN,
-    }
-)
 
 
 def network_specs(tenant_id: str, net: TenantNet) -> tuple[TenantRulesSpec, BridgeSpec]:
-    """In the order of making: the rules stand before there is a link they could fail to hold."""
+    """In the order of creation: the rules are in force before there is a bridge to forward."""
     return TenantRulesSpec(tenant_id, net), BridgeSpec(tenant_id, net)
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What an instance is called on the network, derived from its tenant's net and its offset."""
+    """Network names of an instance, derived from its tenant's net and its address offset."""
 
     net: TenantNet
     offset: int
@@ -65,19 +50,19 @@ class Names:
 
 
 def names_of(record: InstanceRecord) -> Names | None:
-    """None for an instance that was never launched."""
+    """None if the instance was never launched."""
     if record.net is None or record.offset is None:
         return None
     return Names(record.net, record.offset)
 
 
 def port_specs(record: InstanceRecord, uid_base: int) -> tuple[PinSpec, TapSpec]:
-    """An instance's pin and TAP, in the order of making.
+    """An instance's pin and TAP, in the order of creation.
 
     Raises:
-        Conflict: the record has no network, offset or uid: the instance holds no TAP.
+        Conflict: the record has no network, offset or uid: the instance has no TAP.
     """
     names = names_of(record)
     if names is None or record.uid_slot is None:
-        raise Conflict(f"{record.ref} has no place in a network")
+        raise Conflict(f"instance {record.ref} has no network port in the journal")
     return names.pin, names.tap_spec(record.ref, uid_base + record.uid_slot)

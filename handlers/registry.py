@@ -1,12 +1,17 @@
-"""Command type -> handler, and what undo may be asked to remove: explicit lists on one screen."""
+"""Command type -> handler, and the mechanisms that a step row may name: two explicit lists."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from handlers.instance.destroy import destroy_instance
-from handlers.instance.reservations import Phases, Reservations
+from handlers.instance.reservations import Reservations
 from handlers.instance.sleep import sleep_instance
-from handlers.instance.snapshot_steps import Drafts, Pauses, SnapshotUses
+from handlers.instance.snapshot_steps import (
+    Pauses,
+    SnapshotDrafts,
+    SnapshotUses,
+    Transitions,
+)
 from handlers.instance.start import start_instance
 from handlers.instance.stop import stop_instance
 from handlers.instance.wake import wake_instance
@@ -39,12 +44,12 @@ HANDLERS: Final[Mapping[type, Handler]] = {
 
 
 def mechanisms(host: Host) -> Mapping[str, Removable]:
-    """All that a step row may name, by name."""
+    """All mechanisms that a step row may name, by name."""
     known: tuple[Removable, ...] = (
         Reservations(host),
-        Phases(host),
+        Transitions(host),
         Pauses(host),
-        Drafts(host),
+        SnapshotDrafts(host),
         SnapshotUses(host),
         host.bridges,
         host.tenant_rules,

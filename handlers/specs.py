@@ -1,17 +1,24 @@
-"""What a handler asks of a mechanism and what it gets: specs, each with its key, and values.
+"""The arguments and results of mechanisms: specs, each with its key, and values.
 
 All paths are absolute host paths, all sizes in bytes unless a name says otherwise.
 """
 
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 
 from schemas.records import DiskIdentity, InstanceRecord
 from schemas.requests import InstanceRef, TenantNet
 
 
+def parse_ref(key: str) -> InstanceRef:
+    """The instance that a key `<tenant>/<pool>/<instance>` names, as `str(ref)` wrote it."""
+    tenant_id, pool_id, instance_id = key.split("/")
+    return InstanceRef(tenant_id, pool_id, instance_id)
+
+
 @dataclass(frozen=True, slots=True)
 class BridgeSpec:
-    """A tenant's bridge with its gateway address. `key` is the link's name."""
+    """A tenant's bridge with its gateway address. `key` is the name of the interface."""
 
     tenant_id: str
     net: TenantNet
@@ -19,6 +26,29 @@ class BridgeSpec:
     @property
     def key(self) -> str:
         return self.net.bridge_name
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRulesKey:
+    """What a tenant's rules are removed by: `<net id>,<subnet>,<gateway>` in the step log."""
+
+    tenant_net_id: int
+    ipv4_subnet: str
+    gateway_ip: str
+
+    def __str__(self) -> str:
+        return f"{self.tenant_net_id},{self.ipv4_subnet},{self.gateway_ip}"
+
+    @classmethod
+    def parse(cls, key: str) -> "TenantRulesKey":
+        net_id, subnet, gateway = key.split(",")
+        return cls(int(net_id), subnet, gateway)
+
+    def overlaps(self, net: TenantNet) -> bool:
+        """Whether removal would touch that network's elements, pins or conntrack entries."""
+        return self.tenant_net_id == net.tenant_net_id or IPv4Network(self.ipv4_subnet).overlaps(
+            IPv4Network(net.ipv4_subnet)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +60,14 @@ class TenantRulesSpec:
 
     @property
     def key(self) -> str:
-        return f"{self.net.tenant_net_id},{self.net.ipv4_subnet},{self.net.gateway_ip}"
+        net = self.net
+        return str(TenantRulesKey(net.tenant_net_id, net.ipv4_subnet, net.gateway_ip))
 
 
 @dataclass(frozen=True, slots=True)
 class PinSpec:
-    """MAC and address pinned to a TAP in the bridge table; made before the TAP is up."""
+    """Anti-spoofing entry: the MAC and the address that a TAP may send from, in the nftables
+    bridge table; made before the TAP is up."""
 
     tap: str
     mac: str
@@ -45,12 +77,16 @@ class PinSpec:
     def key(self) -> str:
         return f"{self.tap},{self.mac},{self.guest_ip}"
 
+    @classmethod
+    def parse(cls, key: str) -> "PinSpec":
+        return cls(*key.split(","))
+
 
 @dataclass(frozen=True, slots=True)
 class TapSpec:
     """A TAP owned by the jail's uid, attached to the bridge, up, with static FDB and neighbour.
 
-    `alias` (`hostd:<t>/<p>/<i>`) marks it as ours: one without it is foreign and never touched.
+    `alias` (`hostd:<t>/<p>/<i>`) marks it as hostd's: an interface without it is never changed.
     """
 
     name: str
@@ -67,6 +103,8 @@ class TapSpec:
 
 @dataclass(frozen=True, slots=True)
 class ArtifactSpec:
+    """A revision of a pool's artifacts, named by its hash."""
+
     tenant_id: str
     pool_id: str
     revision: str
@@ -88,7 +126,7 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class DataDiskSpec:
-    """`volumes/data.ext4` of an instance. `known` is the one hostd recorded, if any."""
+    """`volumes/data.ext4` of an instance. `known` is the disk in the journal, if any."""
 
     ref: InstanceRef
     size_mib: int
@@ -101,8 +139,15 @@ class DataDiskSpec:
 
 @dataclass(frozen=True, slots=True)
 class DataDisk:
+    """A data disk and the identity by which it is recognized from now on."""
+
     path: str
     identity: DiskIdentity
+
+
+def cgroup_key(record: InstanceRecord) -> str:
+    """The key of the cgroup of the record's launch."""
+    return f"{record.ref.tenant_id}/{record.jail_id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +167,7 @@ class CgroupSpec:
 
 @dataclass(frozen=True, slots=True)
 class JailFile:
-    """A hard link into the jail. `writable` ones are chowned to the jail's uid while in use."""
+    """A hard link to make in the jail. Writable files belong to the jail's uid while in use."""
 
     name: str
     source: str
@@ -131,11 +176,11 @@ class JailFile:
 
 @dataclass(frozen=True, slots=True)
 class JailSpec:
-    """The jail's root before the jailer starts: links, log, small drives, secrets on tmpfs.
+    """The jail's root before the jailer runs: hard links, log, small drives, secrets on tmpfs.
 
     `config` and `secrets` are the contents for new `config.ext4` and `secrets.ext4`; a path in
     `kept_config`, `kept_secrets` (images kept with a snapshot) is used instead where given.
-    `record` is noted beside the jail: a worker that lost its journal adopts the VM by it.
+    `record` is written to the jail's metadata: a worker without its journal adopts the VM by it.
     """
 
     ref: InstanceRef
@@ -165,7 +210,7 @@ class Jail:
 
 @dataclass(frozen=True, slots=True)
 class LaunchSpec:
-    """One jailer execution. The cgroup leaf must exist: the jailer silently does without."""
+    """One run of the jailer. The cgroup must exist: the jailer silently continues without it."""
 
     jail_id: str
     uid: int
@@ -178,6 +223,8 @@ class LaunchSpec:
 
 @dataclass(frozen=True, slots=True)
 class DriveConfig:
+    """One block device, as Firecracker's `/drives` has it."""
+
     drive_id: str
     path_in_jail: str
     read_only: bool
@@ -185,8 +232,16 @@ class DriveConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class NicConfig:
+    """The guest's network interface: the host's TAP and the MAC that the guest has."""
+
+    tap: str
+    mac: str
+
+
+@dataclass(frozen=True, slots=True)
 class BootConfig:
-    """All that the API calls before InstanceStart say; paths are inside the jail."""
+    """Everything that is configured before InstanceStart; paths are inside the jail."""
 
     vcpus: int
     mem_mib: int
@@ -194,8 +249,7 @@ class BootConfig:
     initrd: str | None
     boot_args: str
     drives: tuple[DriveConfig, ...]
-    tap: str
-    mac: str
+    nic: NicConfig
     vsock: str
     serial: str | None = None
 
@@ -209,8 +263,24 @@ class Ack:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotKey:
+    """One snapshot of an instance: `<t>/<p>/<i>#<number>` in the step log."""
+
+    ref: InstanceRef
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.ref}#{self.number}"
+
+    @classmethod
+    def parse(cls, key: str) -> "SnapshotKey":
+        ref, _, number = key.partition("#")
+        return cls(parse_ref(ref), int(number))
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotFacts:
-    """What the handler knows of a snapshot and the manifest must name."""
+    """The facts of a snapshot that the handler has and the manifest records."""
 
     ref: InstanceRef
     number: int
@@ -228,7 +298,7 @@ class SnapshotFacts:
 class SnapshotInfo:
     """A sealed snapshot. `kept_config`, `kept_secrets`: images kept with it, or None.
 
-    `disk` is the data disk that slept with it; its device number is not known (0).
+    `disk` is the data disk of the sleeping instance; its device number is not recorded (0).
     """
 
     number: int

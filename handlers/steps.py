@@ -1,13 +1,33 @@
-"""Do in order, undo last first. A step's undo is data: a row that names a mechanism and a key.
+"""Do in order, undo last first, also across a kill of the worker.
 
-The intent of a step is committed before its effect, together with whether the resource was there
-already; so "created by this command" is known over all its runs, also after kill -9 between the
-effect and the next row. "Was it there" is read first, under the lane's lock, never guessed from
-EEXIST. Past a point of no return there is no undo, only completion.
+Rows. Each step that makes a resource is a row of the journal: command id, mechanism, key, and
+whether the resource existed before. The row is committed before the effect. So undo needs no
+closure: it is `mechanism.remove(key)`, rebuilt from the row by whichever worker runs it. Whether
+the commit is also synced is the mechanism's `durability`.
+
+Existed before. Undo must not remove what was there already, and must remove what an earlier run of
+the same command made. Both follow from the row of the *first* run: `existed` is read from the
+kernel before the effect, under the lane's lock, never guessed from EEXIST, and a later run keeps
+the row it finds. A kill between the row and the effect is harmless: the row says "not there
+before", and to remove an absent resource is success.
+
+Undo order. Undo walks the rows in reverse. Where steps run concurrently, `announce` commits all
+their rows at once, in the order whose reverse is the order of the undo, however the effects
+interleave. A row whose step never began (in any run) is not undone: its resource may belong to
+another command by then.
+
+Points of no return. `reach` commits that the command cannot be undone any more, and `finalize`
+says so of a command that never can. From there on it is only completed: by retries, or by the next
+worker under the same id. `mark` is weaker: something may have happened that must not happen twice
+(a boot), but the rest can still be undone.
+
+Cancellation. Effects are not cancelled to end a command: `handlers/control.py` ends it between
+two steps, or in a wait that may be abandoned. Undo runs to its end whatever is cancelled around
+it, each removal within UNDO_TIMEOUT_S; what cannot be removed is reported in `left_behind`, its
+row stays, and the reconciler tries again (`worker/reconcile`).
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +35,9 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from handlers.clock import now_ms
-from handlers.errors import Expired, Failure, Superseded
-from handlers.mechanism import Keyed, Mechanism, Removable, StepLog, StepRow
+from handlers.control import Control
+from handlers.errors import Failure
+from handlers.mechanism import Keyed, Mechanism, Removable, StepIntent, StepLog
 from schemas.envelopes import StepTaken
 from schemas.records import InstanceRecord, Tombstone
 
@@ -27,13 +47,6 @@ UNDO_TIMEOUT_S = 30.0
 T = TypeVar("T")
 U = TypeVar("U")
 SpecT = TypeVar("SpecT", bound=Keyed, contravariant=True)
-
-
-class Halted(Exception):
-    """The worker shuts down: stop here, undo nothing, answer nothing; the next worker goes on.
-
-    No `Failure`: handlers must let it pass.
-    """
 
 
 class Failpoint(Protocol):
@@ -55,109 +68,94 @@ class Steps:
         step_log: StepLog,
         mechanisms: Mapping[str, Removable],
         *,
-        deadline_ms: int | None = None,
-        clock_ms: Callable[[], int] = now_ms,
+        control: Control | None = None,
         admission: asyncio.Future[None] | None = None,
         failpoint: Failpoint = no_failpoint,
         observe: Callable[[str, float], None] = lambda step, seconds: None,
     ) -> None:
         self.command_id = command_id
-        self.deadline_ms = deadline_ms
+        self.control = control or Control()
         self.taken: list[StepTaken] = []
-        self._clock_ms = clock_ms
         self._log = step_log
         self._admission = admission
         self._mechanisms = mechanisms
-        self._cut = asyncio.Event()
-        self._superseded_by = ""
-        self._halted = False
         self._failpoint = failpoint
         self._observe = observe
-        self._final = False
         self._existed: dict[tuple[str, str], bool] = {}
         self._untouched: set[tuple[str, str]] = set()
 
     # -- doing ---------------------------------------------------------------------------------
 
-    async def announce(self, *coming: tuple[Removable, str]) -> None:
+    async def announce(self, *planned: tuple[Removable, str]) -> None:
         """Record in one commit that this command is about to make these resources.
 
-        Undo goes through them in the opposite order, however they were made; what was not begun
-        is not undone. Only for resources that nobody else makes while the command's lane is busy.
+        Undo goes through them in reverse, in whatever order they were made; what was not begun is
+        not undone. Only for resources that nothing else makes while the command's lane is busy.
 
         Raises:
-            Superseded, Expired, Halted: see `safe_point`.
+            Superseded, Expired, Halted: see `Control.safe_point`.
         """
-        self.safe_point()
-        found = await asyncio.gather(*(mechanism.exists(key) for mechanism, key in coming))
-        names = [(mechanism.name, key) for mechanism, key in coming]
-        known = {(row.mechanism, row.key) for row in self._log.rows(self.command_id)}
-        rows = [StepRow(*name, existed) for name, existed in zip(names, found, strict=True)]
+        self.control.safe_point()
+        found = await asyncio.gather(*(mechanism.exists(key) for mechanism, key in planned))
+        names = [(mechanism.name, key) for mechanism, key in planned]
+        recorded = {(row.mechanism, row.key) for row in self._log.rows(self.command_id)}
+        intents = [
+            _intent(mechanism, key, existed=existed)
+            for (mechanism, key), existed in zip(planned, found, strict=True)
+        ]
         self._existed |= dict(zip(names, found, strict=True))
-        self._untouched |= set(names) - known
-        await self._log.begin_all(self.command_id, rows)
+        self._untouched |= set(names) - recorded
+        await self._log.begin(self.command_id, *intents)
 
     async def ensure(self, mechanism: Mechanism[SpecT, T], spec: SpecT) -> T:
-        """Make one resource, having recorded that this command is about to.
+        """Make one resource, after the commit of its row.
 
         Raises:
-            Superseded, Expired, Halted: at the safe point before it; nothing of it was done.
+            Superseded, Expired, Halted: at the safe point before it; it was not begun.
         """
-        self.safe_point()
+        self.control.safe_point()
         existed = self._existed.pop((mechanism.name, spec.key), None)
         if existed is None:
             existed = await mechanism.exists(spec.key)
         self._untouched.discard((mechanism.name, spec.key))
-        row = await self._log.begin(self.command_id, mechanism.name, spec.key, existed=existed)
+        intent = _intent(mechanism, spec.key, existed=existed)
+        (row,) = await self._log.begin(self.command_id, intent)
         return await self._timed(
             mechanism.name,
             lambda: mechanism.ensure(spec),
             outcome="found" if existed and row.existed else "done",
         )
 
+    async def ensure_kept(self, mechanism: Mechanism[SpecT, T], spec: SpecT) -> T:
+        """As `ensure`, for a resource that undo must keep: no row is written."""
+        return await self.act(mechanism.name, lambda: mechanism.ensure(spec))
+
     async def remove(self, mechanism: Removable, key: str) -> None:
-        """Make one resource absent; never undone, so no row is needed."""
+        """Remove one resource; never undone, so no row is needed."""
         await self._timed(f"remove_{mechanism.name}", lambda: mechanism.remove(key))
 
     async def act(self, name: str, do: Callable[[], Awaitable[T]]) -> T:
-        """A step that makes no resource, e.g. to pause; timed and shown in the reply."""
-        if not self._final:
-            self.safe_point()
+        """A step that makes no resource, e.g. `resume_vm`; timed and listed in the reply."""
+        if not self.control.final:
+            self.control.safe_point()
         return await self._timed(name, do)
 
     async def interruptible(self, name: str, do: Callable[[], Awaitable[T]]) -> T:
-        """A long wait that a superseding command or the deadline ends at once.
+        """A long wait that a superseding command, the deadline or a shutdown ends at once.
 
         Raises:
-            Superseded, Expired, Halted: the wait was cut; what it waited for is cancelled.
+            Superseded, Expired, Halted: the wait was interrupted; what it waited for is cancelled.
         """
-        if self._final:
+        if self.control.final:
             return await self._timed(name, do)
-        self.safe_point()
-
-        async def until_cut() -> T:
-            work = asyncio.ensure_future(do())
-            cut = asyncio.ensure_future(self._cut.wait())
-            try:
-                await asyncio.wait(
-                    {work, cut}, timeout=self.left_s(), return_when=asyncio.FIRST_COMPLETED
-                )
-                if work.done():
-                    return work.result()
-                self.safe_point()
-                raise Expired("the deadline passed while waiting", detail={"step": name})
-            finally:
-                for task in (work, cut):
-                    task.cancel()
-                await asyncio.gather(work, cut, return_exceptions=True)
-
-        return await self._timed(name, until_cut)
+        self.control.safe_point()
+        return await self._timed(name, lambda: self.control.interruptible(name, do))
 
     async def reach(self, point: str, commit: Callable[[], Awaitable[None]]) -> None:
-        """Pass a point of no return that `commit` writes: from here on only completion."""
+        """Pass a point of no return, which `commit` writes: from here on only completion."""
         await self._failpoint(f"before:{point}")
         await commit()
-        self._final = True
+        self.control.finalize()
         await self._failpoint(f"after:{point}")
 
     async def mark(self, name: str) -> None:
@@ -172,66 +170,19 @@ class Steps:
 
     def finalize(self) -> None:
         """For commands that are completed, never undone (Stop, Destroy, Teardown)."""
-        self._final = True
+        self.control.finalize()
 
-    @property
-    def final(self) -> bool:
-        """No undo any more."""
-        return self._final
-
-    # -- stopping ------------------------------------------------------------------------------
-
-    def supersede(self, by: str) -> None:
-        """Ask the command to end at its next safe point; past its last point it goes on."""
-        self._superseded_by = by
-        self._cut.set()
-
-    def halt(self) -> None:
-        """Ask the command to stop at its next safe point, to be continued by the next worker."""
-        self._halted = True
-        self._cut.set()
-
-    def safe_point(self) -> None:
-        """Raise if a later command won or the deadline passed, unless there is no way back."""
-        if self._halted:
-            raise Halted
-        if self._final:
-            return
-        if self._superseded_by:
-            raise Superseded(
-                f"superseded by {self._superseded_by}", detail={"by": self._superseded_by}
-            )
-        left = self.left_s()
-        if left is not None and left <= 0:
-            raise Expired("the deadline passed before the command was done")
-
-    async def pause(self, seconds: float) -> None:
-        """Wait between two attempts; what ends the command ends the wait.
-
-        Raises:
-            Superseded, Expired, Halted: see `safe_point`.
-        """
-        if self._final and not self._halted:
-            await asyncio.sleep(seconds)
-        else:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._cut.wait()
-        self.safe_point()
-
-    def left_s(self) -> float | None:
-        """Seconds until the deadline, or None."""
-        if self.deadline_ms is None:
-            return None
-        return (self.deadline_ms - self._clock_ms()) / 1000
+    def seconds_of(self, *names: str) -> float:
+        """How long the steps of these names took in this run."""
+        return sum(step.took_us for step in self.taken if step.name in names) / 1e6
 
     # -- undoing -------------------------------------------------------------------------------
 
     async def undo(self) -> tuple[str, ...]:
-        """Remove all that this command made in any of its runs, last first.
+        """Remove everything that this command made in any of its runs, last first.
 
-        Returns what could not be removed, as `<mechanism> <key>`; those rows stay in the log and
-        the sweep removes them later. A second cancellation does not cut it short.
+        Returns what could not be removed, as `<mechanism> <key>`; those rows stay for the
+        reconciler. A second cancellation does not cut it short.
         """
         work = asyncio.ensure_future(self._undo())
         while True:
@@ -280,11 +231,15 @@ class Steps:
         return value
 
 
-async def together(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> tuple[T, U]:
-    """Two parts of a command that need nothing of each other, at once; both are over on return.
+def _intent(mechanism: Removable, key: str, *, existed: bool) -> StepIntent:
+    return StepIntent(mechanism.name, key, existed, mechanism.durability)
 
-    Raises the first one's failure, else the other's; an effect that has begun is let through, so
-    that undo finds no moving target.
+
+async def together(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> tuple[T, U]:
+    """Run two independent parts of a command concurrently; both have ended on return.
+
+    Raises the first one's failure, else the other's. After a failure the other part is awaited,
+    not cancelled, so that undo does not race with an effect.
     """
     tasks = asyncio.ensure_future(one), asyncio.ensure_future(other)
     try:
@@ -297,11 +252,19 @@ async def together(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """What a handler gives back on success; `changed` false means the host already was as asked.
+class SnapshotMeasure:
+    """A snapshot that a command wrote, for the metrics: `seconds` from the pause on."""
 
-    `record` is journalled with the outcome in one transaction; with `tombstone` it is dropped and
-    the tombstone stays.
+    seconds: float
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The result of a handler; `changed` is false if the host already was in the requested state.
+
+    `record` is journalled with the outcome in one transaction; with `tombstone` the record is
+    deleted and the tombstone stays. `detail` of each command: docs/contract.md, section 5.
     """
 
     changed: bool
@@ -310,3 +273,4 @@ class Done:
     left_behind: tuple[str, ...] = ()
     record: InstanceRecord | None = None
     tombstone: Tombstone | None = None
+    snapshot: SnapshotMeasure | None = None

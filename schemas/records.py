@@ -1,6 +1,7 @@
 """The journal's records of instances and networks. Values only; `worker/journal` owns them."""
 
 from enum import StrEnum
+from typing import assert_never
 
 import msgspec
 
@@ -9,7 +10,7 @@ from schemas.requests import InstanceRef, TenantNet
 
 
 class Status(StrEnum):
-    """Status of an instance; the first six also appear in `instance.json`."""
+    """The status of an instance; only the first six appear in `instance.json`."""
 
     CREATED = "created"
     READY = "ready"
@@ -27,9 +28,110 @@ class Status(StrEnum):
     UNKNOWN = "unknown"
     DESTROYED = "destroyed"
 
+    # Each predicate names every status: a new one does not pass the type checkers until each
+    # predicate has decided about it.
+
+    @property
+    def never_started(self) -> bool:
+        """As agentd created it: nothing of hostd's exists for it."""
+        match self:
+            case Status.CREATED | Status.READY:
+                return True
+            case (
+                Status.RUNNING
+                | Status.WARM
+                | Status.SLEEPING
+                | Status.STOPPED
+                | Status.STARTING
+                | Status.STOPPING
+                | Status.DRAINING
+                | Status.SNAPSHOTTING
+                | Status.WAKING
+                | Status.DESTROYING
+                | Status.FAILED
+                | Status.UNKNOWN
+                | Status.DESTROYED
+            ):
+                return False
+        assert_never(self)
+
+    @property
+    def at_rest(self) -> bool:
+        """No VMM, no TAP and no snapshot: Start may run."""
+        match self:
+            case Status.CREATED | Status.READY | Status.STOPPED | Status.FAILED:
+                return True
+            case (
+                Status.RUNNING
+                | Status.WARM
+                | Status.SLEEPING
+                | Status.STARTING
+                | Status.STOPPING
+                | Status.DRAINING
+                | Status.SNAPSHOTTING
+                | Status.WAKING
+                | Status.DESTROYING
+                | Status.UNKNOWN
+                | Status.DESTROYED
+            ):
+                return False
+        assert_never(self)
+
+    @property
+    def expects_vmm(self) -> bool:
+        """A VMM runs and no command is in progress: recovery adopts it, its exit is unexpected."""
+        match self:
+            case Status.RUNNING:
+                return True
+            case (
+                Status.CREATED
+                | Status.READY
+                | Status.WARM
+                | Status.SLEEPING
+                | Status.STOPPED
+                | Status.STARTING
+                | Status.STOPPING
+                | Status.DRAINING
+                | Status.SNAPSHOTTING
+                | Status.WAKING
+                | Status.DESTROYING
+                | Status.FAILED
+                | Status.UNKNOWN
+                | Status.DESTROYED
+            ):
+                return False
+        assert_never(self)
+
+    @property
+    def holds_tap(self) -> bool:
+        """It has, or may have, a TAP: its tenant's network must not be torn down."""
+        match self:
+            case (
+                Status.RUNNING
+                | Status.WARM
+                | Status.STARTING
+                | Status.STOPPING
+                | Status.DRAINING
+                | Status.SNAPSHOTTING
+                | Status.WAKING
+                | Status.DESTROYING
+                | Status.UNKNOWN
+            ):
+                return True
+            case (
+                Status.CREATED
+                | Status.READY
+                | Status.SLEEPING
+                | Status.STOPPED
+                | Status.FAILED
+                | Status.DESTROYED
+            ):
+                return False
+        assert_never(self)
+
 
 class DiskIdentity(msgspec.Struct, frozen=True):
-    """A data disk that hostd created: device and inode; a file that differs is refused."""
+    """The device, inode and size of a data disk that hostd made; any other file is refused."""
 
     dev: int
     ino: int
@@ -37,7 +139,7 @@ class DiskIdentity(msgspec.Struct, frozen=True):
 
 
 class VmmIdentity(msgspec.Struct, frozen=True):
-    """Proves that a pid is still the VMM that was launched: all of it is verified before a signal.
+    """What proves that a pid still is the launched VMM: everything must match before a signal.
 
     `start_ticks` is field 22 of /proc/<pid>/stat (proc(5)); `exe_dev`, `exe_ino` those of the
     executable in the jail; `cgroup` is the path in the cgroup2 tree without a leading slash.
@@ -54,9 +156,9 @@ class VmmIdentity(msgspec.Struct, frozen=True):
 class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One instance on this host. Changed with `msgspec.structs.replace`, saved by the journal.
 
-    `uid_slot` is set from before the first effect of a launch until its VMM was verified gone.
-    `offset` is set from the first Start on; it excludes others while the instance lives or sleeps.
-    `before` is the record before the current command; a failure restores it.
+    `uid_slot` is allocated before the first effect of a launch and freed once its VMM has exited.
+    `offset` is kept from the first Start; no other instance may have it while this one lives or
+    sleeps. `before` is the record from before the running command, which a failure restores.
     """
 
     ref: InstanceRef
@@ -93,7 +195,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NetworkRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Desired state of a tenant's network. `status`: up, or down while set up or taken down."""
+    """Desired state of a tenant's network. `status`: up, or down (being set up or torn down)."""
 
     tenant_id: str
     net: TenantNet

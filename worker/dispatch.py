@@ -1,7 +1,7 @@
 """One run of one command: handler, attempts, undo, outcome. Only here an error becomes a reply."""
 
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 import structlog
@@ -9,6 +9,7 @@ import tenacity
 from structlog.contextvars import bind_contextvars
 
 from handlers.clock import now_ms
+from handlers.control import Control, Halted
 from handlers.errors import (
     Exhausted,
     Expired,
@@ -21,7 +22,7 @@ from handlers.errors import (
 from handlers.interfaces import Host
 from handlers.mechanism import Removable
 from handlers.registry import Handler
-from handlers.steps import Done, Failpoint, Halted, Steps, no_failpoint
+from handlers.steps import Done, Failpoint, Steps, no_failpoint
 from schemas import codec, serde
 from schemas.codes import Code
 from schemas.envelopes import Reply, StepTaken
@@ -30,7 +31,6 @@ from schemas.requests import (
     Ok,
     Ping,
     SetupNetwork,
-    SleepInstance,
     TeardownNetwork,
 )
 from worker.journal.journal import Journal
@@ -41,7 +41,6 @@ from worker.lanes import Work
 BACKOFF_S: Final = 0.1
 BACKOFF_MAX_S: Final = 5.0
 STEPS_SHOWN: Final = 100
-SNAPSHOT_STEPS: Final = frozenset({"pause", "snapshot_draft", "publish"})
 
 log = structlog.get_logger()
 
@@ -103,8 +102,7 @@ class Dispatch:
             row.id,
             self._journal.steps,
             self._mechanisms,
-            deadline_ms=row.command.deadline_ms,
-            clock_ms=self._clock_ms,
+            control=Control(row.command.deadline_ms, self._clock_ms),
             admission=row.admission,
             failpoint=self._failpoint,
             observe=self._meters.step,
@@ -112,7 +110,7 @@ class Dispatch:
         work.began(steps)
         try:
             reply, done = await self._outcome(row, steps)
-            await self._finish(row, reply, done, steps.taken)
+            await self._finish(row, reply, done)
         except Halted:
             log.info("command.halted", attempts=row.attempts)
         finally:
@@ -170,7 +168,7 @@ class Dispatch:
             if not _may_retry(error, steps):
                 raise
             failures: list[Failure | OSError] = [error]
-        if steps.final:  # only completion is left: the first attempt does not count
+        if steps.control.final:  # only completion is left: the first attempt does not count
             started_s = self._monotonic_s()
 
         async def attempt() -> Done:
@@ -182,7 +180,7 @@ class Dispatch:
 
         def is_spent(state: tenacity.RetryCallState) -> bool:
             spent_s = self._monotonic_s() - started_s + state.upcoming_sleep
-            left_s = steps.left_s()
+            left_s = steps.control.left_s()
             return spent_s >= self._budget_s or (
                 left_s is not None and state.upcoming_sleep >= left_s
             )
@@ -211,14 +209,14 @@ class Dispatch:
             log.info("command.retried", code=failure.code.value, reason=failure.message)
 
     async def _pause(self, steps: Steps, seconds: float) -> None:
-        """Wait before the next attempt; a superseding command or the shutdown ends the wait."""
+        """Wait before the next attempt; a superseding command or the shutdown ends it at once."""
         await self._journal.store.until_writable()
-        await steps.pause(seconds)
+        await steps.control.pause(seconds)
 
     async def _undone(self, row: CommandRow, steps: Steps, failure: Failure | None) -> Reply:
         """Undo what the command made, unless it is past its point of no return; the reply."""
         left: tuple[str, ...] = failure.left_behind if failure is not None else ()
-        if not steps.final:
+        if not steps.control.final:
             left += await self._undo(steps)
         return self._failed(row, failure, steps.taken, left)
 
@@ -240,7 +238,6 @@ class Dispatch:
         row: CommandRow,
         reply: Reply,
         done: Done | None = None,
-        taken: Sequence[StepTaken] = (),
     ) -> None:
         record = done.record if done is not None else None
         tombstone = done.tombstone if done is not None else None
@@ -258,8 +255,8 @@ class Dispatch:
         seconds = (reply.finished_at_ms - reply.received_at_ms) / 1000
         kind = row.command.request.kind
         self._meters.command_done(kind, reply.code, seconds)
-        if isinstance(row.command.request, SleepInstance) and reply.changed:
-            self._meters.snapshot(_seconds(taken, SNAPSHOT_STEPS), reply.detail["size_bytes"])
+        if done is not None and done.snapshot is not None:
+            self._meters.snapshot(done.snapshot.seconds, done.snapshot.size_bytes)
         log.info(
             "command.done",
             type=kind,
@@ -338,15 +335,10 @@ def _may_retry(error: BaseException, steps: Steps) -> bool:
         return False
     if isinstance(failure, Unavailable | JournalFault):
         return True
-    # past a point of no return the command can only be completed
-    return steps.final and isinstance(failure, HostFault | Exhausted)
+    # past a point of no return there is only completion
+    return steps.control.final and isinstance(failure, HostFault | Exhausted)
 
 
 def _superseded(work: Work) -> Superseded:
     by = work.superseded_by or ""
     return Superseded(f"superseded by {by}", detail={"by": by})
-
-
-def _seconds(taken: Sequence[StepTaken], names: Container[str]) -> float:
-    """How long the steps of these names took, including those that the reply omits."""
-    return sum(step.took_us for step in taken if step.name in names) / 1e6

@@ -43,20 +43,20 @@ class Work:
         """End it at its next safe point; if it has not begun, before its first step."""
         self.superseded_by = by
         if self.steps is not None:
-            self.steps.supersede(by)
+            self.steps.control.supersede(by)
 
     def halt(self) -> None:
         self.halted = True
         if self.steps is not None:
-            self.steps.halt()
+            self.steps.control.halt()
 
     def began(self, steps: Steps) -> None:
         """Set the steps of a run; an earlier `supersede` or `halt` applies to it."""
         self.steps = steps
         if self.superseded_by is not None:
-            steps.supersede(self.superseded_by)
+            steps.control.supersede(self.superseded_by)
         if self.halted:
-            steps.halt()
+            steps.control.halt()
 
 
 @dataclass(frozen=True, slots=True)

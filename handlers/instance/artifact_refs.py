@@ -1,7 +1,7 @@
-"""Imported artifact revisions: a cache that is collected when no instance refers to it any more.
+"""Imported artifact revisions: removed when no instance refers to them.
 
-An instance refers to its revision from its reservation on, awake, asleep or stopped, until it is
-destroyed or started with another one (docs/adr/0003).
+An instance refers to its revision from its reservation on, running, sleeping or stopped, until it
+is destroyed or started with another one (docs/adr/0003).
 """
 
 from handlers.errors import Failure
@@ -13,9 +13,9 @@ from schemas.requests import InstanceRef
 
 
 async def ensure_revision(ref: InstanceRef, revision: str, steps: Steps, host: Host) -> Artifact:
-    """The revision's files as hostd's own; not undone, since others may use them by then."""
+    """Import the revision's files; not undone, since another instance may use them by then."""
     spec = ArtifactSpec(ref.tenant_id, ref.pool_id, revision)
-    return await steps.act("artifacts", lambda: host.artifacts.ensure(spec))
+    return await steps.ensure_kept(host.artifacts, spec)
 
 
 async def collect_revision(ref: InstanceRef, revision: str | None, host: Host) -> None:
@@ -25,19 +25,19 @@ async def collect_revision(ref: InstanceRef, revision: str | None, host: Host) -
 
 
 async def release_revision(ref: InstanceRef, revision: str | None, host: Host) -> tuple[str, ...]:
-    """As `collect_revision`, for a command that succeeds all the same: returns what is left."""
+    """As `collect_revision`, but returns the `left_behind` entry instead of raising."""
     try:
         await collect_revision(ref, revision, host)
     except Failure as error:
-        return (f"artifacts {ref.tenant_id}/{ref.pool_id}/{revision}: {error.message}",)
+        return (f"artifact {ref.tenant_id}/{ref.pool_id}/{revision}: {error.message}",)
     return ()
 
 
 def refers(record: InstanceRecord, key: str) -> bool:
     """Whether the instance refers to the revision named by an `ArtifactSpec.key`.
 
-    One that is being destroyed has let go of it: its Destroy is always completed.
+    An instance being destroyed does not: its Destroy is always completed.
     """
     if record.status is Status.DESTROYING:
         return False
-    return key == f"{record.ref.tenant_id}/{record.ref.pool_id}/{record.revision}"
+    return key == ArtifactSpec(record.ref.tenant_id, record.ref.pool_id, record.revision or "").key

@@ -1,4 +1,4 @@
-"""DestroyInstance: all of it gone, volumes wiped or kept. Never undone, always completed."""
+"""DestroyInstance: remove everything, volumes wiped or kept. Never undone, always completed."""
 
 from msgspec.structs import replace
 
@@ -15,13 +15,14 @@ from schemas.requests import DestroyInstance, InstanceRef
 async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Done:
     """Remove VMM, network, jail, snapshot and files of the instance; a tombstone remains.
 
-    Works from the journal when `instance.json` is gone, and wipes with `wipe_volumes` what an
-    earlier Destroy kept. What neither journal nor files know is `Ok` with `detail.absent`.
+    Works from the journal if `instance.json` is gone. With `wipe_volumes` it also wipes volumes
+    that an earlier Destroy kept. An instance that is neither in the journal nor in the files is
+    `Ok` with `detail.absent`.
 
     Raises:
-        Conflict: the instance is quarantined.
-        Invalid: its data disk is none that hostd made; nothing was touched.
-        HostFault: a volume could not be wiped and verified; run again under a new id.
+        Conflict: the instance is quarantined: see docs/operations.md#unknown.
+        Invalid: its data disk was not made by hostd; nothing was changed.
+        HostFault: a volume could not be wiped and verified; send the command again, with a new id.
     """
     try:
         state = await read_state(cmd.ref, host, host.facts.now_ms())
@@ -56,7 +57,7 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
 
 
 async def destroy_kept(cmd: DestroyInstance, steps: Steps, host: Host) -> Done:
-    """Nothing lives; volumes kept by an earlier Destroy may wait for their wipe."""
+    """Only volumes that an earlier Destroy kept may be left to wipe."""
     tombstone = host.records.tombstone(cmd.ref)
     if tombstone is None:
         return Done(changed=False, detail={"absent": True})

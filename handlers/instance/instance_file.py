@@ -1,4 +1,4 @@
-"""The courtesy copy of an instance's state in agentd's `instance.json`. Truth is the journal."""
+"""A best-effort copy of an instance's state in agentd's `instance.json`; the journal decides."""
 
 import time
 from typing import Any
@@ -9,12 +9,12 @@ from schemas.records import InstanceRecord, Status
 
 
 def stamp(now_ms: int) -> str:
-    """UTC, whole seconds, as the contract writes times."""
+    """UTC in whole seconds, the format of times in `instance.json`."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now_ms / 1000))
 
 
 async def write_running(record: InstanceRecord, host: Host, now_ms: int) -> tuple[str, ...]:
-    """Write that it runs. Returns what to say in `left_behind` if that cannot be written."""
+    """Write that it runs. Returns the `left_behind` entry if the file cannot be written."""
     now = stamp(now_ms)
     return await _write(
         record,

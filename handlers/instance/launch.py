@@ -1,142 +1,160 @@
-"""What Start and Wake share: from plan to a confined VMM with its network, and the way back.
+"""Launching, shared by Start and Wake: from a plan to a running VMM with its network.
 
-Order matters. The network's rules stand before the TAP is up; the cgroup before the jailer, which
-silently goes on without a missing one; the jail's files before the jailer, which chroots into it.
+The order matters:
+
+- the rules of the network are in force before the TAP is up;
+- the cgroup exists before the jailer runs, which silently continues without a missing one;
+- the jail's files exist before the jailer runs, which chroots into it.
+
+The network port (pin and TAP) and the files (cgroup, data disk, jail) need nothing of each other
+and are made concurrently. Undo follows the order in which the steps are announced, in reverse.
 """
 
-import asyncio
-import contextlib
 import dataclasses
-import json
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import msgspec
 from msgspec.structs import replace
 
-from handlers.errors import Conflict, Failure, Invalid, Superseded, Unavailable
-from handlers.instance.reservations import ReservationSpec
-from handlers.interfaces import CPU_PERIOD_US, Host
+from handlers.errors import Conflict, Failure
+from handlers.instance.artifact_refs import ensure_revision
+from handlers.instance.jail_contents import jail_spec
+from handlers.instance.launch_plan import Launch, LaunchPlan
+from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
+from handlers.instance.vmm_log import add_log
+from handlers.interfaces import CPU_PERIOD_US, Host, Vmm
 from handlers.mechanism import Removable
-from handlers.network_names import Names, names_of
-from handlers.specs import Artifact, CgroupSpec, JailFile, JailSpec, LaunchSpec
-from handlers.steps import Steps
-from schemas.decode_error import DecodeError
-from schemas.files import InstanceFile, PoolSpec, TenantConfig, check_instance_net, offset_of
-from schemas.records import DiskIdentity, InstanceRecord, Status, VmmIdentity
-from schemas.requests import InstanceRef, TenantNet
+from handlers.specs import Artifact, CgroupSpec, DataDiskSpec, Jail, SnapshotKey, cgroup_key
+from handlers.steps import Steps, together
+from schemas.records import DiskIdentity, InstanceRecord, VmmIdentity
 
 PIDS_PER_VMM = 64
 MIB = 1 << 20
-LOG_TAIL_BYTES = 4096
-KERNEL, INITRD, ROOTFS, DATA = "/vmlinux", "/initrd", "/rootfs.ext4", "/data.ext4"
-CONFIG, SECRETS, VSOCK, SERIAL = "/config.ext4", "/secrets/secrets.ext4", "/v.sock", "/serial"
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What the files of agentd ask for, checked. Nothing on the host was touched."""
+class LaunchedVmm:
+    """A VMM whose identity is journalled. `state` is what its API reported after the launch."""
 
-    tenant: TenantConfig
-    pool: PoolSpec
-    file: InstanceFile
-    offset: int
-
-    @property
-    def net(self) -> TenantNet:
-        return self.tenant.net
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One launch: its reserved record, its names and what its VMM runs as."""
-
+    launch: Launch
     record: InstanceRecord
-    pool: PoolSpec
-    names: Names
-    vmm: LaunchSpec
-
-    @property
-    def ref(self) -> InstanceRef:
-        return self.record.ref
-
-    @property
-    def jail_id(self) -> str:
-        return self.record.jail_id
+    identity: VmmIdentity
+    api: Vmm
+    state: str
+    artifact: Artifact
+    jail: Jail
+    has_data_disk: bool
 
 
-def launch_of(record: InstanceRecord, pool: PoolSpec, host: Host) -> Launch:
-    """The launch that a reserved record stands for."""
-    names = names_of(record)
-    if names is None or record.uid_slot is None:
-        raise Conflict(f"instance {record.ref} has no launch reserved")
-    spec = LaunchSpec(
-        jail_id=record.jail_id,
-        uid=host.settings.vmm.uid_base + record.uid_slot,
-        cgroup=f"{host.settings.limits.cgroup}/{record.ref.tenant_id}/{record.jail_id}",
-    )
-    return Launch(record, pool, names, spec)
+@asynccontextmanager
+async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator[LaunchedVmm]:
+    """Make everything that the VMM needs, launch it and journal its identity; or find it running.
 
-
-async def read_wanted(ref: InstanceRef, record: InstanceRecord, host: Host) -> Wanted:
-    """Read and check what a launch of the instance needs.
-
-    Raises:
-        NotFound, Invalid: a file is missing or wrong; names file and field.
-        Conflict: the tenant's network is not set up, or another address was journalled.
+    A failure inside the context gets the end of the VMM's log. The connection to the VMM's API is
+    closed at the end of the context; the VMM stays.
     """
-    tenant, pool, file = await host.shared.of_launch(ref)
-    try:
-        offset = offset_of(file.net.guest_ip, tenant.net)
-        check_instance_net(file, tenant.net, offset)
-    except DecodeError as error:
-        raise Invalid(error.message, path=error.path) from error
-    if record.offset is not None and record.offset != offset:
-        raise Conflict(
-            f"instance {ref} was started with address offset {record.offset}, not {offset}",
-            path="instance.json: $.net.guest_ip",
-        )
-    network = host.records.network(ref.tenant_id)
-    if network is None or network.status != "up" or network.net != tenant.net:
-        raise Conflict(f"the network of tenant {ref.tenant_id} is not set up: SetupNetwork first")
-    return Wanted(tenant, pool, file, offset)
-
-
-def reservation(
-    wanted: Wanted,
-    before: InstanceRecord,
-    steps: Steps,
-    *,
-    status: Status,
-    revision: str,
-    now_ms: int,
-) -> ReservationSpec:
-    resources = wanted.pool.instance_resources
-    return ReservationSpec(
-        command_id=steps.command_id,
-        before=before,
-        status=status,
-        now_ms=now_ms,
-        quota=wanted.tenant.quotas,
-        net=wanted.net,
-        offset=wanted.offset,
-        revision=revision,
-        vcpus=resources.vcpus,
-        mem_mib=resources.mem_mib,
-        agent_port=wanted.pool.agent_port if wanted.pool.ready == "agent" else None,
+    await remove_stale_jail(plan, host)
+    artifact = await ensure_revision(plan.launch.ref, plan.revision, steps, host)
+    await steps.announce(*planned_steps(plan, host))
+    _, (launch, jail) = await together(
+        ensure_port(plan.launch, steps, host), ensure_files(plan, artifact, steps, host)
     )
+    identity = await steps.ensure(host.vmms, launch.vmm)
+    api = host.vmms.api(launch.jail_id)
+    try:
+        record, state = await together(record_vmm(launch, identity, host), api.state())
+        yield LaunchedVmm(
+            launch=launch,
+            record=record,
+            identity=identity,
+            api=api,
+            state=state,
+            artifact=artifact,
+            jail=jail,
+            has_data_disk=makes_data_disk(plan),
+        )
+    except Failure as failure:
+        await add_log(failure, launch.record, host)
+        raise
+    finally:
+        await api.close()
 
 
-def launch_resources(launch: Launch, host: Host) -> list[tuple[Removable, str]]:
-    """Cgroup, pin and TAP of the launch, as they are announced."""
-    cgroup = f"{launch.ref.tenant_id}/{launch.jail_id}"
+async def remove_stale_jail(plan: LaunchPlan, host: Host) -> None:
+    """Remove the jail of a run that was cut before its VMM ran: the jailer refuses to reuse it."""
+    jail_id = plan.launch.jail_id
+    if (
+        plan.may_have_booted
+        or not await host.jails.exists(jail_id)
+        or await host.vmms.find(jail_id) is not None
+    ):
+        return
+    await host.jails.remove(jail_id)
+    if plan.snapshot is not None:
+        await host.snapshots.settle(plan.launch.ref, plan.snapshot.number)
+
+
+def planned_steps(plan: LaunchPlan, host: Host) -> list[tuple[Removable, str]]:
+    """Everything that the launch makes and undo removes; undo goes through it in reverse."""
+    launch = plan.launch
     names = launch.names
-    return [(host.cgroups, cgroup), (host.pins, names.pin.key), (host.taps, names.tap)]
+    planned: list[tuple[Removable, str]] = [
+        (host.cgroups, cgroup_key(launch.record)),
+        (host.pins, names.pin.key),
+        (host.taps, names.tap),
+    ]
+    if plan.snapshot is not None:
+        planned.append((SnapshotUses(host), str(SnapshotKey(launch.ref, plan.snapshot.number))))
+    elif makes_data_disk(plan):
+        planned.append((host.data_disks, str(launch.ref)))
+    return [*planned, (host.jails, launch.jail_id), (host.vmms, launch.jail_id)]
+
+
+def makes_data_disk(plan: LaunchPlan) -> bool:
+    return plan.launch.pool.instance_resources.data_disk_mib > 0
+
+
+async def ensure_port(launch: Launch, steps: Steps, host: Host) -> None:
+    """The pin and then the TAP, under the tenant's network lock."""
+    async with host.locks.shared(launch.ref.tenant_id):
+        network = host.records.network(launch.ref.tenant_id)
+        if network is None or network.status != "up":
+            raise Conflict(f"network of tenant {launch.ref.tenant_id} was torn down")
+        await steps.ensure(host.pins, launch.names.pin)
+        await steps.ensure(host.taps, launch.names.tap_spec(launch.ref, launch.vmm.uid))
+
+
+async def ensure_files(
+    plan: LaunchPlan, artifact: Artifact, steps: Steps, host: Host
+) -> tuple[Launch, Jail]:
+    """Everything the jailer needs: cgroup, data disk and jail."""
+    await ensure_cgroup(plan.launch, steps, host)
+    launch, data_path = await ensure_data_disk(plan, steps, host)
+    snapshot = plan.snapshot
+    if snapshot is None:
+        secrets = await host.shared.secrets(launch.ref.tenant_id)
+        spec = jail_spec(launch, artifact, data_path, secrets=secrets)
+    else:
+        use = SnapshotUseSpec(SnapshotKey(launch.ref, snapshot.number))
+        await steps.ensure(SnapshotUses(host), use)
+        secrets = await host.shared.secrets(launch.ref.tenant_id) if snapshot.has_secrets else None
+        if snapshot.has_secrets and secrets is None:
+            # The sleeping guest has a secrets drive: it gets one, though the secrets were removed.
+            secrets = b"{}\n"
+        spec = jail_spec(
+            launch,
+            artifact,
+            data_path,
+            secrets=secrets,
+            kept_config=snapshot.kept_config,
+            kept_secrets=snapshot.kept_secrets,
+        )
+    return launch, await steps.ensure(host.jails, spec)
 
 
 async def ensure_cgroup(launch: Launch, steps: Steps, host: Host) -> None:
-    """The leaf that the VMM is born into, its limits in force."""
+    """The leaf that the VMM is started in, with its limits in force."""
     await steps.ensure(
         host.cgroups,
         CgroupSpec(
@@ -149,64 +167,28 @@ async def ensure_cgroup(launch: Launch, steps: Steps, host: Host) -> None:
     )
 
 
-async def ensure_port(launch: Launch, steps: Steps, host: Host) -> None:
-    """Under the tenant's network lock: the pin and then the TAP."""
-    async with host.locks.shared(launch.ref.tenant_id):
-        network = host.records.network(launch.ref.tenant_id)
-        if network is None or network.status != "up":
-            raise Conflict(f"the network of tenant {launch.ref.tenant_id} was taken down")
-        await steps.ensure(host.pins, launch.names.pin)
-        await steps.ensure(host.taps, launch.names.tap_spec(launch.ref, launch.vmm.uid))
+async def ensure_data_disk(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[Launch, str | None]:
+    """The data disk, if the instance has one: its identity is journalled before it is used.
 
-
-def config_json(launch: Launch) -> bytes:
-    """`config.json` of the config drive, as the contract names its fields."""
-    document = {
-        "instance_id": launch.ref.instance_id,
-        "pool_id": launch.ref.pool_id,
-        "tenant_id": launch.ref.tenant_id,
-        "guest_ip": launch.names.guest_ip,
-        "vcpus": launch.record.vcpus,
-        "mem_mib": launch.record.mem_mib,
-        "min_runtime_policy": msgspec.to_builtins(launch.pool.runtime_policy),
-    }
-    return json.dumps(document, indent=2).encode() + b"\n"
-
-
-def jail_spec(
-    launch: Launch,
-    artifact: Artifact,
-    data_path: str | None,
-    *,
-    secrets: bytes | None,
-    kept_config: str | None = None,
-    kept_secrets: str | None = None,
-) -> JailSpec:
-    """The jail's files: artifacts read-only, the data disk writable, the small drives."""
-    files = [
-        JailFile(KERNEL.lstrip("/"), artifact.vmlinux),
-        JailFile(ROOTFS.lstrip("/"), artifact.rootfs),
-    ]
-    if artifact.initrd is not None:
-        files.append(JailFile(INITRD.lstrip("/"), artifact.initrd))
-    if data_path is not None:
-        files.append(JailFile(DATA.lstrip("/"), data_path, writable=True))
-    return JailSpec(
-        ref=launch.ref,
-        jail_id=launch.jail_id,
-        uid=launch.vmm.uid,
-        files=tuple(files),
-        config=config_json(launch) if kept_config is None else None,
-        secrets=secrets if kept_secrets is None else None,
-        kept_config=kept_config,
-        kept_secrets=kept_secrets,
-        serial=launch.pool.serial,
-        record=replace(launch.record, before=None, command_id=None),
+    The first start makes it. A wake takes the disk that slept with the instance, never a new one.
+    """
+    launch = plan.launch
+    spec = DataDiskSpec(
+        launch.ref, launch.pool.instance_resources.data_disk_mib, launch.record.disk
     )
+    if plan.snapshot is None:
+        if not makes_data_disk(plan):
+            return launch, None
+        disk = await steps.ensure(host.data_disks, spec)
+    else:
+        if launch.record.disk is None:
+            return launch, None
+        disk = await steps.ensure_kept(host.data_disks, spec)
+    return await record_disk(launch, disk.identity, host), disk.path
 
 
 async def record_vmm(launch: Launch, identity: VmmIdentity, host: Host) -> InstanceRecord:
-    """Remember the VMM's identity: what a restarted worker adopts it by."""
+    """Journal the VMM's identity, by which a restarted worker adopts it."""
     record = host.records.instance(launch.ref)
     if record is None:
         raise Conflict(f"instance {launch.ref} is no longer in the journal")
@@ -216,46 +198,10 @@ async def record_vmm(launch: Launch, identity: VmmIdentity, host: Host) -> Insta
 
 
 async def record_disk(launch: Launch, disk: DiskIdentity, host: Host) -> Launch:
-    """Remember, durably, the data disk that hostd made: another file in its place is refused."""
+    """Journal the data disk's identity, synced: another file in its place is refused."""
     record = launch.record
     if record.disk == disk:
         return launch
     record = replace(record, disk=disk)
     await host.records.put_instance(record, durable=True)
     return dataclasses.replace(launch, record=record)
-
-
-async def log_tail(record: InstanceRecord, host: Host) -> str:
-    """The last 4 KiB of the VMM's log of the record's launch."""
-    log = await host.jails.read_log(record.ref, record.launch)
-    return log[-LOG_TAIL_BYTES:].decode(errors="replace")
-
-
-async def add_log(failure: Failure, record: InstanceRecord, host: Host) -> None:
-    """Give the failure the end of the VMM's log, for the reply and the event."""
-    if isinstance(failure, Superseded):
-        return
-    with contextlib.suppress(Failure, OSError):  # what could be told is told
-        failure.detail.setdefault("vmm_log", await log_tail(record, host))
-
-
-async def race_vmm_exit(
-    identity: VmmIdentity, do: Callable[[], Coroutine[None, None, None]], host: Host
-) -> None:
-    """Do it, but no longer than the VMM lives.
-
-    Raises:
-        Unavailable: the VMM ended; for good, since a guest must not boot twice under one id.
-    """
-    work = asyncio.ensure_future(do())
-    gone = asyncio.ensure_future(host.vmms.wait_exit(identity, float("inf")))
-    both: set[asyncio.Future[Any]] = {work, gone}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise Unavailable("the VMM ended before its guest agent answered").not_retryable()
-        await work
-    finally:
-        for task in both:
-            task.cancel()
-        await asyncio.gather(*both, return_exceptions=True)

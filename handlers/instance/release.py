@@ -1,11 +1,12 @@
-"""How an instance gives everything volatile back. Shared by Stop, Sleep, Destroy and VMM exits.
+"""Release everything volatile that an instance holds. Shared by Stop, Sleep, Destroy, VMM exits.
 
-Each removal takes "absent already" for success, so it may be run again after a crash until it
-is through. The uid is free only after the VMM was seen gone.
+Each removal succeeds if the resource is absent already, so the release may be repeated after a
+crash until it completes. The uid is free only after the VMM has exited.
 """
 
 from handlers.interfaces import Host
 from handlers.network_names import names_of
+from handlers.specs import cgroup_key
 from handlers.steps import Steps
 from schemas.records import InstanceRecord
 
@@ -19,4 +20,4 @@ async def release(record: InstanceRecord, steps: Steps, host: Host) -> None:
             await steps.remove(host.taps, names.tap)
             await steps.remove(host.pins, names.pin.key)
     await steps.remove(host.jails, record.jail_id)
-    await steps.remove(host.cgroups, f"{record.ref.tenant_id}/{record.jail_id}")
+    await steps.remove(host.cgroups, cgroup_key(record))

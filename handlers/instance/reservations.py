@@ -1,8 +1,8 @@
-"""What a launch takes from the host's books before it takes anything from the host.
+"""Admission control: what a launch is allocated before anything is made on the host.
 
-Launch number, uid slot, address offset, memory and quota are decided in one go, without an await
-between looking and taking, and written to the journal as the first step of the command. Its undo
-gives the instance's record back as it was.
+Launch number, uid slot, address offset, memory and quota are decided at once, without an await
+between check and allocation, and committed to the journal as the first step of the command. Undo
+restores the instance's record.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,16 @@ from msgspec.structs import replace
 from handlers.errors import Conflict, Exhausted
 from handlers.instance.artifact_refs import collect_revision
 from handlers.interfaces import Host
+from handlers.mechanism import Durability
+from handlers.specs import parse_ref
 from schemas.files import TenantQuota
 from schemas.records import InstanceRecord, Status
-from schemas.requests import InstanceRef, TenantNet
+from schemas.requests import TenantNet
 
 
 @dataclass(frozen=True, slots=True)
 class ReservationSpec:
-    """`before` is the record to go back to; `offset` and `net` come from files, checked."""
+    """`before` is the record that undo restores; `offset` and `net` come from validated files."""
 
     command_id: str
     before: InstanceRecord
@@ -39,30 +41,26 @@ class ReservationSpec:
         return str(self.before.ref)
 
 
-def ref_of(key: str) -> InstanceRef:
-    """The instance that a key `t/p/i` names."""
-    tenant_id, pool_id, instance_id = key.split("/")
-    return InstanceRef(tenant_id, pool_id, instance_id)
-
-
 class Reservations:
-    """Records with a launch under way; `host.pending_reservations` has those being written."""
+    """Records of instances being launched; `host.pending_reservations` has the uncommitted ones."""
 
     name: ClassVar[str] = "reservation"
+    durability: ClassVar[Durability] = Durability.IMPLIED
+    swept: ClassVar[bool] = False
 
     def __init__(self, host: Host) -> None:
         self._host = host
 
     async def exists(self, key: str) -> bool:
-        record = self._host.records.instance(ref_of(key))
+        record = self._host.records.instance(parse_ref(key))
         return record is not None and record.before is not None
 
     async def ensure(self, spec: ReservationSpec) -> InstanceRecord:
-        """Reserve, or find what an earlier run of the same command reserved.
+        """Reserve, or return what an earlier run of the same command reserved.
 
         Raises:
-            Exhausted: the tenant's quota, this host's memory or its uids are used up.
-            Conflict: another instance of the tenant has the address, live or asleep.
+            Exhausted: the tenant's quota, this host's memory or its uid range is used up.
+            Conflict: another instance of the tenant, live or sleeping, has the address.
         """
         now = self._host.records.instance(spec.before.ref)
         if now is not None and now.before is not None and now.command_id == spec.command_id:
@@ -76,8 +74,8 @@ class Reservations:
         return record
 
     async def remove(self, key: str) -> None:
-        """Give the record back as it was before the command; the launch number stays used."""
-        record = self._host.records.instance(ref_of(key))
+        """Restore the record of before the command; the launch number stays used."""
+        record = self._host.records.instance(parse_ref(key))
         if record is None or record.before is None:
             return
         before = replace(record.before, launch=record.launch, before=None, command_id=None)
@@ -87,7 +85,7 @@ class Reservations:
 
     def _decide(self, spec: ReservationSpec) -> InstanceRecord:
         limits = self._host.settings.limits
-        others = [r for r in self._holding() if r.ref != spec.before.ref]
+        others = [r for r in self._allocated() if r.ref != spec.before.ref]
         mine = [r for r in others if r.ref.tenant_id == spec.before.ref.tenant_id]
         live = [r for r in mine if r.holds_host]
         _within("vCPUs", sum(r.vcpus for r in live) + spec.vcpus, spec.quota.max_vcpus)
@@ -106,8 +104,8 @@ class Reservations:
         free = self._host.facts.memory_mib() - limits.mem_reserve_mib - used
         if spec.mem_mib + overhead > free:
             raise Exhausted(
-                f"this host has {max(free, 0)} MiB left for VMs, "
-                f"{spec.mem_mib} MiB and {overhead} MiB overhead were asked for"
+                f"not enough host memory: instance {spec.before.ref} needs {spec.mem_mib} MiB "
+                f"+ {overhead} MiB overhead, {max(free, 0)} MiB are free for VMs"
             )
         return replace(
             spec.before,
@@ -126,8 +124,8 @@ class Reservations:
             before=replace(spec.before, before=None),
         )
 
-    def _holding(self) -> list[InstanceRecord]:
-        """All that live or sleep, with what is being written to the journal right now."""
+    def _allocated(self) -> list[InstanceRecord]:
+        """All live and sleeping instances, with the reservations not committed yet."""
         known = {r.ref: r for r in self._host.records.instances()} | self._host.pending_reservations
         return [r for r in known.values() if r.holds_offset]
 
@@ -136,58 +134,14 @@ class Reservations:
         for slot in range(self._host.settings.vmm.uid_count):
             if slot not in taken:
                 return slot
-        raise Exhausted("no uid is left in [vmm] uid_base, uid_count")
+        raise Exhausted(
+            f"all {self._host.settings.vmm.uid_count} uids of [vmm] uid_base, uid_count are in use"
+        )
 
 
 def _within(what: str, asked: int, limit: int) -> None:
     if asked > limit:
         raise Exhausted(
-            f"the tenant's quota is {limit} {what}, this would make {asked}",
+            f"tenant quota exceeded: {asked} {what} needed, {limit} allowed",
             path="tenant.json: $.quotas",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseSpec:
-    """A status that only stands while a command runs, e.g. draining."""
-
-    command_id: str
-    record: InstanceRecord
-    status: Status
-    now_ms: int
-
-    @property
-    def key(self) -> str:
-        return str(self.record.ref)
-
-
-class Phases:
-    """Transitional statuses of a running instance; undo gives back the one before."""
-
-    name: ClassVar[str] = "phase"
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-
-    async def exists(self, key: str) -> bool:
-        record = self._host.records.instance(ref_of(key))
-        return record is not None and record.before is not None
-
-    async def ensure(self, spec: PhaseSpec) -> InstanceRecord:
-        now = self._host.records.instance(spec.record.ref)
-        base = now if now is not None else spec.record
-        before = base.before if base.before is not None else replace(base, before=None)
-        record = replace(
-            base,
-            status=spec.status,
-            since_ms=spec.now_ms,
-            command_id=spec.command_id,
-            before=before,
-        )
-        await self._host.records.put_instance(record)
-        return record
-
-    async def remove(self, key: str) -> None:
-        record = self._host.records.instance(ref_of(key))
-        if record is not None and record.before is not None:
-            await self._host.records.put_instance(replace(record.before, before=None))

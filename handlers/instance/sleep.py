@@ -1,40 +1,74 @@
-"""SleepInstance: drain, pause, memory and state durably to disk, then let the VMM go.
+"""SleepInstance: drain, pause, write memory and state durably to disk, end the VMM.
 
-The point of no return is the manifest's rename. A paused VM without a manifest is resumed, also
-by the run after a crash; one with a manifest is killed.
+The point of no return is the rename of the manifest. A paused VM without a manifest is resumed,
+also by the run after a crash; one with a manifest is killed.
 """
+
+from dataclasses import dataclass
+from enum import StrEnum
 
 from msgspec.structs import replace
 
-from handlers.concurrency import held
+from handlers.concurrency import limited
 from handlers.errors import Conflict, Failure, Unavailable
 from handlers.instance.instance_file import write_at_rest
 from handlers.instance.release import release
-from handlers.instance.reservations import Phases, PhaseSpec
-from handlers.instance.snapshot_steps import Draft, Drafts, DraftSpec, Pauses, PauseSpec
+from handlers.instance.snapshot_steps import (
+    Pauses,
+    PauseSpec,
+    SnapshotDrafts,
+    SnapshotDraftSpec,
+    Transitions,
+    TransitionSpec,
+)
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host, Vmm
-from handlers.specs import SnapshotFacts, SnapshotInfo
-from handlers.steps import Done, Steps
+from handlers.specs import SnapshotFacts, SnapshotInfo, SnapshotKey
+from handlers.steps import Done, SnapshotMeasure, Steps
 from schemas.envelopes import EventKind
 from schemas.files import RuntimePolicy
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef, SleepInstance
 
 AGENT_SLACK_S = 2.0
+PUBLISH = "publish_snapshot"
+
+
+class Drain(StrEnum):
+    """`detail.drain` of a Sleep: how the guest was drained."""
+
+    ACKNOWLEDGED = "acknowledged"
+    REFUSED = "refused"
+    NO_ANSWER = "no_answer"
+    NO_AGENT = "no_agent"
+    FORCED = "forced"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class DrainOutcome:
+    """`reason` is the agent's, untrusted and bounded, for `refused`; hostd's for `unknown`."""
+
+    drain: Drain
+    reason: str | None = None
+
+    def detail(self) -> dict[str, str]:
+        """As it is in a reply and an event."""
+        reason = {} if self.reason is None else {"drain_reason": self.reason}
+        return {"drain": self.drain.value, **reason}
 
 
 async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
-    """Put a running instance to sleep; its guest goes on where it was at the next Wake.
+    """Put a running instance to sleep; its guest continues where it was at the next Wake.
 
     A guest that does not answer the drain is put to sleep anyway; `detail.drain` and an event
-    say so. Until the manifest stands a failure leaves the instance running, as it was.
+    report it. Until the manifest is published a failure leaves the instance running.
 
     Raises:
         NotFound, Conflict: unknown here; not running; quarantined.
-        Exhausted: no room for the snapshot on the disk.
-        Unavailable: the VMM ended or did not answer.
-        Superseded, Expired: only before the manifest stands.
+        Exhausted: not enough disk space for the snapshot.
+        Unavailable: the VMM exited or did not answer.
+        Superseded, Expired: only before the manifest is published.
     """
     state = await read_state(cmd.ref, host, host.facts.now_ms())
     state.refuse_unknown()
@@ -44,11 +78,12 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
     if state.status is not Status.RUNNING:
         raise state.conflict("put it to sleep")
     info = await host.snapshots.read(record.ref)
-    if info is None or info.number != record.launch:
-        state.refuse_half_done(steps.command_id)
-    drain = "unknown: the worker was restarted after it"
-    if info is None or info.number != record.launch:
-        info, drain = await take_snapshot(cmd, record, steps, host)
+    if info is not None and info.number == record.launch:
+        # Published by a run that was cut after it, so the rest has to be completed.
+        outcome = DrainOutcome(Drain.UNKNOWN, "the worker was restarted after the drain")
+    else:
+        state.refuse_incomplete(steps.command_id)
+        info, outcome = await take_snapshot(cmd, record, steps, host)
     steps.finalize()
     await release(record, steps, host)
     await host.snapshots.discard(record.ref, below=info.number)
@@ -59,42 +94,50 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
     return Done(
         changed=True,
         status=str(Status.SLEEPING),
-        detail={"snapshot": number, "size_bytes": info.size_bytes, "drain": drain},
+        detail={"snapshot": number, "size_bytes": info.size_bytes, **outcome.detail()},
         left_behind=await write_at_rest(record, Status.SLEEPING, host, now_ms),
         record=final_record(asleep, Status.SLEEPING, now_ms),
+        snapshot=SnapshotMeasure(
+            seconds=steps.seconds_of(Pauses.name, SnapshotDrafts.name, PUBLISH),
+            size_bytes=info.size_bytes,
+        ),
     )
 
 
 async def take_snapshot(
     cmd: SleepInstance, record: InstanceRecord, steps: Steps, host: Host
-) -> tuple[SnapshotInfo, str]:
-    """Drain, pause, write, publish; returns the snapshot and how the drain went."""
+) -> tuple[SnapshotInfo, DrainOutcome]:
+    """Drain, pause, write, publish; returns the snapshot and the outcome of the drain."""
     if record.vmm is None or not await host.vmms.alive(record.vmm):
-        raise Unavailable(f"the VMM of instance {record.ref} is gone").not_retryable()
+        raise Unavailable(f"VMM of instance {record.ref} is not running").not_retryable()
     vmm = host.vmms.api(record.jail_id)
     try:
         if await vmm.state() == "Paused":
             # An earlier run was cut between its pause and its manifest.
             await vmm.resume()
         now_ms = host.facts.now_ms()
-        phase = PhaseSpec(steps.command_id, record, Status.DRAINING, now_ms)
-        record = await steps.ensure(Phases(host), phase)
-        drain = await drain_guest(cmd, record, steps, host)
-        async with held(host.slots.snapshots, "wait_snapshots", steps):
-            phase = PhaseSpec(steps.command_id, record, Status.SNAPSHOTTING, host.facts.now_ms())
-            record = await steps.ensure(Phases(host), phase)
-            info = await write_snapshot(record, drain, vmm, steps, host)
+        transition = TransitionSpec(steps.command_id, record, Status.DRAINING, now_ms)
+        record = await steps.ensure(Transitions(host), transition)
+        outcome = await drain_guest(cmd, record, steps, host)
+        async with limited(host.slots.snapshots, "wait_snapshot_slot", steps):
+            transition = TransitionSpec(
+                steps.command_id, record, Status.SNAPSHOTTING, host.facts.now_ms()
+            )
+            record = await steps.ensure(Transitions(host), transition)
+            info = await write_snapshot(record, outcome.drain, vmm, steps, host)
     finally:
         await vmm.close()
-    return info, drain
+    return info, outcome
 
 
 async def write_snapshot(
-    record: InstanceRecord, drain: str, vmm: Vmm, steps: Steps, host: Host
+    record: InstanceRecord, drain: Drain, vmm: Vmm, steps: Steps, host: Host
 ) -> SnapshotInfo:
-    """Pause, let the VMM write into its jail, move, hash, and rename the manifest into place."""
+    """Pause, let the VMM write into its jail, move and hash the files, publish the manifest."""
     if record.revision is None or record.uid_slot is None:
-        raise Conflict(f"instance {record.ref} has no launch in the journal")
+        raise Conflict(
+            f"instance {record.ref} has no launch in the journal: expected a revision and a uid"
+        )
     await steps.ensure(Pauses(host), PauseSpec(record.jail_id))
     facts = SnapshotFacts(
         ref=record.ref,
@@ -106,63 +149,67 @@ async def write_snapshot(
         vmm_version=await vmm.version(),
         disk=record.disk,
         data_disk_path=host.data_disks.path(record.ref) if record.disk is not None else None,
-        keep_drives=drain != "acknowledged",
+        keep_drives=drain is not Drain.ACKNOWLEDGED,
     )
     uid = host.settings.vmm.uid_base + record.uid_slot
-    info = await steps.ensure(Drafts(host), DraftSpec(Draft(record.ref, record.launch), uid, facts))
-    steps.safe_point()
-    await steps.act("publish", lambda: host.snapshots.publish(record.ref, record.launch))
+    info = await steps.ensure(
+        SnapshotDrafts(host),
+        SnapshotDraftSpec(SnapshotKey(record.ref, record.launch), uid, facts),
+    )
+    steps.control.safe_point()
+    await steps.act(PUBLISH, lambda: host.snapshots.publish(record.ref, record.launch))
     return info
 
 
-async def drain_guest(cmd: SleepInstance, record: InstanceRecord, steps: Steps, host: Host) -> str:
-    """Ask the guest to get ready for sleep, within the asked or the pool's time.
-
-    Returns `forced`, `no agent`, `acknowledged`, `refused: <detail>` or `no answer`.
-    """
+async def drain_guest(
+    cmd: SleepInstance, record: InstanceRecord, steps: Steps, host: Host
+) -> DrainOutcome:
+    """Ask the guest agent to prepare for sleep, within the command's or the pool's timeout."""
     if cmd.force:
-        return "forced"
+        return DrainOutcome(Drain.FORCED)
     port = record.agent_port
     if port is None:
-        return "no agent"
+        return DrainOutcome(Drain.NO_AGENT)
     drain_s = await drain_timeout_s(cmd, host)
 
-    async def ask() -> str:
+    async def ask() -> DrainOutcome:
         try:
             ack = await host.agents.sleep_prep(
                 record.jail_id, port, drain_timeout_s=drain_s, timeout_s=drain_s + AGENT_SLACK_S
             )
         except Unavailable:
-            return "no answer"
-        return "acknowledged" if ack.success else f"refused: {ack.detail or 'no reason given'}"
+            return DrainOutcome(Drain.NO_ANSWER)
+        if ack.success:
+            return DrainOutcome(Drain.ACKNOWLEDGED)
+        return DrainOutcome(Drain.REFUSED, ack.detail or "no reason given")
 
-    drain = await steps.interruptible("drain", ask)
-    if drain != "acknowledged":
+    outcome = await steps.interruptible("drain_guest", ask)
+    if outcome.drain is not Drain.ACKNOWLEDGED:
         await host.records.event(
             EventKind.SNAPSHOT,
             ref=record.ref,
-            reason="the guest was put to sleep without a drain",
-            detail={"drain": drain},
+            reason="guest was put to sleep without a drain",
+            detail=outcome.detail(),
             command_id=steps.command_id,
         )
-    return drain
+    return outcome
 
 
 async def drain_timeout_s(cmd: SleepInstance, host: Host) -> int:
-    """What was asked, or else the pool's policy; never more than `[limits] max_drain_s`."""
-    asked = cmd.drain_timeout_secs
-    if asked is None:
+    """The command's timeout, or else the pool's; at most `[limits] max_drain_s`."""
+    timeout_s = cmd.drain_timeout_secs
+    if timeout_s is None:
         try:
             pool = await host.shared.pool(cmd.tenant_id, cmd.pool_id)
         except Failure:
-            asked = RuntimePolicy().drain_timeout_seconds
+            timeout_s = RuntimePolicy().drain_timeout_seconds
         else:
-            asked = pool.runtime_policy.drain_timeout_seconds
-    return min(asked, host.settings.limits.max_drain_s)
+            timeout_s = pool.runtime_policy.drain_timeout_seconds
+    return min(timeout_s, host.settings.limits.max_drain_s)
 
 
 async def announce_hash(ref: InstanceRef, number: int, host: Host) -> None:
-    """Hash the memory file in the background and say so; a snapshot woken meanwhile is skipped."""
+    """Hash the memory file and publish the hash as an event; nothing if it was woken meanwhile."""
     sha256 = await host.snapshots.hash_memory(ref, number)
     if sha256 is not None:
         await host.records.event(

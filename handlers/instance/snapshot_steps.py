@@ -1,12 +1,62 @@
-"""What Sleep and Wake do before their points of no return and can take back."""
+"""Steps of Sleep and Wake that are undone: status transition, pause, snapshot draft and use."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from handlers.instance.reservations import ref_of
+from msgspec.structs import replace
+
 from handlers.interfaces import Host
-from handlers.specs import SnapshotFacts, SnapshotInfo
-from schemas.requests import InstanceRef
+from handlers.mechanism import Durability
+from handlers.specs import SnapshotFacts, SnapshotInfo, SnapshotKey, parse_ref
+from schemas.records import InstanceRecord, Status
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionSpec:
+    """A transitional status of a running instance, e.g. draining."""
+
+    command_id: str
+    record: InstanceRecord
+    status: Status
+    now_ms: int
+
+    @property
+    def key(self) -> str:
+        return str(self.record.ref)
+
+
+class Transitions:
+    """Transitional statuses of running instances. Undo restores the status of before."""
+
+    name: ClassVar[str] = "transition"
+    durability: ClassVar[Durability] = Durability.VOLATILE
+    swept: ClassVar[bool] = False
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    async def exists(self, key: str) -> bool:
+        record = self._host.records.instance(parse_ref(key))
+        return record is not None and record.before is not None
+
+    async def ensure(self, spec: TransitionSpec) -> InstanceRecord:
+        now = self._host.records.instance(spec.record.ref)
+        base = now if now is not None else spec.record
+        before = base.before if base.before is not None else replace(base, before=None)
+        record = replace(
+            base,
+            status=spec.status,
+            since_ms=spec.now_ms,
+            command_id=spec.command_id,
+            before=before,
+        )
+        await self._host.records.put_instance(record)
+        return record
+
+    async def remove(self, key: str) -> None:
+        record = self._host.records.instance(parse_ref(key))
+        if record is not None and record.before is not None:
+            await self._host.records.put_instance(replace(record.before, before=None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +72,8 @@ class Pauses:
     """Paused VMs. Undo resumes."""
 
     name: ClassVar[str] = "pause"
+    durability: ClassVar[Durability] = Durability.VOLATILE
+    swept: ClassVar[bool] = False
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -41,7 +93,7 @@ class Pauses:
             await vmm.close()
 
     async def remove(self, key: str) -> None:
-        """Resume; a VMM that is gone needs none."""
+        """Resume the VM, if its VMM still runs."""
         if await self._host.vmms.find(key) is None:
             return
         vmm = self._host.vmms.api(key)
@@ -53,42 +105,32 @@ class Pauses:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """Names the snapshot of an instance that is being written."""
-
-    ref: InstanceRef
-    number: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.ref}#{self.number}"
-
-
-@dataclass(frozen=True, slots=True)
-class DraftSpec:
-    draft: Draft
+class SnapshotDraftSpec:
+    snapshot: SnapshotKey
     uid: int
     facts: SnapshotFacts
 
     @property
     def key(self) -> str:
-        return self.draft.key
+        return str(self.snapshot)
 
 
-class Drafts:
-    """Snapshots not published yet. What an earlier run left of one is never used."""
+class SnapshotDrafts:
+    """Snapshots not published yet. A draft of an earlier run is never used."""
 
     name: ClassVar[str] = "snapshot_draft"
+    durability: ClassVar[Durability] = Durability.DURABLE
+    swept: ClassVar[bool] = False
 
     def __init__(self, host: Host) -> None:
         self._host = host
 
-    async def exists(self, key: str) -> bool:  # noqa: ARG002 - a draft is always made anew
+    async def exists(self, key: str) -> bool:  # noqa: ARG002 - always written again
         return False
 
-    async def ensure(self, spec: DraftSpec) -> SnapshotInfo:
+    async def ensure(self, spec: SnapshotDraftSpec) -> SnapshotInfo:
         """Let the paused VMM write state and memory into its jail, then move and hash them."""
-        record = self._host.records.instance(spec.draft.ref)
+        record = self._host.records.instance(spec.snapshot.ref)
         jail_id = record.jail_id if record is not None else ""
         state_path, mem_path = await self._host.snapshots.begin(jail_id, spec.uid)
         vmm = self._host.vmms.api(jail_id)
@@ -99,34 +141,37 @@ class Drafts:
         return await self._host.snapshots.seal(jail_id, spec.facts)
 
     async def remove(self, key: str) -> None:
-        ref, _, number = key.partition("#")
-        await self._host.snapshots.drop(ref_of(ref), int(number))
+        snapshot = SnapshotKey.parse(key)
+        await self._host.snapshots.drop(snapshot.ref, snapshot.number)
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotUseSpec:
-    draft: Draft
+    snapshot: SnapshotKey
 
     @property
     def key(self) -> str:
-        return self.draft.key
+        return str(self.snapshot)
 
 
 class SnapshotUses:
-    """A snapshot lent to a wake. Recorded before the jail, so that undo comes after the jail went:
-    then owner and identity of the files are put right, since links and chown changed them."""
+    """A snapshot that a wake links into its jail. Its row precedes the jail's, so that its undo
+    follows the jail's: by then the hard links are gone, and owner and recorded identity of the
+    files, which hard links and chown changed, can be restored."""
 
     name: ClassVar[str] = "snapshot_use"
+    durability: ClassVar[Durability] = Durability.IMPLIED
+    swept: ClassVar[bool] = True
 
     def __init__(self, host: Host) -> None:
         self._host = host
 
-    async def exists(self, key: str) -> bool:  # noqa: ARG002 - each wake lends it anew
+    async def exists(self, key: str) -> bool:  # noqa: ARG002 - each wake links it again
         return False
 
     async def ensure(self, spec: SnapshotUseSpec) -> None:
-        """Nothing to do ahead: the links are made in the jail."""
+        """No effect: `link_snapshot` makes the hard links once the jail exists."""
 
     async def remove(self, key: str) -> None:
-        ref, _, number = key.partition("#")
-        await self._host.snapshots.settle(ref_of(ref), int(number))
+        snapshot = SnapshotKey.parse(key)
+        await self._host.snapshots.settle(snapshot.ref, snapshot.number)

@@ -1,4 +1,4 @@
-"""Where an instance stands: journal and kernel decide, `instance.json` only tells what is new."""
+"""The state of an instance: from the journal; from `instance.json` if the journal has none."""
 
 from dataclasses import dataclass
 
@@ -9,21 +9,18 @@ from handlers.interfaces import Host
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef
 
-RESTING = frozenset({Status.CREATED, Status.READY, Status.STOPPED, Status.FAILED})
-FRESH = frozenset({Status.CREATED, Status.READY})
-
 
 @dataclass(frozen=True, slots=True)
 class InstanceState:
-    """`record` is the journal's, or one made from the file for an instance never launched here."""
+    """`record` is the journal's, or made from the file for an instance never launched here."""
 
     record: InstanceRecord
 
     @property
     def status(self) -> Status:
-        """What decides: in the midst of a command the status before it, unless past its point.
+        """The status that decides what a command may do: during another command the one before it.
 
-        With its snapshot consumed a guest counts as having run.
+        An instance whose snapshot is consumed counts as running: its guest may have run.
         """
         before = self.record.before
         if before is None:
@@ -32,21 +29,21 @@ class InstanceState:
             return Status.RUNNING
         return before.status
 
-    def refuse_half_done(self, command_id: str) -> None:
-        """Raise if another command ended past its point of no return without getting through."""
+    def refuse_incomplete(self, command_id: str) -> None:
+        """Raise if another command passed its point of no return and did not complete."""
         record = self.record
         if record.before is not None and record.command_id != command_id:
             raise Conflict(
-                f"instance {record.ref} is half-way {record.status}: send that command again, "
-                "or StopInstance or DestroyInstance",
+                f"instance {record.ref} is {record.status}: a previous command did not complete; "
+                "retry it, or send StopInstance or DestroyInstance",
                 detail={"status": str(record.status)},
             )
 
     def refuse_unknown(self) -> None:
         if self.status is Status.UNKNOWN:
             raise Conflict(
-                f"instance {self.record.ref} is quarantined: its VMM could not be proven; "
-                "see docs/operations.md",
+                f"instance {self.record.ref} is quarantined: its VMM could not be identified as "
+                "hostd's; see docs/operations.md#unknown",
                 detail={"status": str(self.status)},
             )
 
@@ -60,28 +57,27 @@ class InstanceState:
 async def read_state(ref: InstanceRef, host: Host, now_ms: int) -> InstanceState:
     """Read journal, tombstone and file of an instance.
 
-    A file that says running, warm or sleeping without a record of hostd's counts as stopped,
-    unless a manifest of hostd's proves that it sleeps: then the journal was lost meanwhile.
+    A file that says running, warm or sleeping without a record in the journal counts as stopped,
+    unless a snapshot manifest proves that it sleeps: then the journal was lost.
 
     Raises:
-        NotFound: neither journal nor files know it.
+        NotFound: it is neither in the journal nor in the files.
         Invalid: `instance.json` is malformed or hostile.
     """
     record = host.records.instance(ref)
     if record is not None:
-        # The files are not even looked at: nothing in them must keep a VM from its Stop.
+        # The files are not read: nothing in them may prevent a Stop.
         return InstanceState(record)
     try:
         file = await host.shared.instance(ref)
     except NotFound as error:
         raise NotFound(f"instance {ref} has no instance.json", path="instance.json") from error
-    status = Status.STOPPED
-    if file.status in FRESH:
-        status = Status(file.status)
+    in_file = Status(file.status)
+    status = in_file if in_file.never_started else Status.STOPPED
     record = InstanceRecord(ref=ref, status=status, since_ms=now_ms)
     tombstone = host.records.tombstone(ref)
     if tombstone is not None:
-        # Launch numbers are never used twice, and a kept disk is still the one that hostd made.
+        # Launch numbers are never reused, and a kept disk is still the one that hostd made.
         disk = tombstone.disk if tombstone.kept_volumes else None
         record = replace(record, launch=tombstone.launch, disk=disk)
     asleep = await host.snapshots.read(ref)
@@ -100,5 +96,5 @@ async def read_state(ref: InstanceRef, host: Host, now_ms: int) -> InstanceState
 
 
 def final_record(record: InstanceRecord, status: Status, now_ms: int) -> InstanceRecord:
-    """The record at the end of a command: nothing of a run left in it."""
+    """The record at the end of a command: no command in progress."""
     return replace(record, status=status, since_ms=now_ms, before=None, command_id=None)

@@ -1,11 +1,11 @@
-"""What hostd does about a VMM that ended by itself: clean up, say so, `failed`."""
+"""Handle the unexpected exit of a VMM: clean up, publish an event, set `failed`."""
 
 from msgspec.structs import replace
 
 from handlers.instance.instance_file import write_at_rest
-from handlers.instance.launch import log_tail
 from handlers.instance.release import release
 from handlers.instance.state import final_record
+from handlers.instance.vmm_log import log_tail
 from handlers.interfaces import Host
 from handlers.steps import Steps
 from schemas.envelopes import EventKind
@@ -14,14 +14,14 @@ from schemas.requests import InstanceRef
 
 
 async def vmm_exited(ref: InstanceRef, launch: int, steps: Steps, host: Host) -> bool:
-    """Clean up after the VMM of a launch; false if that launch is not what runs any more.
+    """Clean up after the VMM of a launch; false if that launch is no longer the current one.
 
-    Exit 0 is no proof of an orderly end: a guest's triple fault ends the VMM with 0 too
-    (a crash and a reboot look alike), so the status is `failed` in any case; but a VMM that ended
-    with the boot of its host did not fail.
+    Exit status 0 does not prove an orderly shutdown: after a guest's triple fault the VMM exits
+    with 0 too (a crash and a reboot look alike), so the status is `failed` in any case. A VMM that
+    ended because its host was rebooted did not fail.
     """
     record = host.records.instance(ref)
-    if record is None or record.launch != launch or record.status is not Status.RUNNING:
+    if record is None or record.launch != launch or not record.status.expects_vmm:
         return False
     if record.vmm is not None and await host.vmms.alive(record.vmm):
         return False
@@ -31,7 +31,7 @@ async def vmm_exited(ref: InstanceRef, launch: int, steps: Steps, host: Host) ->
     await host.snapshots.discard(ref)
     now_ms = host.facts.now_ms()
     gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
-    reason, status = "the VMM ended by itself", Status.FAILED
+    reason, status = "VMM exited unexpectedly", Status.FAILED
     if record.vmm is not None and record.vmm.boot_id != host.facts.boot_id():
         reason, status = "the host was rebooted", Status.STOPPED
     await host.records.event(

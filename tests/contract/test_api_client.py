@@ -28,7 +28,7 @@ from handlers.host.vmm.api_schema import (
     VmState,
     Vsock,
 )
-from handlers.specs import BootConfig, DriveConfig
+from handlers.specs import BootConfig, DriveConfig, NicConfig
 from tests.guests.firecracker import FIRECRACKER, VERSION
 from tests.vm import payload
 from tests.vm.vmm_rig import MAC, MIB, TAP, add_tap, need, own_network
@@ -83,8 +83,7 @@ class Vmm:
                 DriveConfig("rootfs", "rootfs", read_only=True, root_device=True),
                 DriveConfig("data", "data", read_only=False),
             ),
-            tap=TAP,
-            mac=MAC,
+            nic=NicConfig(TAP, MAC),
             vsock="v.sock",
         )
 
@@ -262,7 +261,7 @@ async def test_a_tap_that_another_vmm_holds_is_unavailable(tmp_path: Path, vmm: 
         await other.end()
 
     assert isinstance(failure, Unavailable)
-    assert failure.detail["errno"] == 16
+    assert failure.detail["errno"] == "EBUSY"
 
 
 AFTER_START = [
@@ -341,7 +340,7 @@ async def test_a_full_disk_is_exhausted_and_the_vm_stays_paused_and_can_go_on(
         with pytest.raises(Exhausted) as failure:
             await vmm.api.create_snapshot(f"{small}/s", f"{small}/m")
 
-        assert failure.value.detail["errno"] == 28
+        assert failure.value.detail["errno"] == "ENOSPC"
         assert await vmm.api.state() == "Paused"
         await vmm.api.resume()
         assert await vmm.api.state() == "Running"

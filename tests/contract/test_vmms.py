@@ -122,15 +122,6 @@ async def test_an_exit_is_waited_for_as_long_as_asked(host: VmmHost) -> None:
     assert await asyncio.wait_for(waiting, 10)
 
 
-async def test_sigterm_is_ignored_by_the_first_of_its_pids(host: VmmHost) -> None:
-    spec = await host.prepare()
-    identity = await host.vmms.ensure(spec)
-
-    await host.vmms.terminate(identity)
-
-    assert not await host.vmms.wait_exit(identity, 0.05)
-
-
 async def test_another_vmm_by_that_identity_is_not_alive(host: VmmHost) -> None:
     identity = await host.vmms.ensure(await host.prepare())
 

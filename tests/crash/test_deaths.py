@@ -105,7 +105,7 @@ async def test_a_vm_runs_on_without_a_worker_and_is_adopted() -> None:
         assert host.jailer_runs() == 1
         assert (await host.run(SLEEP))["code"] == "ok"
         assert (await host.run(WAKE))["code"] == "ok"
-        assert (await host.run(STOP))["detail"]["rung"] == "guest"
+        assert (await host.run(STOP))["detail"]["method"] == "graceful"
 
 
 async def test_a_vmm_that_died_while_the_worker_was_down_is_found_at_start() -> None:
@@ -211,7 +211,7 @@ async def test_a_published_snapshot_is_kept_though_its_vmm_died() -> None:
         await host.net_up(host.seed())
         await host.run(START)
         slept = await host.stat()
-        await kill_at(host, "after:publish", SLEEP, "killed")
+        await kill_at(host, "after:publish_snapshot", SLEEP, "killed")
         (pid,) = host.vm_pids()
         await end_vmm(pid)
         await host.start_worker()

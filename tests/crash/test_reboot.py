@@ -118,7 +118,7 @@ async def test_a_sleep_cut_by_the_reboot_after_its_manifest_sleeps() -> None:
         await host.net_up(seeded)
         await host.run(START)
         slept = await host.stat()
-        await kill_at(host, "after:publish", SLEEP, "cut")
+        await kill_at(host, "after:publish_snapshot", SLEEP, "cut")
 
         await reboot(host, seeded.net)
         await host.start_worker()

@@ -1,7 +1,7 @@
 """A host in memory: every mechanism of `interfaces.Host`, with one place to make things fail.
 
 `FakeHost.resources` is all that exists on it, by kind and key; a test compares it before and
-after. `fail[name]` holds the failure that the named effect raises, before or after it took hold.
+after. Effects have the names of the steps that cause them.
 It passes the same contract tests as the real mechanisms (`tests/contract`).
 """
 
@@ -9,11 +9,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
-from typing import Any
+from typing import Any, ClassVar
 
 from handlers.concurrency import Slots
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound, Unavailable
 from handlers.interfaces import Host, Records
+from handlers.mechanism import Durability
 from handlers.specs import (
     Ack,
     Artifact,
@@ -47,7 +48,7 @@ BOOT_ID = "00000000-0000-4000-8000-000000000001"
 
 @dataclass
 class Guest:
-    """What a guest remembers. `boots` lives on the data disk, `counter` in memory."""
+    """A guest; `counter` is in its memory. How often it booted is in `FakeHost.boots`."""
 
     state: str = "Not started"
     counter: int = 0
@@ -56,7 +57,7 @@ class Guest:
 
 @dataclass
 class FakeHost:
-    """The machine. `fail` maps an effect to the failure it raises; `fail_late` after it took."""
+    """`fail` maps an effect to the failure raised instead of it, `fail_late` after it."""
 
     resources: dict[tuple[str, str], Any] = field(default_factory=dict)
     fail: dict[str, BaseException] = field(default_factory=dict)
@@ -97,8 +98,8 @@ class FakeHost:
         return value
 
     def kill(self, jail_id: str) -> None:
-        """The VMM ends, whoever wanted it."""
-        identity = self.resources.pop(("vmms", jail_id), None)
+        """The VMM exits, for whatever reason."""
+        identity = self.resources.pop(("vmm", jail_id), None)
         self.guests.pop(jail_id, None)
         self.uids.pop(jail_id, None)
         if identity is not None:
@@ -115,7 +116,7 @@ class FakeHost:
         self.boot_id = boot_id
 
     def plant_link(self, name: str) -> None:
-        """A link appears that is not hostd's."""
+        """An interface appears that is not hostd's."""
         self.foreign_links.add(name)
 
     def has_link(self, name: str) -> bool:
@@ -141,7 +142,7 @@ class FakeHost:
             taps=FakeTaps(self),
             artifacts=FakeArtifacts(self),
             data_disks=FakeDataDisks(self),
-            cgroups=Plain(self, "cgroups"),
+            cgroups=Plain(self, "cgroup"),
             jails=FakeJails(self),
             vmms=FakeVmms(self),
             agents=FakeAgents(self),
@@ -154,11 +155,16 @@ class FakeHost:
 
 
 class Plain:
-    """A mechanism that only is or is not there."""
+    """A mechanism whose resources only exist or not."""
 
-    def __init__(self, machine: FakeHost, name: str) -> None:
+    swept: ClassVar[bool] = True
+
+    def __init__(
+        self, machine: FakeHost, name: str, durability: Durability = Durability.VOLATILE
+    ) -> None:
         self.machine = machine
         self.name = name
+        self.durability = durability
 
     async def exists(self, key: str) -> bool:
         return (self.name, key) in self.machine.resources
@@ -193,7 +199,7 @@ class FakeBridges(Plain):
 
 
 class FakeTaps(Plain):
-    """TAPs; one with another alias is another instance's."""
+    """TAPs; one with another alias belongs to another instance."""
 
     def __init__(self, machine: FakeHost) -> None:
         super().__init__(machine, "tap")
@@ -285,7 +291,7 @@ class FakeShared:
         def remove() -> None:
             self.machine.files.pop(ref, None)
             if not keep_volumes:
-                self.machine.resources.pop(("data_disks", str(ref)), None)
+                self.machine.resources.pop(("data_disk", str(ref)), None)
 
         await self.machine.effect("remove_files", remove)
 
@@ -298,7 +304,7 @@ def _known(table: dict[Any, Any], key: Any, file: str) -> Any:
 
 class FakeArtifacts(Plain):
     def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "artifacts")
+        super().__init__(machine, "artifact", Durability.DURABLE)
 
     async def ensure(self, spec: ArtifactSpec) -> Artifact:
         await super().ensure(spec)
@@ -307,7 +313,7 @@ class FakeArtifacts(Plain):
 
 class FakeDataDisks(Plain):
     def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "data_disks")
+        super().__init__(machine, "data_disk", Durability.DURABLE)
 
     def path(self, ref: InstanceRef) -> str:
         return f"/volumes/{ref}/data.ext4"
@@ -336,7 +342,7 @@ class FakeDataDisks(Plain):
 
 class FakeJails(Plain):
     def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "jails")
+        super().__init__(machine, "jail", Durability.DURABLE)
 
     async def ensure(self, spec: JailSpec) -> Jail:
         await super().ensure(spec)
@@ -349,7 +355,7 @@ class FakeJails(Plain):
 
 class FakeVmms(Plain):
     def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "vmms")
+        super().__init__(machine, "vmm")
 
     async def ensure(self, spec: LaunchSpec) -> VmmIdentity:
         machine = self.machine
@@ -371,7 +377,7 @@ class FakeVmms(Plain):
         return await machine.effect(self.name, launch)
 
     async def remove(self, key: str) -> None:
-        await self.machine.effect("remove_vmms", lambda: self.machine.kill(key))
+        await self.machine.effect("remove_vmm", lambda: self.machine.kill(key))
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         return self.machine.resources.get((self.name, jail_id))
@@ -388,8 +394,6 @@ class FakeVmms(Plain):
         if not gone.is_set():
             await asyncio.sleep(0)
         return gone.is_set()
-
-    async def terminate(self, identity: VmmIdentity) -> None: ...
 
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
         await self.machine.effect("check_confinement", lambda: None)
@@ -414,7 +418,7 @@ class FakeVmm:
 
     async def configure(self, config: BootConfig) -> None:
         guest = self.guest
-        await self.machine.effect("configure", lambda: setattr(guest, "config", config))
+        await self.machine.effect("configure_vm", lambda: setattr(guest, "config", config))
 
     async def start(self) -> None:
         guest = self.guest
@@ -432,7 +436,7 @@ class FakeVmm:
 
     async def resume(self) -> None:
         guest = self.guest
-        await self.machine.effect("resume", lambda: setattr(guest, "state", "Running"))
+        await self.machine.effect("resume_vm", lambda: setattr(guest, "state", "Running"))
 
     async def state(self) -> str:
         return self.guest.state
@@ -466,7 +470,7 @@ class FakeAgents:
         self.machine = machine
 
     async def ping(self, jail_id: str, port: int, *, timeout_s: float) -> None:
-        await self.machine.effect("agent_ready", lambda: None)
+        await self.machine.effect("wait_agent", lambda: None)
         if not self.machine.agent_answers:
             raise Unavailable("the guest agent did not answer")
 
@@ -475,11 +479,11 @@ class FakeAgents:
     ) -> Ack:
         if self.machine.drain_gate is not None:
             await self.machine.drain_gate.wait()
-        await self.machine.effect("drain", lambda: None)
+        await self.machine.effect("drain_guest", lambda: None)
         return Ack(self.machine.drain_ack)
 
     async def wake(self, jail_id: str, port: int, *, timeout_s: float) -> Ack:
-        await self.machine.effect("agent_wake", lambda: None)
+        await self.machine.effect("wake_agent", lambda: None)
         return Ack(True)
 
     async def set_clock(self, jail_id: str, port: int, *, timeout_s: float) -> float:
@@ -530,7 +534,7 @@ class FakeSnapshots:
                 raise HostFault(f"there is no snapshot {key} to publish")
             resources["snapshot", key] = resources.pop(("snapshot_draft", key))
 
-        await self.machine.effect("publish", rename)
+        await self.machine.effect("publish_snapshot", rename)
 
     async def read(self, ref: InstanceRef) -> SnapshotInfo | None:
         found = [
@@ -576,6 +580,8 @@ class FakeSnapshots:
         await self.settle(ref, number)
 
     async def drop(self, ref: InstanceRef, number: int) -> None:
+        if "drop_snapshot" in self.machine.fail:
+            raise self.machine.fail["drop_snapshot"]
         for kind in ("snapshot", "snapshot_draft"):
             self.machine.resources.pop((kind, f"{ref}#{number}"), None)
 

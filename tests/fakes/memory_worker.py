@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from handlers.interfaces import Host
+from handlers.mechanism import Removable
 from handlers.registry import HANDLERS, mechanisms
 from handlers.steps import Failpoint, no_failpoint
 from schemas import codec
@@ -33,6 +34,7 @@ class MemoryWorker:
     journal: Journal
     host: Host
     lanes: Lanes
+    mechanisms: Mapping[str, Removable]
     seq: int = 0
     ids: list[str] = field(default_factory=list)
 
@@ -87,14 +89,13 @@ async def memory_worker(
     settings = Settings(limits=limits)
     journal = await Journal.open(str(path), subjects=SUBJECTS, boot_id="b1")
     host = machine.host(journal.records, settings)
-    dispatch = Dispatch(
-        journal, HANDLERS, host, mechanisms(host), meters=NoMeters(), failpoint=failpoint
-    )
+    known = mechanisms(host)
+    dispatch = Dispatch(journal, HANDLERS, host, known, meters=NoMeters(), failpoint=failpoint)
     lanes = Lanes(dispatch)
     for row in journal.commands.unfinished():
         lanes.put(row)
     lanes.start()
-    made = MemoryWorker(machine, journal, host, lanes)
+    made = MemoryWorker(machine, journal, host, lanes, known)
     try:
         yield made
     finally:

@@ -46,10 +46,10 @@ class FakeJailDirs:
         self.damaged: set[str] = set()
 
     def list_ids(self) -> list[str]:
-        return sorted(key for kind, key in self.machine.resources if kind == "jails")
+        return sorted(key for kind, key in self.machine.resources if kind == "jail")
 
     def facts(self, jail_id: str) -> JailSpec | None:
-        spec: JailSpec | None = self.machine.resources.get(("jails", jail_id))
+        spec: JailSpec | None = self.machine.resources.get(("jail", jail_id))
         return None if jail_id in self.damaged else spec
 
 

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from handlers.clock import now_ms
 from handlers.interfaces import Host
-from handlers.mechanism import Removable
+from handlers.mechanism import Durability, Removable
 from handlers.registry import Handler
 from handlers.steps import Done, Steps
 from schemas import codec
@@ -94,7 +94,9 @@ class Thing:
 class Things:
     """A mechanism whose resources are names in a set."""
 
-    name: str = "things"
+    name: ClassVar[str] = "thing"
+    durability: ClassVar[Durability] = Durability.DURABLE
+    swept: ClassVar[bool] = True
     there: set[str] = field(default_factory=set)
     made: list[str] = field(default_factory=list)
     stuck: bool = False
@@ -228,7 +230,7 @@ async def shell_worker(
         clock_ms=clock_ms,
     )
     host = cast("Host", SimpleNamespace(settings=Settings(limits=limits)))
-    mechanisms: Mapping[str, Removable] = {"things": machine.things}
+    mechanisms: Mapping[str, Removable] = {machine.things.name: machine.things}
     dispatch = Dispatch(
         journal,
         machine.handlers(),

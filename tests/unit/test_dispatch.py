@@ -12,15 +12,13 @@ from handlers.errors import (
     Conflict,
     Draining,
     Exhausted,
-    Failure,
     HostFault,
     Invalid,
     NotFound,
     Unavailable,
     Unsupported,
-    of_os_error,
 )
-from handlers.steps import Done, Steps
+from handlers.steps import Done, SnapshotMeasure, Steps
 from schemas.codes import Code
 from schemas.envelopes import StepTaken
 from schemas.requests import Error, Request, SleepInstance
@@ -260,7 +258,7 @@ async def test_a_failed_undo_is_left_behind_in_the_reply_and_in_the_step_log(
         worker.send(start())
         reply = await worker.reply()
 
-        assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("things made",))
+        assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("thing made",))
         assert [row.key for row in worker.journal.steps.leftovers()["c1"]] == ["made"]
 
 
@@ -276,7 +274,7 @@ async def test_a_bug_in_an_undo_is_answered_with_what_is_left_behind(
         worker.send(start())
         reply = await worker.reply()
 
-        assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("things made",))
+        assert (reply.code, reply.left_behind) == (Code.CONFLICT, ("thing made",))
         assert [row.key for row in worker.journal.steps.leftovers()["c1"]] == ["made"]
 
 
@@ -358,7 +356,8 @@ async def test_a_snapshot_is_measured_by_all_its_steps_not_only_those_in_the_rep
             *(StepTaken("other", 5_000_000, "done") for _ in range(dispatch.STEPS_SHOWN)),
             StepTaken("snapshot_draft", 1_000_000, "done"),
         ]
-        return Done(changed=True, status="sleeping", detail={"size_bytes": 7})
+        seconds = steps.seconds_of("pause", "snapshot_draft")
+        return Done(changed=True, status="sleeping", snapshot=SnapshotMeasure(seconds, 7))
 
     async with shell_worker(tmp_path / "j", machine=Machine(behave=sleeps)) as worker:
         worker.send(SleepInstance("acme", "web", "a1", force=False))
@@ -366,33 +365,6 @@ async def test_a_snapshot_is_measured_by_all_its_steps_not_only_those_in_the_rep
 
         assert len(reply.steps) == dispatch.STEPS_SHOWN
         assert worker.meters.snapshots == [(3.0, 7)]
-
-
-@pytest.mark.parametrize(
-    ("number", "kind"),
-    [
-        (errno.EAGAIN, Unavailable),
-        (errno.EBUSY, Unavailable),
-        (errno.EINTR, Unavailable),
-        (errno.ENOBUFS, Unavailable),
-        (errno.ETIMEDOUT, Unavailable),
-        (errno.ENOMEM, Exhausted),
-        (errno.ENOSPC, Exhausted),
-        (errno.EDQUOT, Exhausted),
-        (errno.EMFILE, Exhausted),
-        (errno.EACCES, HostFault),
-        (errno.EPERM, HostFault),
-        (errno.EIO, HostFault),
-        (errno.ENOTTY, HostFault),
-        (None, HostFault),
-    ],
-)
-def test_each_errno_has_the_class_that_names_who_must_act(
-    number: int | None, kind: type[Failure]
-) -> None:
-    failure = of_os_error(OSError(number, "text") if number else OSError("text"))
-
-    assert type(failure) is kind
 
 
 async def nothing() -> None:

@@ -43,7 +43,7 @@ def used() -> Metrics:
     """A worker's metrics after one of each happened."""
     metrics = Metrics("0.1.0")
     metrics.command_done("StartInstance", Code.OK, 0.02)
-    metrics.step("taps", 0.003)
+    metrics.step("tap", 0.003)
     metrics.retry("StartInstance", Code.UNAVAILABLE)
     metrics.commit(0.0015)
     metrics.bus_totals(reconnects=1, permission_errors=2, pulls=30)

@@ -1,4 +1,4 @@
-"""The tenant's network lock: shared or alone, fair, and no trace of who gave up."""
+"""The tenant's network lock: shared or exclusive, fair; a cancelled waiter changes nothing."""
 
 import asyncio
 from contextlib import AbstractAsyncContextManager
@@ -9,7 +9,7 @@ from handlers.tenant_locks import TenantLocks
 
 
 class Hold:
-    """One holder that waits inside until it is let go."""
+    """A holder of the lock, until `leave`."""
 
     def __init__(self, lock: AbstractAsyncContextManager[None]) -> None:
         self._lock = lock
@@ -28,12 +28,12 @@ class Hold:
 
 
 async def settle() -> None:
-    """Let every task that can run go as far as it can."""
+    """Let every task run until it waits."""
     for _ in range(10):
         await asyncio.sleep(0)
 
 
-async def test_sharers_hold_it_together() -> None:
+async def test_shared_holders_hold_it_together() -> None:
     locks = TenantLocks()
     first, second = Hold(locks.shared("acme")), Hold(locks.shared("acme"))
 
@@ -46,7 +46,7 @@ async def test_sharers_hold_it_together() -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), [(True, True), (True, False), (False, True)])
-async def test_alone_means_alone(*, one: bool, other: bool) -> None:
+async def test_exclusive_excludes_every_other(*, one: bool, other: bool) -> None:
     locks = TenantLocks()
     pick = {True: locks.exclusive, False: locks.shared}
     first = Hold(pick[one]("acme"))
@@ -72,11 +72,11 @@ async def test_tenants_do_not_wait_for_each_other() -> None:
     await second.leave()
 
 
-async def test_a_later_sharer_waits_behind_who_wants_it_alone() -> None:
+async def test_a_later_shared_request_waits_behind_an_exclusive_one() -> None:
     locks = TenantLocks()
     first = Hold(locks.shared("acme"))
     await settle()
-    alone = Hold(locks.exclusive("acme"))
+    writer = Hold(locks.exclusive("acme"))
     await settle()
     late = Hold(locks.shared("acme"))
     await settle()
@@ -85,31 +85,31 @@ async def test_a_later_sharer_waits_behind_who_wants_it_alone() -> None:
     await first.leave()
     await settle()
 
-    assert alone.inside.is_set()
+    assert writer.inside.is_set()
     assert not late.inside.is_set()
-    await alone.leave()
+    await writer.leave()
     await late.leave()
 
 
-async def test_who_gives_up_waiting_blocks_nobody() -> None:
+async def test_a_cancelled_waiter_blocks_no_other() -> None:
     locks = TenantLocks()
     first = Hold(locks.shared("acme"))
     await settle()
-    alone = Hold(locks.exclusive("acme"))
+    writer = Hold(locks.exclusive("acme"))
     await settle()
     late = Hold(locks.shared("acme"))
     await settle()
 
-    alone.task.cancel()
+    writer.task.cancel()
     await settle()
 
     assert late.inside.is_set()
     await first.leave()
     await late.leave()
-    assert alone.task.cancelled()
+    assert writer.task.cancelled()
 
 
-async def test_a_turn_given_in_the_moment_of_giving_up_goes_to_the_next() -> None:
+async def test_a_lock_granted_during_a_cancellation_goes_to_the_next() -> None:
     locks = TenantLocks()
     first = Hold(locks.exclusive("acme"))
     await settle()
@@ -128,7 +128,7 @@ async def test_a_turn_given_in_the_moment_of_giving_up_goes_to_the_next() -> Non
     await third.leave()
 
 
-async def test_an_idle_lock_is_forgotten() -> None:
+async def test_an_idle_lock_is_removed() -> None:
     locks = TenantLocks()
 
     async with locks.exclusive("acme"):

@@ -26,6 +26,7 @@ from handlers.specs import (
     JailFile,
     JailSpec,
     LaunchSpec,
+    NicConfig,
     SnapshotFacts,
 )
 from schemas import naming
@@ -85,8 +86,7 @@ class Place:
                 initrd=None,
                 boot_args=BOOT_ARGS,
                 drives=DRIVES,
-                tap=TAP,
-                mac=MAC,
+                nic=NicConfig(TAP, MAC),
                 vsock="/v.sock",
             )
         )

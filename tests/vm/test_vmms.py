@@ -14,9 +14,9 @@ import pytest
 from handlers.errors import Conflict, Failure, HostFault, Invalid, Unavailable
 from handlers.host.vmm.jailer import Jailer
 from handlers.host.vmm.vmms import Vmms
-from handlers.specs import LaunchSpec
+from handlers.specs import LaunchSpec, NicConfig
 from tests.vm import payload
-from tests.vm.vmm_rig import UID, VmmRig, add_tap
+from tests.vm.vmm_rig import MAC, UID, VmmRig, add_tap
 
 
 def launches(rig: VmmRig) -> list[str]:
@@ -324,6 +324,6 @@ async def test_a_vmm_gets_only_the_tap_of_its_own_uid(rig: VmmRig) -> None:
     for other in ("tn1i4", "nosuch"):
         api = rig.vmms.api(spec.jail_id)
         with pytest.raises(Failure) as refused:
-            await api.configure(dataclasses.replace(config, tap=other))
-        assert refused.value.detail["errno"] == 1
+            await api.configure(dataclasses.replace(config, nic=NicConfig(other, MAC)))
+        assert refused.value.detail["errno"] == "EPERM"
         await api.close()

@@ -20,7 +20,7 @@ import pytest
 from handlers.host.vmm.cgroups import Cgroups, CgroupTree
 from handlers.host.vmm.guest_agent import GuestAgents
 from handlers.host.vmm.vmms import Vmms
-from handlers.specs import BootConfig, CgroupSpec, DriveConfig, LaunchSpec
+from handlers.specs import BootConfig, CgroupSpec, DriveConfig, LaunchSpec, NicConfig
 from schemas.settings import HostSettings, LimitSettings, PathSettings, Settings, VmmSettings
 from tests.guests.firecracker import FIRECRACKER, JAILER
 from tests.vm import payload
@@ -124,8 +124,7 @@ class VmmRig:
             initrd=None,
             boot_args=BOOT_ARGS,
             drives=drives,
-            tap=TAP,
-            mac=MAC,
+            nic=NicConfig(TAP, MAC),
             vsock="/v.sock",
         )
 

@@ -227,7 +227,7 @@ async def life(driver: Driver, build: str, guest: str) -> None:
     woken = await driver.stat(launch=2)
     driver.progress.note("guest state", check_resumed(awake, woken, reply))
     await driver.echo("traffic after wake", seeded.guest_ip)
-    await driver.send("stop", StopInstance(*NAMES), "rung")
+    await driver.send("stop", StopInstance(*NAMES), "method")
     await driver.send("destroy", DestroyInstance(*NAMES, wipe_volumes=True), "volumes")
     await driver.send("network down", TeardownNetwork(REF.tenant_id, seeded.net))
 

@@ -3,17 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from handlers.mechanism import StepRow
+from handlers.mechanism import Durability, StepIntent, StepRow
 from worker.journal.store import Store
 from worker.journal.transaction import Transaction
 
-# What these make is gone after a reboot, and so may their rows be. All others are synced.
-VOLATILE: Final = frozenset(
-    {"bridge", "tenant_rules", "pin", "tap", "cgroups", "vmms", "pause", "phase"}
-)
-# What these make is made by a later commit of the journal itself (the record), or under a later
-# row (the jail's links). Commits keep the order of submission: that one takes theirs to disk.
-IMPLIED_DURABLE: Final = frozenset({"reservation", "snapshot_use"})
 INSERT: Final = (
     "INSERT OR IGNORE INTO step (command_id, mechanism, key, existed) VALUES (?, ?, ?, ?)"
 )
@@ -25,38 +18,34 @@ class JournalSteps:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def begin(self, command_id: str, mechanism: str, key: str, *, existed: bool) -> StepRow:
-        """Commit the intent; an earlier run's row is returned unchanged."""
-        known = self._store.mirror.steps.get(command_id, {}).get((mechanism, key))
-        if known is not None:
-            return known
-        row = StepRow(mechanism, key, existed)
-        await self.begin_all(command_id, (row,))
-        return row
-
-    async def begin_all(self, command_id: str, rows: Sequence[StepRow]) -> None:
-        """Commit several intents at once; rows that exist stay as they are."""
-        known = self._store.mirror.steps.get(command_id, {})
-        new = {(r.mechanism, r.key): r for r in rows if (r.mechanism, r.key) not in known}
-        values = [(command_id, row.mechanism, row.key, row.existed) for row in new.values()]
+    async def begin(self, command_id: str, *intents: StepIntent) -> Sequence[StepRow]:
+        """Commit the intents in one transaction; the row of an earlier run is kept and returned."""
+        before = self._store.mirror.steps.get(command_id, {})
+        new = {(i.mechanism, i.key): i for i in intents if (i.mechanism, i.key) not in before}
+        rows = {name: StepRow(*name, intent.existed) for name, intent in new.items()}
+        result = tuple((before | rows)[i.mechanism, i.key] for i in intents)
 
         def do(tx: Transaction) -> None:
-            for each in values:
-                tx.execute(INSERT, each)
+            for row in rows.values():
+                tx.execute(INSERT, (command_id, row.mechanism, row.key, row.existed))
 
         def apply(_: object) -> None:
-            rows_of_command = self._store.mirror.steps.setdefault(command_id, {})
-            for name, row in new.items():
-                rows_of_command.setdefault(name, row)
+            mirrored = self._store.mirror.steps.setdefault(command_id, {})
+            for name, row in rows.items():
+                mirrored.setdefault(name, row)
 
         if not new:
-            return
-        if all(row.mechanism in IMPLIED_DURABLE for row in new.values()):
+            return result
+        if all(intent.durability is Durability.IMPLIED for intent in new.values()):
             apply(None)
             self._store.writer.later(do)
-            return
-        synced = any(not r.existed and r.mechanism not in VOLATILE for r in new.values())
-        await self._store.writer.submit(do, apply=apply, durable=synced)
+            return result
+        durable = any(
+            not intent.existed and intent.durability is not Durability.VOLATILE
+            for intent in new.values()
+        )
+        await self._store.writer.submit(do, apply=apply, durable=durable)
+        return result
 
     async def forget(self, command_id: str, mechanism: str, key: str) -> None:
         """Delete a row: the resource is gone, or was not this command's."""

@@ -17,9 +17,10 @@ import structlog
 from handlers.errors import Failure
 from handlers.instance.stop import finish_stop
 from handlers.interfaces import Host
-from handlers.mechanism import Removable
+from handlers.mechanism import Removable, StepRow
 from handlers.network import restore_network
 from handlers.network_names import names_of
+from handlers.specs import SnapshotKey, TenantRulesKey, cgroup_key
 from handlers.steps import Steps
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status
@@ -145,15 +146,15 @@ class Reconciler:
                 )
 
     async def sweep_leftovers(self) -> None:
-        """Remove what finished commands left behind; a failed removal is tried again."""
+        """Remove what finished commands left behind; what stays is tried again."""
         for command_id, rows in self._journal.steps.leftovers().items():
-            for row in rows:
-                if not row.existed and not self._in_use(row.mechanism, row.key):
-                    try:
-                        await self._mechanisms[row.mechanism].remove(row.key)
-                    except (Failure, OSError) as error:
-                        log.warning("leftover.remove_failed", step=row.mechanism, error=repr(error))
-                        continue
+            for row in reversed(rows):
+                try:
+                    removed = await self._sweep(row)
+                except (Failure, OSError) as error:
+                    log.warning("leftover.remove_failed", step=row.mechanism, error=repr(error))
+                    continue
+                if removed:
                     await self._journal.records.event(
                         EventKind.REMOVED,
                         reason="left behind by a command",
@@ -161,6 +162,19 @@ class Reconciler:
                         command_id=command_id,
                     )
                 await self._journal.steps.forget(command_id, row.mechanism, row.key)
+
+    async def _sweep(self, row: StepRow) -> bool:
+        """Remove the resource of one row, unless it existed before or an instance or network of
+        the journal uses it by now; true if it was removed."""
+        mechanism = self._mechanisms[row.mechanism]
+        if row.existed or not mechanism.swept:
+            return False
+        # No network command is between making a bridge or rules and recording the network.
+        async with self._host.locks.subnets():
+            if self._in_use(row.mechanism, row.key):
+                return False
+            await mechanism.remove(row.key)
+        return True
 
     def _finish_stops(self) -> None:
         """Complete each Stop that failed partway, in the lane of its instance."""
@@ -207,12 +221,21 @@ class Reconciler:
         used = chain.from_iterable(
             (
                 record.jail_id,
-                f"{record.ref.tenant_id}/{record.jail_id}",
+                cgroup_key(record),
                 str(record.ref),
+                str(SnapshotKey(record.ref, record.snapshot or 0)),
                 *((names.tap, names.pin.key) if (names := names_of(record)) else ()),
             )
             for record in self._journal.records.instances()
             if record.holds_offset
         )
-        networks = (record.net.bridge_name for record in self._journal.records.networks())
-        return key in {*used, *networks} or mechanism == "tenant_rules"
+        # A data disk that the journal knows is kept while its instance is stopped.
+        disks = (
+            str(record.ref)
+            for record in self._journal.records.instances()
+            if record.disk is not None
+        )
+        nets = [record.net for record in self._journal.records.networks()]
+        if mechanism == self._host.tenant_rules.name:
+            return any(TenantRulesKey.parse(key).overlaps(net) for net in nets)
+        return key in {*used, *disks, *(net.bridge_name for net in nets)}

@@ -116,7 +116,7 @@ class Recovery:
             back = record if status is Status.RUNNING else record.before
             record = replace(back, status=status, before=None, command_id=None)
             await self._journal.records.put_instance(record, durable=True)
-        if record.status is Status.RUNNING:
+        if record.status.expects_vmm:
             await self._adopt(record)
 
     async def _hash_memory(self, record: InstanceRecord) -> None:
@@ -151,10 +151,10 @@ class Recovery:
             self._counts.adopted += 1
 
     async def _resume(self, record: InstanceRecord) -> None:
-        """Resume a paused VM that has no snapshot manifest: its Sleep did not complete."""
+        """A paused VM without a manifest is resumed: the sleep that paused it did not happen."""
         now = self._journal.records.instance(record.ref)
-        if now is None or now.vmm != record.vmm or now.status is not Status.RUNNING:
-            return  # a command that waited in the lane ran first
+        if now is None or now.vmm != record.vmm or not now.status.expects_vmm:
+            return  # a command that waited in the lane came first
         try:
             await self._resume_paused(record)
         except (Failure, OSError) as error:

@@ -71,7 +71,7 @@ class VmmWatch:
         running = {
             record.jail_id: record
             for record in self._journal.records.instances()
-            if record.status is Status.RUNNING and record.vmm is not None
+            if record.status.expects_vmm and record.vmm is not None
         }
         for jail_id in [jail_id for jail_id in self._tasks if jail_id not in running]:
             self._tasks.pop(jail_id).cancel()
@@ -131,7 +131,7 @@ class VmmWatch:
 
     async def _quarantine(self, record: InstanceRecord, reason: str) -> None:
         now = self._journal.records.instance(record.ref)
-        if now is None or now.launch != record.launch or now.status is not Status.RUNNING:
+        if now is None or now.launch != record.launch or not now.status.expects_vmm:
             return
         unknown = replace(now, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms())
         await self._journal.records.put_instance(unknown, reason=reason, durable=True)

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import msgspec
 
-from handlers.errors import Conflict, Failure, HostFault
+from handlers.errors import Conflict, Failure, HostFault, of_os_error
 from handlers.host.jail import secrets_tmpfs
 from handlers.host.jail.layout import (
     CONFIG_DRIVE,
@@ -28,7 +28,6 @@ from handlers.host.jail.layout import (
 )
 from handlers.host.jail.logs import JailLogs
 from handlers.host.linux.checksummed_json import write_sealed
-from handlers.host.linux.errnos import os_failure
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_names, remove_tree
@@ -38,6 +37,7 @@ from handlers.host.storage import disk_ownership, wipe
 from handlers.host.storage.agentd_files import open_tenant
 from handlers.host.storage.data_disks import DATA_DISK, ref_of
 from handlers.host.storage.drive_images import CONFIG, SECRETS, SmallDrives, copy_drive
+from handlers.mechanism import Durability
 from handlers.specs import Jail, JailFile, JailSpec
 from schemas import naming
 from schemas.requests import InstanceRef
@@ -51,7 +51,9 @@ class Jails:
     Needs: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_SYS_ADMIN.
     """
 
-    name: ClassVar[str] = "jails"
+    name: ClassVar[str] = "jail"
+    durability: ClassVar[Durability] = Durability.DURABLE
+    swept: ClassVar[bool] = True
 
     def __init__(self, *, data: str, state: str, jail_base: str, log_bytes: int = 1 << 20) -> None:
         self._data = data
@@ -111,7 +113,7 @@ class Jails:
             with contextlib.suppress(Failure):
                 self._remove(spec.jail_id, keep_log=False)
             if isinstance(error, OSError):
-                raise os_failure(error, f"cannot make the jail {spec.jail_id}") from error
+                raise of_os_error(error, f"cannot make the jail {spec.jail_id}") from error
             raise
 
     def _make(self, spec: JailSpec, root: str) -> Jail:
@@ -207,7 +209,7 @@ class Jails:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise os_failure(error, f"cannot open the jail {jail_id}") from error
+            raise of_os_error(error, f"cannot open the jail {jail_id}") from error
         facts = self._dirs.facts(jail_id)
         try:
             secrets_tmpfs.unmount_secrets(f"{path}/root/{SECRETS_DIR}")
@@ -219,7 +221,7 @@ class Jails:
             remove_names(directory)
             os.rmdir(path)
         except OSError as error:
-            raise os_failure(error, f"cannot remove the jail {jail_id}") from error
+            raise of_os_error(error, f"cannot remove the jail {jail_id}") from error
         finally:
             os.close(directory)
 

@@ -13,8 +13,7 @@ from collections.abc import Generator
 from types import TracebackType
 from typing import Self
 
-from handlers.errors import Failure, Invalid, NotFound, Unavailable
-from handlers.host.linux.errnos import os_failure
+from handlers.errors import Failure, Invalid, NotFound, Unavailable, of_os_error
 from handlers.host.linux.syscalls import openat2
 
 RACES = 16
@@ -34,7 +33,7 @@ def refused(error: OSError, path: str) -> Failure:
         return NotFound(f"{path} does not exist", path=path)
     if error.errno in PATH_ERRORS:
         return Invalid(f"{path} {PATH_ERRORS[error.errno]}", path=path)
-    return os_failure(error, f"cannot open {path}")
+    return of_os_error(error, f"cannot open {path}")
 
 
 class Directory:
@@ -150,7 +149,7 @@ class Directory:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.unlink(beside)
-            raise os_failure(error, f"cannot write {path}") from error
+            raise of_os_error(error, f"cannot write {path}") from error
 
     def unlink(self, name: str) -> None:
         """Remove a name that is no directory; absent is success."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 from handlers.errors import HostFault
 from handlers.host.net.nftables import Member, Nft, Tables
 from handlers.host.net.ruleset import BaseRules
+from handlers.mechanism import Durability
 from handlers.specs import PinSpec
 
 GUESTS, PINS = "bridge hostd guests", "bridge hostd pins"
@@ -21,6 +22,8 @@ class Pins:
     """
 
     name: ClassVar[str] = "pin"
+    durability: ClassVar[Durability] = Durability.VOLATILE
+    swept: ClassVar[bool] = True
 
     def __init__(self, nft: Nft, base: BaseRules) -> None:
         self._nft = nft
@@ -64,5 +67,5 @@ class Pins:
 
 def pin_members(key: str) -> tuple[Member, Member]:
     """What makes the bridge table hold a TAP to its pin."""
-    tap, mac, address = key.split(",")
-    return (GUESTS, (tap,)), (PINS, (tap, mac, address))
+    pin = PinSpec.parse(key)
+    return (GUESTS, (pin.tap,)), (PINS, (pin.tap, pin.mac, pin.guest_ip))

@@ -17,6 +17,7 @@ from handlers.host.net.rtnetlink_reader import (
     Link,
 )
 from handlers.host.net.sysctl import ensure_sysctl
+from handlers.mechanism import Durability
 from handlers.specs import BridgeSpec
 from schemas import naming
 
@@ -45,6 +46,8 @@ class Bridges:
     """
 
     name: ClassVar[str] = "bridge"
+    durability: ClassVar[Durability] = Durability.VOLATILE
+    swept: ClassVar[bool] = True
 
     def __init__(self, netlink: Netlink) -> None:
         self._netlink = netlink

@@ -10,8 +10,7 @@ import struct
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network
 
-from handlers.errors import Unavailable
-from handlers.host.linux.errnos import os_failure
+from handlers.errors import Unavailable, of_os_error
 from handlers.host.net.netlink_messages import (
     HEADER,
     NLM_F_ACK,
@@ -85,7 +84,7 @@ def delete(ctnetlink: socket.socket, entry: Attributes) -> bool:
     for _kind, body in answers(ctnetlink):
         code: int = -struct.unpack_from("=i", body)[0]
         if code not in {0, errno.ENOENT}:
-            raise os_failure(OSError(code, ""), "delete a conntrack entry")
+            raise of_os_error(OSError(code, ""), "delete a conntrack entry")
         return code == 0
     return False
 
@@ -103,6 +102,6 @@ def answers(ctnetlink: socket.socket) -> Iterator[tuple[int, bytes]]:
         except TimeoutError as error:
             raise Unavailable("the kernel does not answer about conntrack") from error
         except OSError as error:
-            raise os_failure(error, "read conntrack") from error
+            raise of_os_error(error, "read conntrack") from error
         for kind, _flags, _sequence, body in messages(data):
             yield kind, body

@@ -6,8 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from handlers.errors import Failure, HostFault, Unavailable
-from handlers.host.linux.errnos import os_failure
+from handlers.errors import Failure, HostFault, Unavailable, of_os_error
 from handlers.host.linux.kernel_thread import KernelThread, stay
 from handlers.host.net.libnftables import (
     JSON,
@@ -147,7 +146,7 @@ class Tables:
             self._socket.send(HEADER.pack(20, NFT_MSG_GETGEN, NLM_F_REQUEST, 1, 0) + bytes(4))
             answer = self._socket.recv(4096)
         except OSError as error:
-            raise os_failure(error, "read the generation of the ruleset") from error
+            raise of_os_error(error, "read the generation of the ruleset") from error
         generation = attributes(answer[HEADER.size + 4 :]).get(NFTA_GEN_ID)
         if HEADER.unpack_from(answer)[1] != NFT_MSG_NEWGEN or generation is None:
             raise HostFault("the kernel does not tell the generation of the ruleset")

@@ -20,7 +20,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from handlers.host.linux.errnos import os_failure
+from handlers.errors import of_os_error
 from handlers.host.linux.kernel_thread import KernelThread, stay
 from handlers.host.net.netlink_messages import HEADER, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR
 from handlers.host.net.rtnetlink_reader import (
@@ -200,4 +200,4 @@ def doing(what: str, absent: frozenset[int] = frozenset()) -> Generator[None]:
         yield
     except OSError as error:
         if error.errno not in absent:
-            raise os_failure(error, what) from error
+            raise of_os_error(error, what) from error

@@ -11,8 +11,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from handlers.errors import Unavailable
-from handlers.host.linux.errnos import os_failure
+from handlers.errors import Unavailable, of_os_error
 from handlers.host.net.netlink_messages import (
     HEADER,
     NLM_F_DUMP,
@@ -207,7 +206,7 @@ class Reader:
                 return body
             code = error_of(body)
             if code not in none:
-                raise os_failure(OSError(code, ""), f"read rtnetlink {kind}")
+                raise of_os_error(OSError(code, ""), f"read rtnetlink {kind}")
         return None
 
     def _dump(self, kind: int, request: bytes) -> list[bytes]:
@@ -229,7 +228,7 @@ class Reader:
                 if answer == NLMSG_ERROR:
                     if (code := error_of(body)) in NONE:
                         return []
-                    raise os_failure(OSError(code, ""), f"list rtnetlink {kind}")
+                    raise of_os_error(OSError(code, ""), f"list rtnetlink {kind}")
                 found.append(body)
 
     def _send(self, kind: int, flags: int, body: bytes) -> None:
@@ -239,7 +238,7 @@ class Reader:
                 HEADER.pack(HEADER.size + len(body), kind, flags, self._sequence, 0) + body
             )
         except OSError as error:
-            raise os_failure(error, "ask rtnetlink") from error
+            raise of_os_error(error, "ask rtnetlink") from error
 
     def _receive(self) -> list[tuple[int, int, bytes]]:
         """One datagram's messages that answer the last question."""
@@ -248,7 +247,7 @@ class Reader:
         except TimeoutError as error:
             raise Unavailable("rtnetlink does not answer") from error
         except OSError as error:
-            raise os_failure(error, "read rtnetlink") from error
+            raise of_os_error(error, "read rtnetlink") from error
         return [
             (kind, flags, body)
             for kind, flags, sequence, body in messages(data)

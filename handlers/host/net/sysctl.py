@@ -6,8 +6,7 @@ settings of its own namespace, so these run in the thread that does the netlink 
 
 import os
 
-from handlers.errors import HostFault
-from handlers.host.linux.errnos import os_failure
+from handlers.errors import HostFault, of_os_error
 
 ROOT = "/proc/sys/net"
 
@@ -20,7 +19,7 @@ def read_sysctl(name: str) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise os_failure(error, f"read {name}") from error
+        raise of_os_error(error, f"read {name}") from error
 
 
 def ensure_sysctl(name: str, value: str) -> bool:
@@ -39,7 +38,7 @@ def ensure_sysctl(name: str, value: str) -> bool:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise os_failure(error, f"set {name} to {value}") from error
+        raise of_os_error(error, f"set {name} to {value}") from error
     if (now := read_sysctl(name)) != value:
         raise HostFault(f"{name} was set to {value} and reads {now}")
     return True

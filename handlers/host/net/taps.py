@@ -12,8 +12,7 @@ import re
 import struct
 from typing import ClassVar
 
-from handlers.errors import Conflict, Failure, HostFault
-from handlers.host.linux.errnos import os_failure
+from handlers.errors import Conflict, Failure, HostFault, of_os_error
 from handlers.host.net.bridges import ALIAS_PREFIX, reread
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import (
@@ -25,6 +24,7 @@ from handlers.host.net.rtnetlink_reader import (
     Link,
 )
 from handlers.host.net.sysctl import ensure_sysctl
+from handlers.mechanism import Durability
 from handlers.specs import TapSpec
 from schemas import naming
 
@@ -46,6 +46,8 @@ class Taps:
     """
 
     name: ClassVar[str] = "tap"
+    durability: ClassVar[Durability] = Durability.VOLATILE
+    swept: ClassVar[bool] = True
 
     def __init__(self, netlink: Netlink, *, isolate_guests: bool) -> None:
         self._netlink = netlink
@@ -189,14 +191,14 @@ def attach(name: str, flags: int) -> int:
     try:
         descriptor = os.open(TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise os_failure(error, f"open {TUN_DEVICE}") from error
+        raise of_os_error(error, f"open {TUN_DEVICE}") from error
     try:
         fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
     except OSError as error:
         os.close(descriptor)
         if error.errno == errno.EBUSY:
             raise Conflict(f"TAP {name} is in use by another process") from error
-        raise os_failure(error, f"attach to TAP {name}") from error
+        raise of_os_error(error, f"attach to TAP {name}") from error
     return descriptor
 
 
@@ -204,4 +206,4 @@ def control(descriptor: int, request: int, value: int, doing: str) -> None:
     try:
         fcntl.ioctl(descriptor, request, value)
     except OSError as error:
-        raise os_failure(error, doing) from error
+        raise of_os_error(error, doing) from error

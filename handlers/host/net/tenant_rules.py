@@ -13,7 +13,8 @@ from handlers.host.net.conntrack import flush_conntrack
 from handlers.host.net.nftables import Member, Nft, Tables
 from handlers.host.net.rtnetlink import Netlink
 from handlers.host.net.ruleset import BaseRules
-from handlers.specs import TenantRulesSpec
+from handlers.mechanism import Durability
+from handlers.specs import TenantRulesKey, TenantRulesSpec
 from schemas import naming
 
 TENANTS, GATEWAYS, DROPPED = "inet hostd tenants", "inet hostd gateways", "inet hostd dropped"
@@ -26,6 +27,8 @@ class TenantRules:
     """
 
     name: ClassVar[str] = "tenant_rules"
+    durability: ClassVar[Durability] = Durability.VOLATILE
+    swept: ClassVar[bool] = True
 
     def __init__(self, nft: Nft, base: BaseRules, netlink: Netlink) -> None:
         self._nft = nft
@@ -46,18 +49,18 @@ class TenantRules:
 
     async def remove(self, key: str) -> None:
         """Take the tenant's elements, leftover pins and conntrack entries away."""
-        net_id, subnet, _gateway = key.split(",")
+        rules = TenantRulesKey.parse(key)
 
         def take_out(tables: Tables) -> None:
             doomed = [m for m in tenant_members(key) if m[1] in tables.members(m[0])]
             for name in (PINS, GUESTS):
                 found = tables.members(name)
-                doomed += [(name, e) for e in found if e[0].startswith(f"tn{net_id}i")]
+                doomed += [(name, e) for e in found if e[0].startswith(f"tn{rules.tenant_net_id}i")]
             if doomed:
                 tables.change(remove=doomed)
 
         await self._nft.run(take_out)
-        await self._netlink.run(lambda _: flush_conntrack(IPv4Network(subnet)))
+        await self._netlink.run(lambda _: flush_conntrack(IPv4Network(rules.ipv4_subnet)))
 
     def _put_in(self, tables: Tables, spec: TenantRulesSpec) -> bool:
         changed = self._base.put_in(tables)
@@ -77,6 +80,6 @@ class TenantRules:
 
 def tenant_members(key: str) -> tuple[Member, ...]:
     """All that makes the rules apply to a tenant."""
-    net_id, _subnet, gateway = key.split(",")
-    bridge = naming.bridge_name(int(net_id))
-    return ((DROPPED, (bridge,)), (GATEWAYS, (bridge, gateway)), (TENANTS, (bridge,)))
+    rules = TenantRulesKey.parse(key)
+    bridge = naming.bridge_name(rules.tenant_net_id)
+    return ((DROPPED, (bridge,)), (GATEWAYS, (bridge, rules.gateway_ip)), (TENANTS, (bridge,)))

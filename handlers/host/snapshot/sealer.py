@@ -10,7 +10,7 @@ import os
 import stat
 import time
 
-from handlers.errors import Failure, HostFault, Invalid
+from handlers.errors import Failure, HostFault, Invalid, of_os_error
 from handlers.host.jail.layout import (
     CONFIG_DRIVE,
     SECRETS_DIR,
@@ -21,7 +21,6 @@ from handlers.host.jail.layout import (
     JailFacts,
 )
 from handlers.host.linux.checksummed_json import write_sealed
-from handlers.host.linux.errnos import os_failure
 from handlers.host.linux.rmtree import remove_path, remove_tree
 from handlers.host.linux.sparse_copy import copy_sparse, sha256_of
 from handlers.host.linux.state_dirs import make_dir, sync_dir
@@ -86,7 +85,7 @@ class Sealer:
             with contextlib.suppress(OSError):
                 discard_dir(directory)
             if isinstance(error, OSError):
-                raise os_failure(error, f"cannot seal {directory.path}") from error
+                raise of_os_error(error, f"cannot seal {directory.path}") from error
             raise
         return manifest
 
@@ -168,7 +167,7 @@ def fresh_dir(root: str, name: str, *, uid: int, gid: int, mode: int) -> None:
         finally:
             os.close(parent)
     except OSError as error:
-        raise os_failure(error, f"cannot make the directory {name} in {root}") from error
+        raise of_os_error(error, f"cannot make the directory {name} in {root}") from error
 
 
 def disk_facts(data: str, path: str) -> DiskFacts:

@@ -10,9 +10,8 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from handlers.errors import HostFault, NotFound
+from handlers.errors import HostFault, NotFound, of_os_error
 from handlers.host.jail.layout import SNAPSHOT_DIR, WOKEN_DIR, JailDirs
-from handlers.host.linux.errnos import os_failure
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_tree
@@ -101,7 +100,7 @@ class Snapshots:
                     os.rename(directory.file(UNPUBLISHED), directory.file(MANIFEST))
                 sync_dir(directory.path)
             except OSError as error:
-                raise os_failure(error, f"cannot publish {directory.path}") from error
+                raise of_os_error(error, f"cannot publish {directory.path}") from error
 
         await run_in_thread(rename)
 
@@ -179,7 +178,7 @@ class Snapshots:
                 if os.path.exists(directory.file(MEMORY)):
                     self._memories.restore_ownership(directory)
             except OSError as error:
-                raise os_failure(error, f"cannot settle {directory.path}") from error
+                raise of_os_error(error, f"cannot settle {directory.path}") from error
 
         await run_in_thread(settle)
 
@@ -196,7 +195,7 @@ class Snapshots:
                     os.rename(directory.file(MANIFEST), directory.file(CONSUMED))
                     sync_dir(directory.path)
             except OSError as error:
-                raise os_failure(error, f"cannot consume {directory.path}") from error
+                raise of_os_error(error, f"cannot consume {directory.path}") from error
 
         await run_in_thread(rename)
 
@@ -209,7 +208,7 @@ class Snapshots:
                 remove_empty(f"{self._base}/{ref}", up_to=self._base)
                 self._clear_jails(ref)
             except OSError as error:
-                raise os_failure(error, f"cannot drop snapshot {number} of {ref}") from error
+                raise of_os_error(error, f"cannot drop snapshot {number} of {ref}") from error
 
         await run_in_thread(remove)
 
@@ -254,7 +253,7 @@ class Snapshots:
                 _check_file(directory, name, drive.size_bytes, drive.sha256)
             self._memories.verify(directory, manifest.mem_bytes)
         except OSError as error:
-            raise os_failure(error, f"cannot check {directory.path}") from error
+            raise of_os_error(error, f"cannot check {directory.path}") from error
         self._check_disk(manifest)
         return directory.info(manifest)
 
@@ -292,7 +291,7 @@ class Snapshots:
                     finally:
                         os.close(fd)
         except OSError as error:
-            raise os_failure(error, f"cannot link {directory.path} into the jail") from error
+            raise of_os_error(error, f"cannot link {directory.path} into the jail") from error
 
     def _discard(self, ref: InstanceRef, below: int | None) -> None:
         try:
@@ -303,7 +302,7 @@ class Snapshots:
             if below is None:
                 self._clear_jails(ref)
         except OSError as error:
-            raise os_failure(error, f"cannot discard the snapshots of {ref}") from error
+            raise of_os_error(error, f"cannot discard the snapshots of {ref}") from error
 
     def _clear_jails(self, ref: InstanceRef) -> None:
         for jail_id in self._dirs.ids_of(ref):

@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from handlers.errors import Invalid, NotFound, Unavailable
-from handlers.host.linux.errnos import os_failure
+from handlers.errors import Invalid, NotFound, Unavailable, of_os_error
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_names, remove_tree
@@ -195,7 +194,7 @@ class SharedFiles:
                 if not os.listdir(instance.fd):
                     self._remove_dir(ref)
             except OSError as error:
-                raise os_failure(error, f"cannot empty {instance.path}") from error
+                raise of_os_error(error, f"cannot empty {instance.path}") from error
 
     def _remove_dir(self, ref: InstanceRef) -> None:
         with (

@@ -12,15 +12,15 @@ from typing import ClassVar
 
 import msgspec
 
-from handlers.errors import HostFault, Invalid, Unavailable
+from handlers.errors import HostFault, Invalid, Unavailable, of_os_error
 from handlers.host.linux.checksummed_json import read_sealed, write_sealed
-from handlers.host.linux.errnos import os_failure
 from handlers.host.linux.file_threads import CancelToken, run_in_slow_thread, run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_path
 from handlers.host.linux.sparse_copy import copy_sparse, sha256_of
 from handlers.host.linux.state_dirs import ids, make_dir, remove_empty, sync_dir
 from handlers.host.storage.agentd_files import open_tenant
+from handlers.mechanism import Durability
 from handlers.specs import Artifact, ArtifactSpec
 
 ELF = b"\x7fELF"
@@ -47,7 +47,9 @@ class Artifacts:
     not removed.
     """
 
-    name: ClassVar[str] = "artifacts"
+    name: ClassVar[str] = "artifact"
+    durability: ClassVar[Durability] = Durability.DURABLE
+    swept: ClassVar[bool] = True
 
     def __init__(
         self, *, data: str, state: str, in_use: Callable[[str], bool] = lambda key: False
@@ -115,7 +117,7 @@ class Artifacts:
         try:
             self._import(spec, directory, pace)
         except OSError as error:
-            raise os_failure(error, f"cannot import {spec.key}") from error
+            raise of_os_error(error, f"cannot import {spec.key}") from error
         found = self._look(spec.key)
         if found is None:
             raise HostFault(f"{directory} vanished", path=directory)
@@ -175,7 +177,7 @@ class Artifacts:
             remove_path(f"{os.path.dirname(directory)}/.{os.path.basename(directory)}.part")
             remove_empty(os.path.dirname(directory), up_to=self._base)
         except OSError as error:
-            raise os_failure(error, f"cannot remove the artifact {key}") from error
+            raise of_os_error(error, f"cannot remove the artifact {key}") from error
 
 
 def _copied(source: Directory, name: str, part: str, pace: CancelToken) -> ArtifactFile:

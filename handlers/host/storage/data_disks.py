@@ -8,8 +8,7 @@ import contextlib
 import os
 from typing import ClassVar
 
-from handlers.errors import HostFault, Invalid, NotFound
-from handlers.host.linux.errnos import os_failure
+from handlers.errors import HostFault, Invalid, NotFound, of_os_error
 from handlers.host.linux.file_threads import CancelToken, run_in_slow_thread, run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.state_dirs import ids
@@ -18,6 +17,7 @@ from handlers.host.storage import wipe
 from handlers.host.storage.agentd_files import open_instance
 from handlers.host.storage.disk_ownership import check_mark, read_mark, write_mark
 from handlers.host.storage.mkfs import make_ext4
+from handlers.mechanism import Durability
 from handlers.specs import DataDisk, DataDiskSpec
 from schemas import naming
 from schemas.records import DiskIdentity
@@ -40,7 +40,9 @@ def identity_of(found: os.stat_result) -> DiskIdentity:
 class DataDisks:
     """The Protocol of `handlers/interfaces.py`; the key is `t/p/i`."""
 
-    name: ClassVar[str] = "data_disks"
+    name: ClassVar[str] = "data_disk"
+    durability: ClassVar[Durability] = Durability.DURABLE
+    swept: ClassVar[bool] = True
 
     def __init__(self, *, data: str, jail_base: str) -> None:
         self._data = data
@@ -155,7 +157,7 @@ class DataDisks:
                 os.close(fd)
             os.fsync(volumes.fd)
         except OSError as error:
-            raise os_failure(error, f"cannot make {path}") from error
+            raise of_os_error(error, f"cannot make {path}") from error
 
     def _checked(self, spec: DataDiskSpec, volumes: Directory) -> DataDisk:
         path = volumes.named(DATA_DISK)
@@ -200,7 +202,7 @@ class DataDisks:
         except (NotFound, Invalid):
             return
         except OSError as error:
-            raise os_failure(error, f"cannot remove the data disk of {ref}") from error
+            raise of_os_error(error, f"cannot remove the data disk of {ref}") from error
 
     def _wipe(self, ref: InstanceRef, known: DiskIdentity | None, pace: CancelToken) -> None:
         try:
@@ -221,7 +223,7 @@ class DataDisks:
                     _unlink_same(volumes, fd)
                     os.fsync(volumes.fd)
                 except OSError as error:
-                    raise os_failure(error, f"cannot wipe {path}") from error
+                    raise of_os_error(error, f"cannot wipe {path}") from error
                 if not wipe.is_empty(fd):
                     raise HostFault(f"{path} still holds data after the wipe", path=path)
 
@@ -242,7 +244,7 @@ def _make_dir(instance: Directory) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise os_failure(error, f"cannot make {instance.named('volumes')}") from error
+        raise of_os_error(error, f"cannot make {instance.named('volumes')}") from error
     return True
 
 

@@ -10,8 +10,7 @@ import os
 
 import msgspec
 
-from handlers.errors import Invalid
-from handlers.host.linux.errnos import os_failure
+from handlers.errors import Invalid, of_os_error
 from schemas.requests import InstanceRef
 
 ATTRIBUTE = "trusted.hostd.disk"
@@ -34,7 +33,7 @@ def write_mark(fd: int, ref: InstanceRef, *, new: bool) -> None:
     try:
         os.setxattr(fd, ATTRIBUTE, msgspec.json.encode(mark))
     except OSError as error:
-        raise os_failure(error, f"cannot mark the data disk of {ref}") from error
+        raise of_os_error(error, f"cannot mark the data disk of {ref}") from error
 
 
 def read_mark(fd: int) -> DiskMark | None:
@@ -44,7 +43,7 @@ def read_mark(fd: int) -> DiskMark | None:
     except OSError as error:
         if error.errno in ABSENT:
             return None
-        raise os_failure(error, "cannot read the mark of a data disk") from error
+        raise of_os_error(error, "cannot read the mark of a data disk") from error
     try:
         mark = msgspec.json.decode(data, type=DiskMark)
     except msgspec.MsgspecError:

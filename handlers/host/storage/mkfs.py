@@ -3,8 +3,7 @@
 import os
 import subprocess
 
-from handlers.errors import HostFault
-from handlers.host.linux.errnos import os_failure
+from handlers.errors import HostFault, of_os_error
 
 MKFS = "mkfs.ext4"
 TIMEOUT_S = 120.0
@@ -32,7 +31,7 @@ def make_ext4(fd: int, *, label: str, options: tuple[str, ...] = ()) -> None:
     except subprocess.TimeoutExpired as error:
         raise HostFault(f"{MKFS} took more than {TIMEOUT_S:g} s") from error
     except OSError as error:
-        raise os_failure(error, f"cannot run {MKFS}") from error
+        raise of_os_error(error, f"cannot run {MKFS}") from error
     if ran.returncode:
         raise _failed(fd, ran.stderr.decode(errors="replace").strip())
 
@@ -40,5 +39,5 @@ def make_ext4(fd: int, *, label: str, options: tuple[str, ...] = ()) -> None:
 def _failed(fd: int, said: str) -> Exception:
     last = said.splitlines()[-1][:300] if said else "no message"
     if "No space left" in said or "no space" in said.lower():
-        return os_failure(OSError(28, ""), f"{MKFS}: {last}")
+        return of_os_error(OSError(28, ""), f"{MKFS}: {last}")
     return HostFault(f"{MKFS} failed: {last}", detail={"size_bytes": os.fstat(fd).st_size})

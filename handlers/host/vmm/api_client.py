@@ -11,9 +11,8 @@ from typing import TypeVar
 import h11
 import msgspec
 
-from handlers.errors import HostFault, Unavailable
+from handlers.errors import HostFault, Unavailable, of_os_error
 from handlers.host.jail.sockets import API_SOCKET, connect
-from handlers.host.linux.errnos import os_failure
 from handlers.host.vmm.api_schema import (
     Action,
     Body,
@@ -133,7 +132,7 @@ class FirecrackerApi:
                     f"the VMM's API was gone at {method} {path}: {type(error).__name__}"
                 ) from error
             except OSError as error:
-                raise os_failure(
+                raise of_os_error(
                     error, f"cannot reach the VMM's API for {method} {path}"
                 ) from error
             finally:

@@ -11,8 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from handlers.errors import Conflict, Failure, HostFault
-from handlers.host.linux.errnos import failure_class
+from handlers.errors import Conflict, Failure, HostFault, errno_name, failure_class
 from handlers.specs import BootConfig, DriveConfig
 
 IFACE_ID = "eth0"
@@ -142,7 +141,7 @@ def boot_requests(config: BootConfig, version: Version) -> list[Request]:
         (
             "PUT",
             f"/network-interfaces/{IFACE_ID}",
-            NetworkInterface(IFACE_ID, config.tap, config.mac),
+            NetworkInterface(IFACE_ID, config.nic.tap, config.nic.mac),
         ),
         ("PUT", "/vsock", Vsock(GUEST_CID, config.vsock)),
     ]
@@ -185,12 +184,13 @@ def refusal(method: str, path: str, status: int, body: bytes) -> Failure:
         message = (fault.fault_message or fault.error or text)[:FAULT_CHARS]
     except (msgspec.DecodeError, RecursionError):
         message = text[:FAULT_CHARS]
-    number = OS_ERROR.search(message)
+    found = OS_ERROR.search(message)
+    number = int(found[1]) if found else None
     if message.startswith(WRONG_STATE) or NOT_AFTER_CONFIGURING in message:
         kind: type[Failure] = Conflict
     else:
-        kind = failure_class(int(number[1]) if number else None)
+        kind = failure_class(number)
     return kind(
         f"Firecracker refused {method} {path}: {message}",
-        detail={"status": status, "errno": int(number[1]) if number else None},
+        detail={"status": status, "errno": None if number is None else errno_name(number)},
     )

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from handlers.errors import Failure, HostFault, Invalid, Unavailable
-from handlers.host.linux.errnos import os_failure
+from handlers.errors import Failure, HostFault, Invalid, Unavailable, of_os_error
 from handlers.host.linux.procfs import read_text
 from handlers.interfaces import CPU_PERIOD_US
+from handlers.mechanism import Durability
 from handlers.specs import CgroupSpec
 from schemas.settings import Settings
 
@@ -117,7 +117,9 @@ class Cgroups:
     Needs: CAP_SYS_ADMIN or ownership of the subtree.
     """
 
-    name: ClassVar[str] = "cgroups"
+    name: ClassVar[str] = "cgroup"
+    durability: ClassVar[Durability] = Durability.VOLATILE
+    swept: ClassVar[bool] = True
 
     def __init__(self, settings: Settings) -> None:
         self.tree = CgroupTree.of(settings)
@@ -161,7 +163,7 @@ class Cgroups:
             if made:
                 self._remove(self._leaf(spec.key))
             if isinstance(error, OSError):
-                raise os_failure(error, f"cannot make the cgroup {spec.key}") from error
+                raise of_os_error(error, f"cannot make the cgroup {spec.key}") from error
             raise
 
     def _lock_of(self, leaf: str) -> threading.Lock:
@@ -242,7 +244,7 @@ class Cgroups:
         except OSError as error:
             # EBUSY is of the tenant's directory: another leaf is in it.
             if error.errno not in (errno.EBUSY, errno.ENOTEMPTY) or os.path.exists(leaf):
-                raise os_failure(error, f"cannot remove the cgroup {name}") from error
+                raise of_os_error(error, f"cannot remove the cgroup {name}") from error
 
     def _wait_empty(self, name: str) -> None:
         """Wait for `populated 0`, which the kernel announces by POLLPRI."""

@@ -9,7 +9,7 @@ Source: docs/jailer.md of Firecracker; the facts are proven in tests/contract/te
 import os
 import shutil
 
-from handlers.errors import HostFault
+from handlers.errors import HostFault, of_os_error
 from handlers.host.jail.layout import LOG
 from handlers.host.jail.sockets import (
     API_SOCKET,
@@ -18,7 +18,6 @@ from handlers.host.jail.sockets import (
     VSOCK_SOCKET,
     JailPaths,
 )
-from handlers.host.linux.errnos import os_failure
 from handlers.host.vmm import spawn
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.confinement import NO_FILE
@@ -61,7 +60,7 @@ class Jailer:
         try:
             self._launches.record(spec.jail_id, spec.uid)
         except OSError as error:
-            raise os_failure(error, "cannot write the log of launches") from error
+            raise of_os_error(error, "cannot write the log of launches") from error
 
     def arguments(self, spec: LaunchSpec) -> list[str]:
         """The whole command line of one launch."""
@@ -92,7 +91,7 @@ class Jailer:
         try:
             code = await spawn.run(self.arguments(spec), words)
         except OSError as error:
-            raise os_failure(error, f"cannot execute {self.path}") from error
+            raise of_os_error(error, f"cannot execute {self.path}") from error
         if code != 0:
             said = os.pread(words, STDERR_BYTES, 0).decode(errors="replace").strip()
             raise HostFault(
@@ -122,6 +121,6 @@ def clear(root: str) -> None:
             except (IsADirectoryError, PermissionError):
                 shutil.rmtree(name, dir_fd=directory)
     except OSError as error:
-        raise os_failure(error, f"cannot clear the jail {root}") from error
+        raise of_os_error(error, f"cannot clear the jail {root}") from error
     finally:
         os.close(directory)

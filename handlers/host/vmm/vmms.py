@@ -32,6 +32,7 @@ from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.jailer import Jailer, clear
 from handlers.host.vmm.processes import FileIdentity
 from handlers.interfaces import Vmm
+from handlers.mechanism import Durability
 from handlers.specs import LaunchSpec
 from schemas.records import VmmIdentity
 from schemas.settings import Settings
@@ -49,7 +50,9 @@ class Vmms:
     Needs: what the jailer needs, CAP_KILL and CAP_SYS_PTRACE.
     """
 
-    name: ClassVar[str] = "vmms"
+    name: ClassVar[str] = "vmm"
+    durability: ClassVar[Durability] = Durability.VOLATILE
+    swept: ClassVar[bool] = True
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings.vmm
@@ -127,11 +130,6 @@ class Vmms:
     async def wait_exit(self, identity: VmmIdentity, timeout_s: float) -> bool:
         with _proven(identity) as pidfd:
             return pidfd is None or await processes.wait_exit(pidfd, timeout_s)
-
-    async def terminate(self, identity: VmmIdentity) -> None:
-        with _proven(identity) as pidfd:
-            if pidfd is not None:
-                processes.send(pidfd, signal.SIGTERM)
 
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
         root = self._paths.root(spec.jail_id)

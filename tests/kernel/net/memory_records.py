@@ -8,7 +8,7 @@ from handlers.concurrency import Slots
 from handlers.errors import NotFound
 from handlers.host.facts import HostFacts
 from handlers.interfaces import Host
-from handlers.mechanism import StepRow
+from handlers.mechanism import StepIntent, StepRow
 from handlers.steps import Steps
 from handlers.tenant_locks import TenantLocks
 from schemas.files import TenantConfig, TenantQuota
@@ -54,25 +54,26 @@ class MemoryRecords:
 class LiveVmms:
     """All that repair asks of VMMs: whether a jail's one lives."""
 
-    books: MemoryRecords
+    journal: MemoryRecords
 
     async def exists(self, key: str) -> bool:
-        return key in self.books.jails_alive
+        return key in self.journal.jails_alive
 
 
-class StepBook:
+class MemoryStepLog:
     """The step log; it outlives a run of a command, as the journal does."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str, str], StepRow] = {}
 
-    async def begin(self, command_id: str, mechanism: str, key: str, *, existed: bool) -> StepRow:
-        row = StepRow(mechanism, key, existed)
-        return self._rows.setdefault((command_id, mechanism, key), row)
-
-    async def begin_all(self, command_id: str, rows: Sequence[StepRow]) -> None:
-        for row in rows:
-            await self.begin(command_id, row.mechanism, row.key, existed=row.existed)
+    async def begin(self, command_id: str, *intents: StepIntent) -> Sequence[StepRow]:
+        return [
+            self._rows.setdefault(
+                (command_id, intent.mechanism, intent.key),
+                StepRow(intent.mechanism, intent.key, intent.existed),
+            )
+            for intent in intents
+        ]
 
     async def forget(self, command_id: str, mechanism: str, key: str) -> None:
         self._rows.pop((command_id, mechanism, key), None)
@@ -87,16 +88,16 @@ class StepBook:
         return False
 
 
-def host_of(net: HostNet, books: MemoryRecords, settings: NetworkSettings | None = None) -> Host:
+def host_of(net: HostNet, journal: MemoryRecords, settings: NetworkSettings | None = None) -> Host:
     """A host whose network is real and whose other parts no network handler may touch."""
     nothing = cast("Any", None)
     mechanisms = net.mechanisms
     return Host(
         settings=Settings(network=settings or NetworkSettings()),
         locks=TenantLocks(),
-        records=cast("Any", books),
+        records=cast("Any", journal),
         facts=HostFacts(),
-        shared=cast("Any", books),
+        shared=cast("Any", journal),
         networks=mechanisms.networks,
         bridges=mechanisms.bridges,
         tenant_rules=mechanisms.tenant_rules,
@@ -106,7 +107,7 @@ def host_of(net: HostNet, books: MemoryRecords, settings: NetworkSettings | None
         data_disks=nothing,
         cgroups=nothing,
         jails=nothing,
-        vmms=cast("Any", LiveVmms(books)),
+        vmms=cast("Any", LiveVmms(journal)),
         agents=nothing,
         snapshots=nothing,
         slots=Slots.of(LimitSettings()),
@@ -115,7 +116,7 @@ def host_of(net: HostNet, books: MemoryRecords, settings: NetworkSettings | None
     )
 
 
-def steps_of(host: Host, log: StepBook, command_id: str = "cmd-1") -> Steps:
+def steps_of(host: Host, log: MemoryStepLog, command_id: str = "cmd-1") -> Steps:
     """A new run of a command."""
     mechanisms = (host.bridges, host.tenant_rules, host.pins, host.taps)
     return Steps(command_id, log, {mechanism.name: mechanism for mechanism in mechanisms})

@@ -16,7 +16,7 @@ from handlers.specs import BridgeSpec
 from handlers.steps import Done
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import InstanceRef, SetupNetwork, TeardownNetwork, TenantNet
-from tests.kernel.net.memory_records import MemoryRecords, StepBook, host_of, steps_of
+from tests.kernel.net.memory_records import MemoryRecords, MemoryStepLog, host_of, steps_of
 from tests.kernel.net.netns import HostNet, TapGuest
 from tests.kernel.net.plans import OWNER_UID, GuestPlan, net_of, plug_in
 
@@ -28,12 +28,12 @@ VMM = VmmIdentity(1, 1, 1, 1, "hostd/acme/x", "boot")
 
 @dataclass
 class Desk:
-    """A host, its books, and someone who gives commands."""
+    """A host, its journal, and the commands to run on it."""
 
     net: HostNet
-    books: MemoryRecords
+    journal: MemoryRecords
     host: Host
-    log: StepBook = field(default_factory=StepBook)
+    log: MemoryStepLog = field(default_factory=MemoryStepLog)
     given: int = 0
 
     async def setup(self, tenant_id: str, net: TenantNet) -> Done:
@@ -61,15 +61,15 @@ class Desk:
         record = InstanceRecord(
             ref=REF, status=status, since_ms=0, net=ACME, offset=5, uid_slot=7, vmm=VMM
         )
-        self.books.records[REF] = record
-        self.books.jails_alive.add(record.jail_id)
+        self.journal.records[REF] = record
+        self.journal.jails_alive.add(record.jail_id)
 
 
 @pytest.fixture
 async def desk() -> AsyncIterator[Desk]:
     with HostNet() as net:
-        books = MemoryRecords({"acme": ACME, "umbra": UMBRA})
-        yield Desk(net, books, host_of(net, books))
+        journal = MemoryRecords({"acme": ACME, "umbra": UMBRA})
+        yield Desk(net, journal, host_of(net, journal))
 
 
 async def test_setup_puts_the_network_up_and_on_record(desk: Desk) -> None:
@@ -79,8 +79,8 @@ async def test_setup_puts_the_network_up_and_on_record(desk: Desk) -> None:
     link = await desk.net.link(ACME.bridge_name)
     assert link is not None
     assert link.up
-    assert desk.books.networks_up["acme"].net == ACME
-    assert desk.books.networks_up["acme"].status == "up"
+    assert desk.journal.networks_up["acme"].net == ACME
+    assert desk.journal.networks_up["acme"].status == "up"
     assert desk.net.host.sysctl("ipv4/ip_forward") == "1"
 
 
@@ -112,7 +112,7 @@ async def test_teardown_leaves_nothing_but_the_base_table(desk: Desk) -> None:
 
     assert done.changed
     assert desk.looks() == before
-    assert desk.books.networks_up == {}
+    assert desk.journal.networks_up == {}
 
 
 async def test_teardown_of_what_is_not_there_is_ok(desk: Desk) -> None:
@@ -123,7 +123,7 @@ async def test_teardown_of_what_is_not_there_is_ok(desk: Desk) -> None:
 
 async def test_teardown_works_without_tenant_json(desk: Desk) -> None:
     await desk.setup("acme", ACME)
-    del desk.books.tenants["acme"]
+    del desk.journal.tenants["acme"]
 
     assert (await desk.teardown("acme", ACME)).changed
 
@@ -201,7 +201,7 @@ async def test_an_unknown_tenant_is_not_found(desk: Desk) -> None:
 )
 async def test_net_id_and_subnet_belong_to_one_tenant(desk: Desk, net: TenantNet) -> None:
     await desk.setup("acme", ACME)
-    desk.books.tenants["umbra"] = net
+    desk.journal.tenants["umbra"] = net
     looks = desk.looks()
 
     with pytest.raises(Conflict, match="acme"):
@@ -224,9 +224,9 @@ async def test_a_route_of_the_host_is_a_conflict(desk: Desk) -> None:
 
 async def test_another_net_for_a_network_that_is_up_is_a_conflict(desk: Desk) -> None:
     await desk.setup("acme", ACME)
-    desk.books.tenants["acme"] = net_of(4)
+    desk.journal.tenants["acme"] = net_of(4)
 
-    with pytest.raises(Conflict, match="tear it down"):
+    with pytest.raises(Conflict, match="send TeardownNetwork first"):
         await desk.setup("acme", net_of(4))
 
     assert (await desk.teardown("acme", ACME)).changed
@@ -267,12 +267,12 @@ async def test_harm_to_the_bridge_is_repaired(desk: Desk, harm: str) -> None:
     looks = desk.looks()
     desk.net.host.command("ip", *harm.split(" "))
 
-    restored = await restore_network(desk.books.networks_up["acme"], desk.host)
+    restored = await restore_network(desk.journal.networks_up["acme"], desk.host)
 
     assert restored == Restored(("bridge br-tenant-3",), ())
     assert desk.looks()[0] == looks[0]
     assert desk.looks()[2] == looks[2]
-    assert await restore_network(desk.books.networks_up["acme"], desk.host) == Restored((), ())
+    assert await restore_network(desk.journal.networks_up["acme"], desk.host) == Restored((), ())
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ async def test_harm_to_the_rules_is_repaired(
     ruleset = desk.net.host.ruleset()
     desk.net.host.nft(harm)
 
-    restored = await restore_network(desk.books.networks_up["acme"], desk.host)
+    restored = await restore_network(desk.journal.networks_up["acme"], desk.host)
 
     assert tuple(name.split()[0] for name in restored.repaired) == repaired
     assert desk.net.host.ruleset() == ruleset
@@ -322,7 +322,7 @@ async def test_harm_to_a_live_guests_tap_is_repaired(desk: Desk, harm: str) -> N
     guest = TapGuest(desk.net, GUEST.tap)
     desk.net.host.ip(harm)
 
-    restored = await restore_network(desk.books.networks_up["acme"], desk.host)
+    restored = await restore_network(desk.journal.networks_up["acme"], desk.host)
 
     assert restored.repaired[-1] == f"tap {GUEST.tap}"
     assert restored.lost == ()
@@ -330,12 +330,12 @@ async def test_harm_to_a_live_guests_tap_is_repaired(desk: Desk, harm: str) -> N
     guest.close()
 
 
-async def test_a_live_guests_tap_that_is_gone_is_lost_and_not_made_anew(desk: Desk) -> None:
+async def test_a_live_guests_tap_that_is_gone_is_lost_and_not_made_again(desk: Desk) -> None:
     await desk.setup("acme", ACME)
     await desk.run_guest()
     await desk.net.mechanisms.taps.remove(GUEST.tap)
 
-    restored = await restore_network(desk.books.networks_up["acme"], desk.host)
+    restored = await restore_network(desk.journal.networks_up["acme"], desk.host)
 
     assert restored == Restored((), (f"tap {GUEST.tap}",))
 
@@ -344,11 +344,11 @@ async def test_an_instance_that_gives_up_its_place_gets_no_pin_again(desk: Desk)
     await desk.setup("acme", ACME)
     ruleset = desk.net.host.ruleset()
     await desk.run_guest(Status.STOPPING)
-    desk.books.jails_alive.clear()
+    desk.journal.jails_alive.clear()
     await desk.net.mechanisms.taps.remove(GUEST.tap)
     await desk.net.mechanisms.pins.remove(GUEST.pin.key)
 
-    restored = await restore_network(desk.books.networks_up["acme"], desk.host)
+    restored = await restore_network(desk.journal.networks_up["acme"], desk.host)
 
     assert restored == Restored((), ())
     assert desk.net.host.ruleset() == ruleset
@@ -356,7 +356,7 @@ async def test_an_instance_that_gives_up_its_place_gets_no_pin_again(desk: Desk)
 
 async def test_a_network_torn_down_meanwhile_is_not_restored(desk: Desk) -> None:
     await desk.setup("acme", ACME)
-    record = desk.books.networks_up["acme"]
+    record = desk.journal.networks_up["acme"]
     await desk.teardown("acme", ACME)
 
     assert await restore_network(record, desk.host) == Restored((), ())
@@ -374,7 +374,7 @@ class BrokenBridges(Bridges):
 async def test_a_setup_that_fails_leaves_the_host_as_it_was(desk: Desk) -> None:
     await desk.host.networks.prepare()
     looks = desk.looks()
-    desk.host = host_of(desk.net, desk.books)
+    desk.host = host_of(desk.net, desk.journal)
     broken = BrokenBridges(desk.net.mechanisms.netlink)
     object.__setattr__(desk.host, "bridges", broken)
 
@@ -382,7 +382,7 @@ async def test_a_setup_that_fails_leaves_the_host_as_it_was(desk: Desk) -> None:
         await desk.setup("acme", ACME)
 
     assert desk.looks() == looks
-    assert desk.books.networks_up == {}
+    assert desk.journal.networks_up == {}
 
 
 async def test_owner_of_the_tap_is_the_launchs_uid_and_follows_it(desk: Desk) -> None:
@@ -399,15 +399,15 @@ async def test_owner_of_the_tap_is_the_launchs_uid_and_follows_it(desk: Desk) ->
 
 
 async def test_of_two_tenants_who_ask_for_one_subnet_at_once_one_gets_it(desk: Desk) -> None:
-    desk.books.tenants["umbra"] = TenantNet(9, ACME.ipv4_subnet, ACME.gateway_ip, "br-tenant-9")
+    desk.journal.tenants["umbra"] = TenantNet(9, ACME.ipv4_subnet, ACME.gateway_ip, "br-tenant-9")
 
     results = await asyncio.gather(
         desk.setup("acme", ACME),
-        desk.setup("umbra", desk.books.tenants["umbra"]),
+        desk.setup("umbra", desk.journal.tenants["umbra"]),
         return_exceptions=True,
     )
 
     assert [type(result) for result in results].count(Conflict) == 1
-    assert len(desk.books.networks_up) == 1
+    assert len(desk.journal.networks_up) == 1
     bridges, _taps = await desk.net.mechanisms.networks.owned_links()
     assert len(bridges) == 1

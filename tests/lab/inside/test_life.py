@@ -212,8 +212,8 @@ def test_the_woken_guest_gets_new_small_drives(life: Life) -> None:
     assert after.stat["mounted"] == ["config", "secrets", "data"]
 
 
-def test_the_guest_shuts_down_when_asked_to_stop(life: Life) -> None:
-    assert life.replies["stop"]["detail"]["rung"] == "guest"
+def test_the_guest_ends_by_itself_when_asked_to_stop(life: Life) -> None:
+    assert life.replies["stop"]["detail"]["method"] == "graceful"
     assert life.replies["stop"]["status"] == "stopped"
 
 

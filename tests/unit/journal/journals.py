@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from handlers.mechanism import Durability, StepIntent
 from schemas import codec
 from schemas.codes import Code
 from schemas.envelopes import Command, Event, Reply
@@ -31,6 +32,10 @@ def record(instance: str = "a1", status: Status = Status.RUNNING, **more: Any) -
     return InstanceRecord(
         ref=InstanceRef("acme", "web", instance), status=status, since_ms=1, **more
     )
+
+
+def intent(mechanism: str, key: str, *, existed: bool = False) -> StepIntent:
+    return StepIntent(mechanism, key, existed, Durability.VOLATILE)
 
 
 def ok(command_id: str = "c1", **more: Any) -> Reply:

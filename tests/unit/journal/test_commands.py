@@ -10,7 +10,7 @@ from handlers.mechanism import StepRow
 from schemas import codec
 from schemas.subjects import Lane
 from tests.fakes.shell_worker import REF, command, start, stop
-from tests.unit.journal.journals import accept, events, finish, ok, opened
+from tests.unit.journal.journals import accept, events, finish, intent, ok, opened
 from worker.journal.admission import RESERVED, Verdict
 
 
@@ -80,18 +80,18 @@ async def test_unfinished_commands_attempts_and_steps_survive_a_restart(tmp_path
         await accept(journal, given)
         await accept(journal, command(stop(), "c2"))
         assert journal.commands.begin_attempt("c1") == 1
-        await journal.steps.begin("c1", "taps", "tn7i5", existed=False)
-        await journal.steps.begin("c1", "jails", "j", existed=True)
+        await journal.steps.begin("c1", intent("tap", "tn7i5"))
+        await journal.steps.begin("c1", intent("jail", "j", existed=True))
         await journal.steps.mark("c1", "consumed")
 
     async with opened(tmp_path) as journal:
         assert [row.id for row in journal.commands.unfinished()] == ["c1", "c2"]
         assert journal.commands.unfinished()[0].command == given
         assert journal.commands.begin_attempt("c1") == 2
-        assert await journal.steps.begin("c1", "taps", "tn7i5", existed=True) == StepRow(
-            "taps", "tn7i5", existed=False
+        assert await journal.steps.begin("c1", intent("tap", "tn7i5", existed=True)) == (
+            StepRow("tap", "tn7i5", existed=False),
         )
-        assert [row.mechanism for row in journal.steps.rows("c1")] == ["taps", "jails"]
+        assert [row.mechanism for row in journal.steps.rows("c1")] == ["tap", "jail"]
         assert journal.steps.marked("c1", "consumed")
         assert not journal.steps.marked("c1", "other")
         assert journal.commands.lanes() == {Lane.instance(REF): 2}
@@ -100,14 +100,14 @@ async def test_unfinished_commands_attempts_and_steps_survive_a_restart(tmp_path
 async def test_an_outcome_deletes_all_steps_except_those_left_behind(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         await accept(journal, command(start()))
-        await journal.steps.begin("c1", "taps", "tn7i5", existed=False)
-        await journal.steps.begin("c1", "pins", "p", existed=False)
-        await finish(journal, ok(left_behind=("taps tn7i5",)))
+        await journal.steps.begin("c1", intent("tap", "tn7i5"))
+        await journal.steps.begin("c1", intent("pin", "p"))
+        await finish(journal, ok(left_behind=("tap tn7i5",)))
         assert [row.key for row in journal.steps.leftovers()["c1"]] == ["tn7i5"]
 
     async with opened(tmp_path) as journal:
         assert [row.key for row in journal.steps.leftovers()["c1"]] == ["tn7i5"]
-        await journal.steps.forget("c1", "taps", "tn7i5")
+        await journal.steps.forget("c1", "tap", "tn7i5")
         assert journal.steps.leftovers() == {}
 
 

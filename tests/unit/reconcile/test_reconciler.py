@@ -8,7 +8,7 @@ import pytest
 from handlers.errors import HostFault, Unavailable
 from schemas.codes import Code
 from schemas.records import Status
-from schemas.requests import SetupNetwork, StartInstance, StopInstance
+from schemas.requests import SetupNetwork, SleepInstance, StartInstance, StopInstance
 from tests.fakes.host import FakeHost, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import FakeChange, FakeInventory, reconciled
@@ -18,6 +18,7 @@ from worker.reconcile.reconciler import PASS_EVERY_S
 NET = seeded().tenants["acme"].net
 START = StartInstance("acme", "web", "i-1")
 STOP = StopInstance("acme", "web", "i-1")
+SLEEP = SleepInstance("acme", "web", "i-1", force=False)
 
 
 async def started(worker: MemoryWorker) -> None:
@@ -42,7 +43,7 @@ async def test_a_stop_that_failed_partway_is_completed(tmp_path: Path) -> None:
         await worker.lanes.idle()
 
         assert worker.record().status is Status.STOPPED
-        assert not [key for key in machine.resources if key[0] in ("tap", "jails", "vmms")]
+        assert not [key for key in machine.resources if key[0] in ("tap", "jail", "vmm")]
 
 
 async def test_what_an_undo_left_behind_is_removed(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ async def test_what_an_undo_left_behind_is_removed(tmp_path: Path) -> None:
     async with memory_worker(tmp_path / "j", machine) as worker:
         assert (await worker.run(SetupNetwork("acme", NET))).code is Code.OK
         before = dict(machine.resources)
-        machine.fail = {"vmms": HostFault("injected"), "remove_cgroups": HostFault("stuck")}
+        machine.fail = {"vmm": HostFault("injected"), "remove_cgroup": HostFault("stuck")}
         reply = await worker.run(START)
         assert reply.left_behind
         machine.fail.clear()
@@ -65,7 +66,7 @@ async def test_a_leftover_that_a_live_instance_uses_by_now_is_not_removed(tmp_pa
     machine: FakeHost = seeded()
     async with memory_worker(tmp_path / "j", machine) as worker:
         assert (await worker.run(SetupNetwork("acme", NET))).code is Code.OK
-        machine.fail = {"vmms": HostFault("injected"), "remove_tap": HostFault("stuck")}
+        machine.fail = {"vmm": HostFault("injected"), "remove_tap": HostFault("stuck")}
         assert (await worker.run(START)).left_behind
         machine.fail.clear()
         assert (await worker.run(START)).code is Code.OK
@@ -134,3 +135,65 @@ async def test_what_two_passes_find_without_a_record_is_counted_as_an_orphan(
         await made.reconciler.once()
 
         assert made.metrics.registry.get_sample_value("hostd_orphans", taps) == 1
+        assert worker.journal.steps.leftovers() == {}
+
+
+async def test_rules_that_an_undo_left_behind_are_removed_later(tmp_path: Path) -> None:
+    machine: FakeHost = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        machine.fail = {"bridge": HostFault("injected"), "remove_tenant_rules": HostFault("stuck")}
+        reply = await worker.run(SetupNetwork("acme", NET))
+        assert reply.left_behind == ("tenant_rules 3,10.240.3.0/24,10.240.3.1",)
+        machine.fail.clear()
+
+        await reconciled(worker).reconciler.once()
+
+        assert machine.resources == {}
+        assert worker.journal.steps.leftovers() == {}
+
+
+async def test_rules_of_a_network_that_is_up_by_now_are_not_removed(tmp_path: Path) -> None:
+    machine: FakeHost = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        machine.fail = {"bridge": HostFault("injected"), "remove_tenant_rules": HostFault("stuck")}
+        assert (await worker.run(SetupNetwork("acme", NET))).left_behind
+        machine.fail.clear()
+        assert (await worker.run(SetupNetwork("acme", NET))).code is Code.OK
+        up = dict(machine.resources)
+
+        await reconciled(worker).reconciler.once()
+
+        assert machine.resources == up
+        assert worker.journal.steps.leftovers() == {}
+
+
+async def test_the_disk_of_a_stopped_instance_is_not_removed(tmp_path: Path) -> None:
+    machine: FakeHost = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        assert (await worker.run(SetupNetwork("acme", NET))).code is Code.OK
+        machine.fail = {"vmm": HostFault("injected"), "remove_data_disk": HostFault("stuck")}
+        assert (await worker.run(START)).left_behind == ("data_disk acme/web/i-1",)
+        machine.fail.clear()
+        assert (await worker.run(START)).code is Code.OK
+        assert (await worker.run(STOP)).code is Code.OK
+
+        await reconciled(worker).reconciler.once()
+
+        assert ("data_disk", "acme/web/i-1") in machine.resources
+
+
+async def test_a_snapshot_published_after_a_failed_sleep_is_not_removed(tmp_path: Path) -> None:
+    machine: FakeHost = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await started(worker)
+        machine.fail_late = {"seal": HostFault("injected")}
+        machine.fail = {"drop_snapshot": HostFault("stuck")}
+        assert (await worker.run(SLEEP)).left_behind == ("snapshot_draft acme/web/i-1#1",)
+        machine.fail_late.clear()
+        machine.fail.clear()
+        assert (await worker.run(SLEEP)).code is Code.OK
+
+        await reconciled(worker).reconciler.once()
+
+        assert ("snapshot", "acme/web/i-1#1") in machine.resources
+        assert worker.journal.steps.leftovers() == {}

@@ -65,7 +65,7 @@ async def test_a_vmm_that_differs_from_its_record_is_quarantined_not_killed(
 ) -> None:
     machine = seeded()
     await started(tmp_path / "j", machine)
-    ((key, identity),) = [item for item in machine.resources.items() if item[0][0] == "vmms"]
+    ((key, identity),) = [item for item in machine.resources.items() if item[0][0] == "vmm"]
     machine.resources[key] = replace(identity, pid=identity.pid + 1)
 
     async with memory_worker(tmp_path / "j", machine) as worker:
@@ -89,7 +89,7 @@ async def test_a_vmm_that_exited_while_no_worker_ran_is_cleaned_up(tmp_path: Pat
 
         assert counts.ended == 1
         assert worker.record().status is Status.FAILED
-        assert ("jails", jail_id) not in machine.resources
+        assert ("jail", jail_id) not in machine.resources
 
 
 async def test_after_a_reboot_an_instance_is_stopped_and_its_network_restored(
@@ -106,9 +106,9 @@ async def test_after_a_reboot_an_instance_is_stopped_and_its_network_restored(
         record = worker.record()
         assert (counts.ended, counts.networks) == (1, 1)
         assert (record.status, record.vmm, record.uid_slot) == (Status.STOPPED, None, None)
-        assert ("jails", jail_id) not in machine.resources
+        assert ("jail", jail_id) not in machine.resources
         assert ("bridge", "br-tenant-3") in machine.resources
-        assert ("data_disks", str(REF)) in machine.resources
+        assert ("data_disk", str(REF)) in machine.resources
 
 
 async def test_an_instance_that_cannot_be_recovered_does_not_stop_the_recovery(
@@ -117,7 +117,7 @@ async def test_an_instance_that_cannot_be_recovered_does_not_stop_the_recovery(
     machine = seeded()
     await started(tmp_path / "j", machine)
     machine.reboot("00000000-0000-4000-8000-000000000002")
-    machine.fail["remove_jails"] = HostFault("the disk does not answer")
+    machine.fail["remove_jail"] = HostFault("the disk does not answer")
 
     async with memory_worker(tmp_path / "j", machine) as worker:
         counts = await recovery(worker).run()
@@ -161,7 +161,7 @@ async def test_a_vmm_whose_jail_has_no_metadata_is_reported_and_left_running(
         assert counts.quarantined == 1
         assert worker.journal.records.instance(REF) is None
         assert await event_kinds(worker) == ["quarantined", "recovered"]
-        assert ("vmms", jail_id) in machine.resources
+        assert ("vmm", jail_id) in machine.resources
 
 
 async def test_an_unfinished_hash_is_computed_by_the_next_worker_and_only_once(

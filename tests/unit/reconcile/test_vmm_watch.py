@@ -40,7 +40,7 @@ async def test_an_exit_is_cleaned_up_and_the_instance_is_failed(tmp_path: Path) 
         machine.kill(record.jail_id)
         await until(lambda: worker.record().status is Status.FAILED)
 
-        assert not [key for kind, key in machine.resources if kind in ("jails", "tap", "cgroups")]
+        assert not [key for kind, key in machine.resources if kind in ("jail", "tap", "cgroups")]
         await watch.close()
 
 
@@ -60,7 +60,7 @@ async def test_a_cleanup_that_fails_is_tried_again_after_a_pause(tmp_path: Path)
             worker.host, worker.journal, worker.lanes, Metrics("0"), exits, sleep=sleep
         )
         machine.kill(record.jail_id)
-        machine.fail["remove_jails"] = HostFault("the disk does not answer")
+        machine.fail["remove_jail"] = HostFault("the disk does not answer")
 
         watch.exited(record, "unknown")
         async with asyncio.timeout(10):
@@ -85,7 +85,7 @@ async def test_a_live_process_that_is_not_the_vmm_launched_is_quarantined(tmp_pa
         watch.sync()
         await until(lambda: worker.record().status is Status.UNKNOWN)
 
-        assert ("vmms", record.jail_id) in machine.resources
+        assert ("vmm", record.jail_id) in machine.resources
         await watch.close()
 
 

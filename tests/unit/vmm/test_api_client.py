@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from handlers.errors import Exhausted, Failure, HostFault, Unavailable
 from handlers.host.vmm.api_client import BODY_BYTES, FirecrackerApi
 from handlers.host.vmm.api_schema import boot_requests, load_request, parse_version, refusal
-from handlers.specs import BootConfig
+from handlers.specs import BootConfig, NicConfig
 
 CONFIG = BootConfig(
     vcpus=2,
@@ -23,8 +23,7 @@ CONFIG = BootConfig(
     initrd=None,
     boot_args="reboot=k",
     drives=(),
-    tap="tn1i3",
-    mac="02:fc:00:01:00:03",
+    nic=NicConfig("tn1i3", "02:fc:00:01:00:03"),
     vsock="/v.sock",
     serial="/serial",
 )

@@ -1,4 +1,4 @@
-"""What a guest lives through: sleep and wake, drains good and bad, the rungs of Stop, Destroy."""
+"""What a guest lives through: sleep and wake, drains good and bad, the methods of Stop, Destroy."""
 
 import asyncio
 import json
@@ -173,10 +173,10 @@ async def test_what_is_asleep_or_awake_already_is_not_changed(alive: Alive) -> N
 @pytest.mark.parametrize(
     ("modes", "drain"),
     [
-        ({"drain": "refuse"}, "refused: told to refuse"),
-        ({"drain": "silent"}, "no answer"),
-        ({"agent": "deaf"}, "no answer"),
-        ({"drain": "hold"}, "no answer"),
+        ({"drain": "refuse"}, "refused"),
+        ({"drain": "silent"}, "no_answer"),
+        ({"agent": "deaf"}, "no_answer"),
+        ({"drain": "hold"}, "no_answer"),
     ],
     ids=["refused", "silent", "deaf", "held"],
 )
@@ -191,6 +191,7 @@ async def test_a_guest_that_does_not_drain_sleeps_and_wakes_all_the_same(
 
     assert (slept["code"], slept["status"]) == ("ok", "sleeping"), slept
     assert slept["detail"]["drain"] == drain
+    assert slept["detail"].get("drain_reason") == ("told to refuse" if drain == "refused" else None)
     [told] = [e for e in await alive.events("snapshot") if e.get("command_id") == slept["id"]]
     assert told["detail"]["drain"] == drain
     assert (woken["code"], woken["status"]) == ("ok", "running"), woken
@@ -207,7 +208,7 @@ async def test_a_drain_may_take_its_time(alive: Alive) -> None:
     slept = await alive.sleep(timeout_s=10)
 
     assert slept["detail"]["drain"] == "acknowledged"
-    assert 0.2 < step_s(slept, "drain") < 5
+    assert 0.2 < step_s(slept, "drain_guest") < 5
     await alive.wake()
 
 
@@ -219,9 +220,9 @@ async def test_the_drain_ends_with_its_time_and_the_pools_is_the_default(alive: 
     default = await alive.sleep()
     await alive.wake()
 
-    assert asked["detail"]["drain"] == default["detail"]["drain"] == "no answer"
-    assert 1 <= step_s(asked, "drain") < 4
-    assert step_s(default, "drain") < 3 < 1 + step_s(asked, "drain")
+    assert asked["detail"]["drain"] == default["detail"]["drain"] == "no_answer"
+    assert 1 <= step_s(asked, "drain_guest") < 4
+    assert step_s(default, "drain_guest") < 3 < 1 + step_s(asked, "drain_guest")
 
 
 async def test_a_forced_sleep_asks_nobody(alive: Alive) -> None:
@@ -271,7 +272,7 @@ async def test_a_wake_that_the_agent_does_not_take_goes_on_and_says_so(alive: Al
 async def test_stop_asks_the_guest_first(alive: Alive) -> None:
     stopped = await alive.stop()
 
-    assert (stopped["status"], stopped["detail"]["rung"]) == ("stopped", "guest")
+    assert (stopped["status"], stopped["detail"]["method"]) == ("stopped", "graceful")
     assert step_s(stopped, "stop_vmm") < 5
     again = await alive.stop()
     assert (again["code"], again["changed"], again["status"]) == ("ok", False, "stopped")
@@ -288,7 +289,7 @@ async def test_a_guest_that_does_not_end_is_killed_in_its_time(alive: Alive, mod
 
     stopped = await alive.stop()
 
-    assert (stopped["code"], stopped["detail"]["rung"]) == ("ok", "kill")
+    assert (stopped["code"], stopped["detail"]["method"]) == ("ok", "sigkill")
     assert 0.5 < step_s(stopped, "stop_vmm") < 3
     assert (await alive.start())["code"] == "ok"
     assert (await alive.stat())["boots"] == 2
@@ -389,10 +390,10 @@ async def test_without_an_agent_a_start_is_undone_unless_the_pool_says_api() -> 
         assert started["code"] == "ok", started
         assert traffic.flows(seeded.guest_ip)
         slept = await host.run(SleepInstance(*names, force=False))
-        assert slept["detail"]["drain"] == "no agent"
+        assert slept["detail"]["drain"] == "no_agent"
         assert (await host.run(WakeInstance(*names)))["code"] == "ok"
         assert traffic.flows(seeded.guest_ip)
-        assert (await host.run(StopInstance(*names)))["detail"]["rung"] == "guest"
+        assert (await host.run(StopInstance(*names)))["detail"]["method"] == "graceful"
 
 
 def ask_without_answer(uds: Path, request: str) -> None:

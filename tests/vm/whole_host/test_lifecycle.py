@@ -20,7 +20,7 @@ async def test_the_whole_life_of_an_instance() -> None:
         assert woken["boot_id"] == awake["boot_id"]
         assert woken["boots"] == 1
         assert woken_reply["detail"]["pid"] != started["detail"]["pid"]
-        assert (await host.run(STOP))["detail"]["rung"] == "guest"
+        assert (await host.run(STOP))["detail"]["method"] == "graceful"
         assert (await host.run(DESTROY))["code"] == "ok"
         assert (await host.net_down(seeded.net))["code"] == "ok"
         assert await host.inventory() == before

@@ -1,0 +1,124 @@
+"""The plan of a launch, read and checked before anything is made: agentd's files, names, sizes."""
+
+from dataclasses import dataclass
+
+from handlers.errors import Conflict, Invalid
+from handlers.instance.reservations import ReservationSpec
+from handlers.interfaces import Host
+from handlers.network_names import Names, names_of
+from handlers.specs import LaunchSpec, SnapshotInfo, cgroup_key
+from handlers.steps import Steps
+from schemas.decode_error import DecodeError
+from schemas.files import InstanceFile, PoolSpec, TenantConfig, check_instance_net, offset_of
+from schemas.records import InstanceRecord, Status
+from schemas.requests import InstanceRef, TenantNet
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchFiles:
+    """`tenant.json`, `pool.json` and `instance.json`, validated against each other."""
+
+    tenant: TenantConfig
+    pool: PoolSpec
+    file: InstanceFile
+    offset: int
+
+    @property
+    def net(self) -> TenantNet:
+        return self.tenant.net
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch: its reserved record, its pool, its network names and the VMM to run."""
+
+    record: InstanceRecord
+    pool: PoolSpec
+    names: Names
+    vmm: LaunchSpec
+
+    @property
+    def ref(self) -> InstanceRef:
+        return self.record.ref
+
+    @property
+    def jail_id(self) -> str:
+        return self.record.jail_id
+
+
+def launch_of(record: InstanceRecord, pool: PoolSpec, host: Host) -> Launch:
+    """The launch of a record that has a reservation."""
+    names = names_of(record)
+    if names is None or record.uid_slot is None:
+        raise Conflict(f"instance {record.ref} has no network address or uid reserved")
+    spec = LaunchSpec(
+        jail_id=record.jail_id,
+        uid=host.settings.vmm.uid_base + record.uid_slot,
+        cgroup=f"{host.settings.limits.cgroup}/{cgroup_key(record)}",
+    )
+    return Launch(record, pool, names, spec)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """What `launch.launched` makes. `snapshot` is None for a boot.
+
+    `may_have_booted`: an earlier run of the command may have booted the guest, so its VMM and jail
+    are used as they are.
+    """
+
+    launch: Launch
+    revision: str
+    snapshot: SnapshotInfo | None = None
+    may_have_booted: bool = False
+
+
+async def read_launch_files(ref: InstanceRef, record: InstanceRecord, host: Host) -> LaunchFiles:
+    """Read and check the files that describe the instance to launch.
+
+    Raises:
+        NotFound, Invalid: a file is missing or wrong; names file and field.
+        Conflict: the tenant's network is not set up, or the journal has another address.
+    """
+    tenant, pool, file = await host.shared.of_launch(ref)
+    try:
+        offset = offset_of(file.net.guest_ip, tenant.net)
+        check_instance_net(file, tenant.net, offset)
+    except DecodeError as error:
+        raise Invalid(error.message, path=error.path) from error
+    if record.offset is not None and record.offset != offset:
+        raise Conflict(
+            f"address offset of instance {ref} changed: instance.json has {offset}, "
+            f"its first start used {record.offset}",
+            path="instance.json: $.net.guest_ip",
+        )
+    network = host.records.network(ref.tenant_id)
+    if network is None or network.status != "up" or network.net != tenant.net:
+        raise Conflict(f"network of tenant {ref.tenant_id} is not set up: send SetupNetwork first")
+    return LaunchFiles(tenant, pool, file, offset)
+
+
+def reservation_spec(
+    files: LaunchFiles,
+    before: InstanceRecord,
+    steps: Steps,
+    *,
+    status: Status,
+    revision: str,
+    now_ms: int,
+) -> ReservationSpec:
+    """What to reserve for a launch of the size that the pool says."""
+    resources = files.pool.instance_resources
+    return ReservationSpec(
+        command_id=steps.command_id,
+        before=before,
+        status=status,
+        now_ms=now_ms,
+        quota=files.tenant.quotas,
+        net=files.net,
+        offset=files.offset,
+        revision=revision,
+        vcpus=resources.vcpus,
+        mem_mib=resources.mem_mib,
+        agent_port=files.pool.agent_port if files.pool.ready == "agent" else None,
+    )
