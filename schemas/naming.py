@@ -10,6 +10,7 @@ ID_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 HOST_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,63}")
 COMMAND_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 REVISION_PATTERN = re.compile(r"[0-9a-z]{1,64}")
+JAIL_ID_PATTERN = re.compile(r"[0-9a-f]{12}-[0-9]+")
 OFFSET_MIN, OFFSET_MAX = 3, 254
 
 
@@ -43,4 +44,9 @@ def netmask(net: TenantNet) -> str:
 
 def jail_id(ref: InstanceRef, launch: int) -> str:
     """First 12 hex of sha256 of `t/p/i`, `-`, the launch number; also the VMM's `--id`."""
-    return f"{hashlib.sha256(str(ref).encode()).hexdigest()[:12]}-{launch}"
+    return f"{jail_id_prefix(ref)}{launch}"
+
+
+def jail_id_prefix(ref: InstanceRef) -> str:
+    """What the ids of all jails of an instance begin with."""
+    return f"{hashlib.sha256(str(ref).encode()).hexdigest()[:12]}-"

@@ -16,15 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from handlers.host.jail.layout import JailLayout
+from handlers.host.linux.file_id import FileId
 from handlers.host.linux.kernel_thread import stay
 from handlers.host.net.host_network import open_network_mechanisms
 from handlers.host.net.ruleset import CARRIED
-from handlers.host.snapshot.manifest import CONSUMED, MANIFEST, MEMORY
+from handlers.host.snapshot.manifest import CONSUMED, MANIFEST
 from handlers.host.vmm.cgroups import CgroupTree
-from handlers.host.vmm.processes import FileIdentity, read_cgroup, read_stat
+from handlers.host.vmm.processes import read_cgroup, read_stat
+from handlers.jail_names import FIRECRACKER, MEMORY
+from schemas.naming import JAIL_ID_PATTERN
 from schemas.settings import NetworkSettings, Settings
 
-JAIL_ID = re.compile(r"[0-9a-f]{12}-[0-9]+")
 DRIVE = ".ext4"
 # How the parts of hostd name what they write before its rename.
 HALF_OF_OURS = (".part", ".tmp")
@@ -66,8 +69,9 @@ def take(settings: Settings, *, enter: Callable[[], None] = stay) -> Inventory:
     """
     with ThreadPoolExecutor(1) as thread:
         network = thread.submit(asyncio.run, _network(settings.network, enter))
-        jails = _jails(settings)
-        roots = [f"{settings.jail_base}/firecracker/{jail}/root" for jail in jails]
+        layout = JailLayout(settings.jail_base)
+        jails = _jails(layout)
+        roots = [layout.root(jail) for jail in jails]
         cgroups = _cgroups(settings)
         snapshots, half = _snapshots(f"{settings.paths.state}/snapshots")
         bridges, taps, nft = network.result()
@@ -122,9 +126,9 @@ def _processes(roots: list[str], cgroup: str) -> tuple[str, ...]:
     `/` and its executable `/firecracker`. Source: proc_pid_root(5), proc_pid_exe(5).
     """
     ours = {
-        FileIdentity(found.st_dev, found.st_ino)
+        FileId.of(found)
         for root in roots
-        for path in (root, f"{root}/firecracker")
+        for path in (root, f"{root}/{FIRECRACKER}")
         if (found := _lstat(path))
     }
     return tuple(
@@ -134,15 +138,15 @@ def _processes(roots: list[str], cgroup: str) -> tuple[str, ...]:
     )
 
 
-def _is_ours(pid: int, files: set[FileIdentity], cgroup: str) -> bool:
+def _is_ours(pid: int, files: set[FileId], cgroup: str) -> bool:
     found = read_stat(pid)
     if found is None or found[0] in "ZX":
         return False
     in_our_cgroup = f"{read_cgroup(pid)}/".startswith(f"{cgroup}/")
     try:
         if in_our_cgroup:
-            return FileIdentity.of(f"/proc/{pid}/exe") is not None  # a kernel thread has none
-        return any(FileIdentity.of(f"/proc/{pid}/{link}") in files for link in ("root", "exe"))
+            return FileId.at(f"/proc/{pid}/exe") is not None  # a kernel thread has none
+        return any(FileId.at(f"/proc/{pid}/{link}") in files for link in ("root", "exe"))
     except PermissionError:  # another user namespace's, or a guarded one: no VMM of ours
         return in_our_cgroup
 
@@ -161,10 +165,9 @@ def _cgroups(settings: Settings) -> tuple[str, ...]:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def _jails(settings: Settings) -> tuple[str, ...]:
+def _jails(layout: JailLayout) -> tuple[str, ...]:
     """Ids of the jails that hostd named, whole or not; other tools name theirs differently."""
-    found = _names(f"{settings.jail_base}/firecracker")
-    return _sorted(name for name in found if JAIL_ID.fullmatch(name))
+    return _sorted(name for name in layout.list_ids() if JAIL_ID_PATTERN.fullmatch(name))
 
 
 def _in_jails(roots: list[str], wanted: Callable[[str, int], bool]) -> Iterator[str]:
@@ -239,13 +242,6 @@ def _walk(base: str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 def _depth(path: str, base: str) -> int:
     return path.count("/") - base.count("/")
-
-
-def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except FileNotFoundError:
-        return []
 
 
 def _lstat(path: str) -> os.stat_result | None:

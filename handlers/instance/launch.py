@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from handlers.errors import Conflict, Failure, Invalid, Superseded, Unavailable
 from handlers.instance.reservations import ReservationSpec
 from handlers.interfaces import CPU_PERIOD_US, Host
+from handlers.jail_names import DATA_DISK, INITRD, KERNEL, ROOTFS
 from handlers.mechanism import Removable
 from handlers.network_names import Names, names_of
 from handlers.specs import Artifact, CgroupSpec, JailFile, JailSpec, LaunchSpec
@@ -30,8 +31,6 @@ from schemas.requests import InstanceRef, TenantNet
 PIDS_PER_VMM = 64
 MIB = 1 << 20
 LOG_TAIL_BYTES = 4096
-KERNEL, INITRD, ROOTFS, DATA = "/vmlinux", "/initrd", "/rootfs.ext4", "/data.ext4"
-CONFIG, SECRETS, VSOCK, SERIAL = "/config.ext4", "/secrets/secrets.ext4", "/v.sock", "/serial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +183,13 @@ def jail_spec(
 ) -> JailSpec:
     """The jail's files: artifacts read-only, the data disk writable, the small drives."""
     files = [
-        JailFile(KERNEL.lstrip("/"), artifact.vmlinux),
-        JailFile(ROOTFS.lstrip("/"), artifact.rootfs),
+        JailFile(KERNEL, artifact.vmlinux),
+        JailFile(ROOTFS, artifact.rootfs),
     ]
     if artifact.initrd is not None:
-        files.append(JailFile(INITRD.lstrip("/"), artifact.initrd))
+        files.append(JailFile(INITRD, artifact.initrd))
     if data_path is not None:
-        files.append(JailFile(DATA.lstrip("/"), data_path, writable=True))
+        files.append(JailFile(DATA_DISK, data_path, writable=True))
     return JailSpec(
         ref=launch.ref,
         jail_id=launch.jail_id,

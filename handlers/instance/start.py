@@ -7,14 +7,6 @@ from handlers.errors import Failure, Unavailable, Unsupported
 from handlers.instance.artifact_refs import ensure_revision, release_revision
 from handlers.instance.instance_file import write_running
 from handlers.instance.launch import (
-    CONFIG,
-    DATA,
-    INITRD,
-    KERNEL,
-    ROOTFS,
-    SECRETS,
-    SERIAL,
-    VSOCK,
     Launch,
     Wanted,
     add_log,
@@ -32,6 +24,18 @@ from handlers.instance.launch import (
 from handlers.instance.reservations import Reservations
 from handlers.instance.state import RESTING, final_record, read_state
 from handlers.interfaces import Host
+from handlers.jail_names import (
+    CONFIG_DRIVE,
+    DATA_DISK,
+    INITRD,
+    KERNEL,
+    ROOTFS,
+    SECRETS_DIR,
+    SECRETS_DRIVE,
+    SERIAL,
+    VSOCK_SOCKET,
+    in_jail,
+)
 from handlers.mechanism import Removable
 from handlers.specs import Artifact, BootConfig, DataDiskSpec, DriveConfig, Jail
 from handlers.steps import Done, Steps, together
@@ -203,25 +207,25 @@ def boot_config(
     launch: Launch, artifact: Artifact, jail: Jail, *, has_data: bool, host: Host
 ) -> BootConfig:
     """Drives in the order rootfs, config, data, secrets; a guest finds them by label."""
-    drives = [DriveConfig("rootfs", ROOTFS, read_only=True, root_device=True)]
+    drives = [DriveConfig("rootfs", in_jail(ROOTFS), read_only=True, root_device=True)]
     if jail.has_config:
-        drives.append(DriveConfig("config", CONFIG, read_only=True))
+        drives.append(DriveConfig("config", in_jail(CONFIG_DRIVE), read_only=True))
     if has_data:
-        drives.append(DriveConfig("data", DATA, read_only=False))
+        drives.append(DriveConfig("data", in_jail(DATA_DISK), read_only=False))
     if jail.has_secrets:
-        drives.append(DriveConfig("secrets", SECRETS, read_only=True))
+        drives.append(DriveConfig("secrets", in_jail(SECRETS_DIR, SECRETS_DRIVE), read_only=True))
     names = launch.names
     address = f"ip={names.guest_ip}::{names.net.gateway_ip}:{naming.netmask(names.net)}::eth0:off"
     extra = host.settings.vmm.boot_args
     return BootConfig(
         vcpus=launch.record.vcpus,
         mem_mib=launch.record.mem_mib,
-        kernel=KERNEL,
-        initrd=INITRD if artifact.initrd is not None else None,
+        kernel=in_jail(KERNEL),
+        initrd=in_jail(INITRD) if artifact.initrd is not None else None,
         boot_args=" ".join(part for part in ("reboot=k panic=1", address, extra) if part),
         drives=tuple(drives),
         tap=names.tap,
         mac=names.mac,
-        vsock=VSOCK,
-        serial=SERIAL if launch.pool.serial else None,
+        vsock=in_jail(VSOCK_SOCKET),
+        serial=in_jail(SERIAL) if launch.pool.serial else None,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from handlers.host.jail.sockets import JailPaths
+from handlers.host.jail.layout import JailLayout
 from schemas import naming
 from schemas.requests import (
     DestroyInstance,
@@ -75,7 +75,7 @@ async def test_a_vmm_has_no_rights_and_its_own_uid_root_and_pids(
         assert facts["NoNewPrivs"] == ["1"]
         assert facts["Seccomp"] == ["2"]
         assert facts["NSpid"][-1] == "1"
-        root = JailPaths.of(host.settings).root(described["jail_id"])
+        root = JailLayout(host.settings.jail_base).root(described["jail_id"])
         assert os.path.samestat(os.stat(f"/proc/{pid}/root"), os.stat(root))
         cgroup = Path(f"/proc/{pid}/cgroup").read_text()
         assert f"{host.settings.limits.cgroup}/{ref.tenant_id}/{described['jail_id']}" in cgroup

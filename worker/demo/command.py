@@ -20,7 +20,7 @@ import click
 import msgspec
 
 from handlers.host import inventory
-from handlers.host.jail.sockets import JailPaths
+from handlers.host.jail.layout import JailLayout
 from schemas import naming
 from schemas.requests import (
     DestroyInstance,
@@ -173,7 +173,7 @@ class Driver:
 
     async def stat(self, launch: int) -> dict[str, Any]:
         jail_id = naming.jail_id(REF, launch)
-        return await read_stat(JailPaths.of(self.settings).root(jail_id))
+        return await read_stat(JailLayout(self.settings.jail_base).root(jail_id))
 
     async def echo(self, what: str, address: str) -> None:
         with self.story.step(what) as facts:

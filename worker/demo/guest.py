@@ -6,7 +6,8 @@ import struct
 from typing import Any
 
 from handlers.errors import Unavailable
-from handlers.host.jail.sockets import VSOCK_SOCKET, connect
+from handlers.host.jail.sockets import connect
+from handlers.jail_names import VSOCK_SOCKET
 
 ECHO_PORT = 7
 AGENT_PORT = 5252

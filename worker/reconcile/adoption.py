@@ -11,7 +11,7 @@ import structlog
 from msgspec.structs import replace
 
 from handlers.errors import Failure, HostFault
-from handlers.host.jail.layout import JailDirs, JailFacts
+from handlers.host.jail.layout import JailLayout, JailMetadata
 from handlers.interfaces import Host
 from handlers.specs import LaunchSpec
 from schemas.records import InstanceRecord, NetworkRecord, Status, VmmIdentity
@@ -32,16 +32,16 @@ class Strangers:
     async def find(self) -> None:
         """Adopt, quarantine or report each live VMM in a jail that no record stands for."""
         known = {record.jail_id for record in self._journal.instances()}
-        directories = JailDirs(self._host.settings.jail_base)
-        for jail_id in await asyncio.to_thread(directories.list_ids):
+        layout = JailLayout(self._host.settings.jail_base)
+        for jail_id in await asyncio.to_thread(layout.list_ids):
             if jail_id in known:
                 continue
             identity = await self._host.vmms.find(jail_id)
             if identity is not None:
-                note = await asyncio.to_thread(directories.facts, jail_id)
+                note = await asyncio.to_thread(layout.read_metadata, jail_id)
                 await self._judge(jail_id, note, identity)
 
-    async def _judge(self, jail_id: str, note: JailFacts | None, identity: VmmIdentity) -> None:
+    async def _judge(self, jail_id: str, note: JailMetadata | None, identity: VmmIdentity) -> None:
         record = note.record if note is not None else None
         if note is None or record is None or self._journal.instance(note.ref) is not None:
             self.quarantined += 1

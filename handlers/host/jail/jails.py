@@ -15,20 +15,11 @@ import msgspec
 
 from handlers.errors import Conflict, Failure, HostFault
 from handlers.host.jail import secrets_tmpfs
-from handlers.host.jail.layout import (
-    CONFIG_DRIVE,
-    FACTS,
-    LOG,
-    SECRETS_DIR,
-    SERIAL,
-    FileId,
-    JailDirs,
-    JailFacts,
-    launch_of,
-)
+from handlers.host.jail.layout import JailLayout, JailMetadata, launch_of
 from handlers.host.jail.logs import JailLogs
 from handlers.host.linux.checksummed_json import write_sealed
 from handlers.host.linux.errnos import os_failure
+from handlers.host.linux.file_id import FileId
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_names, remove_tree
@@ -36,8 +27,19 @@ from handlers.host.linux.state_dirs import make_dir
 from handlers.host.linux.syscalls import link_open
 from handlers.host.storage import disk_ownership, wipe
 from handlers.host.storage.agentd_files import open_tenant
-from handlers.host.storage.data_disks import DATA_DISK, ref_of
+from handlers.host.storage.data_disks import ref_of
 from handlers.host.storage.drive_images import CONFIG, SECRETS, SmallDrives, copy_drive
+from handlers.jail_names import (
+    CONFIG_DRIVE,
+    DATA_DISK,
+    LOG,
+    MEMORY,
+    METADATA,
+    ROOT,
+    SECRETS_DIR,
+    SERIAL,
+    STATE,
+)
 from handlers.specs import Jail, JailFile, JailSpec
 from schemas import naming
 from schemas.requests import InstanceRef
@@ -55,8 +57,8 @@ class Jails:
 
     def __init__(self, *, data: str, state: str, jail_base: str, log_bytes: int = 1 << 20) -> None:
         self._data = data
-        self._dirs = JailDirs(jail_base)
-        self._logs = JailLogs(self._dirs, state=state, limit_bytes=log_bytes)
+        self._layout = JailLayout(jail_base)
+        self._logs = JailLogs(self._layout, state=state, limit_bytes=log_bytes)
         self._drives = SmallDrives()
 
     async def ensure(self, spec: JailSpec) -> Jail:
@@ -71,7 +73,7 @@ class Jails:
         return await run_in_thread(self._ensure, spec)
 
     async def exists(self, key: str) -> bool:
-        return os.path.lexists(self._dirs.directory(key))
+        return os.path.lexists(self._layout.directory(key))
 
     async def remove(self, key: str) -> None:
         """Remove the jail; its VMM must be gone. The log is kept, the data disk given to root."""
@@ -89,21 +91,23 @@ class Jails:
 
     async def list_ids(self) -> list[str]:
         """All jails on this host, half-made ones included."""
-        return await run_in_thread(self._dirs.list_ids)
+        return await run_in_thread(self._layout.list_ids)
 
-    async def facts(self, jail_id: str) -> JailFacts | None:
+    async def metadata(self, jail_id: str) -> JailMetadata | None:
         """Whose jail it is, from the note beside it; None if there is none or it is damaged."""
-        return await run_in_thread(self._dirs.facts, jail_id)
+        return await run_in_thread(self._layout.read_metadata, jail_id)
 
     # -- making --------------------------------------------------------------------------------
 
     def _ensure(self, spec: JailSpec) -> Jail:
-        root = self._dirs.root(spec.jail_id)
-        facts = self._dirs.facts(spec.jail_id)
-        if facts is not None and facts.complete:
-            if (facts.ref, facts.uid) != (spec.ref, spec.uid):
-                raise Conflict(f"the jail {spec.jail_id} is another's", detail={"uid": facts.uid})
-            return Jail(root, has_config=facts.has_config, has_secrets=facts.has_secrets)
+        root = self._layout.root(spec.jail_id)
+        metadata = self._layout.read_metadata(spec.jail_id)
+        if metadata is not None and metadata.complete:
+            if (metadata.ref, metadata.uid) != (spec.ref, spec.uid):
+                raise Conflict(
+                    f"the jail {spec.jail_id} is another's", detail={"uid": metadata.uid}
+                )
+            return Jail(root, has_config=metadata.has_config, has_secrets=metadata.has_secrets)
         self._remove(spec.jail_id, keep_log=False)
         try:
             return self._make(spec, root)
@@ -115,10 +119,10 @@ class Jails:
             raise
 
     def _make(self, spec: JailSpec, root: str) -> Jail:
-        directory = os.path.dirname(root)
+        directory = self._layout.directory(spec.jail_id)
         has_secrets = spec.secrets is not None or spec.kept_secrets is not None
         has_config = spec.config is not None or spec.kept_config is not None
-        facts = JailFacts(
+        metadata = JailMetadata(
             ref=spec.ref,
             uid=spec.uid,
             launch=launch_of(spec.jail_id),
@@ -128,10 +132,10 @@ class Jails:
             disks=tuple(file.source for file in spec.files if file.writable),
             record=spec.record,
         )
-        make_dir(self._dirs.base)
+        make_dir(self._layout.base)
         os.mkdir(directory, 0o700)
         # First of all, so that a disk given to the uid is given back even after kill -9.
-        write_sealed(f"{directory}/{FACTS}", facts, sync=False)
+        write_sealed(self._layout.metadata_path(spec.jail_id), metadata, sync=False)
         os.mkdir(root, 0o700)
         ours: dict[str, FileId] = {}
         with Directory.trusted(root) as opened:
@@ -148,8 +152,8 @@ class Jails:
                 else:
                     copy_drive(spec.kept_secrets, fd)
         os.chown(root, spec.uid, spec.uid)
-        facts = msgspec.structs.replace(facts, complete=True, ours=ours)
-        write_sealed(f"{directory}/{FACTS}", facts, sync=False)
+        metadata = msgspec.structs.replace(metadata, complete=True, ours=ours)
+        write_sealed(self._layout.metadata_path(spec.jail_id), metadata, sync=False)
         return Jail(root, has_config=has_config, has_secrets=has_secrets)
 
     def _link(self, spec: JailSpec, file: JailFile, root: int) -> None:
@@ -165,7 +169,7 @@ class Jails:
                 if error.errno != errno.EXDEV:
                     raise
                 raise HostFault(
-                    f"{file.source} and the jails in {self._dirs.base} are on different file"
+                    f"{file.source} and the jails in {self._layout.base} are on different file"
                     " systems: set [vmm] jail_base, [paths] state and data on one",
                     path=file.source,
                 ) from error
@@ -201,21 +205,21 @@ class Jails:
     # -- removing ------------------------------------------------------------------------------
 
     def _remove(self, jail_id: str, *, keep_log: bool = True) -> None:
-        path = self._dirs.directory(jail_id)
+        path = self._layout.directory(jail_id)
         try:
             directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return
         except OSError as error:
             raise os_failure(error, f"cannot open the jail {jail_id}") from error
-        facts = self._dirs.facts(jail_id)
+        metadata = self._layout.read_metadata(jail_id)
         try:
-            secrets_tmpfs.unmount_secrets(f"{path}/root/{SECRETS_DIR}")
-            if facts is not None and keep_log:
-                self._logs.keep(jail_id, facts)
-            self._release_disks(jail_id, facts.disks if facts is not None else ())
-            remove_tree(directory, "root", before_unlink=_discard_memory)
-            remove_names(directory, keep=frozenset({FACTS}))
+            secrets_tmpfs.unmount_secrets(f"{path}/{ROOT}/{SECRETS_DIR}")
+            if metadata is not None and keep_log:
+                self._logs.keep(jail_id, metadata)
+            self._release_disks(jail_id, metadata.disks if metadata is not None else ())
+            remove_tree(directory, ROOT, before_unlink=_discard_memory)
+            remove_names(directory, keep=frozenset({METADATA}))
             remove_names(directory)
             os.rmdir(path)
         except OSError as error:
@@ -229,7 +233,7 @@ class Jails:
         Looked for where they were linked from and in the jail: agentd may have moved the one, the
         VMM the other. hostd's mark tells them from anything else.
         """
-        with self._dirs.file(jail_id, DATA_DISK, os.O_RDWR) as fd:
+        with self._layout.file(jail_id, DATA_DISK, os.O_RDWR) as fd:
             if fd is not None:
                 self._release(jail_id, fd)
         for source in sources:
@@ -251,9 +255,9 @@ class Jails:
             os.fchmod(disk, 0o600)
 
     def _used(self, jail_id: str, ref: InstanceRef, disk: int) -> bool:
-        for other in self._dirs.ids_of(ref):
+        for other in self._layout.ids_of(ref):
             if other != jail_id:
-                with self._dirs.file(other, DATA_DISK) as fd:
+                with self._layout.file(other, DATA_DISK) as fd:
                     if fd is not None and os.path.sameopenfile(fd, disk):
                         return True
         return False
@@ -270,7 +274,7 @@ def _new_file(path: str, mode: int, *, uid: int) -> FileId:
 
 def _discard_memory(directory: int, name: str) -> None:
     """Free the blocks of a woken VM's memory file with its last name: they hold the guest's RAM."""
-    if name not in {"mem", "state"}:
+    if name not in {MEMORY, STATE}:
         return
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with contextlib.suppress(OSError):

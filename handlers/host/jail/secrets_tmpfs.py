@@ -5,9 +5,9 @@ import errno
 import os
 from collections.abc import Generator
 
-from handlers.host.jail.layout import SECRETS_DRIVE
 from handlers.host.linux.syscalls import mount_tmpfs, unmount
 from handlers.host.storage.drive_images import SECRETS
+from handlers.jail_names import SECRETS_DRIVE
 
 TMPFS_BYTES = SECRETS.size_bytes + (1 << 20)
 TMPFS_INODES = 8

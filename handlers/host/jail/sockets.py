@@ -1,7 +1,6 @@
-"""Paths of a jail, and connections to the sockets in it that cannot be led astray.
+"""Connect to the sockets in a jail, and read the end of a file there, without following a symlink.
 
-The jail's root directory belongs to the jail's uid: the VMM may have replaced any file there by a
-symlink. No open here follows one.
+The jail's root directory belongs to the jail's uid: the VMM may have replaced any file in it.
 """
 
 import contextlib
@@ -9,35 +8,8 @@ import os
 import socket
 import stat
 from collections.abc import Generator
-from dataclasses import dataclass
 
 from handlers.errors import HostFault
-from handlers.host.jail.layout import JailDirs
-from schemas.settings import Settings
-
-API_SOCKET = "api.sock"
-VSOCK_SOCKET = "v.sock"
-PID_FILE = "firecracker.pid"
-VMM_COPY = "firecracker"
-
-
-@dataclass(frozen=True, slots=True)
-class JailPaths:
-    """Where jails are: `<jail_base>/firecracker/<jail id>/root`, the jailer's own layout."""
-
-    jail_base: str
-
-    @classmethod
-    def of(cls, settings: Settings) -> "JailPaths":
-        return cls(settings.jail_base)
-
-    def root(self, jail_id: str) -> str:
-        """The directory that is `/` for the VMM.
-
-        Raises:
-            Invalid: not a jail id; the jailer itself would let some non-ASCII letters pass.
-        """
-        return JailDirs(self.jail_base).root(jail_id)
 
 
 def read_tail(root: str, name: str, limit_bytes: int) -> str:

@@ -12,7 +12,7 @@ import h11
 import msgspec
 
 from handlers.errors import HostFault, Unavailable
-from handlers.host.jail.sockets import API_SOCKET, connect
+from handlers.host.jail.sockets import connect
 from handlers.host.linux.errnos import os_failure
 from handlers.host.vmm.api_schema import (
     Action,
@@ -27,6 +27,7 @@ from handlers.host.vmm.api_schema import (
     parse_version,
     refusal,
 )
+from handlers.jail_names import API_SOCKET
 from handlers.specs import BootConfig
 
 OLDEST: Version = (1, 12, 0)

@@ -7,8 +7,9 @@ Needs: CAP_SYS_PTRACE.
 import os
 
 from handlers.errors import HostFault
+from handlers.host.linux.file_id import FileId
 from handlers.host.linux.procfs import read_text
-from handlers.host.vmm.processes import FileIdentity, read_cgroup
+from handlers.host.vmm.processes import read_cgroup
 
 NO_FILE = 2048
 NO_CAPABILITIES = "0" * 16
@@ -55,7 +56,7 @@ def check_process(pid: int, *, uid: int, cgroup: str, root: str) -> None:
         ("groups", "", status["Groups"]),
         ("pid in its own namespace", "1", in_namespaces[-1] if in_namespaces[1:] else "none"),
         ("cgroup", cgroup, read_cgroup(pid)),
-        ("root", FileIdentity.of(root), FileIdentity.of(f"/proc/{pid}/root")),
+        ("root", FileId.at(root), FileId.at(f"/proc/{pid}/root")),
         ("open files limit", str(NO_FILE), _limit(pid, "Max open files")),
     ]
     _require(pid, facts)

@@ -17,7 +17,9 @@ from collections.abc import Callable
 import msgspec
 
 from handlers.errors import Unavailable
-from handlers.host.jail.sockets import VSOCK_SOCKET, JailPaths, connect
+from handlers.host.jail.layout import JailLayout
+from handlers.host.jail.sockets import connect
+from handlers.jail_names import VSOCK_SOCKET
 from handlers.specs import Ack
 from schemas.settings import Settings
 
@@ -58,7 +60,7 @@ class GuestAgents:
     """Implements `GuestAgents` for jails below `[vmm] jail_base`."""
 
     def __init__(self, settings: Settings) -> None:
-        self._paths = JailPaths.of(settings)
+        self._layout = JailLayout(settings.jail_base)
 
     async def ping(self, jail_id: str, port: int, *, timeout_s: float) -> None:
         answer = await self._ask(jail_id, port, lambda: "Ping", timeout_s=timeout_s)
@@ -114,7 +116,7 @@ class GuestAgents:
         Silence ends an attempt soon at first, later after 2 s; a request that takes its time says
         so by `answer_timeout_s`.
         """
-        root = self._paths.root(jail_id)
+        root = self._layout.root(jail_id)
         last = "silence"
         wait_s = FIRST_WAIT_S
         silence_s = FIRST_SILENCE_S

@@ -10,24 +10,26 @@ import os
 import shutil
 
 from handlers.errors import HostFault
-from handlers.host.jail.layout import LOG
-from handlers.host.jail.sockets import (
-    API_SOCKET,
-    PID_FILE,
-    VMM_COPY,
-    VSOCK_SOCKET,
-    JailPaths,
-)
 from handlers.host.linux.errnos import os_failure
 from handlers.host.vmm import spawn
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.confinement import NO_FILE
 from handlers.host.vmm.launch_log import LaunchLog
+from handlers.jail_names import (
+    API_SOCKET,
+    DEVICES_DIR,
+    FIRECRACKER,
+    LOG,
+    PID_FILE,
+    RUN_DIR,
+    VSOCK_SOCKET,
+    in_jail,
+)
 from handlers.specs import LaunchSpec
 from schemas.settings import Settings
 
 STDERR_BYTES = 4096
-JAILER_MAKES = ("dev", "run", PID_FILE, VMM_COPY, API_SOCKET, VSOCK_SOCKET)
+JAILER_MAKES = (DEVICES_DIR, RUN_DIR, PID_FILE, FIRECRACKER, API_SOCKET, VSOCK_SOCKET)
 
 
 class Jailer:
@@ -39,17 +41,17 @@ class Jailer:
     def __init__(self, settings: Settings) -> None:
         self.path = settings.vmm.jailer
         self.firecracker = settings.vmm.firecracker
-        self._paths = JailPaths.of(settings)
+        self._jail_base = settings.jail_base
         self._tree = CgroupTree.of(settings)
         self._launches = LaunchLog(settings.paths.state)
 
     def prepare(self, spec: LaunchSpec, root: str) -> None:
         """Check what the jailer needs and would not complain of; clear a dead run's leftovers."""
         executable = os.path.basename(os.path.realpath(self.firecracker))
-        if executable != VMM_COPY:
+        if executable != FIRECRACKER:
             raise HostFault(
                 f"vmm.firecracker is a file named {executable}; the jails' directory follows that "
-                f"name, so it must be {VMM_COPY}",
+                f"name, so it must be {FIRECRACKER}",
                 path=self.firecracker,
             )
         if not os.path.isdir(self._tree.path(spec.cgroup)):
@@ -71,15 +73,15 @@ class Jailer:
             *("--exec-file", self.firecracker),
             *("--uid", str(spec.uid)),
             *("--gid", str(spec.uid)),
-            *("--chroot-base-dir", self._paths.jail_base),
+            *("--chroot-base-dir", self._jail_base),
             *("--cgroup-version", "2"),
             *("--parent-cgroup", spec.cgroup),
             *("--resource-limit", f"no-file={NO_FILE}"),
             "--new-pid-ns",
             "--daemonize",
             "--",
-            *("--api-sock", f"/{API_SOCKET}"),
-            *("--log-path", f"/{LOG}"),
+            *("--api-sock", in_jail(API_SOCKET)),
+            *("--log-path", in_jail(LOG)),
             *("--level", "Info"),
         ]
 

@@ -18,6 +18,7 @@ from functools import cache
 from msgspec import to_builtins
 
 from handlers.errors import HostFault
+from handlers.host.linux.file_id import FileId
 from handlers.host.linux.procfs import read_text
 from schemas.records import VmmIdentity
 
@@ -31,23 +32,6 @@ PIDFD_GET_INFO = (3 << 30) | (PIDFD_INFO_BYTES << 16) | (0xFF << 8) | 11
 def boot_id() -> str:
     """This boot's id; another one means that every process known before is gone."""
     return read_text("/proc/sys/kernel/random/boot_id").strip()
-
-
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """A file by device and inode."""
-
-    dev: int
-    ino: int
-
-    @classmethod
-    def of(cls, path: str) -> "FileIdentity | None":
-        """Of what the path, or magic link of /proc, leads to; None if there is nothing."""
-        try:
-            found = os.stat(path)
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        return cls(found.st_dev, found.st_ino)
 
 
 def read_stat(pid: int) -> tuple[str, int] | None:
@@ -78,7 +62,7 @@ def read_identity(pid: int) -> VmmIdentity | None:
     Needs: CAP_SYS_PTRACE for a process of another uid.
     """
     stat = read_stat(pid)
-    exe = FileIdentity.of(f"/proc/{pid}/exe")
+    exe = FileId.at(f"/proc/{pid}/exe")
     cgroup = read_cgroup(pid)
     if stat is None or stat[0] in "ZX" or exe is None or cgroup is None:
         return None

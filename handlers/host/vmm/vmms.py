@@ -16,22 +16,16 @@ from collections.abc import Generator
 from typing import ClassVar
 
 from handlers.errors import Conflict, Failure, HostFault, Unavailable
-from handlers.host.jail.layout import LOG
-from handlers.host.jail.sockets import (
-    API_SOCKET,
-    PID_FILE,
-    VMM_COPY,
-    JailPaths,
-    connect,
-    read_tail,
-)
+from handlers.host.jail.layout import JailLayout
+from handlers.host.jail.sockets import connect, read_tail
+from handlers.host.linux.file_id import FileId
 from handlers.host.linux.shielded import run_shielded
 from handlers.host.vmm import confinement, processes
 from handlers.host.vmm.api_client import FirecrackerApi
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.jailer import Jailer, clear
-from handlers.host.vmm.processes import FileIdentity
 from handlers.interfaces import Vmm
+from handlers.jail_names import API_SOCKET, FIRECRACKER, LOG, PID_FILE
 from handlers.specs import LaunchSpec
 from schemas.records import VmmIdentity
 from schemas.settings import Settings
@@ -54,7 +48,7 @@ class Vmms:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings.vmm
         self._uids = range(settings.vmm.uid_base, settings.vmm.uid_base + settings.vmm.uid_count)
-        self._paths = JailPaths.of(settings)
+        self._layout = JailLayout(settings.jail_base)
         self._tree = CgroupTree.of(settings)
         self._jailer = Jailer(settings)
 
@@ -62,7 +56,7 @@ class Vmms:
 
     async def exists(self, key: str) -> bool:
         """Whether any process is left in the jail's cgroup, the jailer on its way included."""
-        self._paths.root(key)
+        self._layout.root(key)
         return bool(await asyncio.to_thread(self._pids, key))
 
     async def ensure(self, spec: LaunchSpec) -> VmmIdentity:
@@ -76,7 +70,7 @@ class Vmms:
             Conflict: a VMM of this jail runs under another uid or in another cgroup.
             Unavailable: the API did not listen within `[vmm] api_timeout_s`.
         """
-        root = self._paths.root(spec.jail_id)
+        root = self._layout.root(spec.jail_id)
         found, pids = await asyncio.to_thread(self._survey, spec.jail_id)
         if found is not None and os.path.exists(f"{root}/{API_SOCKET}"):
             return self._as_asked(found, spec)
@@ -98,7 +92,7 @@ class Vmms:
             HostFault: a process in the jail's cgroup is none of ours; it is left alone.
             Unavailable: a process did not end in time.
         """
-        root = self._paths.root(key)
+        root = self._layout.root(key)
         try:
             async with asyncio.timeout(KILL_TIMEOUT_S):
                 # Again until none is left: a jailer on its way may have forked meanwhile, and a
@@ -117,7 +111,7 @@ class Vmms:
     # -- questions and signals -----------------------------------------------------------------
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
-        self._paths.root(jail_id)
+        self._layout.root(jail_id)
         return await asyncio.to_thread(self._find, jail_id)
 
     async def alive(self, identity: VmmIdentity) -> bool:
@@ -134,7 +128,7 @@ class Vmms:
                 processes.send(pidfd, signal.SIGTERM)
 
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
-        root = self._paths.root(spec.jail_id)
+        root = self._layout.root(spec.jail_id)
         with _proven(identity) as pidfd:
             if pidfd is None:
                 raise Unavailable(f"the VMM of jail {spec.jail_id} is gone")
@@ -166,7 +160,7 @@ class Vmms:
 
     def api(self, jail_id: str) -> Vmm:
         return FirecrackerApi(
-            self._paths.root(jail_id),
+            self._layout.root(jail_id),
             timeout_s=self._settings.api_timeout_s,
             snapshot_timeout_s=self._settings.snapshot_timeout_s,
         )
@@ -248,15 +242,15 @@ class Vmms:
 
     def _find(self, jail_id: str, leaves: tuple[str, ...] | None = None) -> VmmIdentity | None:
         """The process in the jail's leaf whose root and executable are the jail's own."""
-        root = self._paths.root(jail_id)
-        jail, copy = FileIdentity.of(root), FileIdentity.of(f"{root}/{VMM_COPY}")
+        root = self._layout.root(jail_id)
+        jail, copy = FileId.at(root), FileId.at(f"{root}/{FIRECRACKER}")
         for leaf in leaves if leaves is not None else self._tree.leaves(jail_id):
             for pid in self._tree.pids(leaf):
                 identity = processes.read_identity(pid)
                 if identity is None or identity.cgroup != leaf or jail is None:
                     continue
-                executable = FileIdentity(identity.exe_dev, identity.exe_ino)
-                if executable == copy and FileIdentity.of(f"/proc/{pid}/root") == jail:
+                executable = FileId(identity.exe_dev, identity.exe_ino)
+                if executable == copy and FileId.at(f"/proc/{pid}/root") == jail:
                     return identity
         return None
 
@@ -267,13 +261,13 @@ class Vmms:
             return
         try:
             cgroup = processes.read_cgroup(pid)
-            executable = FileIdentity.of(f"/proc/{pid}/exe")
+            executable = FileId.at(f"/proc/{pid}/exe")
             if executable is None or processes.has_exited(pidfd):
                 return
             ours = {
-                FileIdentity.of(path)
+                FileId.at(path)
                 for path in (
-                    f"{root}/{VMM_COPY}",
+                    f"{root}/{FIRECRACKER}",
                     self._settings.jailer,
                     self._settings.firecracker,
                 )

@@ -14,10 +14,10 @@ from handlers.errors import Conflict, Failure, HostFault, Invalid
 from handlers.host.jail import jails as jails_module
 from handlers.host.jail import secrets_tmpfs
 from handlers.host.jail.jails import Jails
-from handlers.host.jail.layout import FACTS
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.drive_images import CONFIG, SECRETS
+from handlers.jail_names import METADATA
 from handlers.specs import ArtifactSpec, DataDiskSpec, JailFile, JailSpec
 from schemas import naming
 from tests.kernel.storage.store_host import REF, REVISION, StoreHost, make_world, write
@@ -318,7 +318,7 @@ async def test_half_a_jail_can_be_removed_and_the_disk_comes_back(
 async def test_a_disk_comes_back_though_its_name_and_the_note_are_gone(ready: Ready) -> None:
     await ready.jails.ensure(ready.spec)
     elsewhere = ready.disk.rename(ready.disk.with_name("moved"))
-    (ready.root.parent / FACTS).write_bytes(b"damaged")
+    (ready.root.parent / METADATA).write_bytes(b"damaged")
 
     await ready.jails.remove(JAIL)
 
@@ -387,15 +387,15 @@ async def test_kept_images_are_used_as_they_are(ready: Ready) -> None:
 async def test_whose_jail_it_is_stands_beside_it(ready: Ready) -> None:
     await ready.jails.ensure(ready.spec)
 
-    facts = await new_jails(ready.world).facts(JAIL)
+    facts = await new_jails(ready.world).metadata(JAIL)
 
     assert facts is not None
     assert (facts.ref, facts.uid, facts.launch) == (REF, UID, 1)
-    note = ready.root.parent / FACTS
+    note = ready.root.parent / METADATA
     assert (note.stat().st_uid, stat.S_IMODE(note.stat().st_mode)) == (0, 0o600)
     json.loads(note.read_text())
     note.write_bytes(note.read_bytes()[:40])
-    assert await new_jails(ready.world).facts(JAIL) is None
+    assert await new_jails(ready.world).metadata(JAIL) is None
 
 
 @pytest.mark.parametrize("key", ["..", "a/b", "", "a" * 65, "é", "x\n"])
