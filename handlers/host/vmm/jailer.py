@@ -8,13 +8,13 @@ Source: docs/jailer.md of Firecracker; the facts are proven in tests/contract/te
 
 import os
 import shutil
+import time
 
 from handlers.errors import HostFault
 from handlers.host.linux.errnos import os_failure
 from handlers.host.vmm import spawn
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.confinement import NO_FILE
-from handlers.host.vmm.launch_log import LaunchLog
 from handlers.jail_names import (
     API_SOCKET,
     DEVICES_DIR,
@@ -29,6 +29,7 @@ from handlers.specs import LaunchSpec
 from schemas.settings import Settings
 
 STDERR_BYTES = 4096
+LAUNCH_LOG_BYTES = 1_048_576
 JAILER_MAKES = (DEVICES_DIR, RUN_DIR, PID_FILE, FIRECRACKER, API_SOCKET, VSOCK_SOCKET)
 
 
@@ -101,6 +102,32 @@ class Jailer:
                 f"the jailer failed with {code}: {_reason(said)}",
                 detail={"exit_code": code, "jailer": said},
             )
+
+
+class LaunchLog:
+    """`<state>/launches.log`, root-only: a line per jailer execution, so also how often.
+
+    Bounded: past 1 MiB the file becomes `launches.log.1`, replacing the previous one.
+    """
+
+    def __init__(self, state_dir: str) -> None:
+        self._path = f"{state_dir}/launches.log"
+
+    def record(self, jail_id: str, uid: int) -> None:
+        """Append `<unix ms> <jail id> <uid>`, before the jailer is executed.
+
+        Raises:
+            OSError: the state directory cannot be written; then nothing may be started.
+        """
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(self._path, flags, 0o600)
+        try:
+            os.write(fd, f"{time.time_ns() // 1_000_000} {jail_id} {uid}\n".encode())
+            full = os.fstat(fd).st_size >= LAUNCH_LOG_BYTES
+        finally:
+            os.close(fd)
+        if full:
+            os.replace(self._path, f"{self._path}.1")
 
 
 def _reason(said: str) -> str:
