@@ -41,6 +41,7 @@ from worker.queries.service import ask_service
 from worker.reconcile.reconciler import Reconciler
 from worker.reconcile.recovery import Recovery
 from worker.reconcile.vmm_watch import VmmWatch
+from worker.settings import machine_id
 from worker.state_writer import StateWriter
 
 OUTBOX_S = 5.0
@@ -176,7 +177,7 @@ class Worker:
         self.lease = Lease(
             bus,
             subjects.host_key,
-            Holder(real.facts.machine_id(), real.facts.boot_id(), journal.journal_id),
+            Holder(machine_id(), real.facts.boot_id(), journal.journal_id),
             lambda: {**self.facts(), "seq": journal.seq},
         )
         self.state = StateWriter(bus, journal, journal.journal_id, self.lease)

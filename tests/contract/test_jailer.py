@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from handlers.host.linux.procfs import read_status
 from handlers.host.vmm import processes
-from handlers.host.vmm.confinement import read_status
 from handlers.host.vmm.jailer import Jailer
 from handlers.specs import LaunchSpec
 from tests.vm.vmm_rig import UID, VmmRig, own_network, vmm_rig

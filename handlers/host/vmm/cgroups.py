@@ -13,13 +13,13 @@ import re
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from handlers.errors import Failure, HostFault, Invalid, Unavailable
 from handlers.host.linux.errnos import os_failure
-from handlers.host.linux.procfs import read_text
+from handlers.host.linux.procfs import Mount, read_mounts, read_text
 from handlers.interfaces import CPU_PERIOD_US
 from handlers.specs import CgroupSpec
 from schemas.settings import Settings
@@ -30,20 +30,16 @@ RMDIR_TIMEOUT_S = 2.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def find_mount(mountinfo: str | None = None) -> str:
-    """The mount point of the cgroup2 tree.
-
-    Source: proc_pid_mountinfo(5), cgroups(7).
+def find_mount(mounts: Iterable[Mount] | None = None) -> str:
+    """The mount point of the cgroup2 tree, by default in this mount namespace. Source: cgroups(7).
 
     Raises:
         HostFault: no cgroup2 tree is mounted; mount one.
     """
-    text = read_text("/proc/self/mountinfo") if mountinfo is None else mountinfo
-    for line in text.splitlines():
-        left, _, right = line.partition(" - ")
-        if right.split(" ", 1)[0] == "cgroup2":
-            return left.split(" ")[4].encode().decode("unicode_escape")
-    raise HostFault("no cgroup2 tree is mounted on this host")
+    for mount in read_mounts() if mounts is None else mounts:
+        if mount.fs_type == "cgroup2":
+            return mount.mount_point
+    raise HostFault("no cgroup2 file system is mounted on this host: mount one on /sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import os
 
 from handlers.errors import HostFault
 from handlers.host.linux.file_id import FileId
-from handlers.host.linux.procfs import read_text
+from handlers.host.linux.procfs import read_status, read_text
 from handlers.host.vmm.processes import read_cgroup
 
 NO_FILE = 2048
@@ -23,13 +23,6 @@ OF_EACH_THREAD = (
 )
 
 Fact = tuple[str, object, object]
-
-
-def read_status(path: str) -> dict[str, str]:
-    """A `status` file of /proc as a map, e.g. `Uid` -> `0 0 0 0`."""
-    lines = read_text(path).splitlines()
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    return {name: " ".join(value.split()) for name, value in pairs}
 
 
 def read_uid(pid: int) -> int | None:

@@ -13,25 +13,18 @@ import select
 import signal
 import struct
 from dataclasses import dataclass
-from functools import cache
 
 from msgspec import to_builtins
 
 from handlers.errors import HostFault
 from handlers.host.linux.file_id import FileId
-from handlers.host.linux.procfs import read_text
+from handlers.host.linux.procfs import boot_id, read_text
 from schemas.records import VmmIdentity
 
 EXIT_STATUS_WAIT_S = 0.25
 PIDFD_INFO_EXIT = 1 << 3
 PIDFD_INFO_BYTES = 64
 PIDFD_GET_INFO = (3 << 30) | (PIDFD_INFO_BYTES << 16) | (0xFF << 8) | 11
-
-
-@cache
-def boot_id() -> str:
-    """This boot's id; another one means that every process known before is gone."""
-    return read_text("/proc/sys/kernel/random/boot_id").strip()
 
 
 def read_stat(pid: int) -> tuple[str, int] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from handlers.errors import HostFault, Invalid, Unavailable
+from handlers.host.linux.procfs import Mount
 from handlers.host.vmm import cgroups as module
 from handlers.host.vmm.cgroups import Cgroups, find_mount
 from handlers.specs import CgroupSpec
@@ -135,15 +136,12 @@ def test_a_base_that_leaves_the_tree_is_refused(cgroup: str) -> None:
         Cgroups(Settings(limits=LimitSettings(enforce=False, cgroup=cgroup)))
 
 
-def test_the_mount_is_found_under_any_name() -> None:
-    lines = (
-        "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n"
-        "38 31 0:37 / /mnt/a\\040b rw shared:9 - cgroup2 none rw\n"
-    )
+def test_the_cgroup2_mount_is_found_under_any_name() -> None:
+    mounts = [Mount("0:28", "/sys/fs/cgroup", "tmpfs"), Mount("0:37", "/mnt/a b", "cgroup2")]
 
-    assert find_mount(lines) == "/mnt/a b"
+    assert find_mount(mounts) == "/mnt/a b"
 
 
-def test_a_host_without_the_tree_is_a_host_fault() -> None:
+def test_a_host_without_a_cgroup2_mount_is_a_host_fault() -> None:
     with pytest.raises(HostFault, match="cgroup2"):
-        find_mount("31 23 0:28 / / rw - ext4 /dev/vda rw\n")
+        find_mount([Mount("0:28", "/", "ext4")])
