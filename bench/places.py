@@ -87,6 +87,10 @@ class Place:
         return naming.jail_id(self.ref, self.launch)
 
     @property
+    def cgroup_key(self) -> str:
+        return naming.cgroup_key(self.ref.tenant_id, self.jail_id)
+
+    @property
     def tap(self) -> str:
         return naming.tap_name(self.net.tenant_net_id, self.offset)
 
@@ -96,7 +100,7 @@ class Place:
 
     @property
     def spec(self) -> LaunchSpec:
-        cgroup = f"{self.host.settings.limits.cgroup}/{self.ref.tenant_id}/{self.jail_id}"
+        cgroup = naming.cgroup_name(self.host.settings.limits.cgroup, self.cgroup_key)
         return LaunchSpec(self.jail_id, self.uid, cgroup)
 
     async def prepare(self) -> None:
@@ -195,7 +199,7 @@ class Place:
             await asyncio.sleep(0.002)
         await self.network.taps.remove(self.tap)
         await self._jails.remove(self.jail_id)
-        await self._cgroups.remove(f"{self.ref.tenant_id}/{self.jail_id}")
+        await self._cgroups.remove(self.cgroup_key)
 
     def _config(self) -> BootConfig:
         drives = [

@@ -5,6 +5,7 @@ All paths are absolute host paths, all sizes in bytes unless a name says otherwi
 
 from dataclasses import dataclass
 
+from schemas import naming
 from schemas.records import DiskIdentity, InstanceRecord
 from schemas.requests import InstanceRef, TenantNet
 
@@ -117,7 +118,7 @@ class CgroupSpec:
 
     @property
     def key(self) -> str:
-        return f"{self.tenant_id}/{self.jail_id}"
+        return naming.cgroup_key(self.tenant_id, self.jail_id)
 
 
 @dataclass(frozen=True, slots=True)

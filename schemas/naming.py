@@ -50,3 +50,13 @@ def jail_id(ref: InstanceRef, launch: int) -> str:
 def jail_id_prefix(ref: InstanceRef) -> str:
     """What the ids of all jails of an instance begin with."""
     return f"{hashlib.sha256(str(ref).encode()).hexdigest()[:12]}-"
+
+
+def cgroup_key(tenant_id: str, jail_id: str) -> str:
+    """What names a VMM's cgroup in the journal: its path below `[limits] cgroup`."""
+    return f"{tenant_id}/{jail_id}"
+
+
+def cgroup_name(base: str, key: str) -> str:
+    """Its path relative to the cgroup2 mount, as /proc/<pid>/cgroup has it; `base`: the setting."""
+    return f"{base}/{key}"

@@ -23,6 +23,7 @@ from handlers.mechanism import Removable
 from handlers.network_names import Names, names_of
 from handlers.specs import Artifact, CgroupSpec, JailFile, JailSpec, LaunchSpec
 from handlers.steps import Steps
+from schemas import naming
 from schemas.decode_error import DecodeError
 from schemas.files import InstanceFile, PoolSpec, TenantConfig, check_instance_net, offset_of
 from schemas.records import DiskIdentity, InstanceRecord, Status, VmmIdentity
@@ -73,7 +74,7 @@ def launch_of(record: InstanceRecord, pool: PoolSpec, host: Host) -> Launch:
     spec = LaunchSpec(
         jail_id=record.jail_id,
         uid=host.settings.vmm.uid_base + record.uid_slot,
-        cgroup=f"{host.settings.limits.cgroup}/{record.ref.tenant_id}/{record.jail_id}",
+        cgroup=naming.cgroup_name(host.settings.limits.cgroup, record.cgroup_key),
     )
     return Launch(record, pool, names, spec)
 
@@ -129,9 +130,12 @@ def reservation(
 
 def launch_resources(launch: Launch, host: Host) -> list[tuple[Removable, str]]:
     """Cgroup, pin and TAP of the launch, as they are announced."""
-    cgroup = f"{launch.ref.tenant_id}/{launch.jail_id}"
     names = launch.names
-    return [(host.cgroups, cgroup), (host.pins, names.pin.key), (host.taps, names.tap)]
+    return [
+        (host.cgroups, launch.record.cgroup_key),
+        (host.pins, names.pin.key),
+        (host.taps, names.tap),
+    ]
 
 
 async def ensure_cgroup(launch: Launch, steps: Steps, host: Host) -> None:

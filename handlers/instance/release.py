@@ -19,4 +19,4 @@ async def release(record: InstanceRecord, steps: Steps, host: Host) -> None:
             await steps.remove(host.taps, names.tap)
             await steps.remove(host.pins, names.pin.key)
     await steps.remove(host.jails, record.jail_id)
-    await steps.remove(host.cgroups, f"{record.ref.tenant_id}/{record.jail_id}")
+    await steps.remove(host.cgroups, record.cgroup_key)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-import worker.settings
 from schemas.settings import Settings
 from worker import settings as settings_module
 from worker.settings import SettingsError, keys, load, load_with_origins
@@ -165,10 +164,10 @@ def test_every_setting_has_a_rule_but_those_that_may_be_anything() -> None:
 def test_a_host_without_a_machine_id_must_set_the_host_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
 ) -> None:
-    monkeypatch.setattr(worker.settings, "MACHINE_ID_FILE", str(tmp_path / "machine-id"))
+    monkeypatch.setattr(settings_module, "MACHINE_ID_FILE", str(tmp_path / "machine-id"))
     if content is not None:
         (tmp_path / "machine-id").write_text(content)
 
-    assert worker.settings.machine_id() == ""
+    assert settings_module.machine_id() == ""
     with pytest.raises(SettingsError, match=r"host\.id: not set"):
         load(None, {})

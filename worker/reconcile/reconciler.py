@@ -177,7 +177,7 @@ class Reconciler:
         used = chain.from_iterable(
             (
                 record.jail_id,
-                f"{record.ref.tenant_id}/{record.jail_id}",
+                record.cgroup_key,
                 str(record.ref),
                 *((names.tap, names.pin.key) if (names := names_of(record)) else ()),
             )

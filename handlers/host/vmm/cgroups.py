@@ -22,6 +22,7 @@ from handlers.host.linux.errnos import os_failure
 from handlers.host.linux.procfs import Mount, read_mounts, read_text
 from handlers.interfaces import CPU_PERIOD_US
 from handlers.specs import CgroupSpec
+from schemas import naming
 from schemas.settings import Settings
 
 CONTROLLERS = ("cpu", "memory", "pids")
@@ -58,7 +59,7 @@ class CgroupTree:
 
     def name(self, tenant_id: str, jail_id: str) -> str:
         """A leaf's path relative to the mount: what `LaunchSpec.cgroup` and /proc show."""
-        return f"{self.base}/{tenant_id}/{jail_id}"
+        return naming.cgroup_name(self.base, naming.cgroup_key(tenant_id, jail_id))
 
     def path(self, name: str) -> str:
         """The directory of a cgroup given by its name relative to the mount."""
