@@ -19,9 +19,10 @@ from handlers.host.jail.jails import Jails
 from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
-from handlers.host.vmm.api_schema import boot_requests, parse_version
+from handlers.host.vmm.api_schema import boot_requests, for_version
 from handlers.host.vmm.cgroups import Cgroups
 from handlers.host.vmm.jailer import Jailer
+from handlers.host.vmm.versions import parse_version
 from handlers.instance.launch import MIB, PIDS_PER_VMM
 from handlers.interfaces import CPU_PERIOD_US
 from handlers.jail_names import (
@@ -143,9 +144,11 @@ class Place:
 
     def start_job(self) -> dict[str, Any]:
         """What hostd's StartInstance asks of jailer, API and agent."""
+        version = parse_version(VERSION)
         calls = [
-            (method, path, msgspec.to_builtins(body))
-            for method, path, body in boot_requests(self._config(), parse_version(VERSION))
+            (method, path, msgspec.to_builtins(accepted))
+            for method, path, body in boot_requests(self._config())
+            if (accepted := for_version(body, version)) is not None
         ]
         return self._job([*calls, START_CALL], ["Ping"])
 

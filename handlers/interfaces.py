@@ -110,7 +110,7 @@ class Jails(Mechanism[JailSpec, Jail], Protocol):
         ...
 
 
-class Vmm(Protocol):
+class VmmApi(Protocol):
     """The API of one live VMM, typed; one request at a time. Closed by `close`."""
 
     async def configure(self, config: BootConfig) -> None: ...
@@ -169,7 +169,7 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
         """
         ...
 
-    def api(self, jail_id: str) -> Vmm: ...
+    def api(self, jail_id: str) -> VmmApi: ...
 
 
 class GuestAgents(Protocol):

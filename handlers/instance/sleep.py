@@ -13,7 +13,7 @@ from handlers.instance.release import release
 from handlers.instance.reservations import Phases, PhaseSpec
 from handlers.instance.snapshot_steps import Draft, Drafts, DraftSpec, Pauses, PauseSpec
 from handlers.instance.state import final_record, read_state
-from handlers.interfaces import Host, Vmm
+from handlers.interfaces import Host, VmmApi
 from handlers.specs import SnapshotFacts, SnapshotInfo
 from handlers.steps import Done, Steps
 from schemas.files import RuntimePolicy
@@ -89,7 +89,7 @@ async def take_snapshot(
 
 
 async def write_snapshot(
-    record: InstanceRecord, drain: str, vmm: Vmm, steps: Steps, host: Host
+    record: InstanceRecord, drain: str, vmm: VmmApi, steps: Steps, host: Host
 ) -> SnapshotInfo:
     """Pause, let the VMM write into its jail, move, hash, and rename the manifest into place."""
     if record.revision is None or record.uid_slot is None:

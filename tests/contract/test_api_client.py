@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from handlers.errors import Conflict, Exhausted, Failure, HostFault, Unavailable
-from handlers.host.vmm.api_client import FirecrackerApi
+from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.api_schema import (
     Action,
     Body,
@@ -52,7 +52,7 @@ class Vmm:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        self.api = FirecrackerApi(str(self.home), timeout_s=5, snapshot_timeout_s=20)
+        self.api = VmmApi(str(self.home), timeout_s=5, snapshot_timeout_s=20)
 
     async def listening(self) -> "Vmm":
         async with asyncio.timeout(10):
@@ -113,7 +113,7 @@ async def running(vmm: Vmm) -> Vmm:
 
 async def refused(vmm: Vmm, method: str, path: str, body: Body) -> Failure:
     with pytest.raises(Failure) as failure:
-        await vmm.api._send(method, path, body)
+        await vmm.api._call(method, path, msgspec.json.encode(body), 5)
     return failure.value
 
 
@@ -433,7 +433,7 @@ async def test_a_vmm_that_is_killed_makes_calls_unavailable(vmm: Vmm) -> None:
 async def test_a_vmm_that_hangs_is_unavailable_in_time_and_usable_once_it_goes_on(
     vmm: Vmm,
 ) -> None:
-    hasty = FirecrackerApi(str(vmm.home), timeout_s=0.1, snapshot_timeout_s=0.1)
+    hasty = VmmApi(str(vmm.home), timeout_s=0.1, snapshot_timeout_s=0.1)
     vmm.process.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(Unavailable, match=r"within 0\.1 s"):

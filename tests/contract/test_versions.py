@@ -29,7 +29,7 @@ async def test_the_pinned_binaries_are_of_one_supported_version() -> None:
     ("said", "why"),
     [
         ("Firecracker v1.11.0", "firecracker is 1.11.0, jailer is 1.12.1"),
-        ("QEMU emulator version 7.2", "does not tell a version"),
+        ("QEMU emulator version 7.2", "printed no version"),
     ],
 )
 async def test_others_are_refused(tmp_path: Path, said: str, why: str) -> None:
@@ -46,5 +46,5 @@ async def test_a_version_hostd_does_not_know_is_refused(tmp_path: Path, version:
 
 
 async def test_what_cannot_be_executed_is_named(tmp_path: Path) -> None:
-    with pytest.raises(HostFault, match="nowhere cannot be executed"):
+    with pytest.raises(HostFault, match=r"cannot execute .*nowhere"):
         await check_versions(settings_with(tmp_path / "nowhere", JAILER))

@@ -21,10 +21,9 @@ from handlers.host.jail.sockets import connect, read_tail
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.shielded import run_shielded
 from handlers.host.vmm import confinement, processes
-from handlers.host.vmm.api_client import FirecrackerApi
+from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.jailer import Jailer, clear
-from handlers.interfaces import Vmm
 from handlers.jail_names import API_SOCKET, FIRECRACKER, LOG, PID_FILE
 from handlers.specs import LaunchSpec
 from schemas.records import VmmIdentity
@@ -158,8 +157,8 @@ class Vmms:
                     raise
             await asyncio.sleep(FIRST_LOOK_S)
 
-    def api(self, jail_id: str) -> Vmm:
-        return FirecrackerApi(
+    def api(self, jail_id: str) -> VmmApi:
+        return VmmApi(
             self._layout.root(jail_id),
             timeout_s=self._settings.api_timeout_s,
             snapshot_timeout_s=self._settings.snapshot_timeout_s,
