@@ -291,7 +291,7 @@ class LiveHost:
         return await self.run(TeardownNetwork(tenant_id, net))
 
     async def inventory(self) -> dict[str, int]:
-        return (await asyncio.to_thread(inventory.take, self.settings)).counts
+        return (await asyncio.to_thread(inventory.collect, self.settings)).counts
 
     async def jail_root(self, ref: InstanceRef = REF) -> str:
         return JailLayout(self.settings.jail_base).root((await self.describe(ref))["jail_id"])

@@ -18,7 +18,7 @@ import msgspec
 
 from handlers.host.jail.layout import JailLayout
 from handlers.host.linux.file_id import FileId
-from handlers.host.linux.kernel_thread import stay
+from handlers.host.linux.kernel_thread import no_namespace
 from handlers.host.net.host_network import open_network_mechanisms
 from handlers.host.net.ruleset import CARRIED
 from handlers.host.snapshot.manifest import CONSUMED, MANIFEST
@@ -55,7 +55,7 @@ class Inventory(msgspec.Struct, frozen=True):
         return {kind: len(getattr(self, kind)) for kind in self.__struct_fields__}
 
 
-def take(settings: Settings, *, enter: Callable[[], None] = stay) -> Inventory:
+def collect(settings: Settings, *, enter: Callable[[], None] = no_namespace) -> Inventory:
     """Look at the whole host. Blocks; to be called from a thread where a loop runs.
 
     Args:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from handlers.host.inventory import Inventory, take
+from handlers.host.inventory import Inventory, collect
 from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
 from handlers.host.vmm.cgroups import find_mount
 from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
@@ -102,7 +102,7 @@ def only(found: Inventory, *kinds: str) -> bool:
 
 
 def test_an_untouched_host_has_nothing(settings: Settings, namespace: Namespace) -> None:
-    found = take(settings, enter=namespace.enter)
+    found = collect(settings, enter=namespace.enter)
 
     assert found == NOTHING
     assert list(found.counts) == [
@@ -128,7 +128,7 @@ async def test_links_and_rules_of_ours_are_counted_and_foreign_ones_are_not(
     namespace.ip("tuntap add tn7i9 mode tap")
     namespace.command("nft", "add table inet other; add set inet other tenants { type ifname; }")
     namespace.command("nft", 'add element inet other tenants { "br-foreign" }')
-    before = await asyncio.to_thread(take, settings, enter=namespace.enter)
+    before = await asyncio.to_thread(collect, settings, enter=namespace.enter)
     assert before == NOTHING
 
     tap, mac, ip = "tn7i3", "02:fc:00:07:00:03", "10.240.7.3"
@@ -138,7 +138,7 @@ async def test_links_and_rules_of_ours_are_counted_and_foreign_ones_are_not(
     await mechanisms.taps.ensure(
         TapSpec(tap, NET.bridge_name, os.getuid(), mac, ip, "hostd:acme/web/i-1")
     )
-    found = await asyncio.to_thread(take, settings, enter=namespace.enter)
+    found = await asyncio.to_thread(collect, settings, enter=namespace.enter)
 
     assert only(found, "taps", "bridges", "nft")
     assert (found.taps, found.bridges) == (("tn7i3",), ("br-tenant-7",))
@@ -149,7 +149,7 @@ async def test_links_and_rules_of_ours_are_counted_and_foreign_ones_are_not(
     await mechanisms.pins.remove(f"{tap},{mac},{ip}")
     await mechanisms.tenant_rules.remove(TenantRulesSpec("acme", NET).key)
     await mechanisms.bridges.remove(NET.bridge_name)
-    assert await asyncio.to_thread(take, settings, enter=namespace.enter) == NOTHING
+    assert await asyncio.to_thread(collect, settings, enter=namespace.enter) == NOTHING
 
 
 def test_a_jail_of_ours_is_counted_with_its_disks_and_sockets_and_a_foreign_one_is_not(
@@ -163,7 +163,7 @@ def test_a_jail_of_ours_is_counted_with_its_disks_and_sockets_and_a_foreign_one_
         (root / "link.ext4").symlink_to("/etc/hostname")
         os.mknod(root / "api.sock", stat.S_IFSOCK | 0o600)
 
-    found = take(settings, enter=namespace.enter)
+    found = collect(settings, enter=namespace.enter)
 
     assert only(found, "jails", "disks", "sockets")
     assert found.jails == (OURS,)
@@ -185,7 +185,7 @@ def test_processes_are_ours_by_root_and_executable_not_by_their_name(
         copy(f"{ours}/firecracker") as by_exe,
         copy(f"{foreign}/firecracker"),
     ):
-        found = take(settings, enter=namespace.enter)
+        found = collect(settings, enter=namespace.enter)
 
     assert only(found, "jails", "processes")
     assert set(found.processes) == {str(by_root.pid), str(by_exe.pid)}
@@ -196,7 +196,7 @@ def test_a_link_that_a_vmm_left_as_its_executable_makes_no_foreign_process_ours(
 ) -> None:
     (jail_root(settings, OURS) / "firecracker").symlink_to(f"/proc/{os.getpid()}/exe")
 
-    assert take(settings, enter=namespace.enter).processes == ()
+    assert collect(settings, enter=namespace.enter).processes == ()
 
 
 def test_leaves_of_our_cgroup_and_live_processes_in_them_are_counted(
@@ -211,7 +211,7 @@ def test_leaves_of_our_cgroup_and_live_processes_in_them_are_counted(
     ):
         (leaf / "cgroup.procs").write_text(str(child.pid))
         (foreign / "cgroup.procs").write_text(str(other.pid))
-        found = take(settings, enter=namespace.enter)
+        found = collect(settings, enter=namespace.enter)
         assert only(found, "cgroups", "processes")
         assert found.cgroups == (f"{name}/acme/{OURS}",)
         assert found.processes == (str(child.pid),)
@@ -219,7 +219,7 @@ def test_leaves_of_our_cgroup_and_live_processes_in_them_are_counted(
         for process in (child, other):
             process.kill()
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert only(take(settings, enter=namespace.enter), "cgroups")  # a zombie is no process
+        assert only(collect(settings, enter=namespace.enter), "cgroups")  # a zombie is no process
         for process in (child, other):
             process.wait()
 
@@ -237,7 +237,7 @@ def test_snapshots_are_whole_or_temporary(settings: Settings, namespace: Namespa
             (base / number / name).touch()
     os.link(base / "4" / "mem", base.parent / "in-a-jail")  # the memory of a VM that was woken
 
-    found = take(settings, enter=namespace.enter)
+    found = collect(settings, enter=namespace.enter)
 
     assert found.snapshots == ("acme/web/i-1/1",)
     assert found.temp == (f"{base}/2", f"{base}/3")
@@ -269,7 +269,7 @@ def test_artifacts_and_half_written_files_are_counted_and_what_is_kept_is_not(
     for path in half[1:]:
         path.touch()
 
-    found = take(settings, enter=namespace.enter)
+    found = collect(settings, enter=namespace.enter)
 
     assert only(found, "artifacts", "temp")
     assert found.artifacts == ("acme/web/abc",)
@@ -283,4 +283,4 @@ def test_without_its_directories_a_host_has_nothing(
         settings, paths=PathSettings(data="/nonexistent/a", state="/nonexistent/b")
     )
 
-    assert take(gone, enter=namespace.enter) == NOTHING
+    assert collect(gone, enter=namespace.enter) == NOTHING

@@ -136,13 +136,13 @@ async def run(story: Story, build: str, guest: str) -> None:
         stack.push_async_callback(nats.stop)
         subjects = Subjects(settings.root, settings.host.id, settings.host.cell)
         await provision_cell(settings, subjects)
-        before = (await asyncio.to_thread(inventory.take, settings)).counts
+        before = (await asyncio.to_thread(inventory.collect, settings)).counts
         with story.step("worker ready") as facts:
             await stack.enter_async_context(worker_process(settings, directory))
             client = await stack.enter_async_context(connect(settings))
             facts.extend(await first_ping(client, settings))
         await life(Driver(client, settings, story), build, guest)
-        after = (await asyncio.to_thread(inventory.take, settings)).counts
+        after = (await asyncio.to_thread(inventory.collect, settings)).counts
         if after != before:
             raise DemoFailed(f"left behind: before {before}, after {after}")
         story.tell("inventory", f"the same before and after: {sum(after.values())} things owned")
@@ -182,7 +182,7 @@ class Driver:
 
     async def owned(self) -> None:
         """What hostd owns on this host now, by kind."""
-        counts = (await asyncio.to_thread(inventory.take, self.settings)).counts
+        counts = (await asyncio.to_thread(inventory.collect, self.settings)).counts
         there = ", ".join(f"{kind} {count}" for kind, count in counts.items() if count)
         self.story.tell("hostd owns", there or "nothing")
 

@@ -14,7 +14,7 @@ from itertools import chain
 import structlog
 
 from handlers.errors import Failure
-from handlers.host.inventory import take
+from handlers.host.inventory import collect
 from handlers.host.net.drift_watch import Change
 from handlers.instance.stop import finish_stop
 from handlers.mechanism import Removable
@@ -167,7 +167,7 @@ class Reconciler:
         if now - self._counted_at < PASS_EVERY_S:
             return
         self._counted_at = now
-        inventory = await asyncio.to_thread(take, self._host.settings)
+        inventory = await asyncio.to_thread(collect, self._host.settings)
         found = unowned(inventory, self._journal.instances(), self._journal.networks())
         self._metrics.orphans(counted(self._unowned, found))
         self._unowned = found

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from handlers.errors import Failure, HostFault, Unavailable
 from handlers.host.linux.errnos import os_failure
-from handlers.host.linux.kernel_thread import KernelThread, stay
+from handlers.host.linux.kernel_thread import KernelThread, no_namespace
 from handlers.host.net.libnftables import (
     JSON,
     STATELESS,
@@ -159,7 +159,7 @@ class Nft:
 
     def __init__(
         self,
-        enter: Callable[[], None] = stay,
+        enter: Callable[[], None] = no_namespace,
         open_engine: Callable[[], Engine] = open_engine,
     ) -> None:
         self._thread = KernelThread("nftables", enter)
