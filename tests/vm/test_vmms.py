@@ -199,7 +199,7 @@ async def test_a_vmm_that_ends_as_it_starts_is_told_with_the_end_of_its_log(rig:
     spec = await rig.prepare()
     rig.put(spec, "log", b"x" * 10_000 + b"the last words")
 
-    with pytest.raises(HostFault, match="ended as it started") as failure:
+    with pytest.raises(HostFault, match="exited during startup") as failure:
         await vmms_with(rig, firecracker=stand_in(rig, payload.EXIT_0)).ensure(spec)
 
     assert len(failure.value.detail["vmm_log"]) == 4096
@@ -285,7 +285,7 @@ async def test_a_foreign_process_in_the_leaf_is_left_alone_and_named(rig: VmmRig
         procs = Path(rig.tree.path(spec.cgroup), "cgroup.procs")
         procs.write_text(str(foreign.pid))
         try:
-            with pytest.raises(HostFault, match=f"process {foreign.pid} .* left alone"):
+            with pytest.raises(HostFault, match=f"unexpected process {foreign.pid} .* not killed"):
                 await rig.vmms.remove(spec.jail_id)
 
             assert await rig.vmms.find(spec.jail_id) is None

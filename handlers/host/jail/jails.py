@@ -1,7 +1,7 @@
-"""The jail of one launch: everything the VMM will see, made ready before the jailer starts.
+"""The jail of one launch: everything the VMM will see, made before the jailer starts.
 
 Kernel and disks are hard links, never copies: a write to a copied disk would be lost with the jail.
-What hostd makes it can also take away whatever the VMM did to the directory meanwhile.
+A jail can be removed whatever the VMM did to its directory.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from handlers.errors import Conflict, Failure, HostFault
 from handlers.host.jail import secrets_tmpfs
 from handlers.host.jail.layout import JailLayout, JailMetadata, launch_of
 from handlers.host.jail.logs import JailLogs
-from handlers.host.linux.checksummed_json import write_sealed
 from handlers.host.linux.errnos import os_failure
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.file_threads import run_in_thread
@@ -48,8 +47,9 @@ NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Jails:
-    """The Protocol of `handlers/interfaces.py`; the key is the jail id.
+    """Makes and removes jails and reads their logs; the key is the jail ID.
 
+    Source: docs/jailer.md of Firecracker, linkat(2).
     Needs: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_SYS_ADMIN.
     """
 
@@ -62,10 +62,10 @@ class Jails:
         self._drives = SmallDrives()
 
     async def ensure(self, spec: JailSpec) -> Jail:
-        """Make the jail, all or nothing; half of one is removed first.
+        """Make the jail, all or nothing; an incomplete one is removed first.
 
         Raises:
-            Conflict: a jail of that id belongs to another instance or uid.
+            Conflict: a jail of that ID belongs to another instance or uid.
             Invalid: the data disk is not one that hostd made for the instance.
             HostFault: a file is on another file system than the jails.
             Exhausted: the disk is full.
@@ -76,25 +76,25 @@ class Jails:
         return os.path.lexists(self._layout.directory(key))
 
     async def remove(self, key: str) -> None:
-        """Remove the jail; its VMM must be gone. The log is kept, the data disk given to root."""
+        """Remove the jail; its VMM must be gone. Keeps the log; the data disk is root's again."""
         await run_in_thread(self._remove, key)
 
     async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
         return await run_in_thread(self._logs.read, ref, launch)
 
     async def bound_logs(self) -> int:
-        """Keep the logs of live jails within their limit; call it every few seconds.
+        """Cut the logs of live jails to their limit; to be called every few seconds.
 
-        Returns the bytes given back.
+        Returns the bytes freed.
         """
         return await run_in_thread(self._logs.bound)
 
     async def list_ids(self) -> list[str]:
-        """All jails on this host, half-made ones included."""
+        """All jails on this host, incomplete ones included."""
         return await run_in_thread(self._layout.list_ids)
 
     async def metadata(self, jail_id: str) -> JailMetadata | None:
-        """Whose jail it is, from the note beside it; None if there is none or it is damaged."""
+        """Whose jail it is; None if the metadata is missing or damaged."""
         return await run_in_thread(self._layout.read_metadata, jail_id)
 
     # -- making --------------------------------------------------------------------------------
@@ -105,7 +105,9 @@ class Jails:
         if metadata is not None and metadata.complete:
             if (metadata.ref, metadata.uid) != (spec.ref, spec.uid):
                 raise Conflict(
-                    f"the jail {spec.jail_id} is another's", detail={"uid": metadata.uid}
+                    f"jail {spec.jail_id} belongs to another instance or uid: expected "
+                    f"{spec.ref} with uid {spec.uid}, found {metadata.ref} with uid {metadata.uid}",
+                    detail={"uid": metadata.uid},
                 )
             return Jail(root, has_config=metadata.has_config, has_secrets=metadata.has_secrets)
         self._remove(spec.jail_id, keep_log=False)
@@ -115,7 +117,7 @@ class Jails:
             with contextlib.suppress(Failure):
                 self._remove(spec.jail_id, keep_log=False)
             if isinstance(error, OSError):
-                raise os_failure(error, f"cannot make the jail {spec.jail_id}") from error
+                raise os_failure(error, f"cannot make jail {spec.jail_id}") from error
             raise
 
     def _make(self, spec: JailSpec, root: str) -> Jail:
@@ -134,8 +136,8 @@ class Jails:
         )
         make_dir(self._layout.base)
         os.mkdir(directory, 0o700)
-        # First of all, so that a disk given to the uid is given back even after kill -9.
-        write_sealed(self._layout.metadata_path(spec.jail_id), metadata, sync=False)
+        # Before anything else, so that a disk given to the uid is given back even after kill -9.
+        self._layout.write_metadata(spec.jail_id, metadata)
         os.mkdir(root, 0o700)
         ours: dict[str, FileId] = {}
         with Directory.trusted(root) as opened:
@@ -153,7 +155,7 @@ class Jails:
                     copy_drive(spec.kept_secrets, fd)
         os.chown(root, spec.uid, spec.uid)
         metadata = msgspec.structs.replace(metadata, complete=True, ours=ours)
-        write_sealed(self._layout.metadata_path(spec.jail_id), metadata, sync=False)
+        self._layout.write_metadata(spec.jail_id, metadata)
         return Jail(root, has_config=has_config, has_secrets=has_secrets)
 
     def _link(self, spec: JailSpec, file: JailFile, root: int) -> None:
@@ -169,14 +171,14 @@ class Jails:
                 if error.errno != errno.EXDEV:
                     raise
                 raise HostFault(
-                    f"{file.source} and the jails in {self._layout.base} are on different file"
-                    " systems: set [vmm] jail_base, [paths] state and data on one",
+                    f"cannot link {file.source} into {self._layout.base}: they are on different "
+                    "file systems; put [vmm] jail_base, [paths] state and data on one",
                     path=file.source,
                 ) from error
 
     @contextlib.contextmanager
     def _source(self, file: JailFile) -> Generator[int, None, None]:
-        """Open what is to be linked; below the data root through `openat2`, as anything there."""
+        """Open the file to link; below the data root with `openat2`, like every file there."""
         tenants = f"{self._data}/tenants/"
         if file.source.startswith(tenants):
             tenant, _, rest = file.source.removeprefix(tenants).partition("/")
@@ -211,7 +213,7 @@ class Jails:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise os_failure(error, f"cannot open the jail {jail_id}") from error
+            raise os_failure(error, f"cannot open jail {jail_id}") from error
         metadata = self._layout.read_metadata(jail_id)
         try:
             secrets_tmpfs.unmount_secrets(f"{path}/{ROOT}/{SECRETS_DIR}")
@@ -223,15 +225,15 @@ class Jails:
             remove_names(directory)
             os.rmdir(path)
         except OSError as error:
-            raise os_failure(error, f"cannot remove the jail {jail_id}") from error
+            raise os_failure(error, f"cannot remove jail {jail_id}") from error
         finally:
             os.close(directory)
 
     def _release_disks(self, jail_id: str, sources: tuple[str, ...]) -> None:
-        """Give data disks back to root, unless a newer jail of the instance has them by now.
+        """Give data disks back to root, unless a newer jail of the instance has linked them.
 
-        Looked for where they were linked from and in the jail: agentd may have moved the one, the
-        VMM the other. hostd's mark tells them from anything else.
+        Searched both at the source of the link and in the jail: agentd may have moved the one, the
+        VMM the other. hostd's mark distinguishes them from other files.
         """
         with self._layout.file(jail_id, DATA_DISK, os.O_RDWR) as fd:
             if fd is not None:
@@ -273,7 +275,7 @@ def _new_file(path: str, mode: int, *, uid: int) -> FileId:
 
 
 def _discard_memory(directory: int, name: str) -> None:
-    """Free the blocks of a woken VM's memory file with its last name: they hold the guest's RAM."""
+    """Discard the blocks of a memory file before its last name goes: they hold the guest's RAM."""
     if name not in {MEMORY, STATE}:
         return
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -13,7 +13,7 @@ import msgspec
 
 from handlers import jail_names
 from handlers.errors import HostFault
-from handlers.host.linux.checksummed_json import read_sealed
+from handlers.host.linux.checksummed_json import read_sealed, write_sealed
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.state_dirs import checked_jail_id
 from schemas import naming
@@ -55,15 +55,16 @@ class JailLayout:
         """The directory that is `/` for the VMM. Raises Invalid: not a jail ID."""
         return jail_names.jail_root(self.jail_base, checked_jail_id(jail_id))
 
-    def metadata_path(self, jail_id: str) -> str:
-        return f"{self.directory(jail_id)}/{jail_names.METADATA}"
-
     def read_metadata(self, jail_id: str) -> JailMetadata | None:
         """None if there is no such jail, or its metadata is missing or damaged."""
         try:
-            return read_sealed(self.metadata_path(jail_id), JailMetadata)
+            return read_sealed(self._metadata_path(jail_id), JailMetadata)
         except HostFault:
             return None
+
+    def write_metadata(self, jail_id: str, metadata: JailMetadata) -> None:
+        """Not synced: after a power loss its VMM is gone and the jail is removed."""
+        write_sealed(self._metadata_path(jail_id), metadata, sync=False)
 
     def list_ids(self) -> list[str]:
         """All jails, complete or not."""
@@ -93,6 +94,9 @@ class JailLayout:
             yield fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
         finally:
             os.close(fd)
+
+    def _metadata_path(self, jail_id: str) -> str:
+        return f"{self.directory(jail_id)}/{jail_names.METADATA}"
 
 
 def launch_of(jail_id: str) -> int:

@@ -1,8 +1,8 @@
 """VMM logs and serial consoles: bounded while a VM runs, kept after it is gone.
 
-Both are files that the VMM writes, so their content and size are its word. The bound is kept by
-giving back all blocks but the last part, again and again: that loses the oldest lines, not the
-newest, works however the VMM positions its writes, and needs nobody when the worker is away.
+The VMM writes both files, so neither content nor size is trusted. To bound them, holes are punched
+over all but the last part, repeatedly: that loses the oldest lines, not the newest, and works at
+whatever offset the VMM writes. While the worker is down nothing bounds them.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class JailLogs:
         self._known: dict[str, JailMetadata] = {}
 
     def bound(self) -> int:
-        """Give back what is past the limit in every live jail; returns the bytes given back."""
+        """Free what exceeds the limit in every live jail; returns the bytes freed."""
         jails = self._layout.list_ids()
         for gone in self._known.keys() - set(jails):
             del self._known[gone]
@@ -43,7 +43,7 @@ class JailLogs:
         return freed
 
     def keep(self, jail_id: str, metadata: JailMetadata) -> None:
-        """Copy the last part of a jail's logs out before it is removed; forget old launches."""
+        """Copy the last part of a jail's logs before its removal; delete those of old launches."""
         directory = f"{self._base}/{metadata.ref}"
         for name, suffix in ((LOG, "log"), (SERIAL, "serial")):
             data = self._read_live(jail_id, metadata, name)
@@ -61,7 +61,7 @@ class JailLogs:
                     os.unlink(f"{directory}/{launch}.{suffix}")
 
     def read(self, ref: InstanceRef, launch: int | None) -> bytes:
-        """The VMM's log of a launch, or of the last one that has any; empty if there is none."""
+        """The VMM's log of a launch, or of the last launch with a log; empty if there is none."""
         live = [launch_of(each) for each in self._layout.ids_of(ref)]
         launches = sorted({*live, *self._kept(ref)}, reverse=True) if launch is None else [launch]
         for each in launches:
@@ -104,7 +104,7 @@ class JailLogs:
         if found.st_blocks * 512 <= self._limit + BLOCK:
             return 0
         with self._layout.file(jail_id, name, os.O_RDWR) as fd:
-            # The name may be that of a shared artifact by now: only the file hostd made is cut.
+            # The VMM may have moved a shared artifact to this name: cut only the file hostd made.
             if fd is None or FileId.of(os.fstat(fd)) != expected:
                 return 0
             before = os.fstat(fd)

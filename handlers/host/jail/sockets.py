@@ -13,7 +13,7 @@ from handlers.errors import HostFault
 
 
 def read_tail(root: str, name: str, limit_bytes: int) -> str:
-    """The end of a file in the jail as text; empty if it is not there or not a plain file."""
+    """The end of a file in the jail as text; empty if it is missing or not a regular file."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with (
@@ -32,11 +32,11 @@ def read_tail(root: str, name: str, limit_bytes: int) -> str:
 def connect(root: str, name: str) -> socket.socket:
     """A non-blocking stream connection to a socket in the jail, whatever the path's length.
 
-    The socket's inode is opened first, then reached through /proc/self/fd: no link is followed,
-    and the 107 bytes of `sun_path` always suffice.
+    The socket's inode is opened first, then reached through /proc/self/fd: no symlink is followed,
+    and the path fits into the 107 bytes of `sun_path`.
 
     Raises:
-        OSError: FileNotFoundError before it is bound, ConnectionRefusedError once nobody listens.
+        OSError: FileNotFoundError before it is bound, ConnectionRefusedError if nothing listens.
         HostFault: the name is not a socket.
     """
     with _dir(root) as directory, _opened(name, os.O_PATH | os.O_NOFOLLOW, directory) as target:

@@ -1,9 +1,9 @@
-"""One execution of the jailer, which turns itself into a jailed VMM and leaves.
+"""One execution of the jailer, which daemonizes the jailed VMM and exits.
 
-The jailer is silent about much: a missing parent cgroup, a VMM that dies after it daemonized. So
-what it needs is checked before, and what it did is read back by `vmms` and `confinement`.
+The jailer reports neither a missing parent cgroup nor a VMM that dies after daemonizing. So what it
+needs is checked before it runs, and `vmms` and `confinement` read back what it did.
 
-Source: docs/jailer.md of Firecracker; the facts are proven in tests/contract/test_jailer.py.
+Source: docs/jailer.md of Firecracker; proven in tests/contract/test_jailer.py.
 """
 
 import os
@@ -47,24 +47,32 @@ class Jailer:
         self._launches = LaunchLog(settings.paths.state)
 
     def prepare(self, spec: LaunchSpec, root: str) -> None:
-        """Check what the jailer needs and would not complain of; clear a dead run's leftovers."""
+        """Check what the jailer fails silently without; remove what an earlier run left.
+
+        Raises:
+            HostFault: names what is missing or misnamed.
+        """
         executable = os.path.basename(os.path.realpath(self.firecracker))
         if executable != FIRECRACKER:
             raise HostFault(
-                f"vmm.firecracker is a file named {executable}; the jails' directory follows that "
-                f"name, so it must be {FIRECRACKER}",
+                f"invalid [vmm] firecracker {self.firecracker}: the file is named {executable}, "
+                f"want {FIRECRACKER} (the jailer names the jails' directory after it)",
                 path=self.firecracker,
             )
         if not os.path.isdir(self._tree.path(spec.cgroup)):
-            raise HostFault(f"the cgroup {spec.cgroup} is missing; the jailer would not say so")
+            raise HostFault(
+                f"cgroup {spec.cgroup} is missing (the jailer fails silently without it)"
+            )
         if not os.path.isfile(f"{root}/{LOG}"):
-            raise HostFault("the jail has no log file; the VMM would die without a word", path=root)
+            raise HostFault(
+                f"jail {spec.jail_id} has no log file (the VMM fails silently without it)",
+                path=root,
+            )
         clear(root)
-
         try:
             self._launches.record(spec.jail_id, spec.uid)
         except OSError as error:
-            raise os_failure(error, "cannot write the log of launches") from error
+            raise os_failure(error, "cannot write the launch log") from error
 
     def arguments(self, spec: LaunchSpec) -> list[str]:
         """The whole command line of one launch."""
@@ -86,26 +94,28 @@ class Jailer:
             *("--level", "Info"),
         ]
 
-    async def run(self, spec: LaunchSpec, words: int) -> None:
-        """Run until its first process ends, which it does when daemonized.
+    async def run(self, spec: LaunchSpec, output: int) -> None:
+        """Run until the first process exits, which it does once the VMM is daemonized.
+
+        `output` is a file descriptor for stdout and stderr.
 
         Raises:
-            HostFault: it cannot be executed, or failed; its words are in the detail.
+            HostFault: it cannot be executed, or failed; its output is in the detail.
         """
         try:
-            code = await spawn.run(self.arguments(spec), words)
+            code = await spawn.run(self.arguments(spec), output)
         except OSError as error:
             raise os_failure(error, f"cannot execute {self.path}") from error
         if code != 0:
-            said = os.pread(words, STDERR_BYTES, 0).decode(errors="replace").strip()
+            text = os.pread(output, STDERR_BYTES, 0).decode(errors="replace").strip()
             raise HostFault(
-                f"the jailer failed with {code}: {_reason(said)}",
-                detail={"exit_code": code, "jailer": said},
+                f"jailer exited with status {code}: {_reason(text)}",
+                detail={"exit_code": code, "jailer": text},
             )
 
 
 class LaunchLog:
-    """`<state>/launches.log`, root-only: a line per jailer execution, so also how often.
+    """`<state>/launches.log`, root-only: one line per jailer execution.
 
     Bounded: past 1 MiB the file becomes `launches.log.1`, replacing the previous one.
     """
@@ -117,7 +127,7 @@ class LaunchLog:
         """Append `<unix ms> <jail id> <uid>`, before the jailer is executed.
 
         Raises:
-            OSError: the state directory cannot be written; then nothing may be started.
+            OSError: the state directory cannot be written; nothing may be started then.
         """
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(self._path, flags, 0o600)
@@ -130,14 +140,14 @@ class LaunchLog:
             os.replace(self._path, f"{self._path}.1")
 
 
-def _reason(said: str) -> str:
-    """The one line that says why, out of a panic's several."""
-    lines = said.splitlines() or ["without a word"]
+def _reason(output: str) -> str:
+    """The one line of a panic's output that has the error."""
+    lines = output.splitlines() or ["no output"]
     return next((line for line in lines if "error" in line), lines[0])[:400]
 
 
 def clear(root: str) -> None:
-    """Remove what a jailer makes in a jail: it refuses to start over any of it."""
+    """Remove what a jailer makes in a jail: it does not start if any of it exists."""
     try:
         directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -151,6 +161,6 @@ def clear(root: str) -> None:
             except (IsADirectoryError, PermissionError):
                 shutil.rmtree(name, dir_fd=directory)
     except OSError as error:
-        raise os_failure(error, f"cannot clear the jail {root}") from error
+        raise os_failure(error, f"cannot remove the jailer's files in {root}") from error
     finally:
         os.close(directory)

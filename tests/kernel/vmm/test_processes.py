@@ -58,7 +58,7 @@ def test_a_process_that_is_not_where_it_was_launched_is_neither_gone_nor_signall
     change: dict[str, object],
 ) -> None:
     with sleeper() as child:
-        with pytest.raises(HostFault, match="left alone"):
+        with pytest.raises(HostFault, match="not signalled"):
             processes.prove(replace(identity_of(child.pid), **change))
 
         assert child.poll() is None
@@ -72,7 +72,7 @@ def test_moved_to_another_cgroup_by_hand_is_not_proven() -> None:
         try:
             (there / "cgroup.procs").write_text(str(child.pid))
 
-            with pytest.raises(HostFault, match="left alone"):
+            with pytest.raises(HostFault, match="not signalled"):
                 processes.prove(identity)
         finally:
             child.kill()
