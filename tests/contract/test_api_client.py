@@ -120,7 +120,7 @@ async def refused(vmm: Vmm, method: str, path: str, body: Body) -> Failure:
 # -- what hostd sends, and reads ------------------------------------------------------------------
 
 
-async def test_the_whole_life_by_every_request_there_is(tmp_path: Path, vmm: Vmm) -> None:
+async def test_the_whole_life_of_a_vm_with_every_request(tmp_path: Path, vmm: Vmm) -> None:
     api = vmm.api
     assert await api.version() == VERSION
     assert await api.state() == "Not started"
@@ -149,7 +149,7 @@ async def test_the_whole_life_by_every_request_there_is(tmp_path: Path, vmm: Vmm
         await woken.end()
 
 
-async def test_what_was_configured_is_what_the_vmm_says_it_has(vmm: Vmm) -> None:
+async def test_the_vmm_reports_the_configuration_that_was_sent(vmm: Vmm) -> None:
     await vmm.api.configure(vmm.config())
 
     told = msgspec.json.decode(await vmm.api._call("GET", "/vm/config", b"", 5))
@@ -176,13 +176,13 @@ async def test_repeating_pause_and_resume_is_success(vmm: Vmm) -> None:
         await vmm.api.resume()
 
 
-async def test_calls_at_once_are_sent_one_after_the_other(vmm: Vmm) -> None:
+async def test_concurrent_calls_are_sent_one_after_the_other(vmm: Vmm) -> None:
     states = await asyncio.gather(*(vmm.api.state() for _ in range(20)))
 
     assert states == ["Not started"] * 20
 
 
-async def test_a_closed_client_connects_anew(vmm: Vmm) -> None:
+async def test_a_closed_client_reconnects(vmm: Vmm) -> None:
     await vmm.api.state()
     await vmm.api.close()
 
@@ -204,7 +204,7 @@ async def test_a_closed_client_connects_anew(vmm: Vmm) -> None:
     ],
     ids=["serial", "clock_realtime"],
 )
-async def test_what_a_later_version_knows_this_one_refuses(
+async def test_a_field_of_a_later_version_is_refused_by_this_one(
     vmm: Vmm, path: str, body: Body, unknown: str
 ) -> None:
     failure = await refused(vmm, "PUT", path, body)
@@ -289,9 +289,7 @@ async def test_what_belongs_before_the_start_is_a_conflict_after_it(
 @pytest.mark.parametrize(
     "content", [b"no elf", b"\x7fELF\x02\x01\x01", b""], ids=["text", "cut", "empty"]
 )
-async def test_a_kernel_that_is_none_fails_the_start_and_not_the_vmm(
-    vmm: Vmm, content: bytes
-) -> None:
+async def test_an_invalid_kernel_fails_the_start_and_not_the_vmm(vmm: Vmm, content: bytes) -> None:
     config = vmm.config()
     (vmm.home / "vmlinux").write_bytes(content)
     await vmm.api.configure(config)
@@ -302,7 +300,7 @@ async def test_a_kernel_that_is_none_fails_the_start_and_not_the_vmm(
     assert await vmm.api.state() == "Not started"
 
 
-async def test_a_fault_of_the_http_itself_has_a_raw_newline_and_is_read_all_the_same(
+async def test_a_fault_of_the_http_itself_is_decoded_despite_its_raw_newline(
     vmm: Vmm,
 ) -> None:
     with pytest.raises(HostFault, match="All previous unanswered requests") as failure:
@@ -360,7 +358,7 @@ async def snapshot(vmm: Vmm, directory: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("fault", ["no state", "bit", "half memory", "no memory", "no tap"])
-async def test_a_failed_load_is_told_and_ends_the_vmm_with_1(
+async def test_a_failed_load_is_reported_and_the_vmm_exits_with_1(
     tmp_path: Path, vmm: Vmm, fault: str
 ) -> None:
     state, mem = await snapshot(vmm, tmp_path)
@@ -390,7 +388,7 @@ async def test_a_failed_load_is_told_and_ends_the_vmm_with_1(
         await woken.end()
 
 
-async def test_a_load_after_boot_configuration_is_a_conflict_and_the_vmm_lives(
+async def test_a_load_after_boot_configuration_is_a_conflict_and_the_vmm_survives(
     tmp_path: Path, vmm: Vmm
 ) -> None:
     state, mem = await snapshot(vmm, tmp_path)
@@ -410,7 +408,9 @@ async def test_a_load_after_boot_configuration_is_a_conflict_and_the_vmm_lives(
 
 
 @pytest.mark.parametrize("code", [payload.RESET, payload.CRASH], ids=["reset", "triple fault"])
-async def test_a_guest_that_resets_or_crashes_ends_the_vmm_with_0(vmm: Vmm, code: bytes) -> None:
+async def test_the_vmm_of_a_guest_that_resets_or_crashes_exits_with_0(
+    vmm: Vmm, code: bytes
+) -> None:
     await vmm.api.configure(vmm.config(code))
 
     await vmm.api.start()

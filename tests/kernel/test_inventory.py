@@ -1,4 +1,4 @@
-"""The inventory counts what carries our mark, planted leftovers too, and nothing foreign."""
+"""The inventory counts everything with hostd's mark, leftovers included, and nothing foreign."""
 
 import asyncio
 import contextlib
@@ -60,7 +60,7 @@ def jail_root(settings: Settings, jail_id: str) -> Path:
 
 @contextlib.contextmanager
 def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has said that it is in its place, killed afterwards."""
+    """A process that has reported that it is ready; killed afterwards."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with process:
         try:
@@ -97,7 +97,7 @@ def cgroup(name: str) -> Iterator[Path]:
 
 
 def only(found: Inventory, *kinds: str) -> bool:
-    """Whether these kinds, and no others, have something."""
+    """Whether exactly these kinds are not empty."""
     return {kind for kind, count in found.counts.items() if count} == set(kinds)
 
 
@@ -120,7 +120,7 @@ def test_an_untouched_host_has_nothing(settings: Settings, namespace: Namespace)
     ]
 
 
-async def test_links_and_rules_of_ours_are_counted_and_foreign_ones_are_not(
+async def test_interfaces_and_rules_of_hostd_are_counted_and_foreign_ones_are_not(
     settings: Settings, namespace: Namespace, mechanisms: NetworkMechanisms
 ) -> None:
     await mechanisms.networks.prepare()
@@ -152,7 +152,7 @@ async def test_links_and_rules_of_ours_are_counted_and_foreign_ones_are_not(
     assert await asyncio.to_thread(collect, settings, enter=namespace.enter) == NOTHING
 
 
-def test_a_jail_of_ours_is_counted_with_its_disks_and_sockets_and_a_foreign_one_is_not(
+def test_a_jail_of_hostd_is_counted_with_its_disks_and_sockets_and_a_foreign_one_is_not(
     settings: Settings, namespace: Namespace
 ) -> None:
     for jail_id in (OURS, FOREIGN):
@@ -171,7 +171,7 @@ def test_a_jail_of_ours_is_counted_with_its_disks_and_sockets_and_a_foreign_one_
     assert found.sockets == (f"{OURS}/root/api.sock",)
 
 
-def test_processes_are_ours_by_root_and_executable_not_by_their_name(
+def test_processes_are_recognized_by_root_and_executable_not_by_name(
     settings: Settings, namespace: Namespace
 ) -> None:
     for jail_id in (OURS, FOREIGN):
@@ -191,7 +191,7 @@ def test_processes_are_ours_by_root_and_executable_not_by_their_name(
     assert set(found.processes) == {str(by_root.pid), str(by_exe.pid)}
 
 
-def test_a_link_that_a_vmm_left_as_its_executable_makes_no_foreign_process_ours(
+def test_a_symlink_in_place_of_the_executable_makes_no_foreign_process_count(
     settings: Settings, namespace: Namespace
 ) -> None:
     (jail_root(settings, OURS) / "firecracker").symlink_to(f"/proc/{os.getpid()}/exe")
@@ -199,7 +199,7 @@ def test_a_link_that_a_vmm_left_as_its_executable_makes_no_foreign_process_ours(
     assert collect(settings, enter=namespace.enter).processes == ()
 
 
-def test_leaves_of_our_cgroup_and_live_processes_in_them_are_counted(
+def test_leaves_of_the_cgroup_and_live_processes_in_them_are_counted(
     settings: Settings, namespace: Namespace
 ) -> None:
     name = settings.limits.cgroup
@@ -224,7 +224,9 @@ def test_leaves_of_our_cgroup_and_live_processes_in_them_are_counted(
             process.wait()
 
 
-def test_snapshots_are_whole_or_temporary(settings: Settings, namespace: Namespace) -> None:
+def test_a_snapshot_directory_is_published_in_use_or_temporary(
+    settings: Settings, namespace: Namespace
+) -> None:
     base = Path(settings.paths.state, "snapshots/acme/web/i-1")
     for number, names in (
         ("1", ["state", "mem", "manifest.json"]),
@@ -243,7 +245,7 @@ def test_snapshots_are_whole_or_temporary(settings: Settings, namespace: Namespa
     assert found.temp == (f"{base}/2", f"{base}/3")
 
 
-def test_artifacts_and_half_written_files_are_counted_and_what_is_kept_is_not(
+def test_artifacts_and_temporary_files_are_counted_and_kept_files_are_not(
     settings: Settings, namespace: Namespace
 ) -> None:
     state, data = Path(settings.paths.state), Path(settings.paths.data)

@@ -1,4 +1,4 @@
-"""hostd's agent client against the mini guest, and against what is no agent."""
+"""hostd's agent client against the mini guest, and against a guest without an agent."""
 
 import os
 

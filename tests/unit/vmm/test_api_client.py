@@ -1,4 +1,4 @@
-"""The API client against replies the real binary does not give on demand, and by version."""
+"""The API client: replies that the real binary does not send on demand, and other versions."""
 
 import asyncio
 import json
@@ -87,7 +87,7 @@ def client(server: Server) -> VmmApi:
     ],
     ids=["closed", "cut", "ssh", "short", "text", "type", "deep", "large", "header", "500"],
 )
-async def test_a_reply_that_is_none_is_a_failure_and_not_an_accident(
+async def test_an_invalid_reply_is_a_failure_and_not_a_bug(
     server: Server, reply: bytes, kind: type[Failure]
 ) -> None:
     server.reply = reply
@@ -99,7 +99,7 @@ async def test_a_reply_that_is_none_is_a_failure_and_not_an_accident(
     await api.close()
 
 
-async def test_a_connection_that_was_closed_while_idle_is_made_anew_by_the_next_call_but_one(
+async def test_after_an_idle_connection_was_closed_one_call_fails_and_the_next_reconnects(
     server: Server,
 ) -> None:
     server.reply = http(b'{"id": "a", "state": "Paused", "vmm_version": "1.12.1"}')
@@ -120,7 +120,7 @@ async def test_no_socket_is_unavailable(tmp_path: Path) -> None:
         await api.state()
 
 
-async def test_a_link_in_place_of_the_socket_is_not_followed(server: Server) -> None:
+async def test_a_symlink_in_place_of_the_socket_is_not_followed(server: Server) -> None:
     (server.directory / "api.sock").rename(server.directory / "elsewhere")
     (server.directory / "api.sock").symlink_to("elsewhere")
 
@@ -147,7 +147,7 @@ async def test_a_link_in_place_of_the_socket_is_not_followed(server: Server) -> 
         ("os error 16", HostFault),
     ],
 )
-def test_the_number_decides_and_never_the_words(words: str, kind: type[Failure]) -> None:
+def test_the_errno_decides_the_class_and_never_the_text(words: str, kind: type[Failure]) -> None:
     body = json.dumps({"fault_message": f"Some error: {words}"}).encode()
 
     failure = refusal("PUT", "/x", 400, body)
@@ -157,7 +157,7 @@ def test_the_number_decides_and_never_the_words(words: str, kind: type[Failure])
 
 
 @given(st.binary(max_size=3000))
-def test_any_refusal_is_quoted_in_bounds(body: bytes) -> None:
+def test_a_quoted_refusal_is_bounded(body: bytes) -> None:
     failure = refusal("PUT", "/x", 400, body)
 
     assert len(failure.message) < 500
