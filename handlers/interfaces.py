@@ -156,10 +156,6 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
         """True once it is gone; false when the time is up."""
         ...
 
-    async def terminate(self, identity: VmmIdentity) -> None:
-        """SIGTERM by pidfd (ignored in a pid namespace of its own)."""
-        ...
-
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
         """Read back root, uid, gid, capabilities, no_new_privs, seccomp on all threads, cgroup,
         pid namespace, once the VM is started or loaded.

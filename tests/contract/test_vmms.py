@@ -122,15 +122,6 @@ async def test_wait_exit_waits_until_the_exit_or_the_timeout(host: VmmHost) -> N
     assert await asyncio.wait_for(waiting, 10)
 
 
-async def test_sigterm_is_ignored_by_the_init_of_a_pid_namespace(host: VmmHost) -> None:
-    spec = await host.prepare()
-    identity = await host.vmms.ensure(spec)
-
-    await host.vmms.terminate(identity)
-
-    assert not await host.vmms.wait_exit(identity, 0.05)
-
-
 async def test_an_identity_that_differs_is_not_alive(host: VmmHost) -> None:
     identity = await host.vmms.ensure(await host.prepare())
 

@@ -378,16 +378,14 @@ class FakeVmms(Plain):
             await asyncio.sleep(0)
         return gone.is_set()
 
-    async def terminate(self, identity: VmmIdentity) -> None: ...
-
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
         await self.machine.effect("check_confinement", lambda: None)
 
-    def api(self, jail_id: str) -> "FakeVmm":
-        return FakeVmm(self.machine, jail_id)
+    def api(self, jail_id: str) -> "FakeVmmApi":
+        return FakeVmmApi(self.machine, jail_id)
 
 
-class FakeVmm:
+class FakeVmmApi:
     """The API of one VMM; gone with it."""
 
     def __init__(self, machine: FakeHost, jail_id: str) -> None:

@@ -93,10 +93,6 @@ class Jails:
         """All jails on this host, incomplete ones included."""
         return await run_in_thread(self._layout.list_ids)
 
-    async def metadata(self, jail_id: str) -> JailMetadata | None:
-        """Whose jail it is; None if the metadata is missing or damaged."""
-        return await run_in_thread(self._layout.read_metadata, jail_id)
-
     # -- making --------------------------------------------------------------------------------
 
     def _ensure(self, spec: JailSpec) -> Jail:

@@ -123,11 +123,6 @@ class Vmms:
         with _proven(identity) as pidfd:
             return pidfd is None or await processes.wait_exit(pidfd, timeout_s)
 
-    async def terminate(self, identity: VmmIdentity) -> None:
-        with _proven(identity) as pidfd:
-            if pidfd is not None:
-                processes.send(pidfd, signal.SIGTERM)
-
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
         root = self._layout.root(spec.jail_id)
         with _proven(identity) as pidfd:

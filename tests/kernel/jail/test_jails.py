@@ -14,6 +14,7 @@ from handlers.errors import Conflict, Failure, HostFault, Invalid
 from handlers.host.jail import jails as jails_module
 from handlers.host.jail import secrets_tmpfs
 from handlers.host.jail.jails import Jails
+from handlers.host.jail.layout import JailLayout
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.drive_images import CONFIG, SECRETS
@@ -387,15 +388,15 @@ async def test_images_kept_with_a_snapshot_are_used_unchanged(ready: Ready) -> N
 async def test_the_metadata_beside_a_jail_says_whose_it_is(ready: Ready) -> None:
     await ready.jails.ensure(ready.spec)
 
-    facts = await new_jails(ready.world).metadata(JAIL)
-
-    assert facts is not None
-    assert (facts.ref, facts.uid, facts.launch) == (REF, UID, 1)
-    note = ready.root.parent / METADATA
-    assert (note.stat().st_uid, stat.S_IMODE(note.stat().st_mode)) == (0, 0o600)
-    json.loads(note.read_text())
-    note.write_bytes(note.read_bytes()[:40])
-    assert await new_jails(ready.world).metadata(JAIL) is None
+    layout = JailLayout(str(ready.world.jails))
+    metadata = layout.read_metadata(JAIL)
+    assert metadata is not None
+    assert (metadata.ref, metadata.uid, metadata.launch) == (REF, UID, 1)
+    path = ready.root.parent / METADATA
+    assert (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) == (0, 0o600)
+    json.loads(path.read_text())
+    path.write_bytes(path.read_bytes()[:40])
+    assert layout.read_metadata(JAIL) is None
 
 
 @pytest.mark.parametrize("key", ["..", "a/b", "", "a" * 65, "é", "x\n"])
