@@ -14,7 +14,7 @@ from handlers.errors import Conflict, Failure, HostFault, Invalid
 from handlers.host.jail import jails as jails_module
 from handlers.host.jail import secrets_tmpfs
 from handlers.host.jail.jails import Jails
-from handlers.host.jail.layout import JailLayout
+from handlers.host.jail.layout import JailLayout, JailMetadata
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.drive_images import CONFIG, SECRETS
@@ -277,16 +277,18 @@ async def test_an_incomplete_jail_of_a_killed_worker_is_remade(
     def killed(*args: object, **kwargs: object) -> None:
         raise Killed
 
-    monkeypatch.setattr(jails_module, "write_sealed", killed)
+    monkeypatch.setattr(JailLayout, "write_metadata", killed)
     with pytest.raises(Killed):
         ready.jails._ensure(ready.spec)
     monkeypatch.undo()
-    real = jails_module.write_sealed
-    monkeypatch.setattr(
-        jails_module,
-        "write_sealed",
-        lambda path, facts, sync: killed() if facts.complete else real(path, facts, sync=sync),
-    )
+    real = JailLayout.write_metadata
+
+    def killed_at_the_end(layout: JailLayout, jail_id: str, metadata: JailMetadata) -> None:
+        if metadata.complete:
+            raise Killed
+        real(layout, jail_id, metadata)
+
+    monkeypatch.setattr(JailLayout, "write_metadata", killed_at_the_end)
     with pytest.raises(Killed):
         ready.jails._ensure(ready.spec)
     monkeypatch.undo()
