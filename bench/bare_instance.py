@@ -19,13 +19,23 @@ from handlers.host.jail.jails import Jails
 from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
-from handlers.host.vmm.api_schema import boot_requests, parse_version
+from handlers.host.vmm.api_schema import boot_requests, for_version
 from handlers.host.vmm.cgroups import Cgroups
 from handlers.host.vmm.jailer import Jailer
-from handlers.instance.jail_contents import CONFIG as CONFIG_DRIVE
-from handlers.instance.jail_contents import DATA, KERNEL, ROOTFS, VSOCK
+from handlers.host.vmm.versions import parse_version
 from handlers.instance.launch import MIB, PIDS_PER_VMM
 from handlers.interfaces import CPU_PERIOD_US
+from handlers.jail_names import (
+    CONFIG_DRIVE,
+    DATA_DISK,
+    KERNEL,
+    MEMORY,
+    ROOTFS,
+    STATE,
+    VSOCK_SOCKET,
+    WOKEN_DIR,
+    in_jail,
+)
 from handlers.specs import (
     ArtifactSpec,
     BootConfig,
@@ -44,7 +54,6 @@ from tests.guests.firecracker import VERSION
 from tests.live_host import LiveHost
 
 FIRST_SLOT = 60_000
-WOKEN = "woken"
 START_CALL = ("PUT", "/actions", {"action_type": "InstanceStart"})
 PAUSE_CALL = ("PATCH", "/vm", {"state": "Paused"})
 RESUME_CALL = ("PATCH", "/vm", {"state": "Resumed"})
@@ -80,6 +89,10 @@ class BareInstance:
         return naming.jail_id(self.ref, self.launch)
 
     @property
+    def cgroup_key(self) -> str:
+        return naming.cgroup_key(self.ref.tenant_id, self.jail_id)
+
+    @property
     def tap(self) -> str:
         return naming.tap_name(self.net.tenant_net_id, self.offset)
 
@@ -89,7 +102,7 @@ class BareInstance:
 
     @property
     def spec(self) -> LaunchSpec:
-        cgroup = f"{self.host.settings.limits.cgroup}/{self.ref.tenant_id}/{self.jail_id}"
+        cgroup = naming.cgroup_name(self.host.settings.limits.cgroup, self.cgroup_key)
         return LaunchSpec(self.jail_id, self.uid, cgroup)
 
     async def prepare(self) -> None:
@@ -99,13 +112,13 @@ class BareInstance:
         artifact = await artifacts.ensure(
             ArtifactSpec(self.ref.tenant_id, self.ref.pool_id, self.revision)
         )
-        files = [JailFile("vmlinux", artifact.vmlinux), JailFile("rootfs.ext4", artifact.rootfs)]
+        files = [JailFile(KERNEL, artifact.vmlinux), JailFile(ROOTFS, artifact.rootfs)]
         if self.data_disk_mib:
             disks = DataDisks(data=self._paths.data, jail_base=self.host.settings.jail_base)
             known = self._disk if self.launch > 1 else None
             disk = await disks.ensure(DataDiskSpec(self.ref, self.data_disk_mib, known))
             self._disk = disk.identity
-            files.append(JailFile("data.ext4", disk.path, writable=True))
+            files.append(JailFile(DATA_DISK, disk.path, writable=True))
         overhead = self.host.settings.limits.vmm_overhead_mib
         await self._cgroups.ensure(
             CgroupSpec(
@@ -131,26 +144,32 @@ class BareInstance:
         )
 
     def start_job(self) -> dict[str, Any]:
-        """The jailer, API and agent calls of hostd's StartInstance."""
+        """What hostd's StartInstance asks of jailer, API and agent."""
+        version = parse_version(VERSION)
         calls = [
-            (method, path, msgspec.to_builtins(body))
-            for method, path, body in boot_requests(self._config(), parse_version(VERSION))
+            (method, path, msgspec.to_builtins(accepted))
+            for method, path, body in boot_requests(self._config())
+            if (accepted := for_version(body, version)) is not None
         ]
         return self._job([*calls, START_CALL], ["Ping"])
 
     def wake_job(self) -> dict[str, Any]:
         """The calls of hostd's WakeInstance; the snapshot must have been linked."""
         body = {
-            "snapshot_path": f"/{WOKEN}/state",
-            "mem_backend": {"backend_type": "File", "backend_path": f"/{WOKEN}/mem"},
+            "snapshot_path": in_jail(WOKEN_DIR, STATE),
+            "mem_backend": {"backend_type": "File", "backend_path": in_jail(WOKEN_DIR, MEMORY)},
             "resume_vm": False,
         }
         clock = {"SetClock": {"unix_nanos": 1_900_000_000_000_000_000}}
         return self._job([("PUT", "/snapshot/load", body), RESUME_CALL], ["Wake", clock])
 
     def sleep_job(self) -> dict[str, Any]:
-        """Run once, on a started VM: leaves state and memory in the jail."""
-        body = {"snapshot_type": "Full", "snapshot_path": "/state", "mem_file_path": "/mem"}
+        """To be run once, on a started VM: leaves state and memory in the jail."""
+        body = {
+            "snapshot_type": "Full",
+            "snapshot_path": in_jail(STATE),
+            "mem_file_path": in_jail(MEMORY),
+        }
         job = self._job([PAUSE_CALL, ("PUT", "/snapshot/create", body)], [])
         return job | {"jailer": []}
 
@@ -161,17 +180,17 @@ class BareInstance:
     def keep_snapshot(self) -> None:
         """Move state and memory out of the jail, for all later wakes."""
         self.snapshot.mkdir()
-        for name in ("state", "mem"):
+        for name in (STATE, MEMORY):
             os.rename(self.root / name, self.snapshot / name)
             os.chown(self.snapshot / name, 0, self.uid)
             os.chmod(self.snapshot / name, 0o440)
 
     def link_snapshot(self) -> None:
-        """Hard-link it into the prepared jail, as hostd does."""
-        woken = self.root / WOKEN
+        """Into the prepared jail, as hostd links it."""
+        woken = self.root / WOKEN_DIR
         woken.mkdir(mode=0o750)
         os.chown(woken, 0, self.uid)
-        for name in ("state", "mem"):
+        for name in (STATE, MEMORY):
             os.link(self.snapshot / name, woken / name)
 
     async def clear(self) -> None:
@@ -184,26 +203,26 @@ class BareInstance:
             await asyncio.sleep(0.002)
         await self.network.taps.remove(self.tap)
         await self._jails.remove(self.jail_id)
-        await self._cgroups.remove(f"{self.ref.tenant_id}/{self.jail_id}")
+        await self._cgroups.remove(self.cgroup_key)
 
     def _config(self) -> BootConfig:
         drives = [
-            DriveConfig("rootfs", ROOTFS, read_only=True, root_device=True),
-            DriveConfig("config", CONFIG_DRIVE, read_only=True),
+            DriveConfig("rootfs", in_jail(ROOTFS), read_only=True, root_device=True),
+            DriveConfig("config", in_jail(CONFIG_DRIVE), read_only=True),
         ]
         if self.data_disk_mib:
-            drives.append(DriveConfig("data", DATA, read_only=False))
+            drives.append(DriveConfig("data", in_jail(DATA_DISK), read_only=False))
         guest_ip = naming.guest_ip(self.net, self.offset)
         address = f"ip={guest_ip}::{self.net.gateway_ip}:{naming.netmask(self.net)}::eth0:off"
         return BootConfig(
             vcpus=1,
             mem_mib=self.mem_mib,
-            kernel=KERNEL,
+            kernel=in_jail(KERNEL),
             initrd=None,
             boot_args=f"reboot=k panic=1 {address}",
             drives=tuple(drives),
             nic=NicConfig(self.tap, naming.mac_address(self.net.tenant_net_id, self.offset)),
-            vsock=VSOCK,
+            vsock=in_jail(VSOCK_SOCKET),
         )
 
 

@@ -140,7 +140,7 @@ class Jails(Mechanism[JailSpec, Jail], Protocol):
         ...
 
 
-class Vmm(Protocol):
+class VmmApi(Protocol):
     """The API of one live VMM, typed; one request at a time.
 
     Raises:
@@ -217,7 +217,7 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
         """
         ...
 
-    def api(self, jail_id: str) -> Vmm:
+    def api(self, jail_id: str) -> VmmApi:
         """The VMM's API; connects with the first request."""
         ...
 

@@ -6,6 +6,7 @@ All paths are absolute host paths, all sizes in bytes unless a name says otherwi
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 
+from schemas import naming
 from schemas.records import DiskIdentity, InstanceRecord
 from schemas.requests import InstanceRef, TenantNet
 
@@ -145,11 +146,6 @@ class DataDisk:
     identity: DiskIdentity
 
 
-def cgroup_key(record: InstanceRecord) -> str:
-    """The key of the cgroup of the record's launch."""
-    return f"{record.ref.tenant_id}/{record.jail_id}"
-
-
 @dataclass(frozen=True, slots=True)
 class CgroupSpec:
     """Leaf `<limits.cgroup>/<tenant>/<jail id>` of the cgroup2 tree; limits are read back."""
@@ -162,7 +158,7 @@ class CgroupSpec:
 
     @property
     def key(self) -> str:
-        return f"{self.tenant_id}/{self.jail_id}"
+        return naming.cgroup_key(self.tenant_id, self.jail_id)
 
 
 @dataclass(frozen=True, slots=True)

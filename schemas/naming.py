@@ -64,3 +64,13 @@ def parse_ref(text: str) -> InstanceRef:
     if len(ids) != 3 or not all(ID_PATTERN.fullmatch(each) for each in ids):
         raise DecodeError("key", f"got {quoted(text)}, want t/p/i, each {ID_RULE}")
     return InstanceRef(*ids)
+
+
+def cgroup_key(tenant_id: str, jail_id: str) -> str:
+    """What names a VMM's cgroup in the journal: its path below `[limits] cgroup`."""
+    return f"{tenant_id}/{jail_id}"
+
+
+def cgroup_name(base: str, key: str) -> str:
+    """Its path relative to the cgroup2 mount, as /proc/<pid>/cgroup has it; `base`: the setting."""
+    return f"{base}/{key}"

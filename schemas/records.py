@@ -185,6 +185,11 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
         return naming.jail_id(self.ref, self.launch)
 
     @property
+    def cgroup_key(self) -> str:
+        """Of the last launch."""
+        return naming.cgroup_key(self.ref.tenant_id, self.jail_id)
+
+    @property
     def holds_host(self) -> bool:
         """Whether it has, or may have, a VMM: counts against quota and the host's memory."""
         return self.uid_slot is not None

@@ -19,8 +19,9 @@ import msgpack
 import nats.js.errors
 
 from handlers.host import inventory
-from handlers.host.jail.sockets import VSOCK_SOCKET, JailPaths
+from handlers.host.jail.layout import JailLayout
 from handlers.host.vmm.cgroups import find_mount
+from handlers.jail_names import VSOCK_SOCKET
 from schemas import codec
 from schemas.envelopes import Command
 from schemas.requests import (
@@ -290,10 +291,10 @@ class LiveHost:
         return await self.run(TeardownNetwork(tenant_id, net))
 
     async def inventory(self) -> dict[str, int]:
-        return (await asyncio.to_thread(inventory.take, self.settings)).counts
+        return (await asyncio.to_thread(inventory.collect, self.settings)).counts
 
     async def jail_root(self, ref: InstanceRef = REF) -> str:
-        return JailPaths.of(self.settings).root((await self.describe(ref))["jail_id"])
+        return JailLayout(self.settings.jail_base).root((await self.describe(ref))["jail_id"])
 
     async def ask_guest(self, request: object, ref: InstanceRef = REF) -> Any:
         """The running guest's own answer on its agent port, asked until it answers."""

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from handlers.concurrency import Slots
 from handlers.host.facts import HostFacts
-from handlers.host.inventory import Inventory, take
+from handlers.host.inventory import Inventory, collect
 from handlers.host.jail.jails import Jails
-from handlers.host.jail.layout import JailDirs
+from handlers.host.jail.layout import JailLayout
 from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
 from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.agentd_files import SharedFiles
@@ -34,12 +34,12 @@ class RealHost:
     network: NetworkMechanisms
     snapshots: Snapshots
     jails: Jails
-    jail_dirs: JailDirs
+    jail_dirs: JailLayout
     exits: ExitWatch
 
     def take_inventory(self) -> Inventory:
         """Everything on this host that carries hostd's mark. Blocks; call it from a thread."""
-        return take(self.host.settings)
+        return collect(self.host.settings)
 
     def close(self) -> None:
         """End the mechanisms' threads; every resource on the host stays."""
@@ -103,6 +103,6 @@ def open_real_host(settings: Settings, records: Records, later: Later) -> RealHo
         network=network,
         snapshots=snapshots,
         jails=jails,
-        jail_dirs=JailDirs(settings.jail_base),
+        jail_dirs=JailLayout(settings.jail_base),
         exits=ExitWatch(),
     )

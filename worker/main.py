@@ -43,6 +43,7 @@ from worker.reconcile.adoption import Adoption
 from worker.reconcile.reconciler import Reconciler
 from worker.reconcile.recovery import Recovery
 from worker.reconcile.vmm_watch import NotifyingRunner, VmmWatch
+from worker.settings import machine_id
 from worker.state_writer import StateWriter
 
 OUTBOX_S = 5.0
@@ -140,7 +141,7 @@ class Worker:
         self.lease = Lease(
             bus,
             subjects.host_key,
-            Holder(real.facts.machine_id(), real.facts.boot_id(), journal.store.journal_id),
+            Holder(machine_id(), real.facts.boot_id(), journal.store.journal_id),
             lambda: {**self.facts(), "seq": journal.store.seq},
         )
         self.state = StateWriter(bus, journal.outbox, journal.store.journal_id, self.lease)

@@ -114,7 +114,13 @@ def load_with_origins(path: str | None, environ: Mapping[str, str]) -> Loaded:
         values[dotted] = _convert(name, known[dotted], _parse(name, known[dotted], text))
         origins[dotted] = name
     if not values.get("host.id"):
-        values["host.id"] = _machine_id()
+        if not (machine := machine_id()):
+            raise SettingsError(
+                MACHINE_ID_FILE,
+                "host.id",
+                "not set, and this file has no machine ID (32 hex digits) to use instead",
+            )
+        values["host.id"] = machine
         origins["host.id"] = MACHINE_ID_FILE
     tables: dict[str, dict[str, Any]] = {key.table: {} for key in known.values()}
     for dotted, value in values.items():
@@ -182,19 +188,14 @@ def _convert(source: str, key: Key, value: object) -> object:
         raise SettingsError(source, key.dotted, f"{error}") from error
 
 
-def _machine_id() -> str:
+def machine_id() -> str:
+    """The ID of this installation, 32 hex digits; empty if it has none. Source: machine-id(5)."""
     try:
-        with open(MACHINE_ID_FILE, encoding="ascii") as file:
-            text = file.read().strip()
-    except OSError as error:
-        raise SettingsError(
-            MACHINE_ID_FILE, "host.id", "is not set, and the machine ID cannot be read: set it"
-        ) from error
-    if not re.fullmatch(r"[0-9a-f]{32}", text[:32]):
-        raise SettingsError(
-            MACHINE_ID_FILE, "host.id", "is not set, and this is not a machine ID: set it"
-        )
-    return text[:32]
+        with open(MACHINE_ID_FILE, encoding="ascii", errors="replace") as file:
+            text = file.read(32)
+    except OSError:
+        return ""
+    return text if re.fullmatch(r"[0-9a-f]{32}", text) else ""
 
 
 # -- rules -----------------------------------------------------------------------------------------

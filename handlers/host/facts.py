@@ -1,84 +1,57 @@
-"""What is true of this host as a whole, read from /proc, /etc and the file systems."""
+"""Facts about this host as a whole, read from /proc and the file systems."""
 
 import os
 from functools import cached_property
 
 from handlers.clock import now_ms
+from handlers.host.linux import procfs
 
-MACHINE_ID = "/etc/machine-id"
-BOOT_ID = "/proc/sys/kernel/random/boot_id"
 CPU_FIELDS = ("vendor_id", "cpu family", "model", "stepping", "model name")
 
 
 class HostFacts:
-    """Implements `interfaces.HostFacts`. What cannot change while hostd runs is read once."""
+    """The clock, boot, memory, kernel and CPU. What cannot change while hostd runs is read once."""
 
     def now_ms(self) -> int:
         """Wall clock, Unix milliseconds."""
         return now_ms()
 
     def boot_id(self) -> str:
-        """New at each boot. Source: proc_sys_kernel(5)."""
-        return self._boot_id
+        """New at each boot."""
+        return procfs.boot_id()
 
     def memory_mib(self) -> int:
-        """All memory of the host. Source: sysconf(3)."""
+        """Total memory of the host. Source: sysconf(3)."""
         return self._memory_mib
 
-    def machine_id(self) -> str:
-        """Of this installation, 32 hex; empty if it has none. Source: machine-id(5)."""
-        return self._machine_id
-
     def kernel_release(self) -> str:
-        """As `uname -r` says."""
+        """The same as `uname -r`."""
         return os.uname().release
 
     def cpu_model(self) -> str:
         """Vendor, family, model, stepping and name of the first CPU, one line.
 
-        A memory snapshot holds CPU state and belongs to this. Not the microcode: an update of it
-        would throw all sleepers away. Source: proc_cpuinfo(5).
+        A memory snapshot holds CPU state and is valid only on this CPU model. The microcode is left
+        out: an update of it would invalidate every sleeping instance. Source: proc_cpuinfo(5).
         """
         return self._cpu_model
-
-    @cached_property
-    def _boot_id(self) -> str:
-        return _read(BOOT_ID).strip()
 
     @cached_property
     def _memory_mib(self) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
 
     @cached_property
-    def _machine_id(self) -> str:
-        try:
-            return _read(MACHINE_ID).strip()
-        except FileNotFoundError:
-            return ""
-
-    @cached_property
     def _cpu_model(self) -> str:
-        first = _read("/proc/cpuinfo").partition("\n\n")[0]
+        first = procfs.read_text("/proc/cpuinfo").partition("\n\n")[0]
         pairs = (line.partition(":") for line in first.splitlines())
         fields = {name.strip(): value.strip() for name, _, value in pairs}
-        known = [fields[name] for name in CPU_FIELDS if name in fields]
-        return " ".join(known) or os.uname().machine
+        present = [fields[name] for name in CPU_FIELDS if name in fields]
+        return " ".join(present) or os.uname().machine
 
 
 def file_system(path: str) -> str:
-    """The type of the file system that holds an existing path, e.g. `ext4`; empty if not listed.
-
-    Source: proc_pid_mountinfo(5).
-    """
+    """The type of the file system of an existing path, e.g. `ext4`; empty if it is not listed."""
     device = os.stat(path).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
-    for line in _read("/proc/self/mountinfo").splitlines():
-        mount, _, source = line.partition(" - ")
-        if mount.split(" ")[2] == number:
-            return source.split(" ", 1)[0]
-    return ""
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
+    types = (mount.fs_type for mount in procfs.read_mounts() if mount.device == number)
+    return next(types, "")

@@ -1,10 +1,11 @@
 """What hostd owns on this host, counted from the kernel and the file systems, not the journal.
 
-Ours is what carries our mark: a link by its alias, an nftables element by its set, a cgroup by its
-path, a jail by its id, a process by the jail or the cgroup it is in. So what another tool made is
-never counted, and what hostd forgot is. Reads only; what vanishes meanwhile is not there.
+A resource is hostd's by its mark: an interface by its alias, an nftables element by its set, a
+cgroup by its path, a jail by its ID, a process by the jail or the cgroup it is in. So resources of
+other tools are never counted, and resources missing in the journal are. Reads only; what disappears
+during the count is not counted.
 
-Not counted: zombies, kept volumes, launch logs, tombstones, hostd's own tables without tenants.
+Not counted: zombies, kept volumes, launch logs, tombstones, hostd's tables without tenants.
 """
 
 import asyncio
@@ -16,23 +17,26 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from handlers.host.linux.kernel_thread import stay
+from handlers.host.jail.layout import JailLayout
+from handlers.host.linux.file_id import FileId
+from handlers.host.linux.kernel_thread import no_namespace
 from handlers.host.net.host_network import open_network_mechanisms
 from handlers.host.net.ruleset import CARRIED
-from handlers.host.snapshot.manifest import CONSUMED, MANIFEST, MEMORY
+from handlers.host.snapshot.manifest import CONSUMED, MANIFEST
 from handlers.host.vmm.cgroups import CgroupTree
-from handlers.host.vmm.processes import FileIdentity, read_cgroup, read_stat
+from handlers.host.vmm.processes import read_cgroup, read_stat
+from handlers.jail_names import FIRECRACKER, MEMORY
+from schemas.naming import JAIL_ID_PATTERN
 from schemas.settings import NetworkSettings, Settings
 
-JAIL_ID = re.compile(r"[0-9a-f]{12}-[0-9]+")
 DRIVE = ".ext4"
-# How the parts of hostd name what they write before its rename.
-HALF_OF_OURS = (".part", ".tmp")
-HALF_BESIDE_AGENTDS = re.compile(r"\..+\.hostd")
+# The names of files that hostd writes and then renames.
+TEMPORARY_SUFFIXES = (".part", ".tmp")
+TEMPORARY_OF_AGENTD_FILE = re.compile(r"\..+\.hostd")
 
 
 class Inventory(msgspec.Struct, frozen=True):
-    """Names of all that is ours, by kind, sorted."""
+    """Names of all resources of hostd, by kind, sorted."""
 
     processes: tuple[str, ...] = ()
     taps: tuple[str, ...] = ()
@@ -48,28 +52,29 @@ class Inventory(msgspec.Struct, frozen=True):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many, by kind; every kind is there."""
+        """How many, for every kind."""
         return {kind: len(getattr(self, kind)) for kind in self.__struct_fields__}
 
 
-def take(settings: Settings, *, enter: Callable[[], None] = stay) -> Inventory:
-    """Look at the whole host. Blocks; to be called from a thread where a loop runs.
+def collect(settings: Settings, *, enter: Callable[[], None] = no_namespace) -> Inventory:
+    """Read the whole host. Blocks: call it from a thread if an event loop runs.
 
     Args:
-        settings: say where hostd's directories and cgroups are.
-        enter: enters the network namespace to look at; by default the caller's.
+        settings: where hostd's directories and cgroups are.
+        enter: enters the network namespace to read; by default the caller's.
 
     Raises:
-        Failure: the kernel does not tell, e.g. without CAP_NET_ADMIN.
+        Failure: the kernel denies a read, e.g. without CAP_NET_ADMIN.
 
     Needs: CAP_NET_ADMIN for nftables, CAP_SYS_PTRACE for processes, CAP_DAC_READ_SEARCH for files.
     """
     with ThreadPoolExecutor(1) as thread:
         network = thread.submit(asyncio.run, _network(settings.network, enter))
-        jails = _jails(settings)
-        roots = [f"{settings.jail_base}/firecracker/{jail}/root" for jail in jails]
+        layout = JailLayout(settings.jail_base)
+        jails = _jails(layout)
+        roots = [layout.root(jail) for jail in jails]
         cgroups = _cgroups(settings)
-        snapshots, half = _snapshots(f"{settings.paths.state}/snapshots")
+        snapshots, unused = _snapshots(f"{settings.paths.state}/snapshots")
         bridges, taps, nft = network.result()
     return Inventory(
         processes=_processes(roots, settings.limits.cgroup),
@@ -84,9 +89,11 @@ def take(settings: Settings, *, enter: Callable[[], None] = stay) -> Inventory:
         ),
         snapshots=snapshots,
         artifacts=_sorted(
-            path for path in _at_depth(f"{settings.paths.state}/artifacts", 3) if not _half(path)
+            path
+            for path in _at_depth(f"{settings.paths.state}/artifacts", 3)
+            if not _temporary(path)
         ),
-        temp=_sorted([*half, *_temp(settings)]),
+        temp=_sorted([*unused, *_temp(settings)]),
     )
 
 
@@ -115,16 +122,16 @@ async def _network(
 
 
 def _processes(roots: list[str], cgroup: str) -> tuple[str, ...]:
-    """Live processes whose root or executable is in a jail of ours, or that are in our cgroup.
+    """Live processes whose root or executable is in one of the jails, or that are in the cgroup.
 
-    Not the kernel's own thread that KVM puts into the cgroup for each VM (kvm-nx-lpage-recovery).
-    By device and inode: a jailed process has a mount namespace of its own, in which its root is
-    `/` and its executable `/firecracker`. Source: proc_pid_root(5), proc_pid_exe(5).
+    Without the kernel thread that KVM puts into the cgroup for each VM (kvm-nx-lpage-recovery).
+    Compared by device and inode: in its mount namespace a jailed process has the root `/` and the
+    executable `/firecracker`. Source: proc_pid_root(5), proc_pid_exe(5).
     """
     ours = {
-        FileIdentity(found.st_dev, found.st_ino)
+        FileId.of(found)
         for root in roots
-        for path in (root, f"{root}/firecracker")
+        for path in (root, f"{root}/{FIRECRACKER}")
         if (found := _lstat(path))
     }
     return tuple(
@@ -134,21 +141,21 @@ def _processes(roots: list[str], cgroup: str) -> tuple[str, ...]:
     )
 
 
-def _is_ours(pid: int, files: set[FileIdentity], cgroup: str) -> bool:
+def _is_ours(pid: int, files: set[FileId], cgroup: str) -> bool:
     found = read_stat(pid)
     if found is None or found[0] in "ZX":
         return False
     in_our_cgroup = f"{read_cgroup(pid)}/".startswith(f"{cgroup}/")
     try:
         if in_our_cgroup:
-            return FileIdentity.of(f"/proc/{pid}/exe") is not None  # a kernel thread has none
-        return any(FileIdentity.of(f"/proc/{pid}/{link}") in files for link in ("root", "exe"))
-    except PermissionError:  # another user namespace's, or a guarded one: no VMM of ours
+            return FileId.at(f"/proc/{pid}/exe") is not None  # a kernel thread has none
+        return any(FileId.at(f"/proc/{pid}/{link}") in files for link in ("root", "exe"))
+    except PermissionError:  # of another user namespace, or protected: not a VMM of hostd
         return in_our_cgroup
 
 
 def _cgroups(settings: Settings) -> tuple[str, ...]:
-    """The leaves below `[limits] cgroup`; a tenant's directory that is empty is one."""
+    """The leaves below `[limits] cgroup`; an empty directory of a tenant counts as one."""
     tree = CgroupTree.of(settings)
     base = tree.path(tree.base)
     return _sorted(
@@ -161,66 +168,64 @@ def _cgroups(settings: Settings) -> tuple[str, ...]:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def _jails(settings: Settings) -> tuple[str, ...]:
-    """Ids of the jails that hostd named, whole or not; other tools name theirs differently."""
-    found = _names(f"{settings.jail_base}/firecracker")
-    return _sorted(name for name in found if JAIL_ID.fullmatch(name))
+def _jails(layout: JailLayout) -> tuple[str, ...]:
+    """IDs of the jails that hostd made, complete or not; other tools name theirs differently."""
+    return _sorted(name for name in layout.list_ids() if JAIL_ID_PATTERN.fullmatch(name))
 
 
-def _in_jails(roots: list[str], wanted: Callable[[str, int], bool]) -> Iterator[str]:
-    """Files in a jail, at most one directory deep: what else a VMM may make is its own."""
+def _in_jails(roots: list[str], matches: Callable[[str, int], bool]) -> Iterator[str]:
+    """Files in a jail, at most one directory deep: hostd makes none below that."""
     for root in roots:
         for path, directories, names in _walk(root):
             if path != root:
                 directories.clear()
             for name in names:
                 found = _lstat(f"{path}/{name}")
-                if found and wanted(name, found.st_mode):
+                if found and matches(name, found.st_mode):
                     yield os.path.relpath(f"{path}/{name}", os.path.dirname(os.path.dirname(root)))
 
 
 def _snapshots(base: str) -> tuple[tuple[str, ...], list[str]]:
-    """`<t>/<p>/<i>/<n>`: those with a manifest, and the paths of those that nothing needs."""
-    whole: list[str] = []
-    half: list[str] = []
+    """Published snapshots as `<t>/<p>/<i>/<n>`, and the paths of directories that nothing uses."""
+    published: list[str] = []
+    unused: list[str] = []
     for path in _at_depth(base, 4):
-        sealed = os.path.exists(f"{base}/{path}/{MANIFEST}") and not _half(path)
-        if sealed:
-            whole.append(path)
+        if os.path.exists(f"{base}/{path}/{MANIFEST}") and not _temporary(path):
+            published.append(path)
         elif not _woken(f"{base}/{path}"):
-            half.append(f"{base}/{path}")
-    return _sorted(whole), half
+            unused.append(f"{base}/{path}")
+    return _sorted(published), unused
 
 
 def _woken(directory: str) -> bool:
-    """Whether it is the memory of a live VM, which was woken from it: its jail links the file."""
+    """Whether a VM that was woken from it still maps its memory: its jail has a hard link."""
     memory = _lstat(f"{directory}/{MEMORY}")
     return memory is not None and memory.st_nlink > 1 and os.path.exists(f"{directory}/{CONSUMED}")
 
 
 def _temp(settings: Settings) -> Iterator[str]:
-    """Paths of what was to be renamed into place and was not."""
+    """Paths of what was written, but not renamed into place."""
     state, data = settings.paths.state, settings.paths.data
     for base in (state, *(f"{state}/{kind}" for kind in ("artifacts", "snapshots", "logs"))):
         for path, directories, names in _walk(base):
             if base == state:
                 directories.clear()
             elif base.endswith("/snapshots") and _depth(path, base) >= 3:
-                directories.clear()  # a snapshot's directory is whole or half, as one
-            yield from (f"{path}/{name}" for name in names if _half(name))
-            yield from (f"{path}/{name}" for name in directories if _half(name))
-            directories[:] = [name for name in directories if not _half(name)]
+                directories.clear()  # `_snapshots` counts a snapshot's directory as one
+            yield from (f"{path}/{name}" for name in names if _temporary(name))
+            yield from (f"{path}/{name}" for name in directories if _temporary(name))
+            directories[:] = [name for name in directories if not _temporary(name)]
     for path, _, names in _walk(f"{data}/tenants"):
-        yield from (f"{path}/{name}" for name in names if HALF_BESIDE_AGENTDS.fullmatch(name))
+        yield from (f"{path}/{name}" for name in names if TEMPORARY_OF_AGENTD_FILE.fullmatch(name))
 
 
-def _half(path: str) -> bool:
+def _temporary(path: str) -> bool:
     name = os.path.basename(path)
-    return name.endswith(HALF_OF_OURS) or name.startswith(".")
+    return name.endswith(TEMPORARY_SUFFIXES) or name.startswith(".")
 
 
 def _at_depth(base: str, depth: int) -> Iterator[str]:
-    """Directories that many levels below, relative to the base; no link is followed."""
+    """Directories that many levels below, relative to the base; no symlink is followed."""
     for path, directories, _ in _walk(base):
         if _depth(path, base) == depth - 1:
             yield from (os.path.relpath(f"{path}/{name}", base) for name in directories)
@@ -228,7 +233,7 @@ def _at_depth(base: str, depth: int) -> Iterator[str]:
 
 
 def _walk(base: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As os.walk, following no link; what may not be read is an error, what is gone is not."""
+    """os.walk without following symlinks; fails if unreadable, not if missing."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -239,13 +244,6 @@ def _walk(base: str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 def _depth(path: str, base: str) -> int:
     return path.count("/") - base.count("/")
-
-
-def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except FileNotFoundError:
-        return []
 
 
 def _lstat(path: str) -> os.stat_result | None:

@@ -1,4 +1,4 @@
-"""The files in an instance's jail, their names, and the VMM's configuration made of them."""
+"""The files in an instance's jail, and the VMM's configuration made of them."""
 
 import json
 
@@ -6,11 +6,20 @@ import msgspec
 from msgspec.structs import replace
 
 from handlers.instance.launch_plan import Launch
+from handlers.jail_names import (
+    CONFIG_DRIVE,
+    DATA_DISK,
+    INITRD,
+    KERNEL,
+    ROOTFS,
+    SECRETS_DIR,
+    SECRETS_DRIVE,
+    SERIAL,
+    VSOCK_SOCKET,
+    in_jail,
+)
 from handlers.specs import Artifact, BootConfig, DriveConfig, Jail, JailFile, JailSpec, NicConfig
 from schemas import naming
-
-KERNEL, INITRD, ROOTFS, DATA = "/vmlinux", "/initrd", "/rootfs.ext4", "/data.ext4"
-CONFIG, SECRETS, VSOCK, SERIAL = "/config.ext4", "/secrets/secrets.ext4", "/v.sock", "/serial"
 
 
 def config_json(launch: Launch) -> bytes:
@@ -38,13 +47,13 @@ def jail_spec(
 ) -> JailSpec:
     """The jail's files: artifacts read-only, the data disk writable, the small drives."""
     files = [
-        JailFile(KERNEL.lstrip("/"), artifact.vmlinux),
-        JailFile(ROOTFS.lstrip("/"), artifact.rootfs),
+        JailFile(KERNEL, artifact.vmlinux),
+        JailFile(ROOTFS, artifact.rootfs),
     ]
     if artifact.initrd is not None:
-        files.append(JailFile(INITRD.lstrip("/"), artifact.initrd))
+        files.append(JailFile(INITRD, artifact.initrd))
     if data_path is not None:
-        files.append(JailFile(DATA.lstrip("/"), data_path, writable=True))
+        files.append(JailFile(DATA_DISK, data_path, writable=True))
     return JailSpec(
         ref=launch.ref,
         jail_id=launch.jail_id,
@@ -66,23 +75,23 @@ def boot_config(
 
     `boot_args` are the operator's, added to hostd's own.
     """
-    drives = [DriveConfig("rootfs", ROOTFS, read_only=True, root_device=True)]
+    drives = [DriveConfig("rootfs", in_jail(ROOTFS), read_only=True, root_device=True)]
     if jail.has_config:
-        drives.append(DriveConfig("config", CONFIG, read_only=True))
+        drives.append(DriveConfig("config", in_jail(CONFIG_DRIVE), read_only=True))
     if has_data:
-        drives.append(DriveConfig("data", DATA, read_only=False))
+        drives.append(DriveConfig("data", in_jail(DATA_DISK), read_only=False))
     if jail.has_secrets:
-        drives.append(DriveConfig("secrets", SECRETS, read_only=True))
+        drives.append(DriveConfig("secrets", in_jail(SECRETS_DIR, SECRETS_DRIVE), read_only=True))
     names = launch.names
     address = f"ip={names.guest_ip}::{names.net.gateway_ip}:{naming.netmask(names.net)}::eth0:off"
     return BootConfig(
         vcpus=launch.record.vcpus,
         mem_mib=launch.record.mem_mib,
-        kernel=KERNEL,
-        initrd=INITRD if artifact.initrd is not None else None,
+        kernel=in_jail(KERNEL),
+        initrd=in_jail(INITRD) if artifact.initrd is not None else None,
         boot_args=" ".join(part for part in ("reboot=k panic=1", address, boot_args) if part),
         drives=tuple(drives),
         nic=NicConfig(names.tap, names.mac),
-        vsock=VSOCK,
-        serial=SERIAL if launch.pool.serial else None,
+        vsock=in_jail(VSOCK_SOCKET),
+        serial=in_jail(SERIAL) if launch.pool.serial else None,
     )

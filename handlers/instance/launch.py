@@ -23,9 +23,9 @@ from handlers.instance.jail_contents import jail_spec
 from handlers.instance.launch_plan import Launch, LaunchPlan
 from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
 from handlers.instance.vmm_log import add_log
-from handlers.interfaces import CPU_PERIOD_US, Host, Vmm
+from handlers.interfaces import CPU_PERIOD_US, Host, VmmApi
 from handlers.mechanism import Removable
-from handlers.specs import Artifact, CgroupSpec, DataDiskSpec, Jail, SnapshotKey, cgroup_key
+from handlers.specs import Artifact, CgroupSpec, DataDiskSpec, Jail, SnapshotKey
 from handlers.steps import Steps, together
 from schemas.records import DiskIdentity, InstanceRecord, VmmIdentity
 
@@ -40,7 +40,7 @@ class LaunchedVmm:
     launch: Launch
     record: InstanceRecord
     identity: VmmIdentity
-    api: Vmm
+    api: VmmApi
     state: str
     artifact: Artifact
     jail: Jail
@@ -100,7 +100,7 @@ def planned_steps(plan: LaunchPlan, host: Host) -> list[tuple[Removable, str]]:
     launch = plan.launch
     names = launch.names
     planned: list[tuple[Removable, str]] = [
-        (host.cgroups, cgroup_key(launch.record)),
+        (host.cgroups, launch.record.cgroup_key),
         (host.pins, names.pin.key),
         (host.taps, names.tap),
     ]

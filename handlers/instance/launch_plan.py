@@ -6,8 +6,9 @@ from handlers.errors import Conflict, Invalid
 from handlers.instance.reservations import ReservationSpec
 from handlers.interfaces import Host
 from handlers.network_names import Names, names_of
-from handlers.specs import LaunchSpec, SnapshotInfo, cgroup_key
+from handlers.specs import LaunchSpec, SnapshotInfo
 from handlers.steps import Steps
+from schemas import naming
 from schemas.decode_error import DecodeError
 from schemas.files import InstanceFile, PoolSpec, TenantConfig, check_instance_net, offset_of
 from schemas.records import InstanceRecord, Status
@@ -54,7 +55,7 @@ def launch_of(record: InstanceRecord, pool: PoolSpec, host: Host) -> Launch:
     spec = LaunchSpec(
         jail_id=record.jail_id,
         uid=host.settings.vmm.uid_base + record.uid_slot,
-        cgroup=f"{host.settings.limits.cgroup}/{cgroup_key(record)}",
+        cgroup=naming.cgroup_name(host.settings.limits.cgroup, record.cgroup_key),
     )
     return Launch(record, pool, names, spec)
 

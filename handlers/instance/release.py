@@ -6,7 +6,6 @@ crash until it completes. The uid is free only after the VMM has exited.
 
 from handlers.interfaces import Host
 from handlers.network_names import names_of
-from handlers.specs import cgroup_key
 from handlers.steps import Steps
 from schemas.records import InstanceRecord
 
@@ -20,4 +19,4 @@ async def release(record: InstanceRecord, steps: Steps, host: Host) -> None:
             await steps.remove(host.taps, names.tap)
             await steps.remove(host.pins, names.pin.key)
     await steps.remove(host.jails, record.jail_id)
-    await steps.remove(host.cgroups, cgroup_key(record))
+    await steps.remove(host.cgroups, record.cgroup_key)

@@ -22,7 +22,7 @@ from handlers.instance.snapshot_steps import (
     TransitionSpec,
 )
 from handlers.instance.state import final_record, read_state
-from handlers.interfaces import Host, Vmm
+from handlers.interfaces import Host, VmmApi
 from handlers.specs import SnapshotFacts, SnapshotInfo, SnapshotKey
 from handlers.steps import Done, SnapshotMeasure, Steps
 from schemas.envelopes import EventKind
@@ -131,7 +131,7 @@ async def take_snapshot(
 
 
 async def write_snapshot(
-    record: InstanceRecord, drain: Drain, vmm: Vmm, steps: Steps, host: Host
+    record: InstanceRecord, drain: Drain, vmm: VmmApi, steps: Steps, host: Host
 ) -> SnapshotInfo:
     """Pause, let the VMM write into its jail, move and hash the files, publish the manifest."""
     if record.revision is None or record.uid_slot is None:

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from handlers.errors import Conflict, Exhausted, Failure, HostFault, Unavailable
-from handlers.host.vmm.api_client import FirecrackerApi
+from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.api_schema import (
     Action,
     Body,
@@ -52,7 +52,7 @@ class Vmm:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        self.api = FirecrackerApi(str(self.home), timeout_s=5, snapshot_timeout_s=20)
+        self.api = VmmApi(str(self.home), timeout_s=5, snapshot_timeout_s=20)
 
     async def listening(self) -> "Vmm":
         async with asyncio.timeout(10):
@@ -112,14 +112,14 @@ async def running(vmm: Vmm) -> Vmm:
 
 async def refused(vmm: Vmm, method: str, path: str, body: Body) -> Failure:
     with pytest.raises(Failure) as failure:
-        await vmm.api._send(method, path, body)
+        await vmm.api._call(method, path, msgspec.json.encode(body), 5)
     return failure.value
 
 
 # -- what hostd sends, and reads ------------------------------------------------------------------
 
 
-async def test_the_whole_life_by_every_request_there_is(tmp_path: Path, vmm: Vmm) -> None:
+async def test_the_whole_life_of_a_vm_with_every_request(tmp_path: Path, vmm: Vmm) -> None:
     api = vmm.api
     assert await api.version() == VERSION
     assert await api.state() == "Not started"
@@ -148,7 +148,7 @@ async def test_the_whole_life_by_every_request_there_is(tmp_path: Path, vmm: Vmm
         await woken.end()
 
 
-async def test_what_was_configured_is_what_the_vmm_says_it_has(vmm: Vmm) -> None:
+async def test_the_vmm_reports_the_configuration_that_was_sent(vmm: Vmm) -> None:
     await vmm.api.configure(vmm.config())
 
     told = msgspec.json.decode(await vmm.api._call("GET", "/vm/config", b"", 5))
@@ -175,13 +175,13 @@ async def test_repeating_pause_and_resume_is_success(vmm: Vmm) -> None:
         await vmm.api.resume()
 
 
-async def test_calls_at_once_are_sent_one_after_the_other(vmm: Vmm) -> None:
+async def test_concurrent_calls_are_sent_one_after_the_other(vmm: Vmm) -> None:
     states = await asyncio.gather(*(vmm.api.state() for _ in range(20)))
 
     assert states == ["Not started"] * 20
 
 
-async def test_a_closed_client_connects_anew(vmm: Vmm) -> None:
+async def test_a_closed_client_reconnects(vmm: Vmm) -> None:
     await vmm.api.state()
     await vmm.api.close()
 
@@ -203,7 +203,7 @@ async def test_a_closed_client_connects_anew(vmm: Vmm) -> None:
     ],
     ids=["serial", "clock_realtime"],
 )
-async def test_what_a_later_version_knows_this_one_refuses(
+async def test_a_field_of_a_later_version_is_refused_by_this_one(
     vmm: Vmm, path: str, body: Body, unknown: str
 ) -> None:
     failure = await refused(vmm, "PUT", path, body)
@@ -288,9 +288,7 @@ async def test_what_belongs_before_the_start_is_a_conflict_after_it(
 @pytest.mark.parametrize(
     "content", [b"no elf", b"\x7fELF\x02\x01\x01", b""], ids=["text", "cut", "empty"]
 )
-async def test_a_kernel_that_is_none_fails_the_start_and_not_the_vmm(
-    vmm: Vmm, content: bytes
-) -> None:
+async def test_an_invalid_kernel_fails_the_start_and_not_the_vmm(vmm: Vmm, content: bytes) -> None:
     config = vmm.config()
     (vmm.home / "vmlinux").write_bytes(content)
     await vmm.api.configure(config)
@@ -301,7 +299,7 @@ async def test_a_kernel_that_is_none_fails_the_start_and_not_the_vmm(
     assert await vmm.api.state() == "Not started"
 
 
-async def test_a_fault_of_the_http_itself_has_a_raw_newline_and_is_read_all_the_same(
+async def test_a_fault_of_the_http_itself_is_decoded_despite_its_raw_newline(
     vmm: Vmm,
 ) -> None:
     with pytest.raises(HostFault, match="All previous unanswered requests") as failure:
@@ -359,7 +357,7 @@ async def snapshot(vmm: Vmm, directory: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("fault", ["no state", "bit", "half memory", "no memory", "no tap"])
-async def test_a_failed_load_is_told_and_ends_the_vmm_with_1(
+async def test_a_failed_load_is_reported_and_the_vmm_exits_with_1(
     tmp_path: Path, vmm: Vmm, fault: str
 ) -> None:
     state, mem = await snapshot(vmm, tmp_path)
@@ -389,7 +387,7 @@ async def test_a_failed_load_is_told_and_ends_the_vmm_with_1(
         await woken.end()
 
 
-async def test_a_load_after_boot_configuration_is_a_conflict_and_the_vmm_lives(
+async def test_a_load_after_boot_configuration_is_a_conflict_and_the_vmm_survives(
     tmp_path: Path, vmm: Vmm
 ) -> None:
     state, mem = await snapshot(vmm, tmp_path)
@@ -409,7 +407,9 @@ async def test_a_load_after_boot_configuration_is_a_conflict_and_the_vmm_lives(
 
 
 @pytest.mark.parametrize("code", [payload.RESET, payload.CRASH], ids=["reset", "triple fault"])
-async def test_a_guest_that_resets_or_crashes_ends_the_vmm_with_0(vmm: Vmm, code: bytes) -> None:
+async def test_the_vmm_of_a_guest_that_resets_or_crashes_exits_with_0(
+    vmm: Vmm, code: bytes
+) -> None:
     await vmm.api.configure(vmm.config(code))
 
     await vmm.api.start()
@@ -432,7 +432,7 @@ async def test_a_vmm_that_is_killed_makes_calls_unavailable(vmm: Vmm) -> None:
 async def test_a_vmm_that_hangs_is_unavailable_in_time_and_usable_once_it_goes_on(
     vmm: Vmm,
 ) -> None:
-    hasty = FirecrackerApi(str(vmm.home), timeout_s=0.1, snapshot_timeout_s=0.1)
+    hasty = VmmApi(str(vmm.home), timeout_s=0.1, snapshot_timeout_s=0.1)
     vmm.process.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(Unavailable, match=r"within 0\.1 s"):

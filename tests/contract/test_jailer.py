@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from handlers.host.linux.procfs import read_status
 from handlers.host.vmm import processes
-from handlers.host.vmm.confinement import read_status
 from handlers.host.vmm.jailer import Jailer
 from handlers.specs import LaunchSpec
 from tests.vm.vmm_rig import UID, VmmRig, own_network, vmm_rig
@@ -25,17 +25,17 @@ async def jail_rig(tmp_path: Path) -> AsyncIterator[VmmRig]:
 
 
 def run(rig: VmmRig, spec: LaunchSpec, **changes: str) -> subprocess.CompletedProcess[str]:
-    """The very command line hostd uses, with some values changed."""
+    """The command line that hostd uses, with some values changed."""
     arguments = Jailer(rig.settings).arguments(spec)
     for option, value in changes.items():
         arguments[arguments.index(f"--{option.replace('_', '-')}") + 1] = value
     return subprocess.run(arguments, capture_output=True, text=True, timeout=20, check=False)
 
 
-async def until(holds: Callable[[], object], *, within_s: float = 5) -> None:
+async def until(condition: Callable[[], object], *, within_s: float = 5) -> None:
     """Wait for something another process does."""
     async with asyncio.timeout(within_s):
-        while not holds():
+        while not condition():
             await asyncio.sleep(0.002)
 
 
@@ -62,7 +62,7 @@ async def test_the_pid_file_holds_the_vmms_pid_in_our_namespace_and_the_cgroup_a
     assert read_status(f"/proc/{pid}/status")["NSpid"] == f"{pid} 1"
 
 
-async def test_a_missing_parent_cgroup_is_silently_done_without(rig: VmmRig) -> None:
+async def test_a_missing_parent_cgroup_is_silently_ignored(rig: VmmRig) -> None:
     spec = await rig.prepare()
 
     outcome = run(rig, spec, parent_cgroup=f"{rig.tree.base}/nobody/made-this")
@@ -107,7 +107,7 @@ async def test_a_jail_in_which_a_vmm_died_refuses_the_next(rig: VmmRig) -> None:
     assert (rig.root(spec) / "api.sock").exists()
 
 
-async def test_without_the_log_file_the_vmm_dies_without_a_word(rig: VmmRig) -> None:
+async def test_without_the_log_file_the_vmm_dies_silently(rig: VmmRig) -> None:
     spec = await rig.prepare()
     (rig.root(spec) / "log").unlink()
 
@@ -129,7 +129,7 @@ async def test_without_the_log_file_the_vmm_dies_without_a_word(rig: VmmRig) -> 
         ({"parent_cgroup": "../x"}, ".."),
     ],
 )
-async def test_what_it_refuses_it_says_and_its_code_is_not_0(
+async def test_an_invalid_argument_is_named_and_the_exit_status_is_not_0(
     rig: VmmRig, changes: dict[str, str], words: str
 ) -> None:
     spec = await rig.prepare()

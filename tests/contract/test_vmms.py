@@ -100,7 +100,7 @@ async def test_a_removed_vmm_is_gone_and_absent_is_success(host: VmmHost) -> Non
         assert await host.vmms.wait_exit(identity, 0)
 
 
-async def test_one_vmms_end_leaves_the_others(host: VmmHost) -> None:
+async def test_removing_one_vmm_leaves_the_others(host: VmmHost) -> None:
     first, second = await host.prepare(), await host.prepare()
     await host.vmms.ensure(first)
     stays = await host.vmms.ensure(second)
@@ -111,7 +111,7 @@ async def test_one_vmms_end_leaves_the_others(host: VmmHost) -> None:
     assert await host.vmms.find(second.jail_id) == stays
 
 
-async def test_an_exit_is_waited_for_as_long_as_asked(host: VmmHost) -> None:
+async def test_wait_exit_waits_until_the_exit_or_the_timeout(host: VmmHost) -> None:
     spec = await host.prepare()
     identity = await host.vmms.ensure(spec)
     assert not await host.vmms.wait_exit(identity, 0.05)
@@ -122,7 +122,7 @@ async def test_an_exit_is_waited_for_as_long_as_asked(host: VmmHost) -> None:
     assert await asyncio.wait_for(waiting, 10)
 
 
-async def test_another_vmm_by_that_identity_is_not_alive(host: VmmHost) -> None:
+async def test_an_identity_that_differs_is_not_alive(host: VmmHost) -> None:
     identity = await host.vmms.ensure(await host.prepare())
 
     for changed in ({"start_ticks": identity.start_ticks + 1}, {"boot_id": "another"}):

@@ -5,8 +5,8 @@ import subprocess
 import uuid
 from pathlib import Path
 
+from handlers.host.linux.procfs import boot_id
 from handlers.host.vmm.cgroups import find_mount
-from handlers.host.vmm.processes import boot_id
 from schemas.requests import InstanceRef, SleepInstance, StartInstance, TenantNet, WakeInstance
 from tests.crash.kills import assert_one_outcome, events, kill_at, until
 from tests.crash.test_deaths import end_vmm

@@ -108,9 +108,9 @@ class FakeHost:
     def reboot(self, boot_id: str) -> None:
         """The kernel starts again: VMMs, interfaces, rules and cgroups are gone, files stay."""
         for kind, key in list(self.resources):
-            if kind == "vmms":
+            if kind == "vmm":
                 self.kill(key)
-            elif kind in ("bridge", "tap", "tenant_rules", "pin", "cgroups"):
+            elif kind in ("bridge", "tap", "tenant_rules", "pin", "cgroup"):
                 del self.resources[kind, key]
         self.prepared = False
         self.boot_id = boot_id
@@ -398,11 +398,11 @@ class FakeVmms(Plain):
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
         await self.machine.effect("check_confinement", lambda: None)
 
-    def api(self, jail_id: str) -> "FakeVmm":
-        return FakeVmm(self.machine, jail_id)
+    def api(self, jail_id: str) -> "FakeVmmApi":
+        return FakeVmmApi(self.machine, jail_id)
 
 
-class FakeVmm:
+class FakeVmmApi:
     """The API of one VMM; gone with it."""
 
     def __init__(self, machine: FakeHost, jail_id: str) -> None:

@@ -38,7 +38,7 @@ class FakeExits:
         return FakeExit()
 
 
-class FakeJailDirs:
+class FakeJailLayout:
     """The jails of the machine; those in `damaged` have no metadata."""
 
     def __init__(self, machine: FakeHost) -> None:
@@ -48,7 +48,7 @@ class FakeJailDirs:
     def list_ids(self) -> list[str]:
         return sorted(key for kind, key in self.machine.resources if kind == "jail")
 
-    def facts(self, jail_id: str) -> JailSpec | None:
+    def read_metadata(self, jail_id: str) -> JailSpec | None:
         spec: JailSpec | None = self.machine.resources.get(("jail", jail_id))
         return None if jail_id in self.damaged else spec
 
@@ -121,6 +121,6 @@ def vmm_watch(worker: MemoryWorker, exits: FakeExits | None = None) -> VmmWatch:
     )
 
 
-def recovery(worker: MemoryWorker, jails: FakeJailDirs | None = None) -> Recovery:
-    adoption = Adoption(worker.host, worker.journal, jails or FakeJailDirs(worker.machine))
+def recovery(worker: MemoryWorker, jails: FakeJailLayout | None = None) -> Recovery:
+    adoption = Adoption(worker.host, worker.journal, jails or FakeJailLayout(worker.machine))
     return Recovery(worker.host, worker.journal, vmm_watch(worker), adoption)

@@ -1,7 +1,8 @@
 """A plain client of the guest agent, for tests: framed JSON over Firecracker's vsock socket.
 
-Synchronous and standard library only, so that it also runs where hostd is not; hostd's own client
-is another one, written from the same page.
+Not hostd's client (`handlers/host/vmm/guest_agent.py`), on purpose: a test must not trust the code
+that it proves. Written from the same specification, synchronous and with the standard library only,
+so that it also runs where hostd is not installed.
 """
 
 import json

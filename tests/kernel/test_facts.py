@@ -1,4 +1,4 @@
-"""Facts of the host agree with what other tools say."""
+"""Facts of the host agree with the output of other tools."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The inventory counts what carries our mark, planted leftovers too, and nothing foreign."""
+"""The inventory counts everything with hostd's mark, leftovers included, and nothing foreign."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from handlers.host.inventory import Inventory, take
+from handlers.host.inventory import Inventory, collect
 from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
 from handlers.host.vmm.cgroups import find_mount
 from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
@@ -60,7 +60,7 @@ def jail_root(settings: Settings, jail_id: str) -> Path:
 
 @contextlib.contextmanager
 def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has said that it is in its place, killed afterwards."""
+    """A process that has reported that it is ready; killed afterwards."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with process:
         try:
@@ -97,12 +97,12 @@ def cgroup(name: str) -> Iterator[Path]:
 
 
 def only(found: Inventory, *kinds: str) -> bool:
-    """Whether these kinds, and no others, have something."""
+    """Whether exactly these kinds are not empty."""
     return {kind for kind, count in found.counts.items() if count} == set(kinds)
 
 
 def test_an_untouched_host_has_nothing(settings: Settings, namespace: Namespace) -> None:
-    found = take(settings, enter=namespace.enter)
+    found = collect(settings, enter=namespace.enter)
 
     assert found == NOTHING
     assert list(found.counts) == [
@@ -120,7 +120,7 @@ def test_an_untouched_host_has_nothing(settings: Settings, namespace: Namespace)
     ]
 
 
-async def test_links_and_rules_of_ours_are_counted_and_foreign_ones_are_not(
+async def test_interfaces_and_rules_of_hostd_are_counted_and_foreign_ones_are_not(
     settings: Settings, namespace: Namespace, mechanisms: NetworkMechanisms
 ) -> None:
     await mechanisms.networks.prepare()
@@ -128,7 +128,7 @@ async def test_links_and_rules_of_ours_are_counted_and_foreign_ones_are_not(
     namespace.ip("tuntap add tn7i9 mode tap")
     namespace.command("nft", "add table inet other; add set inet other tenants { type ifname; }")
     namespace.command("nft", 'add element inet other tenants { "br-foreign" }')
-    before = await asyncio.to_thread(take, settings, enter=namespace.enter)
+    before = await asyncio.to_thread(collect, settings, enter=namespace.enter)
     assert before == NOTHING
 
     tap, mac, ip = "tn7i3", "02:fc:00:07:00:03", "10.240.7.3"
@@ -138,7 +138,7 @@ async def test_links_and_rules_of_ours_are_counted_and_foreign_ones_are_not(
     await mechanisms.taps.ensure(
         TapSpec(tap, NET.bridge_name, os.getuid(), mac, ip, "hostd:acme/web/i-1")
     )
-    found = await asyncio.to_thread(take, settings, enter=namespace.enter)
+    found = await asyncio.to_thread(collect, settings, enter=namespace.enter)
 
     assert only(found, "taps", "bridges", "nft")
     assert (found.taps, found.bridges) == (("tn7i3",), ("br-tenant-7",))
@@ -149,10 +149,10 @@ async def test_links_and_rules_of_ours_are_counted_and_foreign_ones_are_not(
     await mechanisms.pins.remove(f"{tap},{mac},{ip}")
     await mechanisms.tenant_rules.remove(TenantRulesSpec("acme", NET).key)
     await mechanisms.bridges.remove(NET.bridge_name)
-    assert await asyncio.to_thread(take, settings, enter=namespace.enter) == NOTHING
+    assert await asyncio.to_thread(collect, settings, enter=namespace.enter) == NOTHING
 
 
-def test_a_jail_of_ours_is_counted_with_its_disks_and_sockets_and_a_foreign_one_is_not(
+def test_a_jail_of_hostd_is_counted_with_its_disks_and_sockets_and_a_foreign_one_is_not(
     settings: Settings, namespace: Namespace
 ) -> None:
     for jail_id in (OURS, FOREIGN):
@@ -163,7 +163,7 @@ def test_a_jail_of_ours_is_counted_with_its_disks_and_sockets_and_a_foreign_one_
         (root / "link.ext4").symlink_to("/etc/hostname")
         os.mknod(root / "api.sock", stat.S_IFSOCK | 0o600)
 
-    found = take(settings, enter=namespace.enter)
+    found = collect(settings, enter=namespace.enter)
 
     assert only(found, "jails", "disks", "sockets")
     assert found.jails == (OURS,)
@@ -171,7 +171,7 @@ def test_a_jail_of_ours_is_counted_with_its_disks_and_sockets_and_a_foreign_one_
     assert found.sockets == (f"{OURS}/root/api.sock",)
 
 
-def test_processes_are_ours_by_root_and_executable_not_by_their_name(
+def test_processes_are_recognized_by_root_and_executable_not_by_name(
     settings: Settings, namespace: Namespace
 ) -> None:
     for jail_id in (OURS, FOREIGN):
@@ -185,21 +185,21 @@ def test_processes_are_ours_by_root_and_executable_not_by_their_name(
         copy(f"{ours}/firecracker") as by_exe,
         copy(f"{foreign}/firecracker"),
     ):
-        found = take(settings, enter=namespace.enter)
+        found = collect(settings, enter=namespace.enter)
 
     assert only(found, "jails", "processes")
     assert set(found.processes) == {str(by_root.pid), str(by_exe.pid)}
 
 
-def test_a_link_that_a_vmm_left_as_its_executable_makes_no_foreign_process_ours(
+def test_a_symlink_in_place_of_the_executable_makes_no_foreign_process_count(
     settings: Settings, namespace: Namespace
 ) -> None:
     (jail_root(settings, OURS) / "firecracker").symlink_to(f"/proc/{os.getpid()}/exe")
 
-    assert take(settings, enter=namespace.enter).processes == ()
+    assert collect(settings, enter=namespace.enter).processes == ()
 
 
-def test_leaves_of_our_cgroup_and_live_processes_in_them_are_counted(
+def test_leaves_of_the_cgroup_and_live_processes_in_them_are_counted(
     settings: Settings, namespace: Namespace
 ) -> None:
     name = settings.limits.cgroup
@@ -211,7 +211,7 @@ def test_leaves_of_our_cgroup_and_live_processes_in_them_are_counted(
     ):
         (leaf / "cgroup.procs").write_text(str(child.pid))
         (foreign / "cgroup.procs").write_text(str(other.pid))
-        found = take(settings, enter=namespace.enter)
+        found = collect(settings, enter=namespace.enter)
         assert only(found, "cgroups", "processes")
         assert found.cgroups == (f"{name}/acme/{OURS}",)
         assert found.processes == (str(child.pid),)
@@ -219,12 +219,14 @@ def test_leaves_of_our_cgroup_and_live_processes_in_them_are_counted(
         for process in (child, other):
             process.kill()
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert only(take(settings, enter=namespace.enter), "cgroups")  # a zombie is no process
+        assert only(collect(settings, enter=namespace.enter), "cgroups")  # a zombie is no process
         for process in (child, other):
             process.wait()
 
 
-def test_snapshots_are_whole_or_temporary(settings: Settings, namespace: Namespace) -> None:
+def test_a_snapshot_directory_is_published_in_use_or_temporary(
+    settings: Settings, namespace: Namespace
+) -> None:
     base = Path(settings.paths.state, "snapshots/acme/web/i-1")
     for number, names in (
         ("1", ["state", "mem", "manifest.json"]),
@@ -237,13 +239,13 @@ def test_snapshots_are_whole_or_temporary(settings: Settings, namespace: Namespa
             (base / number / name).touch()
     os.link(base / "4" / "mem", base.parent / "in-a-jail")  # the memory of a VM that was woken
 
-    found = take(settings, enter=namespace.enter)
+    found = collect(settings, enter=namespace.enter)
 
     assert found.snapshots == ("acme/web/i-1/1",)
     assert found.temp == (f"{base}/2", f"{base}/3")
 
 
-def test_artifacts_and_half_written_files_are_counted_and_what_is_kept_is_not(
+def test_artifacts_and_temporary_files_are_counted_and_kept_files_are_not(
     settings: Settings, namespace: Namespace
 ) -> None:
     state, data = Path(settings.paths.state), Path(settings.paths.data)
@@ -269,7 +271,7 @@ def test_artifacts_and_half_written_files_are_counted_and_what_is_kept_is_not(
     for path in half[1:]:
         path.touch()
 
-    found = take(settings, enter=namespace.enter)
+    found = collect(settings, enter=namespace.enter)
 
     assert only(found, "artifacts", "temp")
     assert found.artifacts == ("acme/web/abc",)
@@ -283,4 +285,4 @@ def test_without_its_directories_a_host_has_nothing(
         settings, paths=PathSettings(data="/nonexistent/a", state="/nonexistent/b")
     )
 
-    assert take(gone, enter=namespace.enter) == NOTHING
+    assert collect(gone, enter=namespace.enter) == NOTHING

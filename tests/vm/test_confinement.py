@@ -1,4 +1,4 @@
-"""What a running guest can reach of the host and of others, and what of it reaches a disk."""
+"""What a running guest can reach of the host and of other guests, and what reaches a disk."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from handlers.host.jail.sockets import JailPaths
+from handlers.host.jail.layout import JailLayout
 from schemas import naming
 from schemas.requests import (
     DestroyInstance,
@@ -58,7 +58,7 @@ async def seeds(host: LiveHost) -> AsyncIterator[dict[InstanceRef, Seeded]]:
 # -- the VMM ---------------------------------------------------------------------------------------
 
 
-async def test_a_vmm_has_no_rights_and_its_own_uid_root_and_pids(
+async def test_a_vmm_has_no_capabilities_and_its_own_uid_root_and_pids(
     host: LiveHost, seeds: dict[InstanceRef, Seeded]
 ) -> None:
     uids = set()
@@ -75,7 +75,7 @@ async def test_a_vmm_has_no_rights_and_its_own_uid_root_and_pids(
         assert facts["NoNewPrivs"] == ["1"]
         assert facts["Seccomp"] == ["2"]
         assert facts["NSpid"][-1] == "1"
-        root = JailPaths.of(host.settings).root(described["jail_id"])
+        root = JailLayout(host.settings.jail_base).root(described["jail_id"])
         assert os.path.samestat(os.stat(f"/proc/{pid}/root"), os.stat(root))
         cgroup = Path(f"/proc/{pid}/cgroup").read_text()
         assert f"{host.settings.limits.cgroup}/{ref.tenant_id}/{described['jail_id']}" in cgroup
@@ -129,7 +129,7 @@ def disk_of(host: LiveHost, ref: InstanceRef) -> os.stat_result:
     ).stat()
 
 
-async def test_secrets_are_on_no_disk_and_gone_with_the_vmm(
+async def test_secrets_are_never_on_a_disk_and_are_gone_with_the_vmm(
     host: LiveHost, seeds: dict[InstanceRef, Seeded]
 ) -> None:
     roots = {ref: await host.jail_root(ref) for ref in seeds}
@@ -159,7 +159,7 @@ async def test_secrets_are_on_no_disk_and_gone_with_the_vmm(
     assert (await host.run(StartInstance(*names(ONE))))["code"] == "ok"
 
 
-async def test_a_data_disk_is_the_vmms_in_use_and_roots_at_rest(
+async def test_a_data_disk_is_owned_by_the_vmm_in_use_and_by_root_at_rest(
     host: LiveHost, seeds: dict[InstanceRef, Seeded]
 ) -> None:
     async def check(*, in_use: bool) -> None:
@@ -181,7 +181,9 @@ async def test_a_data_disk_is_the_vmms_in_use_and_roots_at_rest(
     assert (await host.stat(TWO))["boots"] == 2
 
 
-async def test_a_snapshot_is_roots_alone(host: LiveHost, seeds: dict[InstanceRef, Seeded]) -> None:
+async def test_a_snapshot_is_readable_by_root_only(
+    host: LiveHost, seeds: dict[InstanceRef, Seeded]
+) -> None:
     assert await host.ask_guest({"Set": {"drain": "refuse"}}, OTHER) == "Ok"
     await host.run(SleepInstance(*names(OTHER), force=False))
     top = Path(host.settings.paths.state, "snapshots")

@@ -1,4 +1,4 @@
-"""Jails, drives and snapshots as the store makes them, in the hands of the real VMM."""
+"""Jails, drives and snapshots made by hostd's mechanisms, used by the real VMM."""
 
 import os
 import shutil
@@ -162,7 +162,7 @@ async def test_a_guest_sleeps_and_wakes_from_files_its_vmm_can_only_read(place: 
     assert b"Artificially kick devices" in await place.jails.read_log(REF, 2)
 
 
-async def test_half_a_memory_file_is_refused_by_hostd_though_the_vmm_would_take_it(
+async def test_a_truncated_memory_file_is_refused_by_hostd_though_the_vmm_accepts_it(
     place: Place,
 ) -> None:
     await place.sleep(await place.boot(1))

@@ -1,4 +1,4 @@
-"""The mini guest itself, on real Firecracker without a jail: what hostd's tests build on holds."""
+"""The mini guest itself, on real Firecracker without a jail: what hostd's tests rely on."""
 
 import contextlib
 import os
@@ -216,7 +216,7 @@ def test_hang_leaves_the_vmm_running_without_an_answer(boot: Boot) -> None:
     assert vm.call("GET", "/")["state"] == "Running"
 
 
-def test_it_misbehaves_as_told(boot: Boot) -> None:
+def test_it_misbehaves_on_request(boot: Boot) -> None:
     sleep = {"SleepPrep": {"drain_timeout_secs": 5}}
     vm = boot(extra="mini.drain=refuse mini.wake=refuse")
 

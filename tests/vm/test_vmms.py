@@ -1,4 +1,4 @@
-"""A launch through the jailer: what it makes, what it proves, what it leaves when it fails."""
+"""A launch through the jailer: what it makes, what it proves, what remains when it fails."""
 
 import asyncio
 import dataclasses
@@ -32,7 +32,7 @@ def vmms_with(rig: VmmRig, **changes: object) -> Vmms:
 
 
 def stand_in(rig: VmmRig, code: bytes) -> str:
-    """A program in Firecracker's place, to see what happens when it misbehaves."""
+    """A misbehaving program in place of Firecracker."""
     directory = rig.directory / "stand-in"
     directory.mkdir()
     return str(payload.write(directory / "firecracker", code))
@@ -93,7 +93,7 @@ async def test_another_worker_finds_the_same_vmm_and_launches_no_second(rig: Vmm
     assert launches(rig) == [spec.jail_id]
 
 
-async def test_launches_at_once_are_each_their_own(rig: VmmRig) -> None:
+async def test_concurrent_launches_are_independent(rig: VmmRig) -> None:
     specs = [await rig.prepare(UID + number) for number in range(6)]
 
     identities = await asyncio.gather(*(rig.vmms.ensure(spec) for spec in specs))
@@ -104,7 +104,7 @@ async def test_launches_at_once_are_each_their_own(rig: VmmRig) -> None:
     assert not any([await rig.vmms.exists(spec.jail_id) for spec in specs])
 
 
-async def test_a_jail_whose_vmm_died_is_launched_anew(rig: VmmRig) -> None:
+async def test_a_jail_whose_vmm_died_is_launched_again(rig: VmmRig) -> None:
     spec = await rig.prepare()
     first = await rig.vmms.ensure(spec)
     await rig.vmms.remove(spec.jail_id)
@@ -115,7 +115,7 @@ async def test_a_jail_whose_vmm_died_is_launched_anew(rig: VmmRig) -> None:
     assert launches(rig) == [spec.jail_id] * 2
 
 
-async def test_a_path_longer_than_a_socket_address_is_no_hindrance(rig: VmmRig) -> None:
+async def test_a_jail_path_longer_than_sun_path_works(rig: VmmRig) -> None:
     deep = rig.directory / ("d" * 100)
     settings = msgspec.structs.replace(
         rig.settings, vmm=msgspec.structs.replace(rig.settings.vmm, jail_base=str(deep))
@@ -131,7 +131,7 @@ async def test_a_path_longer_than_a_socket_address_is_no_hindrance(rig: VmmRig) 
     await api.close()
 
 
-async def test_the_log_of_launches_is_for_root_only_and_bounded(rig: VmmRig) -> None:
+async def test_the_launch_log_is_root_only_and_bounded(rig: VmmRig) -> None:
     log = Path(rig.settings.paths.state, "launches.log")
     log.write_bytes(b"0 old 0\n" * 131_072)
     spec = await rig.prepare()
@@ -184,7 +184,7 @@ async def test_a_missing_jailer_is_a_host_fault(rig: VmmRig) -> None:
         await vmms_with(rig, jailer="/nope/jailer").ensure(spec)
 
 
-async def test_what_the_jailer_says_is_told_and_nothing_of_it_is_left(rig: VmmRig) -> None:
+async def test_the_jailers_output_is_reported_and_its_files_are_removed(rig: VmmRig) -> None:
     spec = await rig.prepare()
     missing = str(rig.directory / "firecracker")
 
@@ -195,11 +195,13 @@ async def test_what_the_jailer_says_is_told_and_nothing_of_it_is_left(rig: VmmRi
     assert left(rig, spec) == ["log"]
 
 
-async def test_a_vmm_that_ends_as_it_starts_is_told_with_the_end_of_its_log(rig: VmmRig) -> None:
+async def test_a_vmm_that_exits_during_startup_is_reported_with_the_end_of_its_log(
+    rig: VmmRig,
+) -> None:
     spec = await rig.prepare()
     rig.put(spec, "log", b"x" * 10_000 + b"the last words")
 
-    with pytest.raises(HostFault, match="ended as it started") as failure:
+    with pytest.raises(HostFault, match="exited during startup") as failure:
         await vmms_with(rig, firecracker=stand_in(rig, payload.EXIT_0)).ensure(spec)
 
     assert len(failure.value.detail["vmm_log"]) == 4096
@@ -207,7 +209,7 @@ async def test_a_vmm_that_ends_as_it_starts_is_told_with_the_end_of_its_log(rig:
     assert left(rig, spec) == ["log"]
 
 
-async def test_an_api_that_never_listens_is_unavailable_in_time_and_its_process_ended(
+async def test_an_api_that_never_listens_is_unavailable_and_its_process_is_killed(
     rig: VmmRig,
 ) -> None:
     spec = await rig.prepare()
@@ -236,15 +238,15 @@ async def test_a_cancelled_launch_leaves_no_process(rig: VmmRig) -> None:
     assert left(rig, spec) == ["log"]
 
 
-async def test_a_launch_that_a_killed_worker_left_half_way_is_begun_anew(rig: VmmRig) -> None:
-    """The process is in the cgroup but never made its API: not to be taken for a VMM."""
+async def test_a_launch_that_a_killed_worker_left_incomplete_is_repeated(rig: VmmRig) -> None:
+    """The process is in the cgroup but never made its API: it must not be found as a VMM."""
     spec = await rig.prepare()
-    with open(os.devnull, "wb") as words:
+    with open(os.devnull, "wb") as output:
         settings = msgspec.structs.replace(
             rig.settings.vmm, firecracker=stand_in(rig, payload.WAIT)
         )
         jailer = Jailer(msgspec.structs.replace(rig.settings, vmm=settings))
-        await jailer.run(spec, words.fileno())
+        await jailer.run(spec, output.fileno())
     await until_started(rig, spec)
     stuck = rig.tree.pids(spec.cgroup)
 
@@ -279,13 +281,13 @@ async def test_a_vmm_of_another_uid_is_a_conflict(rig: VmmRig) -> None:
     assert await rig.vmms.alive(identity)
 
 
-async def test_a_foreign_process_in_the_leaf_is_left_alone_and_named(rig: VmmRig) -> None:
+async def test_a_foreign_process_in_the_leaf_is_named_and_not_killed(rig: VmmRig) -> None:
     spec = await rig.prepare()
     with subprocess.Popen(["sleep", "30"]) as foreign:
         procs = Path(rig.tree.path(spec.cgroup), "cgroup.procs")
         procs.write_text(str(foreign.pid))
         try:
-            with pytest.raises(HostFault, match=f"process {foreign.pid} .* left alone"):
+            with pytest.raises(HostFault, match=f"unexpected process {foreign.pid} .* not killed"):
                 await rig.vmms.remove(spec.jail_id)
 
             assert await rig.vmms.find(spec.jail_id) is None
@@ -294,7 +296,7 @@ async def test_a_foreign_process_in_the_leaf_is_left_alone_and_named(rig: VmmRig
             foreign.kill()
 
 
-async def test_a_vmm_whose_jail_was_taken_away_is_not_found_but_still_removed(rig: VmmRig) -> None:
+async def test_a_vmm_whose_jail_was_moved_away_is_not_found_but_still_removed(rig: VmmRig) -> None:
     spec = await rig.prepare()
     identity = await rig.vmms.ensure(spec)
     rig.root(spec).rename(rig.directory / "taken")
@@ -307,7 +309,7 @@ async def test_a_vmm_whose_jail_was_taken_away_is_not_found_but_still_removed(ri
 
 
 @pytest.mark.parametrize("jail_id", ["", "..", "a/b", "A", "é", "a_b", "a" * 65])
-async def test_what_is_no_jail_id_is_refused(rig: VmmRig, jail_id: str) -> None:
+async def test_an_invalid_jail_id_is_refused(rig: VmmRig, jail_id: str) -> None:
     with pytest.raises(Invalid):
         await rig.vmms.find(jail_id)
 

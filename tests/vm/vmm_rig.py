@@ -1,7 +1,7 @@
-"""A small host for VMM tests: state, jails, cgroups and a namespace of its own, gone afterwards.
+"""A small host for VMM tests: state, jails, cgroups and a network namespace, removed afterwards.
 
-The jail's files, which hostd's `jails` would make, are made by hand here: these tests are about the
-VMM and need nothing else of hostd.
+The rig makes the jail's files, which hostd's `jails` would make: these tests are about the VMM and
+need nothing else of hostd.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ class VmmRig:
         os.chown(path, spec.uid, spec.uid)
 
     def boot_config(self, spec: LaunchSpec, code: bytes | None = None) -> BootConfig:
-        """The mini guest with its rootfs and a data disk; with `code`, that and nothing else."""
+        """The mini guest with its rootfs and a data disk; with `code`, only that."""
         drives: tuple[DriveConfig, ...] = ()
         if code is None:
             need(MINI / "vmlinux")

@@ -6,7 +6,7 @@ import click
 from msgspec import to_builtins
 
 from handlers.errors import Failure
-from handlers.host.inventory import take
+from handlers.host.inventory import collect
 from handlers.host.jail.jails import Jails
 from schemas.requests import InstanceRef
 from worker.cli.commands import instance_arguments
@@ -55,7 +55,7 @@ def inventory(names: bool, config: str | None, as_json: bool) -> None:
     """Count hostd's resources on this host. Reads the kernel and the file systems."""
     settings = settings_of(config)
     try:
-        owned = take(settings)
+        owned = collect(settings)
     except Failure as error:
         raise CliError(error.code, error.message) from error
     except PermissionError as error:

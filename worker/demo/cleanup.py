@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from handlers.host.linux.procfs import read_mounts
 from handlers.host.linux.syscalls import unmount
 from handlers.host.vmm.cgroups import CgroupTree
 from schemas.settings import Settings
@@ -64,8 +65,7 @@ def _populated(top: Path) -> bool:
 
 
 def _mounts_below(directory: str) -> list[str]:
-    """Mount points, parents first. Source: proc_pid_mountinfo(5)."""
+    """Mount points, parents first."""
     inside = os.path.realpath(directory) + "/"
-    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    points = [line.split(" ")[4].encode().decode("unicode_escape") for line in lines]
+    points = [mount.mount_point for mount in read_mounts()]
     return [point for point in points if point.startswith(inside)]

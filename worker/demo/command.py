@@ -19,7 +19,7 @@ import click
 import msgspec
 
 from handlers.host import inventory
-from handlers.host.jail.sockets import JailPaths
+from handlers.host.jail.layout import JailLayout
 from schemas import naming
 from schemas.requests import (
     DestroyInstance,
@@ -147,13 +147,13 @@ async def run(progress: Progress, build: str, guest: str) -> None:
         stack.push_async_callback(nats.stop)
         subjects = Subjects(settings.root, settings.host.id, settings.host.cell)
         await provision_cell(settings, subjects)
-        before = (await asyncio.to_thread(inventory.take, settings)).counts
+        before = (await asyncio.to_thread(inventory.collect, settings)).counts
         with progress.step("worker ready") as facts:
             await stack.enter_async_context(worker_process(settings, directory))
             client = await stack.enter_async_context(connect(settings))
             facts.extend(await wait_ready(client, settings))
         await life(Driver(client, settings, progress), build, guest)
-        after = (await asyncio.to_thread(inventory.take, settings)).counts
+        after = (await asyncio.to_thread(inventory.collect, settings)).counts
         if after != before:
             raise DemoFailed(f"resources left behind: before {before}, after {after}")
         progress.note("inventory", f"unchanged: {sum(after.values())} resources before and after")
@@ -188,7 +188,7 @@ class Driver:
 
     async def stat(self, launch: int) -> dict[str, Any]:
         jail_id = naming.jail_id(REF, launch)
-        return await read_stat(JailPaths.of(self.settings).root(jail_id))
+        return await read_stat(JailLayout(self.settings.jail_base).root(jail_id))
 
     async def echo(self, what: str, address: str) -> None:
         with self.progress.step(what) as facts:
@@ -197,7 +197,7 @@ class Driver:
 
     async def owned(self) -> None:
         """Print hostd's resources on this host, by kind."""
-        counts = (await asyncio.to_thread(inventory.take, self.settings)).counts
+        counts = (await asyncio.to_thread(inventory.collect, self.settings)).counts
         owned = ", ".join(f"{kind} {count}" for kind, count in counts.items() if count)
         self.progress.note("hostd owns", owned or "nothing")
 

@@ -2,14 +2,14 @@
 
 import asyncio
 import json
-import struct
 from typing import Any
 
 from handlers.errors import Unavailable
-from handlers.host.jail.sockets import VSOCK_SOCKET, connect
+from handlers.host.vmm.guest_agent import exchange
 
 ECHO_PORT = 7
 AGENT_PORT = 5252
+ATTEMPT_S = 3.0
 
 
 async def echo_through_tap(guest_ip: str, text: bytes, *, timeout_s: float = 20.0) -> float:
@@ -36,32 +36,19 @@ async def echo_through_tap(guest_ip: str, text: bytes, *, timeout_s: float = 20.
 
 
 async def read_stat(jail_root: str, *, timeout_s: float = 20.0) -> dict[str, Any]:
-    """The test guests' `Stat` request: counter, boots, boot_id, clock. Retries until answered."""
+    """The test guests' own request `Stat`: counter, boots, boot_id, clock; retried on silence."""
     async with asyncio.timeout(timeout_s):
         while True:
             try:
-                answer = await asyncio.wait_for(_ask(jail_root, "Stat"), 3)
+                frame = await exchange(
+                    jail_root,
+                    AGENT_PORT,
+                    lambda: "Stat",
+                    connect_timeout_s=ATTEMPT_S,
+                    answer_timeout_s=ATTEMPT_S,
+                )
             except (OSError, EOFError, TimeoutError):
                 await asyncio.sleep(0.05)
                 continue
-            stat: dict[str, Any] = answer["Stat"]
+            stat: dict[str, Any] = json.loads(frame)["Stat"]
             return stat
-
-
-async def _ask(jail_root: str, request: object) -> Any:
-    body = json.dumps(request).encode()
-    loop = asyncio.get_running_loop()
-    with connect(jail_root, VSOCK_SOCKET) as connection:
-        await loop.sock_sendall(connection, f"CONNECT {AGENT_PORT}\n".encode())
-        line = b""
-        while not line.endswith(b"\n"):
-            line += await loop.sock_recv(connection, 1) or _eof()
-        await loop.sock_sendall(connection, struct.pack(">I", len(body)) + body)
-        frame = b""
-        while len(frame) < 4 or len(frame) < 4 + int.from_bytes(frame[:4], "big"):
-            frame += await loop.sock_recv(connection, 65536) or _eof()
-    return json.loads(frame[4:])
-
-
-def _eof() -> bytes:
-    raise EOFError

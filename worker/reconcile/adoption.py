@@ -34,12 +34,12 @@ class JailMetadata(Protocol):
     def record(self) -> InstanceRecord | None: ...
 
 
-class JailDirs(Protocol):
+class JailLayout(Protocol):
     """The jails on this host. Both methods read files and block."""
 
     def list_ids(self) -> Sequence[str]: ...
 
-    def facts(self, jail_id: str) -> JailMetadata | None:
+    def read_metadata(self, jail_id: str) -> JailMetadata | None:
         """None if there is no such jail, or its metadata is damaged."""
         ...
 
@@ -47,7 +47,7 @@ class JailDirs(Protocol):
 class Adoption:
     """Runs once, after the instances in the journal were recovered."""
 
-    def __init__(self, host: Host, journal: Journal, jails: JailDirs) -> None:
+    def __init__(self, host: Host, journal: Journal, jails: JailLayout) -> None:
         self._host = host
         self._journal = journal
         self._jails = jails
@@ -62,7 +62,7 @@ class Adoption:
                 continue
             identity = await self._host.vmms.find(jail_id)
             if identity is not None:
-                metadata = await asyncio.to_thread(self._jails.facts, jail_id)
+                metadata = await asyncio.to_thread(self._jails.read_metadata, jail_id)
                 await self._decide(jail_id, metadata, identity)
 
     async def _decide(

@@ -20,7 +20,7 @@ from handlers.interfaces import Host
 from handlers.mechanism import Removable, StepRow
 from handlers.network import restore_network
 from handlers.network_names import names_of
-from handlers.specs import SnapshotKey, TenantRulesKey, cgroup_key
+from handlers.specs import SnapshotKey, TenantRulesKey
 from handlers.steps import Steps
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status
@@ -221,7 +221,7 @@ class Reconciler:
         used = chain.from_iterable(
             (
                 record.jail_id,
-                cgroup_key(record),
+                record.cgroup_key,
                 str(record.ref),
                 str(SnapshotKey(record.ref, record.snapshot or 0)),
                 *((names.tap, names.pin.key) if (names := names_of(record)) else ()),

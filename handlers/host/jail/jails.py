@@ -1,7 +1,7 @@
-"""The jail of one launch: everything the VMM will see, made ready before the jailer starts.
+"""The jail of one launch: everything the VMM will see, made before the jailer starts.
 
 Kernel and disks are hard links, never copies: a write to a copied disk would be lost with the jail.
-What hostd makes it can also take away whatever the VMM did to the directory meanwhile.
+A jail can be removed whatever the VMM did to its directory.
 """
 
 import contextlib
@@ -15,19 +15,9 @@ import msgspec
 
 from handlers.errors import Conflict, Failure, HostFault, of_os_error
 from handlers.host.jail import secrets_tmpfs
-from handlers.host.jail.layout import (
-    CONFIG_DRIVE,
-    FACTS,
-    LOG,
-    SECRETS_DIR,
-    SERIAL,
-    FileId,
-    JailDirs,
-    JailFacts,
-    launch_of,
-)
+from handlers.host.jail.layout import JailLayout, JailMetadata, launch_of
 from handlers.host.jail.logs import JailLogs
-from handlers.host.linux.checksummed_json import write_sealed
+from handlers.host.linux.file_id import FileId
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_names, remove_tree
@@ -35,8 +25,19 @@ from handlers.host.linux.state_dirs import make_dir
 from handlers.host.linux.syscalls import link_open
 from handlers.host.storage import disk_ownership, wipe
 from handlers.host.storage.agentd_files import open_tenant
-from handlers.host.storage.data_disks import DATA_DISK, ref_of
+from handlers.host.storage.data_disks import ref_of
 from handlers.host.storage.drive_images import CONFIG, SECRETS, SmallDrives, copy_drive
+from handlers.jail_names import (
+    CONFIG_DRIVE,
+    DATA_DISK,
+    LOG,
+    MEMORY,
+    METADATA,
+    ROOT,
+    SECRETS_DIR,
+    SERIAL,
+    STATE,
+)
 from handlers.mechanism import Durability
 from handlers.specs import Jail, JailFile, JailSpec
 from schemas import naming
@@ -46,8 +47,9 @@ NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Jails:
-    """The Protocol of `handlers/interfaces.py`; the key is the jail id.
+    """Makes and removes jails and reads their logs; the key is the jail ID.
 
+    Source: docs/jailer.md of Firecracker, linkat(2).
     Needs: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_SYS_ADMIN.
     """
 
@@ -57,15 +59,15 @@ class Jails:
 
     def __init__(self, *, data: str, state: str, jail_base: str, log_bytes: int = 1 << 20) -> None:
         self._data = data
-        self._dirs = JailDirs(jail_base)
-        self._logs = JailLogs(self._dirs, state=state, limit_bytes=log_bytes)
+        self._layout = JailLayout(jail_base)
+        self._logs = JailLogs(self._layout, state=state, limit_bytes=log_bytes)
         self._drives = SmallDrives()
 
     async def ensure(self, spec: JailSpec) -> Jail:
-        """Make the jail, all or nothing; half of one is removed first.
+        """Make the jail, all or nothing; an incomplete one is removed first.
 
         Raises:
-            Conflict: a jail of that id belongs to another instance or uid.
+            Conflict: a jail of that ID belongs to another instance or uid.
             Invalid: the data disk is not one that hostd made for the instance.
             HostFault: a file is on another file system than the jails.
             Exhausted: the disk is full.
@@ -73,39 +75,39 @@ class Jails:
         return await run_in_thread(self._ensure, spec)
 
     async def exists(self, key: str) -> bool:
-        return os.path.lexists(self._dirs.directory(key))
+        return os.path.lexists(self._layout.directory(key))
 
     async def remove(self, key: str) -> None:
-        """Remove the jail; its VMM must be gone. The log is kept, the data disk given to root."""
+        """Remove the jail; its VMM must be gone. Keeps the log; the data disk is root's again."""
         await run_in_thread(self._remove, key)
 
     async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
         return await run_in_thread(self._logs.read, ref, launch)
 
     async def bound_logs(self) -> int:
-        """Keep the logs of live jails within their limit; call it every few seconds.
+        """Cut the logs of live jails to their limit; to be called every few seconds.
 
-        Returns the bytes given back.
+        Returns the bytes freed.
         """
         return await run_in_thread(self._logs.bound)
 
     async def list_ids(self) -> list[str]:
-        """All jails on this host, half-made ones included."""
-        return await run_in_thread(self._dirs.list_ids)
-
-    async def facts(self, jail_id: str) -> JailFacts | None:
-        """Whose jail it is, from the note beside it; None if there is none or it is damaged."""
-        return await run_in_thread(self._dirs.facts, jail_id)
+        """All jails on this host, incomplete ones included."""
+        return await run_in_thread(self._layout.list_ids)
 
     # -- making --------------------------------------------------------------------------------
 
     def _ensure(self, spec: JailSpec) -> Jail:
-        root = self._dirs.root(spec.jail_id)
-        facts = self._dirs.facts(spec.jail_id)
-        if facts is not None and facts.complete:
-            if (facts.ref, facts.uid) != (spec.ref, spec.uid):
-                raise Conflict(f"the jail {spec.jail_id} is another's", detail={"uid": facts.uid})
-            return Jail(root, has_config=facts.has_config, has_secrets=facts.has_secrets)
+        root = self._layout.root(spec.jail_id)
+        metadata = self._layout.read_metadata(spec.jail_id)
+        if metadata is not None and metadata.complete:
+            if (metadata.ref, metadata.uid) != (spec.ref, spec.uid):
+                raise Conflict(
+                    f"jail {spec.jail_id} belongs to another instance or uid: expected "
+                    f"{spec.ref} with uid {spec.uid}, found {metadata.ref} with uid {metadata.uid}",
+                    detail={"uid": metadata.uid},
+                )
+            return Jail(root, has_config=metadata.has_config, has_secrets=metadata.has_secrets)
         self._remove(spec.jail_id, keep_log=False)
         try:
             return self._make(spec, root)
@@ -113,14 +115,14 @@ class Jails:
             with contextlib.suppress(Failure):
                 self._remove(spec.jail_id, keep_log=False)
             if isinstance(error, OSError):
-                raise of_os_error(error, f"cannot make the jail {spec.jail_id}") from error
+                raise of_os_error(error, f"cannot make jail {spec.jail_id}") from error
             raise
 
     def _make(self, spec: JailSpec, root: str) -> Jail:
-        directory = os.path.dirname(root)
+        directory = self._layout.directory(spec.jail_id)
         has_secrets = spec.secrets is not None or spec.kept_secrets is not None
         has_config = spec.config is not None or spec.kept_config is not None
-        facts = JailFacts(
+        metadata = JailMetadata(
             ref=spec.ref,
             uid=spec.uid,
             launch=launch_of(spec.jail_id),
@@ -130,10 +132,10 @@ class Jails:
             disks=tuple(file.source for file in spec.files if file.writable),
             record=spec.record,
         )
-        make_dir(self._dirs.base)
+        make_dir(self._layout.base)
         os.mkdir(directory, 0o700)
-        # First of all, so that a disk given to the uid is given back even after kill -9.
-        write_sealed(f"{directory}/{FACTS}", facts, sync=False)
+        # Before anything else, so that a disk given to the uid is given back even after kill -9.
+        self._layout.write_metadata(spec.jail_id, metadata)
         os.mkdir(root, 0o700)
         ours: dict[str, FileId] = {}
         with Directory.trusted(root) as opened:
@@ -150,8 +152,8 @@ class Jails:
                 else:
                     copy_drive(spec.kept_secrets, fd)
         os.chown(root, spec.uid, spec.uid)
-        facts = msgspec.structs.replace(facts, complete=True, ours=ours)
-        write_sealed(f"{directory}/{FACTS}", facts, sync=False)
+        metadata = msgspec.structs.replace(metadata, complete=True, ours=ours)
+        self._layout.write_metadata(spec.jail_id, metadata)
         return Jail(root, has_config=has_config, has_secrets=has_secrets)
 
     def _link(self, spec: JailSpec, file: JailFile, root: int) -> None:
@@ -167,14 +169,14 @@ class Jails:
                 if error.errno != errno.EXDEV:
                     raise
                 raise HostFault(
-                    f"{file.source} and the jails in {self._dirs.base} are on different file"
-                    " systems: set [vmm] jail_base, [paths] state and data on one",
+                    f"cannot link {file.source} into {self._layout.base}: they are on different "
+                    "file systems; put [vmm] jail_base, [paths] state and data on one",
                     path=file.source,
                 ) from error
 
     @contextlib.contextmanager
     def _source(self, file: JailFile) -> Generator[int, None, None]:
-        """Open what is to be linked; below the data root through `openat2`, as anything there."""
+        """Open the file to link; below the data root with `openat2`, like every file there."""
         tenants = f"{self._data}/tenants/"
         if file.source.startswith(tenants):
             tenant, _, rest = file.source.removeprefix(tenants).partition("/")
@@ -203,35 +205,35 @@ class Jails:
     # -- removing ------------------------------------------------------------------------------
 
     def _remove(self, jail_id: str, *, keep_log: bool = True) -> None:
-        path = self._dirs.directory(jail_id)
+        path = self._layout.directory(jail_id)
         try:
             directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return
         except OSError as error:
-            raise of_os_error(error, f"cannot open the jail {jail_id}") from error
-        facts = self._dirs.facts(jail_id)
+            raise of_os_error(error, f"cannot open jail {jail_id}") from error
+        metadata = self._layout.read_metadata(jail_id)
         try:
-            secrets_tmpfs.unmount_secrets(f"{path}/root/{SECRETS_DIR}")
-            if facts is not None and keep_log:
-                self._logs.keep(jail_id, facts)
-            self._release_disks(jail_id, facts.disks if facts is not None else ())
-            remove_tree(directory, "root", before_unlink=_discard_memory)
-            remove_names(directory, keep=frozenset({FACTS}))
+            secrets_tmpfs.unmount_secrets(f"{path}/{ROOT}/{SECRETS_DIR}")
+            if metadata is not None and keep_log:
+                self._logs.keep(jail_id, metadata)
+            self._release_disks(jail_id, metadata.disks if metadata is not None else ())
+            remove_tree(directory, ROOT, before_unlink=_discard_memory)
+            remove_names(directory, keep=frozenset({METADATA}))
             remove_names(directory)
             os.rmdir(path)
         except OSError as error:
-            raise of_os_error(error, f"cannot remove the jail {jail_id}") from error
+            raise of_os_error(error, f"cannot remove jail {jail_id}") from error
         finally:
             os.close(directory)
 
     def _release_disks(self, jail_id: str, sources: tuple[str, ...]) -> None:
-        """Give data disks back to root, unless a newer jail of the instance has them by now.
+        """Give data disks back to root, unless a newer jail of the instance has linked them.
 
-        Looked for where they were linked from and in the jail: agentd may have moved the one, the
-        VMM the other. hostd's mark tells them from anything else.
+        Searched both at the source of the link and in the jail: agentd may have moved the one, the
+        VMM the other. hostd's mark distinguishes them from other files.
         """
-        with self._dirs.file(jail_id, DATA_DISK, os.O_RDWR) as fd:
+        with self._layout.file(jail_id, DATA_DISK, os.O_RDWR) as fd:
             if fd is not None:
                 self._release(jail_id, fd)
         for source in sources:
@@ -253,9 +255,9 @@ class Jails:
             os.fchmod(disk, 0o600)
 
     def _used(self, jail_id: str, ref: InstanceRef, disk: int) -> bool:
-        for other in self._dirs.ids_of(ref):
+        for other in self._layout.ids_of(ref):
             if other != jail_id:
-                with self._dirs.file(other, DATA_DISK) as fd:
+                with self._layout.file(other, DATA_DISK) as fd:
                     if fd is not None and os.path.sameopenfile(fd, disk):
                         return True
         return False
@@ -271,8 +273,8 @@ def _new_file(path: str, mode: int, *, uid: int) -> FileId:
 
 
 def _discard_memory(directory: int, name: str) -> None:
-    """Free the blocks of a woken VM's memory file with its last name: they hold the guest's RAM."""
-    if name not in {"mem", "state"}:
+    """Discard the blocks of a memory file before its last name goes: they hold the guest's RAM."""
+    if name not in {MEMORY, STATE}:
         return
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with contextlib.suppress(OSError):

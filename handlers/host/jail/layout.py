@@ -1,7 +1,7 @@
-"""The layout of a jail and what hostd notes beside it.
+"""The layout of jails on this host: where each one is, which there are, what hostd wrote beside it.
 
-`<jail_base>/firecracker/<jail id>/` is root's, `root/` in it belongs to the jail's uid: of a path
-below `root/` only the last name can have been tampered with, and it is never followed.
+`<jail_base>/firecracker/<jail id>/` belongs to root, `root/` in it to the jail's uid: the VMM can
+replace anything directly in `root/`, so the last name of a path below it is never followed.
 """
 
 import contextlib
@@ -11,38 +11,22 @@ from collections.abc import Generator
 
 import msgspec
 
+from handlers import jail_names
 from handlers.errors import HostFault
-from handlers.host.linux.checksummed_json import read_sealed
+from handlers.host.linux.checksummed_json import read_sealed, write_sealed
+from handlers.host.linux.file_id import FileId
 from handlers.host.linux.state_dirs import checked_jail_id
 from schemas import naming
 from schemas.records import InstanceRecord
 from schemas.requests import InstanceRef
 
-LOG = "log"
-SERIAL = "serial"
-CONFIG_DRIVE = "config.ext4"
-SECRETS_DIR = "secrets"
-SECRETS_DRIVE = "secrets.ext4"
-SNAPSHOT_DIR = "snap"
-WOKEN_DIR = "woken"
-FACTS = "hostd.json"
 
-
-class FileId(msgspec.Struct, frozen=True):
-    dev: int
-    ino: int
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> "FileId":
-        return cls(found.st_dev, found.st_ino)
-
-
-class JailFacts(msgspec.Struct, frozen=True):
-    """`hostd.json` beside `root/`, root-only: whose jail it is, also without a journal.
+class JailMetadata(msgspec.Struct, frozen=True):
+    """`hostd.json` beside `root/`, root-only: whose jail it is, readable without a journal.
 
     `ours` are the files that hostd made in the jail: another inode by such a name is the VMM's.
-    `disks` are the absolute paths of what was chowned to the uid. `record` is the journal's of the
-    launch: what a worker without that journal adopts the VM by.
+    `disks` are the absolute paths of what was chowned to the uid. `record` is the journal's record
+    of the launch, by which a worker without that journal adopts the VM.
     """
 
     ref: InstanceRef
@@ -56,27 +40,34 @@ class JailFacts(msgspec.Struct, frozen=True):
     record: InstanceRecord | None = None
 
 
-class JailDirs:
-    """Where jails are."""
+class JailLayout:
+    """The jails below one `[vmm] jail_base`."""
 
     def __init__(self, jail_base: str) -> None:
-        self.base = f"{jail_base}/firecracker"
+        self.jail_base = jail_base
+        self.base = jail_names.jails_dir(jail_base)
 
     def directory(self, jail_id: str) -> str:
-        return f"{self.base}/{checked_jail_id(jail_id)}"
+        """Raises Invalid: not a jail ID; the jailer itself accepts some non-ASCII letters."""
+        return jail_names.jail_dir(self.jail_base, checked_jail_id(jail_id))
 
     def root(self, jail_id: str) -> str:
-        return f"{self.directory(jail_id)}/root"
+        """The directory that is `/` for the VMM. Raises Invalid: not a jail ID."""
+        return jail_names.jail_root(self.jail_base, checked_jail_id(jail_id))
 
-    def facts(self, jail_id: str) -> JailFacts | None:
-        """None if there is no such jail, or what is noted is damaged."""
+    def read_metadata(self, jail_id: str) -> JailMetadata | None:
+        """None if there is no such jail, or its metadata is missing or damaged."""
         try:
-            return read_sealed(f"{self.directory(jail_id)}/{FACTS}", JailFacts)
+            return read_sealed(self._metadata_path(jail_id), JailMetadata)
         except HostFault:
             return None
 
+    def write_metadata(self, jail_id: str, metadata: JailMetadata) -> None:
+        """Not synced: after a power loss its VMM is gone and the jail is removed."""
+        write_sealed(self._metadata_path(jail_id), metadata, sync=False)
+
     def list_ids(self) -> list[str]:
-        """All jails, whole or not."""
+        """All jails, complete or not."""
         try:
             return sorted(os.listdir(self.base))
         except FileNotFoundError:
@@ -84,15 +75,15 @@ class JailDirs:
 
     def ids_of(self, ref: InstanceRef) -> list[str]:
         """The jails of an instance, newest launch first."""
-        prefix = naming.jail_id(ref, 0)[:-1]
-        found = [each for each in self.list_ids() if each.startswith(prefix)]
-        return sorted(found, key=launch_of, reverse=True)
+        prefix = naming.jail_id_prefix(ref)
+        ids = [each for each in self.list_ids() if each.startswith(prefix)]
+        return sorted(ids, key=launch_of, reverse=True)
 
     @contextlib.contextmanager
     def file(
         self, jail_id: str, name: str, flags: int = os.O_RDONLY
     ) -> Generator[int | None, None, None]:
-        """A regular file directly below the jail's root; None if it is not there or no such."""
+        """Open a regular file directly in the jail's root; None if missing or of another type."""
         path = f"{self.root(jail_id)}/{name}"
         try:
             fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -104,8 +95,11 @@ class JailDirs:
         finally:
             os.close(fd)
 
+    def _metadata_path(self, jail_id: str) -> str:
+        return f"{self.directory(jail_id)}/{jail_names.METADATA}"
+
 
 def launch_of(jail_id: str) -> int:
-    """The launch number in a jail id; -1 if it has none."""
+    """The launch number in a jail ID; -1 if it has none."""
     last = jail_id.rpartition("-")[2]
     return int(last) if last.isascii() and last.isdigit() else -1

@@ -1,16 +1,18 @@
 """VMM logs and serial consoles: bounded while a VM runs, kept after it is gone.
 
-Both are files that the VMM writes, so their content and size are its word. The bound is kept by
-giving back all blocks but the last part, again and again: that loses the oldest lines, not the
-newest, works however the VMM positions its writes, and needs nobody when the worker is away.
+The VMM writes both files, so neither content nor size is trusted. To bound them, holes are punched
+over all but the last part, repeatedly: that loses the oldest lines, not the newest, and works at
+whatever offset the VMM writes. While the worker is down nothing bounds them.
 """
 
 import contextlib
 import os
 
-from handlers.host.jail.layout import LOG, SERIAL, FileId, JailDirs, JailFacts, launch_of
+from handlers.host.jail.layout import JailLayout, JailMetadata, launch_of
+from handlers.host.linux.file_id import FileId
 from handlers.host.linux.state_dirs import make_dir
 from handlers.host.linux.syscalls import punch_hole
+from handlers.jail_names import LOG, SERIAL
 from schemas import naming
 from schemas.requests import InstanceRef
 
@@ -21,51 +23,51 @@ BLOCK = 4096
 class JailLogs:
     """Logs of live jails, and those kept in `<state>/logs/<t>/<p>/<i>/<launch>.{log,serial}`."""
 
-    def __init__(self, directories: JailDirs, *, state: str, limit_bytes: int) -> None:
-        self._dirs = directories
+    def __init__(self, layout: JailLayout, *, state: str, limit_bytes: int) -> None:
+        self._layout = layout
         self._base = f"{state}/logs"
         self._limit = max(limit_bytes, BLOCK)
-        self._known: dict[str, JailFacts] = {}
+        self._known: dict[str, JailMetadata] = {}
 
     def bound(self) -> int:
-        """Give back what is past the limit in every live jail; returns the bytes given back."""
-        jails = self._dirs.list_ids()
+        """Free what exceeds the limit in every live jail; returns the bytes freed."""
+        jails = self._layout.list_ids()
         for gone in self._known.keys() - set(jails):
             del self._known[gone]
         freed = 0
         for jail_id in jails:
-            facts = self._known.get(jail_id) or self._dirs.facts(jail_id)
-            if facts is not None and facts.complete:
-                self._known[jail_id] = facts
-                freed += sum(self._bound(jail_id, facts, name) for name in (LOG, SERIAL))
+            metadata = self._known.get(jail_id) or self._layout.read_metadata(jail_id)
+            if metadata is not None and metadata.complete:
+                self._known[jail_id] = metadata
+                freed += sum(self._bound(jail_id, metadata, name) for name in (LOG, SERIAL))
         return freed
 
-    def keep(self, jail_id: str, facts: JailFacts) -> None:
-        """Copy the last part of a jail's logs out before it is removed; forget old launches."""
-        directory = f"{self._base}/{facts.ref}"
+    def keep(self, jail_id: str, metadata: JailMetadata) -> None:
+        """Copy the last part of a jail's logs before its removal; delete those of old launches."""
+        directory = f"{self._base}/{metadata.ref}"
         for name, suffix in ((LOG, "log"), (SERIAL, "serial")):
-            data = self._read_live(jail_id, facts, name)
+            data = self._read_live(jail_id, metadata, name)
             if data:
                 make_dir(directory)
-                beside = f"{directory}/.{facts.launch}.{suffix}"
+                beside = f"{directory}/.{metadata.launch}.{suffix}"
                 fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
                 with open(fd, "wb") as file:
                     file.write(data)
-                os.rename(beside, f"{directory}/{facts.launch}.{suffix}")
-        kept = self._kept(facts.ref)
+                os.rename(beside, f"{directory}/{metadata.launch}.{suffix}")
+        kept = self._kept(metadata.ref)
         for launch in kept[KEPT_LAUNCHES:]:
             for suffix in ("log", "serial"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{directory}/{launch}.{suffix}")
 
     def read(self, ref: InstanceRef, launch: int | None) -> bytes:
-        """The VMM's log of a launch, or of the last one that has any; empty if there is none."""
-        live = [launch_of(each) for each in self._dirs.ids_of(ref)]
+        """The VMM's log of a launch, or of the last launch with a log; empty if there is none."""
+        live = [launch_of(each) for each in self._layout.ids_of(ref)]
         launches = sorted({*live, *self._kept(ref)}, reverse=True) if launch is None else [launch]
         for each in launches:
             jail_id = naming.jail_id(ref, each)
-            facts = self._dirs.facts(jail_id)
-            data = self._read_live(jail_id, facts, LOG) if facts is not None else b""
+            metadata = self._layout.read_metadata(jail_id)
+            data = self._read_live(jail_id, metadata, LOG) if metadata is not None else b""
             if not data:
                 with (
                     contextlib.suppress(FileNotFoundError),
@@ -84,25 +86,25 @@ class JailLogs:
         launches = {int(name.partition(".")[0]) for name in names if name[0].isdigit()}
         return sorted(launches, reverse=True)
 
-    def _read_live(self, jail_id: str, facts: JailFacts, name: str) -> bytes:
-        with self._dirs.file(jail_id, name) as fd:
-            if fd is None or facts.ours.get(name) != FileId.of(os.fstat(fd)):
+    def _read_live(self, jail_id: str, metadata: JailMetadata, name: str) -> bytes:
+        with self._layout.file(jail_id, name) as fd:
+            if fd is None or metadata.ours.get(name) != FileId.of(os.fstat(fd)):
                 return b""
             size = os.fstat(fd).st_size
             return os.pread(fd, self._limit, max(0, size - self._limit)).lstrip(b"\0")
 
-    def _bound(self, jail_id: str, facts: JailFacts, name: str) -> int:
-        expected = facts.ours.get(name)
+    def _bound(self, jail_id: str, metadata: JailMetadata, name: str) -> int:
+        expected = metadata.ours.get(name)
         if expected is None:
             return 0
         try:
-            found = os.stat(f"{self._dirs.root(jail_id)}/{name}", follow_symlinks=False)
+            found = os.stat(f"{self._layout.root(jail_id)}/{name}", follow_symlinks=False)
         except FileNotFoundError:
             return 0
         if found.st_blocks * 512 <= self._limit + BLOCK:
             return 0
-        with self._dirs.file(jail_id, name, os.O_RDWR) as fd:
-            # The name may be that of a shared artifact by now: only the file hostd made is cut.
+        with self._layout.file(jail_id, name, os.O_RDWR) as fd:
+            # The VMM may have moved a shared artifact to this name: cut only the file hostd made.
             if fd is None or FileId.of(os.fstat(fd)) != expected:
                 return 0
             before = os.fstat(fd)

@@ -5,9 +5,9 @@ import errno
 import os
 from collections.abc import Generator
 
-from handlers.host.jail.layout import SECRETS_DRIVE
 from handlers.host.linux.syscalls import mount_tmpfs, unmount
 from handlers.host.storage.drive_images import SECRETS
+from handlers.jail_names import SECRETS_DRIVE
 
 TMPFS_BYTES = SECRETS.size_bytes + (1 << 20)
 TMPFS_INODES = 8
@@ -16,7 +16,7 @@ NOTHING_MOUNTED = frozenset({errno.EINVAL, errno.ENOENT, errno.ENOTDIR})
 
 @contextlib.contextmanager
 def new_drive(directory: str, uid: int) -> Generator[int, None, None]:
-    """Mount the tmpfs on a new directory; yield an empty image file, the uid's at the end.
+    """Mount the tmpfs on a new directory; yield an empty image file, given to the uid at the end.
 
     Needs: CAP_SYS_ADMIN.
     """
@@ -32,7 +32,7 @@ def new_drive(directory: str, uid: int) -> Generator[int, None, None]:
 
 
 def unmount_secrets(directory: str) -> None:
-    """Take the secrets away; nothing mounted there is success, twice mounted both go."""
+    """Unmount the secrets, every mount of them; nothing mounted there is success."""
     while True:
         try:
             unmount(directory)

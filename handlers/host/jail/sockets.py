@@ -1,7 +1,6 @@
-"""Paths of a jail, and connections to the sockets in it that cannot be led astray.
+"""Connect to the sockets in a jail, and read the end of a file there, without following a symlink.
 
-The jail's root directory belongs to the jail's uid: the VMM may have replaced any file there by a
-symlink. No open here follows one.
+The jail's root directory belongs to the jail's uid: the VMM may have replaced any file in it.
 """
 
 import contextlib
@@ -9,39 +8,12 @@ import os
 import socket
 import stat
 from collections.abc import Generator
-from dataclasses import dataclass
 
 from handlers.errors import HostFault
-from handlers.host.jail.layout import JailDirs
-from schemas.settings import Settings
-
-API_SOCKET = "api.sock"
-VSOCK_SOCKET = "v.sock"
-PID_FILE = "firecracker.pid"
-VMM_COPY = "firecracker"
-
-
-@dataclass(frozen=True, slots=True)
-class JailPaths:
-    """Where jails are: `<jail_base>/firecracker/<jail id>/root`, the jailer's own layout."""
-
-    jail_base: str
-
-    @classmethod
-    def of(cls, settings: Settings) -> "JailPaths":
-        return cls(settings.jail_base)
-
-    def root(self, jail_id: str) -> str:
-        """The directory that is `/` for the VMM.
-
-        Raises:
-            Invalid: not a jail id; the jailer itself would let some non-ASCII letters pass.
-        """
-        return JailDirs(self.jail_base).root(jail_id)
 
 
 def read_tail(root: str, name: str, limit_bytes: int) -> str:
-    """The end of a file in the jail as text; empty if it is not there or not a plain file."""
+    """The end of a file in the jail as text; empty if it is missing or not a regular file."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with (
@@ -60,11 +32,11 @@ def read_tail(root: str, name: str, limit_bytes: int) -> str:
 def connect(root: str, name: str) -> socket.socket:
     """A non-blocking stream connection to a socket in the jail, whatever the path's length.
 
-    The socket's inode is opened first, then reached through /proc/self/fd: no link is followed,
-    and the 107 bytes of `sun_path` always suffice.
+    The socket's inode is opened first, then reached through /proc/self/fd: no symlink is followed,
+    and the path fits into the 107 bytes of `sun_path`.
 
     Raises:
-        OSError: FileNotFoundError before it is bound, ConnectionRefusedError once nobody listens.
+        OSError: FileNotFoundError before it is bound, ConnectionRefusedError if nothing listens.
         HostFault: the name is not a socket.
     """
     with _dir(root) as directory, _opened(name, os.O_PATH | os.O_NOFOLLOW, directory) as target:

@@ -12,8 +12,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def stay() -> None:
-    """Enter no other namespace: work where the process is."""
+def no_namespace() -> None:
+    """Stay in the network namespace of the process."""
 
 
 class KernelThread:
@@ -24,7 +24,7 @@ class KernelThread:
         enter: runs first in the thread, e.g. `setns`; what the thread opens later belongs there.
     """
 
-    def __init__(self, name: str, enter: Callable[[], None] = stay) -> None:
+    def __init__(self, name: str, enter: Callable[[], None] = no_namespace) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=enter)
 
     async def run(self, do: Callable[[], T]) -> T:

@@ -1,18 +1,30 @@
-"""Small files of /proc and the cgroup tree as text: a dozen for each launch, so by descriptor.
+"""Files of /proc and of the cgroup tree as text, and the formats that more than one module reads.
 
-`pathlib` takes three times as long for it, which counts where it is done while others wait.
+By descriptor: a launch reads a dozen, and `pathlib` takes three times as long.
 """
 
 import os
+import re
+from functools import cache
+from typing import NamedTuple
 
 CHUNK_BYTES = 65_536
+OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+class Mount(NamedTuple):
+    """One mount. `device` is `<major>:<minor>`, as in st_dev of what is on it."""
+
+    device: str
+    mount_point: str
+    fs_type: str
 
 
 def read_text(path: str) -> str:
-    """The whole file; what is no UTF-8 is replaced.
+    """The whole file; bytes that are not UTF-8 are replaced.
 
     Raises:
-        OSError: it cannot be opened, or what it tells of went away.
+        OSError: it cannot be opened, or the process or cgroup that it describes is gone.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -22,3 +34,42 @@ def read_text(path: str) -> str:
     finally:
         os.close(fd)
     return b"".join(parts).decode(errors="replace")
+
+
+@cache
+def boot_id() -> str:
+    """The ID of this boot; under another one every process known before is gone.
+
+    Source: proc_sys_kernel(5).
+    """
+    return read_text("/proc/sys/kernel/random/boot_id").strip()
+
+
+def read_mounts() -> list[Mount]:
+    """The mounts of this process's mount namespace, parents first."""
+    return parse_mounts(read_text("/proc/self/mountinfo"))
+
+
+def parse_mounts(mountinfo: str) -> list[Mount]:
+    """Source: proc_pid_mountinfo(5)."""
+    mounts: list[Mount] = []
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        fields = left.split(" ")
+        mounts.append(Mount(fields[2], _unescape(fields[4]), right.split(" ", 1)[0]))
+    return mounts
+
+
+def read_status(path: str) -> dict[str, str]:
+    """A `status` file of a process or thread as a map, e.g. `Uid` -> `0 0 0 0`.
+
+    Source: proc_pid_status(5).
+    """
+    lines = read_text(path).splitlines()
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return {name: " ".join(value.split()) for name, value in pairs}
+
+
+def _unescape(field: str) -> str:
+    """Undo the kernel's octal escapes of blank, tab, newline and backslash."""
+    return OCTAL_ESCAPE.sub(lambda escape: chr(int(escape[1], 8)), field)

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from functools import partial
 
-from handlers.host.linux.kernel_thread import KernelThread, stay
+from handlers.host.linux.kernel_thread import KernelThread, no_namespace
 from handlers.host.net.bridges import ALIAS_PREFIX, GATEWAY_OFFSET
 from handlers.host.net.netlink_messages import attributes, first_attribute, messages
 from handlers.host.net.nftables import NETLINK_NETFILTER, Nft
@@ -63,7 +63,9 @@ class HostWatch:
     Source: rtnetlink(7), nf_tables' NFT_MSG_NEWGEN notification.
     """
 
-    def __init__(self, netlink: Netlink, nft: Nft, enter: Callable[[], None] = stay) -> None:
+    def __init__(
+        self, netlink: Netlink, nft: Nft, enter: Callable[[], None] = no_namespace
+    ) -> None:
         self._netlink = netlink
         self._nft = nft
         self._enter = enter
@@ -119,7 +121,7 @@ class HostWatch:
         try:
             return await thread.run(opened)
         finally:
-            thread.stop(stay)
+            thread.stop(lambda: None)
 
     async def _read_links(
         self, links: socket.socket, queue: asyncio.Queue[set[Change | str]]

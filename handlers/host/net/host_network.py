@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 
-from handlers.host.linux.kernel_thread import stay
+from handlers.host.linux.kernel_thread import no_namespace
 from handlers.host.net.antispoof import Pins
 from handlers.host.net.bridges import ALIAS_PREFIX, Bridges
 from handlers.host.net.drift_watch import HostWatch
@@ -129,7 +129,7 @@ class NetworkMechanisms:
 
 
 def open_network_mechanisms(
-    settings: NetworkSettings, enter: Callable[[], None] = stay
+    settings: NetworkSettings, enter: Callable[[], None] = no_namespace
 ) -> NetworkMechanisms:
     """Wire the mechanisms. `enter` runs first in each thread, e.g. to enter a namespace."""
     netlink, nft = Netlink(enter), Nft(enter)

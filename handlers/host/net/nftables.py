@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from handlers.errors import Failure, HostFault, Unavailable, of_os_error
-from handlers.host.linux.kernel_thread import KernelThread, stay
+from handlers.host.linux.kernel_thread import KernelThread, no_namespace
 from handlers.host.net.libnftables import (
     JSON,
     STATELESS,
@@ -158,7 +158,7 @@ class Nft:
 
     def __init__(
         self,
-        enter: Callable[[], None] = stay,
+        enter: Callable[[], None] = no_namespace,
         open_engine: Callable[[], Engine] = open_engine,
     ) -> None:
         self._thread = KernelThread("nftables", enter)

@@ -21,7 +21,7 @@ from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from handlers.errors import of_os_error
-from handlers.host.linux.kernel_thread import KernelThread, stay
+from handlers.host.linux.kernel_thread import KernelThread, no_namespace
 from handlers.host.net.netlink_messages import HEADER, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR
 from handlers.host.net.rtnetlink_reader import (
     IFF_UP,
@@ -170,7 +170,7 @@ class Netlink:
     """The thread in which all rtnetlink work of this worker runs, one function at a time."""
 
     def __init__(
-        self, enter: Callable[[], None] = stay, open_kernel: Callable[[], Kernel] = Kernel
+        self, enter: Callable[[], None] = no_namespace, open_kernel: Callable[[], Kernel] = Kernel
     ) -> None:
         self._thread = KernelThread("netlink", enter)
         self._open = open_kernel

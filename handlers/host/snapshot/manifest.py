@@ -15,6 +15,7 @@ import msgspec
 
 from handlers.errors import HostFault
 from handlers.host.linux.checksummed_json import read_sealed
+from handlers.jail_names import CONFIG_DRIVE, MEMORY, SECRETS_DRIVE, STATE
 from handlers.specs import SnapshotInfo
 from schemas.records import DiskIdentity
 from schemas.requests import InstanceRef
@@ -23,8 +24,6 @@ MANIFEST = "manifest.json"
 UNPUBLISHED = "manifest.json.tmp"
 CONSUMED = "consumed.json"
 MEMORY_FACTS = "memory.json"
-STATE = "state"
-MEMORY = "mem"
 NUMBER = re.compile(r"[0-9]{1,15}")
 
 
@@ -114,8 +113,8 @@ class SnapshotDir:
             vcpus=manifest.vcpus,
             mem_mib=manifest.mem_mib,
             size_bytes=manifest.state_bytes + manifest.mem_bytes,
-            kept_config=kept.get("config.ext4"),
-            kept_secrets=kept.get("secrets.ext4"),
+            kept_config=kept.get(CONFIG_DRIVE),
+            kept_secrets=kept.get(SECRETS_DRIVE),
             has_secrets=manifest.has_secrets,
             disk=DiskIdentity(0, disk.ino, disk.size_bytes) if disk is not None else None,
         )

@@ -13,7 +13,8 @@ import msgspec
 from handlers.errors import HostFault
 from handlers.host.linux.checksummed_json import read_sealed, write_sealed
 from handlers.host.linux.sparse_copy import Check, sha256_of
-from handlers.host.snapshot.manifest import MEMORY, MEMORY_FACTS, SnapshotDir
+from handlers.host.snapshot.manifest import MEMORY_FACTS, SnapshotDir
+from handlers.jail_names import MEMORY
 
 
 class _Stopped(Exception):

@@ -11,24 +11,15 @@ import stat
 import time
 
 from handlers.errors import Failure, HostFault, Invalid, of_os_error
-from handlers.host.jail.layout import (
-    CONFIG_DRIVE,
-    SECRETS_DIR,
-    SECRETS_DRIVE,
-    SNAPSHOT_DIR,
-    FileId,
-    JailDirs,
-    JailFacts,
-)
+from handlers.host.jail.layout import JailLayout, JailMetadata
 from handlers.host.linux.checksummed_json import write_sealed
+from handlers.host.linux.file_id import FileId
 from handlers.host.linux.rmtree import remove_path, remove_tree
 from handlers.host.linux.sparse_copy import copy_sparse, sha256_of
 from handlers.host.linux.state_dirs import make_dir, sync_dir
 from handlers.host.snapshot.manifest import (
     MANIFEST,
-    MEMORY,
     MEMORY_FACTS,
-    STATE,
     UNPUBLISHED,
     DiskFacts,
     KeptDrive,
@@ -39,6 +30,14 @@ from handlers.host.snapshot.memory_file import Memories
 from handlers.host.storage import wipe
 from handlers.host.storage.agentd_files import open_tenant
 from handlers.host.storage.drive_images import CONFIG, SECRETS
+from handlers.jail_names import (
+    CONFIG_DRIVE,
+    MEMORY,
+    SECRETS_DIR,
+    SECRETS_DRIVE,
+    SNAPSHOT_DIR,
+    STATE,
+)
 from handlers.specs import SnapshotFacts
 
 STATE_MAX_BYTES = 64 << 20
@@ -55,14 +54,14 @@ class Sealer:
         *,
         data: str,
         base: str,
-        directories: JailDirs,
+        layout: JailLayout,
         memories: Memories,
         cpu_model: str,
         kernel_release: str,
     ) -> None:
         self._data = data
         self._base = base
-        self._dirs = directories
+        self._layout = layout
         self._memories = memories
         self._cpu_model = cpu_model
         self._kernel_release = kernel_release
@@ -70,7 +69,7 @@ class Sealer:
     def seal(self, jail_id: str, facts: SnapshotFacts) -> Manifest:
         """See `Snapshots.seal`; the manifest is on disk, but not yet under its name."""
         directory = SnapshotDir(self._base, facts.ref, facts.number)
-        jail = self._dirs.facts(jail_id)
+        jail = self._layout.read_metadata(jail_id)
         if jail is None or jail.ref != facts.ref:
             raise HostFault(f"{jail_id} is no jail of {facts.ref}")
         if directory.published:
@@ -90,10 +89,10 @@ class Sealer:
         return manifest
 
     def _sealed(
-        self, directory: SnapshotDir, jail_id: str, jail: JailFacts, facts: SnapshotFacts
+        self, directory: SnapshotDir, jail_id: str, jail: JailMetadata, facts: SnapshotFacts
     ) -> Manifest:
         with contextlib.ExitStack() as opened:
-            source = os.open(f"{self._dirs.root(jail_id)}/{SNAPSHOT_DIR}", DIR)
+            source = os.open(f"{self._layout.root(jail_id)}/{SNAPSHOT_DIR}", DIR)
             opened.callback(os.close, source)
             state = _take(source, STATE, directory, jail.uid)
             opened.callback(os.close, state)
@@ -126,10 +125,10 @@ class Sealer:
             )
 
     def _keep_drives(
-        self, directory: SnapshotDir, jail_id: str, jail: JailFacts
+        self, directory: SnapshotDir, jail_id: str, jail: JailMetadata
     ) -> dict[str, KeptDrive]:
         """Copies, for the guest goes on with the originals if the sleep fails after all."""
-        root = self._dirs.root(jail_id)
+        root = self._layout.root(jail_id)
         kept: dict[str, KeptDrive] = {}
         if jail.has_config:
             source = os.open(root, DIR)

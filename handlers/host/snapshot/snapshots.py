@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from handlers.errors import HostFault, NotFound, of_os_error
-from handlers.host.jail.layout import SNAPSHOT_DIR, WOKEN_DIR, JailDirs
+from handlers.host.jail.layout import JailLayout
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_tree
@@ -21,8 +21,6 @@ from handlers.host.linux.syscalls import link_open
 from handlers.host.snapshot.manifest import (
     CONSUMED,
     MANIFEST,
-    MEMORY,
-    STATE,
     UNPUBLISHED,
     Manifest,
     SnapshotDir,
@@ -35,6 +33,7 @@ from handlers.host.snapshot.sealer import (
     disk_facts,
     fresh_dir,
 )
+from handlers.jail_names import MEMORY, SNAPSHOT_DIR, STATE, WOKEN_DIR, in_jail
 from handlers.specs import SnapshotFacts, SnapshotInfo
 from schemas.requests import InstanceRef
 
@@ -47,13 +46,13 @@ class Snapshots:
     ) -> None:
         self._data = data
         self._base = f"{state}/snapshots"
-        self._dirs = JailDirs(jail_base)
+        self._layout = JailLayout(jail_base)
         self._cpu_model = cpu_model
         self._memories = Memories()
         self._sealer = Sealer(
             data=data,
             base=self._base,
-            directories=self._dirs,
+            layout=self._layout,
             memories=self._memories,
             cpu_model=cpu_model,
             kernel_release=kernel_release,
@@ -74,9 +73,9 @@ class Snapshots:
 
         Returns the paths of state and memory as the VMM sees them.
         """
-        root = self._dirs.root(jail_id)
+        root = self._layout.root(jail_id)
         await run_in_thread(fresh_dir, root, SNAPSHOT_DIR, uid=uid, gid=uid, mode=0o700)
-        return f"/{SNAPSHOT_DIR}/{STATE}", f"/{SNAPSHOT_DIR}/{MEMORY}"
+        return in_jail(SNAPSHOT_DIR, STATE), in_jail(SNAPSHOT_DIR, MEMORY)
 
     async def seal(self, jail_id: str, facts: SnapshotFacts) -> SnapshotInfo:
         """Move the files out of the jail, hash the state, write the manifest beside its name.
@@ -161,7 +160,7 @@ class Snapshots:
         Returns their paths as the VMM sees them.
         """
         await run_in_thread(self._link_into, jail_id, uid, info)
-        return f"/{WOKEN_DIR}/{STATE}", f"/{WOKEN_DIR}/{MEMORY}"
+        return in_jail(WOKEN_DIR, STATE), in_jail(WOKEN_DIR, MEMORY)
 
     async def settle(self, ref: InstanceRef, number: int) -> None:
         """After a failed wake, before or after its jail is gone: the files are root's again.
@@ -278,7 +277,7 @@ class Snapshots:
         directory = SnapshotDir(self._base, ref, info.number)
         try:
             self._memories.mark_linked(directory)
-            root = self._dirs.root(jail_id)
+            root = self._layout.root(jail_id)
             fresh_dir(root, WOKEN_DIR, uid=0, gid=uid, mode=0o750)
             with Directory.trusted(f"{root}/{WOKEN_DIR}") as woken:
                 for name in (STATE, MEMORY):
@@ -305,10 +304,10 @@ class Snapshots:
             raise of_os_error(error, f"cannot discard the snapshots of {ref}") from error
 
     def _clear_jails(self, ref: InstanceRef) -> None:
-        for jail_id in self._dirs.ids_of(ref):
+        for jail_id in self._layout.ids_of(ref):
             with (
                 contextlib.suppress(NotFound),
-                Directory.trusted(self._dirs.root(jail_id)) as root,
+                Directory.trusted(self._layout.root(jail_id)) as root,
             ):
                 remove_tree(root.fd, SNAPSHOT_DIR)
 

@@ -17,13 +17,13 @@ from handlers.host.storage import wipe
 from handlers.host.storage.agentd_files import open_instance
 from handlers.host.storage.disk_ownership import check_mark, read_mark, write_mark
 from handlers.host.storage.mkfs import make_ext4
+from handlers.jail_names import DATA_DISK, jail_root, jails_dir
 from handlers.mechanism import Durability
 from handlers.specs import DataDisk, DataDiskSpec
 from schemas import naming
 from schemas.records import DiskIdentity
 from schemas.requests import InstanceRef
 
-DATA_DISK = "data.ext4"
 LABEL = "mvm-data"
 MIB = 1 << 20
 
@@ -46,7 +46,7 @@ class DataDisks:
 
     def __init__(self, *, data: str, jail_base: str) -> None:
         self._data = data
-        self._jails = f"{jail_base}/firecracker"
+        self._jail_base = jail_base
 
     def path(self, ref: InstanceRef) -> str:
         return (
@@ -181,14 +181,15 @@ class DataDisks:
             raise Invalid(f"{path} has several names", path=path)
 
     def _names_in_jails(self, ref: InstanceRef, disk: os.stat_result) -> int:
-        if disk.st_nlink == 1 or not os.path.isdir(self._jails):
+        jails = jails_dir(self._jail_base)
+        if disk.st_nlink == 1 or not os.path.isdir(jails):
             return 0
-        prefix = naming.jail_id(ref, 0)[:-1]
+        prefix = naming.jail_id_prefix(ref)
         count = 0
-        for jail in os.listdir(self._jails):
+        for jail in os.listdir(jails):
             if jail.startswith(prefix):
                 with contextlib.suppress(OSError):
-                    name = f"{self._jails}/{jail}/root/{DATA_DISK}"
+                    name = f"{jail_root(self._jail_base, jail)}/{DATA_DISK}"
                     count += os.path.samestat(os.stat(name, follow_symlinks=False), disk)
         return count
 

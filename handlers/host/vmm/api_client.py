@@ -1,7 +1,7 @@
 """The API of one live VMM: HTTP on the socket in its jail, one request at a time.
 
-Firecracker serves one request at a time too: while it writes a snapshot it answers nothing else,
-so this client's silence proves no death; the pidfd does.
+Firecracker also serves one request at a time: while it writes a snapshot it answers nothing else,
+so a missing reply does not prove that the VMM is dead; only its pidfd does.
 """
 
 import asyncio
@@ -12,37 +12,40 @@ import h11
 import msgspec
 
 from handlers.errors import HostFault, Unavailable, of_os_error
-from handlers.host.jail.sockets import API_SOCKET, connect
+from handlers.host.jail.sockets import connect
 from handlers.host.vmm.api_schema import (
     Action,
     Body,
     InstanceInfo,
     SnapshotCreate,
-    Version,
     VersionInfo,
     VmState,
     boot_requests,
+    for_version,
+    is_versioned,
     load_request,
-    parse_version,
     refusal,
 )
+from handlers.host.vmm.versions import parse_version
+from handlers.jail_names import API_SOCKET
 from handlers.specs import BootConfig
 
-OLDEST: Version = (1, 12, 0)
 BODY_BYTES = 262_144
 READ_BYTES = 65_536
 
 T = TypeVar("T")
 
 
-class FirecrackerApi:
-    """Implements `Vmm`. Connects with the first call and keeps the connection.
+class VmmApi:
+    """The API of the VMM in one jail. Connects on the first call and keeps the connection.
 
     Every call raises:
         Conflict: the VMM is in a state that does not allow it (e.g. already started).
-        Unavailable: not listening, gone in the middle, no answer in time, a busy device.
+        Unavailable: not listening, gone during the call, no reply in time, a busy device.
         Exhausted: out of disk, memory or descriptors.
-        HostFault: refused for any other reason, with Firecracker's own words.
+        HostFault: refused for any other reason; the message quotes Firecracker's.
+
+    Source: src/firecracker/swagger/firecracker.yaml of Firecracker.
     """
 
     def __init__(self, root: str, *, timeout_s: float, snapshot_timeout_s: float) -> None:
@@ -55,8 +58,7 @@ class FirecrackerApi:
         self._version: str | None = None
 
     async def configure(self, config: BootConfig) -> None:
-        version = OLDEST if config.serial is None else await self._known_version()
-        for method, path, body in boot_requests(config, version):
+        for method, path, body in boot_requests(config):
             await self._send(method, path, body)
 
     async def start(self) -> None:
@@ -72,13 +74,13 @@ class FirecrackerApi:
         return (await self.info()).state
 
     async def info(self) -> InstanceInfo:
-        """Id, state and version in one."""
+        """ID, state and version in one reply."""
         info = await self._read("/", InstanceInfo)
         self._version = info.vmm_version
         return info
 
     async def version(self) -> str:
-        """Asked once: it is the same for as long as the VMM lives."""
+        """Read once: it does not change while the VMM lives."""
         if self._version is None:
             self._version = (await self._read("/version", VersionInfo)).firecracker_version
         return self._version
@@ -89,7 +91,7 @@ class FirecrackerApi:
 
     async def load_snapshot(self, state_path: str, mem_path: str) -> None:
         """The VM is paused afterwards. After a failure the VMM has exited or is about to."""
-        method, path, body = load_request(state_path, mem_path, await self._known_version())
+        method, path, body = load_request(state_path, mem_path)
         await self._send(method, path, body, timeout_s=self._snapshot_timeout_s)
 
     async def send_ctrl_alt_del(self) -> None:
@@ -100,23 +102,26 @@ class FirecrackerApi:
 
     # -- one request ---------------------------------------------------------------------------
 
-    async def _known_version(self) -> Version:
-        return parse_version(await self.version())
-
     async def _read(self, path: str, kind: type[T]) -> T:
         body = await self._call("GET", path, b"", self._timeout_s)
         try:
             return msgspec.json.decode(body, type=kind)
         except msgspec.DecodeError as error:
-            raise HostFault(f"GET {path} was answered with something else: {error}") from error
+            raise HostFault(f"invalid reply to GET {path} from the VMM's API: {error}") from error
 
     async def _send(
         self, method: str, path: str, body: Body, *, timeout_s: float | None = None
     ) -> None:
+        """Send a request with a body; what the VMM's version does not accept is left out."""
+        if is_versioned(body):
+            accepted = for_version(body, parse_version(await self.version()))
+            if accepted is None:
+                return
+            body = accepted
         await self._call(method, path, msgspec.json.encode(body), timeout_s or self._timeout_s)
 
     async def _call(self, method: str, path: str, body: bytes, timeout_s: float) -> bytes:
-        """One request and its reply. Whatever cuts it short also closes the connection."""
+        """One request and its reply. A call that does not complete closes the connection."""
         async with self._one_at_a_time:
             done = False
             try:
@@ -129,7 +134,7 @@ class FirecrackerApi:
                 ) from error
             except (FileNotFoundError, ConnectionError, h11.RemoteProtocolError) as error:
                 raise Unavailable(
-                    f"the VMM's API was gone at {method} {path}: {type(error).__name__}"
+                    f"the VMM's API is gone, at {method} {path}: {type(error).__name__}"
                 ) from error
             except OSError as error:
                 raise of_os_error(
@@ -174,7 +179,7 @@ class FirecrackerApi:
             elif isinstance(event, h11.Data):
                 answer += event.data
                 if len(answer) > BODY_BYTES:
-                    raise HostFault("Firecracker's reply is too large")
+                    raise HostFault(f"the reply of the VMM's API is larger than {BODY_BYTES} bytes")
             elif isinstance(event, h11.EndOfMessage):
                 return status, bytes(answer)
             elif isinstance(event, h11.ConnectionClosed):

@@ -1,17 +1,21 @@
-"""What Firecracker's API takes and gives, by its own field names, for versions 1.12 to 1.16.
+"""The requests and replies of Firecracker's API, by its own field names, for versions 1.12 to 1.16.
 
-Only what hostd sends and reads. Firecracker refuses unknown fields, so a field that a version does
-not know must not be sent to it; `None` fields are left out.
+Only what hostd sends and reads. Firecracker refuses unknown fields, so a field that is newer than
+OLDEST carries `Since`, and `for_version` drops it for an older VMM: by that alone. A field that
+equals its default is not sent.
 
 Source: src/firecracker/swagger/firecracker.yaml of those versions.
 """
 
 import re
-from typing import Literal
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Literal, TypeVar, get_type_hints
 
 import msgspec
 
-from handlers.errors import Conflict, Failure, HostFault, errno_name, failure_class
+from handlers.errors import Conflict, Failure, errno_name, failure_class
+from handlers.host.vmm.versions import Version
 from handlers.specs import BootConfig, DriveConfig
 
 IFACE_ID = "eth0"
@@ -22,13 +26,23 @@ WRONG_STATE = "The requested operation is not supported"
 NOT_AFTER_CONFIGURING = "Loading a microVM snapshot not allowed after configuring"
 CONTROLS = dict.fromkeys(range(32), " ")
 
-Version = tuple[int, int, int]
-SERIAL_SINCE: Version = (1, 14, 0)
-CLOCK_REALTIME_SINCE: Version = (1, 16, 0)
+
+@dataclass(frozen=True, slots=True)
+class Since:
+    """Metadata of a field: the first version of Firecracker that accepts it.
+
+    On every required field of a body it means that the endpoint itself is new in that version.
+    """
+
+    major: int
+    minor: int
+
+    def accepts(self, version: Version) -> bool:
+        return version >= (self.major, self.minor)
 
 
 class Body(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A request's body."""
+    """The body of a request. Every one of them goes through `for_version`."""
 
 
 class MachineConfiguration(Body, frozen=True):
@@ -62,7 +76,9 @@ class Vsock(Body, frozen=True):
 
 
 class SerialDevice(Body, frozen=True):
-    serial_out_path: str
+    """The guest's serial console. Without it, that of a jailed VMM is /dev/null."""
+
+    serial_out_path: Annotated[str, Since(1, 14)]
 
 
 class Action(Body, frozen=True):
@@ -88,11 +104,11 @@ class SnapshotLoad(Body, frozen=True):
     snapshot_path: str
     mem_backend: MemoryBackend
     resume_vm: bool
-    clock_realtime: bool | None = None
+    clock_realtime: Annotated[bool | None, Since(1, 16)] = None
 
 
 class InstanceInfo(msgspec.Struct, frozen=True):
-    """The answer to `GET /`. `state`: `Not started`, `Running` or `Paused`."""
+    """The reply to `GET /`. `state`: `Not started`, `Running` or `Paused`."""
 
     id: str
     state: str
@@ -100,38 +116,66 @@ class InstanceInfo(msgspec.Struct, frozen=True):
 
 
 class VersionInfo(msgspec.Struct, frozen=True):
-    """The answer to `GET /version`."""
+    """The reply to `GET /version`."""
 
     firecracker_version: str
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """The body of a refusal; what is wrong with the HTTP itself is told in `error`."""
+    """The body of an error reply; `error` is set when the HTTP itself was malformed."""
 
     fault_message: str = ""
     error: str = ""
 
 
 Request = tuple[str, str, Body]
+BodyT = TypeVar("BodyT", bound=Body)
 
 
-def parse_version(text: str) -> Version:
-    """`1.12.1` as numbers; what follows them (`-dev`) is left out.
+@cache
+def versioned_fields(kind: type[Body]) -> dict[str, Since]:
+    """The fields of a body that not every supported version accepts."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {
+        name: mark
+        for name, hint in hints.items()
+        for mark in getattr(hint, "__metadata__", ())
+        if isinstance(mark, Since)
+    }
 
-    Raises:
-        HostFault: not a version.
+
+def is_versioned(body: Body) -> bool:
+    """Whether it depends on the VMM's version what of the body may be sent."""
+    nested = (getattr(body, name) for name in body.__struct_fields__)
+    return bool(versioned_fields(type(body))) or any(
+        is_versioned(value) for value in nested if isinstance(value, Body)
+    )
+
+
+def for_version(body: BodyT, version: Version) -> BodyT | None:
+    """The body as this version of Firecracker accepts it: newer fields get their defaults.
+
+    None if a newer field has no default, i.e. the endpoint is newer: do not send the request.
     """
-    found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", text)
-    if found is None:
-        raise HostFault(f"the VMM says that its version is {text[:40]!r}")
-    return int(found[1]), int(found[2]), int(found[3])
+    since = versioned_fields(type(body))
+    changes: dict[str, object] = {}
+    for field in msgspec.structs.fields(body):
+        value = accepted = getattr(body, field.name)
+        if field.name in since and not since[field.name].accepts(version):
+            accepted = None
+        elif isinstance(value, Body):
+            accepted = for_version(value, version)
+        if accepted is None and value is not None:
+            if field.required:
+                return None
+            accepted = field.default
+        if accepted is not value:
+            changes[field.name] = accepted
+    return msgspec.structs.replace(body, **changes) if changes else body
 
 
-def boot_requests(config: BootConfig, version: Version) -> list[Request]:
-    """All calls that precede InstanceStart, in order; the guest sees drives in that order too.
-
-    Before 1.14 there is no console file: the jailed VMM's console is /dev/null.
-    """
+def boot_requests(config: BootConfig) -> list[Request]:
+    """All requests before InstanceStart, in order; the guest sees drives in that order too."""
     requests: list[Request] = [
         ("PUT", "/machine-config", MachineConfiguration(config.vcpus, config.mem_mib)),
         ("PUT", "/boot-source", BootSource(config.kernel, config.boot_args, config.initrd)),
@@ -145,13 +189,13 @@ def boot_requests(config: BootConfig, version: Version) -> list[Request]:
         ),
         ("PUT", "/vsock", Vsock(GUEST_CID, config.vsock)),
     ]
-    if config.serial is not None and version >= SERIAL_SINCE:
+    if config.serial is not None:
         requests.append(("PUT", "/serial", SerialDevice(config.serial)))
     return requests
 
 
 def _drive(drive: DriveConfig) -> Drive:
-    """A writable drive honours the guest's flushes, so that what it synced survives the host."""
+    """A writable drive honours the guest's flushes: what it synced survives a host crash."""
     return Drive(
         drive.drive_id,
         drive.path_in_jail,
@@ -161,21 +205,21 @@ def _drive(drive: DriveConfig) -> Drive:
     )
 
 
-def load_request(state_path: str, mem_path: str, version: Version) -> Request:
-    """A load that leaves the VM paused. From 1.16 the guest's clock must be asked to go on."""
+def load_request(state_path: str, mem_path: str) -> Request:
+    """A load that leaves the VM paused. From 1.16 on the guest's clock advances only on request."""
     body = SnapshotLoad(
         state_path,
         MemoryBackend("File", mem_path),
         resume_vm=False,
-        clock_realtime=True if version >= CLOCK_REALTIME_SINCE else None,
+        clock_realtime=True,
     )
     return "PUT", "/snapshot/load", body
 
 
 def refusal(method: str, path: str, status: int, body: bytes) -> Failure:
-    """The failure that a reply other than 2xx stands for.
+    """The failure for a reply other than 2xx.
 
-    Its class comes from the number in `(os error N)`, never from words, which differ by libc.
+    Its class comes from the number in `(os error N)`, never from the text, which differs by libc.
     A fault about the HTTP itself has a raw newline inside its JSON string.
     """
     text = body.decode(errors="replace").translate(CONTROLS)

@@ -1,8 +1,8 @@
 """cgroup v2 leaves of VMMs: `<limits.cgroup>/<tenant>/<jail id>`, directly under the mount.
 
-The leaf exists before the jailer runs: a jailer whose parent cgroup is missing stays where it is
-without a word. With `limits.enforce` off only the tree is made: it still serves identity and kill.
-This module kills nothing: the VMM in a leaf belongs to `vmms`.
+The leaf exists before the jailer runs: a jailer whose parent cgroup is missing silently stays where
+it is. With `limits.enforce` off only the tree is made: it still serves identity and kill.
+This module kills nothing: `vmms` owns the VMM in a leaf.
 """
 
 import asyncio
@@ -13,15 +13,16 @@ import re
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from handlers.errors import Failure, HostFault, Invalid, Unavailable, of_os_error
-from handlers.host.linux.procfs import read_text
+from handlers.host.linux.procfs import Mount, read_mounts, read_text
 from handlers.interfaces import CPU_PERIOD_US
 from handlers.mechanism import Durability
 from handlers.specs import CgroupSpec
+from schemas import naming
 from schemas.settings import Settings
 
 CONTROLLERS = ("cpu", "memory", "pids")
@@ -30,25 +31,21 @@ RMDIR_TIMEOUT_S = 2.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def find_mount(mountinfo: str | None = None) -> str:
-    """The mount point of the cgroup2 tree.
-
-    Source: proc_pid_mountinfo(5), cgroups(7).
+def find_mount(mounts: Iterable[Mount] | None = None) -> str:
+    """The mount point of the cgroup2 tree, by default in this mount namespace. Source: cgroups(7).
 
     Raises:
         HostFault: no cgroup2 tree is mounted; mount one.
     """
-    text = read_text("/proc/self/mountinfo") if mountinfo is None else mountinfo
-    for line in text.splitlines():
-        left, _, right = line.partition(" - ")
-        if right.split(" ", 1)[0] == "cgroup2":
-            return left.split(" ")[4].encode().decode("unicode_escape")
-    raise HostFault("no cgroup2 tree is mounted on this host")
+    for mount in read_mounts() if mounts is None else mounts:
+        if mount.fs_type == "cgroup2":
+            return mount.mount_point
+    raise HostFault("no cgroup2 file system is mounted on this host: mount one on /sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
 class CgroupTree:
-    """Where hostd's part of the cgroup2 tree is. `base` is relative to the mount, e.g. `hostd`."""
+    """hostd's part of the cgroup2 tree. `base` is relative to the mount, e.g. `hostd`."""
 
     mount: str
     base: str
@@ -57,19 +54,22 @@ class CgroupTree:
     def of(cls, settings: Settings) -> "CgroupTree":
         parts = settings.limits.cgroup.strip("/").split("/")
         if not all(NAME.fullmatch(part) for part in parts):
-            raise Invalid("limits.cgroup is not a relative path of plain names")
+            raise Invalid(
+                f"invalid [limits] cgroup: got {settings.limits.cgroup!r}, want a path relative to "
+                "the cgroup2 mount, e.g. hostd"
+            )
         return cls(find_mount(), "/".join(parts))
 
     def name(self, tenant_id: str, jail_id: str) -> str:
-        """A leaf's path relative to the mount: what `LaunchSpec.cgroup` and /proc show."""
-        return f"{self.base}/{tenant_id}/{jail_id}"
+        """A leaf's path relative to the mount, as in `LaunchSpec.cgroup` and /proc."""
+        return naming.cgroup_name(self.base, naming.cgroup_key(tenant_id, jail_id))
 
     def path(self, name: str) -> str:
-        """The directory of a cgroup given by its name relative to the mount."""
+        """The directory of a cgroup, given its path relative to the mount."""
         return f"{self.mount}/{name}"
 
     def leaves(self, jail_id: str) -> Iterator[str]:
-        """Names of the leaves of a jail, whatever their tenant; normally one or none."""
+        """The leaves of a jail in any tenant, as paths relative to the mount; normally 0 or 1."""
         try:
             tenants = os.listdir(self.path(self.base))
         except FileNotFoundError:
@@ -82,7 +82,7 @@ class CgroupTree:
     def pids(self, name: str) -> list[int]:
         """Live processes in a cgroup; empty if it does not exist.
 
-        Zombies are not listed; a kernel thread that KVM made for a VM (kvm-nx-lpage-recovery) is.
+        Zombies are not listed; a kernel thread of KVM for a VM (kvm-nx-lpage-recovery) is.
         """
         try:
             text = read_text(f"{self.path(name)}/cgroup.procs")
@@ -94,10 +94,10 @@ class CgroupTree:
 
 
 def check_controllers(settings: Settings) -> None:
-    """At start: that limits can be enforced here, if they are to be.
+    """At start: check that limits can be enforced here, if `[limits] enforce` is set.
 
     Raises:
-        HostFault: no cgroup2 tree, or not with the controllers; says what to set instead.
+        HostFault: no cgroup2 tree, or a controller is missing; says what to set instead.
     """
     tree = CgroupTree.of(settings)
     if not settings.limits.enforce:
@@ -105,13 +105,14 @@ def check_controllers(settings: Settings) -> None:
     available = read_text(f"{tree.mount}/cgroup.controllers").split()
     if missing := [name for name in CONTROLLERS if name not in available]:
         raise HostFault(
-            f"[limits] enforce = true, but the cgroup2 tree {tree.mount} has no controllers "
-            f"{', '.join(missing)}: a developer sets it to false, with [host] production = false"
+            f"[limits] enforce = true requires the cgroup2 controllers {', '.join(missing)}, which "
+            f"{tree.mount} does not have; on a development host set enforce = false and "
+            "[host] production = false"
         )
 
 
 class Cgroups:
-    """The mechanism of `CgroupSpec`; `key` is `<tenant>/<jail id>`.
+    """Makes and removes leaves with their limits; the key is `<tenant>/<jail id>`.
 
     Source: Documentation/admin-guide/cgroup-v2.rst.
     Needs: CAP_SYS_ADMIN or ownership of the subtree.
@@ -130,15 +131,15 @@ class Cgroups:
         return os.path.isdir(self.tree.path(self._leaf(key)))
 
     async def ensure(self, spec: CgroupSpec) -> None:
-        """Make the leaf and put its limits in force, read back.
+        """Make the leaf, set its limits and read them back.
 
         Raises:
-            HostFault: names the controller or the limit that does not hold.
+            HostFault: names the missing controller, or the limit that reads back differently.
         """
         await asyncio.to_thread(self._ensure, spec)
 
     async def remove(self, key: str) -> None:
-        """Remove the leaf, and the tenant's directory with its last one. Kills nothing.
+        """Remove the leaf, and with the tenant's last leaf its directory. Kills nothing.
 
         Raises:
             Unavailable: a process is still in it.
@@ -148,7 +149,7 @@ class Cgroups:
     def _leaf(self, key: str) -> str:
         tenant_id, _, jail_id = key.partition("/")
         if not (NAME.fullmatch(tenant_id) and NAME.fullmatch(jail_id)):
-            raise Invalid(f"not a cgroup key: {key!r}")
+            raise Invalid(f"invalid cgroup key: got {key!r}, want <tenant>/<jail id>")
         return self.tree.name(tenant_id, jail_id)
 
     def _ensure(self, spec: CgroupSpec) -> None:
@@ -163,17 +164,17 @@ class Cgroups:
             if made:
                 self._remove(self._leaf(spec.key))
             if isinstance(error, OSError):
-                raise of_os_error(error, f"cannot make the cgroup {spec.key}") from error
+                raise of_os_error(error, f"cannot make cgroup {spec.key}") from error
             raise
 
     def _lock_of(self, leaf: str) -> threading.Lock:
-        """One per tenant: its last leaf takes the directory along while a first one may come."""
+        """One per tenant: removing its last leaf removes the directory that a new leaf needs."""
         return self._locks.setdefault(os.path.dirname(leaf), threading.Lock())
 
     def _make(self, leaf: str) -> bool:
         """Make leaf and parents; true if the leaf is new."""
         if self._enforce:
-            self._enable_on_the_way(leaf)
+            self._enable_controllers(leaf)
         else:
             os.makedirs(os.path.dirname(leaf), exist_ok=True)
         try:
@@ -182,14 +183,14 @@ class Cgroups:
             return False
         return True
 
-    def _enable_on_the_way(self, leaf: str) -> None:
-        """Enable the controllers in each cgroup above the leaf, making those that are missing."""
+    def _enable_controllers(self, leaf: str) -> None:
+        """Enable the controllers in each cgroup above the leaf; make the missing ones."""
         at = self.tree.mount
         for part in os.path.relpath(leaf, self.tree.mount).split("/"):
             available = read_text(f"{at}/cgroup.controllers").split()
             if missing := [name for name in CONTROLLERS if name not in available]:
                 raise HostFault(
-                    f"cgroup controllers {', '.join(missing)} are not available in {at}",
+                    f"cgroup {at} does not have the controllers {', '.join(missing)}",
                     detail={"cgroup": at, "missing": missing},
                 )
             enabled = read_text(f"{at}/cgroup.subtree_control").split()
@@ -205,10 +206,10 @@ class Cgroups:
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            # The rule of no internal processes: it stays so until an operator moves them.
+            # The "no internal processes" rule; only an operator can move the processes.
             raise HostFault(
-                f"the cgroup {at} holds processes of its own, so no limits hold below it; "
-                "give limits.cgroup one without",
+                f"cannot enable controllers in cgroup {at}: it contains processes, so limits "
+                "cannot be set below it; set [limits] cgroup to one without processes",
                 detail={"cgroup": at},
             ) from error
 
@@ -227,10 +228,10 @@ class Cgroups:
             if read_text(path).strip() == value:
                 continue
             _write(path, value)
-            if (holds := read_text(path).strip()) != value:
+            if (found := read_text(path).strip()) != value:
                 raise HostFault(
-                    f"{name} of the cgroup {spec.key} is {holds}, not {value}",
-                    detail={"limit": name, "wanted": value, "holds": holds},
+                    f"{name} of cgroup {spec.key} reads back as {found}, expected {value}",
+                    detail={"limit": name, "expected": value, "found": found},
                 )
 
     def _remove(self, name: str) -> None:
@@ -242,12 +243,12 @@ class Cgroups:
                 with contextlib.suppress(FileNotFoundError):
                     os.rmdir(os.path.dirname(leaf))
         except OSError as error:
-            # EBUSY is of the tenant's directory: another leaf is in it.
+            # EBUSY of the tenant's directory: another leaf is in it.
             if error.errno not in (errno.EBUSY, errno.ENOTEMPTY) or os.path.exists(leaf):
-                raise of_os_error(error, f"cannot remove the cgroup {name}") from error
+                raise of_os_error(error, f"cannot remove cgroup {name}") from error
 
     def _wait_empty(self, name: str) -> None:
-        """Wait for `populated 0`, which the kernel announces by POLLPRI."""
+        """Wait for `populated 0`; the kernel reports a change as POLLPRI."""
         try:
             fd = os.open(f"{self.tree.path(name)}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -261,14 +262,15 @@ class Cgroups:
                 if left <= 0:
                     pids = self.tree.pids(name)
                     raise Unavailable(
-                        f"the cgroup {name} still holds processes", detail={"pids": pids[:16]}
+                        f"cgroup {name} still has processes after {EMPTY_TIMEOUT_S:g} s",
+                        detail={"pids": pids[:16]},
                     )
                 poll.poll(left * 1000)
                 events.seek(0)
 
 
 def _write(path: str, value: str) -> None:
-    """One write(2), as the kernel wants it; no O_CREAT, so a missing file is ENOENT."""
+    """One write(2), as the kernel requires; no O_CREAT, so a missing file is ENOENT."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, value.encode())

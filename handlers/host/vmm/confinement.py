@@ -1,4 +1,4 @@
-"""Read back what the jailer promised: where a VMM is shut in and what it gave up.
+"""Read back the confinement of a VMM: IDs, cgroup, root, namespaces, capabilities, seccomp.
 
 Source: proc_pid_status(5), proc_pid_limits(5), docs/jailer.md of Firecracker.
 Needs: CAP_SYS_PTRACE.
@@ -7,12 +7,13 @@ Needs: CAP_SYS_PTRACE.
 import os
 
 from handlers.errors import HostFault
-from handlers.host.linux.procfs import read_text
-from handlers.host.vmm.processes import FileIdentity, read_cgroup
+from handlers.host.linux.file_id import FileId
+from handlers.host.linux.procfs import read_status, read_text
+from handlers.host.vmm.processes import read_cgroup
 
 NO_FILE = 2048
 NO_CAPABILITIES = "0" * 16
-OF_EACH_THREAD = (
+THREAD_STATUS = (
     ("CapEff", NO_CAPABILITIES),
     ("CapPrm", NO_CAPABILITIES),
     ("CapInh", NO_CAPABILITIES),
@@ -24,13 +25,6 @@ OF_EACH_THREAD = (
 Fact = tuple[str, object, object]
 
 
-def read_status(path: str) -> dict[str, str]:
-    """A `status` file of /proc as a map, e.g. `Uid` -> `0 0 0 0`."""
-    lines = read_text(path).splitlines()
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    return {name: " ".join(value.split()) for name, value in pairs}
-
-
 def read_uid(pid: int) -> int | None:
     """The real uid of a process; None if it is gone."""
     try:
@@ -40,11 +34,11 @@ def read_uid(pid: int) -> int | None:
 
 
 def check_process(pid: int, *, uid: int, cgroup: str, root: str) -> None:
-    """Check what the jailer settled before it executed the VMM.
+    """Check what the jailer set before it executed the VMM.
 
     Raises:
-        HostFault: names the first fact that does not hold, what was wanted and what holds.
-        OSError: the process went away while it was read.
+        HostFault: names the first property that differs, the expected and the found value.
+        OSError: the process exited while it was read.
     """
     status = read_status(f"/proc/{pid}/status")
     same_id = " ".join([str(uid)] * 4)
@@ -53,18 +47,18 @@ def check_process(pid: int, *, uid: int, cgroup: str, root: str) -> None:
         ("uid", same_id, status["Uid"]),
         ("gid", same_id, status["Gid"]),
         ("groups", "", status["Groups"]),
-        ("pid in its own namespace", "1", in_namespaces[-1] if in_namespaces[1:] else "none"),
+        ("pid in its pid namespace", "1", in_namespaces[-1] if in_namespaces[1:] else "none"),
         ("cgroup", cgroup, read_cgroup(pid)),
-        ("root", FileIdentity.of(root), FileIdentity.of(f"/proc/{pid}/root")),
+        ("root", FileId.at(root), FileId.at(f"/proc/{pid}/root")),
         ("open files limit", str(NO_FILE), _limit(pid, "Max open files")),
     ]
     _require(pid, facts)
 
 
 def check_threads(pid: int) -> None:
-    """Check what every thread of a started or loaded VMM gave up.
+    """Check the capabilities, no_new_privs and seccomp of every thread of a running VMM.
 
-    A vCPU thread puts its own filter on as it begins, which may be just after the API answered.
+    A vCPU thread installs its own filter when it starts, which may be just after the API replied.
 
     Raises:
         HostFault, OSError: as `check_process`.
@@ -72,15 +66,15 @@ def check_threads(pid: int) -> None:
     for thread in os.listdir(f"/proc/{pid}/task"):
         status = read_status(f"/proc/{pid}/task/{thread}/status")
         name = status["Name"]
-        _require(pid, [(f"{of} of thread {name}", is_, status[of]) for of, is_ in OF_EACH_THREAD])
+        _require(pid, [(f"{of} of thread {name}", want, status[of]) for of, want in THREAD_STATUS])
 
 
 def _require(pid: int, facts: list[Fact]) -> None:
-    for fact, wanted, holds in facts:
-        if wanted != holds:
+    for fact, expected, found in facts:
+        if expected != found:
             raise HostFault(
-                f"the VMM (process {pid}) is not confined: its {fact} is {holds}, not {wanted}",
-                detail={"fact": fact, "wanted": str(wanted), "holds": str(holds)},
+                f"VMM process {pid} is not confined: {fact} is {found}, expected {expected}",
+                detail={"fact": fact, "expected": str(expected), "found": str(found)},
             )
 
 

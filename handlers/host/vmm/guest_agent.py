@@ -1,9 +1,9 @@
 """The guest agent over Firecracker's vsock socket: framed JSON, one request per connection.
 
-The guest is not trusted: sizes, times and texts are bounded, and nothing it says is acted on beyond
-the few fields named here. A guest that boots has no listener yet (the connection is closed without
-a word), the first connection after a resume may be cut, and a paused guest never answers: so each
-attempt connects anew until the time is up.
+The guest is not trusted: sizes, times and texts are bounded, and only the few fields named here are
+used. A booting guest has no listener yet (the VMM closes the connection), the first connection
+after a resume may be cut, and a paused guest never replies: so each attempt makes a new connection,
+until the time is up.
 
 Source: docs/vsock.md of Firecracker; the frames are agentd's contract, `SetClock` is hostd's own.
 """
@@ -17,7 +17,9 @@ from collections.abc import Callable
 import msgspec
 
 from handlers.errors import Unavailable
-from handlers.host.jail.sockets import VSOCK_SOCKET, JailPaths, connect
+from handlers.host.jail.layout import JailLayout
+from handlers.host.jail.sockets import connect
+from handlers.jail_names import VSOCK_SOCKET
 from handlers.specs import Ack
 from schemas.settings import Settings
 
@@ -55,10 +57,17 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 class GuestAgents:
-    """Implements `GuestAgents` for jails below `[vmm] jail_base`."""
+    """Sends agentd's requests to the guests of jails below `[vmm] jail_base`.
+
+    Each call connects again and retries until `timeout_s`.
+
+    Raises:
+        Unavailable: no well-formed reply within `timeout_s`, or the agent replied with an error.
+        HostFault: the vsock socket in the jail is not a socket.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        self._paths = JailPaths.of(settings)
+        self._layout = JailLayout(settings.jail_base)
 
     async def ping(self, jail_id: str, port: int, *, timeout_s: float) -> None:
         answer = await self._ask(jail_id, port, lambda: "Ping", timeout_s=timeout_s)
@@ -77,7 +86,7 @@ class GuestAgents:
         return _ack(answer.SleepPrepAck)
 
     async def wake(self, jail_id: str, port: int, *, timeout_s: float) -> Ack:
-        # An agent takes its time to mount; told again meanwhile, it would do it twice.
+        # Mounting takes the agent a while; a second request meanwhile would make it mount twice.
         answer = await self._ask(
             jail_id,
             port,
@@ -109,13 +118,13 @@ class GuestAgents:
         timeout_s: float,
         answer_timeout_s: float | None = None,
     ) -> str | _Answer:
-        """Ask until answered; `request` is made anew for each attempt.
+        """Retry until there is a reply; each attempt sends a new `request()`.
 
-        Silence ends an attempt soon at first, later after 2 s; a request that takes its time says
-        so by `answer_timeout_s`.
+        An attempt without a reply ends after 0.25 s at first, later after 2 s; a request that takes
+        the agent longer sets `answer_timeout_s`.
         """
-        root = self._paths.root(jail_id)
-        last = "silence"
+        root = self._layout.root(jail_id)
+        last = "no reply"
         wait_s = FIRST_WAIT_S
         silence_s = FIRST_SILENCE_S
         refusals = 0
@@ -123,10 +132,15 @@ class GuestAgents:
             async with asyncio.timeout(timeout_s):
                 while True:
                     try:
-                        last = "silence"
-                        return await _attempt(
-                            root, port, request, silence_s, answer_timeout_s or silence_s
+                        last = "no reply"
+                        frame = await exchange(
+                            root,
+                            port,
+                            request,
+                            connect_timeout_s=silence_s,
+                            answer_timeout_s=answer_timeout_s or silence_s,
                         )
+                        return _decode(frame)
                     except ConnectionRefusedError:
                         refusals += 1
                         last = "the VMM is gone"
@@ -135,24 +149,38 @@ class GuestAgents:
                     except TimeoutError:
                         silence_s = min(silence_s * 2, LAST_SILENCE_S)
                     except (OSError, EOFError) as error:
-                        last = "no socket" if isinstance(error, FileNotFoundError) else "cut"
+                        missing = isinstance(error, FileNotFoundError)
+                        last = "no socket" if missing else "connection closed"
                     await asyncio.sleep(wait_s)
                     wait_s = min(wait_s * 1.25, LAST_WAIT_S)
         except TimeoutError:
             pass
         raise Unavailable(
-            f"the guest agent did not answer on port {port} within {timeout_s:g} s: {last}",
+            f"the guest agent did not reply on port {port} within {timeout_s:g} s: {last}",
             detail={"agent": last},
         )
 
 
-async def _attempt(
+async def exchange(
     root: str,
     port: int,
     request: Callable[[], object],
+    *,
     connect_timeout_s: float,
     answer_timeout_s: float,
-) -> str | _Answer:
+) -> bytes:
+    """Send one request on a new connection to a guest's port; returns the frame of the reply.
+
+    Args:
+        root: the root directory of the VMM's jail.
+        port: the guest's vsock port.
+        request: makes the request, once the connection is accepted.
+
+    Raises:
+        Unavailable: the guest broke the protocol.
+        OSError, EOFError, TimeoutError: no connection, cut, or no reply; may be tried again.
+        HostFault: the vsock socket in the jail is not a socket.
+    """
     with connect(root, VSOCK_SOCKET) as connection:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(connect_timeout_s):
@@ -163,16 +191,21 @@ async def _attempt(
             await loop.sock_sendall(connection, struct.pack(">I", len(body)) + body)
             (length,) = struct.unpack(">I", await _read_exactly(connection, 4))
             if length > FRAME_BYTES:
-                raise Unavailable(f"the guest agent sent a frame of {length} bytes")
-            frame = await _read_exactly(connection, length)
+                raise Unavailable(
+                    f"guest agent protocol error: frame of {length} bytes, at most {FRAME_BYTES}"
+                )
+            return await _read_exactly(connection, length)
+
+
+def _decode(frame: bytes) -> str | _Answer:
     try:
         return msgspec.json.decode(frame, type=str | _Answer)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Unavailable("the guest agent's answer cannot be read") from error
+        raise Unavailable("guest agent protocol error: the reply cannot be decoded") from error
 
 
 async def _read_ok(connection: socket.socket) -> None:
-    """The VMM's `OK <host port>\\n`, after which the guest's bytes begin."""
+    """Read the VMM's `OK <host port>\\n`, after which the guest's bytes begin."""
     line = b""
     while b"\n" not in line and len(line) < LINE_BYTES:
         more = await asyncio.get_running_loop().sock_recv(connection, LINE_BYTES - len(line))
@@ -180,7 +213,7 @@ async def _read_ok(connection: socket.socket) -> None:
             raise EOFError
         line += more
     if not (line.startswith(b"OK ") and line.endswith(b"\n")):
-        raise Unavailable("the guest agent spoke before it was asked")
+        raise Unavailable("guest agent protocol error: unsolicited data")
 
 
 async def _read_exactly(connection: socket.socket, length: int) -> bytes:
@@ -204,6 +237,6 @@ def _bounded(text: str) -> str:
 
 def _unexpected(asked: str, answer: str | _Answer) -> Unavailable:
     if isinstance(answer, _Answer) and answer.Error is not None:
-        said = _bounded(answer.Error.message)
-        return Unavailable(f"the guest agent refused {asked}: {said}", detail={"agent": said})
-    return Unavailable(f"the guest agent answered {asked} with something else")
+        message = _bounded(answer.Error.message)
+        return Unavailable(f"the guest agent refused {asked}: {message}", detail={"agent": message})
+    return Unavailable(f"guest agent protocol error: unexpected reply type to {asked}")

@@ -1,32 +1,35 @@
-"""One execution of the jailer, which turns itself into a jailed VMM and leaves.
+"""One execution of the jailer, which daemonizes the jailed VMM and exits.
 
-The jailer is silent about much: a missing parent cgroup, a VMM that dies after it daemonized. So
-what it needs is checked before, and what it did is read back by `vmms` and `confinement`.
+The jailer reports neither a missing parent cgroup nor a VMM that dies after daemonizing. So what it
+needs is checked before it runs, and `vmms` and `confinement` read back what it did.
 
-Source: docs/jailer.md of Firecracker; the facts are proven in tests/contract/test_jailer.py.
+Source: docs/jailer.md of Firecracker; proven in tests/contract/test_jailer.py.
 """
 
 import os
 import shutil
+import time
 
 from handlers.errors import HostFault, of_os_error
-from handlers.host.jail.layout import LOG
-from handlers.host.jail.sockets import (
-    API_SOCKET,
-    PID_FILE,
-    VMM_COPY,
-    VSOCK_SOCKET,
-    JailPaths,
-)
 from handlers.host.vmm import spawn
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.confinement import NO_FILE
-from handlers.host.vmm.launch_log import LaunchLog
+from handlers.jail_names import (
+    API_SOCKET,
+    DEVICES_DIR,
+    FIRECRACKER,
+    LOG,
+    PID_FILE,
+    RUN_DIR,
+    VSOCK_SOCKET,
+    in_jail,
+)
 from handlers.specs import LaunchSpec
 from schemas.settings import Settings
 
 STDERR_BYTES = 4096
-JAILER_MAKES = ("dev", "run", PID_FILE, VMM_COPY, API_SOCKET, VSOCK_SOCKET)
+LAUNCH_LOG_BYTES = 1_048_576
+JAILER_MAKES = (DEVICES_DIR, RUN_DIR, PID_FILE, FIRECRACKER, API_SOCKET, VSOCK_SOCKET)
 
 
 class Jailer:
@@ -38,29 +41,37 @@ class Jailer:
     def __init__(self, settings: Settings) -> None:
         self.path = settings.vmm.jailer
         self.firecracker = settings.vmm.firecracker
-        self._paths = JailPaths.of(settings)
+        self._jail_base = settings.jail_base
         self._tree = CgroupTree.of(settings)
         self._launches = LaunchLog(settings.paths.state)
 
     def prepare(self, spec: LaunchSpec, root: str) -> None:
-        """Check what the jailer needs and would not complain of; clear a dead run's leftovers."""
+        """Check what the jailer fails silently without; remove what an earlier run left.
+
+        Raises:
+            HostFault: names what is missing or misnamed.
+        """
         executable = os.path.basename(os.path.realpath(self.firecracker))
-        if executable != VMM_COPY:
+        if executable != FIRECRACKER:
             raise HostFault(
-                f"vmm.firecracker is a file named {executable}; the jails' directory follows that "
-                f"name, so it must be {VMM_COPY}",
+                f"invalid [vmm] firecracker {self.firecracker}: the file is named {executable}, "
+                f"want {FIRECRACKER} (the jailer names the jails' directory after it)",
                 path=self.firecracker,
             )
         if not os.path.isdir(self._tree.path(spec.cgroup)):
-            raise HostFault(f"the cgroup {spec.cgroup} is missing; the jailer would not say so")
+            raise HostFault(
+                f"cgroup {spec.cgroup} is missing (the jailer fails silently without it)"
+            )
         if not os.path.isfile(f"{root}/{LOG}"):
-            raise HostFault("the jail has no log file; the VMM would die without a word", path=root)
+            raise HostFault(
+                f"jail {spec.jail_id} has no log file (the VMM fails silently without it)",
+                path=root,
+            )
         clear(root)
-
         try:
             self._launches.record(spec.jail_id, spec.uid)
         except OSError as error:
-            raise of_os_error(error, "cannot write the log of launches") from error
+            raise of_os_error(error, "cannot write the launch log") from error
 
     def arguments(self, spec: LaunchSpec) -> list[str]:
         """The whole command line of one launch."""
@@ -70,44 +81,72 @@ class Jailer:
             *("--exec-file", self.firecracker),
             *("--uid", str(spec.uid)),
             *("--gid", str(spec.uid)),
-            *("--chroot-base-dir", self._paths.jail_base),
+            *("--chroot-base-dir", self._jail_base),
             *("--cgroup-version", "2"),
             *("--parent-cgroup", spec.cgroup),
             *("--resource-limit", f"no-file={NO_FILE}"),
             "--new-pid-ns",
             "--daemonize",
             "--",
-            *("--api-sock", f"/{API_SOCKET}"),
-            *("--log-path", f"/{LOG}"),
+            *("--api-sock", in_jail(API_SOCKET)),
+            *("--log-path", in_jail(LOG)),
             *("--level", "Info"),
         ]
 
-    async def run(self, spec: LaunchSpec, words: int) -> None:
-        """Run until its first process ends, which it does when daemonized.
+    async def run(self, spec: LaunchSpec, output: int) -> None:
+        """Run until the first process exits, which it does once the VMM is daemonized.
+
+        `output` is a file descriptor for stdout and stderr.
 
         Raises:
-            HostFault: it cannot be executed, or failed; its words are in the detail.
+            HostFault: it cannot be executed, or failed; its output is in the detail.
         """
         try:
-            code = await spawn.run(self.arguments(spec), words)
+            code = await spawn.run(self.arguments(spec), output)
         except OSError as error:
             raise of_os_error(error, f"cannot execute {self.path}") from error
         if code != 0:
-            said = os.pread(words, STDERR_BYTES, 0).decode(errors="replace").strip()
+            text = os.pread(output, STDERR_BYTES, 0).decode(errors="replace").strip()
             raise HostFault(
-                f"the jailer failed with {code}: {_reason(said)}",
-                detail={"exit_code": code, "jailer": said},
+                f"jailer exited with status {code}: {_reason(text)}",
+                detail={"exit_code": code, "jailer": text},
             )
 
 
-def _reason(said: str) -> str:
-    """The one line that says why, out of a panic's several."""
-    lines = said.splitlines() or ["without a word"]
+class LaunchLog:
+    """`<state>/launches.log`, root-only: one line per jailer execution.
+
+    Bounded: past 1 MiB the file becomes `launches.log.1`, replacing the previous one.
+    """
+
+    def __init__(self, state_dir: str) -> None:
+        self._path = f"{state_dir}/launches.log"
+
+    def record(self, jail_id: str, uid: int) -> None:
+        """Append `<unix ms> <jail id> <uid>`, before the jailer is executed.
+
+        Raises:
+            OSError: the state directory cannot be written; nothing may be started then.
+        """
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(self._path, flags, 0o600)
+        try:
+            os.write(fd, f"{time.time_ns() // 1_000_000} {jail_id} {uid}\n".encode())
+            full = os.fstat(fd).st_size >= LAUNCH_LOG_BYTES
+        finally:
+            os.close(fd)
+        if full:
+            os.replace(self._path, f"{self._path}.1")
+
+
+def _reason(output: str) -> str:
+    """The one line of a panic's output that has the error."""
+    lines = output.splitlines() or ["no output"]
     return next((line for line in lines if "error" in line), lines[0])[:400]
 
 
 def clear(root: str) -> None:
-    """Remove what a jailer makes in a jail: it refuses to start over any of it."""
+    """Remove what a jailer makes in a jail: it does not start if any of it exists."""
     try:
         directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -121,6 +160,6 @@ def clear(root: str) -> None:
             except (IsADirectoryError, PermissionError):
                 shutil.rmtree(name, dir_fd=directory)
     except OSError as error:
-        raise of_os_error(error, f"cannot clear the jail {root}") from error
+        raise of_os_error(error, f"cannot remove the jailer's files in {root}") from error
     finally:
         os.close(directory)

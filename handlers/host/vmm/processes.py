@@ -1,7 +1,7 @@
-"""What proves that a pid still is the VMM launched, and signals that cannot hit another process.
+"""Prove that a pid is still the VMM that was launched; signal it without hitting another process.
 
-A pid alone proves nothing: it may be another process by now. So a pidfd is opened first, then
-every fact of `VmmIdentity` is compared; what the pidfd refers to cannot change any more. Signals go
+A pid alone proves nothing: it may belong to another process by now. So a pidfd is opened first and
+then every field of `VmmIdentity` is compared; a pidfd never refers to another process. Signals go
 through that pidfd only. A zombie counts as dead.
 """
 
@@ -13,12 +13,12 @@ import select
 import signal
 import struct
 from dataclasses import dataclass
-from functools import cache
 
 from msgspec import to_builtins
 
 from handlers.errors import HostFault
-from handlers.host.linux.procfs import read_text
+from handlers.host.linux.file_id import FileId
+from handlers.host.linux.procfs import boot_id, read_text
 from schemas.records import VmmIdentity
 
 EXIT_STATUS_WAIT_S = 0.25
@@ -27,33 +27,10 @@ PIDFD_INFO_BYTES = 64
 PIDFD_GET_INFO = (3 << 30) | (PIDFD_INFO_BYTES << 16) | (0xFF << 8) | 11
 
 
-@cache
-def boot_id() -> str:
-    """This boot's id; another one means that every process known before is gone."""
-    return read_text("/proc/sys/kernel/random/boot_id").strip()
-
-
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """A file by device and inode."""
-
-    dev: int
-    ino: int
-
-    @classmethod
-    def of(cls, path: str) -> "FileIdentity | None":
-        """Of what the path, or magic link of /proc, leads to; None if there is nothing."""
-        try:
-            found = os.stat(path)
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        return cls(found.st_dev, found.st_ino)
-
-
 def read_stat(pid: int) -> tuple[str, int] | None:
     """State letter and start time in clock ticks since boot; None if there is no such process.
 
-    Source: proc_pid_stat(5), fields 3 and 22; the name before them may hold blanks and brackets.
+    Source: proc_pid_stat(5), fields 3 and 22; the name before them may contain blanks and brackets.
     """
     try:
         text = read_text(f"/proc/{pid}/stat")
@@ -73,12 +50,12 @@ def read_cgroup(pid: int) -> str | None:
 
 
 def read_identity(pid: int) -> VmmIdentity | None:
-    """All facts of a live process, or None: gone, or a zombie.
+    """The identity of a live process; None if it is gone or a zombie.
 
     Needs: CAP_SYS_PTRACE for a process of another uid.
     """
     stat = read_stat(pid)
-    exe = FileIdentity.of(f"/proc/{pid}/exe")
+    exe = FileId.at(f"/proc/{pid}/exe")
     cgroup = read_cgroup(pid)
     if stat is None or stat[0] in "ZX" or exe is None or cgroup is None:
         return None
@@ -106,7 +83,7 @@ def prove(identity: VmmIdentity) -> int | None:
     Gone includes: exited, a zombie, the pid taken by another process, another boot.
 
     Raises:
-        HostFault: the process lives but is not where it was launched; nothing may signal it.
+        HostFault: the process lives, but its cgroup or executable has changed; do not signal it.
     """
     if identity.boot_id != boot_id() or (pidfd := open_pidfd(identity.pid)) is None:
         return None
@@ -117,7 +94,8 @@ def prove(identity: VmmIdentity) -> int | None:
             return None
         if found != identity:
             raise HostFault(
-                f"process {identity.pid} is not as it was launched; it is left alone",
+                f"process {identity.pid} identity mismatch (cgroup or executable changed); "
+                "not signalled",
                 detail={"launched": to_builtins(identity), "found": to_builtins(found)},
             )
         unless_proven.pop_all()
@@ -125,14 +103,14 @@ def prove(identity: VmmIdentity) -> int | None:
 
 
 def has_exited(pidfd: int) -> bool:
-    """Whether the process has ended (a zombie has), without waiting."""
+    """Whether the process has exited (a zombie has), without waiting."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def send(pidfd: int, number: signal.Signals) -> None:
-    """Signal the process of a pidfd; one that is gone already is success.
+    """Signal the process of a pidfd; already gone is success.
 
     Source: pidfd_send_signal(2). Needs: CAP_KILL.
     """
@@ -141,9 +119,9 @@ def send(pidfd: int, number: signal.Signals) -> None:
 
 
 async def wait_exit(pidfd: int, timeout_s: float | None = None) -> bool:
-    """Wait on the loop until the process ends; false when the time is up first.
+    """Wait on the event loop until the process exits; false if the time is up first.
 
-    The pidfd stays the caller's and must not be waited for twice at once.
+    The caller keeps the pidfd, and must not wait for it twice at the same time.
     """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
@@ -160,9 +138,9 @@ async def wait_exit(pidfd: int, timeout_s: float | None = None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a process ended, as far as this kernel tells who is not its parent; else None.
+    """How a process exited; None where the kernel does not report it to a non-parent.
 
-    Exit code 0 is no proof of an orderly end: a guest's triple fault ends its VMM with 0.
+    Exit code 0 does not prove an orderly shutdown: after a guest's triple fault the VMM exits 0.
     """
 
     code: int | None = None
@@ -177,13 +155,13 @@ class Exit:
 
 
 class ExitWatch:
-    """Tells the supervisor when a VMM ends, whoever its parent is."""
+    """Reports when a VMM exits, whichever process is its parent."""
 
     async def watch(self, identity: VmmIdentity) -> Exit:
-        """Return once the process has ended; at once if it is gone already.
+        """Return once the process has exited; immediately if it is gone already.
 
         Raises:
-            HostFault: it lives but is not where it was launched.
+            HostFault: it lives, but its cgroup or executable has changed.
         """
         pidfd = prove(identity)
         if pidfd is None:
@@ -195,7 +173,7 @@ class ExitWatch:
             os.close(pidfd)
 
     async def _how(self, pidfd: int) -> Exit:
-        """The kernel tells once the parent has reaped it, which init does soon, or late."""
+        """The kernel reports the status once the parent has reaped it; init may take a while."""
         wait_s = 0.002
         until = asyncio.get_running_loop().time() + EXIT_STATUS_WAIT_S
         while (status := read_exit_status(pidfd)) is None:

@@ -1,8 +1,7 @@
-"""Execute a program and wait for it without holding up the event loop or the interpreter.
+"""Execute a program and wait for it without blocking the event loop or the interpreter.
 
-`subprocess` holds the interpreter's lock from vfork until the program is executed: a millisecond on
-an idle host, 60 ms and more while many VMMs start. A call through ctypes gives the lock away, so in
-a thread it holds up nothing.
+`subprocess` holds the GIL from vfork until the program is executed: 1 ms on an idle host, 60 ms and
+more while many VMMs start. A call through ctypes releases it, so in a thread it blocks nothing.
 """
 
 import asyncio
@@ -21,10 +20,10 @@ _libc = ctypes.CDLL(None)
 
 
 async def run(argv: Sequence[str], output: int) -> int:
-    """Run to the end with an empty environment; the exit code, negative for a signal.
+    """Run to completion with an empty environment; returns the exit code, negative for a signal.
 
     stdin is empty, stdout and stderr go to the descriptor `output`. If cancelled, the program is
-    killed. What the program starts is not waited for.
+    killed. Its child processes are not waited for.
 
     Source: posix_spawn(3), pidfd_open(2).
 
@@ -46,22 +45,22 @@ async def run(argv: Sequence[str], output: int) -> int:
         raise
     finally:
         os.close(pidfd)
-        _, status = os.waitpid(pid, 0)  # noqa: ASYNC222 - it has ended
+        _, status = os.waitpid(pid, 0)  # noqa: ASYNC222 - it has exited
     return os.waitstatus_to_exitcode(status)
 
 
 async def _end(spawning: asyncio.Future[int]) -> None:
-    """Kill and reap what was being spawned when its launch was cancelled."""
+    """Kill and reap the program whose spawn was cancelled."""
     try:
         pid = await spawning
     except OSError:
         return
-    os.kill(pid, signal.SIGKILL)  # our own child, not reaped yet: the pid cannot be another's
+    os.kill(pid, signal.SIGKILL)  # our child, not yet reaped: the pid is still its own
     await asyncio.to_thread(os.waitpid, pid, 0)
 
 
 def _spawn(argv: Sequence[str], output: int) -> int:
-    """posix_spawn(3), with all signals as by default and none blocked; glibc 2.34 or newer."""
+    """posix_spawn(3), with default signal handling and none blocked; glibc 2.34 or newer."""
     pid = ctypes.c_int()
     actions, attributes, signals = (ctypes.create_string_buffer(OPAQUE_BYTES) for _ in range(3))
     nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

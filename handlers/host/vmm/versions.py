@@ -1,6 +1,6 @@
-"""Which Firecracker and jailer the settings name: asked once, at start.
+"""The versions of Firecracker that hostd supports, and the one that the settings name.
 
-Source: `firecracker --version`, `jailer --version`.
+Source: `firecracker --version`, `jailer --version`, read once, at start.
 """
 
 import os
@@ -11,39 +11,62 @@ from handlers.errors import HostFault
 from handlers.host.vmm import spawn
 from schemas.settings import Settings
 
+# The one place that says so; tests/unit/vmm/test_versions.py checks every text that repeats it.
 OLDEST, NEWEST = (1, 12), (1, 16)
 LINE = re.compile(rb"^(?:Firecracker|Jailer) v(\d+)\.(\d+)\.(\d+)", re.MULTILINE)
 
+Version = tuple[int, int, int]
+
 
 async def check_versions(settings: Settings) -> str:
-    """That both are of one version that hostd knows; returns it, e.g. `1.12.1`.
+    """Check that Firecracker and jailer have one supported version; returns it, e.g. `1.12.1`.
 
     Raises:
-        HostFault: not executable, no Firecracker, of two versions, or of one not supported.
+        HostFault: not executable, not Firecracker, of two versions, or of one not supported.
     """
     firecracker = await _version(settings.vmm.firecracker)
     jailer = await _version(settings.vmm.jailer)
     if firecracker != jailer:
-        raise HostFault(f"firecracker is {_text(firecracker)}, jailer is {_text(jailer)}")
-    if not OLDEST <= firecracker[:2] <= NEWEST:
         raise HostFault(
-            f"Firecracker {_text(firecracker)} is not supported: "
-            f"{_text(OLDEST)} to {_text(NEWEST)} are"
+            "[vmm] firecracker and jailer must have the same version: "
+            f"firecracker is {_text(firecracker)}, jailer is {_text(jailer)}"
         )
+    if not OLDEST <= firecracker[:2] <= NEWEST:
+        raise HostFault(f"Firecracker {_text(firecracker)} is not supported: install {supported()}")
     return _text(firecracker)
 
 
-async def _version(program: str) -> tuple[int, ...]:
+def supported() -> str:
+    """The supported versions, as messages and documents write them."""
+    return f"{_text(OLDEST)} to {_text(NEWEST)}"
+
+
+def parse_version(text: str) -> Version:
+    """`1.12.1` as numbers; a suffix (`-dev`) is ignored.
+
+    Raises:
+        HostFault: not a version.
+    """
+    match = re.match(r"v?(\d+)\.(\d+)\.(\d+)", text)
+    if match is None:
+        raise HostFault(f"invalid version of the VMM: got {text[:40]!r}, want e.g. 1.12.1")
+    return int(match[1]), int(match[2]), int(match[3])
+
+
+async def _version(program: str) -> Version:
     with tempfile.TemporaryFile() as output:
         try:
             code = await spawn.run([program, "--version"], output.fileno())
         except OSError as error:
-            raise HostFault(f"{program} cannot be executed: {error.strerror}") from error
-        said = os.pread(output.fileno(), 4096, 0)
-    found = LINE.search(said)
-    if code != 0 or found is None:
-        raise HostFault(f"{program} --version does not tell a version of Firecracker")
-    return tuple(int(number) for number in found.groups())
+            raise HostFault(f"cannot execute {program}: {error.strerror}") from error
+        text = os.pread(output.fileno(), 4096, 0)
+    match = LINE.search(text)
+    if code != 0 or match is None:
+        raise HostFault(
+            f"{program} --version printed no version of Firecracker (exit status {code}): "
+            f"{text[:80]!r}"
+        )
+    return int(match[1]), int(match[2]), int(match[3])
 
 
 def _text(version: tuple[int, ...]) -> str:

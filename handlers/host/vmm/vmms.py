@@ -1,8 +1,8 @@
-"""VMM processes: launched through the jailer, found again, proven and ended.
+"""VMM processes: launched through the jailer, found again, identified and killed.
 
-A VMM outlives the worker. What is known of it comes from the kernel: the processes in its jail's
-cgroup leaf, their root directory and executable. Nothing is signalled by name or by a bare pid.
-The jail's files are made beforehand by `jails`; here only what the jailer itself needs.
+A VMM outlives the worker. Everything known about it comes from the kernel: the processes in its
+jail's cgroup leaf, their root directory and executable. Nothing is signalled by name or bare pid.
+`jails` makes the jail's files beforehand; this module only handles what the jailer makes.
 """
 
 import asyncio
@@ -16,37 +16,31 @@ from collections.abc import Generator
 from typing import ClassVar
 
 from handlers.errors import Conflict, Failure, HostFault, Unavailable
-from handlers.host.jail.layout import LOG
-from handlers.host.jail.sockets import (
-    API_SOCKET,
-    PID_FILE,
-    VMM_COPY,
-    JailPaths,
-    connect,
-    read_tail,
-)
+from handlers.host.jail.layout import JailLayout
+from handlers.host.jail.sockets import connect, read_tail
+from handlers.host.linux.file_id import FileId
 from handlers.host.linux.shielded import run_shielded
 from handlers.host.vmm import confinement, processes
-from handlers.host.vmm.api_client import FirecrackerApi
+from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.jailer import Jailer, clear
-from handlers.host.vmm.processes import FileIdentity
-from handlers.interfaces import Vmm
+from handlers.jail_names import API_SOCKET, FIRECRACKER, LOG, PID_FILE
 from handlers.mechanism import Durability
 from handlers.specs import LaunchSpec
 from schemas.records import VmmIdentity
 from schemas.settings import Settings
 
 LOG_TAIL_BYTES = 4096
-FIRST_LOOK_S, LAST_LOOK_S = 0.0005, 0.05
-SOON_S = 0.004
+FIRST_POLL_S, LAST_POLL_S = 0.0005, 0.05
+BUSY_POLL_S = 0.004
 KILL_TIMEOUT_S = 10.0
 THREADS_TIMEOUT_S = 1.0
 
 
 class Vmms:
-    """Implements `Vmms`; `key` is the jail id, which is also the VMM's `--id`.
+    """Launches, finds and kills VMMs; the key is the jail ID, which is also the VMM's `--id`.
 
+    Source: docs/jailer.md of Firecracker, cgroups(7), pidfd_open(2).
     Needs: what the jailer needs, CAP_KILL and CAP_SYS_PTRACE.
     """
 
@@ -57,32 +51,32 @@ class Vmms:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings.vmm
         self._uids = range(settings.vmm.uid_base, settings.vmm.uid_base + settings.vmm.uid_count)
-        self._paths = JailPaths.of(settings)
+        self._layout = JailLayout(settings.jail_base)
         self._tree = CgroupTree.of(settings)
         self._jailer = Jailer(settings)
 
     # -- the mechanism -------------------------------------------------------------------------
 
     async def exists(self, key: str) -> bool:
-        """Whether any process is left in the jail's cgroup, the jailer on its way included."""
-        self._paths.root(key)
+        """Whether any process is in the jail's cgroup, a jailer that still runs included."""
+        self._layout.root(key)
         return bool(await asyncio.to_thread(self._pids, key))
 
     async def ensure(self, spec: LaunchSpec) -> VmmIdentity:
         """Launch the VMM, wait until its API listens, and prove which process it is.
 
-        A live VMM of this jail is found as asked. After a failure nothing that was started runs.
+        A live VMM of this jail is returned as it is. After a failure nothing that was started runs.
 
         Raises:
-            HostFault: no cgroup leaf, no jail, the jailer or the VMM refused to start; its words
-                and the end of the VMM's log are in the detail.
+            HostFault: no cgroup leaf, no jail, the jailer or the VMM did not start; the jailer's
+                output and the end of the VMM's log are in the detail.
             Conflict: a VMM of this jail runs under another uid or in another cgroup.
             Unavailable: the API did not listen within `[vmm] api_timeout_s`.
         """
-        root = self._paths.root(spec.jail_id)
+        root = self._layout.root(spec.jail_id)
         found, pids = await asyncio.to_thread(self._survey, spec.jail_id)
         if found is not None and os.path.exists(f"{root}/{API_SOCKET}"):
-            return self._as_asked(found, spec)
+            return self._check_matches(found, spec)
         if pids:
             await self.remove(spec.jail_id)
         await asyncio.to_thread(self._jailer.prepare, spec, root)
@@ -95,32 +89,33 @@ class Vmms:
             raise
 
     async def remove(self, key: str) -> None:
-        """SIGKILL, by pidfd and after the proof, all that runs in the jail; wait until it is gone.
+        """SIGKILL every process of the jail, by pidfd and after its proof; wait until all are gone.
 
         Raises:
-            HostFault: a process in the jail's cgroup is none of ours; it is left alone.
-            Unavailable: a process did not end in time.
+            HostFault: an unexpected process is in the jail's cgroup; it was not killed.
+            Unavailable: a process did not exit in time.
         """
-        root = self._paths.root(key)
+        root = self._layout.root(key)
         try:
             async with asyncio.timeout(KILL_TIMEOUT_S):
-                # Again until none is left: a jailer on its way may have forked meanwhile, and a
-                # kernel thread of KVM goes a moment after its VM.
-                wait_s = FIRST_LOOK_S
+                # Repeated until none is left: a running jailer may have forked meanwhile, and a
+                # kernel thread of KVM exits shortly after its VM.
+                wait_s = FIRST_POLL_S
                 while pids := await asyncio.to_thread(self._pids, key):
                     for pid in pids:
                         await self._kill(pid, key, root)
                     await asyncio.sleep(wait_s)
-                    wait_s = min(wait_s * 2, LAST_LOOK_S)
+                    wait_s = min(wait_s * 2, LAST_POLL_S)
         except TimeoutError as error:
             raise Unavailable(
-                f"the VMM of jail {key} does not end", detail={"pids": self._pids(key)}
+                f"VMM of jail {key} still running {KILL_TIMEOUT_S:g} s after SIGKILL",
+                detail={"pids": self._pids(key)},
             ) from error
 
-    # -- questions and signals -----------------------------------------------------------------
+    # -- reading and signals -------------------------------------------------------------------
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
-        self._paths.root(jail_id)
+        self._layout.root(jail_id)
         return await asyncio.to_thread(self._find, jail_id)
 
     async def alive(self, identity: VmmIdentity) -> bool:
@@ -132,10 +127,10 @@ class Vmms:
             return pidfd is None or await processes.wait_exit(pidfd, timeout_s)
 
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
-        root = self._paths.root(spec.jail_id)
+        root = self._layout.root(spec.jail_id)
         with _proven(identity) as pidfd:
             if pidfd is None:
-                raise Unavailable(f"the VMM of jail {spec.jail_id} is gone")
+                raise Unavailable(f"VMM of jail {spec.jail_id} is gone")
             try:
                 await asyncio.to_thread(
                     confinement.check_process,
@@ -146,13 +141,13 @@ class Vmms:
                 )
                 await self._check_threads(identity.pid)
             except (OSError, KeyError) as error:
-                raise Unavailable(f"the VMM of jail {spec.jail_id} went away") from error
-            # What was read is of this process only if it lives still.
+                raise Unavailable(f"VMM of jail {spec.jail_id} exited during the check") from error
+            # What was read belongs to this process only if it still lives.
             if processes.has_exited(pidfd):
-                raise Unavailable(f"the VMM of jail {spec.jail_id} went away")
+                raise Unavailable(f"VMM of jail {spec.jail_id} exited during the check")
 
     async def _check_threads(self, pid: int) -> None:
-        """Look again for a moment: a vCPU thread may not have begun yet."""
+        """Retry for a moment: a vCPU thread may not have started yet."""
         until = time.monotonic() + THREADS_TIMEOUT_S
         while True:
             try:
@@ -160,11 +155,11 @@ class Vmms:
             except HostFault:
                 if time.monotonic() > until:
                     raise
-            await asyncio.sleep(FIRST_LOOK_S)
+            await asyncio.sleep(FIRST_POLL_S)
 
-    def api(self, jail_id: str) -> Vmm:
-        return FirecrackerApi(
-            self._paths.root(jail_id),
+    def api(self, jail_id: str) -> VmmApi:
+        return VmmApi(
+            self._layout.root(jail_id),
             timeout_s=self._settings.api_timeout_s,
             snapshot_timeout_s=self._settings.snapshot_timeout_s,
         )
@@ -172,17 +167,17 @@ class Vmms:
     # -- launching -----------------------------------------------------------------------------
 
     async def _launch(self, spec: LaunchSpec, root: str) -> VmmIdentity:
-        with os.fdopen(os.memfd_create("jailer", os.MFD_CLOEXEC), "w+b") as words:
+        with os.fdopen(os.memfd_create("jailer", os.MFD_CLOEXEC), "w+b") as jailer_output:
             try:
                 async with asyncio.timeout(self._settings.api_timeout_s):
-                    await self._jailer.run(spec, words.fileno())
-                    # The rest takes a millisecond or two: too short for the loop's own clock, which
-                    # counts in whole ones. No inotify: closing one costs ten.
-                    identity = await asyncio.to_thread(self._soon_launched, spec, root)
-                    wait_s = FIRST_LOOK_S
+                    await self._jailer.run(spec, jailer_output.fileno())
+                    # The rest takes 1 to 2 ms, too short for the event loop's timers, which have a
+                    # resolution of 1 ms. No inotify: closing one costs 10 ms.
+                    identity = await asyncio.to_thread(self._poll_launched, spec, root)
+                    wait_s = FIRST_POLL_S
                     while identity is None:
                         await asyncio.sleep(wait_s)
-                        wait_s = min(wait_s * 1.5, LAST_LOOK_S)
+                        wait_s = min(wait_s * 1.5, LAST_POLL_S)
                         identity = self._launched(spec, root)
             except TimeoutError as error:
                 raise Unavailable(
@@ -191,21 +186,21 @@ class Vmms:
                 ) from error
         return identity
 
-    def _soon_launched(self, spec: LaunchSpec, root: str) -> VmmIdentity | None:
-        until = time.monotonic() + SOON_S
+    def _poll_launched(self, spec: LaunchSpec, root: str) -> VmmIdentity | None:
+        until = time.monotonic() + BUSY_POLL_S
         while (identity := self._launched(spec, root)) is None and time.monotonic() < until:
-            time.sleep(FIRST_LOOK_S / 2)
+            time.sleep(FIRST_POLL_S / 2)
         return identity
 
     def _launched(self, spec: LaunchSpec, root: str) -> VmmIdentity | None:
-        """The VMM once its pid file is written and its API listens; None while on its way.
+        """The VMM, once its pid file is written and its API listens; None until then.
 
-        The pid file alone proves nothing, as the directory is the VMM's own: the cgroup says who is
-        in the jail, and the socket's peer who listens.
+        The pid file alone proves nothing, as the VMM can write to the directory: the cgroup shows
+        which processes are in the jail, the socket's peer credentials which one listens.
         """
         pids = self._tree.pids(spec.cgroup)
         if not pids:
-            raise HostFault(f"the VMM of jail {spec.jail_id} ended as it started")
+            raise HostFault(f"VMM of jail {spec.jail_id} exited during startup")
         written = read_tail(root, PID_FILE, 16)
         if not written.isdigit() or int(written) not in pids:
             return None
@@ -217,22 +212,24 @@ class Vmms:
         identity = self._find(spec.jail_id, (spec.cgroup,))
         if identity is None or identity.pid != int(written) or identity.pid != listener:
             raise HostFault(
-                f"the API of jail {spec.jail_id} is not served by the VMM in its cgroup",
+                f"the API socket of jail {spec.jail_id} is not served by the VMM in its cgroup: "
+                f"process {listener} listens, expected one of {pids}",
                 detail={"listener": listener, "pids": pids},
             )
         return identity
 
-    def _as_asked(self, found: VmmIdentity, spec: LaunchSpec) -> VmmIdentity:
+    def _check_matches(self, found: VmmIdentity, spec: LaunchSpec) -> VmmIdentity:
         uid = confinement.read_uid(found.pid)
         if found.cgroup != spec.cgroup or uid != spec.uid:
             raise Conflict(
-                f"a VMM of jail {spec.jail_id} runs as uid {uid} in {found.cgroup}",
+                f"a VMM of jail {spec.jail_id} already runs as uid {uid} in {found.cgroup}: "
+                f"expected uid {spec.uid} in {spec.cgroup}",
                 detail={"uid": uid, "cgroup": found.cgroup},
             )
         return found
 
     async def _abandon(self, jail_id: str, root: str) -> None:
-        """After a failed launch: nothing runs and the jail is as before, but for the log."""
+        """After a failed launch: kill what runs and restore the jail, except for the log."""
         await self.remove(jail_id)
         await asyncio.to_thread(clear, root)
 
@@ -246,41 +243,41 @@ class Vmms:
 
     def _find(self, jail_id: str, leaves: tuple[str, ...] | None = None) -> VmmIdentity | None:
         """The process in the jail's leaf whose root and executable are the jail's own."""
-        root = self._paths.root(jail_id)
-        jail, copy = FileIdentity.of(root), FileIdentity.of(f"{root}/{VMM_COPY}")
+        root = self._layout.root(jail_id)
+        jail, copy = FileId.at(root), FileId.at(f"{root}/{FIRECRACKER}")
         for leaf in leaves if leaves is not None else self._tree.leaves(jail_id):
             for pid in self._tree.pids(leaf):
                 identity = processes.read_identity(pid)
                 if identity is None or identity.cgroup != leaf or jail is None:
                     continue
-                executable = FileIdentity(identity.exe_dev, identity.exe_ino)
-                if executable == copy and FileIdentity.of(f"/proc/{pid}/root") == jail:
+                executable = FileId(identity.exe_dev, identity.exe_ino)
+                if executable == copy and FileId.at(f"/proc/{pid}/root") == jail:
                     return identity
         return None
 
     async def _kill(self, pid: int, jail_id: str, root: str) -> None:
-        """Kill one process of the leaf if it is the VMM or the jailer on its way."""
+        """Kill one process of the leaf, if it is the VMM or the jailer."""
         pidfd = processes.open_pidfd(pid)
         if pidfd is None:
             return
         try:
             cgroup = processes.read_cgroup(pid)
-            executable = FileIdentity.of(f"/proc/{pid}/exe")
+            executable = FileId.at(f"/proc/{pid}/exe")
             if executable is None or processes.has_exited(pidfd):
                 return
             ours = {
-                FileIdentity.of(path)
+                FileId.at(path)
                 for path in (
-                    f"{root}/{VMM_COPY}",
+                    f"{root}/{FIRECRACKER}",
                     self._settings.jailer,
                     self._settings.firecracker,
                 )
             }
-            # A jail whose files an operator took away still has its uid.
+            # If an operator removed the jail's files, the uid still identifies its processes.
             jailed = (confinement.read_uid(pid) or 0) in self._uids
             if cgroup not in set(self._tree.leaves(jail_id)) or not (executable in ours or jailed):
                 raise HostFault(
-                    f"process {pid} in the cgroup of jail {jail_id} is no VMM; it is left alone",
+                    f"unexpected process {pid} in the cgroup of jail {jail_id}; not killed",
                     detail={"pid": pid, "cgroup": cgroup},
                 )
             processes.send(pidfd, signal.SIGKILL)
@@ -300,6 +297,6 @@ def _proven(identity: VmmIdentity) -> Generator[int | None]:
 
 
 def _peer_pid(connection: socket.socket) -> int:
-    """Who called listen(2) on the other end. Source: unix(7), SO_PEERCRED."""
+    """The pid that called listen(2) on the other end. Source: unix(7), SO_PEERCRED."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     return int(struct.unpack("=3i", raw)[0])

@@ -1,4 +1,4 @@
-"""A jail is whole or not there, and goes away whatever its VMM did to it."""
+"""A jail is complete or absent, and can be removed whatever its VMM did to it."""
 
 import asyncio
 import json
@@ -14,10 +14,11 @@ from handlers.errors import Conflict, Failure, HostFault, Invalid
 from handlers.host.jail import jails as jails_module
 from handlers.host.jail import secrets_tmpfs
 from handlers.host.jail.jails import Jails
-from handlers.host.jail.layout import FACTS
+from handlers.host.jail.layout import JailLayout, JailMetadata
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.drive_images import CONFIG, SECRETS
+from handlers.jail_names import METADATA
 from handlers.specs import ArtifactSpec, DataDiskSpec, JailFile, JailSpec
 from schemas import naming
 from tests.kernel.storage.store_host import REF, REVISION, StoreHost, make_world, write
@@ -104,7 +105,7 @@ def as_jailed(*command: str, inside: Path) -> None:
     assert os.waitpid(pid, 0)[1] == 0
 
 
-async def test_a_jail_holds_links_log_and_drives(ready: Ready) -> None:
+async def test_a_jail_has_hard_links_log_and_drives(ready: Ready) -> None:
     jail = await ready.jails.ensure(ready.spec)
 
     assert jail.root == str(ready.root)
@@ -147,7 +148,7 @@ async def test_secrets_are_on_a_bounded_tmpfs_of_the_uid(ready: Ready) -> None:
     assert [each for each in elsewhere if b"hush" in each.read_bytes()] == []
 
 
-async def test_found_as_asked_changes_nothing(ready: Ready) -> None:
+async def test_ensure_of_an_existing_jail_changes_nothing(ready: Ready) -> None:
     first = await ready.jails.ensure(ready.spec)
     inode = (ready.root / "config.ext4").stat().st_ino
 
@@ -222,7 +223,7 @@ async def test_a_log_is_bounded_and_keeps_its_newest_lines(ready: Ready) -> None
     assert await ready.jails.bound_logs() == 0
 
 
-async def test_a_log_exchanged_for_the_shared_kernel_is_not_cut(ready: Ready) -> None:
+async def test_a_shared_kernel_in_place_of_the_log_is_not_cut(ready: Ready) -> None:
     await ready.jails.ensure(ready.spec)
     kernel = Path(ready.spec.files[1].source)
     before = kernel.read_bytes()
@@ -246,7 +247,7 @@ async def test_the_last_three_launches_are_kept(ready: Ready) -> None:
 
 
 @pytest.mark.parametrize("at", ["_link", "_make_config", "mount_tmpfs", "os.chown"])
-async def test_a_failure_half_way_leaves_nothing(
+async def test_a_failed_ensure_leaves_nothing(
     ready: Ready, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
@@ -267,25 +268,27 @@ async def test_a_failure_half_way_leaves_nothing(
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing of hostd's own clean-up runs."""
+    """Simulates kill -9: no clean-up of hostd runs."""
 
 
-async def test_half_a_jail_of_a_killed_worker_is_made_anew(
+async def test_an_incomplete_jail_of_a_killed_worker_is_remade(
     ready: Ready, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*args: object, **kwargs: object) -> None:
         raise Killed
 
-    monkeypatch.setattr(jails_module, "write_sealed", killed)
+    monkeypatch.setattr(JailLayout, "write_metadata", killed)
     with pytest.raises(Killed):
         ready.jails._ensure(ready.spec)
     monkeypatch.undo()
-    real = jails_module.write_sealed
-    monkeypatch.setattr(
-        jails_module,
-        "write_sealed",
-        lambda path, facts, sync: killed() if facts.complete else real(path, facts, sync=sync),
-    )
+    real = JailLayout.write_metadata
+
+    def killed_at_the_end(layout: JailLayout, jail_id: str, metadata: JailMetadata) -> None:
+        if metadata.complete:
+            raise Killed
+        real(layout, jail_id, metadata)
+
+    monkeypatch.setattr(JailLayout, "write_metadata", killed_at_the_end)
     with pytest.raises(Killed):
         ready.jails._ensure(ready.spec)
     monkeypatch.undo()
@@ -299,7 +302,7 @@ async def test_half_a_jail_of_a_killed_worker_is_made_anew(
     assert ready.disk.stat().st_nlink == 2
 
 
-async def test_half_a_jail_can_be_removed_and_the_disk_comes_back(
+async def test_an_incomplete_jail_can_be_removed_and_the_disk_is_roots_again(
     ready: Ready, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*args: object, **kwargs: object) -> None:
@@ -315,10 +318,10 @@ async def test_half_a_jail_can_be_removed_and_the_disk_comes_back(
     assert (ready.disk.stat().st_uid, ready.disk.stat().st_nlink) == (0, 1)
 
 
-async def test_a_disk_comes_back_though_its_name_and_the_note_are_gone(ready: Ready) -> None:
+async def test_a_disk_is_roots_again_without_its_name_and_the_metadata(ready: Ready) -> None:
     await ready.jails.ensure(ready.spec)
     elsewhere = ready.disk.rename(ready.disk.with_name("moved"))
-    (ready.root.parent / FACTS).write_bytes(b"damaged")
+    (ready.root.parent / METADATA).write_bytes(b"damaged")
 
     await ready.jails.remove(JAIL)
 
@@ -337,7 +340,7 @@ async def test_a_stale_jail_does_not_take_the_disk_from_a_newer_one(ready: Ready
     assert ready.disk.stat().st_uid == 0
 
 
-async def test_a_disk_exchanged_after_it_was_checked_is_refused(ready: Ready) -> None:
+async def test_a_disk_replaced_after_its_check_is_refused(ready: Ready) -> None:
     shadow = write(ready.world.top / "shadow", b"of root")
     ready.disk.rename(ready.disk.with_name("moved"))
     for plant in (lambda: os.link(shadow, ready.disk), lambda: ready.disk.symlink_to(shadow)):
@@ -350,7 +353,7 @@ async def test_a_disk_exchanged_after_it_was_checked_is_refused(ready: Ready) ->
     assert shadow.stat().st_nlink == 1
 
 
-async def test_another_file_system_is_named(ready: Ready, tmpfs: Path) -> None:
+async def test_a_source_on_another_file_system_is_a_host_fault(ready: Ready, tmpfs: Path) -> None:
     jails = Jails(
         data=str(ready.world.data), state=str(ready.world.state), jail_base=str(tmpfs / "jails")
     )
@@ -361,7 +364,7 @@ async def test_another_file_system_is_named(ready: Ready, tmpfs: Path) -> None:
     assert await jails.list_ids() == []
 
 
-async def test_kept_images_are_used_as_they_are(ready: Ready) -> None:
+async def test_images_kept_with_a_snapshot_are_used_unchanged(ready: Ready) -> None:
     config = write(ready.world.state / "kept" / "config.ext4", b"C" * 5000)
     secrets = write(ready.world.state / "kept" / "secrets.ext4", b"S" * 5000)
     for image in (config, secrets):
@@ -384,18 +387,18 @@ async def test_kept_images_are_used_as_they_are(ready: Ready) -> None:
     assert (config.read_bytes(), secrets.read_bytes()) == (b"C" * 5000, b"S" * 5000)
 
 
-async def test_whose_jail_it_is_stands_beside_it(ready: Ready) -> None:
+async def test_the_metadata_beside_a_jail_says_whose_it_is(ready: Ready) -> None:
     await ready.jails.ensure(ready.spec)
 
-    facts = await new_jails(ready.world).facts(JAIL)
-
-    assert facts is not None
-    assert (facts.ref, facts.uid, facts.launch) == (REF, UID, 1)
-    note = ready.root.parent / FACTS
-    assert (note.stat().st_uid, stat.S_IMODE(note.stat().st_mode)) == (0, 0o600)
-    json.loads(note.read_text())
-    note.write_bytes(note.read_bytes()[:40])
-    assert await new_jails(ready.world).facts(JAIL) is None
+    layout = JailLayout(str(ready.world.jails))
+    metadata = layout.read_metadata(JAIL)
+    assert metadata is not None
+    assert (metadata.ref, metadata.uid, metadata.launch) == (REF, UID, 1)
+    path = ready.root.parent / METADATA
+    assert (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) == (0, 0o600)
+    json.loads(path.read_text())
+    path.write_bytes(path.read_bytes()[:40])
+    assert layout.read_metadata(JAIL) is None
 
 
 @pytest.mark.parametrize("key", ["..", "a/b", "", "a" * 65, "é", "x\n"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from handlers.errors import HostFault, Invalid, Unavailable
+from handlers.host.linux.procfs import Mount
 from handlers.host.vmm import cgroups as module
 from handlers.host.vmm.cgroups import Cgroups, find_mount
 from handlers.specs import CgroupSpec
@@ -36,7 +37,7 @@ def spec(jail_id: str = "a1-1", tenant: str = "acme") -> CgroupSpec:
     return CgroupSpec(tenant, jail_id, 64 * MIB, 50_000, 32)
 
 
-async def test_a_leaf_is_made_found_and_removed_with_its_tenants_directory(
+async def test_a_leaf_is_made_once_and_removed_with_its_tenants_directory(
     mechanism: Cgroups,
 ) -> None:
     await mechanism.ensure(spec())
@@ -61,7 +62,7 @@ async def test_the_tenants_directory_stays_while_another_leaf_is_in_it(mechanism
     await mechanism.remove("acme/b2-1")
 
 
-async def test_leaves_of_one_tenant_come_and_go_at_once(mechanism: Cgroups) -> None:
+async def test_leaves_of_one_tenant_are_made_and_removed_concurrently(mechanism: Cgroups) -> None:
     async def come_and_go(number: int) -> None:
         for _ in range(10):
             await mechanism.ensure(spec(f"j-{number}"))
@@ -73,7 +74,7 @@ async def test_leaves_of_one_tenant_come_and_go_at_once(mechanism: Cgroups) -> N
     assert "acme" not in os.listdir(mechanism.tree.path(mechanism.tree.base))
 
 
-async def test_a_leaf_that_holds_a_process_is_not_removed_and_says_which(
+async def test_a_leaf_with_a_process_is_not_removed_and_the_error_names_the_pid(
     mechanism: Cgroups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "EMPTY_TIMEOUT_S", 0.05)
@@ -93,7 +94,7 @@ async def test_a_leaf_that_holds_a_process_is_not_removed_and_says_which(
     await mechanism.remove("acme/a1-1")
 
 
-async def test_removal_waits_for_the_last_process_to_end(mechanism: Cgroups) -> None:
+async def test_removal_waits_for_the_last_process_to_exit(mechanism: Cgroups) -> None:
     await mechanism.ensure(spec())
     leaf = mechanism.tree.name("acme", "a1-1")
     with subprocess.Popen(["sleep", "30"]) as child:
@@ -124,26 +125,23 @@ async def test_enforced_limits_without_controllers_are_refused_by_name_and_nothi
 
 
 @pytest.mark.parametrize("key", ["acme", "../x/y", "acme/..", "acme/a/b", "/a", "acme/", ""])
-async def test_a_key_that_is_no_leaf_is_refused(mechanism: Cgroups, key: str) -> None:
+async def test_an_invalid_key_is_refused(mechanism: Cgroups, key: str) -> None:
     with pytest.raises(Invalid):
         await mechanism.remove(key)
 
 
 @pytest.mark.parametrize("cgroup", ["..", "a/../b", "", "a//b"])
-def test_a_base_that_leaves_the_tree_is_refused(cgroup: str) -> None:
+def test_an_invalid_base_is_refused(cgroup: str) -> None:
     with pytest.raises(Invalid):
         Cgroups(Settings(limits=LimitSettings(enforce=False, cgroup=cgroup)))
 
 
-def test_the_mount_is_found_under_any_name() -> None:
-    lines = (
-        "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n"
-        "38 31 0:37 / /mnt/a\\040b rw shared:9 - cgroup2 none rw\n"
-    )
+def test_the_cgroup2_mount_is_found_under_any_name() -> None:
+    mounts = [Mount("0:28", "/sys/fs/cgroup", "tmpfs"), Mount("0:37", "/mnt/a b", "cgroup2")]
 
-    assert find_mount(lines) == "/mnt/a b"
+    assert find_mount(mounts) == "/mnt/a b"
 
 
-def test_a_host_without_the_tree_is_a_host_fault() -> None:
+def test_a_host_without_a_cgroup2_mount_is_a_host_fault() -> None:
     with pytest.raises(HostFault, match="cgroup2"):
-        find_mount("31 23 0:28 / / rw - ext4 /dev/vda rw\n")
+        find_mount([Mount("0:28", "/", "ext4")])

@@ -1,4 +1,4 @@
-"""Executing a program without holding up the loop: its surroundings, its end, its cancellation."""
+"""Executing a program without blocking the event loop: environment, exit, cancellation."""
 
 import asyncio
 import os
@@ -30,7 +30,7 @@ def said(output: int) -> str:
     ("program", "code"),
     [("pass", 0), ("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", -9)],
 )
-async def test_the_exit_code_is_told_and_negative_for_a_signal(
+async def test_the_exit_code_is_returned_and_negative_for_a_signal(
     output: int, program: str, code: int
 ) -> None:
     assert await spawn.run([*PYTHON, program], output) == code
@@ -73,7 +73,7 @@ async def test_a_missing_program_is_an_os_error(output: int) -> None:
         await spawn.run(["/nope"], output)
 
 
-async def test_cancelled_it_kills_and_reaps_the_program(output: int) -> None:
+async def test_a_cancelled_run_kills_and_reaps_the_program(output: int) -> None:
     program = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     running = asyncio.create_task(spawn.run([*PYTHON, program], output))
     async with asyncio.timeout(10):
@@ -87,7 +87,7 @@ async def test_cancelled_it_kills_and_reaps_the_program(output: int) -> None:
     assert not Path(f"/proc/{int(said(output))}").exists()
 
 
-async def test_cancelled_at_once_it_leaves_no_child(output: int) -> None:
+async def test_a_run_cancelled_during_the_spawn_leaves_no_child(output: int) -> None:
     for turns in range(20):
         running = asyncio.create_task(spawn.run(["/bin/sleep", "60"], output))
         for _ in range(turns):
@@ -100,7 +100,7 @@ async def test_cancelled_at_once_it_leaves_no_child(output: int) -> None:
         os.waitpid(-1, os.WNOHANG)
 
 
-async def test_the_loop_goes_on_meanwhile(output: int) -> None:
+async def test_the_event_loop_runs_meanwhile(output: int) -> None:
     turns = 0
     running = asyncio.create_task(spawn.run(["/bin/sleep", "0.1"], output))
     while not running.done():

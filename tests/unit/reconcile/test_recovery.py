@@ -12,7 +12,7 @@ from schemas.records import Status
 from schemas.requests import SetupNetwork, SleepInstance, StartInstance
 from tests.fakes.host import FakeHost, seeded
 from tests.fakes.memory_worker import REF, MemoryWorker, memory_worker
-from tests.fakes.reconcile import FakeJailDirs, recovery
+from tests.fakes.reconcile import FakeJailLayout, recovery
 from worker.reconcile.recovery import Counts
 
 UP = SetupNetwork("acme", seeded().tenants["acme"].net)
@@ -152,7 +152,7 @@ async def test_a_vmm_whose_jail_has_no_metadata_is_reported_and_left_running(
     machine = seeded()
     await started(tmp_path / "lost", machine)
     (jail_id,) = machine.guests
-    jails = FakeJailDirs(machine)
+    jails = FakeJailLayout(machine)
     jails.damaged.add(jail_id)
 
     async with memory_worker(tmp_path / "new", machine) as worker:

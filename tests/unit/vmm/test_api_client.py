@@ -1,4 +1,4 @@
-"""The API client against replies the real binary does not give on demand, and by version."""
+"""The API client: replies that the real binary does not send on demand, and other versions."""
 
 import asyncio
 import json
@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.errors import Exhausted, Failure, HostFault, Unavailable
-from handlers.host.vmm.api_client import BODY_BYTES, FirecrackerApi
-from handlers.host.vmm.api_schema import boot_requests, load_request, parse_version, refusal
+from handlers.host.vmm.api_client import BODY_BYTES, VmmApi
+from handlers.host.vmm.api_schema import boot_requests, refusal
 from handlers.specs import BootConfig, NicConfig
 
 CONFIG = BootConfig(
@@ -66,8 +66,8 @@ def http(body: bytes, status: str = "200 OK") -> bytes:
     return head.encode() + body
 
 
-def client(server: Server) -> FirecrackerApi:
-    return FirecrackerApi(str(server.directory), timeout_s=1, snapshot_timeout_s=1)
+def client(server: Server) -> VmmApi:
+    return VmmApi(str(server.directory), timeout_s=1, snapshot_timeout_s=1)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def client(server: Server) -> FirecrackerApi:
     ],
     ids=["closed", "cut", "ssh", "short", "text", "type", "deep", "large", "header", "500"],
 )
-async def test_a_reply_that_is_none_is_a_failure_and_not_an_accident(
+async def test_an_invalid_reply_is_a_failure_and_not_a_bug(
     server: Server, reply: bytes, kind: type[Failure]
 ) -> None:
     server.reply = reply
@@ -98,7 +98,7 @@ async def test_a_reply_that_is_none_is_a_failure_and_not_an_accident(
     await api.close()
 
 
-async def test_a_connection_that_was_closed_while_idle_is_made_anew_by_the_next_call_but_one(
+async def test_after_an_idle_connection_was_closed_one_call_fails_and_the_next_reconnects(
     server: Server,
 ) -> None:
     server.reply = http(b'{"id": "a", "state": "Paused", "vmm_version": "1.12.1"}')
@@ -113,13 +113,13 @@ async def test_a_connection_that_was_closed_while_idle_is_made_anew_by_the_next_
 
 
 async def test_no_socket_is_unavailable(tmp_path: Path) -> None:
-    api = FirecrackerApi(str(tmp_path), timeout_s=1, snapshot_timeout_s=1)
+    api = VmmApi(str(tmp_path), timeout_s=1, snapshot_timeout_s=1)
 
     with pytest.raises(Unavailable, match="gone"):
         await api.state()
 
 
-async def test_a_link_in_place_of_the_socket_is_not_followed(server: Server) -> None:
+async def test_a_symlink_in_place_of_the_socket_is_not_followed(server: Server) -> None:
     (server.directory / "api.sock").rename(server.directory / "elsewhere")
     (server.directory / "api.sock").symlink_to("elsewhere")
 
@@ -146,7 +146,7 @@ async def test_a_link_in_place_of_the_socket_is_not_followed(server: Server) -> 
         ("os error 16", HostFault),
     ],
 )
-def test_the_number_decides_and_never_the_words(words: str, kind: type[Failure]) -> None:
+def test_the_errno_decides_the_class_and_never_the_text(words: str, kind: type[Failure]) -> None:
     body = json.dumps({"fault_message": f"Some error: {words}"}).encode()
 
     failure = refusal("PUT", "/x", 400, body)
@@ -156,50 +156,53 @@ def test_the_number_decides_and_never_the_words(words: str, kind: type[Failure])
 
 
 @given(st.binary(max_size=3000))
-def test_any_refusal_is_quoted_in_bounds(body: bytes) -> None:
+def test_a_quoted_refusal_is_bounded(body: bytes) -> None:
     failure = refusal("PUT", "/x", 400, body)
 
     assert len(failure.message) < 500
     assert "\n" not in failure.message
 
 
-# -- by version ------------------------------------------------------------------------------------
-
-
-def sent(version: str) -> dict[str, dict[str, object]]:
-    requests = boot_requests(CONFIG, parse_version(version))
-    return {path: msgspec.to_builtins(body) for _, path, body in requests}
-
-
-def test_the_console_has_a_file_from_1_14_on() -> None:
-    assert "/serial" not in sent("1.13.9")
-    assert sent("1.14.0")["/serial"] == {"serial_out_path": "/serial"}
+# -- what is sent ----------------------------------------------------------------------------------
 
 
 def test_a_missing_initrd_is_not_sent() -> None:
-    assert sent("1.12.1")["/boot-source"] == {
-        "kernel_image_path": "/vmlinux",
-        "boot_args": "reboot=k",
-    }
+    bodies = {path: msgspec.to_builtins(body) for _, path, body in boot_requests(CONFIG)}
+
+    assert bodies["/boot-source"] == {"kernel_image_path": "/vmlinux", "boot_args": "reboot=k"}
 
 
-def test_a_load_asks_for_the_clock_from_1_16_on_and_never_resumes() -> None:
-    old = msgspec.to_builtins(load_request("/s", "/m", (1, 15, 9))[2])
-    new = msgspec.to_builtins(load_request("/s", "/m", (1, 16, 0))[2])
+async def test_configure_sends_each_version_what_it_accepts(server: Server) -> None:
+    paths = {}
+    for version in ("1.13.9", "1.14.0"):
+        server.requests.clear()
+        server.keep = True
+        server.reply = http(json.dumps({"firecracker_version": version}).encode())
+        api = client(server)
 
-    assert old == {
+        await api.configure(CONFIG)
+
+        paths[version] = [request.split(b" ")[1].decode() for request in server.requests]
+        await api.close()
+    assert "/serial" not in paths["1.13.9"]
+    assert paths["1.14.0"] == [*paths["1.13.9"], "/serial"]
+
+
+async def test_a_load_is_sent_as_the_version_accepts_it(server: Server) -> None:
+    bodies = {}
+    for version in ("1.15.9", "1.16.0"):
+        server.requests.clear()
+        server.keep = True
+        server.reply = http(json.dumps({"firecracker_version": version}).encode())
+        api = client(server)
+
+        await api.load_snapshot("/s", "/m")
+
+        bodies[version] = json.loads(server.requests[-1].partition(b"\r\n\r\n")[2])
+        await api.close()
+    assert bodies["1.15.9"] == {
         "snapshot_path": "/s",
         "mem_backend": {"backend_type": "File", "backend_path": "/m"},
         "resume_vm": False,
     }
-    assert new == {**old, "clock_realtime": True}
-
-
-@pytest.mark.parametrize(("text", "version"), [("1.12.1", (1, 12, 1)), ("v1.16.0-dev", (1, 16, 0))])
-def test_versions_are_read(text: str, version: tuple[int, int, int]) -> None:
-    assert parse_version(text) == version
-
-
-def test_what_is_no_version_is_a_host_fault() -> None:
-    with pytest.raises(HostFault):
-        parse_version("latest")
+    assert bodies["1.16.0"] == {**bodies["1.15.9"], "clock_realtime": True}

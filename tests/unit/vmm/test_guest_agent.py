@@ -1,4 +1,4 @@
-"""The agent client against guests that misbehave, played by a stand-in on the vsock socket."""
+"""The agent client against misbehaving guests, simulated by a server on the vsock socket."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import struct
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -116,12 +115,12 @@ async def test_wake_needs_no_detail(tmp_path: Path) -> None:
         assert await agents.wake(JAIL, PORT, timeout_s=5) == Ack(success=True)
 
 
-async def test_set_clock_tells_how_far_off_the_guest_was(tmp_path: Path) -> None:
+async def test_set_clock_returns_how_far_off_the_guest_was(tmp_path: Path) -> None:
     async with Guest(tmp_path, answers({"ClockAck": {"was_off_nanos": -2_500_000_000}})) as agents:
         assert await agents.set_clock(JAIL, PORT, timeout_s=5) == -2.5
 
 
-async def test_connections_that_are_cut_or_silent_are_tried_anew(tmp_path: Path) -> None:
+async def test_a_connection_that_is_cut_or_silent_is_retried(tmp_path: Path) -> None:
     guest = Guest(tmp_path, cut, cut, silent, silent_after_ok, answers("Pong"))
     async with guest as agents:
         await agents.ping(JAIL, PORT, timeout_s=10)
@@ -129,7 +128,7 @@ async def test_connections_that_are_cut_or_silent_are_tried_anew(tmp_path: Path)
     assert guest.connections == 5
 
 
-async def test_a_slow_drain_is_waited_for_and_not_asked_again(
+async def test_a_slow_drain_is_awaited_and_not_requested_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "FIRST_SILENCE_S", 0.01)
@@ -151,14 +150,12 @@ async def test_a_slow_drain_is_waited_for_and_not_asked_again(
 
 
 @pytest.mark.parametrize("play", [silent, silent_after_ok, cut])
-async def test_the_time_is_bounded(tmp_path: Path, play: Serve) -> None:
+async def test_a_guest_that_never_replies_is_unavailable_when_the_time_is_up(
+    tmp_path: Path, play: Serve
+) -> None:
     async with Guest(tmp_path, play) as agents:
-        started = time.monotonic()
-
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable, match=r"within 0\.2 s"):
             await agents.ping(JAIL, PORT, timeout_s=0.2)
-
-        assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize(
@@ -190,36 +187,33 @@ async def test_the_time_is_bounded(tmp_path: Path, play: Serve) -> None:
         "early",
     ],
 )
-async def test_what_is_no_answer_is_unavailable(tmp_path: Path, play: Serve) -> None:
+async def test_an_invalid_reply_is_unavailable(tmp_path: Path, play: Serve) -> None:
     async with Guest(tmp_path, play) as agents:
         with pytest.raises(Unavailable):
             await agents.sleep_prep(JAIL, PORT, drain_timeout_s=1, timeout_s=5)
 
 
-async def test_an_agent_that_does_not_know_the_request_is_quoted_bounded(tmp_path: Path) -> None:
+async def test_the_quoted_error_of_an_agent_is_bounded_and_printable(tmp_path: Path) -> None:
     reply = {"Error": {"message": "unknown\n\x1b[31m" + "x" * 1000}}
     async with Guest(tmp_path, answers(reply)) as agents:
         with pytest.raises(Unavailable) as refused:
             await agents.set_clock(JAIL, PORT, timeout_s=5)
 
-    said = refused.value.detail["agent"]
-    assert len(said) == 200
-    assert said.isprintable()
+    quoted = refused.value.detail["agent"]
+    assert len(quoted) == 200
+    assert quoted.isprintable()
 
 
-async def test_a_socket_that_nobody_serves_any_more_ends_it_early(tmp_path: Path) -> None:
+async def test_a_socket_without_a_listener_ends_the_retries_early(tmp_path: Path) -> None:
     guest = Guest(tmp_path, silent)
     with socket.socket(socket.AF_UNIX) as left, short(guest.root) as root:
         left.bind(f"{root}/v.sock")  # its file stays, as a killed VMM's does
-    started = time.monotonic()
 
-    with pytest.raises(Unavailable, match="gone"):
-        await guest.agents.ping(JAIL, PORT, timeout_s=30)
-
-    assert time.monotonic() - started < 5
+    with pytest.raises(Unavailable, match="the VMM is gone"):
+        await guest.agents.ping(JAIL, PORT, timeout_s=float("inf"))
 
 
-async def test_a_link_in_place_of_the_socket_is_not_followed(tmp_path: Path) -> None:
+async def test_a_symlink_in_place_of_the_socket_is_not_followed(tmp_path: Path) -> None:
     guest = Guest(tmp_path, answers("Pong"))
     async with guest as agents:
         (guest.root / "v.sock").rename(tmp_path / "elsewhere")
@@ -231,7 +225,7 @@ async def test_a_link_in_place_of_the_socket_is_not_followed(tmp_path: Path) -> 
     assert guest.connections == 0
 
 
-async def test_a_path_longer_than_an_address_is_reached(tmp_path: Path) -> None:
+async def test_a_socket_path_longer_than_sun_path_is_reached(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 120)
     deep.mkdir()
     guest = Guest(deep, answers("Pong"))
