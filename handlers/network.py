@@ -9,11 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 
+from handlers.cancellation import together
 from handlers.concurrency import held
 from handlers.errors import Conflict, Invalid, NotFound
 from handlers.interfaces import Host
 from handlers.network_names import HOLDING_A_TAP, network_specs, port_specs
-from handlers.steps import Done, Steps, together
+from handlers.steps import Done, Steps
 from schemas.decode_error import DecodeError
 from schemas.records import NetworkRecord
 from schemas.requests import NetworkRequest, SetupNetwork, TeardownNetwork, TenantNet

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
+from handlers.cancellation import Interrupted, finish, race
 from handlers.errors import Expired, Failure, Superseded
 from handlers.mechanism import Keyed, Mechanism, Removable, StepLog, StepRow
 from schemas.envelopes import StepTaken
@@ -24,7 +25,6 @@ log = structlog.get_logger()
 UNDO_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
-U = TypeVar("U")
 SpecT = TypeVar("SpecT", bound=Keyed, contravariant=True)
 
 
@@ -122,7 +122,7 @@ class Steps:
             self.safe_point()
         return await self._timed(name, do)
 
-    async def interruptible(self, name: str, do: Callable[[], Awaitable[T]]) -> T:
+    async def interruptible(self, name: str, do: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """A long wait that a superseding command or the deadline ends at once.
 
         Raises:
@@ -133,20 +133,12 @@ class Steps:
         self.safe_point()
 
         async def until_cut() -> T:
-            work = asyncio.ensure_future(do())
-            cut = asyncio.ensure_future(self._cut.wait())
             try:
-                await asyncio.wait(
-                    {work, cut}, timeout=self.left_s(), return_when=asyncio.FIRST_COMPLETED
-                )
-                if work.done():
-                    return work.result()
+                return await race(do(), self._cut.wait(), timeout_s=self.left_s())
+            except Interrupted as error:
                 self.safe_point()
-                raise Expired("the deadline passed while waiting", detail={"step": name})
-            finally:
-                for task in (work, cut):
-                    task.cancel()
-                await asyncio.gather(work, cut, return_exceptions=True)
+                message = "the deadline passed while waiting"
+                raise Expired(message, detail={"step": name}) from error
 
         return await self._timed(name, until_cut)
 
@@ -230,13 +222,9 @@ class Steps:
         Returns what could not be removed, as `<mechanism> <key>`; those rows stay in the log and
         the sweep removes them later. A second cancellation does not cut it short.
         """
-        work = asyncio.ensure_future(self._undo())
-        while True:
-            try:
-                return await asyncio.shield(work)
-            except asyncio.CancelledError:
-                if work.cancelled():
-                    raise
+        undoing = asyncio.ensure_future(self._undo())
+        await finish(undoing)
+        return undoing.result()
 
     async def _undo(self) -> tuple[str, ...]:
         left: list[str] = []
@@ -275,22 +263,6 @@ class Steps:
             self.taken.append(StepTaken(name=name, took_us=int(seconds * 1e6), outcome=outcome))
         await self._trace(f"after:{name}")
         return value
-
-
-async def together(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> tuple[T, U]:
-    """Two parts of a command that need nothing of each other, at once; both are over on return.
-
-    Raises the first one's failure, else the other's; an effect that has begun is let through, so
-    that undo finds no moving target.
-    """
-    tasks = asyncio.ensure_future(one), asyncio.ensure_future(other)
-    try:
-        await asyncio.wait(tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return tasks[0].result(), tasks[1].result()
 
 
 @dataclass(frozen=True, slots=True)

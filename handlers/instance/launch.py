@@ -4,17 +4,16 @@ Order matters. The network's rules stand before the TAP is up; the cgroup before
 silently goes on without a missing one; the jail's files before the jailer, which chroots into it.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
+from handlers.cancellation import Interrupted, race
 from handlers.errors import Conflict, Failure, Invalid, Superseded, Unavailable
 from handlers.instance.reservations import ReservationSpec
 from handlers.interfaces import CPU_PERIOD_US, Host
@@ -247,15 +246,8 @@ async def race_vmm_exit(
     Raises:
         Unavailable: the VMM ended; for good, since a guest must not boot twice under one id.
     """
-    work = asyncio.ensure_future(do())
-    gone = asyncio.ensure_future(host.vmms.wait_exit(identity, float("inf")))
-    both: set[asyncio.Future[Any]] = {work, gone}
     try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise Unavailable("the VMM ended before its guest agent answered").not_retryable()
-        await work
-    finally:
-        for task in both:
-            task.cancel()
-        await asyncio.gather(*both, return_exceptions=True)
+        await race(do(), host.vmms.wait_exit(identity, float("inf")))
+    except Interrupted as error:
+        message = "the VMM ended before its guest agent answered"
+        raise Unavailable(message).not_retryable() from error

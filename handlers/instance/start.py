@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from handlers.cancellation import together
 from handlers.concurrency import held
 from handlers.errors import Failure, Unavailable, Unsupported
 from handlers.instance.artifact_refs import ensure_revision, release_revision
@@ -34,7 +35,7 @@ from handlers.instance.state import RESTING, final_record, read_state
 from handlers.interfaces import Host
 from handlers.mechanism import Removable
 from handlers.specs import Artifact, BootConfig, DataDiskSpec, DriveConfig, Jail
-from handlers.steps import Done, Steps, together
+from handlers.steps import Done, Steps
 from schemas import naming
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import StartInstance

@@ -9,6 +9,7 @@ import dataclasses
 
 from msgspec.structs import replace
 
+from handlers.cancellation import together
 from handlers.concurrency import held
 from handlers.errors import Failure, HostFault, Unavailable
 from handlers.instance.artifact_refs import ensure_revision
@@ -33,7 +34,7 @@ from handlers.instance.snapshot_steps import Draft, SnapshotUses, SnapshotUseSpe
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host
 from handlers.specs import Artifact, DataDiskSpec, SnapshotInfo
-from handlers.steps import Done, Steps, together
+from handlers.steps import Done, Steps
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import WakeInstance
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from handlers.cancellation import run_shielded
 from handlers.errors import Unavailable
 
 P = ParamSpec("P")
@@ -53,16 +54,4 @@ async def _run_in_pool(
     pool: ThreadPoolExecutor, work: Callable[[], T], token: CancelToken | None
 ) -> T:
     running = asyncio.get_running_loop().run_in_executor(pool, work)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        if token is not None:
-            token.stop()
-        while not running.done():
-            try:
-                await asyncio.wait({running})
-            except asyncio.CancelledError:
-                continue
-        if not running.cancelled():
-            running.exception()
-        raise
+    return await run_shielded(running, on_cancel=None if token is None else token.stop)

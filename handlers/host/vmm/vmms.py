@@ -15,6 +15,7 @@ import time
 from collections.abc import Generator
 from typing import ClassVar
 
+from handlers.cancellation import run_shielded
 from handlers.errors import Conflict, Failure, HostFault, Unavailable
 from handlers.host.jail.layout import LOG
 from handlers.host.jail.sockets import (
@@ -25,7 +26,6 @@ from handlers.host.jail.sockets import (
     connect,
     read_tail,
 )
-from handlers.host.linux.shielded import run_shielded
 from handlers.host.vmm import confinement, processes
 from handlers.host.vmm.api_client import FirecrackerApi
 from handlers.host.vmm.cgroups import CgroupTree
