@@ -4,12 +4,14 @@ import hashlib
 import ipaddress
 import re
 
+from schemas.decode_error import DecodeError, quoted
 from schemas.requests import InstanceRef, TenantNet
 
 ID_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 HOST_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,63}")
 COMMAND_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 REVISION_PATTERN = re.compile(r"[0-9a-z]{1,64}")
+JAIL_ID_PATTERN = re.compile(r"[0-9a-f]{12}-[0-9]+")
 OFFSET_MIN, OFFSET_MAX = 3, 254
 
 
@@ -43,4 +45,21 @@ def netmask(net: TenantNet) -> str:
 
 def jail_id(ref: InstanceRef, launch: int) -> str:
     """First 12 hex of sha256 of `t/p/i`, `-`, the launch number; also the VMM's `--id`."""
-    return f"{hashlib.sha256(str(ref).encode()).hexdigest()[:12]}-{launch}"
+    return f"{jail_id_prefix(ref)}{launch}"
+
+
+def jail_id_prefix(ref: InstanceRef) -> str:
+    """The start of every jail ID of this instance, up to and including the `-`."""
+    return f"{hashlib.sha256(str(ref).encode()).hexdigest()[:12]}-"
+
+
+def parse_ref(text: str) -> InstanceRef:
+    """The inverse of `str(InstanceRef)`, e.g. of a step's key `t/p/i`.
+
+    Raises:
+        DecodeError: not three valid IDs; path `key`.
+    """
+    ids = text.split("/")
+    if len(ids) != 3 or not all(ID_PATTERN.fullmatch(each) for each in ids):
+        raise DecodeError("key", f"invalid instance key: got {quoted(text)}, want t/p/i, three IDs")
+    return InstanceRef(*ids)
