@@ -67,6 +67,8 @@ class TapSpec:
 
 @dataclass(frozen=True, slots=True)
 class ArtifactSpec:
+    """One revision of a pool's artifacts. `key` is `<tenant>/<pool>/<revision>`."""
+
     tenant_id: str
     pool_id: str
     revision: str
@@ -74,6 +76,13 @@ class ArtifactSpec:
     @property
     def key(self) -> str:
         return f"{self.tenant_id}/{self.pool_id}/{self.revision}"
+
+    @classmethod
+    def key_of(cls, record: InstanceRecord) -> str | None:
+        """The key of the revision that an instance refers to; None before its first launch."""
+        if record.revision is None:
+            return None
+        return cls(record.ref.tenant_id, record.ref.pool_id, record.revision).key
 
 
 @dataclass(frozen=True, slots=True)

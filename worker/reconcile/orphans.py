@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from handlers.host.inventory import Inventory
 from handlers.network_names import names_of
+from handlers.specs import ArtifactSpec
 from schemas.records import InstanceRecord, NetworkRecord
 
 Found = set[tuple[str, str]]
@@ -22,9 +23,7 @@ def unowned(
     jails = {record.jail_id for record in live}
     taps = {names.tap for record in live if (names := names_of(record)) is not None}
     bridges = {record.net.bridge_name for record in networks}
-    revisions = {
-        f"{record.ref.tenant_id}/{record.ref.pool_id}/{record.revision}" for record in records
-    }
+    revisions = {key for record in records if (key := ArtifactSpec.key_of(record)) is not None}
     found: Found = set()
     found |= {("jails", name) for name in inventory.jails if name not in jails}
     found |= {("taps", name) for name in inventory.taps if name not in taps}
@@ -35,7 +34,7 @@ def unowned(
     found |= {
         ("artifacts", path)
         for path in inventory.artifacts
-        if not any(path.endswith(revision) for revision in revisions)
+        if not any(path.endswith(f"/{key}") for key in revisions)
     }
     return found
 
