@@ -22,9 +22,9 @@ from handlers.host.net.ruleset import CARRIED
 from handlers.host.snapshot.manifest import CONSUMED, MANIFEST, MEMORY
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.processes import FileIdentity, read_cgroup, read_stat
+from schemas import naming
 from schemas.settings import NetworkSettings, Settings
 
-JAIL_ID = re.compile(r"[0-9a-f]{12}-[0-9]+")
 DRIVE = ".ext4"
 # How the parts of hostd name what they write before its rename.
 HALF_OF_OURS = (".part", ".tmp")
@@ -164,7 +164,7 @@ def _cgroups(settings: Settings) -> tuple[str, ...]:
 def _jails(settings: Settings) -> tuple[str, ...]:
     """Ids of the jails that hostd named, whole or not; other tools name theirs differently."""
     found = _names(f"{settings.jail_base}/firecracker")
-    return _sorted(name for name in found if JAIL_ID.fullmatch(name))
+    return _sorted(name for name in found if naming.JAIL_ID_PATTERN.fullmatch(name))
 
 
 def _in_jails(roots: list[str], wanted: Callable[[str, int], bool]) -> Iterator[str]:

@@ -14,8 +14,9 @@ from handlers.errors import Conflict, Exhausted
 from handlers.instance.artifact_refs import collect_revision
 from handlers.interfaces import Host
 from schemas.files import TenantQuota
+from schemas.naming import parse_ref
 from schemas.records import InstanceRecord, Status
-from schemas.requests import InstanceRef, TenantNet
+from schemas.requests import TenantNet
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,6 @@ class ReservationSpec:
         return str(self.before.ref)
 
 
-def ref_of(key: str) -> InstanceRef:
-    """The instance that a key `t/p/i` names."""
-    tenant_id, pool_id, instance_id = key.split("/")
-    return InstanceRef(tenant_id, pool_id, instance_id)
-
-
 class Reservations:
     """Records with a launch under way; `host.pending_reservations` has those being written."""
 
@@ -54,7 +49,7 @@ class Reservations:
         self._host = host
 
     async def exists(self, key: str) -> bool:
-        record = self._host.records.instance(ref_of(key))
+        record = self._host.records.instance(parse_ref(key))
         return record is not None and record.before is not None
 
     async def ensure(self, spec: ReservationSpec) -> InstanceRecord:
@@ -77,7 +72,7 @@ class Reservations:
 
     async def remove(self, key: str) -> None:
         """Give the record back as it was before the command; the launch number stays used."""
-        record = self._host.records.instance(ref_of(key))
+        record = self._host.records.instance(parse_ref(key))
         if record is None or record.before is None:
             return
         before = replace(record.before, launch=record.launch, before=None, command_id=None)
@@ -170,7 +165,7 @@ class Phases:
         self._host = host
 
     async def exists(self, key: str) -> bool:
-        record = self._host.records.instance(ref_of(key))
+        record = self._host.records.instance(parse_ref(key))
         return record is not None and record.before is not None
 
     async def ensure(self, spec: PhaseSpec) -> InstanceRecord:
@@ -188,6 +183,6 @@ class Phases:
         return record
 
     async def remove(self, key: str) -> None:
-        record = self._host.records.instance(ref_of(key))
+        record = self._host.records.instance(parse_ref(key))
         if record is not None and record.before is not None:
             await self._host.records.put_instance(replace(record.before, before=None))

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from handlers.instance.reservations import ref_of
 from handlers.interfaces import Host
 from handlers.specs import SnapshotFacts, SnapshotInfo
+from schemas.naming import parse_ref
 from schemas.requests import InstanceRef
 
 
@@ -100,7 +100,7 @@ class Drafts:
 
     async def remove(self, key: str) -> None:
         ref, _, number = key.partition("#")
-        await self._host.snapshots.drop(ref_of(ref), int(number))
+        await self._host.snapshots.drop(parse_ref(ref), int(number))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,4 +129,4 @@ class SnapshotUses:
 
     async def remove(self, key: str) -> None:
         ref, _, number = key.partition("#")
-        await self._host.snapshots.settle(ref_of(ref), int(number))
+        await self._host.snapshots.settle(parse_ref(ref), int(number))

@@ -36,7 +36,7 @@ from handlers.host.linux.state_dirs import make_dir
 from handlers.host.linux.syscalls import link_open
 from handlers.host.storage import disk_ownership, wipe
 from handlers.host.storage.agentd_files import open_tenant
-from handlers.host.storage.data_disks import DATA_DISK, ref_of
+from handlers.host.storage.data_disks import DATA_DISK
 from handlers.host.storage.drive_images import CONFIG, SECRETS, SmallDrives, copy_drive
 from handlers.specs import Jail, JailFile, JailSpec
 from schemas import naming
@@ -243,7 +243,7 @@ class Jails:
         mark = disk_ownership.read_mark(disk)
         if mark is None:
             return
-        ref = ref_of(mark.ref)
+        ref = naming.parse_ref(mark.ref)
         if naming.jail_id(ref, launch_of(jail_id)) == jail_id and not self._used(
             jail_id, ref, disk
         ):

@@ -11,9 +11,8 @@ from collections.abc import Generator
 
 import msgspec
 
-from handlers.errors import HostFault
+from handlers.errors import HostFault, Invalid
 from handlers.host.linux.checksummed_json import read_sealed
-from handlers.host.linux.state_dirs import checked_jail_id
 from schemas import naming
 from schemas.records import InstanceRecord
 from schemas.requests import InstanceRef
@@ -63,7 +62,9 @@ class JailDirs:
         self.base = f"{jail_base}/firecracker"
 
     def directory(self, jail_id: str) -> str:
-        return f"{self.base}/{checked_jail_id(jail_id)}"
+        if naming.JAIL_ID_PATTERN.fullmatch(jail_id) is None:
+            raise Invalid(f"invalid jail ID {jail_id[:100]!r}: want 12 hex digits, '-', a number")
+        return f"{self.base}/{jail_id}"
 
     def root(self, jail_id: str) -> str:
         return f"{self.directory(jail_id)}/root"
@@ -76,15 +77,16 @@ class JailDirs:
             return None
 
     def list_ids(self) -> list[str]:
-        """All jails, whole or not."""
+        """All jails that hostd named, complete or not; other tools name theirs differently."""
         try:
-            return sorted(os.listdir(self.base))
+            names = os.listdir(self.base)
         except FileNotFoundError:
             return []
+        return sorted(name for name in names if naming.JAIL_ID_PATTERN.fullmatch(name))
 
     def ids_of(self, ref: InstanceRef) -> list[str]:
         """The jails of an instance, newest launch first."""
-        prefix = naming.jail_id(ref, 0)[:-1]
+        prefix = naming.jail_id_prefix(ref)
         found = [each for each in self.list_ids() if each.startswith(prefix)]
         return sorted(found, key=launch_of, reverse=True)
 

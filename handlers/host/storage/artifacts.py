@@ -19,9 +19,10 @@ from handlers.host.linux.file_threads import CancelToken, run_in_slow_thread, ru
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_path
 from handlers.host.linux.sparse_copy import copy_sparse, sha256_of
-from handlers.host.linux.state_dirs import ids, make_dir, remove_empty, sync_dir
+from handlers.host.linux.state_dirs import make_dir, remove_empty, sync_dir
 from handlers.host.storage.agentd_files import open_tenant
 from handlers.specs import Artifact, ArtifactSpec
+from schemas import naming
 
 ELF = b"\x7fELF"
 REQUIRED = ("vmlinux", "rootfs.ext4")
@@ -78,7 +79,7 @@ class Artifacts:
 
     async def remove(self, key: str) -> None:
         """Remove a revision that nothing refers to; one in use stays, absent is success."""
-        async with self._lock(ids(key, 3)[0]):
+        async with self._lock(parse_key(key)[0]):
             if not self._in_use(key):
                 await run_in_thread(self._remove, key)
 
@@ -105,7 +106,7 @@ class Artifacts:
         return self._locks.setdefault(tenant_id, asyncio.Lock())
 
     def _dir(self, key: str) -> str:
-        return f"{self._base}/{'/'.join(ids(key, 3))}"
+        return f"{self._base}/{'/'.join(parse_key(key))}"
 
     def _ensure(self, spec: ArtifactSpec, pace: CancelToken) -> Artifact:
         found = self._look(spec.key)
@@ -176,6 +177,23 @@ class Artifacts:
             remove_empty(os.path.dirname(directory), up_to=self._base)
         except OSError as error:
             raise os_failure(error, f"cannot remove the artifact {key}") from error
+
+
+def parse_key(key: str) -> tuple[str, str, str]:
+    """Tenant, pool and revision of an `ArtifactSpec.key`, each safe as the name of a directory.
+
+    Raises:
+        Invalid: anything else, e.g. a key with `..` in it.
+    """
+    match key.split("/"):
+        case [tenant_id, pool_id, revision] if (
+            naming.ID_PATTERN.fullmatch(tenant_id)
+            and naming.ID_PATTERN.fullmatch(pool_id)
+            and naming.REVISION_PATTERN.fullmatch(revision)
+        ):
+            return tenant_id, pool_id, revision
+        case _:
+            raise Invalid(f"invalid artifact key {key[:200]!r}: want <tenant>/<pool>/<revision>")
 
 
 def _copied(source: Directory, name: str, part: str, pace: CancelToken) -> ArtifactFile:

@@ -12,7 +12,6 @@ from handlers.errors import HostFault, Invalid, NotFound
 from handlers.host.linux.errnos import os_failure
 from handlers.host.linux.file_threads import CancelToken, run_in_slow_thread, run_in_thread
 from handlers.host.linux.openat2 import Directory
-from handlers.host.linux.state_dirs import ids
 from handlers.host.linux.syscalls import link_open
 from handlers.host.storage import wipe
 from handlers.host.storage.agentd_files import open_instance
@@ -26,11 +25,6 @@ from schemas.requests import InstanceRef
 DATA_DISK = "data.ext4"
 LABEL = "mvm-data"
 MIB = 1 << 20
-
-
-def ref_of(key: str) -> InstanceRef:
-    """The instance named by a `t/p/i` key."""
-    return InstanceRef(*ids(key, 3))
 
 
 def identity_of(found: os.stat_result) -> DiskIdentity:
@@ -68,7 +62,7 @@ class DataDisks:
     async def exists(self, key: str) -> bool:
         def look() -> bool:
             try:
-                with self._volumes(ref_of(key)) as volumes:
+                with self._volumes(naming.parse_ref(key)) as volumes:
                     return volumes.stat(DATA_DISK) is not None
             except NotFound:
                 return False
@@ -77,7 +71,7 @@ class DataDisks:
 
     async def remove(self, key: str) -> None:
         """Undo a creation: unlink a disk that hostd made; anything else by that name stays."""
-        await run_in_thread(self._remove, ref_of(key))
+        await run_in_thread(self._remove, naming.parse_ref(key))
 
     async def check_wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
         """Raise what `wipe` would, before anything is taken down; jails may still link the disk.
@@ -181,7 +175,7 @@ class DataDisks:
     def _names_in_jails(self, ref: InstanceRef, disk: os.stat_result) -> int:
         if disk.st_nlink == 1 or not os.path.isdir(self._jails):
             return 0
-        prefix = naming.jail_id(ref, 0)[:-1]
+        prefix = naming.jail_id_prefix(ref)
         count = 0
         for jail in os.listdir(self._jails):
             if jail.startswith(prefix):

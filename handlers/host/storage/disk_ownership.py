@@ -12,6 +12,8 @@ import msgspec
 
 from handlers.errors import Invalid
 from handlers.host.linux.errnos import os_failure
+from schemas.decode_error import DecodeError
+from schemas.naming import parse_ref
 from schemas.requests import InstanceRef
 
 ATTRIBUTE = "trusted.hostd.disk"
@@ -47,7 +49,8 @@ def read_mark(fd: int) -> DiskMark | None:
         raise os_failure(error, "cannot read the mark of a data disk") from error
     try:
         mark = msgspec.json.decode(data, type=DiskMark)
-    except msgspec.MsgspecError:
+        parse_ref(mark.ref)
+    except (msgspec.MsgspecError, DecodeError):
         return None
     return mark if mark.ino == os.fstat(fd).st_ino else None
 

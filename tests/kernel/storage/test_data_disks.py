@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from handlers.errors import Exhausted, HostFault, Invalid, NotFound
-from handlers.host.storage import data_disks, wipe
+from handlers.host.storage import wipe
 from handlers.host.storage.data_disks import DataDisks
 from handlers.specs import DataDiskSpec
 from schemas import naming
@@ -276,5 +276,3 @@ async def test_no_instance_no_disk(disks: DataDisks, world: StoreHost) -> None:
     await disks.remove(str(nobody))
     await disks.check_wipe(nobody, None)
     await disks.wipe(nobody, None)
-
-    assert data_disks.ref_of(str(nobody)) == nobody
