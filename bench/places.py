@@ -23,9 +23,10 @@ from handlers.host.vmm.api_schema import boot_requests, parse_version
 from handlers.host.vmm.cgroups import Cgroups
 from handlers.host.vmm.jailer import Jailer
 from handlers.instance.launch import CONFIG as CONFIG_DRIVE
-from handlers.instance.launch import DATA, KERNEL, MIB, PIDS_PER_VMM, ROOTFS, VSOCK
+from handlers.instance.launch import DATA, KERNEL, PIDS_PER_VMM, ROOTFS, VSOCK
 from handlers.interfaces import CPU_PERIOD_US
 from handlers.specs import (
+    MIB,
     ArtifactSpec,
     BootConfig,
     CgroupSpec,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from schemas.records import DiskIdentity, InstanceRecord
 from schemas.requests import InstanceRef, TenantNet
 
+MIB = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class BridgeSpec:

@@ -19,7 +19,7 @@ from handlers.instance.reservations import ReservationSpec
 from handlers.interfaces import CPU_PERIOD_US, Host
 from handlers.mechanism import Removable
 from handlers.network_names import Names, names_of
-from handlers.specs import Artifact, CgroupSpec, JailFile, JailSpec, LaunchSpec
+from handlers.specs import MIB, Artifact, CgroupSpec, JailFile, JailSpec, LaunchSpec
 from handlers.steps import Steps
 from schemas.decode_error import DecodeError
 from schemas.files import InstanceFile, PoolSpec, TenantConfig, check_instance_net, offset_of
@@ -27,7 +27,6 @@ from schemas.records import DiskIdentity, InstanceRecord, Status, VmmIdentity
 from schemas.requests import InstanceRef, TenantNet
 
 PIDS_PER_VMM = 64
-MIB = 1 << 20
 LOG_TAIL_BYTES = 4096
 KERNEL, INITRD, ROOTFS, DATA = "/vmlinux", "/initrd", "/rootfs.ext4", "/data.ext4"
 CONFIG, SECRETS, VSOCK, SERIAL = "/config.ext4", "/secrets/secrets.ext4", "/v.sock", "/serial"

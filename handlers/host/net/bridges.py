@@ -20,7 +20,6 @@ from handlers.host.net.sysctl import ensure_sysctl
 from handlers.specs import BridgeSpec
 from schemas import naming
 
-ALIAS_PREFIX = "hostd:"
 GATEWAY_OFFSET = 1
 # ip-sysctl.rst. A guest's ARP request is answered for the gateway's address alone, not for the
 # host's other ones (arp_ignore), packets come from where they could be answered to (rp_filter),
@@ -76,7 +75,7 @@ def own_bridge(kernel: Kernel, name: str) -> Link | None:
     link = kernel.link(name)
     if link is None or link.kind != "bridge":
         return None
-    return link if link.alias.startswith(ALIAS_PREFIX) or not link.alias else None
+    return link if link.alias.startswith(naming.ALIAS_PREFIX) or not link.alias else None
 
 
 def make(kernel: Kernel, spec: BridgeSpec) -> bool:
@@ -101,7 +100,7 @@ def make(kernel: Kernel, spec: BridgeSpec) -> bool:
 def refuse_foreign(kernel: Kernel, link: Link, spec: BridgeSpec) -> None:
     if link.kind != "bridge":
         raise Conflict(f"{link.name} is a link of kind {link.kind}, not the tenant's bridge")
-    if link.alias == ALIAS_PREFIX + spec.tenant_id:
+    if link.alias == naming.interface_alias(spec.tenant_id):
         return
     if link.alias:
         raise Conflict(f"bridge {link.name} belongs to {link.alias!r}")
@@ -133,7 +132,7 @@ def converge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> bool:
     if gateway(spec) not in present:
         kernel.add_address(link.index, gateway(spec))
         changed = True
-    alias = ALIAS_PREFIX + spec.tenant_id
+    alias = naming.interface_alias(spec.tenant_id)
     if not link.up or link.alias != alias:
         kernel.set_link(link.index, state="up", ifalias=alias)
         changed = True
@@ -152,7 +151,7 @@ def verify(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
     link = reread(kernel, spec.key)
     holds = {
         "kind": link.kind == "bridge",
-        "alias": link.alias == ALIAS_PREFIX + spec.tenant_id,
+        "alias": link.alias == naming.interface_alias(spec.tenant_id),
         "address": kernel.addresses(link.index) == [gateway(spec)],
         "MAC": link.mac == mac,
         "up": link.up,

@@ -9,14 +9,13 @@ and left to the periodic pass: FDB and neighbour entries, port flags, kernel set
 
 import asyncio
 import errno
-import re
 import socket
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from functools import partial
 
 from handlers.host.linux.kernel_thread import KernelThread, stay
-from handlers.host.net.bridges import ALIAS_PREFIX, GATEWAY_OFFSET
+from handlers.host.net.bridges import GATEWAY_OFFSET
 from handlers.host.net.netlink_messages import attributes, first_attribute, messages
 from handlers.host.net.nftables import NETLINK_NETFILTER, Nft
 from handlers.host.net.rtnetlink import Kernel, Netlink
@@ -31,8 +30,8 @@ from handlers.host.net.rtnetlink_reader import (
     number,
     text,
 )
-from handlers.host.net.taps import TAP_NAME
 from schemas import naming
+from schemas.naming import BRIDGE_NAME_PATTERN, TAP_NAME_PATTERN
 
 # linux/rtnetlink.h, linux/if_link.h, linux/netfilter/nfnetlink.h
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
@@ -40,7 +39,6 @@ RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR = 16, 17, 20, 21
 RTM_NEWROUTE, RTM_DELROUTE = 24, 25
 IFA_LABEL = 3
 NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES = 1, 7
-BRIDGE_NAME = re.compile(r"br-tenant-([0-9]{1,4})")
 SO_RCVBUFFORCE, BUFFER_BYTES = 33, 1 << 20  # a burst of launches is many hundred messages
 DATAGRAM_BYTES = 1 << 17
 GATHER_S = 0.02
@@ -217,13 +215,13 @@ def stands(link: Link | None) -> bool:
     """Whether a bridge or TAP of ours is as hostd leaves it, as far as its own facts tell."""
     if link is None or not link.up:
         return False
-    if (match := BRIDGE_NAME.fullmatch(link.name)) is not None:
+    if (match := BRIDGE_NAME_PATTERN.fullmatch(link.name)) is not None:
         mac = naming.mac_address(int(match[1]), GATEWAY_OFFSET)
-        return link.mac == mac and link.alias.startswith(ALIAS_PREFIX)
+        return link.mac == mac and link.alias.startswith(naming.ALIAS_PREFIX)
     return link.master is not None
 
 
 def named(name: str) -> set[Change]:
     """A change of the tenant that a bridge's or TAP's name belongs to; of none for other links."""
-    match = BRIDGE_NAME.fullmatch(name) or TAP_NAME.fullmatch(name)
+    match = BRIDGE_NAME_PATTERN.fullmatch(name) or TAP_NAME_PATTERN.fullmatch(name)
     return set() if match is None else {Change("link", int(match[1]))}

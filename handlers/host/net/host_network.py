@@ -6,7 +6,7 @@ from ipaddress import IPv4Network
 
 from handlers.host.linux.kernel_thread import stay
 from handlers.host.net.antispoof import Pins
-from handlers.host.net.bridges import ALIAS_PREFIX, Bridges
+from handlers.host.net.bridges import Bridges
 from handlers.host.net.drift_watch import HostWatch
 from handlers.host.net.nftables import Nft
 from handlers.host.net.rtnetlink import Kernel, Netlink
@@ -15,6 +15,7 @@ from handlers.host.net.ruleset import CARRIED, BaseRules
 from handlers.host.net.sysctl import ensure_sysctl
 from handlers.host.net.taps import Taps
 from handlers.host.net.tenant_rules import TenantRules
+from schemas import naming
 from schemas.settings import NetworkSettings
 
 DEFAULT_ROUTE = "0.0.0.0/0"
@@ -86,7 +87,9 @@ class HostNetworks:
 
         def owned(kernel: Kernel, kind: str) -> tuple[str, ...]:
             links = kernel.links(kind=kind)
-            return tuple(sorted(link.name for link in links if link.alias.startswith(ALIAS_PREFIX)))
+            return tuple(
+                sorted(link.name for link in links if link.alias.startswith(naming.ALIAS_PREFIX))
+            )
 
         return await self._netlink.run(
             lambda kernel: (owned(kernel, "bridge"), owned(kernel, "tun"))

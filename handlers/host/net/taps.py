@@ -8,13 +8,12 @@ costs no ARP retries and one that lies changes no table.
 import errno
 import fcntl
 import os
-import re
 import struct
 from typing import ClassVar
 
 from handlers.errors import Conflict, Failure, HostFault
 from handlers.host.linux.errnos import os_failure
-from handlers.host.net.bridges import ALIAS_PREFIX, reread
+from handlers.host.net.bridges import reread
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import (
     IFLA_BRPORT_ISOLATED,
@@ -33,7 +32,6 @@ TUN_DEVICE = "/dev/net/tun"
 TUNSETIFF, TUNSETPERSIST, TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8000
 FLAGS = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
-TAP_NAME = re.compile(r"tn([0-9]{1,4})i([0-9]{1,3})")
 
 
 class Taps:
@@ -71,7 +69,7 @@ class Taps:
 
 def own_tap(kernel: Kernel, name: str) -> Link | None:
     link = kernel.link(name)
-    if link is None or link.kind != "tun" or not link.alias.startswith(ALIAS_PREFIX):
+    if link is None or link.kind != "tun" or not link.alias.startswith(naming.ALIAS_PREFIX):
         return None
     return link
 
@@ -173,7 +171,7 @@ def verify(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) -> Non
 
 
 def delete(kernel: Kernel, name: str) -> None:
-    if (match := TAP_NAME.fullmatch(name)) is not None:
+    if (match := naming.TAP_NAME_PATTERN.fullmatch(name)) is not None:
         net_id, offset = int(match[1]), int(match[2])
         bridge = kernel.link(naming.bridge_name(net_id))
         mac = naming.mac_address(net_id, offset)

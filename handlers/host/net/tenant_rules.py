@@ -47,12 +47,13 @@ class TenantRules:
     async def remove(self, key: str) -> None:
         """Take the tenant's elements, leftover pins and conntrack entries away."""
         net_id, subnet, _gateway = key.split(",")
+        taps = naming.tap_name_prefix(int(net_id))
 
         def take_out(tables: Tables) -> None:
             doomed = [m for m in tenant_members(key) if m[1] in tables.members(m[0])]
             for name in (PINS, GUESTS):
                 found = tables.members(name)
-                doomed += [(name, e) for e in found if e[0].startswith(f"tn{net_id}i")]
+                doomed += [(name, e) for e in found if e[0].startswith(taps)]
             if doomed:
                 tables.change(remove=doomed)
 

@@ -38,11 +38,11 @@ from handlers.host.snapshot.manifest import (
 )
 from handlers.host.snapshot.memory_file import Memories
 from handlers.host.storage import wipe
-from handlers.host.storage.agentd_files import open_tenant
+from handlers.host.storage.agentd_files import open_tenant, split_tenant_path
 from handlers.host.storage.drive_images import CONFIG, SECRETS
-from handlers.specs import SnapshotFacts
+from handlers.specs import MIB, SnapshotFacts
 
-STATE_MAX_BYTES = 64 << 20
+STATE_MAX_BYTES = 64 * MIB
 DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -101,7 +101,7 @@ class Sealer:
             memory = _take(source, MEMORY, directory, jail.uid)
             opened.callback(os.close, memory)
             state_bytes, mem_bytes = os.fstat(state).st_size, os.fstat(memory).st_size
-            if mem_bytes != facts.mem_mib << 20:
+            if mem_bytes != facts.mem_mib * MIB:
                 raise HostFault(f"the memory file is {mem_bytes} bytes, not {facts.mem_mib} MiB")
             if not 0 < state_bytes <= STATE_MAX_BYTES:
                 raise HostFault(f"the state file is {state_bytes} bytes")
@@ -173,11 +173,11 @@ def fresh_dir(root: str, name: str, *, uid: int, gid: int, mode: int) -> None:
 
 def disk_facts(data: str, path: str) -> DiskFacts:
     """The data disk as it is now, opened beneath the tenant directory. Raises NotFound, Invalid."""
-    tenants = f"{data}/tenants/"
-    if not path.startswith(tenants):
-        raise Invalid(f"{path} is not below {tenants}", path=path)
-    tenant, _, rest = path.removeprefix(tenants).partition("/")
-    with open_tenant(data, tenant) as directory, directory.file(rest) as fd:
+    shared = split_tenant_path(data, path)
+    if shared is None:
+        raise Invalid(f"invalid path of a data disk: {path} is not below {data}/tenants", path=path)
+    tenant_id, below = shared
+    with open_tenant(data, tenant_id) as tenant, tenant.file(below) as fd:
         return DiskFacts.of(path, os.fstat(fd))
 
 

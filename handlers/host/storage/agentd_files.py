@@ -31,7 +31,7 @@ from schemas.requests import InstanceRef
 
 JSON_MAX_BYTES = 1 << 20
 SECRETS_MAX_BYTES = 1 << 20
-CURRENT = re.compile(r"revisions/([0-9a-z]{1,64})")
+CURRENT = re.compile(rf"revisions/({naming.REVISION_PATTERN.pattern})")
 OURS = frozenset(
     {
         "status",
@@ -52,6 +52,18 @@ T = TypeVar("T")
 def instance_path(ref: InstanceRef) -> str:
     """Below the tenant's directory."""
     return f"pools/{ref.pool_id}/instances/{ref.instance_id}"
+
+
+def split_tenant_path(data: str, path: str) -> tuple[str, str] | None:
+    """The tenant ID and the path below the tenant's directory; None if it is not below one.
+
+    For a path that hostd made itself; it is opened by `open_tenant` all the same.
+    """
+    tenants = f"{data}/tenants/"
+    if not path.startswith(tenants):
+        return None
+    tenant_id, _, below = path.removeprefix(tenants).partition("/")
+    return tenant_id, below
 
 
 def open_tenant(data: str, tenant_id: str) -> Directory:

@@ -14,17 +14,16 @@ from handlers.host.linux.file_threads import CancelToken, run_in_slow_thread, ru
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.syscalls import link_open
 from handlers.host.storage import wipe
-from handlers.host.storage.agentd_files import open_instance
+from handlers.host.storage.agentd_files import instance_path, open_instance
 from handlers.host.storage.disk_ownership import check_mark, read_mark, write_mark
 from handlers.host.storage.mkfs import make_ext4
-from handlers.specs import DataDisk, DataDiskSpec
+from handlers.specs import MIB, DataDisk, DataDiskSpec
 from schemas import naming
 from schemas.records import DiskIdentity
 from schemas.requests import InstanceRef
 
 DATA_DISK = "data.ext4"
 LABEL = "mvm-data"
-MIB = 1 << 20
 
 
 def identity_of(found: os.stat_result) -> DiskIdentity:
@@ -41,10 +40,7 @@ class DataDisks:
         self._jails = f"{jail_base}/firecracker"
 
     def path(self, ref: InstanceRef) -> str:
-        return (
-            f"{self._data}/tenants/{ref.tenant_id}/pools/{ref.pool_id}/instances/"
-            f"{ref.instance_id}/volumes/{DATA_DISK}"
-        )
+        return f"{self._data}/tenants/{ref.tenant_id}/{instance_path(ref)}/volumes/{DATA_DISK}"
 
     async def ensure(self, spec: DataDiskSpec) -> DataDisk:
         """Make the disk, or find the one that is known; its size is never changed.
