@@ -201,7 +201,7 @@ class GuestAgents(Protocol):
 class Snapshots(Protocol):
     """`<state>/snapshots/<t>/<p>/<i>/<n>/{state,mem,manifest.json}`."""
 
-    async def begin(self, jail_id: str, uid: int) -> tuple[str, str]:
+    async def begin_write(self, jail_id: str, uid: int) -> tuple[str, str]:
         """An empty directory in the jail for the VMM to write to; the two paths inside the jail."""
         ...
 
@@ -233,24 +233,34 @@ class Snapshots(Protocol):
         """Whether the memory's hash was taken; true also of a snapshot that is gone."""
         ...
 
-    async def link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
-        """Hard-link state and memory into the jail, owned by the uid; the paths inside it."""
+    async def link(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
+        """Hard-link state and memory into the jail, for the uid to read; the paths inside it."""
         ...
 
-    async def settle(self, ref: InstanceRef, number: int) -> None:
-        """After a failed wake: files to root again, memory identity recorded anew."""
+    async def restore_ownership(self, ref: InstanceRef, number: int) -> None:
+        """After a failed wake: give the files back to root and record the memory file's identity.
+
+        Undoes what `link` changed on the files; the hard links go with the jail.
+        """
         ...
 
-    async def consume(self, ref: InstanceRef, number: int) -> None:
-        """Take the manifest away, keep the files (a running VM maps them); absent is success."""
+    async def mark_consumed(self, ref: InstanceRef, number: int) -> None:
+        """Unpublish it, so that it cannot be woken again; absent is success.
+
+        The files stay, since the running VM maps them, until one of the deletions.
+        """
         ...
 
-    async def drop(self, ref: InstanceRef, number: int) -> None:
-        """Remove one, published or not; absent is success."""
+    async def delete(self, ref: InstanceRef, number: int) -> None:
+        """Delete one, published or not; absent is success."""
         ...
 
-    async def discard(self, ref: InstanceRef, *, below: int | None = None) -> None:
-        """Remove all (or those numbered below), memory blocks discarded; absent is success."""
+    async def delete_older(self, ref: InstanceRef, number: int) -> None:
+        """Delete those with a lower number and discard their memory; absent is success."""
+        ...
+
+    async def delete_all(self, ref: InstanceRef) -> None:
+        """Delete every snapshot of the instance and discard its memory; absent is success."""
         ...
 
 

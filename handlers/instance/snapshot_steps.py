@@ -90,7 +90,7 @@ class Drafts:
         """Let the paused VMM write state and memory into its jail, then move and hash them."""
         record = self._host.records.instance(spec.draft.ref)
         jail_id = record.jail_id if record is not None else ""
-        state_path, mem_path = await self._host.snapshots.begin(jail_id, spec.uid)
+        state_path, mem_path = await self._host.snapshots.begin_write(jail_id, spec.uid)
         vmm = self._host.vmms.api(jail_id)
         try:
             await vmm.create_snapshot(state_path, mem_path)
@@ -100,7 +100,7 @@ class Drafts:
 
     async def remove(self, key: str) -> None:
         ref, _, number = key.partition("#")
-        await self._host.snapshots.drop(parse_ref(ref), int(number))
+        await self._host.snapshots.delete(parse_ref(ref), int(number))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,4 +129,4 @@ class SnapshotUses:
 
     async def remove(self, key: str) -> None:
         ref, _, number = key.partition("#")
-        await self._host.snapshots.settle(parse_ref(ref), int(number))
+        await self._host.snapshots.restore_ownership(parse_ref(ref), int(number))

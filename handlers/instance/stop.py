@@ -35,7 +35,7 @@ async def stop_instance(cmd: StopInstance, steps: Steps, host: Host) -> Done:
         return Done(changed=False, status=str(state.status))
     steps.finalize()
     if state.status is Status.SLEEPING:
-        await steps.act("discard_snapshot", lambda: host.snapshots.discard(record.ref))
+        await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
         return await stopped(record, "", host)
     budget_s = await stop_budget_s(record, steps, host)
     if record.status is not Status.STOPPING:
@@ -57,7 +57,7 @@ async def finish_stop(
     """Release what the instance holds, whatever an earlier attempt left of it."""
     steps.finalize()
     await release(record, steps, host)
-    await steps.act("discard_snapshot", lambda: host.snapshots.discard(record.ref))
+    await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
     return await stopped(record, rung, host)
 
 

@@ -101,7 +101,7 @@ async def load(
     launch = launch_of(record, wanted.pool, host)
     if await host.jails.exists(launch.jail_id) and await host.vmms.find(launch.jail_id) is None:
         await host.jails.remove(launch.jail_id)
-        await host.snapshots.settle(launch.ref, info.number)
+        await host.snapshots.restore_ownership(launch.ref, info.number)
     artifact = await ensure_revision(launch.ref, info.revision, steps, host)
     await steps.announce(
         *launch_resources(launch, host),
@@ -124,7 +124,7 @@ async def load(
             )
             paths = await steps.act(
                 "link_snapshot",
-                lambda: host.snapshots.link_into(launch.jail_id, launch.vmm.uid, info),
+                lambda: host.snapshots.link(launch.jail_id, launch.vmm.uid, info),
             )
             await steps.act("load_snapshot", lambda: vmm.load_snapshot(*paths))
         await steps.act(
@@ -187,7 +187,7 @@ async def go_on(
 
     `identity` is of the VMM that was `loaded` just now, or that was found by a later run.
     """
-    await host.snapshots.consume(record.ref, record.snapshot or 0)
+    await host.snapshots.mark_consumed(record.ref, record.snapshot or 0)
     if identity is None:
         await fail_consumed(record, steps, host)
         failure = Unavailable(
@@ -249,7 +249,7 @@ async def tell_guest(record: InstanceRecord, steps: Steps, host: Host) -> dict[s
 async def fail_consumed(record: InstanceRecord, steps: Steps, host: Host) -> None:
     """The guest may have run and is gone: the snapshot is worth nothing any more."""
     await release(record, steps, host)
-    await host.snapshots.discard(record.ref)
+    await host.snapshots.delete_all(record.ref)
     now_ms = host.facts.now_ms()
     await write_at_rest(record, Status.FAILED, host, now_ms)
     gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)

@@ -11,7 +11,7 @@ from handlers.host.net.drift_watch import HostWatch
 from handlers.host.net.nftables import Nft
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN
-from handlers.host.net.ruleset import CARRIED, BaseRules
+from handlers.host.net.ruleset import BaseRules
 from handlers.host.net.sysctl import ensure_sysctl
 from handlers.host.net.taps import Taps
 from handlers.host.net.tenant_rules import TenantRules
@@ -28,14 +28,11 @@ SYSCTLS = {
 }
 
 
-class HostNetworks:
+class Networks:
     """The `Networks` of this host, of the namespace that the worker is in. Needs: CAP_NET_ADMIN."""
 
-    def __init__(
-        self, netlink: Netlink, nft: Nft, base: BaseRules, settings: NetworkSettings
-    ) -> None:
+    def __init__(self, netlink: Netlink, base: BaseRules, settings: NetworkSettings) -> None:
         self._netlink = netlink
-        self._nft = nft
         self._base = base
         self._uplinks = settings.uplinks
         self._exempt = [IPv4Network(route) for route in settings.exempt_routes]
@@ -95,14 +92,6 @@ class HostNetworks:
             lambda kernel: (owned(kernel, "bridge"), owned(kernel, "tun"))
         )
 
-    async def nft_objects(self) -> int:
-        """How many elements of tenants and guests hostd's tables hold; the base is not counted."""
-        count = 0
-        for family, names in CARRIED.items():
-            for name in names:
-                count += len(await self._nft.members(f"{family} hostd {name}"))
-        return count
-
 
 def default_links(kernel: Kernel) -> Sequence[str]:
     """The links of the default routes: the uplinks, unless they are set."""
@@ -118,7 +107,7 @@ class NetworkMechanisms:
     netlink: Netlink
     nft: Nft
     base: BaseRules
-    networks: HostNetworks
+    networks: Networks
     bridges: Bridges
     tenant_rules: TenantRules
     pins: Pins
@@ -141,7 +130,7 @@ def open_network_mechanisms(
         netlink=netlink,
         nft=nft,
         base=base,
-        networks=HostNetworks(netlink, nft, base, settings),
+        networks=Networks(netlink, base, settings),
         bridges=Bridges(netlink),
         tenant_rules=TenantRules(nft, base, netlink),
         pins=Pins(nft, base),

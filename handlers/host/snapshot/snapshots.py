@@ -70,7 +70,7 @@ class Snapshots:
 
     # -- Sleep ---------------------------------------------------------------------------------
 
-    async def begin(self, jail_id: str, uid: int) -> tuple[str, str]:
+    async def begin_write(self, jail_id: str, uid: int) -> tuple[str, str]:
         """An empty directory of the uid's in the jail, for the VMM to write to.
 
         Returns the paths of state and memory as the VMM sees them.
@@ -156,22 +156,22 @@ class Snapshots:
         """
         return await run_in_thread(self._verify, SnapshotDir(self._base, ref, number), vmm_version)
 
-    async def link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
+    async def link(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
         """Hard-link state and memory into the jail, for the uid to read and not to write.
 
         Returns their paths as the VMM sees them.
         """
-        await run_in_thread(self._link_into, jail_id, uid, info)
+        await run_in_thread(self._link, jail_id, uid, info)
         return f"/{WOKEN_DIR}/{STATE}", f"/{WOKEN_DIR}/{MEMORY}"
 
-    async def settle(self, ref: InstanceRef, number: int) -> None:
+    async def restore_ownership(self, ref: InstanceRef, number: int) -> None:
         """After a failed wake, before or after its jail is gone: the files are root's again.
 
         A file that is gone needs none: what is wrong with a snapshot is for `verify` to say.
         """
         directory = SnapshotDir(self._base, ref, number)
 
-        def settle() -> None:
+        def restore() -> None:
             try:
                 with contextlib.suppress(FileNotFoundError):
                     os.chown(directory.file(STATE), 0, 0)
@@ -179,14 +179,14 @@ class Snapshots:
                 if os.path.exists(directory.file(MEMORY)):
                     self._memories.restore_ownership(directory)
             except OSError as error:
-                raise os_failure(error, f"cannot settle {directory.path}") from error
+                raise os_failure(error, f"cannot restore the owner of {directory.path}") from error
 
-        await run_in_thread(settle)
+        await run_in_thread(restore)
 
-    async def consume(self, ref: InstanceRef, number: int) -> None:
-        """Take the manifest's name away, durably: nobody wakes it again. Absent is success.
+    async def mark_consumed(self, ref: InstanceRef, number: int) -> None:
+        """Unpublish it durably, so that it cannot be woken again; absent is success.
 
-        The files stay, since the running VM maps the memory; `discard` takes them later.
+        The files stay, since the running VM maps the memory; the deletions remove them later.
         """
         directory = SnapshotDir(self._base, ref, number)
 
@@ -196,11 +196,11 @@ class Snapshots:
                     os.rename(directory.file(MANIFEST), directory.file(CONSUMED))
                     sync_dir(directory.path)
             except OSError as error:
-                raise os_failure(error, f"cannot consume {directory.path}") from error
+                raise os_failure(error, f"cannot mark {directory.path} as consumed") from error
 
         await run_in_thread(rename)
 
-    async def drop(self, ref: InstanceRef, number: int) -> None:
+    async def delete(self, ref: InstanceRef, number: int) -> None:
         """Remove one, and what a failed write of it left in the jail; absent is success."""
 
         def remove() -> None:
@@ -209,34 +209,17 @@ class Snapshots:
                 remove_empty(f"{self._base}/{ref}", up_to=self._base)
                 self._clear_jails(ref)
             except OSError as error:
-                raise os_failure(error, f"cannot drop snapshot {number} of {ref}") from error
+                raise os_failure(error, f"cannot delete snapshot {number} of {ref}") from error
 
         await run_in_thread(remove)
 
-    async def discard(self, ref: InstanceRef, *, below: int | None = None) -> None:
-        """Remove all snapshots (or those numbered below), blocks given back; absent is success.
+    async def delete_older(self, ref: InstanceRef, number: int) -> None:
+        """Delete the snapshots with a lower number and free their blocks; absent is success."""
+        await run_in_thread(self._delete, ref, number)
 
-        With all of them goes what a failed snapshot left in the instance's jail.
-        """
-        await run_in_thread(self._discard, ref, below)
-
-    async def list_all(self) -> list[tuple[InstanceRef, int, bool]]:
-        """Every snapshot directory on this host, and whether it is published."""
-
-        def look() -> list[tuple[InstanceRef, int, bool]]:
-            found: list[tuple[InstanceRef, int, bool]] = []
-            for path, directories, _ in os.walk(self._base):
-                parts = os.path.relpath(path, self._base).split("/")
-                if len(parts) == 3:
-                    directories.clear()
-                    ref = InstanceRef(*parts)
-                    found += [
-                        (ref, number, SnapshotDir(self._base, ref, number).published)
-                        for number in numbers_of(self._base, ref)
-                    ]
-            return sorted(found)
-
-        return await run_in_thread(look)
+    async def delete_all(self, ref: InstanceRef) -> None:
+        """Delete all snapshots, and what a failed one left in the jails; absent is success."""
+        await run_in_thread(self._delete, ref, None)
 
     # -- in a thread ---------------------------------------------------------------------------
 
@@ -274,7 +257,7 @@ class Snapshots:
                     path=path,
                 )
 
-    def _link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> None:
+    def _link(self, jail_id: str, uid: int, info: SnapshotInfo) -> None:
         ref = InstanceRef(*os.path.relpath(info.directory, self._base).split("/")[:3])
         directory = SnapshotDir(self._base, ref, info.number)
         try:
@@ -294,7 +277,7 @@ class Snapshots:
         except OSError as error:
             raise os_failure(error, f"cannot link {directory.path} into the jail") from error
 
-    def _discard(self, ref: InstanceRef, below: int | None) -> None:
+    def _delete(self, ref: InstanceRef, below: int | None) -> None:
         try:
             for number in numbers_of(self._base, ref):
                 if below is None or number < below:
@@ -303,7 +286,7 @@ class Snapshots:
             if below is None:
                 self._clear_jails(ref)
         except OSError as error:
-            raise os_failure(error, f"cannot discard the snapshots of {ref}") from error
+            raise os_failure(error, f"cannot delete the snapshots of {ref}") from error
 
     def _clear_jails(self, ref: InstanceRef) -> None:
         for jail_id in self._dirs.ids_of(ref):

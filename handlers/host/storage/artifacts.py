@@ -83,21 +83,6 @@ class Artifacts:
             if not self._in_use(key):
                 await run_in_thread(self._remove, key)
 
-    async def list_keys(self) -> list[str]:
-        """All imported revisions, for inventory and sweep."""
-
-        def look() -> list[str]:
-            keys: list[str] = []
-            for path, directories, _ in os.walk(self._base):
-                key = os.path.relpath(path, self._base)
-                if key.count("/") == 2:
-                    directories.clear()
-                    if not os.path.basename(path).startswith("."):
-                        keys.append(key)
-            return sorted(keys)
-
-        return await run_in_thread(look)
-
     def _lock(self, tenant_id: str) -> asyncio.Lock:
         """One import or removal per tenant at a time: they share the directories above."""
         for other in [each for each, lock in self._locks.items() if not lock.locked()]:

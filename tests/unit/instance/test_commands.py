@@ -98,7 +98,7 @@ COMPLETED: dict[str, tuple[str, ...]] = {
         "remove_cgroups",
         "discard_snapshot",
     ),
-    "WakeInstance": ("consume", "resume"),
+    "WakeInstance": ("mark_consumed", "resume"),
     "DestroyInstance": (
         "remove_vmms",
         "remove_tap",
