@@ -1,4 +1,4 @@
-"""File work in threads, so that the loop never blocks, and never half-watched."""
+"""File work in threads: the event loop never blocks, and no thread outlives the step it is for."""
 
 import asyncio
 import threading
@@ -22,7 +22,7 @@ _slow = ThreadPoolExecutor(SLOW_THREADS, "slow-files")
 
 
 class CancelToken:
-    """Handed to slow work, which looks at it between chunks."""
+    """Given to slow work, which checks it between chunks."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
@@ -33,13 +33,13 @@ class CancelToken:
     def check(self) -> None:
         """Raises Unavailable once the caller was cancelled; nobody waits for the result then."""
         if self._stop.is_set():
-            raise Unavailable("stopped in the middle: the worker shuts down")
+            raise Unavailable("file work interrupted: the worker is shutting down")
 
 
 async def run_in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `work` in a thread. A cancelled caller still waits for its end, then is cancelled.
 
-    A thread cannot be stopped; one left behind would go on making what the undo just removed.
+    A thread cannot be stopped; one left behind would create again what the undo just removed.
     """
     return await _run_in_pool(_quick, partial(work, *args, **kwargs), None)
 

@@ -34,7 +34,7 @@ class Pins:
         """Pin the TAP to this MAC and address alone, base rules in force, and read it back.
 
         Raises:
-            HostFault: the kernel does not hold what was set: the TAP must not come up.
+            HostFault: the read-back differs from what was set: the TAP must not be set up.
         """
         return await self._nft.run(lambda tables: self._put_in(tables, spec))
 
@@ -58,7 +58,9 @@ class Pins:
             return changed
         tables.change(remove=stray, add=wanted)
         if not tables.has(wanted):
-            raise HostFault(f"nftables does not hold the pin of {spec.tap}")
+            raise HostFault(
+                f"nftables read-back failed: anti-spoofing entry for {spec.tap} missing"
+            )
         return True
 
 

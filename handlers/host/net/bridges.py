@@ -1,7 +1,7 @@
 """Tenant bridges: one per tenant, with the gateway's address.
 
-The bridge keeps a MAC of its own (of offset 1 of the tenant's range), so that a guest which slept
-through a teardown finds its gateway where it left it. Ownership is the link's alias.
+The bridge has a fixed MAC (offset 1 of the tenant's range), so that a guest which slept through a
+teardown still reaches its gateway. The interface's alias marks it as hostd's.
 """
 
 from ipaddress import IPv4Network
@@ -23,7 +23,7 @@ from schemas import naming
 GATEWAY_OFFSET = 1
 # ip-sysctl.rst. A guest's ARP request is answered for the gateway's address alone, not for the
 # host's other ones (arp_ignore), packets come from where they could be answered to (rp_filter),
-# no guest is told of, or may tell of, another way (redirects), and there is no IPv6 at all.
+# redirects are neither sent nor accepted, and there is no IPv6 at all.
 SYSCTLS = {
     "ipv6/conf/{}/disable_ipv6": "1",
     "ipv4/conf/{}/rp_filter": "1",
@@ -38,7 +38,7 @@ BRIDGE = {IFLA_BR_STP_STATE: 0, IFLA_BR_FORWARD_DELAY: 0, IFLA_BR_MCAST_SNOOPING
 
 
 class Bridges:
-    """Bridges by link name. `ensure` is true if anything had to be made or repaired.
+    """Bridges by interface name. `ensure` is true if anything was created or repaired.
 
     Source: rtnetlink(7), ip-link(8) type bridge. Needs: CAP_NET_ADMIN.
     """
@@ -52,16 +52,16 @@ class Bridges:
         return await self._netlink.run(lambda kernel: own_bridge(kernel, key) is not None)
 
     async def ensure(self, spec: BridgeSpec) -> bool:
-        """Make or repair the bridge, read everything back; a half-made one is completed.
+        """Make or repair the bridge, read everything back; a partly configured one is completed.
 
         Raises:
-            Conflict: the name is taken by a link that is not this tenant's bridge.
-            HostFault: the kernel does not hold what was set.
+            Conflict: another interface, or another tenant's bridge, has the name.
+            HostFault: the read-back differs from what was set.
         """
         return await self._netlink.run(lambda kernel: make(kernel, spec))
 
     async def remove(self, key: str) -> None:
-        """Delete the bridge; a foreign link of the name is left alone."""
+        """Delete the bridge; an interface of the name that is not hostd's is left alone."""
 
         def delete(kernel: Kernel) -> None:
             if (link := own_bridge(kernel, key)) is not None:
@@ -71,7 +71,7 @@ class Bridges:
 
 
 def own_bridge(kernel: Kernel, name: str) -> Link | None:
-    """The bridge, if it is ours. Without alias it is one whose making was cut short."""
+    """The bridge if it is hostd's. Without an alias its creation was interrupted."""
     link = kernel.link(name)
     if link is None or link.kind != "bridge":
         return None
@@ -99,7 +99,10 @@ def make(kernel: Kernel, spec: BridgeSpec) -> bool:
 
 def refuse_foreign(kernel: Kernel, link: Link, spec: BridgeSpec) -> None:
     if link.kind != "bridge":
-        raise Conflict(f"{link.name} is a link of kind {link.kind}, not the tenant's bridge")
+        raise Conflict(
+            f"{link.name} is an interface of kind {link.kind!r},"
+            " expected the tenant's bridge: rename or delete it"
+        )
     if link.alias == naming.interface_alias(spec.tenant_id):
         return
     if link.alias:
@@ -140,7 +143,7 @@ def converge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> bool:
 
 
 def connect(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
-    """The subnet's route, which the kernel adds with the address, unless somebody removed it."""
+    """The subnet's route, which the kernel adds with the address, unless it was removed since."""
     if any(route.dst == spec.net.ipv4_subnet for route in kernel.routes(link=link.index)):
         return False
     kernel.add_connected_route(link.index, spec.net.ipv4_subnet, spec.net.gateway_ip)
@@ -149,7 +152,7 @@ def connect(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
 
 def verify(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
     link = reread(kernel, spec.key)
-    holds = {
+    checks = {
         "kind": link.kind == "bridge",
         "alias": link.alias == naming.interface_alias(spec.tenant_id),
         "address": kernel.addresses(link.index) == [gateway(spec)],
@@ -159,12 +162,12 @@ def verify(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
         "route": IPv4Network(spec.net.ipv4_subnet)
         in {IPv4Network(route.dst) for route in kernel.routes(link=link.index)},
     }
-    if wrong := [fact for fact, held in holds.items() if not held]:
-        raise HostFault(f"bridge {spec.key} was set and does not have its {', '.join(wrong)}")
+    if wrong := [fact for fact, ok in checks.items() if not ok]:
+        raise HostFault(f"bridge {spec.key} read-back mismatch: {', '.join(wrong)}")
 
 
 def reread(kernel: Kernel, name: str) -> Link:
     link = kernel.link(name)
     if link is None:
-        raise HostFault(f"link {name} was made and is not there")
+        raise HostFault(f"interface {name} is missing after its creation")
     return link

@@ -75,7 +75,7 @@ def concerns(entry: Attributes, subnet: IPv4Network) -> bool:
 
 
 def delete(ctnetlink: socket.socket, entry: Attributes) -> bool:
-    """Delete one entry by its own tuple; false if it had ended by itself."""
+    """Delete one entry by its own tuple; false if it had expired already."""
     wanted = b"".join(
         attribute(kind, entry[kind], nested=kind == CTA_TUPLE_ORIG)
         for kind in (CTA_TUPLE_ORIG, CTA_ID, CTA_ZONE)
@@ -85,7 +85,7 @@ def delete(ctnetlink: socket.socket, entry: Attributes) -> bool:
     for _kind, body in answers(ctnetlink):
         code: int = -struct.unpack_from("=i", body)[0]
         if code not in {0, errno.ENOENT}:
-            raise os_failure(OSError(code, ""), "delete a conntrack entry")
+            raise os_failure(OSError(code, ""), "cannot delete a conntrack entry")
         return code == 0
     return False
 
@@ -101,8 +101,10 @@ def answers(ctnetlink: socket.socket) -> Iterator[tuple[int, bytes]]:
         try:
             data = ctnetlink.recv(1 << 17)
         except TimeoutError as error:
-            raise Unavailable("the kernel does not answer about conntrack") from error
+            raise Unavailable(
+                f"no reply from ctnetlink within {TIMEOUT_S:g} s: try again"
+            ) from error
         except OSError as error:
-            raise os_failure(error, "read conntrack") from error
+            raise os_failure(error, "cannot read conntrack entries") from error
         for kind, _flags, _sequence, body in messages(data):
             yield kind, body

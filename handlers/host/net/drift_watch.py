@@ -1,10 +1,10 @@
-"""What other hands do to hostd's links and rules, as it happens: a stream of hints, no repair.
+"""Out-of-band changes to hostd's interfaces and rules, as they happen: a stream of hints.
 
-A hint says where to look, not what is wrong: some of what is reported is hostd's own doing or its
-effect. Who reads it checks by `ensure`, which changes nothing where all is in force. Of a message
-about a link only the name is read: most are hostd's own making, ten for each TAP, and whether the
-link stands as it should is asked once it is quiet. Not reported,
-and left to the periodic pass: FDB and neighbour entries, port flags, kernel settings.
+It repairs nothing. A hint says what to check, not what is wrong: some of the changes are hostd's.
+The reader calls `ensure`, which changes nothing where all is in effect. Of a message about an
+interface only the name is read: most are caused by hostd, ten for each TAP, and the interface is
+checked once it is quiet. Not reported, and left to the periodic pass: FDB and neighbour entries,
+port flags, sysctls.
 """
 
 import asyncio
@@ -159,7 +159,7 @@ class HostWatch:
 async def next_of(
     queue: asyncio.Queue[set[Change | str]], readers: set[asyncio.Task[set[Change | str]]]
 ) -> set[Change | str]:
-    """The next changes; a reader that ended takes the watch with it."""
+    """The next changes; a reader that failed ends the watch."""
     getter = asyncio.create_task(queue.get())
     try:
         await asyncio.wait({getter, *readers}, return_when=asyncio.FIRST_COMPLETED)
@@ -208,11 +208,11 @@ def name_in(body: bytes) -> set[Change | str]:
 
 def of_names(names: set[str], kernel: Kernel) -> set[Change]:
     """Changes of the links that are gone or not as they should be."""
-    return {change for name in names if not stands(kernel.link(name)) for change in named(name)}
+    return {change for name in names if not is_intact(kernel.link(name)) for change in named(name)}
 
 
-def stands(link: Link | None) -> bool:
-    """Whether a bridge or TAP of ours is as hostd leaves it, as far as its own facts tell."""
+def is_intact(link: Link | None) -> bool:
+    """Whether a bridge or TAP is as hostd leaves it, as far as the interface itself shows."""
     if link is None or not link.up:
         return False
     if (match := BRIDGE_NAME_PATTERN.fullmatch(link.name)) is not None:

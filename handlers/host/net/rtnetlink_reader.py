@@ -145,7 +145,7 @@ class Reader:
         return found
 
     def permanent_neighbours(self, index: int) -> dict[str, str]:
-        """Address to MAC of the IPv4 neighbours that were set by hand on a link."""
+        """Address to MAC of the IPv4 permanent neighbours of an interface."""
         request = NEIGHBOUR.pack(socket.AF_INET, 0, 0, 0, 0)
         request += attribute(NDA_IFINDEX, struct.pack("=I", index))
         found: dict[str, str] = {}
@@ -165,7 +165,7 @@ class Reader:
         return found[2].get(NDA_LLADDR, b"").hex(":")
 
     def has_static_fdb(self, index: int, mac: str) -> bool:
-        """Whether the bridge sends frames for the MAC to this port, without having learnt it."""
+        """Whether the bridge sends frames for the MAC to this port, by a static entry."""
         wanted = attribute(NDA_LLADDR, bytes.fromhex(mac.replace(":", "")))
         found = self._neighbour(socket.AF_BRIDGE, index, wanted)
         return found is not None and found[:2] == (index, NUD_NOARP)
@@ -207,7 +207,7 @@ class Reader:
                 return body
             code = error_of(body)
             if code not in none:
-                raise os_failure(OSError(code, ""), f"read rtnetlink {kind}")
+                raise os_failure(OSError(code, ""), f"rtnetlink request {kind} failed")
         return None
 
     def _dump(self, kind: int, request: bytes) -> list[bytes]:
@@ -216,7 +216,7 @@ class Reader:
             self._send(kind, NLM_F_REQUEST | NLM_F_DUMP, request)
             if (found := self._whole_dump(kind)) is not None:
                 return found
-        raise Unavailable("the host's network changes faster than it can be listed")
+        raise Unavailable(f"rtnetlink dump interrupted by changes {ATTEMPTS} times: try again")
 
     def _whole_dump(self, kind: int) -> list[bytes] | None:
         found: list[bytes] = []
@@ -229,7 +229,7 @@ class Reader:
                 if answer == NLMSG_ERROR:
                     if (code := error_of(body)) in NONE:
                         return []
-                    raise os_failure(OSError(code, ""), f"list rtnetlink {kind}")
+                    raise os_failure(OSError(code, ""), f"rtnetlink dump {kind} failed")
                 found.append(body)
 
     def _send(self, kind: int, flags: int, body: bytes) -> None:
@@ -239,16 +239,18 @@ class Reader:
                 HEADER.pack(HEADER.size + len(body), kind, flags, self._sequence, 0) + body
             )
         except OSError as error:
-            raise os_failure(error, "ask rtnetlink") from error
+            raise os_failure(error, "cannot send to rtnetlink") from error
 
     def _receive(self) -> list[tuple[int, int, bytes]]:
         """One datagram's messages that answer the last question."""
         try:
             data = self._socket.recv(1 << 17)
         except TimeoutError as error:
-            raise Unavailable("rtnetlink does not answer") from error
+            raise Unavailable(
+                f"no reply from rtnetlink within {TIMEOUT_S:g} s: try again"
+            ) from error
         except OSError as error:
-            raise os_failure(error, "read rtnetlink") from error
+            raise os_failure(error, "cannot receive from rtnetlink") from error
         return [
             (kind, flags, body)
             for kind, flags, sequence, body in messages(data)

@@ -133,7 +133,7 @@ class BaseRules:
         One transaction, membership kept. `uplinks` None keeps those that are set.
 
         Raises:
-            HostFault: the kernel does not hold what was set.
+            HostFault: the read-back differs from what was set.
         """
         return await self._nft.run(lambda tables: self.put_in(tables, uplinks))
 
@@ -169,7 +169,7 @@ class BaseRules:
             self._rebuild(tables)
             listing = listing_of(tables)
             if layout_of(json.loads(listing)) != expected_layout():
-                raise HostFault("nftables does not hold the rules that were set")
+                raise HostFault("nftables read-back failed: base ruleset differs from what was set")
         self._left = (changes, listing)
 
     def _ensure_elements(self, tables: Tables, uplinks: Iterable[str] | None) -> bool:

@@ -1,8 +1,8 @@
 """TAPs: the guest's end of its tenant's bridge, persistent, owned by the jail's uid.
 
-An ownerless TAP could be taken by any jail. The port learns nothing: the guest's MAC is a static
-entry of the bridge's FDB and its address a permanent neighbour, so a guest that is still booting
-costs no ARP retries and one that lies changes no table.
+A TAP without owner could be opened by any jail. The port learns nothing: the guest's MAC is a
+static entry of the bridge's FDB and its address a permanent neighbour, so a guest that is still
+booting causes no ARP retries and a spoofing one changes no table.
 """
 
 import errno
@@ -35,7 +35,7 @@ FLAGS = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
 
 
 class Taps:
-    """TAPs by link name. `ensure` is true if anything had to be made or repaired.
+    """TAPs by interface name. `ensure` is true if anything was created or repaired.
 
     Source: Documentation/networking/tuntap.rst, bridge(8). Needs: CAP_NET_ADMIN, /dev/net/tun.
 
@@ -56,14 +56,14 @@ class Taps:
         """Make or repair the TAP, read everything back; its rules and pins must be there already.
 
         Raises:
-            Conflict: the name is taken by a foreign link, which is not touched; the tenant's bridge
-                is not there; another uid's process still holds the TAP.
-            HostFault: the kernel does not hold what was set.
+            Conflict: another interface has the name, which is not changed; the tenant's bridge
+                does not exist; a process of another uid still has the TAP open.
+            HostFault: the read-back differs from what was set.
         """
         return await self._netlink.run(lambda kernel: make(kernel, spec, isolate=self._isolate))
 
     async def remove(self, key: str) -> None:
-        """Delete the TAP with its FDB entry and neighbour; a foreign link is left alone."""
+        """Delete the TAP, its FDB entry and neighbour; an interface that is not hostd's stays."""
         await self._netlink.run(lambda kernel: delete(kernel, key))
 
 
@@ -80,7 +80,10 @@ def make(kernel: Kernel, spec: TapSpec, *, isolate: bool) -> bool:
         raise Conflict(f"the tenant's network is not set up: there is no bridge {spec.bridge}")
     link = kernel.link(spec.name)
     if link is not None and (link.kind != "tun" or link.alias != spec.alias):
-        raise Conflict(f"{spec.name} is taken by a link that is not this instance's TAP")
+        raise Conflict(
+            f"interface {spec.name} exists and is not this instance's TAP: expected kind 'tun' with"
+            f" alias {spec.alias!r}, found {link.kind!r} with {link.alias!r}"
+        )
     if link is None:
         create(kernel, spec, bridge, isolate=isolate)
         changed = True
@@ -156,7 +159,7 @@ def port_flags(*, isolate: bool) -> dict[int, int]:
 
 def verify(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) -> None:
     link = reread(kernel, spec.name)
-    holds = {
+    checks = {
         "alias": link.alias == spec.alias,
         "owner": link.info.get(IFLA_TUN_OWNER) == spec.owner_uid,
         "persistence": link.info.get(IFLA_TUN_PERSIST) == 1,
@@ -166,8 +169,8 @@ def verify(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) -> Non
         "neighbour": kernel.neighbour(bridge.index, spec.guest_ip) == spec.mac,
         "up": link.up,
     }
-    if wrong := [fact for fact, held in holds.items() if not held]:
-        raise HostFault(f"TAP {spec.name} was set and does not have its {', '.join(wrong)}")
+    if wrong := [fact for fact, ok in checks.items() if not ok]:
+        raise HostFault(f"TAP {spec.name} read-back mismatch: {', '.join(wrong)}")
 
 
 def delete(kernel: Kernel, name: str) -> None:

@@ -40,7 +40,7 @@ class TenantRules:
         """Put the rules in force, and nothing else for this bridge, and read them back.
 
         Raises:
-            HostFault: the kernel does not hold what was set.
+            HostFault: the read-back differs from what was set.
         """
         return await self._nft.run(lambda tables: self._put_in(tables, spec))
 
@@ -72,7 +72,9 @@ class TenantRules:
             return changed
         tables.change(remove=stray, add=wanted)
         if not tables.has(wanted):
-            raise HostFault(f"nftables does not hold the rules of {spec.net.bridge_name}")
+            raise HostFault(
+                f"nftables read-back failed: tenant rules for {spec.net.bridge_name} missing"
+            )
         return True
 
 

@@ -1,6 +1,6 @@
-"""From the VMM's files in its jail to a snapshot of hostd's own: taken, checked, synced, described.
+"""Sealing: the VMM's files are moved out of its jail, verified, synced and described.
 
-The jail's directory belongs to the VMM's uid, and a guest may have taken its VMM over: nothing in
+The jail's directory belongs to the VMM's uid, and a guest may have taken its VMM over: no file in
 it is trusted by its name.
 """
 
@@ -73,11 +73,11 @@ class Sealer:
         directory = SnapshotDir(self._base, facts.ref, facts.number)
         jail = self._dirs.facts(jail_id)
         if jail is None or jail.ref != facts.ref:
-            raise HostFault(f"{jail_id} is no jail of {facts.ref}")
+            raise HostFault(f"cannot seal: jail {jail_id} does not belong to {facts.ref}")
         if directory.published:
             raise HostFault(f"{directory.path} is published already", path=directory.path)
         try:
-            discard_dir(directory)  # of a sleep that was cut short
+            discard_dir(directory)  # of an interrupted sleep
             make_dir(directory.path, sync=True)
             manifest = self._sealed(directory, jail_id, jail, facts)
             write_sealed(directory.file(UNPUBLISHED), manifest)
@@ -102,9 +102,13 @@ class Sealer:
             opened.callback(os.close, memory)
             state_bytes, mem_bytes = os.fstat(state).st_size, os.fstat(memory).st_size
             if mem_bytes != facts.mem_mib * MIB:
-                raise HostFault(f"the memory file is {mem_bytes} bytes, not {facts.mem_mib} MiB")
+                raise HostFault(
+                    f"memory file: expected {facts.mem_mib} MiB, found {mem_bytes} bytes"
+                )
             if not 0 < state_bytes <= STATE_MAX_BYTES:
-                raise HostFault(f"the state file is {state_bytes} bytes")
+                raise HostFault(
+                    f"state file: expected 1 to {STATE_MAX_BYTES} bytes, found {state_bytes}"
+                )
             kept = self._keep_drives(directory, jail_id, jail) if facts.keep_drives else {}
             self._memories.record(directory, memory)
             return Manifest(
@@ -129,7 +133,7 @@ class Sealer:
     def _keep_drives(
         self, directory: SnapshotDir, jail_id: str, jail: JailFacts
     ) -> dict[str, KeptDrive]:
-        """Copies, for the guest goes on with the originals if the sleep fails after all."""
+        """Copies, since the guest continues with the originals if the sleep fails later."""
         root = self._dirs.root(jail_id)
         kept: dict[str, KeptDrive] = {}
         if jail.has_config:
@@ -153,7 +157,7 @@ class Sealer:
 
 
 def fresh_dir(root: str, name: str, *, uid: int, gid: int, mode: int) -> None:
-    """An empty directory in a jail, whatever was there by that name."""
+    """Replace whatever has that name in a jail by an empty directory."""
     try:
         parent = os.open(root, DIR)
         try:
@@ -168,7 +172,7 @@ def fresh_dir(root: str, name: str, *, uid: int, gid: int, mode: int) -> None:
         finally:
             os.close(parent)
     except OSError as error:
-        raise os_failure(error, f"cannot make the directory {name} in {root}") from error
+        raise os_failure(error, f"cannot create the directory {name} in {root}") from error
 
 
 def disk_facts(data: str, path: str) -> DiskFacts:
@@ -210,17 +214,21 @@ def _take(source: int, name: str, directory: SnapshotDir, uid: int) -> int:
     try:
         fd = os.open(name, FILE, dir_fd=source)
     except FileNotFoundError as error:
-        raise HostFault(f"the VMM left no {name} file") from error
+        raise HostFault(f"snapshot file {name} is missing: the VMM did not write it") from error
     with contextlib.ExitStack() as unless_taken:
         unless_taken.callback(os.close, fd)
         found = os.fstat(fd)
         if not (stat.S_ISREG(found.st_mode) and found.st_uid == uid and found.st_nlink == 1):
-            raise HostFault(f"the VMM's {name} file is not its own")
+            raise HostFault(
+                f"snapshot file {name}: wrong owner or link count: expected a regular file of uid"
+                f" {uid} with 1 hard link, found mode {found.st_mode:o}, uid {found.st_uid},"
+                f" {found.st_nlink} hard links"
+            )
         os.fchown(fd, 0, 0)
         os.fchmod(fd, 0o600)
         _move(source, name, directory)
         if not os.path.samestat(os.stat(directory.file(name), follow_symlinks=False), found):
-            raise HostFault(f"the VMM's {name} file was exchanged while it was taken")
+            raise HostFault(f"snapshot file {name} was replaced during the move")
         os.fsync(fd)
         unless_taken.pop_all()
     return fd
@@ -248,7 +256,7 @@ def _keep(
         found = os.fstat(original)
         known = expected is None or FileId.of(found) == expected
         if not (stat.S_ISREG(found.st_mode) and known and found.st_size == size_bytes):
-            raise HostFault(f"{name} in the jail is not the drive that hostd made")
+            raise HostFault(f"{name} in the jail is not the drive image that hostd created")
         copy = os.open(directory.file(name), NEW, 0o600)
         try:
             copy_sparse(original, copy)

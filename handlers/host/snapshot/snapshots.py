@@ -1,7 +1,7 @@
-"""Memory snapshots: taken out of the jail, sealed, published, checked, linked in again, discarded.
+"""Memory snapshots: moved out of the jail, sealed, published, verified, linked again, deleted.
 
-A snapshot is what has a manifest: its rename is Sleep's point of no return. Files without one are
-leftovers. Nothing is loaded that cannot be shown to be what was saved.
+A snapshot is a directory with a manifest: its rename is Sleep's point of no return. Files without
+one are leftovers. Nothing is loaded that cannot be shown to be what was saved.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ from schemas.requests import InstanceRef
 
 
 class Snapshots:
-    """The Protocol of `handlers/interfaces.py`. `close` ends a hash that is being taken."""
+    """Snapshots below `<state>/snapshots`. `close` stops a hash that is being computed."""
 
     def __init__(
         self, *, data: str, state: str, jail_base: str, cpu_model: str, kernel_release: str
@@ -152,7 +152,8 @@ class Snapshots:
         """Check all that can be checked before a load; see docs/contract.md, snapshot truth.
 
         Raises:
-            HostFault: names what differs. The snapshot stays; once put right it can be woken.
+            HostFault: names what differs. The snapshot stays; once the file is restored it can be
+                woken.
         """
         return await run_in_thread(self._verify, SnapshotDir(self._base, ref, number), vmm_version)
 
@@ -230,7 +231,7 @@ class Snapshots:
             ("on the CPU", manifest.cpu_model, self._cpu_model),
         ):
             if sealed != now:
-                raise HostFault(f"{directory.path} was saved {what} {sealed}, this is {now}")
+                raise HostFault(f"{directory.path} was saved {what} {sealed}, found {now}")
         try:
             _check_file(directory, STATE, manifest.state_bytes, manifest.state_sha256)
             for name, drive in manifest.kept.items():
@@ -249,11 +250,12 @@ class Snapshots:
         try:
             now = disk_facts(self._data, path)
         except NotFound as error:
-            raise HostFault(f"the data disk {path} is gone", path=path) from error
+            raise HostFault(f"data disk {path} is missing: move it back", path=path) from error
         for field in ("ino", "size_bytes", "mtime_ns"):
             if getattr(now, field) != getattr(manifest.disk, field):
                 raise HostFault(
-                    f"the data disk {path} is not as it was at sleep: its {field} differs",
+                    f"data disk {path} changed since the sleep: {field}: expected"
+                    f" {getattr(manifest.disk, field)}, found {getattr(now, field)}",
                     path=path,
                 )
 
@@ -302,10 +304,12 @@ def _check_file(directory: SnapshotDir, name: str, size_bytes: int, sha256: str)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise HostFault(f"{path} is gone", path=path) from error
+        raise HostFault(f"snapshot file {path} is missing", path=path) from error
     try:
         if os.fstat(fd).st_size != size_bytes or sha256_of(fd) != sha256:
-            raise HostFault(f"{path} is not what was saved", path=path)
+            raise HostFault(
+                f"{path}: size or sha256 mismatch: not the file that was saved", path=path
+            )
     finally:
         os.close(fd)
 
