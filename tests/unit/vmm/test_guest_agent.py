@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import struct
 import time
 from collections.abc import Awaitable, Callable
@@ -15,7 +16,7 @@ from handlers.host.vmm.guest_agent import FRAME_BYTES, GuestAgents
 from handlers.specs import Ack
 from schemas.settings import PathSettings, Settings
 
-JAIL = "abc-1"
+JAIL = "0123456789ab-1"
 PORT = 5252
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -31,12 +32,16 @@ class Guest:
         self._plays = plays
 
     async def __aenter__(self) -> GuestAgents:
-        self._server = await asyncio.start_unix_server(self._serve, self.root / "v.sock")
+        # By descriptor: the path is longer than an address of AF_UNIX may be.
+        self._directory = os.open(self.root, os.O_PATH | os.O_DIRECTORY)
+        path = f"/proc/self/fd/{self._directory}/v.sock"
+        self._server = await asyncio.start_unix_server(self._serve, path)
         return self.agents
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
         await self._server.wait_closed()
+        os.close(self._directory)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         play = self._plays[min(self.connections, len(self._plays) - 1)]
