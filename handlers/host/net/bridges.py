@@ -58,16 +58,12 @@ class Bridges:
             Conflict: another interface, or another tenant's bridge, has the name.
             HostFault: the read-back differs from what was set.
         """
-        return await self._netlink.run(lambda kernel: make(kernel, spec))
+        return await self._netlink.run(lambda kernel: ensure_bridge(kernel, spec))
 
     async def remove(self, key: str) -> None:
         """Delete the bridge; an interface of the name that is not hostd's is left alone."""
 
-        def delete(kernel: Kernel) -> None:
-            if (link := own_bridge(kernel, key)) is not None:
-                kernel.delete_link(link.index)
-
-        await self._netlink.run(delete)
+        await self._netlink.run(lambda kernel: remove_bridge(kernel, key))
 
 
 def own_bridge(kernel: Kernel, name: str) -> Link | None:
@@ -78,18 +74,18 @@ def own_bridge(kernel: Kernel, name: str) -> Link | None:
     return link if link.alias.startswith(naming.ALIAS_PREFIX) or not link.alias else None
 
 
-def make(kernel: Kernel, spec: BridgeSpec) -> bool:
+def ensure_bridge(kernel: Kernel, spec: BridgeSpec) -> bool:
     mac = naming.mac_address(spec.net.tenant_net_id, GATEWAY_OFFSET)
     link = kernel.link(spec.key)
     created = link is None
     if link is None:
         kernel.add_bridge(spec.key, mac)
-        link = reread(kernel, spec.key)
+        link = kernel.existing_link(spec.key)
     else:
-        refuse_foreign(kernel, link, spec)
+        refuse_foreign_bridge(kernel, link, spec)
     try:
-        changed = converge(kernel, link, spec, mac)
-        verify(kernel, spec, mac)
+        changed = converge_bridge(kernel, link, spec, mac)
+        verify_bridge(kernel, spec, mac)
     except BaseException:
         if created:
             kernel.delete_link(link.index)
@@ -97,7 +93,12 @@ def make(kernel: Kernel, spec: BridgeSpec) -> bool:
     return created or changed
 
 
-def refuse_foreign(kernel: Kernel, link: Link, spec: BridgeSpec) -> None:
+def remove_bridge(kernel: Kernel, name: str) -> None:
+    if (link := own_bridge(kernel, name)) is not None:
+        kernel.delete_link(link.index)
+
+
+def refuse_foreign_bridge(kernel: Kernel, link: Link, spec: BridgeSpec) -> None:
     if link.kind != "bridge":
         raise Conflict(
             f"{link.name} is an interface of kind {link.kind!r},"
@@ -107,15 +108,15 @@ def refuse_foreign(kernel: Kernel, link: Link, spec: BridgeSpec) -> None:
         return
     if link.alias:
         raise Conflict(f"bridge {link.name} belongs to {link.alias!r}")
-    if any(address != gateway(spec) for address in kernel.addresses(link.index)):
+    if any(address != gateway_address(spec) for address in kernel.addresses(link.index)):
         raise Conflict(f"bridge {link.name} has addresses that are not hostd's")
 
 
-def gateway(spec: BridgeSpec) -> Address:
+def gateway_address(spec: BridgeSpec) -> Address:
     return Address(spec.net.gateway_ip, naming.prefix_len(spec.net))
 
 
-def converge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> bool:
+def converge_bridge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> bool:
     """Change what differs; it goes up last, without IPv6 and with its alias, in one message."""
     changed = False
     if link.mac != mac:
@@ -129,20 +130,20 @@ def converge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> bool:
         changed |= ensure_sysctl(name.format(link.name), value)
     present = kernel.addresses(link.index)
     for address in present:
-        if address != gateway(spec):
+        if address != gateway_address(spec):
             kernel.delete_address(link.index, address)
             changed = True
-    if gateway(spec) not in present:
-        kernel.add_address(link.index, gateway(spec))
+    if gateway_address(spec) not in present:
+        kernel.add_address(link.index, gateway_address(spec))
         changed = True
     alias = naming.interface_alias(spec.tenant_id)
     if not link.up or link.alias != alias:
         kernel.set_link(link.index, state="up", ifalias=alias)
         changed = True
-    return connect(kernel, link, spec) or changed
+    return ensure_route(kernel, link, spec) or changed
 
 
-def connect(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
+def ensure_route(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
     """The subnet's route, which the kernel adds with the address, unless it was removed since."""
     if any(route.dst == spec.net.ipv4_subnet for route in kernel.routes(link=link.index)):
         return False
@@ -150,12 +151,12 @@ def connect(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
     return True
 
 
-def verify(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
-    link = reread(kernel, spec.key)
+def verify_bridge(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
+    link = kernel.existing_link(spec.key)
     checks = {
         "kind": link.kind == "bridge",
         "alias": link.alias == naming.interface_alias(spec.tenant_id),
-        "address": kernel.addresses(link.index) == [gateway(spec)],
+        "address": kernel.addresses(link.index) == [gateway_address(spec)],
         "MAC": link.mac == mac,
         "up": link.up,
         "attributes": all(link.info.get(name) == value for name, value in BRIDGE.items()),
@@ -164,10 +165,3 @@ def verify(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
     }
     if wrong := [fact for fact, ok in checks.items() if not ok]:
         raise HostFault(f"bridge {spec.key} read-back mismatch: {', '.join(wrong)}")
-
-
-def reread(kernel: Kernel, name: str) -> Link:
-    link = kernel.link(name)
-    if link is None:
-        raise HostFault(f"interface {name} is missing after its creation")
-    return link

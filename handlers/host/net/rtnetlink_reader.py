@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from handlers.errors import Unavailable
+from handlers.errors import HostFault, Unavailable
 from handlers.host.linux.errnos import os_failure
 from handlers.host.net.netlink_messages import (
     HEADER,
@@ -113,6 +113,17 @@ class Reader:
     def link(self, name: str) -> Link | None:
         wanted = attribute(IFLA_IFNAME, name.encode() + b"\0") + SKIP_STATS
         return self._link(0, wanted)
+
+    def existing_link(self, name: str) -> Link:
+        """The interface of the name, which the caller has created or found before.
+
+        Raises:
+            HostFault: it does not exist.
+        """
+        link = self.link(name)
+        if link is None:
+            raise HostFault(f"interface {name} is missing after its creation")
+        return link
 
     def link_name(self, index: int) -> str | None:
         link = self._link(index, SKIP_STATS)

@@ -42,14 +42,14 @@ class TenantRules:
         Raises:
             HostFault: the read-back differs from what was set.
         """
-        return await self._nft.run(lambda tables: self._put_in(tables, spec))
+        return await self._nft.run(lambda tables: self._ensure_in(tables, spec))
 
     async def remove(self, key: str) -> None:
         """Take the tenant's elements, leftover pins and conntrack entries away."""
         net_id, subnet, _gateway = key.split(",")
         taps = naming.tap_name_prefix(int(net_id))
 
-        def take_out(tables: Tables) -> None:
+        def remove_members(tables: Tables) -> None:
             doomed = [m for m in tenant_members(key) if m[1] in tables.members(m[0])]
             for name in (PINS, GUESTS):
                 found = tables.members(name)
@@ -57,11 +57,11 @@ class TenantRules:
             if doomed:
                 tables.change(remove=doomed)
 
-        await self._nft.run(take_out)
+        await self._nft.run(remove_members)
         await self._netlink.run(lambda _: flush_conntrack(IPv4Network(subnet)))
 
-    def _put_in(self, tables: Tables, spec: TenantRulesSpec) -> bool:
-        changed = self._base.put_in(tables)
+    def _ensure_in(self, tables: Tables, spec: TenantRulesSpec) -> bool:
+        changed = self._base.ensure_in(tables)
         wanted = tenant_members(spec.key)
         stray = [
             (GATEWAYS, (bridge, address))
