@@ -172,5 +172,5 @@ async def test_half_a_memory_file_is_refused_by_hostd_though_the_vmm_would_take_
     os.truncate(memory, size // 2)
     os.truncate(memory, size)
 
-    with pytest.raises(HostFault, match="before its hash was taken"):
+    with pytest.raises(HostFault, match="modified before it was hashed"):
         await place.snapshots.verify(REF, 1, "1.12.1")

@@ -1,8 +1,8 @@
 """Which memory file belongs to a snapshot, and whether it still is as it was.
 
-Firecracker's memory file has no checksum of its own, and half of one resumes garbage. Its identity
-is noted when it is sealed; its hash is taken later, in the background, and bound to that identity.
-An identity that differs is believed only after the hash has been compared.
+Firecracker's memory file has no checksum; a partial one resumes garbage. Its identity is recorded
+when it is sealed; its hash is computed later, in the background, and bound to that identity. A file
+with another identity is accepted only after its hash has been compared.
 """
 
 import os

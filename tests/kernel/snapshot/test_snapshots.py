@@ -421,7 +421,7 @@ async def test_a_partial_snapshot_in_the_jail_is_deleted_with_all_others(
     assert not (asleep.root / "snap").exists()
 
 
-async def test_a_sleep_cut_short_before_its_point_is_made_anew(asleep: Asleep) -> None:
+async def test_an_interrupted_sleep_can_be_repeated(asleep: Asleep) -> None:
     await asleep.vmm_writes()
     await asleep.snapshots.seal(asleep.jail_id, asleep.facts)
 
@@ -570,7 +570,7 @@ async def test_a_discard_leaves_the_memory_of_a_running_vm_alone(asleep: Asleep)
         assert os.fstat(file.fileno()).st_blocks == 0
 
 
-async def test_a_discard_frees_the_blocks_even_of_a_file_somebody_holds_open(
+async def test_a_deletion_frees_the_blocks_even_of_a_file_that_is_open(
     asleep: Asleep,
 ) -> None:
     await asleep.sleep()
@@ -635,7 +635,7 @@ async def test_another_file_system_is_named(asleep: Asleep, tmpfs: Path) -> None
 async def test_a_disk_that_fills_up_at_any_point_of_the_seal_leaves_nothing(
     tmp_path: Path,
 ) -> None:
-    """On a small file system of its own, really full: the VM can be resumed, and sleep later."""
+    """On a small file system that is really full: the VM can be resumed, and sleep later."""
     there = tmp_path / "small"
     there.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", there], check=True)

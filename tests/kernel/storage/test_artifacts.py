@@ -85,7 +85,7 @@ async def test_a_linked_kernel_is_refused(artifacts: Artifacts, world: StoreHost
         await artifacts.ensure(SPEC)
 
 
-async def test_a_second_name_of_somebody_elses_file_is_refused(
+async def test_a_hard_link_to_another_users_file_is_refused(
     artifacts: Artifacts, world: StoreHost
 ) -> None:
     secret = write(world.top / "secret", b"of root")

@@ -63,7 +63,7 @@ async def test_the_known_disk_is_found_and_never_resized(disks: DataDisks) -> No
     assert again == disk
 
 
-async def test_a_device_numbered_anew_by_a_reboot_is_no_other_disk(disks: DataDisks) -> None:
+async def test_a_marked_disk_is_accepted_with_another_device_number(disks: DataDisks) -> None:
     disk = await disks.ensure(SPEC)
     before = msgspec.structs.replace(disk.identity, dev=disk.identity.dev + 1)
 
