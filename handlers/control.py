@@ -7,9 +7,10 @@ the deadline ends it; a shutdown does, and the next worker completes it.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
+from handlers.cancellation import Interrupted, race
 from handlers.clock import now_ms
 from handlers.errors import Expired, Superseded
 
@@ -80,26 +81,17 @@ class Control:
             return None
         return (self._deadline_ms - self._clock_ms()) / 1000
 
-    async def interruptible(self, step: str, do: Callable[[], Awaitable[T]]) -> T:
+    async def interruptible(self, step: str, do: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Wait for `do`, but no longer than the command may run; then cancel it.
 
         Raises:
             Superseded, Expired, Halted: the wait was interrupted.
         """
-        work = asyncio.ensure_future(do())
-        interrupt = asyncio.ensure_future(self._interrupt.wait())
         try:
-            await asyncio.wait(
-                {work, interrupt}, timeout=self.left_s(), return_when=asyncio.FIRST_COMPLETED
-            )
-            if work.done():
-                return work.result()
+            return await race(do(), self._interrupt.wait(), timeout_s=self.left_s())
+        except Interrupted as error:
             self.safe_point()
-            raise Expired("the deadline passed while waiting", detail={"step": step})
-        finally:
-            for task in (work, interrupt):
-                task.cancel()
-            await asyncio.gather(work, interrupt, return_exceptions=True)
+            raise Expired("the deadline passed while waiting", detail={"step": step}) from error
 
     async def pause(self, seconds: float) -> None:
         """Wait between two attempts; whatever ends the command ends the wait.

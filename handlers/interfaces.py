@@ -257,9 +257,8 @@ class GuestAgents(Protocol):
 class Snapshots(Protocol):
     """`<state>/snapshots/<t>/<p>/<i>/<n>/{state,mem,manifest.json}`; `number` is the launch's."""
 
-    async def begin(self, jail_id: str, uid: int) -> tuple[str, str]:
-        """Make an empty directory in the jail, writable by the uid; returns the two paths inside
-        the jail, of state and memory."""
+    async def begin_write(self, jail_id: str, uid: int) -> tuple[str, str]:
+        """An empty directory in the jail for the VMM to write to; the two paths inside the jail."""
         ...
 
     async def seal(self, jail_id: str, facts: SnapshotFacts) -> SnapshotInfo:
@@ -290,25 +289,34 @@ class Snapshots(Protocol):
         """Whether the memory's hash is recorded; also true if the snapshot is gone."""
         ...
 
-    async def link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
-        """Hard-link state and memory into the jail, owned by the uid; returns the paths inside."""
+    async def link(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
+        """Hard-link state and memory into the jail, for the uid to read; the paths inside it."""
         ...
 
-    async def settle(self, ref: InstanceRef, number: int) -> None:
-        """After a failed wake: give the files back to root, record the memory's new identity."""
+    async def restore_ownership(self, ref: InstanceRef, number: int) -> None:
+        """After a failed wake: give the files back to root and record the memory file's identity.
+
+        Undoes what `link` changed on the files; the hard links go with the jail.
+        """
         ...
 
-    async def consume(self, ref: InstanceRef, number: int) -> None:
-        """Remove the manifest, keep the files (a running VM maps them); success if absent."""
+    async def mark_consumed(self, ref: InstanceRef, number: int) -> None:
+        """Unpublish it, so that it cannot be woken again; absent is success.
+
+        The files stay, since the running VM maps them, until one of the deletions.
+        """
         ...
 
-    async def drop(self, ref: InstanceRef, number: int) -> None:
-        """Remove one snapshot, published or not; success if absent."""
+    async def delete(self, ref: InstanceRef, number: int) -> None:
+        """Delete one, published or not; absent is success."""
         ...
 
-    async def discard(self, ref: InstanceRef, *, below: int | None = None) -> None:
-        """Remove all snapshots, or those numbered below `below`; the blocks of the memory files are
-        discarded; success if absent."""
+    async def delete_older(self, ref: InstanceRef, number: int) -> None:
+        """Delete those with a lower number and discard their memory; absent is success."""
+        ...
+
+    async def delete_all(self, ref: InstanceRef) -> None:
+        """Delete every snapshot of the instance and discard its memory; absent is success."""
         ...
 
 

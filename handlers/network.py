@@ -9,11 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 
+from handlers.cancellation import together
 from handlers.concurrency import limited
 from handlers.errors import Conflict, Invalid, NotFound
 from handlers.interfaces import Host
 from handlers.network_names import network_specs, port_specs
-from handlers.steps import Done, Steps, together
+from handlers.steps import Done, Steps
 from schemas.decode_error import DecodeError
 from schemas.files import TenantConfig
 from schemas.records import NetworkRecord

@@ -45,7 +45,7 @@ class Names:
             owner_uid=owner_uid,
             mac=self.mac,
             guest_ip=self.guest_ip,
-            alias=f"hostd:{ref}",
+            alias=naming.interface_alias(str(ref)),
         )
 
 

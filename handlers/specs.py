@@ -10,11 +10,7 @@ from schemas import naming
 from schemas.records import DiskIdentity, InstanceRecord
 from schemas.requests import InstanceRef, TenantNet
 
-
-def parse_ref(key: str) -> InstanceRef:
-    """The instance that a key `<tenant>/<pool>/<instance>` names, as `str(ref)` wrote it."""
-    tenant_id, pool_id, instance_id = key.split("/")
-    return InstanceRef(tenant_id, pool_id, instance_id)
+MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +100,7 @@ class TapSpec:
 
 @dataclass(frozen=True, slots=True)
 class ArtifactSpec:
-    """A revision of a pool's artifacts, named by its hash."""
+    """One revision of a pool's artifacts. `key` is `<tenant>/<pool>/<revision>`."""
 
     tenant_id: str
     pool_id: str
@@ -113,6 +109,13 @@ class ArtifactSpec:
     @property
     def key(self) -> str:
         return f"{self.tenant_id}/{self.pool_id}/{self.revision}"
+
+    @classmethod
+    def key_of(cls, record: InstanceRecord) -> str | None:
+        """The key of the revision that an instance refers to; None before its first launch."""
+        if record.revision is None:
+            return None
+        return cls(record.ref.tenant_id, record.ref.pool_id, record.revision).key
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +274,7 @@ class SnapshotKey:
     @classmethod
     def parse(cls, key: str) -> "SnapshotKey":
         ref, _, number = key.partition("#")
-        return cls(parse_ref(ref), int(number))
+        return cls(naming.parse_ref(ref), int(number))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
+from handlers.cancellation import finish
 from handlers.control import Control
 from handlers.errors import Failure
 from handlers.mechanism import Keyed, Mechanism, Removable, StepIntent, StepLog
@@ -45,7 +46,6 @@ log = structlog.get_logger()
 UNDO_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
-U = TypeVar("U")
 SpecT = TypeVar("SpecT", bound=Keyed, contravariant=True)
 
 
@@ -140,7 +140,7 @@ class Steps:
             self.control.safe_point()
         return await self._timed(name, do)
 
-    async def interruptible(self, name: str, do: Callable[[], Awaitable[T]]) -> T:
+    async def interruptible(self, name: str, do: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """A long wait that a superseding command, the deadline or a shutdown ends at once.
 
         Raises:
@@ -184,13 +184,9 @@ class Steps:
         Returns what could not be removed, as `<mechanism> <key>`; those rows stay for the
         reconciler. A second cancellation does not cut it short.
         """
-        work = asyncio.ensure_future(self._undo())
-        while True:
-            try:
-                return await asyncio.shield(work)
-            except asyncio.CancelledError:
-                if work.cancelled():
-                    raise
+        undoing = asyncio.ensure_future(self._undo())
+        await finish(undoing)
+        return undoing.result()
 
     async def _undo(self) -> tuple[str, ...]:
         left: list[str] = []
@@ -233,22 +229,6 @@ class Steps:
 
 def _intent(mechanism: Removable, key: str, *, existed: bool) -> StepIntent:
     return StepIntent(mechanism.name, key, existed, mechanism.durability)
-
-
-async def together(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> tuple[T, U]:
-    """Run two independent parts of a command concurrently; both have ended on return.
-
-    Raises the first one's failure, else the other's. After a failure the other part is awaited,
-    not cancelled, so that undo does not race with an effect.
-    """
-    tasks = asyncio.ensure_future(one), asyncio.ensure_future(other)
-    try:
-        await asyncio.wait(tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return tasks[0].result(), tasks[1].result()
 
 
 @dataclass(frozen=True, slots=True)

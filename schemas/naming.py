@@ -13,6 +13,9 @@ HOST_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,63}")
 COMMAND_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 REVISION_PATTERN = re.compile(r"[0-9a-z]{1,64}")
 JAIL_ID_PATTERN = re.compile(r"[0-9a-f]{12}-[0-9]+")
+BRIDGE_NAME_PATTERN = re.compile(r"br-tenant-([0-9]{1,4})")
+TAP_NAME_PATTERN = re.compile(r"tn([0-9]{1,4})i([0-9]{1,3})")
+ALIAS_PREFIX = "hostd:"
 OFFSET_MIN, OFFSET_MAX = 3, 254
 
 
@@ -23,7 +26,18 @@ def bridge_name(tenant_net_id: int) -> str:
 
 def tap_name(tenant_net_id: int, offset: int) -> str:
     """`tn<net>i<off>`; at most 10 characters."""
-    return f"tn{tenant_net_id}i{offset}"
+    return f"{tap_name_prefix(tenant_net_id)}{offset}"
+
+
+def tap_name_prefix(tenant_net_id: int) -> str:
+    """The start of the name of each TAP of a tenant, up to and including the `i`."""
+    return f"tn{tenant_net_id}i"
+
+
+def interface_alias(owner: str) -> str:
+    """The alias (IFLA_IFALIAS) of an interface of hostd's: of a tenant's bridge, or of the TAP of
+    an instance `t/p/i`."""
+    return f"{ALIAS_PREFIX}{owner}"
 
 
 def mac_address(tenant_net_id: int, offset: int) -> str:

@@ -26,7 +26,6 @@ from handlers.host.snapshot.manifest import CONSUMED, MANIFEST
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.processes import read_cgroup, read_stat
 from handlers.jail_names import FIRECRACKER, MEMORY
-from schemas.naming import JAIL_ID_PATTERN
 from schemas.settings import NetworkSettings, Settings
 
 DRIVE = ".ext4"
@@ -169,8 +168,8 @@ def _cgroups(settings: Settings) -> tuple[str, ...]:
 
 
 def _jails(layout: JailLayout) -> tuple[str, ...]:
-    """IDs of the jails that hostd made, complete or not; other tools name theirs differently."""
-    return _sorted(name for name in layout.list_ids() if JAIL_ID_PATTERN.fullmatch(name))
+    """IDs of the jails that hostd made, complete or not."""
+    return _sorted(layout.list_ids())
 
 
 def _in_jails(roots: list[str], matches: Callable[[str, int], bool]) -> Iterator[str]:

@@ -40,4 +40,4 @@ def refers(record: InstanceRecord, key: str) -> bool:
     """
     if record.status is Status.DESTROYING:
         return False
-    return key == ArtifactSpec(record.ref.tenant_id, record.ref.pool_id, record.revision or "").key
+    return key == ArtifactSpec.key_of(record)

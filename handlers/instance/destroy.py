@@ -44,7 +44,7 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
         await host.records.put_instance(record, durable=True)
     if record.launch:
         await release(record, steps, host)
-    await steps.act("discard_snapshot", lambda: host.snapshots.discard(record.ref))
+    await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
     await remove_files(record.ref, record.disk, cmd, steps, host)
     await collect_revision(record.ref, record.revision, host)
     return Done(

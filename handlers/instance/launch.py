@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from handlers.cancellation import together
 from handlers.errors import Conflict, Failure
 from handlers.instance.artifact_refs import ensure_revision
 from handlers.instance.jail_contents import jail_spec
@@ -25,12 +26,11 @@ from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
 from handlers.instance.vmm_log import add_log
 from handlers.interfaces import CPU_PERIOD_US, Host, VmmApi
 from handlers.mechanism import Removable
-from handlers.specs import Artifact, CgroupSpec, DataDiskSpec, Jail, SnapshotKey
-from handlers.steps import Steps, together
+from handlers.specs import MIB, Artifact, CgroupSpec, DataDiskSpec, Jail, SnapshotKey
+from handlers.steps import Steps
 from schemas.records import DiskIdentity, InstanceRecord, VmmIdentity
 
 PIDS_PER_VMM = 64
-MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ async def remove_stale_jail(plan: LaunchPlan, host: Host) -> None:
         return
     await host.jails.remove(jail_id)
     if plan.snapshot is not None:
-        await host.snapshots.settle(plan.launch.ref, plan.snapshot.number)
+        await host.snapshots.restore_ownership(plan.launch.ref, plan.snapshot.number)
 
 
 def planned_steps(plan: LaunchPlan, host: Host) -> list[tuple[Removable, str]]:

@@ -14,8 +14,8 @@ from handlers.errors import Conflict, Exhausted
 from handlers.instance.artifact_refs import collect_revision
 from handlers.interfaces import Host
 from handlers.mechanism import Durability
-from handlers.specs import parse_ref
 from schemas.files import TenantQuota
+from schemas.naming import parse_ref
 from schemas.records import InstanceRecord, Status
 from schemas.requests import TenantNet
 

@@ -86,7 +86,7 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
         info, outcome = await take_snapshot(cmd, record, steps, host)
     steps.finalize()
     await release(record, steps, host)
-    await host.snapshots.discard(record.ref, below=info.number)
+    await host.snapshots.delete_older(record.ref, info.number)
     number = info.number
     host.later("hash_memory", lambda: announce_hash(record.ref, number, host))
     now_ms = host.facts.now_ms()

@@ -7,7 +7,8 @@ from msgspec.structs import replace
 
 from handlers.interfaces import Host
 from handlers.mechanism import Durability
-from handlers.specs import SnapshotFacts, SnapshotInfo, SnapshotKey, parse_ref
+from handlers.specs import SnapshotFacts, SnapshotInfo, SnapshotKey
+from schemas.naming import parse_ref
 from schemas.records import InstanceRecord, Status
 
 
@@ -132,7 +133,7 @@ class SnapshotDrafts:
         """Let the paused VMM write state and memory into its jail, then move and hash them."""
         record = self._host.records.instance(spec.snapshot.ref)
         jail_id = record.jail_id if record is not None else ""
-        state_path, mem_path = await self._host.snapshots.begin(jail_id, spec.uid)
+        state_path, mem_path = await self._host.snapshots.begin_write(jail_id, spec.uid)
         vmm = self._host.vmms.api(jail_id)
         try:
             await vmm.create_snapshot(state_path, mem_path)
@@ -142,7 +143,7 @@ class SnapshotDrafts:
 
     async def remove(self, key: str) -> None:
         snapshot = SnapshotKey.parse(key)
-        await self._host.snapshots.drop(snapshot.ref, snapshot.number)
+        await self._host.snapshots.delete(snapshot.ref, snapshot.number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,4 +175,4 @@ class SnapshotUses:
 
     async def remove(self, key: str) -> None:
         snapshot = SnapshotKey.parse(key)
-        await self._host.snapshots.settle(snapshot.ref, snapshot.number)
+        await self._host.snapshots.restore_ownership(snapshot.ref, snapshot.number)

@@ -1,9 +1,8 @@
 """StartInstance: from not running to a confined VMM whose guest agent answers."""
 
-import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
 
+from handlers.cancellation import Interrupted, race, together
 from handlers.concurrency import limited
 from handlers.errors import Unavailable
 from handlers.instance.artifact_refs import release_revision
@@ -19,7 +18,7 @@ from handlers.instance.launch_plan import (
 from handlers.instance.reservations import Reservations
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host
-from handlers.steps import Done, Steps, together
+from handlers.steps import Done, Steps
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import StartInstance
 
@@ -135,15 +134,8 @@ async def race_vmm_exit(
     Raises:
         Unavailable: the VMM exited; not retryable, since a guest must not boot twice under one id.
     """
-    work = asyncio.ensure_future(do())
-    exited = asyncio.ensure_future(host.vmms.wait_exit(identity, float("inf")))
-    tasks: set[asyncio.Future[Any]] = {work, exited}
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise Unavailable("VMM exited before its guest agent answered").not_retryable()
-        await work
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await race(do(), host.vmms.wait_exit(identity, float("inf")))
+    except Interrupted as error:
+        message = "VMM exited before its guest agent answered"
+        raise Unavailable(message).not_retryable() from error

@@ -44,7 +44,7 @@ async def stop_instance(cmd: StopInstance, steps: Steps, host: Host) -> Done:
         return Done(changed=False, status=str(state.status))
     steps.finalize()
     if state.status is Status.SLEEPING:
-        await steps.act("discard_snapshot", lambda: host.snapshots.discard(record.ref))
+        await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
         return await stopped(record, None, host)
     budget_s = await stop_budget_s(record, steps, host)
     if record.status is not Status.STOPPING:
@@ -70,7 +70,7 @@ async def finish_stop(
     """Release whatever the instance, or an earlier attempt to stop it, still holds."""
     steps.finalize()
     await release(record, steps, host)
-    await steps.act("discard_snapshot", lambda: host.snapshots.discard(record.ref))
+    await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
     return await stopped(record, method, host)
 
 

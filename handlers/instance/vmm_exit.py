@@ -28,7 +28,7 @@ async def vmm_exited(ref: InstanceRef, launch: int, steps: Steps, host: Host) ->
     steps.finalize()
     tail = await log_tail(record, host)
     await release(record, steps, host)
-    await host.snapshots.discard(ref)
+    await host.snapshots.delete_all(ref)
     now_ms = host.facts.now_ms()
     gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
     reason, status = "VMM exited unexpectedly", Status.FAILED

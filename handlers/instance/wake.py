@@ -9,6 +9,7 @@ import dataclasses
 
 from msgspec.structs import replace
 
+from handlers.cancellation import together
 from handlers.concurrency import limited
 from handlers.errors import Failure, HostFault, Unavailable
 from handlers.instance.instance_file import write_at_rest, write_running
@@ -25,7 +26,7 @@ from handlers.instance.state import final_record, read_state
 from handlers.instance.vmm_log import add_log
 from handlers.interfaces import Host
 from handlers.specs import SnapshotInfo
-from handlers.steps import Done, Steps, together
+from handlers.steps import Done, Steps
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import WakeInstance
@@ -107,7 +108,7 @@ async def load_snapshot(vm: LaunchedVmm, info: SnapshotInfo, steps: Steps, host:
     ref, jail_id, uid = vm.launch.ref, vm.launch.jail_id, vm.launch.vmm.uid
     version = await vm.api.version()
     await steps.act("verify_snapshot", lambda: host.snapshots.verify(ref, info.number, version))
-    paths = await steps.act("link_snapshot", lambda: host.snapshots.link_into(jail_id, uid, info))
+    paths = await steps.act("link_snapshot", lambda: host.snapshots.link(jail_id, uid, info))
     await steps.act("load_snapshot", lambda: vm.api.load_snapshot(*paths))
 
 
@@ -123,7 +124,7 @@ async def complete_wake(
 
     `identity` is of the VMM that this run `loaded`, or that a later run found.
     """
-    await host.snapshots.consume(record.ref, record.snapshot or 0)
+    await host.snapshots.mark_consumed(record.ref, record.snapshot or 0)
     if identity is None:
         await fail_consumed(record, steps, host)
         failure = Unavailable(
@@ -188,7 +189,7 @@ async def wake_guest(record: InstanceRecord, steps: Steps, host: Host) -> dict[s
 async def fail_consumed(record: InstanceRecord, steps: Steps, host: Host) -> None:
     """The guest may have run and its VMM is gone: its snapshot must not be used again."""
     await release(record, steps, host)
-    await host.snapshots.discard(record.ref)
+    await host.snapshots.delete_all(record.ref)
     now_ms = host.facts.now_ms()
     await write_at_rest(record, Status.FAILED, host, now_ms)
     gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)

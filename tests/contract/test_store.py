@@ -113,7 +113,7 @@ async def seal(store: Store, number: int, *, keep_drives: bool = False) -> Snaps
     """A jail of that launch, and a snapshot of it that is not published yet."""
     spec = jail_spec(number)
     await store.jails.ensure(spec)
-    await store.vmm_writes(spec.jail_id, await store.snapshots.begin(spec.jail_id, UID))
+    await store.vmm_writes(spec.jail_id, await store.snapshots.begin_write(spec.jail_id, UID))
     facts = SnapshotFacts(
         ref=REF,
         number=number,
@@ -220,13 +220,13 @@ async def test_a_discard_spares_what_is_not_below(store: Store) -> None:
     await sleep(store, 1)
     newer = await sleep(store, 2)
 
-    await store.snapshots.discard(REF, below=2)
+    await store.snapshots.delete_older(REF, 2)
     assert await store.snapshots.read(REF) == newer
     with pytest.raises(HostFault):
         await store.snapshots.verify(REF, 1, VMM)
 
-    await store.snapshots.discard(REF)
-    await store.snapshots.discard(REF)
+    await store.snapshots.delete_all(REF)
+    await store.snapshots.delete_all(REF)
     assert await store.snapshots.read(REF) is None
 
 
@@ -235,9 +235,9 @@ async def test_a_failed_wake_leaves_the_snapshot_as_it_was(store: Store) -> None
     await store.jails.ensure(jail_spec(2))
     assert await store.snapshots.verify(REF, 1, VMM) == info
 
-    assert len(set(await store.snapshots.link_into(jail_spec(2).jail_id, UID, info))) == 2
+    assert len(set(await store.snapshots.link(jail_spec(2).jail_id, UID, info))) == 2
     await store.jails.remove(jail_spec(2).jail_id)
-    await store.snapshots.settle(REF, 1)
+    await store.snapshots.restore_ownership(REF, 1)
 
     assert await store.snapshots.verify(REF, 1, VMM) == info
 
@@ -252,30 +252,30 @@ async def test_the_memory_is_hashed_while_it_is_there(store: Store) -> None:
     assert await store.snapshots.is_hashed(REF, 1)
     assert await store.snapshots.hash_memory(REF, 1) == digest
 
-    await store.snapshots.discard(REF)
+    await store.snapshots.delete_all(REF)
     assert await store.snapshots.hash_memory(REF, 1) is None
     assert await store.snapshots.is_hashed(REF, 1)
 
 
 async def test_settling_what_is_gone_is_success(store: Store) -> None:
-    await store.snapshots.settle(REF, 1)
+    await store.snapshots.restore_ownership(REF, 1)
 
 
 async def test_a_consumed_snapshot_is_woken_by_nobody_again(store: Store) -> None:
     info = await sleep(store, 1)
     await store.jails.ensure(jail_spec(2))
-    await store.snapshots.link_into(jail_spec(2).jail_id, UID, info)
+    await store.snapshots.link(jail_spec(2).jail_id, UID, info)
 
     for _twice in range(2):
-        await store.snapshots.consume(REF, 1)
+        await store.snapshots.mark_consumed(REF, 1)
 
         assert await store.snapshots.read(REF) is None
         with pytest.raises(HostFault):
             await store.snapshots.verify(REF, 1, VMM)
         assert await store.snapshots.hash_memory(REF, 1) is None
-    await store.snapshots.settle(REF, 1)
-    await store.snapshots.discard(REF)
-    await store.snapshots.consume(REF, 1)
+    await store.snapshots.restore_ownership(REF, 1)
+    await store.snapshots.delete_all(REF)
+    await store.snapshots.mark_consumed(REF, 1)
 
 
 @pytest.mark.parametrize("published", [False, True])
@@ -286,7 +286,7 @@ async def test_a_dropped_snapshot_is_gone_and_the_others_stay(
     await (sleep(store, 2) if published else seal(store, 2))
 
     for _twice in range(2):
-        await store.snapshots.drop(REF, 2)
+        await store.snapshots.delete(REF, 2)
 
         assert await store.snapshots.read(REF) == older
         with pytest.raises(HostFault):
@@ -296,7 +296,7 @@ async def test_a_dropped_snapshot_is_gone_and_the_others_stay(
 
 async def test_a_snapshot_that_was_dropped_can_be_taken_again(store: Store) -> None:
     await seal(store, 1)
-    await store.snapshots.drop(REF, 1)
+    await store.snapshots.delete(REF, 1)
 
     info = await sleep(store, 1)
 

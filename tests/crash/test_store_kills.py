@@ -143,7 +143,7 @@ async def test_an_import(worlds: Callable[[int], Worker]) -> None:
 
         original = (first.world.revision / "rootfs.ext4").read_bytes()
         assert Path(found.rootfs).read_bytes() == original
-        assert await second.artifacts.list_keys() == [spec.key]
+        assert await second.artifacts.exists(spec.key)
         assert os.listdir(first.world.state / "artifacts" / "acme" / "web") == [REVISION]
         if not killed:
             break
@@ -246,14 +246,12 @@ async def test_a_snapshot_being_linked(worlds: Callable[[int], Worker], hashed: 
         jail_id = first.jail(2)
         killed = killed_at(
             n,
-            lambda first=first, jail=jail_id, info=info: first.snapshots._link_into(
-                jail, UID, info
-            ),
+            lambda first=first, jail=jail_id, info=info: first.snapshots._link(jail, UID, info),
         )
 
         second = Worker(first.world)
         await second.remove_all()
-        await second.snapshots.settle(REF, 1)
+        await second.snapshots.restore_ownership(REF, 1)
 
         assert await second.snapshots.verify(REF, 1, "1.12.1") == info
         if not killed:
@@ -267,7 +265,7 @@ async def test_a_snapshot_being_discarded(worlds: Callable[[int], Worker]) -> No
         first.make_disk()
         first.jail(1)
         await first.sleep()
-        killed = killed_at(n, lambda first=first: first.snapshots._discard(REF, None))
+        killed = killed_at(n, lambda first=first: first.snapshots._delete(REF, None))
 
         second = Worker(first.world)
         if await second.snapshots.read(REF) is not None:
@@ -275,7 +273,7 @@ async def test_a_snapshot_being_discarded(worlds: Callable[[int], Worker]) -> No
         else:
             with pytest.raises(HostFault):
                 await second.snapshots.verify(REF, 1, "1.12.1")
-        await second.snapshots.discard(REF)
+        await second.snapshots.delete_all(REF)
 
         assert os.listdir(first.world.state / "snapshots") == []
         if not killed:

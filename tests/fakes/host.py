@@ -498,7 +498,7 @@ class FakeSnapshots:
         self.machine = machine
         self.hashed: set[tuple[InstanceRef, int]] = set()
 
-    async def begin(self, jail_id: str, uid: int) -> tuple[str, str]:
+    async def begin_write(self, jail_id: str, uid: int) -> tuple[str, str]:
         return "/snap/state", "/snap/mem"
 
     async def seal(self, jail_id: str, facts: SnapshotFacts) -> SnapshotInfo:
@@ -561,31 +561,38 @@ class FakeSnapshots:
         gone = ("snapshot", f"{ref}#{number}") not in self.machine.resources
         return gone or (ref, number) in self.hashed
 
-    async def link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
-        def link() -> None:
+    async def link(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
+        def put() -> None:
             self.machine.resources["snapshot_in_jail", jail_id] = info.size_bytes
 
-        await self.machine.effect("link_snapshot", link)
+        await self.machine.effect("link_snapshot", put)
         return "/snap/state", "/snap/mem"
 
-    async def settle(self, ref: InstanceRef, number: int) -> None:
+    async def restore_ownership(self, ref: InstanceRef, number: int) -> None:
         for kind, key in list(self.machine.resources):
             if kind == "snapshot_in_jail":
                 del self.machine.resources[kind, key]
 
-    async def consume(self, ref: InstanceRef, number: int) -> None:
+    async def mark_consumed(self, ref: InstanceRef, number: int) -> None:
         await self.machine.effect(
-            "consume", lambda: self.machine.resources.pop(("snapshot", f"{ref}#{number}"), None)
+            "mark_consumed",
+            lambda: self.machine.resources.pop(("snapshot", f"{ref}#{number}"), None),
         )
-        await self.settle(ref, number)
+        await self.restore_ownership(ref, number)
 
-    async def drop(self, ref: InstanceRef, number: int) -> None:
-        if "drop_snapshot" in self.machine.fail:
-            raise self.machine.fail["drop_snapshot"]
+    async def delete(self, ref: InstanceRef, number: int) -> None:
+        if "delete_snapshot" in self.machine.fail:
+            raise self.machine.fail["delete_snapshot"]
         for kind in ("snapshot", "snapshot_draft"):
             self.machine.resources.pop((kind, f"{ref}#{number}"), None)
 
-    async def discard(self, ref: InstanceRef, *, below: int | None = None) -> None:
+    async def delete_older(self, ref: InstanceRef, number: int) -> None:
+        await self._delete(ref, below=number)
+
+    async def delete_all(self, ref: InstanceRef) -> None:
+        await self._delete(ref)
+
+    async def _delete(self, ref: InstanceRef, *, below: int | None = None) -> None:
         def gone() -> None:
             for kind, key in list(self.machine.resources):
                 if kind.startswith("snapshot") and key.startswith(f"{ref}#"):

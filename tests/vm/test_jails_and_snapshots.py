@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from handlers.errors import HostFault
 from handlers.host.jail.jails import Jails
+from handlers.host.snapshot.manifest import numbers_of
 from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
@@ -99,7 +100,7 @@ class Place:
         """Pause, write, seal, publish; then the VMM and its jail go."""
         vmm = self.rig.vmms.api(spec.jail_id)
         await vmm.pause()
-        await vmm.create_snapshot(*await self.snapshots.begin(spec.jail_id, UID))
+        await vmm.create_snapshot(*await self.snapshots.begin_write(spec.jail_id, UID))
         facts = SnapshotFacts(
             ref=REF,
             number=1,
@@ -147,16 +148,16 @@ async def test_a_guest_sleeps_and_wakes_from_files_its_vmm_can_only_read(place: 
     second = await place.launch(2)
     vmm = place.rig.vmms.api(second.jail_id)
     info = await place.snapshots.verify(REF, 1, await vmm.version())
-    paths = await place.snapshots.link_into(second.jail_id, UID, info)
+    paths = await place.snapshots.link(second.jail_id, UID, info)
     await vmm.load_snapshot(*paths)
     await vmm.resume()
     await vmm.close()
-    await place.snapshots.discard(REF)
+    await place.snapshots.delete_all(REF)
 
     ack = await place.rig.agents.wake(second.jail_id, PORT, timeout_s=10)
     assert ack.success
     await place.rig.agents.ping(second.jail_id, PORT, timeout_s=10)
-    assert await place.snapshots.list_all() == []
+    assert numbers_of(f"{place.rig.settings.paths.state}/snapshots", REF) == []
     woken = Path(place.rig.settings.jail_base, "firecracker", second.jail_id, "root", "woken")
     assert (woken / "mem").stat().st_uid == 0
     assert b"Artificially kick devices" in await place.jails.read_log(REF, 2)
@@ -171,5 +172,5 @@ async def test_a_truncated_memory_file_is_refused_by_hostd_though_the_vmm_accept
     os.truncate(memory, size // 2)
     os.truncate(memory, size)
 
-    with pytest.raises(HostFault, match="before its hash was taken"):
+    with pytest.raises(HostFault, match="modified before it was hashed"):
         await place.snapshots.verify(REF, 1, "1.12.1")

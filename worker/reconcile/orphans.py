@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from handlers.network_names import names_of
+from handlers.specs import ArtifactSpec
 from schemas.records import InstanceRecord, NetworkRecord
 
 Resources = set[tuple[str, str]]
@@ -38,9 +39,7 @@ def unowned(
     jails = {record.jail_id for record in live}
     taps = {names.tap for record in live if (names := names_of(record)) is not None}
     bridges = {record.net.bridge_name for record in networks}
-    revisions = {
-        f"{record.ref.tenant_id}/{record.ref.pool_id}/{record.revision}" for record in records
-    }
+    revisions = {key for record in records if (key := ArtifactSpec.key_of(record)) is not None}
     resources: Resources = set()
     resources |= {("jails", name) for name in inventory.jails if name not in jails}
     resources |= {("taps", name) for name in inventory.taps if name not in taps}
@@ -51,7 +50,7 @@ def unowned(
     resources |= {
         ("artifacts", path)
         for path in inventory.artifacts
-        if not any(path.endswith(revision) for revision in revisions)
+        if not any(path.endswith(f"/{key}") for key in revisions)
     }
     return resources
 

@@ -176,7 +176,7 @@ class Recovery:
         steps = Steps(f"reboot-{record.jail_id}", self._journal.steps, {})
         steps.finalize()
         await release(record, steps, self._host)
-        await self._host.snapshots.discard(record.ref)
+        await self._host.snapshots.delete_all(record.ref)
         gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
         now_ms = self._host.facts.now_ms()
         await self._journal.records.put_instance(

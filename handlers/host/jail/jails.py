@@ -24,8 +24,7 @@ from handlers.host.linux.rmtree import remove_names, remove_tree
 from handlers.host.linux.state_dirs import make_dir
 from handlers.host.linux.syscalls import link_open
 from handlers.host.storage import disk_ownership, wipe
-from handlers.host.storage.agentd_files import open_tenant
-from handlers.host.storage.data_disks import ref_of
+from handlers.host.storage.agentd_files import open_tenant, split_tenant_path
 from handlers.host.storage.drive_images import CONFIG, SECRETS, SmallDrives, copy_drive
 from handlers.jail_names import (
     CONFIG_DRIVE,
@@ -176,12 +175,12 @@ class Jails:
 
     @contextlib.contextmanager
     def _source(self, file: JailFile) -> Generator[int, None, None]:
-        """Open the file to link; below the data root with `openat2`, like every file there."""
-        tenants = f"{self._data}/tenants/"
-        if file.source.startswith(tenants):
-            tenant, _, rest = file.source.removeprefix(tenants).partition("/")
+        """Open what is to be linked; below the data root through `openat2`, as anything there."""
+        shared = split_tenant_path(self._data, file.source)
+        if shared is not None:
+            tenant_id, below = shared
             flags = os.O_RDWR if file.writable else os.O_RDONLY
-            with open_tenant(self._data, tenant) as directory, directory.file(rest, flags) as fd:
+            with open_tenant(self._data, tenant_id) as tenant, tenant.file(below, flags) as fd:
                 yield fd
             return
         fd = os.open(file.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -247,7 +246,7 @@ class Jails:
         mark = disk_ownership.read_mark(disk)
         if mark is None:
             return
-        ref = ref_of(mark.ref)
+        ref = naming.parse_ref(mark.ref)
         if naming.jail_id(ref, launch_of(jail_id)) == jail_id and not self._used(
             jail_id, ref, disk
         ):

@@ -12,10 +12,9 @@ from collections.abc import Generator
 import msgspec
 
 from handlers import jail_names
-from handlers.errors import HostFault
+from handlers.errors import HostFault, Invalid
 from handlers.host.linux.checksummed_json import read_sealed, write_sealed
 from handlers.host.linux.file_id import FileId
-from handlers.host.linux.state_dirs import checked_jail_id
 from schemas import naming
 from schemas.records import InstanceRecord
 from schemas.requests import InstanceRef
@@ -49,11 +48,13 @@ class JailLayout:
 
     def directory(self, jail_id: str) -> str:
         """Raises Invalid: not a jail ID; the jailer itself accepts some non-ASCII letters."""
-        return jail_names.jail_dir(self.jail_base, checked_jail_id(jail_id))
+        if naming.JAIL_ID_PATTERN.fullmatch(jail_id) is None:
+            raise Invalid(f"invalid jail ID {jail_id[:100]!r}: want 12 hex digits, '-', a number")
+        return jail_names.jail_dir(self.jail_base, jail_id)
 
     def root(self, jail_id: str) -> str:
         """The directory that is `/` for the VMM. Raises Invalid: not a jail ID."""
-        return jail_names.jail_root(self.jail_base, checked_jail_id(jail_id))
+        return f"{self.directory(jail_id)}/{jail_names.ROOT}"
 
     def read_metadata(self, jail_id: str) -> JailMetadata | None:
         """None if there is no such jail, or its metadata is missing or damaged."""
@@ -67,11 +68,12 @@ class JailLayout:
         write_sealed(self._metadata_path(jail_id), metadata, sync=False)
 
     def list_ids(self) -> list[str]:
-        """All jails, complete or not."""
+        """All jails that hostd named, complete or not; other tools name theirs differently."""
         try:
-            return sorted(os.listdir(self.base))
+            names = os.listdir(self.base)
         except FileNotFoundError:
             return []
+        return sorted(name for name in names if naming.JAIL_ID_PATTERN.fullmatch(name))
 
     def ids_of(self, ref: InstanceRef) -> list[str]:
         """The jails of an instance, newest launch first."""

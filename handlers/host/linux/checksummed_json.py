@@ -1,6 +1,6 @@
-"""hostd's small facts on disk: JSON with a checksum, written whole or not at all.
+"""Small state files of hostd: JSON with a checksum, replaced atomically.
 
-A flipped bit or a half-written file is never read as a fact: it is refused.
+A file with a flipped bit, or one that was partly written, is reported as damaged and never used.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Sealed(msgspec.Struct, frozen=True):
-    """`sha256` is that of the bytes of `facts` as they stand in the file."""
+    """`sha256` is that of the bytes of `facts` as they are in the file."""
 
     sha256: str
     facts: msgspec.Raw
@@ -55,5 +55,5 @@ def read_sealed(path: str, kind: type[T]) -> T | None:
         if hashlib.sha256(sealed.facts).hexdigest() == sealed.sha256:
             return msgspec.json.decode(sealed.facts, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise HostFault(f"{path} is damaged", path=path) from error
-    raise HostFault(f"{path} is damaged: its checksum does not fit", path=path)
+        raise HostFault(f"{path} is damaged: not a checksummed JSON object", path=path) from error
+    raise HostFault(f"{path} is damaged: the checksum of its facts does not match", path=path)

@@ -1,4 +1,4 @@
-"""File work in threads, so that the loop never blocks, and never half-watched."""
+"""File work in threads: the event loop never blocks, and no thread outlives the step it is for."""
 
 import asyncio
 import threading
@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from handlers.cancellation import run_shielded
 from handlers.errors import Unavailable
 
 P = ParamSpec("P")
@@ -21,7 +22,7 @@ _slow = ThreadPoolExecutor(SLOW_THREADS, "slow-files")
 
 
 class CancelToken:
-    """Handed to slow work, which looks at it between chunks."""
+    """Given to slow work, which checks it between chunks."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
@@ -32,13 +33,13 @@ class CancelToken:
     def check(self) -> None:
         """Raises Unavailable once the caller was cancelled; nobody waits for the result then."""
         if self._stop.is_set():
-            raise Unavailable("stopped in the middle: the worker shuts down")
+            raise Unavailable("file work interrupted: the worker is shutting down")
 
 
 async def run_in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `work` in a thread. A cancelled caller still waits for its end, then is cancelled.
 
-    A thread cannot be stopped; one left behind would go on making what the undo just removed.
+    A thread cannot be stopped; one left behind would create again what the undo just removed.
     """
     return await _run_in_pool(_quick, partial(work, *args, **kwargs), None)
 
@@ -53,16 +54,4 @@ async def _run_in_pool(
     pool: ThreadPoolExecutor, work: Callable[[], T], token: CancelToken | None
 ) -> T:
     running = asyncio.get_running_loop().run_in_executor(pool, work)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        if token is not None:
-            token.stop()
-        while not running.done():
-            try:
-                await asyncio.wait({running})
-            except asyncio.CancelledError:
-                continue
-        if not running.cancelled():
-            running.exception()
-        raise
+    return await run_shielded(running, on_cancel=None if token is None else token.stop)

@@ -1,7 +1,7 @@
 """One thread per kernel interface that blocks: calls run there in order, the loop never waits.
 
-Deleting a link holds `sendmsg` for 15 to 30 ms (RCU), an nftables transaction for some ms; neither
-may stand in the loop, and neither library is safe to share between threads.
+Deleting an interface holds `sendmsg` for 15 to 30 ms (RCU), an nftables transaction for some ms;
+neither may run in the event loop, and neither library is safe to share between threads.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ def no_namespace() -> None:
 
 
 class KernelThread:
-    """A thread of its own, with its own view of the network namespace.
+    """A dedicated thread, with its own view of the network namespace.
 
     Args:
         name: shown by ps and in stack dumps.
@@ -28,9 +28,9 @@ class KernelThread:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=enter)
 
     async def run(self, do: Callable[[], T]) -> T:
-        """Run a blocking call in the thread, after those asked for earlier.
+        """Run a blocking call in the thread, after the calls before it.
 
-        A call that has begun is not cut by cancellation; what follows waits for it.
+        A call that has begun is not interrupted by cancellation; later calls wait for it.
         """
         return await asyncio.get_running_loop().run_in_executor(self._pool, do)
 

@@ -1,8 +1,9 @@
 """Files below a directory that others can write to, opened so that nothing leads out of it.
 
-hostd is root and agentd's directories are not: a name in them may become a symlink, a FIFO or a
-hard link to somebody's file at any moment. Every open goes through `openat2`, stays beneath one
-directory, follows no symlink, does not block, and is judged by what was opened, never by its name.
+hostd runs as root and agentd's directories are not root's: a name in them may become a symlink, a
+FIFO or a hard link to another user's file at any moment. Every open goes through `openat2`, stays
+beneath one directory, follows no symlink, does not block, and is judged by what was opened, never
+by its name.
 """
 
 import contextlib
@@ -18,17 +19,17 @@ from handlers.host.linux.syscalls import openat2
 
 RACES = 16
 PATH_ERRORS = {
-    errno.ELOOP: "is a link, or reached through one",
+    errno.ELOOP: "is a symlink, or its path contains one",
     errno.EXDEV: "leads out of its directory",
-    errno.ENOTDIR: "is reached through something that is no directory",
+    errno.ENOTDIR: "has a path component that is not a directory",
     errno.EISDIR: "is a directory",
     errno.ENXIO: "is not a regular file",
-    errno.ENAMETOOLONG: "has too long a name",
+    errno.ENAMETOOLONG: "has a name that is too long",
 }
 
 
 def refused(error: OSError, path: str) -> Failure:
-    """The failure for a file that could not be opened; `path` is named in it."""
+    """The failure for a file that could not be opened; its message names `path`."""
     if error.errno == errno.ENOENT:
         return NotFound(f"{path} does not exist", path=path)
     if error.errno in PATH_ERRORS:
@@ -40,8 +41,9 @@ class Directory:
     """An open directory; `path` is only for messages. Names given to it may hold slashes.
 
     Raises (all methods):
-        NotFound: nothing there by that name.
-        Invalid: a link, an escape, or not the kind of file asked for.
+        NotFound: there is no such file.
+        Invalid: a symlink, a path that leaves the directory, or another kind of file.
+        Unavailable: the path changed while it was opened; try again.
     """
 
     def __init__(self, fd: int, path: str) -> None:
@@ -50,7 +52,7 @@ class Directory:
 
     @classmethod
     def trusted(cls, path: str) -> "Directory":
-        """A directory named by the operator: links in its path are the operator's own."""
+        """A directory that the operator configured, so symlinks in its path are followed."""
         try:
             return cls(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
         except OSError as error:
@@ -79,7 +81,7 @@ class Directory:
         return Directory(self._open(name, os.O_RDONLY | os.O_DIRECTORY), self.named(name))
 
     def stat(self, name: str) -> os.stat_result | None:
-        """Of the thing itself, a link included; None if there is nothing. `name` without slash."""
+        """lstat(2) of `name`, which has no slash; None if it does not exist."""
         try:
             return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -99,16 +101,17 @@ class Directory:
             os.close(fd)
 
     def read(self, name: str, limit_bytes: int) -> tuple[bytes, os.stat_result]:
-        """A whole small file, and what it was when read.
+        """The content of a small file, and its status when it was read.
 
         Raises:
-            Invalid: also if it has several names (it may be another's) or is past the limit.
+            Invalid: also if it has more than one hard link, as it may be another user's file, or is
+                larger than the limit.
         """
         with self.file(name) as fd:
             found = os.fstat(fd)
             path = self.named(name)
             if found.st_nlink > 1:
-                raise Invalid(f"{path} has several names", path=path)
+                raise Invalid(f"{path} has {found.st_nlink} hard links, expected 1", path=path)
             with open(fd, "rb", closefd=False) as file:
                 data = file.read(limit_bytes + 1)
         if len(data) > limit_bytes:
@@ -116,7 +119,7 @@ class Directory:
         return data, found
 
     def link_target(self, name: str) -> str:
-        """What a symbolic link says; the caller checks it and resolves it by hand."""
+        """The target of a symlink, not resolved; the caller must check it."""
         parent, _, last = name.rpartition("/")
         path = self.named(name)
         with contextlib.ExitStack() as opened:
@@ -125,14 +128,14 @@ class Directory:
                 return os.readlink(last, dir_fd=at.fd)
             except OSError as error:
                 if error.errno == errno.EINVAL:
-                    raise Invalid(f"{path} is not a symbolic link", path=path) from error
+                    raise Invalid(f"{path} is not a symlink", path=path) from error
                 raise refused(error, path) from error
 
     def replace(self, name: str, data: bytes, like: os.stat_result) -> None:
-        """Put a new file in the place of `name`, with the old one's owner, group and mode.
+        """Replace the file `name` by one with new content and the old owner, group and mode.
 
-        All or nothing: written beside it, synced, renamed, so after a power loss it is the old one
-        or the new. `name` without slash; one writer per name.
+        Atomic: written beside it, synced and renamed, so after a power loss it is either the old
+        file or the new one. `name` has no slash; one writer per name.
         """
         beside = f".{name}.hostd"
         path = self.named(name)
@@ -152,7 +155,7 @@ class Directory:
             raise of_os_error(error, f"cannot write {path}") from error
 
     def unlink(self, name: str) -> None:
-        """Remove a name that is no directory; absent is success."""
+        """Unlink a file; absent is success."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.fd)
 
@@ -172,4 +175,5 @@ class Directory:
                 continue
             except OSError as error:
                 raise refused(error, self.named(name)) from error
-        raise Unavailable(f"{self.named(name)} keeps moving", path=self.named(name))
+        path = self.named(name)
+        raise Unavailable(f"{path} changed during open ({RACES} retries): try again", path=path)

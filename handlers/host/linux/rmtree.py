@@ -1,7 +1,7 @@
-"""Removal of a whole directory, whatever somebody hostile has put into it.
+"""Removal of a directory tree whose content is untrusted.
 
-No link is followed, and neither depth nor number of files matters: a directory that is not empty is
-moved up to the top and emptied there, so two descriptors are enough for any depth.
+No symlink is followed, and neither depth nor number of files matters: a directory that is not empty
+is moved up to the top and emptied there, so two descriptors are enough for any depth.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def remove_tree(parent: int, name: str, *, before_unlink: Last | None = None) ->
 
 
 def remove_path(path: str) -> None:
-    """Remove a directory of hostd's own with all in it; absent is success."""
+    """Remove one of hostd's directories with its content; absent is success."""
     try:
         parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:

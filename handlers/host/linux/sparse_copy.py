@@ -44,7 +44,7 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
         try:
             start = os.lseek(fd, end, os.SEEK_DATA)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but hole until the end
+            if error.errno == errno.ENXIO:  # only a hole until the end
                 return
             raise
         end = os.lseek(fd, start, os.SEEK_HOLE)
@@ -72,6 +72,6 @@ def _copy_range(source: int, target: int, start: int, end: int, check: Check) ->
             if error.errno not in CANNOT_COPY_THERE:
                 raise
             done = os.pwrite(target, os.pread(source, min(end - start, CHUNK_BYTES), start), start)
-        if not done:  # the source became shorter meanwhile; the caller notices by its size
+        if not done:  # the source was truncated meanwhile; the caller compares the sizes
             return
         start += done

@@ -2,12 +2,6 @@
 
 import contextlib
 import os
-import re
-
-from handlers.errors import Invalid
-from schemas import naming
-
-JAIL_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
 
 
 def make_dir(path: str, *, sync: bool = False) -> str:
@@ -42,24 +36,3 @@ def remove_empty(path: str, *, up_to: str) -> None:
         except OSError:  # not empty
             return
         path = os.path.dirname(path)
-
-
-def ids(key: str, count: int) -> list[str]:
-    """The parts of a `t/p/i` key, each an id; the last may be a revision.
-
-    Raises:
-        Invalid: a key that is none, e.g. one with `..` in it.
-    """
-    parts = key.split("/")
-    last = naming.REVISION_PATTERN.fullmatch(parts[-1]) or naming.ID_PATTERN.fullmatch(parts[-1])
-    sound = last and all(naming.ID_PATTERN.fullmatch(part) for part in parts[:-1])
-    if len(parts) != count or not sound:
-        raise Invalid(f"not a key of {count} ids: {key[:200]!r}")
-    return parts
-
-
-def checked_jail_id(jail_id: str) -> str:
-    """The id itself, if it is one. Raises Invalid otherwise."""
-    if JAIL_ID.fullmatch(jail_id) is None:
-        raise Invalid(f"not a jail id: {jail_id[:100]!r}")
-    return jail_id

@@ -37,20 +37,20 @@ class Pins:
         """Pin the TAP to this MAC and address alone, base rules in force, and read it back.
 
         Raises:
-            HostFault: the kernel does not hold what was set: the TAP must not come up.
+            HostFault: the read-back differs from what was set: the TAP must not be set up.
         """
-        return await self._nft.run(lambda tables: self._put_in(tables, spec))
+        return await self._nft.run(lambda tables: self._ensure_in(tables, spec))
 
     async def remove(self, key: str) -> None:
-        def take_out(tables: Tables) -> None:
+        def remove_members(tables: Tables) -> None:
             doomed = [m for m in pin_members(key) if m[1] in tables.members(m[0])]
             if doomed:
                 tables.change(remove=doomed)
 
-        await self._nft.run(take_out)
+        await self._nft.run(remove_members)
 
-    def _put_in(self, tables: Tables, spec: PinSpec) -> bool:
-        changed = self._base.put_in(tables)
+    def _ensure_in(self, tables: Tables, spec: PinSpec) -> bool:
+        changed = self._base.ensure_in(tables)
         wanted = pin_members(spec.key)
         stray = [
             (PINS, element)
@@ -61,7 +61,9 @@ class Pins:
             return changed
         tables.change(remove=stray, add=wanted)
         if not tables.has(wanted):
-            raise HostFault(f"nftables does not hold the pin of {spec.tap}")
+            raise HostFault(
+                f"nftables read-back failed: anti-spoofing entry for {spec.tap} missing"
+            )
         return True
 
 

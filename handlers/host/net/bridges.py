@@ -1,7 +1,7 @@
 """Tenant bridges: one per tenant, with the gateway's address.
 
-The bridge keeps a MAC of its own (of offset 1 of the tenant's range), so that a guest which slept
-through a teardown finds its gateway where it left it. Ownership is the link's alias.
+The bridge has a fixed MAC (offset 1 of the tenant's range), so that a guest which slept through a
+teardown still reaches its gateway. The interface's alias marks it as hostd's.
 """
 
 from ipaddress import IPv4Network
@@ -21,11 +21,10 @@ from handlers.mechanism import Durability
 from handlers.specs import BridgeSpec
 from schemas import naming
 
-ALIAS_PREFIX = "hostd:"
 GATEWAY_OFFSET = 1
 # ip-sysctl.rst. A guest's ARP request is answered for the gateway's address alone, not for the
 # host's other ones (arp_ignore), packets come from where they could be answered to (rp_filter),
-# no guest is told of, or may tell of, another way (redirects), and there is no IPv6 at all.
+# redirects are neither sent nor accepted, and there is no IPv6 at all.
 SYSCTLS = {
     "ipv6/conf/{}/disable_ipv6": "1",
     "ipv4/conf/{}/rp_filter": "1",
@@ -40,7 +39,7 @@ BRIDGE = {IFLA_BR_STP_STATE: 0, IFLA_BR_FORWARD_DELAY: 0, IFLA_BR_MCAST_SNOOPING
 
 
 class Bridges:
-    """Bridges by link name. `ensure` is true if anything had to be made or repaired.
+    """Bridges by interface name. `ensure` is true if anything was created or repaired.
 
     Source: rtnetlink(7), ip-link(8) type bridge. Needs: CAP_NET_ADMIN.
     """
@@ -56,44 +55,40 @@ class Bridges:
         return await self._netlink.run(lambda kernel: own_bridge(kernel, key) is not None)
 
     async def ensure(self, spec: BridgeSpec) -> bool:
-        """Make or repair the bridge, read everything back; a half-made one is completed.
+        """Make or repair the bridge, read everything back; a partly configured one is completed.
 
         Raises:
-            Conflict: the name is taken by a link that is not this tenant's bridge.
-            HostFault: the kernel does not hold what was set.
+            Conflict: another interface, or another tenant's bridge, has the name.
+            HostFault: the read-back differs from what was set.
         """
-        return await self._netlink.run(lambda kernel: make(kernel, spec))
+        return await self._netlink.run(lambda kernel: ensure_bridge(kernel, spec))
 
     async def remove(self, key: str) -> None:
-        """Delete the bridge; a foreign link of the name is left alone."""
+        """Delete the bridge; an interface of the name that is not hostd's is left alone."""
 
-        def delete(kernel: Kernel) -> None:
-            if (link := own_bridge(kernel, key)) is not None:
-                kernel.delete_link(link.index)
-
-        await self._netlink.run(delete)
+        await self._netlink.run(lambda kernel: remove_bridge(kernel, key))
 
 
 def own_bridge(kernel: Kernel, name: str) -> Link | None:
-    """The bridge, if it is ours. Without alias it is one whose making was cut short."""
+    """The bridge if it is hostd's. Without an alias its creation was interrupted."""
     link = kernel.link(name)
     if link is None or link.kind != "bridge":
         return None
-    return link if link.alias.startswith(ALIAS_PREFIX) or not link.alias else None
+    return link if link.alias.startswith(naming.ALIAS_PREFIX) or not link.alias else None
 
 
-def make(kernel: Kernel, spec: BridgeSpec) -> bool:
+def ensure_bridge(kernel: Kernel, spec: BridgeSpec) -> bool:
     mac = naming.mac_address(spec.net.tenant_net_id, GATEWAY_OFFSET)
     link = kernel.link(spec.key)
     created = link is None
     if link is None:
         kernel.add_bridge(spec.key, mac)
-        link = reread(kernel, spec.key)
+        link = kernel.existing_link(spec.key)
     else:
-        refuse_foreign(kernel, link, spec)
+        refuse_foreign_bridge(kernel, link, spec)
     try:
-        changed = converge(kernel, link, spec, mac)
-        verify(kernel, spec, mac)
+        changed = converge_bridge(kernel, link, spec, mac)
+        verify_bridge(kernel, spec, mac)
     except BaseException:
         if created:
             kernel.delete_link(link.index)
@@ -101,22 +96,30 @@ def make(kernel: Kernel, spec: BridgeSpec) -> bool:
     return created or changed
 
 
-def refuse_foreign(kernel: Kernel, link: Link, spec: BridgeSpec) -> None:
+def remove_bridge(kernel: Kernel, name: str) -> None:
+    if (link := own_bridge(kernel, name)) is not None:
+        kernel.delete_link(link.index)
+
+
+def refuse_foreign_bridge(kernel: Kernel, link: Link, spec: BridgeSpec) -> None:
     if link.kind != "bridge":
-        raise Conflict(f"{link.name} is a link of kind {link.kind}, not the tenant's bridge")
-    if link.alias == ALIAS_PREFIX + spec.tenant_id:
+        raise Conflict(
+            f"{link.name} is an interface of kind {link.kind!r},"
+            " expected the tenant's bridge: rename or delete it"
+        )
+    if link.alias == naming.interface_alias(spec.tenant_id):
         return
     if link.alias:
         raise Conflict(f"bridge {link.name} belongs to {link.alias!r}")
-    if any(address != gateway(spec) for address in kernel.addresses(link.index)):
+    if any(address != gateway_address(spec) for address in kernel.addresses(link.index)):
         raise Conflict(f"bridge {link.name} has addresses that are not hostd's")
 
 
-def gateway(spec: BridgeSpec) -> Address:
+def gateway_address(spec: BridgeSpec) -> Address:
     return Address(spec.net.gateway_ip, naming.prefix_len(spec.net))
 
 
-def converge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> bool:
+def converge_bridge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> bool:
     """Change what differs; it goes up last, without IPv6 and with its alias, in one message."""
     changed = False
     if link.mac != mac:
@@ -130,45 +133,38 @@ def converge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> bool:
         changed |= ensure_sysctl(name.format(link.name), value)
     present = kernel.addresses(link.index)
     for address in present:
-        if address != gateway(spec):
+        if address != gateway_address(spec):
             kernel.delete_address(link.index, address)
             changed = True
-    if gateway(spec) not in present:
-        kernel.add_address(link.index, gateway(spec))
+    if gateway_address(spec) not in present:
+        kernel.add_address(link.index, gateway_address(spec))
         changed = True
-    alias = ALIAS_PREFIX + spec.tenant_id
+    alias = naming.interface_alias(spec.tenant_id)
     if not link.up or link.alias != alias:
         kernel.set_link(link.index, state="up", ifalias=alias)
         changed = True
-    return connect(kernel, link, spec) or changed
+    return ensure_route(kernel, link, spec) or changed
 
 
-def connect(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
-    """The subnet's route, which the kernel adds with the address, unless somebody removed it."""
+def ensure_route(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
+    """The subnet's route, which the kernel adds with the address, unless it was removed since."""
     if any(route.dst == spec.net.ipv4_subnet for route in kernel.routes(link=link.index)):
         return False
     kernel.add_connected_route(link.index, spec.net.ipv4_subnet, spec.net.gateway_ip)
     return True
 
 
-def verify(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
-    link = reread(kernel, spec.key)
-    holds = {
+def verify_bridge(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
+    link = kernel.existing_link(spec.key)
+    checks = {
         "kind": link.kind == "bridge",
-        "alias": link.alias == ALIAS_PREFIX + spec.tenant_id,
-        "address": kernel.addresses(link.index) == [gateway(spec)],
+        "alias": link.alias == naming.interface_alias(spec.tenant_id),
+        "address": kernel.addresses(link.index) == [gateway_address(spec)],
         "MAC": link.mac == mac,
         "up": link.up,
         "attributes": all(link.info.get(name) == value for name, value in BRIDGE.items()),
         "route": IPv4Network(spec.net.ipv4_subnet)
         in {IPv4Network(route.dst) for route in kernel.routes(link=link.index)},
     }
-    if wrong := [fact for fact, held in holds.items() if not held]:
-        raise HostFault(f"bridge {spec.key} was set and does not have its {', '.join(wrong)}")
-
-
-def reread(kernel: Kernel, name: str) -> Link:
-    link = kernel.link(name)
-    if link is None:
-        raise HostFault(f"link {name} was made and is not there")
-    return link
+    if wrong := [fact for fact, ok in checks.items() if not ok]:
+        raise HostFault(f"bridge {spec.key} read-back mismatch: {', '.join(wrong)}")

@@ -38,14 +38,14 @@ def flush_conntrack(subnet: IPv4Network) -> int:
     Source: nfnetlink(7), nf_conntrack_netlink.c. Needs: CAP_NET_ADMIN. Blocks: one table walk.
     """
     with open_socket() as ctnetlink:
-        doomed = [entry for entry in entries(ctnetlink) if concerns(entry, subnet)]
-        return sum(delete(ctnetlink, entry) for entry in doomed)
+        doomed = [entry for entry in read_entries(ctnetlink) if touches_subnet(entry, subnet)]
+        return sum(delete_entry(ctnetlink, entry) for entry in doomed)
 
 
 def count_conntrack(subnet: IPv4Network) -> int:
     """How many entries have an address of the subnet on any side."""
     with open_socket() as ctnetlink:
-        return sum(concerns(entry, subnet) for entry in entries(ctnetlink))
+        return sum(touches_subnet(entry, subnet) for entry in read_entries(ctnetlink))
 
 
 def open_socket() -> socket.socket:
@@ -54,16 +54,16 @@ def open_socket() -> socket.socket:
     return ctnetlink
 
 
-def entries(ctnetlink: socket.socket) -> Iterator[Attributes]:
+def read_entries(ctnetlink: socket.socket) -> Iterator[Attributes]:
     """All IPv4 entries of the namespace."""
-    send(ctnetlink, CT_GET, NLM_F_REQUEST | NLM_F_DUMP, b"")
-    for kind, body in answers(ctnetlink):
+    send_request(ctnetlink, CT_GET, NLM_F_REQUEST | NLM_F_DUMP, b"")
+    for kind, body in replies(ctnetlink):
         if kind == NLMSG_DONE:
             return
         yield attributes(body[len(FAMILY) :])
 
 
-def concerns(entry: Attributes, subnet: IPv4Network) -> bool:
+def touches_subnet(entry: Attributes, subnet: IPv4Network) -> bool:
     first, last = int(subnet.network_address), int(subnet.broadcast_address)
     for side in (CTA_TUPLE_ORIG, CTA_TUPLE_REPLY):
         addresses = attributes(attributes(entry.get(side, b"")).get(CTA_TUPLE_IP, b""))
@@ -73,35 +73,37 @@ def concerns(entry: Attributes, subnet: IPv4Network) -> bool:
     return False
 
 
-def delete(ctnetlink: socket.socket, entry: Attributes) -> bool:
-    """Delete one entry by its own tuple; false if it had ended by itself."""
+def delete_entry(ctnetlink: socket.socket, entry: Attributes) -> bool:
+    """Delete one entry by its own tuple; false if it had expired already."""
     wanted = b"".join(
         attribute(kind, entry[kind], nested=kind == CTA_TUPLE_ORIG)
         for kind in (CTA_TUPLE_ORIG, CTA_ID, CTA_ZONE)
         if kind in entry
     )
-    send(ctnetlink, CT_DELETE, NLM_F_REQUEST | NLM_F_ACK, wanted)
-    for _kind, body in answers(ctnetlink):
+    send_request(ctnetlink, CT_DELETE, NLM_F_REQUEST | NLM_F_ACK, wanted)
+    for _kind, body in replies(ctnetlink):
         code: int = -struct.unpack_from("=i", body)[0]
         if code not in {0, errno.ENOENT}:
-            raise of_os_error(OSError(code, ""), "delete a conntrack entry")
+            raise of_os_error(OSError(code, ""), "cannot delete a conntrack entry")
         return code == 0
     return False
 
 
-def send(ctnetlink: socket.socket, kind: int, flags: int, body: bytes) -> None:
+def send_request(ctnetlink: socket.socket, kind: int, flags: int, body: bytes) -> None:
     size = HEADER.size + len(FAMILY) + len(body)
     ctnetlink.send(HEADER.pack(size, kind, flags, 1, 0) + FAMILY + body)
 
 
-def answers(ctnetlink: socket.socket) -> Iterator[tuple[int, bytes]]:
+def replies(ctnetlink: socket.socket) -> Iterator[tuple[int, bytes]]:
     """Messages from the kernel; an error of a dump is raised, an acknowledgement is given."""
     while True:
         try:
             data = ctnetlink.recv(1 << 17)
         except TimeoutError as error:
-            raise Unavailable("the kernel does not answer about conntrack") from error
+            raise Unavailable(
+                f"no reply from ctnetlink within {TIMEOUT_S:g} s: try again"
+            ) from error
         except OSError as error:
-            raise of_os_error(error, "read conntrack") from error
+            raise of_os_error(error, "cannot read conntrack entries") from error
         for kind, _flags, _sequence, body in messages(data):
             yield kind, body

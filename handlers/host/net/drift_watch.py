@@ -1,22 +1,21 @@
-"""What other hands do to hostd's links and rules, as it happens: a stream of hints, no repair.
+"""Out-of-band changes to hostd's interfaces and rules, as they happen: a stream of hints.
 
-A hint says where to look, not what is wrong: some of what is reported is hostd's own doing or its
-effect. Who reads it checks by `ensure`, which changes nothing where all is in force. Of a message
-about a link only the name is read: most are hostd's own making, ten for each TAP, and whether the
-link stands as it should is asked once it is quiet. Not reported,
-and left to the periodic pass: FDB and neighbour entries, port flags, kernel settings.
+It repairs nothing. A hint says what to check, not what is wrong: some of the changes are hostd's.
+The reader calls `ensure`, which changes nothing where all is in effect. Of a message about an
+interface only the name is read: most are caused by hostd, ten for each TAP, and the interface is
+checked once it is quiet. Not reported, and left to the periodic pass: FDB and neighbour entries,
+port flags, sysctls.
 """
 
 import asyncio
 import errno
-import re
 import socket
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from functools import partial
 
 from handlers.host.linux.kernel_thread import KernelThread, no_namespace
-from handlers.host.net.bridges import ALIAS_PREFIX, GATEWAY_OFFSET
+from handlers.host.net.bridges import GATEWAY_OFFSET
 from handlers.host.net.netlink_messages import attributes, first_attribute, messages
 from handlers.host.net.nftables import NETLINK_NETFILTER, Nft
 from handlers.host.net.rtnetlink import Kernel, Netlink
@@ -31,8 +30,8 @@ from handlers.host.net.rtnetlink_reader import (
     number,
     text,
 )
-from handlers.host.net.taps import TAP_NAME
 from schemas import naming
+from schemas.naming import BRIDGE_NAME_PATTERN, TAP_NAME_PATTERN
 
 # linux/rtnetlink.h, linux/if_link.h, linux/netfilter/nfnetlink.h
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
@@ -40,7 +39,6 @@ RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR = 16, 17, 20, 21
 RTM_NEWROUTE, RTM_DELROUTE = 24, 25
 IFA_LABEL = 3
 NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES = 1, 7
-BRIDGE_NAME = re.compile(r"br-tenant-([0-9]{1,4})")
 SO_RCVBUFFORCE, BUFFER_BYTES = 33, 1 << 20  # a burst of launches is many hundred messages
 DATAGRAM_BYTES = 1 << 17
 GATHER_S = 0.02
@@ -110,7 +108,7 @@ class HostWatch:
             links = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
             links.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
             rules = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-            rules.bind((0, 0))  # without a port id of its own it hears nothing
+            rules.bind((0, 0))  # without a port ID it receives nothing
             rules.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES)
             links.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
             for opened_one in (links, rules):
@@ -163,7 +161,7 @@ class HostWatch:
 async def next_of(
     queue: asyncio.Queue[set[Change | str]], readers: set[asyncio.Task[set[Change | str]]]
 ) -> set[Change | str]:
-    """The next changes; a reader that ended takes the watch with it."""
+    """The next changes; a reader that failed ends the watch."""
     getter = asyncio.create_task(queue.get())
     try:
         await asyncio.wait({getter, *readers}, return_when=asyncio.FIRST_COMPLETED)
@@ -212,20 +210,20 @@ def name_in(body: bytes) -> set[Change | str]:
 
 def of_names(names: set[str], kernel: Kernel) -> set[Change]:
     """Changes of the links that are gone or not as they should be."""
-    return {change for name in names if not stands(kernel.link(name)) for change in named(name)}
+    return {change for name in names if not is_intact(kernel.link(name)) for change in named(name)}
 
 
-def stands(link: Link | None) -> bool:
-    """Whether a bridge or TAP of ours is as hostd leaves it, as far as its own facts tell."""
+def is_intact(link: Link | None) -> bool:
+    """Whether a bridge or TAP is as hostd leaves it, as far as the interface itself shows."""
     if link is None or not link.up:
         return False
-    if (match := BRIDGE_NAME.fullmatch(link.name)) is not None:
+    if (match := BRIDGE_NAME_PATTERN.fullmatch(link.name)) is not None:
         mac = naming.mac_address(int(match[1]), GATEWAY_OFFSET)
-        return link.mac == mac and link.alias.startswith(ALIAS_PREFIX)
+        return link.mac == mac and link.alias.startswith(naming.ALIAS_PREFIX)
     return link.master is not None
 
 
 def named(name: str) -> set[Change]:
     """A change of the tenant that a bridge's or TAP's name belongs to; of none for other links."""
-    match = BRIDGE_NAME.fullmatch(name) or TAP_NAME.fullmatch(name)
+    match = BRIDGE_NAME_PATTERN.fullmatch(name) or TAP_NAME_PATTERN.fullmatch(name)
     return set() if match is None else {Change("link", int(match[1]))}

@@ -6,15 +6,16 @@ from ipaddress import IPv4Network
 
 from handlers.host.linux.kernel_thread import no_namespace
 from handlers.host.net.antispoof import Pins
-from handlers.host.net.bridges import ALIAS_PREFIX, Bridges
+from handlers.host.net.bridges import Bridges
 from handlers.host.net.drift_watch import HostWatch
 from handlers.host.net.nftables import Nft
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN
-from handlers.host.net.ruleset import CARRIED, BaseRules
+from handlers.host.net.ruleset import BaseRules
 from handlers.host.net.sysctl import ensure_sysctl
 from handlers.host.net.taps import Taps
 from handlers.host.net.tenant_rules import TenantRules
+from schemas import naming
 from schemas.settings import NetworkSettings
 
 DEFAULT_ROUTE = "0.0.0.0/0"
@@ -27,14 +28,11 @@ SYSCTLS = {
 }
 
 
-class HostNetworks:
+class Networks:
     """The `Networks` of this host, of the namespace that the worker is in. Needs: CAP_NET_ADMIN."""
 
-    def __init__(
-        self, netlink: Netlink, nft: Nft, base: BaseRules, settings: NetworkSettings
-    ) -> None:
+    def __init__(self, netlink: Netlink, base: BaseRules, settings: NetworkSettings) -> None:
         self._netlink = netlink
-        self._nft = nft
         self._base = base
         self._uplinks = settings.uplinks
         self._exempt = [IPv4Network(route) for route in settings.exempt_routes]
@@ -86,19 +84,13 @@ class HostNetworks:
 
         def owned(kernel: Kernel, kind: str) -> tuple[str, ...]:
             links = kernel.links(kind=kind)
-            return tuple(sorted(link.name for link in links if link.alias.startswith(ALIAS_PREFIX)))
+            return tuple(
+                sorted(link.name for link in links if link.alias.startswith(naming.ALIAS_PREFIX))
+            )
 
         return await self._netlink.run(
             lambda kernel: (owned(kernel, "bridge"), owned(kernel, "tun"))
         )
-
-    async def nft_objects(self) -> int:
-        """How many elements of tenants and guests hostd's tables hold; the base is not counted."""
-        count = 0
-        for family, names in CARRIED.items():
-            for name in names:
-                count += len(await self._nft.members(f"{family} hostd {name}"))
-        return count
 
 
 def default_links(kernel: Kernel) -> Sequence[str]:
@@ -115,7 +107,7 @@ class NetworkMechanisms:
     netlink: Netlink
     nft: Nft
     base: BaseRules
-    networks: HostNetworks
+    networks: Networks
     bridges: Bridges
     tenant_rules: TenantRules
     pins: Pins
@@ -138,7 +130,7 @@ def open_network_mechanisms(
         netlink=netlink,
         nft=nft,
         base=base,
-        networks=HostNetworks(netlink, nft, base, settings),
+        networks=Networks(netlink, base, settings),
         bridges=Bridges(netlink),
         tenant_rules=TenantRules(nft, base, netlink),
         pins=Pins(nft, base),

@@ -18,7 +18,7 @@ TIMEOUT_S = 30.0
 
 
 class Absent(HostFault):
-    """The transaction names a table, chain, set or element that is not there."""
+    """The transaction names a table, chain, set or element that does not exist."""
 
 
 class Engine(Protocol):
@@ -47,7 +47,7 @@ class Library:
             getattr(self._lib, name).restype = ctypes.c_char_p
         self._context = ctypes.c_void_p(self._lib.nft_ctx_new(0))
         if self._context.value is None:
-            raise HostFault("libnftables gave no context")
+            raise HostFault(f"{LIBRARY}: nft_ctx_new() failed")
         self._lib.nft_ctx_buffer_output(self._context)
         self._lib.nft_ctx_buffer_error(self._context)
 

@@ -35,9 +35,9 @@ Member = tuple[str, Element]
 class Tables:
     """nftables of the namespace that the calling thread is in. Synchronous; lives in one thread.
 
-    Keeps what it read of a set for as long as nobody else changed any ruleset: the kernel counts
+    Keeps what it read of a set until another program changes any ruleset: the kernel counts
     the commits of a namespace, and this object knows its own. So a set of 1,000 elements is not
-    read for each change, and yet what another hand did is never overlooked.
+    read for each change, and yet an out-of-band change is never missed.
 
     Source: nft(8), nf_tables' NFT_MSG_GETGEN. Needs: CAP_NET_ADMIN.
     """
@@ -57,7 +57,7 @@ class Tables:
     # -- reading -------------------------------------------------------------------------------
 
     def outside_changes(self) -> int:
-        """Grows whenever another hand changed any ruleset of this namespace."""
+        """Increases whenever another program changed any ruleset of this namespace."""
         now = self._read_generation()
         if now != self._generation:
             self._generation = now
@@ -77,7 +77,7 @@ class Tables:
         return [member for member in members if member[1] not in self.members(member[0])]
 
     def has(self, members: Iterable[Member]) -> bool:
-        """Whether all of these are there; asked of the kernel anew."""
+        """Whether all of these are there; read from the kernel, not from the cache."""
         try:
             self._run("".join(f"get element {spelled(member)}\n" for member in members), 0)
         except Absent:
@@ -138,7 +138,7 @@ class Tables:
         except NftRefusal as error:
             raise refusal(str(error)) from error
         except (OSError, subprocess.SubprocessError) as error:
-            raise Unavailable("nft could not be run") from error
+            raise Unavailable("cannot run nft: try again") from error
 
     def _read_generation(self) -> int:
         """The number of commits to this namespace's rulesets."""
@@ -146,10 +146,12 @@ class Tables:
             self._socket.send(HEADER.pack(20, NFT_MSG_GETGEN, NLM_F_REQUEST, 1, 0) + bytes(4))
             answer = self._socket.recv(4096)
         except OSError as error:
-            raise of_os_error(error, "read the generation of the ruleset") from error
+            raise of_os_error(error, "cannot read nftables ruleset generation") from error
         generation = attributes(answer[HEADER.size + 4 :]).get(NFTA_GEN_ID)
         if HEADER.unpack_from(answer)[1] != NFT_MSG_NEWGEN or generation is None:
-            raise HostFault("the kernel does not tell the generation of the ruleset")
+            raise HostFault(
+                "cannot read nftables ruleset generation: unexpected reply from the kernel"
+            )
         return int.from_bytes(generation, "big")
 
 
@@ -174,7 +176,7 @@ class Nft:
         return await self.run(lambda tables: frozenset(tables.members(name)))
 
     async def outside_changes(self) -> int:
-        """Grows whenever another hand changed any ruleset of this namespace."""
+        """Increases whenever another program changed any ruleset of this namespace."""
         return await self.run(lambda tables: tables.outside_changes())
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""Changes of links, addresses, neighbours, FDB and routes by rtnetlink, and the thread for them.
+"""Changes of interfaces, addresses, neighbours, FDB and routes by rtnetlink, and their thread.
 
 A thin typed layer on pyroute2; it knows the kernel's messages and nothing of tenants. Reads are in
-`netlink_read.py`. Never reads /sys/class/net: it shows the namespace that sysfs was mounted in,
+`rtnetlink_reader.py`. Never reads /sys/class/net: it shows the namespace that sysfs was mounted in,
 not the one the thread is in.
 """
 
@@ -56,7 +56,7 @@ class Kernel(Reader):
         """A bridge that is down and forwards at once: no STP, no snooping, a MAC that stays."""
         data = {"br_stp_state": 0, "br_forward_delay": 0, "br_mcast_snooping": 0}
         held = [("IFLA_IFNAME", name), ("IFLA_ADDRESS", mac), _info("KIND", "bridge", "DATA", data)]
-        with doing(f"add bridge {name}"):
+        with mapping_errors(f"add bridge {name}"):
             self._change(RTM_NEWLINK, ifinfmsg(), held, flags=NLM_F_CREATE | NLM_F_EXCL)
 
     def set_link(self, index: int, **attributes: Any) -> None:
@@ -66,45 +66,45 @@ class Kernel(Reader):
         facts = {"index": index}
         if state is not None:
             facts |= {"flags": IFF_UP if state == "up" else 0, "change": IFF_UP}
-        with doing(f"set {', '.join(attributes)} of link {index}"):
+        with mapping_errors(f"set {', '.join(attributes)} of link {index}"):
             self._change(RTM_NEWLINK, ifinfmsg(), held, facts)
 
     def set_bridge(self, index: int, **attributes: int) -> None:
         held = [_info("KIND", "bridge", "DATA", attributes)]
-        with doing(f"set {', '.join(attributes)} of bridge {index}"):
+        with mapping_errors(f"set {', '.join(attributes)} of bridge {index}"):
             self._change(RTM_NEWLINK, ifinfmsg(), held, {"index": index})
 
     def set_port(self, index: int, **attributes: int) -> None:
         """Attributes of a bridge port, e.g. `isolated`; old kernels ignore unknown ones."""
         port = {f"brport_{name}": value for name, value in attributes.items()}
         held = [_info("SLAVE_KIND", "bridge", "SLAVE_DATA", port)]
-        with doing(f"set {', '.join(attributes)} of bridge port {index}"):
+        with mapping_errors(f"set {', '.join(attributes)} of bridge port {index}"):
             self._change(RTM_NEWLINK, ifinfmsg(), held, {"index": index})
 
     def delete_link(self, index: int) -> None:
         """Gone already is success. Blocks for 15 to 40 ms: the kernel waits for its readers."""
-        with doing(f"delete link {index}", absent=frozenset({errno.ENODEV})):
+        with mapping_errors(f"delete link {index}", absent=frozenset({errno.ENODEV})):
             self._change(RTM_DELLINK, ifinfmsg(), [], {"index": index})
 
     def add_address(self, index: int, address: Address) -> None:
-        with doing(f"add address {address.address}/{address.prefix_len}"):
+        with mapping_errors(f"add address {address.address}/{address.prefix_len}"):
             self._address(RTM_NEWADDR, index, address, NLM_F_CREATE | NLM_F_REPLACE)
 
     def delete_address(self, index: int, address: Address) -> None:
         gone = frozenset({errno.EADDRNOTAVAIL, errno.ENODEV})
-        with doing(f"delete address {address.address}/{address.prefix_len}", absent=gone):
+        with mapping_errors(f"delete address {address.address}/{address.prefix_len}", absent=gone):
             self._address(RTM_DELADDR, index, address, 0)
 
     def add_neighbour(self, index: int, address: str, mac: str) -> None:
         facts = {"family": socket.AF_INET, "ifindex": index, "state": NUD_PERMANENT}
         held = [("NDA_DST", address), ("NDA_LLADDR", mac)]
-        with doing(f"add neighbour {address}"):
+        with mapping_errors(f"add neighbour {address}"):
             self._change(RTM_NEWNEIGH, ndmsg(), held, facts, NLM_F_CREATE | NLM_F_REPLACE)
 
     def delete_neighbour(self, index: int, address: str) -> None:
         gone = frozenset({errno.ENOENT, errno.ENODEV})
         facts = {"family": socket.AF_INET, "ifindex": index}
-        with doing(f"delete neighbour {address}", absent=gone):
+        with mapping_errors(f"delete neighbour {address}", absent=gone):
             self._change(RTM_DELNEIGH, ndmsg(), [("NDA_DST", address)], facts)
 
     def add_static_fdb(self, index: int, mac: str) -> None:
@@ -112,11 +112,11 @@ class Kernel(Reader):
         facts = {"family": socket.AF_BRIDGE, "ifindex": index, "state": NUD_NOARP}
         facts["flags"] = NTF_MASTER
         held = [("NDA_LLADDR", mac)]
-        with doing(f"add FDB entry {mac}"):
+        with mapping_errors(f"add FDB entry {mac}"):
             self._change(RTM_NEWNEIGH, ndmsg(), held, facts, NLM_F_CREATE | NLM_F_REPLACE)
 
     def add_connected_route(self, index: int, subnet: str, source: str) -> None:
-        """What the kernel adds with an address, for when somebody took it away."""
+        """What the kernel adds with an address, for when it was deleted."""
         dst, _, prefix_len = subnet.partition("/")
         facts = {
             "family": socket.AF_INET,
@@ -127,7 +127,7 @@ class Kernel(Reader):
             "type": RTN_UNICAST,
         }
         held = [("RTA_DST", dst), ("RTA_OIF", index), ("RTA_PREFSRC", source)]
-        with doing(f"add route {subnet}"):
+        with mapping_errors(f"add route {subnet}"):
             self._change(RTM_NEWROUTE, rtmsg(), held, facts, NLM_F_CREATE | NLM_F_REPLACE)
 
     def _address(self, kind: int, index: int, address: Address, flags: int) -> None:
@@ -194,7 +194,7 @@ class Netlink:
 
 
 @contextmanager
-def doing(what: str, absent: frozenset[int] = frozenset()) -> Generator[None]:
+def mapping_errors(what: str, absent: frozenset[int] = frozenset()) -> Generator[None]:
     """Turn the kernel's refusal into the failure of its class; errors in `absent` are success."""
     try:
         yield

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from handlers.errors import Unavailable, of_os_error
+from handlers.errors import HostFault, Unavailable, of_os_error
 from handlers.host.net.netlink_messages import (
     HEADER,
     NLM_F_DUMP,
@@ -113,6 +113,17 @@ class Reader:
         wanted = attribute(IFLA_IFNAME, name.encode() + b"\0") + SKIP_STATS
         return self._link(0, wanted)
 
+    def existing_link(self, name: str) -> Link:
+        """The interface of the name, which the caller has created or found before.
+
+        Raises:
+            HostFault: it does not exist.
+        """
+        link = self.link(name)
+        if link is None:
+            raise HostFault(f"interface {name} is missing after its creation")
+        return link
+
     def link_name(self, index: int) -> str | None:
         link = self._link(index, SKIP_STATS)
         return None if link is None else link.name
@@ -144,7 +155,7 @@ class Reader:
         return found
 
     def permanent_neighbours(self, index: int) -> dict[str, str]:
-        """Address to MAC of the IPv4 neighbours that were set by hand on a link."""
+        """Address to MAC of the IPv4 permanent neighbours of an interface."""
         request = NEIGHBOUR.pack(socket.AF_INET, 0, 0, 0, 0)
         request += attribute(NDA_IFINDEX, struct.pack("=I", index))
         found: dict[str, str] = {}
@@ -164,7 +175,7 @@ class Reader:
         return found[2].get(NDA_LLADDR, b"").hex(":")
 
     def has_static_fdb(self, index: int, mac: str) -> bool:
-        """Whether the bridge sends frames for the MAC to this port, without having learnt it."""
+        """Whether the bridge sends frames for the MAC to this port, by a static entry."""
         wanted = attribute(NDA_LLADDR, bytes.fromhex(mac.replace(":", "")))
         found = self._neighbour(socket.AF_BRIDGE, index, wanted)
         return found is not None and found[:2] == (index, NUD_NOARP)
@@ -206,7 +217,7 @@ class Reader:
                 return body
             code = error_of(body)
             if code not in none:
-                raise of_os_error(OSError(code, ""), f"read rtnetlink {kind}")
+                raise of_os_error(OSError(code, ""), f"rtnetlink request {kind} failed")
         return None
 
     def _dump(self, kind: int, request: bytes) -> list[bytes]:
@@ -215,7 +226,7 @@ class Reader:
             self._send(kind, NLM_F_REQUEST | NLM_F_DUMP, request)
             if (found := self._whole_dump(kind)) is not None:
                 return found
-        raise Unavailable("the host's network changes faster than it can be listed")
+        raise Unavailable(f"rtnetlink dump interrupted by changes {ATTEMPTS} times: try again")
 
     def _whole_dump(self, kind: int) -> list[bytes] | None:
         found: list[bytes] = []
@@ -228,7 +239,7 @@ class Reader:
                 if answer == NLMSG_ERROR:
                     if (code := error_of(body)) in NONE:
                         return []
-                    raise of_os_error(OSError(code, ""), f"list rtnetlink {kind}")
+                    raise of_os_error(OSError(code, ""), f"rtnetlink dump {kind} failed")
                 found.append(body)
 
     def _send(self, kind: int, flags: int, body: bytes) -> None:
@@ -238,16 +249,18 @@ class Reader:
                 HEADER.pack(HEADER.size + len(body), kind, flags, self._sequence, 0) + body
             )
         except OSError as error:
-            raise of_os_error(error, "ask rtnetlink") from error
+            raise of_os_error(error, "cannot send to rtnetlink") from error
 
     def _receive(self) -> list[tuple[int, int, bytes]]:
         """One datagram's messages that answer the last question."""
         try:
             data = self._socket.recv(1 << 17)
         except TimeoutError as error:
-            raise Unavailable("rtnetlink does not answer") from error
+            raise Unavailable(
+                f"no reply from rtnetlink within {TIMEOUT_S:g} s: try again"
+            ) from error
         except OSError as error:
-            raise of_os_error(error, "read rtnetlink") from error
+            raise of_os_error(error, "cannot receive from rtnetlink") from error
         return [
             (kind, flags, body)
             for kind, flags, sequence, body in messages(data)

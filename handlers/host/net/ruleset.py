@@ -133,15 +133,15 @@ class BaseRules:
         One transaction, membership kept. `uplinks` None keeps those that are set.
 
         Raises:
-            HostFault: the kernel does not hold what was set.
+            HostFault: the read-back differs from what was set.
         """
-        return await self._nft.run(lambda tables: self.put_in(tables, uplinks))
+        return await self._nft.run(lambda tables: self.ensure_in(tables, uplinks))
 
-    def put_in(self, tables: Tables, uplinks: Iterable[str] | None = None) -> bool:
-        """`ensure`, for a mechanism that is at work in the thread."""
+    def ensure_in(self, tables: Tables, uplinks: Iterable[str] | None = None) -> bool:
+        """`ensure` for a mechanism that runs in the nftables thread already."""
         changed = not self._holds(tables)
         if changed:
-            self._put_in_force(tables)
+            self._apply(tables)
         return self._ensure_elements(tables, uplinks) or changed
 
     def _holds(self, tables: Tables) -> bool:
@@ -155,7 +155,7 @@ class BaseRules:
         self._left = (now, listing)
         return True
 
-    def _put_in_force(self, tables: Tables) -> None:
+    def _apply(self, tables: Tables) -> None:
         """Flush and fill the chains; where what is there does not fit, replace the tables."""
         self._left = None
         changes = tables.outside_changes()
@@ -169,7 +169,7 @@ class BaseRules:
             self._rebuild(tables)
             listing = listing_of(tables)
             if layout_of(json.loads(listing)) != expected_layout():
-                raise HostFault("nftables does not hold the rules that were set")
+                raise HostFault("nftables read-back failed: base ruleset differs from what was set")
         self._left = (changes, listing)
 
     def _ensure_elements(self, tables: Tables, uplinks: Iterable[str] | None) -> bool:

@@ -19,14 +19,14 @@ def read_sysctl(name: str) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise of_os_error(error, f"read {name}") from error
+        raise of_os_error(error, f"cannot read sysctl {name}") from error
 
 
 def ensure_sysctl(name: str, value: str) -> bool:
     """Set and read back; true if it had another value. Absent (IPv6 off, no br_netfilter): false.
 
     Raises:
-        HostFault: it cannot be written, or does not hold what was written.
+        HostFault: it cannot be written, or the read-back differs.
     """
     before = read_sysctl(name)
     if before is None or before == value:
@@ -38,7 +38,7 @@ def ensure_sysctl(name: str, value: str) -> bool:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise of_os_error(error, f"set {name} to {value}") from error
+        raise of_os_error(error, f"cannot set sysctl {name} to {value}") from error
     if (now := read_sysctl(name)) != value:
-        raise HostFault(f"{name} was set to {value} and reads {now}")
+        raise HostFault(f"sysctl {name} read-back mismatch: set to {value}, reads {now}")
     return True

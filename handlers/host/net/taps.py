@@ -1,19 +1,17 @@
 """TAPs: the guest's end of its tenant's bridge, persistent, owned by the jail's uid.
 
-An ownerless TAP could be taken by any jail. The port learns nothing: the guest's MAC is a static
-entry of the bridge's FDB and its address a permanent neighbour, so a guest that is still booting
-costs no ARP retries and one that lies changes no table.
+A TAP without owner could be opened by any jail. The port learns nothing: the guest's MAC is a
+static entry of the bridge's FDB and its address a permanent neighbour, so a guest that is still
+booting causes no ARP retries and a spoofing one changes no table.
 """
 
 import errno
 import fcntl
 import os
-import re
 import struct
 from typing import ClassVar
 
 from handlers.errors import Conflict, Failure, HostFault, of_os_error
-from handlers.host.net.bridges import ALIAS_PREFIX, reread
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import (
     IFLA_BRPORT_ISOLATED,
@@ -33,11 +31,10 @@ TUN_DEVICE = "/dev/net/tun"
 TUNSETIFF, TUNSETPERSIST, TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x8000
 FLAGS = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
-TAP_NAME = re.compile(r"tn([0-9]{1,4})i([0-9]{1,3})")
 
 
 class Taps:
-    """TAPs by link name. `ensure` is true if anything had to be made or repaired.
+    """TAPs by interface name. `ensure` is true if anything was created or repaired.
 
     Source: Documentation/networking/tuntap.rst, bridge(8). Needs: CAP_NET_ADMIN, /dev/net/tun.
 
@@ -60,81 +57,84 @@ class Taps:
         """Make or repair the TAP, read everything back; its rules and pins must be there already.
 
         Raises:
-            Conflict: the name is taken by a foreign link, which is not touched; the tenant's bridge
-                is not there; another uid's process still holds the TAP.
-            HostFault: the kernel does not hold what was set.
+            Conflict: another interface has the name, which is not changed; the tenant's bridge
+                does not exist; a process of another uid still has the TAP open.
+            HostFault: the read-back differs from what was set.
         """
-        return await self._netlink.run(lambda kernel: make(kernel, spec, isolate=self._isolate))
+        return await self._netlink.run(
+            lambda kernel: ensure_tap(kernel, spec, isolate=self._isolate)
+        )
 
     async def remove(self, key: str) -> None:
-        """Delete the TAP with its FDB entry and neighbour; a foreign link is left alone."""
-        await self._netlink.run(lambda kernel: delete(kernel, key))
+        """Delete the TAP, its FDB entry and neighbour; an interface that is not hostd's stays."""
+        await self._netlink.run(lambda kernel: remove_tap(kernel, key))
 
 
 def own_tap(kernel: Kernel, name: str) -> Link | None:
     link = kernel.link(name)
-    if link is None or link.kind != "tun" or not link.alias.startswith(ALIAS_PREFIX):
+    if link is None or link.kind != "tun" or not link.alias.startswith(naming.ALIAS_PREFIX):
         return None
     return link
 
 
-def make(kernel: Kernel, spec: TapSpec, *, isolate: bool) -> bool:
+def ensure_tap(kernel: Kernel, spec: TapSpec, *, isolate: bool) -> bool:
     bridge = kernel.link(spec.bridge)
     if bridge is None or bridge.kind != "bridge":
         raise Conflict(f"the tenant's network is not set up: there is no bridge {spec.bridge}")
     link = kernel.link(spec.name)
     if link is not None and (link.kind != "tun" or link.alias != spec.alias):
-        raise Conflict(f"{spec.name} is taken by a link that is not this instance's TAP")
+        raise Conflict(
+            f"interface {spec.name} exists and is not this instance's TAP: expected kind 'tun' with"
+            f" alias {spec.alias!r}, found {link.kind!r} with {link.alias!r}"
+        )
     if link is None:
-        create(kernel, spec, bridge, isolate=isolate)
+        create_tap(kernel, spec, bridge, isolate=isolate)
         changed = True
     else:
-        changed = own(link, spec)
-        changed = converge(kernel, link, spec, bridge, isolate=isolate) or changed
+        changed = set_owner(link, spec)
+        changed = converge_tap(kernel, link, spec, bridge, isolate=isolate) or changed
     try:
-        verify(kernel, spec, bridge, isolate=isolate)
+        verify_tap(kernel, spec, bridge, isolate=isolate)
     except Failure:
         if link is None:
-            delete(kernel, spec.name)
+            remove_tap(kernel, spec.name)
         raise
     return changed
 
 
-def create(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) -> None:
-    """Make the TAP persistent last of all: until then a crash, too, leaves nothing behind."""
-    descriptor = attach(spec.name, FLAGS | IFF_TUN_EXCL)
+def create_tap(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) -> None:
+    """Create it; it becomes persistent last, so that a crash before that leaves nothing behind."""
+    descriptor = open_tap(spec.name, FLAGS | IFF_TUN_EXCL)
     try:
-        link = reread(kernel, spec.name)
+        link = kernel.existing_link(spec.name)
         kernel.set_link(link.index, ifalias=spec.alias)
-        converge(kernel, link, spec, bridge, isolate=isolate)
-        control(descriptor, TUNSETOWNER, spec.owner_uid, "set the owner")
-        control(descriptor, TUNSETPERSIST, 1, "make the TAP persistent")
+        converge_tap(kernel, link, spec, bridge, isolate=isolate)
+        make_persistent(descriptor, spec)
     finally:
         os.close(descriptor)
 
 
-def own(link: Link, spec: TapSpec) -> bool:
-    """Give an existing TAP to the launch's uid; it can be held by nobody while that changes."""
+def set_owner(link: Link, spec: TapSpec) -> bool:
+    """Give an existing TAP to the launch's uid; no process may have it open meanwhile."""
     owner, persists = link.info.get(IFLA_TUN_OWNER), link.info.get(IFLA_TUN_PERSIST)
     if owner == spec.owner_uid and persists:
         return False
-    descriptor = attach(spec.name, FLAGS)
+    descriptor = open_tap(spec.name, FLAGS)
     try:
-        control(descriptor, TUNSETOWNER, spec.owner_uid, "set the owner")
-        control(descriptor, TUNSETPERSIST, 1, "make the TAP persistent")
+        make_persistent(descriptor, spec)
     finally:
         os.close(descriptor)
     return True
 
 
-def converge(kernel: Kernel, link: Link, spec: TapSpec, bridge: Link, *, isolate: bool) -> bool:
+def converge_tap(kernel: Kernel, link: Link, spec: TapSpec, bridge: Link, *, isolate: bool) -> bool:
     """Change what differs; the TAP goes up last."""
     changed = ensure_sysctl(f"ipv6/conf/{link.name}/disable_ipv6", "1")
     if link.master != bridge.index:
         kernel.set_link(link.index, master=bridge.index)
         changed = True
     wanted = port_flags(isolate=isolate)
-    port = reread(kernel, spec.name).port
+    port = kernel.existing_link(spec.name).port
     if any(port.get(flag) != value for flag, value in wanted.items()):
         kernel.set_port(link.index, isolated=int(isolate), learning=0, unicast_flood=0)
         changed = True
@@ -158,9 +158,9 @@ def port_flags(*, isolate: bool) -> dict[int, int]:
     }
 
 
-def verify(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) -> None:
-    link = reread(kernel, spec.name)
-    holds = {
+def verify_tap(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) -> None:
+    link = kernel.existing_link(spec.name)
+    checks = {
         "alias": link.alias == spec.alias,
         "owner": link.info.get(IFLA_TUN_OWNER) == spec.owner_uid,
         "persistence": link.info.get(IFLA_TUN_PERSIST) == 1,
@@ -170,12 +170,12 @@ def verify(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) -> Non
         "neighbour": kernel.neighbour(bridge.index, spec.guest_ip) == spec.mac,
         "up": link.up,
     }
-    if wrong := [fact for fact, held in holds.items() if not held]:
-        raise HostFault(f"TAP {spec.name} was set and does not have its {', '.join(wrong)}")
+    if wrong := [fact for fact, ok in checks.items() if not ok]:
+        raise HostFault(f"TAP {spec.name} read-back mismatch: {', '.join(wrong)}")
 
 
-def delete(kernel: Kernel, name: str) -> None:
-    if (match := TAP_NAME.fullmatch(name)) is not None:
+def remove_tap(kernel: Kernel, name: str) -> None:
+    if (match := naming.TAP_NAME_PATTERN.fullmatch(name)) is not None:
         net_id, offset = int(match[1]), int(match[2])
         bridge = kernel.link(naming.bridge_name(net_id))
         mac = naming.mac_address(net_id, offset)
@@ -186,24 +186,31 @@ def delete(kernel: Kernel, name: str) -> None:
         kernel.delete_link(link.index)
 
 
-def attach(name: str, flags: int) -> int:
+def open_tap(name: str, flags: int) -> int:
     """A descriptor of the TAP. With IFF_TUN_EXCL an existing one is EBUSY, never shared."""
     try:
         descriptor = os.open(TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise of_os_error(error, f"open {TUN_DEVICE}") from error
+        raise of_os_error(error, f"cannot open {TUN_DEVICE}") from error
     try:
         fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
     except OSError as error:
         os.close(descriptor)
         if error.errno == errno.EBUSY:
             raise Conflict(f"TAP {name} is in use by another process") from error
-        raise of_os_error(error, f"attach to TAP {name}") from error
+        raise of_os_error(error, f"cannot attach to TAP {name}") from error
     return descriptor
 
 
-def control(descriptor: int, request: int, value: int, doing: str) -> None:
+def make_persistent(descriptor: int, spec: TapSpec) -> None:
+    """Set the owner, then persistence: a persistent TAP always has its owner."""
+    what = f"of TAP {spec.name}"
+    tap_ioctl(descriptor, TUNSETOWNER, spec.owner_uid, f"cannot set the owner {what}")
+    tap_ioctl(descriptor, TUNSETPERSIST, 1, f"cannot set the persistence {what}")
+
+
+def tap_ioctl(descriptor: int, request: int, value: int, what: str) -> None:
     try:
         fcntl.ioctl(descriptor, request, value)
     except OSError as error:
-        raise of_os_error(error, doing) from error
+        raise of_os_error(error, what) from error

@@ -43,27 +43,28 @@ class TenantRules:
         """Put the rules in force, and nothing else for this bridge, and read them back.
 
         Raises:
-            HostFault: the kernel does not hold what was set.
+            HostFault: the read-back differs from what was set.
         """
-        return await self._nft.run(lambda tables: self._put_in(tables, spec))
+        return await self._nft.run(lambda tables: self._ensure_in(tables, spec))
 
     async def remove(self, key: str) -> None:
         """Take the tenant's elements, leftover pins and conntrack entries away."""
         rules = TenantRulesKey.parse(key)
+        taps = naming.tap_name_prefix(rules.tenant_net_id)
 
-        def take_out(tables: Tables) -> None:
+        def remove_members(tables: Tables) -> None:
             doomed = [m for m in tenant_members(key) if m[1] in tables.members(m[0])]
             for name in (PINS, GUESTS):
                 found = tables.members(name)
-                doomed += [(name, e) for e in found if e[0].startswith(f"tn{rules.tenant_net_id}i")]
+                doomed += [(name, e) for e in found if e[0].startswith(taps)]
             if doomed:
                 tables.change(remove=doomed)
 
-        await self._nft.run(take_out)
+        await self._nft.run(remove_members)
         await self._netlink.run(lambda _: flush_conntrack(IPv4Network(rules.ipv4_subnet)))
 
-    def _put_in(self, tables: Tables, spec: TenantRulesSpec) -> bool:
-        changed = self._base.put_in(tables)
+    def _ensure_in(self, tables: Tables, spec: TenantRulesSpec) -> bool:
+        changed = self._base.ensure_in(tables)
         wanted = tenant_members(spec.key)
         stray = [
             (GATEWAYS, (bridge, address))
@@ -74,7 +75,9 @@ class TenantRules:
             return changed
         tables.change(remove=stray, add=wanted)
         if not tables.has(wanted):
-            raise HostFault(f"nftables does not hold the rules of {spec.net.bridge_name}")
+            raise HostFault(
+                f"nftables read-back failed: tenant rules for {spec.net.bridge_name} missing"
+            )
         return True
 
 

@@ -95,9 +95,13 @@ class SnapshotDir:
         path = self.file(MANIFEST)
         found = read_sealed(path, Manifest)
         if found is None:
-            raise HostFault(f"the snapshot has no manifest: {path}", path=path)
+            raise HostFault(f"snapshot manifest {path} is missing", path=path)
         if (found.ref, found.number) != (self.ref, self.number):
-            raise HostFault(f"{path} is that of {found.ref}, number {found.number}", path=path)
+            raise HostFault(
+                f"{path}: expected snapshot {self.number} of {self.ref}, found {found.number} of"
+                f" {found.ref}",
+                path=path,
+            )
         return found
 
     def info(self, manifest: Manifest) -> SnapshotInfo:

@@ -1,8 +1,8 @@
 """Which memory file belongs to a snapshot, and whether it still is as it was.
 
-Firecracker's memory file has no checksum of its own, and half of one resumes garbage. Its identity
-is noted when it is sealed; its hash is taken later, in the background, and bound to that identity.
-An identity that differs is believed only after the hash has been compared.
+Firecracker's memory file has no checksum; a partial one resumes garbage. Its identity is recorded
+when it is sealed; its hash is computed later, in the background, and bound to that identity. A file
+with another identity is accepted only after its hash has been compared.
 """
 
 import os
@@ -22,8 +22,8 @@ class _Stopped(Exception):
 
 
 class MemoryFacts(msgspec.Struct, frozen=True):
-    """`memory.json`. `loose`: hostd has linked the file into a jail, or was about to, which moves
-    its ctime; until it is alone again a ctime that differs says nothing.
+    """`memory.json`. `linked`: hostd has hard-linked the file into a jail, or was about to, which
+    changes its ctime; until it has one hard link again, the ctime is not compared.
     """
 
     dev: int
@@ -32,7 +32,7 @@ class MemoryFacts(msgspec.Struct, frozen=True):
     mtime_ns: int
     ctime_ns: int
     sha256: str | None = None
-    loose: bool = False
+    linked: bool = msgspec.field(default=False, name="loose")
 
     @classmethod
     def of(cls, found: os.stat_result, *, sha256: str | None = None) -> "MemoryFacts":
@@ -53,7 +53,7 @@ class MemoryFacts(msgspec.Struct, frozen=True):
             found.st_size,
             found.st_mtime_ns,
         )
-        return content and (self.loose or self.ctime_ns == found.st_ctime_ns)
+        return content and (self.linked or self.ctime_ns == found.st_ctime_ns)
 
 
 class Memories:
@@ -71,16 +71,16 @@ class Memories:
         """Before a link or chown of hostd's own; durable, for a crash may come right after it."""
         with self._lock:
             facts = self._read(directory)
-            if not facts.loose:
-                self._write(directory, msgspec.structs.replace(facts, loose=True))
+            if not facts.linked:
+                self._write(directory, msgspec.structs.replace(facts, linked=True))
 
     def restore_ownership(self, directory: SnapshotDir) -> None:
-        """Give a memory file back to root, and note its identity anew once it is alone again."""
+        """Give a memory file back to root; record its identity once it has one hard link again."""
         with self._lock:
             facts = self._read(directory)
             fd = _open(directory)
             try:
-                if facts.loose and facts.fits(os.fstat(fd)):
+                if facts.linked and facts.fits(os.fstat(fd)):
                     _to_root(fd)
                     found = os.fstat(fd)
                     if found.st_nlink == 1:
@@ -97,13 +97,17 @@ class Memories:
         try:
             found = os.fstat(fd)
             if found.st_size != size_bytes:
-                raise HostFault(f"{path} is {found.st_size} bytes, not {size_bytes}", path=path)
+                raise HostFault(
+                    f"{path}: expected {size_bytes} bytes, found {found.st_size}", path=path
+                )
             if facts.fits(found):
                 return
             if facts.sha256 is None:
                 raise _touched(directory)
             if sha256_of(fd) != facts.sha256:
-                raise HostFault(f"{path} is not the memory that was saved", path=path)
+                raise HostFault(
+                    f"{path}: sha256 mismatch: not the memory that was saved", path=path
+                )
             _to_root(fd)
             with self._lock:
                 self._write(directory, MemoryFacts.of(os.fstat(fd), sha256=facts.sha256))
@@ -157,7 +161,7 @@ class Memories:
         path = directory.file(MEMORY_FACTS)
         facts = read_sealed(path, MemoryFacts)
         if facts is None:
-            raise HostFault(f"the snapshot's {path} is missing", path=path)
+            raise HostFault(f"snapshot file {path} is missing", path=path)
         return facts
 
     def _write(self, directory: SnapshotDir, facts: MemoryFacts) -> None:
@@ -169,12 +173,12 @@ def _open(directory: SnapshotDir) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise HostFault(f"{path} is gone", path=path) from error
+        raise HostFault(f"snapshot file {path} is missing", path=path) from error
 
 
 def _touched(directory: SnapshotDir) -> HostFault:
     path = directory.file(MEMORY)
-    return HostFault(f"{path} was touched before its hash was taken", path=path)
+    return HostFault(f"{path} was modified before it was hashed", path=path)
 
 
 def _to_root(fd: int) -> None:

@@ -1,6 +1,6 @@
-"""From the VMM's files in its jail to a snapshot of hostd's own: taken, checked, synced, described.
+"""Sealing: the VMM's files are moved out of its jail, verified, synced and described.
 
-The jail's directory belongs to the VMM's uid, and a guest may have taken its VMM over: nothing in
+The jail's directory belongs to the VMM's uid, and a guest may have taken its VMM over: no file in
 it is trusted by its name.
 """
 
@@ -28,7 +28,7 @@ from handlers.host.snapshot.manifest import (
 )
 from handlers.host.snapshot.memory_file import Memories
 from handlers.host.storage import wipe
-from handlers.host.storage.agentd_files import open_tenant
+from handlers.host.storage.agentd_files import open_tenant, split_tenant_path
 from handlers.host.storage.drive_images import CONFIG, SECRETS
 from handlers.jail_names import (
     CONFIG_DRIVE,
@@ -38,9 +38,9 @@ from handlers.jail_names import (
     SNAPSHOT_DIR,
     STATE,
 )
-from handlers.specs import SnapshotFacts
+from handlers.specs import MIB, SnapshotFacts
 
-STATE_MAX_BYTES = 64 << 20
+STATE_MAX_BYTES = 64 * MIB
 DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -71,11 +71,11 @@ class Sealer:
         directory = SnapshotDir(self._base, facts.ref, facts.number)
         jail = self._layout.read_metadata(jail_id)
         if jail is None or jail.ref != facts.ref:
-            raise HostFault(f"{jail_id} is no jail of {facts.ref}")
+            raise HostFault(f"cannot seal: jail {jail_id} does not belong to {facts.ref}")
         if directory.published:
             raise HostFault(f"{directory.path} is published already", path=directory.path)
         try:
-            discard_dir(directory)  # of a sleep that was cut short
+            discard_dir(directory)  # of an interrupted sleep
             make_dir(directory.path, sync=True)
             manifest = self._sealed(directory, jail_id, jail, facts)
             write_sealed(directory.file(UNPUBLISHED), manifest)
@@ -99,10 +99,14 @@ class Sealer:
             memory = _take(source, MEMORY, directory, jail.uid)
             opened.callback(os.close, memory)
             state_bytes, mem_bytes = os.fstat(state).st_size, os.fstat(memory).st_size
-            if mem_bytes != facts.mem_mib << 20:
-                raise HostFault(f"the memory file is {mem_bytes} bytes, not {facts.mem_mib} MiB")
+            if mem_bytes != facts.mem_mib * MIB:
+                raise HostFault(
+                    f"memory file: expected {facts.mem_mib} MiB, found {mem_bytes} bytes"
+                )
             if not 0 < state_bytes <= STATE_MAX_BYTES:
-                raise HostFault(f"the state file is {state_bytes} bytes")
+                raise HostFault(
+                    f"state file: expected 1 to {STATE_MAX_BYTES} bytes, found {state_bytes}"
+                )
             kept = self._keep_drives(directory, jail_id, jail) if facts.keep_drives else {}
             self._memories.record(directory, memory)
             return Manifest(
@@ -127,7 +131,7 @@ class Sealer:
     def _keep_drives(
         self, directory: SnapshotDir, jail_id: str, jail: JailMetadata
     ) -> dict[str, KeptDrive]:
-        """Copies, for the guest goes on with the originals if the sleep fails after all."""
+        """Copies, since the guest continues with the originals if the sleep fails later."""
         root = self._layout.root(jail_id)
         kept: dict[str, KeptDrive] = {}
         if jail.has_config:
@@ -151,7 +155,7 @@ class Sealer:
 
 
 def fresh_dir(root: str, name: str, *, uid: int, gid: int, mode: int) -> None:
-    """An empty directory in a jail, whatever was there by that name."""
+    """Replace whatever has that name in a jail by an empty directory."""
     try:
         parent = os.open(root, DIR)
         try:
@@ -166,16 +170,16 @@ def fresh_dir(root: str, name: str, *, uid: int, gid: int, mode: int) -> None:
         finally:
             os.close(parent)
     except OSError as error:
-        raise of_os_error(error, f"cannot make the directory {name} in {root}") from error
+        raise of_os_error(error, f"cannot create the directory {name} in {root}") from error
 
 
 def disk_facts(data: str, path: str) -> DiskFacts:
     """The data disk as it is now, opened beneath the tenant directory. Raises NotFound, Invalid."""
-    tenants = f"{data}/tenants/"
-    if not path.startswith(tenants):
-        raise Invalid(f"{path} is not below {tenants}", path=path)
-    tenant, _, rest = path.removeprefix(tenants).partition("/")
-    with open_tenant(data, tenant) as directory, directory.file(rest) as fd:
+    shared = split_tenant_path(data, path)
+    if shared is None:
+        raise Invalid(f"invalid path of a data disk: {path} is not below {data}/tenants", path=path)
+    tenant_id, below = shared
+    with open_tenant(data, tenant_id) as tenant, tenant.file(below) as fd:
         return DiskFacts.of(path, os.fstat(fd))
 
 
@@ -208,17 +212,21 @@ def _take(source: int, name: str, directory: SnapshotDir, uid: int) -> int:
     try:
         fd = os.open(name, FILE, dir_fd=source)
     except FileNotFoundError as error:
-        raise HostFault(f"the VMM left no {name} file") from error
+        raise HostFault(f"snapshot file {name} is missing: the VMM did not write it") from error
     with contextlib.ExitStack() as unless_taken:
         unless_taken.callback(os.close, fd)
         found = os.fstat(fd)
         if not (stat.S_ISREG(found.st_mode) and found.st_uid == uid and found.st_nlink == 1):
-            raise HostFault(f"the VMM's {name} file is not its own")
+            raise HostFault(
+                f"snapshot file {name}: wrong owner or link count: expected a regular file of uid"
+                f" {uid} with 1 hard link, found mode {found.st_mode:o}, uid {found.st_uid},"
+                f" {found.st_nlink} hard links"
+            )
         os.fchown(fd, 0, 0)
         os.fchmod(fd, 0o600)
         _move(source, name, directory)
         if not os.path.samestat(os.stat(directory.file(name), follow_symlinks=False), found):
-            raise HostFault(f"the VMM's {name} file was exchanged while it was taken")
+            raise HostFault(f"snapshot file {name} was replaced during the move")
         os.fsync(fd)
         unless_taken.pop_all()
     return fd
@@ -246,7 +254,7 @@ def _keep(
         found = os.fstat(original)
         known = expected is None or FileId.of(found) == expected
         if not (stat.S_ISREG(found.st_mode) and known and found.st_size == size_bytes):
-            raise HostFault(f"{name} in the jail is not the drive that hostd made")
+            raise HostFault(f"{name} in the jail is not the drive image that hostd created")
         copy = os.open(directory.file(name), NEW, 0o600)
         try:
             copy_sparse(original, copy)

@@ -1,7 +1,7 @@
-"""Memory snapshots: taken out of the jail, sealed, published, checked, linked in again, discarded.
+"""Memory snapshots: moved out of the jail, sealed, published, verified, linked again, deleted.
 
-A snapshot is what has a manifest: its rename is Sleep's point of no return. Files without one are
-leftovers. Nothing is loaded that cannot be shown to be what was saved.
+A snapshot is a directory with a manifest: its rename is Sleep's point of no return. Files without
+one are leftovers. Nothing is loaded that cannot be shown to be what was saved.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ from schemas.requests import InstanceRef
 
 
 class Snapshots:
-    """The Protocol of `handlers/interfaces.py`. `close` ends a hash that is being taken."""
+    """Snapshots below `<state>/snapshots`. `close` stops a hash that is being computed."""
 
     def __init__(
         self, *, data: str, state: str, jail_base: str, cpu_model: str, kernel_release: str
@@ -68,7 +68,7 @@ class Snapshots:
 
     # -- Sleep ---------------------------------------------------------------------------------
 
-    async def begin(self, jail_id: str, uid: int) -> tuple[str, str]:
+    async def begin_write(self, jail_id: str, uid: int) -> tuple[str, str]:
         """An empty directory of the uid's in the jail, for the VMM to write to.
 
         Returns the paths of state and memory as the VMM sees them.
@@ -150,26 +150,27 @@ class Snapshots:
         """Check all that can be checked before a load; see docs/contract.md, snapshot truth.
 
         Raises:
-            HostFault: names what differs. The snapshot stays; once put right it can be woken.
+            HostFault: names what differs. The snapshot stays; once the file is restored it can be
+                woken.
         """
         return await run_in_thread(self._verify, SnapshotDir(self._base, ref, number), vmm_version)
 
-    async def link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
+    async def link(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
         """Hard-link state and memory into the jail, for the uid to read and not to write.
 
         Returns their paths as the VMM sees them.
         """
-        await run_in_thread(self._link_into, jail_id, uid, info)
+        await run_in_thread(self._link, jail_id, uid, info)
         return in_jail(WOKEN_DIR, STATE), in_jail(WOKEN_DIR, MEMORY)
 
-    async def settle(self, ref: InstanceRef, number: int) -> None:
+    async def restore_ownership(self, ref: InstanceRef, number: int) -> None:
         """After a failed wake, before or after its jail is gone: the files are root's again.
 
         A file that is gone needs none: what is wrong with a snapshot is for `verify` to say.
         """
         directory = SnapshotDir(self._base, ref, number)
 
-        def settle() -> None:
+        def restore() -> None:
             try:
                 with contextlib.suppress(FileNotFoundError):
                     os.chown(directory.file(STATE), 0, 0)
@@ -177,14 +178,14 @@ class Snapshots:
                 if os.path.exists(directory.file(MEMORY)):
                     self._memories.restore_ownership(directory)
             except OSError as error:
-                raise of_os_error(error, f"cannot settle {directory.path}") from error
+                raise of_os_error(error, f"cannot restore the owner of {directory.path}") from error
 
-        await run_in_thread(settle)
+        await run_in_thread(restore)
 
-    async def consume(self, ref: InstanceRef, number: int) -> None:
-        """Take the manifest's name away, durably: nobody wakes it again. Absent is success.
+    async def mark_consumed(self, ref: InstanceRef, number: int) -> None:
+        """Unpublish it durably, so that it cannot be woken again; absent is success.
 
-        The files stay, since the running VM maps the memory; `discard` takes them later.
+        The files stay, since the running VM maps the memory; the deletions remove them later.
         """
         directory = SnapshotDir(self._base, ref, number)
 
@@ -194,11 +195,11 @@ class Snapshots:
                     os.rename(directory.file(MANIFEST), directory.file(CONSUMED))
                     sync_dir(directory.path)
             except OSError as error:
-                raise of_os_error(error, f"cannot consume {directory.path}") from error
+                raise of_os_error(error, f"cannot mark {directory.path} as consumed") from error
 
         await run_in_thread(rename)
 
-    async def drop(self, ref: InstanceRef, number: int) -> None:
+    async def delete(self, ref: InstanceRef, number: int) -> None:
         """Remove one, and what a failed write of it left in the jail; absent is success."""
 
         def remove() -> None:
@@ -207,34 +208,17 @@ class Snapshots:
                 remove_empty(f"{self._base}/{ref}", up_to=self._base)
                 self._clear_jails(ref)
             except OSError as error:
-                raise of_os_error(error, f"cannot drop snapshot {number} of {ref}") from error
+                raise of_os_error(error, f"cannot delete snapshot {number} of {ref}") from error
 
         await run_in_thread(remove)
 
-    async def discard(self, ref: InstanceRef, *, below: int | None = None) -> None:
-        """Remove all snapshots (or those numbered below), blocks given back; absent is success.
+    async def delete_older(self, ref: InstanceRef, number: int) -> None:
+        """Delete the snapshots with a lower number and free their blocks; absent is success."""
+        await run_in_thread(self._delete, ref, number)
 
-        With all of them goes what a failed snapshot left in the instance's jail.
-        """
-        await run_in_thread(self._discard, ref, below)
-
-    async def list_all(self) -> list[tuple[InstanceRef, int, bool]]:
-        """Every snapshot directory on this host, and whether it is published."""
-
-        def look() -> list[tuple[InstanceRef, int, bool]]:
-            found: list[tuple[InstanceRef, int, bool]] = []
-            for path, directories, _ in os.walk(self._base):
-                parts = os.path.relpath(path, self._base).split("/")
-                if len(parts) == 3:
-                    directories.clear()
-                    ref = InstanceRef(*parts)
-                    found += [
-                        (ref, number, SnapshotDir(self._base, ref, number).published)
-                        for number in numbers_of(self._base, ref)
-                    ]
-            return sorted(found)
-
-        return await run_in_thread(look)
+    async def delete_all(self, ref: InstanceRef) -> None:
+        """Delete all snapshots, and what a failed one left in the jails; absent is success."""
+        await run_in_thread(self._delete, ref, None)
 
     # -- in a thread ---------------------------------------------------------------------------
 
@@ -245,7 +229,7 @@ class Snapshots:
             ("on the CPU", manifest.cpu_model, self._cpu_model),
         ):
             if sealed != now:
-                raise HostFault(f"{directory.path} was saved {what} {sealed}, this is {now}")
+                raise HostFault(f"{directory.path} was saved {what} {sealed}, found {now}")
         try:
             _check_file(directory, STATE, manifest.state_bytes, manifest.state_sha256)
             for name, drive in manifest.kept.items():
@@ -264,15 +248,16 @@ class Snapshots:
         try:
             now = disk_facts(self._data, path)
         except NotFound as error:
-            raise HostFault(f"the data disk {path} is gone", path=path) from error
+            raise HostFault(f"data disk {path} is missing: move it back", path=path) from error
         for field in ("ino", "size_bytes", "mtime_ns"):
             if getattr(now, field) != getattr(manifest.disk, field):
                 raise HostFault(
-                    f"the data disk {path} is not as it was at sleep: its {field} differs",
+                    f"data disk {path} changed since the sleep: {field}: expected"
+                    f" {getattr(manifest.disk, field)}, found {getattr(now, field)}",
                     path=path,
                 )
 
-    def _link_into(self, jail_id: str, uid: int, info: SnapshotInfo) -> None:
+    def _link(self, jail_id: str, uid: int, info: SnapshotInfo) -> None:
         ref = InstanceRef(*os.path.relpath(info.directory, self._base).split("/")[:3])
         directory = SnapshotDir(self._base, ref, info.number)
         try:
@@ -292,7 +277,7 @@ class Snapshots:
         except OSError as error:
             raise of_os_error(error, f"cannot link {directory.path} into the jail") from error
 
-    def _discard(self, ref: InstanceRef, below: int | None) -> None:
+    def _delete(self, ref: InstanceRef, below: int | None) -> None:
         try:
             for number in numbers_of(self._base, ref):
                 if below is None or number < below:
@@ -301,7 +286,7 @@ class Snapshots:
             if below is None:
                 self._clear_jails(ref)
         except OSError as error:
-            raise of_os_error(error, f"cannot discard the snapshots of {ref}") from error
+            raise of_os_error(error, f"cannot delete the snapshots of {ref}") from error
 
     def _clear_jails(self, ref: InstanceRef) -> None:
         for jail_id in self._layout.ids_of(ref):
@@ -317,10 +302,12 @@ def _check_file(directory: SnapshotDir, name: str, size_bytes: int, sha256: str)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise HostFault(f"{path} is gone", path=path) from error
+        raise HostFault(f"snapshot file {path} is missing", path=path) from error
     try:
         if os.fstat(fd).st_size != size_bytes or sha256_of(fd) != sha256:
-            raise HostFault(f"{path} is not what was saved", path=path)
+            raise HostFault(
+                f"{path}: size or sha256 mismatch: not the file that was saved", path=path
+            )
     finally:
         os.close(fd)
 

@@ -1,6 +1,6 @@
-"""agentd's directories: `<data>/tenants/<t>/...`, read with suspicion and written with courtesy.
+"""agentd's directories: `<data>/tenants/<t>/...`, read as untrusted input.
 
-`instance.json` is a copy for agentd; the truth is hostd's journal and the kernel.
+`instance.json` is a best-effort copy for agentd; hostd itself relies on its journal and the kernel.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from schemas.requests import InstanceRef
 
 JSON_MAX_BYTES = 1 << 20
 SECRETS_MAX_BYTES = 1 << 20
-CURRENT = re.compile(r"revisions/([0-9a-z]{1,64})")
+CURRENT = re.compile(rf"revisions/({naming.REVISION_PATTERN.pattern})")
 OURS = frozenset(
     {
         "status",
@@ -53,15 +53,30 @@ def instance_path(ref: InstanceRef) -> str:
     return f"pools/{ref.pool_id}/instances/{ref.instance_id}"
 
 
+def split_tenant_path(data: str, path: str) -> tuple[str, str] | None:
+    """The tenant ID and the path below the tenant's directory; None if it is not below one.
+
+    For a path that hostd made itself; it is opened by `open_tenant` all the same.
+    """
+    tenants = f"{data}/tenants/"
+    if not path.startswith(tenants):
+        return None
+    tenant_id, _, below = path.removeprefix(tenants).partition("/")
+    return tenant_id, below
+
+
 def open_tenant(data: str, tenant_id: str) -> Directory:
     """The tenant's directory below the data root; everything else is opened beneath it.
 
     Raises:
         NotFound: there is no such tenant.
-        Invalid: the id is none, or the directory is a link.
+        Invalid: the tenant ID is not valid, or the directory is a symlink.
     """
     if naming.ID_PATTERN.fullmatch(tenant_id) is None:
-        raise Invalid(f"not a tenant id: {tenant_id[:64]!r}")
+        raise Invalid(
+            f"invalid tenant ID {tenant_id[:64]!r}: use 1-63 characters a-z, 0-9 or '-',"
+            " not at the ends"
+        )
     with Directory.trusted(data) as root:
         return root.directory(f"tenants/{tenant_id}")
 
@@ -70,13 +85,18 @@ def open_instance(data: str, ref: InstanceRef) -> Directory:
     """The instance's directory. Raises as `open_tenant`."""
     for each in (ref.pool_id, ref.instance_id):
         if naming.ID_PATTERN.fullmatch(each) is None:
-            raise Invalid(f"not an id: {each[:64]!r}")
+            raise Invalid(
+                f"invalid ID {each[:64]!r}: use 1-63 characters a-z, 0-9 or '-', not at the ends"
+            )
     with open_tenant(data, ref.tenant_id) as tenant:
         return tenant.directory(instance_path(ref))
 
 
 class SharedFiles:
-    """The Protocol of `handlers/interfaces.py`; `data` is the data root."""
+    """Reads and updates agentd's files below the data root `data`.
+
+    Every file is opened beneath its tenant's directory and without following symlinks.
+    """
 
     def __init__(self, data: str) -> None:
         self._data = data
@@ -91,7 +111,7 @@ class SharedFiles:
         return await run_in_thread(self._instance, ref)
 
     async def of_launch(self, ref: InstanceRef) -> tuple[TenantConfig, PoolSpec, InstanceFile]:
-        """The three files that a launch asks, read in this order in one go."""
+        """The three files that a launch needs, read in this order in one thread call."""
 
         def read() -> tuple[TenantConfig, PoolSpec, InstanceFile]:
             tenant = self._tenant(ref.tenant_id)
@@ -100,11 +120,11 @@ class SharedFiles:
         return await run_in_thread(read)
 
     async def current_revision(self, tenant_id: str, pool_id: str) -> str:
-        """What `artifacts/current` names now.
+        """The revision that `artifacts/current` names now.
 
         Raises:
             NotFound: the pool has no artifacts.
-            Invalid: `current` is anything but the relative link `revisions/<hash>`.
+            Invalid: `current` is not a relative symlink `revisions/<hash>`.
         """
 
         def look() -> str:
@@ -117,13 +137,13 @@ class SharedFiles:
                     raise NotFound(f"the pool has no artifacts: {path}", path=path) from error
                 found = CURRENT.fullmatch(target)
                 if found is None:
-                    raise Invalid(f"{path} does not say revisions/<hash>", path=path)
+                    raise Invalid(f"invalid target of {path}: want revisions/<hash>", path=path)
                 return found[1]
 
         return await run_in_thread(look)
 
     async def secrets(self, tenant_id: str) -> bytes | None:
-        """The tenant's `secrets.json` as it is; None if there is none. Not to be logged."""
+        """The content of the tenant's `secrets.json`, or None. Never log it."""
 
         def look() -> bytes | None:
             with open_tenant(self._data, tenant_id) as tenant:
@@ -138,15 +158,17 @@ class SharedFiles:
     async def update_instance(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
         """Change hostd's fields of `instance.json`; `failed` is written as `stopped`.
 
-        Everything else, unknown fields and the order of keys included, stays byte for byte. A
-        write by agentd between the last look and the rename, microseconds, is lost; the fields it
-        may write do not matter to hostd, which has its own journal.
+        All other fields, unknown ones included, and the order of keys stay byte for byte. A write
+        by agentd between the last check and the rename (microseconds) is lost; hostd does not
+        depend on the fields that agentd may write.
         """
         changes = dict(changes)
         if changes.get("status") == "failed":
             changes["status"] = "stopped"
         if not changes.keys() <= OURS or changes.get("status", "ready") not in STATUSES:
-            raise ValueError(f"not hostd's to write into instance.json: {changes}")
+            raise ValueError(
+                f"cannot update instance.json: not a field or status of hostd's: {changes}"
+            )
         await run_in_thread(self._update, ref, changes)
 
     async def remove_instance(self, ref: InstanceRef, *, keep_volumes: bool) -> None:
@@ -178,7 +200,7 @@ class SharedFiles:
                 if now is not None and _same(now, read):
                     directory.replace("instance.json", new, like=read)
                     return
-            raise Unavailable(f"{path} is being written over and over", path=path)
+            raise Unavailable(f"{path} changed during {REREADS} updates: try again", path=path)
 
     def _remove(self, ref: InstanceRef, *, keep_volumes: bool) -> None:
         try:

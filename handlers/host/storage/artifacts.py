@@ -1,4 +1,4 @@
-"""Revisions imported below `<state>/artifacts`, so that nobody changes a running VM's files.
+"""Revisions imported below `<state>/artifacts`, so that a running VM's files do not change.
 
 Jails hard-link from there; agentd may rewrite or remove its own copy at any time.
 """
@@ -18,10 +18,11 @@ from handlers.host.linux.file_threads import CancelToken, run_in_slow_thread, ru
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_path
 from handlers.host.linux.sparse_copy import copy_sparse, sha256_of
-from handlers.host.linux.state_dirs import ids, make_dir, remove_empty, sync_dir
+from handlers.host.linux.state_dirs import make_dir, remove_empty, sync_dir
 from handlers.host.storage.agentd_files import open_tenant
 from handlers.mechanism import Durability
 from handlers.specs import Artifact, ArtifactSpec
+from schemas import naming
 
 ELF = b"\x7fELF"
 REQUIRED = ("vmlinux", "rootfs.ext4")
@@ -43,8 +44,8 @@ class ArtifactFacts(msgspec.Struct, frozen=True):
 class Artifacts:
     """Imported revisions; the key is `t/p/revision`.
 
-    `in_use(key)` says whether an instance, awake or sleeping, refers to a revision: such a one is
-    not removed.
+    `in_use(key)` returns whether an instance, running, asleep or stopped, refers to a revision;
+    such a revision is not removed.
     """
 
     name: ClassVar[str] = "artifact"
@@ -60,44 +61,29 @@ class Artifacts:
         self._locks: dict[str, asyncio.Lock] = {}
 
     async def ensure(self, spec: ArtifactSpec) -> Artifact:
-        """Import a revision, unless it is there; all or nothing, sha256 recorded.
+        """Import a revision unless it is imported already; atomic, with recorded sha256.
 
         Raises:
             NotFound: the revision, its `vmlinux` or its `rootfs.ext4` is missing.
-            Invalid: one of them is a link, not a regular file, may be another's file, is empty, or
-                the kernel is no ELF.
-            Exhausted: the disk is full.
-            Unavailable: a file was changed while it was copied; try again.
+            Invalid: one of them is a symlink, not a regular file, hard-linked by another user, or
+                empty, or the kernel is not an ELF file.
+            Exhausted: the file system is full.
+            Unavailable: a file changed while it was copied; try again.
         """
         found = await run_in_thread(self._look, spec.key)
         if found is not None:
             return found
         async with self._lock(spec.tenant_id):
-            return await run_in_slow_thread(lambda pace: self._ensure(spec, pace))
+            return await run_in_slow_thread(lambda token: self._ensure(spec, token))
 
     async def exists(self, key: str) -> bool:
         return os.path.exists(self._dir(key))
 
     async def remove(self, key: str) -> None:
-        """Remove a revision that nothing refers to; one in use stays, absent is success."""
-        async with self._lock(ids(key, 3)[0]):
+        """Remove a revision unless an instance refers to it; absent is success."""
+        async with self._lock(parse_key(key)[0]):
             if not self._in_use(key):
                 await run_in_thread(self._remove, key)
-
-    async def list_keys(self) -> list[str]:
-        """All imported revisions, for inventory and sweep."""
-
-        def look() -> list[str]:
-            keys: list[str] = []
-            for path, directories, _ in os.walk(self._base):
-                key = os.path.relpath(path, self._base)
-                if key.count("/") == 2:
-                    directories.clear()
-                    if not os.path.basename(path).startswith("."):
-                        keys.append(key)
-            return sorted(keys)
-
-        return await run_in_thread(look)
 
     def _lock(self, tenant_id: str) -> asyncio.Lock:
         """One import or removal per tenant at a time: they share the directories above."""
@@ -107,20 +93,20 @@ class Artifacts:
         return self._locks.setdefault(tenant_id, asyncio.Lock())
 
     def _dir(self, key: str) -> str:
-        return f"{self._base}/{'/'.join(ids(key, 3))}"
+        return f"{self._base}/{'/'.join(parse_key(key))}"
 
-    def _ensure(self, spec: ArtifactSpec, pace: CancelToken) -> Artifact:
+    def _ensure(self, spec: ArtifactSpec, token: CancelToken) -> Artifact:
         found = self._look(spec.key)
         if found is not None:
             return found
         directory = self._dir(spec.key)
         try:
-            self._import(spec, directory, pace)
+            self._import(spec, directory, token)
         except OSError as error:
             raise of_os_error(error, f"cannot import {spec.key}") from error
         found = self._look(spec.key)
         if found is None:
-            raise HostFault(f"{directory} vanished", path=directory)
+            raise HostFault(f"{directory} was removed right after its import", path=directory)
         return found
 
     def _look(self, key: str) -> Artifact | None:
@@ -133,9 +119,12 @@ class Artifacts:
             try:
                 size = os.stat(path, follow_symlinks=False).st_size
             except FileNotFoundError as error:
-                raise HostFault(f"{path} is gone from hostd's own files", path=path) from error
+                raise HostFault(f"imported file {path} is missing", path=path) from error
             if size != file.size_bytes:
-                raise HostFault(f"{path} was {file.size_bytes} bytes, now {size}", path=path)
+                raise HostFault(
+                    f"imported file {path}: expected {file.size_bytes} bytes, found {size}",
+                    path=path,
+                )
         initrd = f"{directory}/initrd" if "initrd" in facts.files else None
         return Artifact(
             vmlinux=f"{directory}/vmlinux",
@@ -144,20 +133,20 @@ class Artifacts:
             sha256={name: file.sha256 for name, file in facts.files.items()},
         )
 
-    def _import(self, spec: ArtifactSpec, directory: str, pace: CancelToken) -> None:
+    def _import(self, spec: ArtifactSpec, directory: str, token: CancelToken) -> None:
         pool = make_dir(os.path.dirname(directory), sync=True)
         part = f"{pool}/.{spec.revision}.part"
         remove_path(part)
         try:
             with self._source(spec) as source:
                 os.mkdir(part, 0o700)
-                files = {name: _copied(source, name, part, pace) for name in REQUIRED}
+                files = {name: _copied(source, name, part, token) for name in REQUIRED}
                 for name in OPTIONAL:
                     if source.stat(name) is not None:
-                        files[name] = _copied(source, name, part, pace)
+                        files[name] = _copied(source, name, part, token)
             write_sealed(f"{part}/{FACTS}", ArtifactFacts(files))
             sync_dir(part)
-            remove_path(directory)  # half of one: without its facts
+            remove_path(directory)  # left by an interrupted import: without its facts
             os.rename(part, directory)
             sync_dir(pool)
         except BaseException:
@@ -180,42 +169,62 @@ class Artifacts:
             raise of_os_error(error, f"cannot remove the artifact {key}") from error
 
 
-def _copied(source: Directory, name: str, part: str, pace: CancelToken) -> ArtifactFile:
-    """Copy one file, root:root 0444. Hashed is what was written, not what was read."""
+def parse_key(key: str) -> tuple[str, str, str]:
+    """Tenant, pool and revision of an `ArtifactSpec.key`, each safe as the name of a directory.
+
+    Raises:
+        Invalid: anything else, e.g. a key with `..` in it.
+    """
+    match key.split("/"):
+        case [tenant_id, pool_id, revision] if (
+            naming.ID_PATTERN.fullmatch(tenant_id)
+            and naming.ID_PATTERN.fullmatch(pool_id)
+            and naming.REVISION_PATTERN.fullmatch(revision)
+        ):
+            return tenant_id, pool_id, revision
+        case _:
+            raise Invalid(f"invalid artifact key {key[:200]!r}: want <tenant>/<pool>/<revision>")
+
+
+def _copied(source: Directory, name: str, part: str, token: CancelToken) -> ArtifactFile:
+    """Copy one file, root:root 0444. The copy is hashed, not the original."""
     with source.file(name) as original:
         before = os.fstat(original)
-        _check_names(source, name, before)
+        _check_links(source, name, before)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         copy = os.open(f"{part}/{name}", flags, 0o400)
         try:
-            copy_sparse(original, copy, check=pace.check)
+            copy_sparse(original, copy, check=token.check)
             _check_kind(name, copy, source.named(name))
             after = os.fstat(original)
             if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
                 path = source.named(name)
-                raise Unavailable(f"{path} was changed while it was copied", path=path)
+                raise Unavailable(f"{path} changed while it was copied: try again", path=path)
             os.fchmod(copy, 0o444)
             os.fsync(copy)
-            digest = sha256_of(copy, check=pace.check)
+            digest = sha256_of(copy, check=token.check)
         finally:
             os.close(copy)
     return ArtifactFile(sha256=digest, size_bytes=before.st_size)
 
 
 def _check_kind(name: str, fd: int, path: str) -> None:
-    """What no VMM can boot is agentd's mistake, found before anything of a launch is made.
+    """Refuse what no VMM can boot before any resource of a launch is created.
 
-    Source: elf(5); Firecracker on x86_64 takes nothing else.
+    Source: elf(5); Firecracker on x86_64 accepts no other kernel format.
     """
     if os.fstat(fd).st_size == 0:
         raise Invalid(f"{path} is empty", path=path)
     if name == "vmlinux" and os.pread(fd, len(ELF), 0) != ELF:
-        raise Invalid(f"{path} is no ELF kernel", path=path)
+        raise Invalid(f"{path} is not an ELF kernel", path=path)
 
 
-def _check_names(source: Directory, name: str, found: os.stat_result) -> None:
-    """A file with several names may be another's that its maker could link but not read."""
+def _check_links(source: Directory, name: str, found: os.stat_result) -> None:
+    """A user can hard-link a file that they may not read: refuse links to another user's file."""
     open_to_all = bool(stat.S_IMODE(found.st_mode) & stat.S_IROTH)
     if found.st_nlink > 1 and not open_to_all and found.st_uid != os.fstat(source.fd).st_uid:
         path = source.named(name)
-        raise Invalid(f"{path} has several names and another owner", path=path)
+        raise Invalid(
+            f"{path} has {found.st_nlink} hard links, expected 1 for a file of uid {found.st_uid}",
+            path=path,
+        )

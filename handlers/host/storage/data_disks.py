@@ -1,7 +1,7 @@
-"""`volumes/data.ext4`: made by hostd, never resized, never believed by its name alone.
+"""`volumes/data.ext4`: created by hostd, never resized, never trusted by its name alone.
 
-The directory it is in belongs to agentd, which may put anything there; so a disk is known by device
-and inode as the journal has them, and by hostd's mark on the inode (`disk_marks.py`).
+Its directory belongs to agentd, which may put anything there; so a disk is identified by device and
+inode as the journal recorded them, and by hostd's mark on the inode (`disk_ownership.py`).
 """
 
 import contextlib
@@ -11,26 +11,19 @@ from typing import ClassVar
 from handlers.errors import HostFault, Invalid, NotFound, of_os_error
 from handlers.host.linux.file_threads import CancelToken, run_in_slow_thread, run_in_thread
 from handlers.host.linux.openat2 import Directory
-from handlers.host.linux.state_dirs import ids
 from handlers.host.linux.syscalls import link_open
 from handlers.host.storage import wipe
-from handlers.host.storage.agentd_files import open_instance
+from handlers.host.storage.agentd_files import instance_path, open_instance
 from handlers.host.storage.disk_ownership import check_mark, read_mark, write_mark
 from handlers.host.storage.mkfs import make_ext4
 from handlers.jail_names import DATA_DISK, jail_root, jails_dir
 from handlers.mechanism import Durability
-from handlers.specs import DataDisk, DataDiskSpec
+from handlers.specs import MIB, DataDisk, DataDiskSpec
 from schemas import naming
 from schemas.records import DiskIdentity
 from schemas.requests import InstanceRef
 
 LABEL = "mvm-data"
-MIB = 1 << 20
-
-
-def ref_of(key: str) -> InstanceRef:
-    """The instance named by a `t/p/i` key."""
-    return InstanceRef(*ids(key, 3))
 
 
 def identity_of(found: os.stat_result) -> DiskIdentity:
@@ -38,7 +31,11 @@ def identity_of(found: os.stat_result) -> DiskIdentity:
 
 
 class DataDisks:
-    """The Protocol of `handlers/interfaces.py`; the key is `t/p/i`."""
+    """The data disks of this host's instances; a key is `<tenant>/<pool>/<instance>`.
+
+    Needs: CAP_SYS_ADMIN for the mark, CAP_CHOWN, and a file system with `trusted.` attributes and
+    O_TMPFILE (ext4, XFS, btrfs) below the data root.
+    """
 
     name: ClassVar[str] = "data_disk"
     durability: ClassVar[Durability] = Durability.DURABLE
@@ -49,28 +46,28 @@ class DataDisks:
         self._jail_base = jail_base
 
     def path(self, ref: InstanceRef) -> str:
-        return (
-            f"{self._data}/tenants/{ref.tenant_id}/pools/{ref.pool_id}/instances/"
-            f"{ref.instance_id}/volumes/{DATA_DISK}"
-        )
+        return f"{self._data}/tenants/{ref.tenant_id}/{instance_path(ref)}/volumes/{DATA_DISK}"
 
     async def ensure(self, spec: DataDiskSpec) -> DataDisk:
-        """Make the disk, or find the one that is known; its size is never changed.
+        """Create the disk, or return the recorded one; its size is never changed.
 
-        It has no name until it is whole: made unnamed, synced, marked, then linked into place.
+        It gets its name when it is complete: created unnamed, marked, synced, then linked.
+
+        Source: open(2) O_TMPFILE, linkat(2).
 
         Raises:
-            Invalid: the file is not the disk that hostd recorded, is a symlink, is not a regular
-                file, or has names that no jail explains.
-            NotFound: the instance's directory is missing.
-            Exhausted: the disk is full.
+            Invalid: the file there is not the disk that hostd recorded or created, is a symlink or
+                not a regular file, or has hard links outside the instance's jails. What to do is in
+                docs/operations.md, "A data disk that hostd did not create".
+            NotFound: the instance's directory, or the recorded disk, is missing.
+            Exhausted: the file system is full.
         """
         return await run_in_thread(self._ensure, spec)
 
     async def exists(self, key: str) -> bool:
         def look() -> bool:
             try:
-                with self._volumes(ref_of(key)) as volumes:
+                with self._volumes(naming.parse_ref(key)) as volumes:
                     return volumes.stat(DATA_DISK) is not None
             except NotFound:
                 return False
@@ -78,14 +75,16 @@ class DataDisks:
         return await run_in_thread(look)
 
     async def remove(self, key: str) -> None:
-        """Undo a creation: unlink a disk that hostd made; anything else by that name stays."""
-        await run_in_thread(self._remove, ref_of(key))
+        """Undo a creation: unlink a disk that hostd created; any other file of the name stays."""
+        await run_in_thread(self._remove, naming.parse_ref(key))
 
     async def check_wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
-        """Raise what `wipe` would, before anything is taken down; jails may still link the disk.
+        """Raise what `wipe` would raise, before a VMM is stopped; changes nothing.
+
+        The hard links of the instance's jails are allowed here, since they go with the jails.
 
         Raises:
-            Invalid: not a disk that hostd made for this instance, or one with several names.
+            Invalid: not a disk that hostd created for this instance, or one with more hard links.
         """
 
         def check() -> None:
@@ -97,33 +96,18 @@ class DataDisks:
                 path = volumes.named(DATA_DISK)
                 if known is None or identity_of(os.fstat(fd)) != known:
                     check_mark(fd, ref, path)
-                self._check_names(ref, fd, path)
+                self._check_links(ref, fd, path)
 
         await run_in_thread(check)
 
     async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
-        """Overwrite, verify, give back the blocks, unlink; absent already is success.
+        """Overwrite, verify, free the blocks, unlink; absent already is success.
 
         Raises:
-            Invalid: not a disk that hostd made for this instance; nothing is touched.
+            Invalid: not a disk that hostd created for this instance; nothing is changed.
             HostFault: the blocks did not read back as zeros; the file stays.
         """
-        await run_in_slow_thread(lambda pace: self._wipe(ref, known, pace))
-
-    async def adopt(self, ref: InstanceRef) -> DiskIdentity:
-        """Record the existing file as the instance's disk, by decision of an operator.
-
-        Raises:
-            NotFound: there is none. Invalid: a link, not a regular file, or several names.
-        """
-
-        def take() -> DiskIdentity:
-            with self._volumes(ref) as volumes, volumes.file(DATA_DISK, os.O_RDWR) as fd:
-                self._check_names(ref, fd, volumes.named(DATA_DISK))
-                write_mark(fd, ref, new=False)
-                return identity_of(os.fstat(fd))
-
-        return await run_in_thread(take)
+        await run_in_slow_thread(lambda token: self._wipe(ref, known, token))
 
     def _volumes(self, ref: InstanceRef) -> Directory:
         with open_instance(self._data, ref) as instance:
@@ -133,13 +117,17 @@ class DataDisks:
         with open_instance(self._data, spec.ref) as instance:
             made = _make_dir(instance)
             with instance.directory("volumes") as volumes:
-                if made:  # by descriptor: the name may be another's by now
+                if made:  # by descriptor: the name may have been replaced by now
                     owner = os.fstat(instance.fd)
                     os.fchown(volumes.fd, owner.st_uid, owner.st_gid)
                 if volumes.stat(DATA_DISK) is None:
                     if spec.known is not None:
                         path = volumes.named(DATA_DISK)
-                        raise NotFound(f"the recorded data disk {path} is gone", path=path)
+                        raise NotFound(
+                            f"data disk {path} is missing: expected {described(spec.known)};"
+                            " move it back (see docs/operations.md)",
+                            path=path,
+                        )
                     self._make(spec, volumes)
                 return self._checked(spec, volumes)
 
@@ -157,7 +145,7 @@ class DataDisks:
                 os.close(fd)
             os.fsync(volumes.fd)
         except OSError as error:
-            raise of_os_error(error, f"cannot make {path}") from error
+            raise of_os_error(error, f"cannot create data disk {path}") from error
 
     def _checked(self, spec: DataDiskSpec, volumes: Directory) -> DataDisk:
         path = volumes.named(DATA_DISK)
@@ -166,27 +154,33 @@ class DataDisks:
             mark = read_mark(fd)
             ours = mark is not None and mark.ref == str(spec.ref)
             if spec.known is None and not (ours and mark is not None and mark.new):
-                raise Invalid(f"{path} was not created by hostd: move it away", path=path)
+                raise Invalid(
+                    f"{path} was not created by hostd for this instance: move it away and start"
+                    " again for an empty disk (see docs/operations.md)",
+                    path=path,
+                )
             if spec.known is not None and not _is(identity, spec.known, marked=ours):
-                raise Invalid(f"{path} is not the disk that hostd recorded", path=path)
-            self._check_names(spec.ref, fd, path)
+                raise Invalid(
+                    f"{path}: inode mismatch: expected {described(spec.known)}, found"
+                    f" {described(identity)}; move the recorded disk back (see docs/operations.md)",
+                    path=path,
+                )
+            self._check_links(spec.ref, fd, path)
             if not ours:
                 write_mark(fd, spec.ref, new=False)
         return DataDisk(path=path, identity=identity)
 
-    def _check_names(self, ref: InstanceRef, fd: int, path: str) -> None:
-        """One name here, and one in each jail of the instance; a further one is somebody else's."""
+    def _check_links(self, ref: InstanceRef, fd: int, path: str) -> None:
+        """One hard link here and one in each jail of the instance; one more is not hostd's."""
         found = os.fstat(fd)
-        if found.st_nlink > 1 + self._names_in_jails(ref, found):
-            raise Invalid(f"{path} has several names", path=path)
+        _check_links(path, found, expected=1 + self._links_in_jails(ref, found))
 
-    def _names_in_jails(self, ref: InstanceRef, disk: os.stat_result) -> int:
-        jails = jails_dir(self._jail_base)
-        if disk.st_nlink == 1 or not os.path.isdir(jails):
+    def _links_in_jails(self, ref: InstanceRef, disk: os.stat_result) -> int:
+        if disk.st_nlink == 1 or not os.path.isdir(jails_dir(self._jail_base)):
             return 0
         prefix = naming.jail_id_prefix(ref)
         count = 0
-        for jail in os.listdir(jails):
+        for jail in os.listdir(jails_dir(self._jail_base)):
             if jail.startswith(prefix):
                 with contextlib.suppress(OSError):
                     name = f"{jail_root(self._jail_base, jail)}/{DATA_DISK}"
@@ -205,7 +199,7 @@ class DataDisks:
         except OSError as error:
             raise of_os_error(error, f"cannot remove the data disk of {ref}") from error
 
-    def _wipe(self, ref: InstanceRef, known: DiskIdentity | None, pace: CancelToken) -> None:
+    def _wipe(self, ref: InstanceRef, known: DiskIdentity | None, token: CancelToken) -> None:
         try:
             volumes = self._volumes(ref)
         except NotFound:
@@ -217,21 +211,30 @@ class DataDisks:
             with volumes.file(DATA_DISK, os.O_RDWR) as fd:
                 if known is None or identity_of(os.fstat(fd)) != known:
                     check_mark(fd, ref, path)
-                if os.fstat(fd).st_nlink > 1:
-                    raise Invalid(f"{path} has several names", path=path)
+                _check_links(path, os.fstat(fd), expected=1)
                 try:
-                    wipe.wipe(fd, check=pace.check)
+                    wipe.wipe(fd, check=token.check)
                     _unlink_same(volumes, fd)
                     os.fsync(volumes.fd)
                 except OSError as error:
                     raise of_os_error(error, f"cannot wipe {path}") from error
                 if not wipe.is_empty(fd):
-                    raise HostFault(f"{path} still holds data after the wipe", path=path)
+                    raise HostFault(f"{path} still has allocated blocks after the wipe", path=path)
+
+
+def described(identity: DiskIdentity) -> str:
+    """For messages: what `stat` prints as device, inode and size."""
+    return f"device {identity.dev} inode {identity.ino}, {identity.size_bytes} bytes"
+
+
+def _check_links(path: str, found: os.stat_result, *, expected: int) -> None:
+    if found.st_nlink > expected:
+        raise Invalid(f"{path} has {found.st_nlink} hard links, expected {expected}", path=path)
 
 
 def _is(found: DiskIdentity, known: DiskIdentity, *, marked: bool) -> bool:
-    """Device, inode and size as recorded; under the mark, the device may be numbered anew by a
-    reboot: the mark is bound to the inode, and no copy carries it.
+    """Whether device, inode and size are as recorded. With the mark the device number may differ,
+    since a reboot can change it: the mark is bound to the inode, and a copy does not carry it.
     """
     if marked:
         return (found.ino, found.size_bytes) == (known.ino, known.size_bytes)
@@ -239,18 +242,18 @@ def _is(found: DiskIdentity, known: DiskIdentity, *, marked: bool) -> bool:
 
 
 def _make_dir(instance: Directory) -> bool:
-    """Whether `volumes` was not there before."""
+    """Create `volumes` unless it exists; true if it was created."""
     try:
         os.mkdir("volumes", 0o755, dir_fd=instance.fd)
     except FileExistsError:
         return False
     except OSError as error:
-        raise of_os_error(error, f"cannot make {instance.named('volumes')}") from error
+        raise of_os_error(error, f"cannot create {instance.named('volumes')}") from error
     return True
 
 
 def _unlink_same(volumes: Directory, fd: int) -> None:
-    """Unlink the name if it still is the open file's."""
+    """Unlink the name if it still belongs to the open file."""
     found = volumes.stat(DATA_DISK)
     if found is not None and os.path.samestat(found, os.fstat(fd)):
         volumes.unlink(DATA_DISK)

@@ -5,7 +5,7 @@ are not zero; an image is the template with the content's bytes, the file's size
 at the known places. That is 0.1 ms instead of a process each start. The format has no metadata
 checksums, so nothing else changes; where a template is not as expected, mkfs does the work.
 
-Images have a fixed size, so that a drive made for a wake is as large as the guest knows it.
+Images have a fixed size, so that a drive created for a wake has the size that the guest expects.
 Source: Linux Documentation/filesystems/ext4 (super block, group descriptors, inode table).
 """
 
@@ -71,7 +71,9 @@ class SmallDrives:
             HostFault: mkfs.ext4 is missing or fails.
         """
         if len(content) > drive.content_max_bytes:
-            raise Invalid(f"{drive.file_name} is larger than {drive.content_max_bytes} bytes")
+            raise Invalid(
+                f"{drive.file_name} is {len(content)} bytes, the limit is {drive.content_max_bytes}"
+            )
         os.ftruncate(fd, drive.size_bytes)
         template = self._template(drive, max(1, -(-len(content) // BLOCK)))
         if template is None or not content:
@@ -98,7 +100,7 @@ class SmallDrives:
 def copy_drive(kept: str, fd: int) -> None:
     """Make the empty file `fd` what an image kept with a snapshot is.
 
-    Never a link to it: the image is root's alone, the copy is for a VMM to read.
+    Never a hard link to it: only root may read the image, and the VMM reads the copy.
     """
     source = os.open(kept, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

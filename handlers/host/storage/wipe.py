@@ -1,8 +1,8 @@
-"""Making the content of a data disk unreadable, and proving as much of it as can be proved.
+"""Wiping a data disk, and verifying as much of it as can be verified.
 
 What is guaranteed: every block that held data is overwritten with zeros through the file and
-synced, the zeros are read back from the device, then all blocks are given back (where the file
-system is mounted with `discard`, also to the device) and the file is seen to hold none.
+synced, the zeros are read back from the device, then all blocks are freed (where the file
+system is mounted with `discard`, also on the device) and the file is checked to have none.
 
 What is not: on a copy-on-write file system (btrfs, XFS after a reflink) the zeros go to new blocks,
 and the old ones are only freed; a device may keep what it remapped. There only encryption helps.
@@ -20,7 +20,7 @@ ZEROS = bytes(CHUNK_BYTES)
 def wipe(fd: int, *, check: Check = lambda: None) -> None:
     """Overwrite all data of an open file with zeros, check, and free its blocks. Its size stays.
 
-    `check` is called between chunks and may raise to end it; a wipe begun anew does it all again.
+    `check` is called between chunks and may raise to stop; a repeated wipe starts over.
 
     Source: lseek(2) SEEK_DATA, posix_fadvise(2), fallocate(2).
 
@@ -41,7 +41,7 @@ def wipe(fd: int, *, check: Check = lambda: None) -> None:
             check()
             read = os.pread(fd, min(CHUNK_BYTES, end - at), at)
             if read != ZEROS[: len(read)] or not read:
-                raise HostFault("the disk does not read back as zeros after the overwrite")
+                raise HostFault(f"wipe read-back mismatch: not zeros at offset {at}")
     if size:
         punch_hole(fd, 0, size)
     os.fsync(fd)

@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Sequence
 
-from handlers.host.linux.shielded import run_shielded
+from handlers.cancellation import run_shielded
 from handlers.host.vmm import processes
 
 SETSIGDEF, SETSIGMASK = 0x04, 0x08
@@ -32,9 +32,10 @@ async def run(argv: Sequence[str], output: int) -> int:
     """
     spawning = asyncio.ensure_future(asyncio.to_thread(_spawn, argv, output))
     try:
-        pid = await asyncio.shield(spawning)
+        pid = await run_shielded(spawning)
     except asyncio.CancelledError:
-        await run_shielded(_end(spawning))
+        if not spawning.cancelled() and spawning.exception() is None:
+            await run_shielded(_end(spawning.result()))
         raise
     pidfd = os.pidfd_open(pid)
     try:
@@ -49,13 +50,9 @@ async def run(argv: Sequence[str], output: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-async def _end(spawning: asyncio.Future[int]) -> None:
-    """Kill and reap the program whose spawn was cancelled."""
-    try:
-        pid = await spawning
-    except OSError:
-        return
-    os.kill(pid, signal.SIGKILL)  # our child, not yet reaped: the pid is still its own
+async def _end(pid: int) -> None:
+    """Kill and reap what was spawned while its launch was cancelled."""
+    os.kill(pid, signal.SIGKILL)  # our own child, not reaped yet: the pid cannot be another's
     await asyncio.to_thread(os.waitpid, pid, 0)
 
 

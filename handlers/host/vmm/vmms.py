@@ -15,11 +15,11 @@ import time
 from collections.abc import Generator
 from typing import ClassVar
 
+from handlers.cancellation import run_shielded
 from handlers.errors import Conflict, Failure, HostFault, Unavailable
 from handlers.host.jail.layout import JailLayout
 from handlers.host.jail.sockets import connect, read_tail
 from handlers.host.linux.file_id import FileId
-from handlers.host.linux.shielded import run_shielded
 from handlers.host.vmm import confinement, processes
 from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.cgroups import CgroupTree

@@ -20,7 +20,7 @@ import pytest
 
 from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
 from handlers.host.net.rtnetlink_reader import Link
-from handlers.host.net.taps import FLAGS, attach
+from handlers.host.net.taps import FLAGS, open_tap
 from schemas.settings import NetworkSettings
 
 T = TypeVar("T")
@@ -179,7 +179,7 @@ class TapGuest(Sniffer):
 
     def __init__(self, net: HostNet, tap: str) -> None:
         self._net = net
-        super().__init__(net.host.run(lambda: attach(tap, FLAGS)), cut=len(VNET_HDR))
+        super().__init__(net.host.run(lambda: open_tap(tap, FLAGS)), cut=len(VNET_HDR))
         deadline = time.monotonic() + DEADLINE_S
         while self._state(tap) != "forwarding":
             assert time.monotonic() < deadline, f"{tap} does not forward"

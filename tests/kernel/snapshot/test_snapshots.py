@@ -19,6 +19,7 @@ import pytest
 from handlers.errors import Exhausted, HostFault
 from handlers.host.jail.jails import Jails
 from handlers.host.snapshot import memory_file, sealer
+from handlers.host.snapshot.manifest import SnapshotDir, numbers_of
 from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.drive_images import CONFIG, SECRETS
@@ -64,8 +65,14 @@ class Asleep:
         )
         return jail_id
 
+    def on_disk(self) -> list[tuple[int, bool]]:
+        """The numbers of all snapshots of the instance, and whether each is published."""
+        base = f"{self.world.state}/snapshots"
+        numbers = numbers_of(base, REF)
+        return [(number, SnapshotDir(base, REF, number).published) for number in numbers]
+
     async def vmm_writes(self, state: bytes = b"device state") -> None:
-        await self.snapshots.begin(self.jail_id, UID)
+        await self.snapshots.begin_write(self.jail_id, UID)
         for name, data in (("state", state), ("mem", self.memory)):
             path = self.root / "snap" / name
             path.write_bytes(data)
@@ -127,7 +134,7 @@ async def asleep(tmp_path: Path) -> AsyncIterator[Asleep]:
 async def test_the_vmm_gets_an_empty_directory_of_its_own(asleep: Asleep) -> None:
     (asleep.root / "snap").symlink_to("/etc")
 
-    paths = await asleep.snapshots.begin(asleep.jail_id, UID)
+    paths = await asleep.snapshots.begin_write(asleep.jail_id, UID)
 
     assert paths == ("/snap/state", "/snap/mem")
     found = (asleep.root / "snap").lstat()
@@ -144,7 +151,7 @@ async def test_sealed_files_are_roots_and_nothing_before_they_are_published(
 
     assert os.listdir(asleep.root / "snap") == []
     assert await asleep.snapshots.read(REF) is None
-    with pytest.raises(HostFault, match="no manifest"):
+    with pytest.raises(HostFault, match=r"manifest\.json is missing"):
         await asleep.verify()
     for path in (info.state_path, info.mem_path):
         found = os.stat(path)
@@ -156,7 +163,7 @@ async def test_sealed_files_are_roots_and_nothing_before_they_are_published(
     await asleep.snapshots.publish(REF, 1)
 
     assert await asleep.snapshots.read(REF) == info
-    assert await asleep.snapshots.list_all() == [(REF, 1, True)]
+    assert asleep.on_disk() == [(1, True)]
     assert (info.launch, info.revision, info.mem_mib) == (1, "0f3kq9", MEM_MIB)
     assert info.size_bytes == (MEM_MIB << 20) + len(b"device state")
 
@@ -301,16 +308,16 @@ async def test_memory_touched_before_its_hash_was_taken_is_refused_even_if_right
     flip(asleep.directory / "mem", 7)
     flip(asleep.directory / "mem", 7)
 
-    with pytest.raises(HostFault, match="before its hash was taken"):
+    with pytest.raises(HostFault, match="modified before it was hashed"):
         await asleep.verify()
-    with pytest.raises(HostFault, match="before its hash was taken"):
+    with pytest.raises(HostFault, match="modified before it was hashed"):
         await asleep.snapshots.hash_memory(REF, 1)
 
 
 async def test_another_vmm_or_cpu_is_refused(asleep: Asleep) -> None:
     await asleep.sleep()
 
-    with pytest.raises(HostFault, match=r"VMM version 1\.12\.1, this is 1\.16\.1"):
+    with pytest.raises(HostFault, match=r"VMM version 1\.12\.1, found 1\.16\.1"):
         await asleep.verify("1.16.1")
     elsewhere = new_snapshots(asleep.world, cpu_model="AuthenticTest 25")
     with pytest.raises(HostFault, match="CPU GenuineTest"):
@@ -324,7 +331,7 @@ async def test_another_instances_snapshot_is_refused(asleep: Asleep) -> None:
     await asleep.sleep()
     asleep.directory.parent.rename(asleep.directory.parent.with_name(OTHER.instance_id))
 
-    with pytest.raises(HostFault, match=r"is that of acme/web/i-0a1b2c3d"):
+    with pytest.raises(HostFault, match=r"found 1 of acme/web/i-0a1b2c3d"):
         await asleep.snapshots.verify(OTHER, 1, VMM)
     with pytest.raises(HostFault):
         await asleep.snapshots.read(OTHER)
@@ -398,21 +405,23 @@ async def test_a_full_disk_while_sealing_leaves_nothing_and_can_be_tried_again(
         await asleep.snapshots.seal(asleep.jail_id, asleep.facts)
     monkeypatch.undo()
     assert not asleep.directory.exists()
-    assert await asleep.snapshots.list_all() == []
+    assert asleep.on_disk() == []
 
     await asleep.sleep()
     await asleep.verify()
 
 
-async def test_a_half_written_snapshot_in_the_jail_goes_with_a_discard(asleep: Asleep) -> None:
+async def test_a_partial_snapshot_in_the_jail_is_deleted_with_all_others(
+    asleep: Asleep,
+) -> None:
     await asleep.vmm_writes()
 
-    await asleep.snapshots.discard(REF)
+    await asleep.snapshots.delete_all(REF)
 
     assert not (asleep.root / "snap").exists()
 
 
-async def test_a_sleep_cut_short_before_its_point_is_made_anew(asleep: Asleep) -> None:
+async def test_an_interrupted_sleep_can_be_repeated(asleep: Asleep) -> None:
     await asleep.vmm_writes()
     await asleep.snapshots.seal(asleep.jail_id, asleep.facts)
 
@@ -456,12 +465,12 @@ async def test_a_wake_while_the_hash_is_taken_disturbs_neither(
     await asyncio.to_thread(reading.wait, 10)
     info = await asleep.snapshots.verify(REF, 1, VMM)
     jail = await asleep.jail(2)
-    await asleep.snapshots.link_into(jail, UID, info)
+    await asleep.snapshots.link(jail, UID, info)
     go_on.set()
 
     assert await hashing == hashlib.sha256(asleep.memory).hexdigest()
     await asleep.jails.remove(jail)
-    await asleep.snapshots.settle(REF, 1)
+    await asleep.snapshots.restore_ownership(REF, 1)
     await asleep.verify()
 
 
@@ -482,7 +491,7 @@ async def test_a_snapshot_discarded_while_the_hash_is_taken_gives_none(
     monkeypatch.setattr(memory_file, "sha256_of", slow)
     hashing = asyncio.create_task(asleep.snapshots.hash_memory(REF, 1))
     await asyncio.to_thread(reading.wait, 10)
-    await asleep.snapshots.discard(REF)
+    await asleep.snapshots.delete_all(REF)
     go_on.set()
 
     assert await hashing is None
@@ -503,7 +512,7 @@ async def test_the_jail_gets_links_it_can_read_and_not_write(asleep: Asleep) -> 
     info = await asleep.snapshots.verify(REF, 1, VMM)
     jail = await asleep.jail(2)
 
-    paths = await asleep.snapshots.link_into(jail, UID, info)
+    paths = await asleep.snapshots.link(jail, UID, info)
 
     assert paths == ("/woken/state", "/woken/mem")
     root = asleep.world.jails / "firecracker" / jail / "root"
@@ -521,12 +530,12 @@ async def test_after_a_failed_wake_it_can_be_woken_also_without_a_hash(
     await asleep.sleep()
     info = await asleep.snapshots.verify(REF, 1, VMM)
     jail = await asleep.jail(2)
-    await asleep.snapshots.link_into(jail, UID, info)
+    await asleep.snapshots.link(jail, UID, info)
     if order == "settle first":
-        await asleep.snapshots.settle(REF, 1)
+        await asleep.snapshots.restore_ownership(REF, 1)
     await asleep.jails.remove(jail)
     if order == "jail first":
-        await asleep.snapshots.settle(REF, 1)
+        await asleep.snapshots.restore_ownership(REF, 1)
 
     later = new_snapshots(asleep.world)
     await later.verify(REF, 1, VMM)
@@ -544,13 +553,13 @@ async def test_a_discard_leaves_the_memory_of_a_running_vm_alone(asleep: Asleep)
     await asleep.sleep()
     info = await asleep.snapshots.verify(REF, 1, VMM)
     jail = await asleep.jail(2)
-    await asleep.snapshots.link_into(jail, UID, info)
+    await asleep.snapshots.link(jail, UID, info)
     woken = asleep.world.jails / "firecracker" / jail / "root" / "woken" / "mem"
     with woken.open("rb") as file:
         memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)
 
-        await asleep.snapshots.discard(REF)
-        await asleep.snapshots.begin(jail, UID)
+        await asleep.snapshots.delete_all(REF)
+        await asleep.snapshots.begin_write(jail, UID)
 
         assert memory[:] == asleep.memory
         memory.close()
@@ -561,16 +570,16 @@ async def test_a_discard_leaves_the_memory_of_a_running_vm_alone(asleep: Asleep)
         assert os.fstat(file.fileno()).st_blocks == 0
 
 
-async def test_a_discard_frees_the_blocks_even_of_a_file_somebody_holds_open(
+async def test_a_deletion_frees_the_blocks_even_of_a_file_that_is_open(
     asleep: Asleep,
 ) -> None:
     await asleep.sleep()
     with (asleep.directory / "mem").open("rb") as file:
-        await asleep.snapshots.discard(REF)
-        await asleep.snapshots.discard(REF)
+        await asleep.snapshots.delete_all(REF)
+        await asleep.snapshots.delete_all(REF)
 
         assert os.fstat(file.fileno()).st_blocks == 0
-    assert await asleep.snapshots.list_all() == []
+    assert asleep.on_disk() == []
     assert await asleep.snapshots.read(REF) is None
 
 
@@ -580,9 +589,9 @@ async def test_older_snapshots_go_and_the_newest_stays(asleep: Asleep) -> None:
     await asleep.jail(2)
     await asleep.sleep()
 
-    await asleep.snapshots.discard(REF, below=2)
+    await asleep.snapshots.delete_older(REF, 2)
 
-    assert await asleep.snapshots.list_all() == [(REF, 2, True)]
+    assert asleep.on_disk() == [(2, True)]
     info = await asleep.snapshots.read(REF)
     assert info is not None
     assert info.number == 2
@@ -626,7 +635,7 @@ async def test_another_file_system_is_named(asleep: Asleep, tmpfs: Path) -> None
 async def test_a_disk_that_fills_up_at_any_point_of_the_seal_leaves_nothing(
     tmp_path: Path,
 ) -> None:
-    """On a small file system of its own, really full: the VM can be resumed, and sleep later."""
+    """On a small file system that is really full: the VM can be resumed, and sleep later."""
     there = tmp_path / "small"
     there.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", there], check=True)
@@ -642,7 +651,7 @@ async def test_a_disk_that_fills_up_at_any_point_of_the_seal_leaves_nothing(
                 try:
                     await asleep.snapshots.seal(asleep.jail_id, asleep.facts)
                 except Exhausted:
-                    assert await asleep.snapshots.list_all() == []
+                    assert asleep.on_disk() == []
                     await asleep.vmm_writes()
                 else:
                     break

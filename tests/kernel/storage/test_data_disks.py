@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from handlers.errors import Exhausted, HostFault, Invalid, NotFound
-from handlers.host.storage import data_disks, wipe
+from handlers.host.storage import wipe
 from handlers.host.storage.data_disks import DataDisks
 from handlers.specs import DataDiskSpec
 from schemas import naming
@@ -63,7 +63,7 @@ async def test_the_known_disk_is_found_and_never_resized(disks: DataDisks) -> No
     assert again == disk
 
 
-async def test_a_device_numbered_anew_by_a_reboot_is_no_other_disk(disks: DataDisks) -> None:
+async def test_a_marked_disk_is_accepted_with_another_device_number(disks: DataDisks) -> None:
     disk = await disks.ensure(SPEC)
     before = msgspec.structs.replace(disk.identity, dev=disk.identity.dev + 1)
 
@@ -76,20 +76,33 @@ async def test_a_creation_cut_short_before_its_record_goes_on(disks: DataDisks) 
     assert await disks.ensure(SPEC) == first
 
 
-async def test_a_file_that_hostd_did_not_make_waits_for_adoption(
+async def test_a_file_that_hostd_did_not_make_is_refused_and_stays(
     disks: DataDisks, world: StoreHost
 ) -> None:
     write(path_of(world), b"\0" * 4096)
-    with pytest.raises(Invalid, match="was not created by hostd"):
+
+    with pytest.raises(Invalid, match=r"not created by hostd.*docs/operations\.md"):
         await disks.ensure(SPEC)
     for refuse in (disks.check_wipe, disks.wipe):
-        with pytest.raises(Invalid, match="no data disk that hostd made"):
+        with pytest.raises(Invalid, match="not created by hostd"):
             await refuse(REF, None)
     await disks.remove(KEY)
 
-    identity = await disks.adopt(REF)
+    assert path_of(world).exists()
 
-    assert (await disks.ensure(replace(SPEC, known=identity))).identity == identity
+
+async def test_a_disk_with_the_content_of_another_is_accepted(
+    disks: DataDisks, world: StoreHost
+) -> None:
+    disk = await disks.ensure(SPEC)
+    other = write(world.top / "rescued.ext4", os.urandom(1 << 20))
+
+    # As docs/operations.md says, since another file in its place is refused.
+    copy = ["dd", f"if={other}", f"of={path_of(world)}", "bs=64K", "conv=notrunc,fsync"]
+    subprocess.run(copy, check=True, capture_output=True, timeout=60)
+
+    assert await disks.ensure(replace(SPEC, known=disk.identity)) == disk
+    assert path_of(world).read_bytes().startswith(other.read_bytes())
 
 
 async def test_an_exchanged_disk_is_refused(disks: DataDisks, world: StoreHost) -> None:
@@ -97,7 +110,7 @@ async def test_an_exchanged_disk_is_refused(disks: DataDisks, world: StoreHost) 
     path_of(world).rename(world.instance / "old")
     write(path_of(world), b"\0" * (8 << 20))
 
-    with pytest.raises(Invalid, match="not the disk that hostd recorded"):
+    with pytest.raises(Invalid, match=r"inode mismatch: expected .* found "):
         await disks.ensure(replace(SPEC, known=disk.identity))
 
 
@@ -105,17 +118,17 @@ async def test_a_cut_disk_is_refused(disks: DataDisks, world: StoreHost) -> None
     disk = await disks.ensure(SPEC)
     os.truncate(path_of(world), 4096)
 
-    with pytest.raises(Invalid, match="not the disk"):
+    with pytest.raises(Invalid, match="inode mismatch"):
         await disks.ensure(replace(SPEC, known=disk.identity))
 
 
-async def test_a_recorded_disk_that_is_gone_is_not_made_anew(
+async def test_a_recorded_disk_that_is_missing_is_not_created_again(
     disks: DataDisks, world: StoreHost
 ) -> None:
     disk = await disks.ensure(SPEC)
     path_of(world).unlink()
 
-    with pytest.raises(NotFound, match="is gone"):
+    with pytest.raises(NotFound, match="is missing: expected device"):
         await disks.ensure(replace(SPEC, known=disk.identity))
 
 
@@ -157,10 +170,10 @@ async def test_several_names_are_refused_but_for_those_in_its_jails(
     await disks.check_wipe(REF, disk.identity)
 
     os.link(path_of(world), world.instance / "second")
-    with pytest.raises(Invalid, match="several names"):
+    with pytest.raises(Invalid, match="hard links"):
         await disks.ensure(known)
     for refuse in (disks.check_wipe, disks.wipe):
-        with pytest.raises(Invalid, match="several names"):
+        with pytest.raises(Invalid, match="hard links"):
             await refuse(REF, disk.identity)
 
 
@@ -276,5 +289,3 @@ async def test_no_instance_no_disk(disks: DataDisks, world: StoreHost) -> None:
     await disks.remove(str(nobody))
     await disks.check_wipe(nobody, None)
     await disks.wipe(nobody, None)
-
-    assert data_disks.ref_of(str(nobody)) == nobody

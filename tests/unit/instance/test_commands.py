@@ -99,7 +99,7 @@ COMPLETED: dict[str, tuple[str, ...]] = {
         "remove_cgroup",
         "discard_snapshot",
     ),
-    "WakeInstance": ("consume", "resume_vm"),
+    "WakeInstance": ("mark_consumed", "resume_vm"),
     "DestroyInstance": (
         "remove_vmm",
         "remove_tap",

@@ -187,7 +187,7 @@ async def test_a_snapshot_published_after_a_failed_sleep_is_not_removed(tmp_path
     async with memory_worker(tmp_path / "j", machine) as worker:
         await started(worker)
         machine.fail_late = {"seal": HostFault("injected")}
-        machine.fail = {"drop_snapshot": HostFault("stuck")}
+        machine.fail = {"delete_snapshot": HostFault("stuck")}
         assert (await worker.run(SLEEP)).left_behind == ("snapshot_draft acme/web/i-1#1",)
         machine.fail_late.clear()
         machine.fail.clear()

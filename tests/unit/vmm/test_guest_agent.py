@@ -17,7 +17,7 @@ from handlers.host.vmm.guest_agent import FRAME_BYTES, GuestAgents
 from handlers.specs import Ack
 from schemas.settings import PathSettings, Settings
 
-JAIL = "abc-1"
+JAIL = "0123456789ab-1"
 PORT = 5252
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

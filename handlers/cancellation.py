@@ -1,0 +1,115 @@
+"""Waiting for work whose effects must not be cut short, whatever happens to the waiting task.
+
+A step that was cancelled may still be changing the host: a thread cannot be stopped, a program that
+was spawned runs. So each of these functions returns or raises only when everything that it started
+has ended, also if the caller is cancelled twice; and a cancellation is never lost, since a worker
+that shuts down would then retry the command. Nothing here knows what the work is.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Interrupted(Exception):
+    """`race`: the other side ended, or the time was up, before the work was done."""
+
+
+async def finish(*work: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Wait until all of the work has ended, however often the caller is cancelled meanwhile.
+
+    Returns the last of these cancellations, for the caller to raise or to drop.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not all(each.done() for each in work):
+        try:
+            await asyncio.wait(work)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return cancelled
+
+
+async def run_shielded(work: Awaitable[T], *, on_cancel: Callable[[], None] | None = None) -> T:
+    """Run the work to its end, then let a cancellation that arrived meanwhile take effect.
+
+    `on_cancel` may ask the work to end early; it is called once, at the first cancellation.
+
+    Raises:
+        CancelledError: the caller was cancelled; if the work failed as well, that is the cause.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError as first:
+        if on_cancel is not None:
+            on_cancel()
+        cancelled = await finish(task) or first
+        raise cancelled from _failure(task)
+    return task.result()
+
+
+async def together(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> tuple[T, U]:
+    """Run two parts of a command that do not depend on each other; both have ended on return.
+
+    If one fails the other is not cancelled: an effect that has begun is completed, so that undo
+    finds the host at rest. Raises the first one's failure, else the other's.
+    """
+    tasks = asyncio.ensure_future(one), asyncio.ensure_future(other)
+    try:
+        await asyncio.wait(tasks)
+    except asyncio.CancelledError:
+        await _cancel(*tasks)
+        raise
+    results = [_failure(task) for task in tasks]
+    for failure in results:
+        if failure is not None:
+            raise failure
+    return tasks[0].result(), tasks[1].result()
+
+
+async def race(
+    work: Coroutine[Any, Any, T],
+    until: Coroutine[Any, Any, object],
+    *,
+    timeout_s: float | None = None,
+) -> T:
+    """Do the work, but no longer than `until` runs or the time lasts; both have ended on return.
+
+    Work that is done counts, also if `until` ended at the same moment.
+
+    Raises:
+        Interrupted: the work was cancelled; if `until` failed, that is the cause.
+    """
+    working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(until)
+    try:
+        await asyncio.wait(
+            {working, stopping}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        if working.done():
+            return working.result()
+        raise Interrupted from (_failure(stopping) if stopping.done() else None)
+    finally:
+        await _cancel(working, stopping)
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel the tasks and wait for their end; what they then raise is nobody's result.
+
+    Raises:
+        CancelledError: the caller was cancelled meanwhile.
+    """
+    for task in tasks:
+        task.cancel()
+    cancelled = await finish(*tasks)
+    for task in tasks:
+        _failure(task)
+    if cancelled is not None:
+        raise cancelled
+
+
+def _failure(task: asyncio.Future[Any]) -> BaseException | None:
+    """The exception of a task that has ended; asking for it keeps asyncio from logging it."""
+    return None if task.cancelled() else task.exception()
