@@ -22,7 +22,7 @@ def kind_of(nodeid_path: Path) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    ran = dict.fromkeys(KINDS, 0)
+    ran: dict[str, int] = dict.fromkeys(KINDS, 0)
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):
             kind = Path(report.nodeid.split("::")[0]).parts[1]

@@ -4,6 +4,9 @@ Each `LiveHost` has a network namespace of its own (the test process moves into 
 inherit it), all its files in one directory, and a cgroup tree of its own; `close` removes all.
 """
 
+# pyright: reportUnknownMemberType=false
+# (nats-py leaves some of its parameters without types)
+
 import asyncio
 import contextlib
 import os
@@ -11,11 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import msgpack
 import nats.js.errors
 
 from handlers.host import inventory
@@ -48,6 +50,7 @@ from schemas.settings import (
 from schemas.subjects import Lane, Subjects
 from tests.guests.agent import ask, ask_until_answered
 from tests.guests.cache import BUILD
+from tests.plain import unpacked
 from worker.cli.client import Client, connect
 from worker.cli.context import CliError
 from worker.cli.seed import Seed, Seeded, write_seed
@@ -93,8 +96,7 @@ class LiveHost:
         self.subjects = Subjects(self.settings.root, self.settings.host.id, self.settings.host.cell)
 
     def _settings(self) -> Settings:
-        with contextlib.suppress(FileNotFoundError):
-            controllers = Path(find_mount(), "cgroup.controllers").read_text(encoding="ascii")
+        controllers = Path(find_mount(), "cgroup.controllers").read_text(encoding="ascii")
         unique = f"{os.getpid()}-{os.path.basename(self.directory)[-8:].lower()}"
         return Settings(
             host=HostSettings(id=f"test-{os.getpid()}", cell="test", production=self.production),
@@ -126,9 +128,11 @@ class LiveHost:
 
     # -- worker --------------------------------------------------------------------------------
 
-    async def start_worker(self, *, ready: bool = True, **environment: str) -> None:
+    async def start_worker(
+        self, *, ready: bool = True, environment: Mapping[str, str] | None = None
+    ) -> None:
         """Start it; with `ready` wait until it takes commands. Its log is `worker.log`."""
-        variables = os.environ | environment_of(self.settings) | environment
+        variables = os.environ | environment_of(self.settings) | dict(environment or {})
         with open(f"{self.directory}/worker.log", "ab") as log:
             self.worker = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "worker", stdout=log, stderr=log, env=variables
@@ -191,7 +195,7 @@ class LiveHost:
             await client.nats.jetstream().publish(
                 self.subjects.command(Lane.of_request(request)), codec.encode_command(command)
             )
-            reply: dict[str, Any] = msgpack.unpackb((await replies.next_msg(timeout=20)).data)
+            reply: dict[str, Any] = unpacked((await replies.next_msg(timeout=20)).data)
             return reply
 
     async def publish(
@@ -262,14 +266,13 @@ class LiveHost:
                     message = await context.get_msg(stream, seq)
                 except nats.js.errors.NotFoundError:
                     continue  # done and gone, as a work queue does it
-                found.append((message.subject or "", message.headers or {}, message.data or b""))
+                headers = cast("dict[str, str]", message.headers or {})
+                found.append((message.subject or "", headers, message.data or b""))
             return found
 
     async def replies(self, command_id: str) -> list[dict[str, Any]]:
         """What the reply stream keeps for one id."""
-        kept = [
-            msgpack.unpackb(data) for _, _, data in await self.kept(self.subjects.replies_stream)
-        ]
+        kept = [unpacked(data) for _, _, data in await self.kept(self.subjects.replies_stream)]
         return [reply for reply in kept if reply["id"] == command_id]
 
     # -- what is there -------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class MemoryWorker:
     host: Host
     lanes: Lanes
     seq: int = 0
-    ids: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list[str])
 
     async def send(self, request: Request, command_id: str | None = None, **more: object) -> str:
         """Accept a command as intake would; returns its id."""
@@ -81,7 +81,7 @@ async def memory_worker(
     *,
     trace: Traced = no_trace,
     limits: LimitSettings = LimitSettings(retry_budget_s=0.0),  # noqa: B008 (frozen)
-) -> AsyncIterator[MemoryWorker]:
+) -> AsyncGenerator[MemoryWorker]:
     """A worker on the journal at `path`, with recovery of what is in it."""
     settings = Settings(limits=limits)
     journal = await Journal.open(str(path), subjects=SUBJECTS, boot_id="b1")

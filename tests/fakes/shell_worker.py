@@ -5,11 +5,11 @@ Its handlers change a dictionary; tests tell them to fail, to wait, or how often
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from handlers.interfaces import Host
 from handlers.mechanism import Removable
@@ -56,8 +56,8 @@ def command(request: Request, command_id: str = "c1", **more: Any) -> Command:
 class NoMeters:
     """Counts what it is told."""
 
-    done: list[tuple[str, Code]] = field(default_factory=list)
-    retries: list[Code] = field(default_factory=list)
+    done: list[tuple[str, Code]] = field(default_factory=list[tuple[str, Code]])
+    retries: list[Code] = field(default_factory=list[Code])
     redeliveries: int = 0
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None:
@@ -83,9 +83,9 @@ class Thing:
 class Things:
     """A mechanism whose resources are names in a set."""
 
-    name: str = "things"
-    there: set[str] = field(default_factory=set)
-    made: list[str] = field(default_factory=list)
+    name: ClassVar[str] = "things"
+    there: set[str] = field(default_factory=set[str])
+    made: list[str] = field(default_factory=list[str])
     stuck: bool = False
 
     async def exists(self, key: str) -> bool:
@@ -111,7 +111,7 @@ class Machine:
     """What the handlers do. `gate` holds a Start at its step until it is set."""
 
     things: Things = field(default_factory=Things)
-    runs: list[tuple[str, str]] = field(default_factory=list)
+    runs: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     behave: Behave | None = None
     gate: asyncio.Event | None = None
     at_gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -200,7 +200,7 @@ async def shell_worker(
     consume: bool = True,
     send: bool = True,
     run: bool = True,
-) -> AsyncIterator[ShellWorker]:
+) -> AsyncGenerator[ShellWorker]:
     """A worker on the journal at `path`, recovering what is in it."""
     bus = bus or FakeBus()
     machine = machine or Machine()
