@@ -233,7 +233,8 @@ async def test_past_a_point_of_no_return_a_failure_is_retried_and_never_undone(
 async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_goes_on(
     tmp_path: Path,
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = Machine(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
         worker.send(stop("a2"), "c2")
@@ -245,7 +246,7 @@ async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_goes_on
         assert [row.id for row in worker.journal.unfinished()] == ["c1"]
         assert [reply.id for reply in worker.replies()] == ["c2"]
         bus = worker.bus
-    machine.gate.set()
+    gate.set()
     async with shell_worker(tmp_path / "j", bus, machine) as worker:
         reply = await worker.reply("c1")
 

@@ -18,7 +18,8 @@ WAKE = WakeInstance("acme", "web", "a1")
 
 
 async def test_a_lane_runs_in_order_and_lanes_run_at_once(tmp_path: Path) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = Machine(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), "c1")
         worker.send(start(), "c2")
@@ -30,7 +31,7 @@ async def test_a_lane_runs_in_order_and_lanes_run_at_once(tmp_path: Path) -> Non
 
         assert [run[0] for run in machine.runs] == ["c1", "d1"]
         assert worker.lanes.counts() == {"busy": 2, "waiting": 1}
-        machine.gate.set()
+        gate.set()
         await worker.reply("c3")
         await worker.reply("d1")
         await worker.lanes.idle()
@@ -39,7 +40,8 @@ async def test_a_lane_runs_in_order_and_lanes_run_at_once(tmp_path: Path) -> Non
 
 
 async def test_500_commands_at_one_lane_hold_up_no_other(tmp_path: Path) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = Machine(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         for n in range(500):
             worker.send(start(), f"c{n}")
@@ -52,7 +54,7 @@ async def test_500_commands_at_one_lane_hold_up_no_other(tmp_path: Path) -> None
             (Code.EXHAUSTED, True, "scheduler")
         }
         assert len(refused) == 400
-        machine.gate.set()
+        gate.set()
         await worker.bus.until(replies=501)
         await worker.bus.until_acked()
         codes = [reply.code for reply in worker.replies()]
@@ -61,14 +63,15 @@ async def test_500_commands_at_one_lane_hold_up_no_other(tmp_path: Path) -> None
 
 
 async def test_an_exhausted_command_stays_exhausted_for_its_id(tmp_path: Path) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = Machine(gate=gate)
     limits = LimitSettings(lane_depth=1)
     async with shell_worker(tmp_path / "j", machine=machine, limits=limits) as worker:
         worker.send(start(), "c1")
         await machine.at_gate.wait()
         worker.send(start(), "c2")
         await worker.reply("c2")
-        machine.gate.set()
+        gate.set()
         await worker.reply("c1")
         worker.send(start(), "c2", reply_to="_INBOX.2")
         await worker.bus.until(sent=1)
@@ -82,7 +85,8 @@ async def test_an_exhausted_command_stays_exhausted_for_its_id(tmp_path: Path) -
 async def test_stop_and_destroy_end_what_runs_and_what_waits(
     tmp_path: Path, winner: StopInstance, loser: Request
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = Machine(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(loser, "runs")
         await machine.at_gate.wait()
@@ -120,13 +124,14 @@ async def test_a_queued_loser_is_answered_before_the_winner_waits(tmp_path: Path
 
 
 async def test_a_stop_supersedes_no_other_instance(tmp_path: Path) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = Machine(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), "c1")
         await machine.at_gate.wait()
         worker.send(stop("a2"), "other")
         await worker.reply("other")
-        machine.gate.set()
+        gate.set()
 
         assert (await worker.reply("c1")).code is Code.OK
 
@@ -156,7 +161,8 @@ async def test_past_its_point_of_no_return_nothing_is_superseded(tmp_path: Path)
 async def test_after_a_restart_what_an_earlier_run_made_is_undone_before_superseded(
     tmp_path: Path,
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = Machine(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine, send=False) as worker:
         worker.send(start(), "began")
         await machine.at_gate.wait()

@@ -67,7 +67,11 @@ def test_a_worker_does_not_start_with_ids_that_somebody_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken = Taken("/etc/subuid", "ann", 100_000, 65_536)
-    monkeypatch.setattr(run, "find_overlap", lambda base, count: taken)
+
+    def find(_base: int, _count: int) -> Taken:
+        return taken
+
+    monkeypatch.setattr(run, "find_overlap", find)
 
     with pytest.raises(CliError, match=r"invalid: vmm.uid_base.*/etc/subuid.*ann"):
         check_uids(Settings())

@@ -141,7 +141,9 @@ async def test_the_tables_of_effects_are_complete(kind: str, tmp_path: Path) -> 
 
         assert reply.code is Code.OK, reply
         listed = {e for table in (UNDONE, COMPLETED, TOLD) for e in table.get(kind, ())}
-        cleaning = {"remove_jails"} if kind in ("StartInstance", "WakeInstance") else set()
+        cleaning: set[str] = (
+            {"remove_jails"} if kind in ("StartInstance", "WakeInstance") else set()
+        )
         assert set(machine.seen) - cleaning == listed
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ NET = TenantNet(7, "10.240.7.0/24", "10.240.7.1", "br-tenant-7")
 
 
 @asynccontextmanager
-async def opened(path: Path, **more: Any) -> AsyncIterator[Journal]:
+async def opened(path: Path, **more: Any) -> AsyncGenerator[Journal]:
     journal = await Journal.open(str(path / "journal"), subjects=SUBJECTS, boot_id="b1", **more)
     try:
         yield journal
@@ -257,6 +257,7 @@ async def _chain(path: Path, changes: list[Change]) -> None:
         if change[0] == "reopen":
             parts.append([])
         parts[-1].append(change)
+    told: list[Event] = []
     for part in parts:
         async with opened(path) as journal:
             calls = [_change(journal, *change) for change in part]

@@ -7,6 +7,7 @@ at that moment. A new worker on each copy must bring the command to the same end
 import copy
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,13 @@ async def record_moments(tmp_path: Path, *, msg_id: bool) -> list[Moment]:
     path = tmp_path / "live" / "j"
     path.parent.mkdir()
 
-    def note(worker: ShellWorker) -> None:
+    def note(worker: ShellWorker, _seconds: float) -> None:
         directory = tmp_path / f"moment{len(moments)}"
         shutil.copytree(path.parent, directory)
         moments.append(Moment(directory, {}, copy_bus(worker.bus), copy_machine(worker.machine)))
 
     async with shell_worker(path) as worker:
-        worker.journal._writer._observe = lambda seconds: note(worker)
+        worker.journal._writer._observe = partial(note, worker)
         worker.send(start(), reply_to="_INBOX.1", msg_id=msg_id)
         await worker.reply()
         worker.send(start("a2"), "c2", reply_to="_INBOX.2", msg_id=msg_id)
@@ -64,7 +65,7 @@ async def record_moments(tmp_path: Path, *, msg_id: bool) -> list[Moment]:
         await worker.reply("c3")
         await worker.bus.until_acked()
         await worker.bus.until(events=3)
-        note(worker)
+        note(worker, 0.0)
     return moments
 
 

@@ -179,12 +179,13 @@ async def test_a_command_whose_own_commit_fails_has_no_effect_until_it_is_in(
 async def test_a_running_command_waits_for_the_disk_and_then_ends_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = Machine(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
         await machine.at_gate.wait()
         mend = break_commits(worker, monkeypatch)
-        machine.gate.set()
+        gate.set()
         await until_paused(worker)
         assert worker.replies() == []
 
