@@ -5,7 +5,7 @@ A launch here is one jailer execution and the API listening; the guests are for 
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ class VmmHost:
 
 
 @asynccontextmanager
-async def real(directory: Path) -> AsyncIterator[VmmHost]:
+async def real(directory: Path) -> AsyncGenerator[VmmHost]:
     with own_network():
         async with vmm_rig(directory) as made:
 
@@ -47,7 +47,7 @@ async def real(directory: Path) -> AsyncIterator[VmmHost]:
 
 
 @asynccontextmanager
-async def in_memory(_dir: Path) -> AsyncIterator[VmmHost]:
+async def in_memory(_dir: Path) -> AsyncGenerator[VmmHost]:
     machine = fake.FakeHost()
     numbers = itertools.count(1)
 

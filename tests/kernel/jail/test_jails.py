@@ -14,7 +14,8 @@ from handlers.errors import Conflict, Failure, HostFault, Invalid
 from handlers.host.jail import jails as jails_module
 from handlers.host.jail import secrets_tmpfs
 from handlers.host.jail.jails import Jails
-from handlers.host.jail.layout import FACTS
+from handlers.host.jail.layout import FACTS, JailFacts
+from handlers.host.linux.checksummed_json import write_sealed
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.drive_images import CONFIG, SECRETS
@@ -110,11 +111,8 @@ async def test_a_jail_holds_links_log_and_drives(ready: Ready) -> None:
     assert jail.root == str(ready.root)
     assert (jail.has_config, jail.has_secrets) == (True, True)
     assert await ready.jails.exists(JAIL)
-    modes = {
-        name: (found.st_uid, stat.S_IMODE(found.st_mode))
-        for name in sorted(os.listdir(ready.root))
-        if (found := (ready.root / name).stat())
-    }
+    found = {name: (ready.root / name).stat() for name in sorted(os.listdir(ready.root))}
+    modes = {name: (of.st_uid, stat.S_IMODE(of.st_mode)) for name, of in found.items()}
     assert modes == {
         "config.ext4": (0, 0o444),
         "data.ext4": (UID, 0o600),
@@ -253,7 +251,7 @@ async def test_a_failure_half_way_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     if at == "os.chown":
-        monkeypatch.setattr(jails_module.os, "chown", fail)
+        monkeypatch.setattr(os, "chown", fail)
     elif at == "mount_tmpfs":
         monkeypatch.setattr(secrets_tmpfs, at, fail)
     else:
@@ -280,11 +278,16 @@ async def test_half_a_jail_of_a_killed_worker_is_made_anew(
     with pytest.raises(Killed):
         ready.jails._ensure(ready.spec)
     monkeypatch.undo()
-    real = jails_module.write_sealed
+
+    def killed_once_complete(path: str, facts: JailFacts, *, sync: bool) -> None:
+        if facts.complete:
+            raise Killed
+        write_sealed(path, facts, sync=sync)
+
     monkeypatch.setattr(
         jails_module,
         "write_sealed",
-        lambda path, facts, sync: killed() if facts.complete else real(path, facts, sync=sync),
+        killed_once_complete,
     )
     with pytest.raises(Killed):
         ready.jails._ensure(ready.spec)
@@ -340,8 +343,8 @@ async def test_a_stale_jail_does_not_take_the_disk_from_a_newer_one(ready: Ready
 async def test_a_disk_exchanged_after_it_was_checked_is_refused(ready: Ready) -> None:
     shadow = write(ready.world.top / "shadow", b"of root")
     ready.disk.rename(ready.disk.with_name("moved"))
-    for plant in (lambda: os.link(shadow, ready.disk), lambda: ready.disk.symlink_to(shadow)):
-        plant()
+    for plant in (os.link, os.symlink):
+        plant(shadow, ready.disk)
         with pytest.raises(Invalid):
             await ready.jails.ensure(ready.spec)
         ready.disk.unlink()
