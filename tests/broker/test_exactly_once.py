@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,8 @@ from tests.broker.server import HOST, QUICK, SUBJECTS, Server, eventually, linke
 from tests.fakes import shell_worker as fakes
 from tests.fakes.bus import FakeBus
 from tests.fakes.shell_worker import Machine, ShellWorker, command, start, stop
-from worker.bus.connection import Link, Message
+from worker.bus.connection import Link
+from worker.bus.message import Message
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError
 from worker.bus.provision import provision
@@ -76,7 +77,7 @@ class Agentd:
 
 
 @asynccontextmanager
-async def agentd(server: Server) -> AsyncIterator[Agentd]:
+async def agentd(server: Server) -> AsyncGenerator[Agentd]:
     async with linked(server.url) as link:
         await provision(link, SUBJECTS, [HOST], ack_wait_ns=500_000_000)
         yield Agentd(link)
@@ -85,12 +86,12 @@ async def agentd(server: Server) -> AsyncIterator[Agentd]:
 @asynccontextmanager
 async def worker(
     server: Server, path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[ShellWorker]:
+) -> AsyncGenerator[ShellWorker]:
     monkeypatch.setattr(fakes, "SUBJECTS", SUBJECTS)
     bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
     await bus.start()
     try:
-        async with fakes.shell(path, cast("FakeBus", bus), machine) as running:
+        async with fakes.shell_worker(path, cast("FakeBus", bus), machine) as running:
             bus.on_connection(running.outbox.wake)
             yield running
     finally:
