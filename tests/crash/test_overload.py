@@ -1,5 +1,8 @@
 """A crowd at one lane, and all lanes busy: others are answered in time."""
 
+# pyright: reportUnknownMemberType=false
+# (nats-py leaves some of its parameters without types)
+
 import asyncio
 import time
 from collections import Counter

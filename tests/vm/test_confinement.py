@@ -6,7 +6,7 @@ import os
 import socket
 import stat
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 
 import pytest
@@ -45,7 +45,7 @@ def names(ref: InstanceRef) -> tuple[str, str, str]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def seeds(host: LiveHost) -> AsyncIterator[dict[InstanceRef, Seeded]]:
     """Two running guests of one tenant with secrets, one of another."""
-    made = {}
+    made: dict[InstanceRef, Seeded] = {}
     for ref, net_id, offset in ((ONE, 7, 5), (TWO, 7, 6), (OTHER, 9, 5)):
         made[ref] = host.seed(ref, net_id=net_id, offset=offset, mem_mib=32, secrets=TOKEN)
         assert (await host.run(SetupNetwork(ref.tenant_id, made[ref].net)))["code"] == "ok"
@@ -61,7 +61,7 @@ async def seeds(host: LiveHost) -> AsyncIterator[dict[InstanceRef, Seeded]]:
 async def test_a_vmm_has_no_rights_and_its_own_uid_root_and_pids(
     host: LiveHost, seeds: dict[InstanceRef, Seeded]
 ) -> None:
-    uids = set()
+    uids: set[str] = set()
     for ref in seeds:
         described = await host.describe(ref)
         pid = described["pid"]
@@ -106,7 +106,7 @@ async def test_a_tap_belongs_to_its_vmms_uid(
 
 def secret_files(host: LiveHost) -> set[str]:
     """Every file of hostd's, on a disk or not, in which the secret can be read."""
-    found = set()
+    found: set[str] = set()
     for directory, _, files in os.walk(host.directory):
         for name in files:
             path = Path(directory, name)
@@ -201,7 +201,7 @@ async def test_a_snapshot_is_roots_alone(host: LiveHost, seeds: dict[InstanceRef
 
 
 @contextlib.contextmanager
-def sniffing(link: str) -> Iterator[Sniffer]:
+def sniffing(link: str) -> Generator[Sniffer]:
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as raw:
         raw.bind((link, ETH_P_ALL))
         yield Sniffer(raw.fileno())

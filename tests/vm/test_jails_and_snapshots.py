@@ -125,12 +125,14 @@ async def place_of_the_rig(rig: VmmRig) -> AsyncIterator[Place]:
     world = make_world(rig.directory)
     for name in ("vmlinux", "rootfs.ext4"):
         shutil.copyfile(MINI / name, world.revision / name)
-    paths = {"data": str(world.data), "state": rig.settings.paths.state}
+    data, state = str(world.data), rig.settings.paths.state
     base = rig.settings.jail_base
-    snapshots = Snapshots(**paths, jail_base=base, cpu_model="here", kernel_release="here")
-    jails = Jails(**paths, jail_base=base)
-    disk = await DataDisks(data=paths["data"], jail_base=base).ensure(DataDiskSpec(REF, 8, None))
-    artifact = await Artifacts(**paths).ensure(ArtifactSpec("acme", "web", REVISION))
+    snapshots = Snapshots(
+        data=data, state=state, jail_base=base, cpu_model="here", kernel_release="here"
+    )
+    jails = Jails(data=data, state=state, jail_base=base)
+    disk = await DataDisks(data=data, jail_base=base).ensure(DataDiskSpec(REF, 8, None))
+    artifact = await Artifacts(data=data, state=state).ensure(ArtifactSpec("acme", "web", REVISION))
     yield Place(rig, world, jails, snapshots, artifact, disk)
     snapshots.close()
     for spec in rig.launches:

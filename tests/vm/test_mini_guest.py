@@ -41,7 +41,7 @@ def boot(tmp_path: Path, namespace: TestNamespace) -> Iterator[Boot]:
 
         def start(name: str = "vm", extra: str = "", **more: Any) -> PlainVm:
             vm = stack.enter_context(PlainVm(tmp_path / name, netns=namespace.name, serial=True))
-            settings = {"tap": TAP, **more}
+            settings: dict[str, Any] = {"tap": TAP, **more}
             vm.boot(VMLINUX, boot_args=f"{BOOT_ARGS} {extra}", **settings)
             return vm
 
@@ -55,8 +55,8 @@ def make_drive(path: Path, label: str, size: str = "1M") -> Path:
 
 
 def stat(vm: PlainVm) -> dict[str, Any]:
-    answer: dict[str, Any] = vm.ask("Stat")
-    return answer["Stat"]
+    answer: dict[str, Any] = vm.ask("Stat")["Stat"]
+    return answer
 
 
 def test_agent_speaks_hostds_protocol(boot: Boot) -> None:
@@ -153,7 +153,7 @@ def test_boots_are_counted_on_the_data_drive_and_leave_its_file_system_whole(
     drives.append((make_drive(tmp_path / "config", "mvm-config"), True))
     data = make_drive(tmp_path / "data", "mvm-data", "2M")
     drives.append((data, False))
-    seen = []
+    seen: list[tuple[int, str]] = []
 
     for number in (1, 2):
         vm = boot(f"vm{number}", drives=drives)

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def need(*paths: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def own_network() -> Iterator[None]:
+def own_network() -> Generator[None]:
     """This thread, and what it starts, is in a new network namespace inside the `with`."""
     libc = ctypes.CDLL(None, use_errno=True)
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -77,7 +77,7 @@ class VmmRig:
     vmms: Vmms
     agents: GuestAgents
     tree: CgroupTree
-    launches: list[LaunchSpec] = field(default_factory=list)
+    launches: list[LaunchSpec] = field(default_factory=list[LaunchSpec])
 
     async def prepare(self, uid: int = UID, *, tenant: str = "acme") -> LaunchSpec:
         """A jail's root with a log, and its cgroup leaf."""
@@ -136,7 +136,7 @@ class VmmRig:
 
 
 @contextlib.asynccontextmanager
-async def vmm_rig(directory: Path, *, enforce: bool = False) -> AsyncIterator[VmmRig]:
+async def vmm_rig(directory: Path, *, enforce: bool = False) -> AsyncGenerator[VmmRig]:
     """A host below `directory`; whatever was prepared is removed at the end."""
     need(FIRECRACKER, JAILER, "/dev/kvm", "/dev/net/tun")
     base = f"hostd-test-{os.getpid()}-{next(_numbers)}"

@@ -6,11 +6,11 @@ A module imports the fixture `host`; its `pytestmark` is `pytest.mark.asyncio(lo
 from collections.abc import AsyncIterator
 from typing import Any
 
-import msgpack
 import pytest_asyncio
 
 from schemas.requests import InstanceRef
 from tests.live_host import LiveHost, live_host
+from tests.plain import unpacked
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -28,7 +28,7 @@ async def dead_letters(host: LiveHost, reply_id: str) -> list[tuple[dict[str, st
 
 async def events(host: LiveHost) -> list[dict[str, Any]]:
     """All that was told so far, in the stream's order."""
-    return [msgpack.unpackb(data) for _, _, data in await host.kept(host.subjects.events_stream)]
+    return [unpacked(data) for _, _, data in await host.kept(host.subjects.events_stream)]
 
 
 def ref_of(name: str, tenant: str = "acme") -> InstanceRef:

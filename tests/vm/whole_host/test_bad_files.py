@@ -62,6 +62,16 @@ class Place:
         self.edit(lambda content: content["net"].update(values))
 
 
+def replace_by_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_file(path: Path, text: str) -> None:
+    path.unlink()
+    path.write_text(text)
+
+
 def replace_by_link(path: Path, target: str) -> None:
     if path.is_dir():
         path.rename(path.with_name(f"{path.name}.real"))
@@ -114,7 +124,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str, str]] = {
     ),
     "instance.json a pipe": (lambda p: make_fifo(p.file), "invalid", "instance.json"),
     "instance.json a directory": (
-        lambda p: (p.file.unlink(), p.file.mkdir()),
+        lambda p: replace_by_directory(p.file),
         "invalid",
         "instance.json",
     ),
@@ -199,10 +209,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str, str]] = {
         "artifacts/current",
     ),
     "current a file": (
-        lambda p: (
-            (p.pool / "artifacts" / "current").unlink(),
-            (p.pool / "artifacts" / "current").write_text("revisions/1"),
-        ),
+        lambda p: replace_by_file(p.pool / "artifacts" / "current", "revisions/1"),
         "invalid",
         "artifacts/current",
     ),

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ def ip(*words: str) -> str:
 
 
 @contextlib.contextmanager
-def filled(directory: str, *, leave_mib: int) -> Iterator[None]:
+def filled(directory: str, *, leave_mib: int) -> Generator[None]:
     """The file system has no more room than that, inside the `with`."""
     there = os.statvfs(directory)
     size = there.f_bavail * there.f_frsize - (leave_mib << 20)
