@@ -5,7 +5,7 @@ import ctypes
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Self
 
 from tests.guests import traffic
@@ -40,7 +40,7 @@ class TestNamespace:
         subprocess.run(["ip", "netns", "delete", self.name], check=True)
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> Generator[None]:
         """This thread is in the namespace inside the `with`; sockets made there stay in it."""
         libc = ctypes.CDLL(None, use_errno=True)
         home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
