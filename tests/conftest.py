@@ -12,6 +12,8 @@ settings.register_profile(
 )
 settings.load_profile("hostd")
 
+pytest_plugins = ["pytester", "tests.leaks"]
+
 KINDS = ("unit", "contract", "kernel", "broker", "vm", "crash", "lab")
 HERE = Path(__file__).parent
 

@@ -1,6 +1,6 @@
 """A whole host for tests: nats-server, a worker process, real jailer and Firecracker, a client.
 
-Each `LiveHost` has a network namespace of its own (the test process moves into it, children
+Each `LiveHost` has a network namespace of its own (the test process is in it meanwhile, children
 inherit it), all its files in one directory, and a cgroup tree of its own; `close` removes all.
 """
 
@@ -50,6 +50,8 @@ from schemas.settings import (
 from schemas.subjects import Lane, Subjects
 from tests.guests.agent import ask, ask_until_answered
 from tests.guests.cache import BUILD
+from tests.guests.namespace import own_network
+from tests.leaks import own_directory
 from tests.plain import unpacked
 from worker.cli.client import Client, connect
 from worker.cli.context import CliError
@@ -57,7 +59,6 @@ from worker.cli.seed import Seed, Seeded, write_seed
 from worker.demo.cleanup import remove_host
 from worker.demo.host import environment_of, provision_cell
 from worker.demo.nats_server import EmbeddedNats
-from worker.demo.netns import enter_new_network
 
 REF = InstanceRef("acme", "web", "i-1")
 NAMES = (REF.tenant_id, REF.pool_id, REF.instance_id)
@@ -84,6 +85,7 @@ class LiveHost:
         """With `disk_mib`, data and state are on a file system of that size and nothing else is."""
         # Not in /tmp: where that is a tmpfs, what a VMM writes there counts as its memory.
         self.directory = tempfile.mkdtemp(prefix="hostd-live-", dir="/var/tmp")
+        own_directory(self.directory)
         self.guest = guest
         self.nats = EmbeddedNats(f"{self.directory}/nats")
         self.boot_args = boot_args
@@ -343,17 +345,17 @@ class LiveHost:
 @contextlib.asynccontextmanager
 async def live_host(*, worker: bool = True, **options: Any) -> AsyncGenerator[LiveHost]:
     """A provisioned host in a network namespace of its own, with its worker ready."""
-    enter_new_network()
-    host = LiveHost(**options)
-    try:
-        await host.nats.start()
-        await provision_cell(host.settings, host.subjects)
-        if worker:
-            await host.start_worker()
-        yield host
-    except BaseException:
-        with contextlib.suppress(OSError):
-            print(host.log()[-6000:])
-        raise
-    finally:
-        await host.close()
+    with own_network():
+        host = LiveHost(**options)
+        try:
+            await host.nats.start()
+            await provision_cell(host.settings, host.subjects)
+            if worker:
+                await host.start_worker()
+            yield host
+        except BaseException:
+            with contextlib.suppress(OSError):
+                print(host.log()[-6000:])
+            raise
+        finally:
+            await host.close()

@@ -236,3 +236,5 @@ async def test_a_dashboard_replays_events_and_watches_state(roles: Roles) -> Non
     seen = await watch.updates(timeout=5)
 
     assert (event.data, entry.value, seen.value) == (b"e1", b"v1", b"v1")
+    await watch.stop()
+    await events.unsubscribe()

@@ -18,7 +18,8 @@ from handlers.interfaces import Vmms
 from handlers.specs import LaunchSpec
 from tests.fakes import host as fake
 from tests.guests.firecracker import FIRECRACKER
-from tests.vm.vmm_rig import own_network, vmm_rig
+from tests.guests.namespace import own_network
+from tests.vm.vmm_rig import vmm_rig
 
 UID = 2_000_000_009
 Prepare = Callable[[], Awaitable[LaunchSpec]]

@@ -9,12 +9,29 @@ from collections.abc import Generator
 from typing import Self
 
 from tests.guests import traffic
+from worker.demo.netns import enter_new_network
 
 CLONE_NEWNET = 0x40000000
 TAP = "tap0"
 HOST_IP = "10.77.0.1"
 GUEST_IP = "10.77.0.2"
 BOOT_ARGS = f"reboot=k panic=1 ip={GUEST_IP}::{HOST_IP}:255.255.255.0::eth0:off"
+
+
+@contextlib.contextmanager
+def own_network() -> Generator[None]:
+    """This thread, and what it starts, is in a new network namespace inside the `with`."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        enter_new_network()
+        try:
+            yield
+        finally:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(home, CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns to the namespace before")
+    finally:
+        os.close(home)
 
 
 class TestNamespace:

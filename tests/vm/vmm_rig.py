@@ -5,13 +5,12 @@ VMM and need nothing else of hostd.
 """
 
 import contextlib
-import ctypes
 import itertools
 import os
 import shutil
 import socket
 import subprocess
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from schemas.settings import HostSettings, LimitSettings, PathSettings, Settings
 from tests.guests.firecracker import FIRECRACKER, JAILER
 from tests.vm import payload
 
-CLONE_NEWNET = 0x40000000
 MIB = 1024 * 1024
 TAP = "tn1i3"
 MAC = "02:fc:00:01:00:03"
@@ -44,22 +42,6 @@ def need(*paths: str | os.PathLike[str]) -> None:
         pytest.fail(f"needs {', '.join(missing)}")
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
-
-
-@contextlib.contextmanager
-def own_network() -> Generator[None]:
-    """This thread, and what it starts, is in a new network namespace inside the `with`."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if libc.unshare(CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "unshare")
-        try:
-            yield
-        finally:
-            libc.setns(home, CLONE_NEWNET)
-    finally:
-        os.close(home)
 
 
 def add_tap(name: str, owner: int) -> None:

@@ -16,11 +16,10 @@ import pytest_asyncio
 
 from schemas.requests import DestroyInstance, InstanceRef, StartInstance
 from tests.live_host import LiveHost
-from tests.vm.whole_host.shared_host import host, ref_of
+from tests.vm.whole_host.shared_host import ref_of
 from worker.cli.context import CliError
 from worker.cli.seed import Seeded
 
-__all__ = ["host"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 

@@ -23,10 +23,9 @@ from schemas.requests import (
 from schemas.subjects import Lane
 from tests.live_host import LiveHost
 from tests.plain import unpacked
-from tests.vm.whole_host.shared_host import events, host, ref_of
+from tests.vm.whole_host.shared_host import events, ref_of
 from worker.cli.seed import Seeded
 
-__all__ = ["host"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LIFE = [

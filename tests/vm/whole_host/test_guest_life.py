@@ -21,10 +21,9 @@ from schemas.requests import (
 from tests.guests import agent
 from tests.live_host import LiveHost, live_host
 from tests.vm.whole_host import traffic
-from tests.vm.whole_host.shared_host import events, host, ref_of
+from tests.vm.whole_host.shared_host import events, ref_of
 from worker.cli.seed import Seeded
 
-__all__ = ["host"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SECRETS = b'{"token": "only the guest may see this"}'

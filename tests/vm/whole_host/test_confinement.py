@@ -27,10 +27,8 @@ from tests.kernel.net.frames import IPV4, ethernet, udp
 from tests.kernel.net.netns import ETH_P_ALL, Sniffer
 from tests.live_host import LiveHost
 from tests.vm.whole_host import traffic
-from tests.vm.whole_host.shared_host import host
 from worker.cli.seed import Seeded
 
-__all__ = ["host"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TOKEN = b"a secret that is nowhere else 7d1f"
