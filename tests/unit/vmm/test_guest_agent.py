@@ -3,7 +3,6 @@
 import asyncio
 import json
 import struct
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from handlers.specs import Ack
 from schemas.settings import PathSettings, Settings
 
 JAIL = "abc-1"
+HANGS_S = 60.0  # fails a test that would hang, not one on a slow machine
 PORT = 5252
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -125,7 +125,9 @@ async def test_a_slow_drain_is_waited_for_and_not_asked_again(
         writer.write(b"OK 1\n")
         (length,) = struct.unpack(">I", await reader.readexactly(4))
         await reader.readexactly(length)
-        await asyncio.sleep(0.05)  # the guest's work: longer than a silence that ends an attempt
+        # The guest's work takes longer than a silence that ends an attempt.
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 5 * module.FIRST_SILENCE_S)
         await frame(writer, {"SleepPrepAck": {"success": True, "detail": None}})
 
     guest = Guest(tmp_path, slow)
@@ -139,12 +141,9 @@ async def test_a_slow_drain_is_waited_for_and_not_asked_again(
 @pytest.mark.parametrize("play", [silent, silent_after_ok, cut])
 async def test_the_time_is_bounded(tmp_path: Path, play: Serve) -> None:
     async with Guest(tmp_path, play) as agents:
-        started = time.monotonic()
-
-        with pytest.raises(Unavailable):
-            await agents.ping(JAIL, PORT, timeout_s=0.2)
-
-        assert time.monotonic() - started < 2
+        async with asyncio.timeout(HANGS_S):
+            with pytest.raises(Unavailable):
+                await agents.ping(JAIL, PORT, timeout_s=0.2)
 
 
 @pytest.mark.parametrize(
@@ -197,12 +196,10 @@ async def test_a_socket_that_nobody_serves_any_more_ends_it_early(tmp_path: Path
     guest = Guest(tmp_path, silent)
     async with guest:
         pass
-    started = time.monotonic()
 
-    with pytest.raises(Unavailable, match="gone"):
-        await guest.agents.ping(JAIL, PORT, timeout_s=30)
-
-    assert time.monotonic() - started < 5
+    async with asyncio.timeout(HANGS_S):
+        with pytest.raises(Unavailable, match="gone"):
+            await guest.agents.ping(JAIL, PORT, timeout_s=3600)
 
 
 async def test_a_link_in_place_of_the_socket_is_not_followed(tmp_path: Path) -> None:
