@@ -1,9 +1,9 @@
-# hostd. `make setup` builds .venv and build/; every other target needs it first and runs it.
+# hostd. `make setup` builds .venv and build/; every target needs it, or its venv part, and runs it.
 SHELL := /bin/bash
 PY := .venv/bin/python
-KINDS := unit contract kernel broker vm lab crash
+KINDS := unit contract kernel broker vm crash lab
 
-.PHONY: help setup demo test check bench lab fmt
+.PHONY: help setup venv demo test unit check bench lab fmt
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -11,13 +11,19 @@ help: ## Show the targets
 setup: ## Install what is needed (apt, PyPI) and build the test guests, as root
 	@deploy/setup.sh
 
+venv: ## Build .venv alone, from PyPI, as any user
+	@deploy/setup.sh venv
+
 demo: setup ## The whole job end to end, with real Firecracker and a Linux guest
 	@.venv/bin/hostd demo
 
 test: setup ## All tests, the slowest last
-	@$(PY) -m pytest tests/unit tests/contract tests/kernel tests/broker tests/vm tests/crash tests/lab
+	@$(PY) -m pytest $(KINDS:%=tests/%)
 
-check: setup ## Lint, types, layers
+unit: venv ## The unit tests, as any user
+	@$(PY) -m pytest tests/unit
+
+check: venv ## Lint, types, layers, as any user
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/pyright && .venv/bin/lint-imports
 
 bench: setup ## Measure, side by side with the raw alternative; writes bench/results.json
@@ -26,5 +32,5 @@ bench: setup ## Measure, side by side with the raw alternative; writes bench/res
 lab: setup ## Open a shell in the lab VM (true KVM, cgroup v2)
 	@$(PY) -m tests.lab.open
 
-fmt: ## Format
+fmt: venv ## Format
 	@.venv/bin/ruff format . && .venv/bin/ruff check --fix .

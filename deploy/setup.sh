@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Everything that `make` needs, on a bare Debian 12: apt packages, .venv, promtool, test guests.
+# `setup.sh venv`: .venv alone, from PyPI; for that no root, no apt and no Debian is needed.
 # Idempotent: each part is done again only when what it is made from has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PACKAGES=(ca-certificates e2fsprogs iproute2 libnftables1 nftables python3-venv xfsprogs)
+PACKAGES=(ca-certificates e2fsprogs iproute2 libnftables1 nftables openssl python3-venv systemd xfsprogs)
+PIP_VERSION=26.3
+PIP_SHA256=f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13
 TOOLS=build/tools
 STAMPS=build/stamps
 LOG=$PWD/build/apt.log
@@ -34,7 +37,7 @@ python() {
 }
 
 apt() {
-    [[ $(id -u) == 0 ]] || die "needs root to install: ${missing[*]}"
+    [[ $(id -u) == 0 ]] || die "needs root to install: ${missing[*]} (without root: make unit check)"
     command -v apt-get >/dev/null || die "needs apt-get (Debian 12) to install: ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
     if [[ -z ${updated-} ]]; then
@@ -68,12 +71,9 @@ packages() {
 }
 
 # Only the one program: the package as a whole would start a Prometheus on this machine.
+# Always Debian's, whatever is in PATH: a verdict of the tests must not depend on it.
 promtool() {
-    [[ -x $TOOLS/promtool ]] && return
-    if command -v promtool >/dev/null; then
-        ln -sf "$(command -v promtool)" "$TOOLS/promtool"
-        return
-    fi
+    [[ -x $TOOLS/promtool && ! -L $TOOLS/promtool ]] && return
     say "fetching promtool with apt"
     missing=(promtool)
     rm -f "$TOOLS"/prometheus_*.deb
@@ -98,24 +98,40 @@ nats_server() {
     rm -f "$TOOLS"/nats-server_*.deb
 }
 
+venv_inputs() { # scripts in there name their path
+    digest requirements-dev.lock pyproject.toml <(realpath .venv)
+}
+
+venv_is_fresh() {
+    [[ -x .venv/bin/python && -x .venv/bin/hostd ]] && fresh venv "$(venv_inputs)" &&
+        head -n 1 .venv/bin/hostd | grep -qF "$(realpath .venv)"
+}
+
 venv() {
-    local made_from
-    made_from=$(digest requirements-dev.lock pyproject.toml <(realpath .venv)) # scripts name their path
+    venv_is_fresh && return
     if [[ -x .venv/bin/hostd ]] && ! head -n 1 .venv/bin/hostd | grep -qF "$(realpath .venv)"; then
         rm -rf .venv # moved or copied from elsewhere
     fi
-    if [[ -x .venv/bin/hostd ]] && fresh venv "$made_from"; then
-        return
-    fi
-    if [[ ! -x .venv/bin/python ]]; then
-        "$(python)" -m venv --clear .venv || die "cannot make .venv"
-    fi
+    [[ -x .venv/bin/python ]] && .venv/bin/python -m pip --version >/dev/null 2>&1 || empty_venv
     say "installing into .venv from PyPI"
     local pip=(.venv/bin/python -m pip --disable-pip-version-check --quiet)
     "${pip[@]}" install --require-hashes -r requirements-dev.lock ||
         die "pip failed: is PyPI reachable (or PIP_INDEX_URL set)?"
     "${pip[@]}" install --no-deps --no-build-isolation -e . || die "cannot install hostd itself"
-    done_with venv "$made_from"
+    done_with venv "$(venv_inputs)"
+}
+
+# Debian's Python has no ensurepip without the package python3-venv: then pip comes from PIP_INDEX_URL.
+empty_venv() {
+    local from
+    from=$(python)
+    if "$from" -c 'import ensurepip' 2>/dev/null; then
+        "$from" -m venv --clear .venv || die "cannot make .venv with $from"
+        return
+    fi
+    "$from" -m venv --clear --without-pip .venv || die "cannot make .venv with $from"
+    .venv/bin/python deploy/fetch_pip.py "$PIP_VERSION" "$PIP_SHA256" ||
+        die "this Python has no ensurepip: as root, apt-get install python3-venv; or set PIP_INDEX_URL to an index that has pip"
 }
 
 guests() { # knows by itself what is up to date, in 0.2 s
@@ -123,9 +139,19 @@ guests() { # knows by itself what is up to date, in 0.2 s
         die "cannot build the test guests"
 }
 
-mkdir -p "$TOOLS" "$STAMPS"
-exec 9>build/setup.lock
+part=${1-all}
+case $part in
+all | venv) ;;
+*) die "usage: deploy/setup.sh [venv]" ;;
+esac
+[[ $part == venv ]] && venv_is_fresh && exit # also where another user made it
+mkdir -p "$TOOLS" "$STAMPS" && exec 9>build/setup.lock ||
+    die "cannot write to $PWD/build as $(id -un): make it in a clone of your own"
 flock 9
+if [[ $part == venv ]]; then
+    venv
+    exit
+fi
 packages
 promtool
 nats_server

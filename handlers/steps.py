@@ -35,14 +35,14 @@ class Halted(Exception):
     """
 
 
-class Traced(Protocol):
+class Failpoint(Protocol):
     def __call__(self, moment: str) -> Awaitable[None]:
-        """Called at traced points (`before:<step>`, `after:<step>`); tests stop the worker here."""
+        """Called at each point, `before:<step>` and `after:<step>`; a crash test stops there."""
         ...
 
 
-async def no_trace(moment: str) -> None:
-    """The trace hook of a worker in production."""
+async def no_failpoint(moment: str) -> None:
+    """The failpoint of a worker in production: none."""
 
 
 class Steps:
@@ -56,7 +56,7 @@ class Steps:
         *,
         deadline_ms: int | None = None,
         admission: asyncio.Future[None] | None = None,
-        trace: Traced = no_trace,
+        failpoint: Failpoint = no_failpoint,
         observe: Callable[[str, float], None] = lambda step, seconds: None,
     ) -> None:
         self.command_id = command_id
@@ -68,7 +68,7 @@ class Steps:
         self._cut = asyncio.Event()
         self._superseded_by = ""
         self._halted = False
-        self._trace = trace
+        self._failpoint = failpoint
         self._observe = observe
         self._final = False
         self._existed: dict[tuple[str, str], bool] = {}
@@ -152,16 +152,16 @@ class Steps:
 
     async def reach(self, point: str, commit: Callable[[], Awaitable[None]]) -> None:
         """Pass a point of no return that `commit` writes: from here on only completion."""
-        await self._trace(f"before:{point}")
+        await self._failpoint(f"before:{point}")
         await commit()
         self._final = True
-        await self._trace(f"after:{point}")
+        await self._failpoint(f"after:{point}")
 
     async def mark(self, name: str) -> None:
         """Commit, durably, that something that must not happen twice may happen from here on."""
-        await self._trace(f"before:{name}")
+        await self._failpoint(f"before:{name}")
         await self._log.mark(self.command_id, name)
-        await self._trace(f"after:{name}")
+        await self._failpoint(f"after:{name}")
 
     def marked(self, name: str) -> bool:
         """Whether an earlier run, or this one, committed the mark."""
@@ -262,7 +262,7 @@ class Steps:
         if self._admission is not None:  # no effect before the command is on disk
             await asyncio.shield(self._admission)
             self._admission = None
-        await self._trace(f"before:{name}")
+        await self._failpoint(f"before:{name}")
         started = time.perf_counter()
         try:
             value = await do()
@@ -273,7 +273,7 @@ class Steps:
             seconds = time.perf_counter() - started
             self._observe(name, seconds)
             self.taken.append(StepTaken(name=name, took_us=int(seconds * 1e6), outcome=outcome))
-        await self._trace(f"after:{name}")
+        await self._failpoint(f"after:{name}")
         return value
 
 

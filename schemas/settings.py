@@ -51,11 +51,11 @@ class MetricsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NetworkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[network]`. `uplinks` empty means the links of the default routes.
+    """`[network]`. `uplinks` empty means the interfaces of the default routes.
 
     `host_services` are `tcp/<port>` or `udp/<port>` that guests may reach on their gateway.
-    `exempt_routes` are CIDRs of host routes that a tenant's subnet may overlap. `max_flows` is how
-    many flows a tenant may have open to the outside at once, lest one fill the host's conntrack.
+    `exempt_routes` are CIDRs of host routes that a tenant's subnet may overlap. `max_flows` is the
+    maximum of a tenant's flows to the outside, so that one cannot fill the host's conntrack table.
     """
 
     allowed: tuple[str, ...] = ("10.240.0.0/12",)
@@ -67,7 +67,7 @@ class NetworkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[limits]`: how much at once. `mem_reserve_mib` is kept free for the host."""
+    """`[limits]`: concurrency and quotas. `mem_reserve_mib` is kept free for the host."""
 
     enforce: bool = True
     cgroup: str = "hostd"
@@ -91,7 +91,7 @@ class LogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file; each key `a.b` is also `HOSTD_A_B` in the environment, which wins."""
+    """The whole file; each key `a.b` is also `HOSTD_A_B` in the environment, which overrides it."""
 
     host: HostSettings = HostSettings()
     nats: NatsSettings = NatsSettings()

@@ -21,7 +21,7 @@ from handlers.errors import (
 from handlers.interfaces import Host
 from handlers.mechanism import Removable
 from handlers.registry import Handler
-from handlers.steps import Done, Halted, Steps, Traced, no_trace
+from handlers.steps import Done, Failpoint, Halted, Steps, no_failpoint
 from schemas import serde
 from schemas.codes import Code
 from schemas.envelopes import Reply, StepTaken
@@ -49,7 +49,7 @@ SNAPSHOT_STEPS: Final = frozenset({"pause", "snapshot_draft", "publish"})
 log = structlog.get_logger()
 
 
-class Meters(Protocol):
+class CommandMeters(Protocol):
     """What dispatch counts (`worker/metrics.py`)."""
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None: ...
@@ -76,9 +76,9 @@ class Dispatch:
         host: Host,
         mechanisms: Mapping[str, Removable],
         *,
-        meters: Meters,
+        meters: CommandMeters,
         draining: Callable[[], bool] = lambda: False,
-        trace: Traced = no_trace,
+        failpoint: Failpoint = no_failpoint,
     ) -> None:
         self._journal = journal
         self._handlers = handlers
@@ -86,7 +86,7 @@ class Dispatch:
         self._mechanisms = mechanisms
         self._meters = meters
         self._draining = draining
-        self._trace = trace
+        self._failpoint = failpoint
         self._budget_s = host.settings.limits.retry_budget_s
 
     async def run(self, work: Work) -> None:
@@ -106,7 +106,7 @@ class Dispatch:
             self._mechanisms,
             deadline_ms=row.command.deadline_ms,
             admission=row.admission,
-            trace=self._trace,
+            failpoint=self._failpoint,
             observe=self._meters.step,
         )
         work.began(steps)
@@ -149,7 +149,7 @@ class Dispatch:
         except Halted:
             raise
         except Exception:
-            log.exception("command.bug", type=row.command.request.kind)
+            log.exception("command.crashed", type=row.command.request.kind)
             return await self._undone(row, steps, None), None
         reply = self._reply(
             row,
@@ -204,7 +204,7 @@ class Dispatch:
         failure = of_os_error(error) if isinstance(error, OSError) else error
         if isinstance(failure, Failure):
             self._meters.retry(row.command.request.kind, failure.code)
-            log.info("command.retry", code=failure.code.value, reason=failure.message)
+            log.info("command.retried", code=failure.code.value, reason=failure.message)
 
     async def _pause(self, steps: Steps, seconds: float) -> None:
         """Wait before the next attempt; a superseding command or the shutdown ends it at once."""
@@ -225,7 +225,7 @@ class Dispatch:
             except JournalFault:
                 await self._journal.until_writable()
             except Exception:
-                log.exception("command.bug", doing="undo")
+                log.exception("command.crashed", doing="undo")
                 rows = self._journal.rows(steps.command_id)
                 return tuple(f"{row.mechanism} {row.key}" for row in rows if not row.existed)
 
@@ -245,7 +245,7 @@ class Dispatch:
             except (TypeError, ValueError, OverflowError):
                 if reply.code is Code.INTERNAL:
                     raise
-                log.exception("command.bug", type=row.command.request.kind)  # no msgpack of it
+                log.exception("command.crashed", type=row.command.request.kind)  # no msgpack of it
                 reply = self._failed(row, None, ())
         if row.withdrawn:
             return

@@ -1,34 +1,35 @@
-"""A place to stop a worker at a named moment, for crash tests: off unless the environment asks.
+"""Failpoints for crash tests: stop one command at a named point. Off in production.
 
-With `HOSTD_TRACE_STOP=after:taps` and `HOSTD_TRACE_FILE=/path` in the environment, the command
-that reaches that moment writes it to the file and waits there for ever; whoever watches the file
-may then send SIGKILL. Moments are those of `handlers/steps.py`: `before:<step>`, `after:<step>`.
+With `HOSTD_FAILPOINT=after:tap` and `HOSTD_FAILPOINT_FILE=/path` in the environment, the command
+that reaches that point writes its name to the file and then waits forever; the test that watches
+the file can send SIGKILL. Points are those of `handlers/steps.py`: `before:<step>` and
+`after:<step>`, where a step is named after its mechanism.
 """
 
 import asyncio
 import os
 from collections.abc import Mapping
 
-from handlers.steps import Traced, no_trace
+from handlers.steps import Failpoint, no_failpoint
 
-STOP_AT, TELL = "HOSTD_TRACE_STOP", "HOSTD_TRACE_FILE"
+POINT, FILE = "HOSTD_FAILPOINT", "HOSTD_FAILPOINT_FILE"
 
 
-def tracer(environment: Mapping[str, str]) -> Traced:
+def failpoint(environment: Mapping[str, str]) -> Failpoint:
     """The hook for `Steps`; does nothing unless both variables are set."""
-    stop_at, path = environment.get(STOP_AT), environment.get(TELL)
-    if not stop_at or not path:
-        return no_trace
+    wanted, path = environment.get(POINT), environment.get(FILE)
+    if not wanted or not path:
+        return no_failpoint
 
-    def _tell(path: str, moment: str) -> None:
+    def write(path: str, moment: str) -> None:
         with open(f"{path}.tmp", "w", encoding="ascii") as file:
             file.write(moment)
         os.rename(f"{path}.tmp", path)
 
     async def stop(moment: str) -> None:
-        if moment != stop_at:
+        if moment != wanted:
             return
-        _tell(path, moment)
+        write(path, moment)
         await asyncio.Event().wait()
 
     return stop

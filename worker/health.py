@@ -1,7 +1,7 @@
 """`/metrics`, `/livez` and `/readyz` over HTTP, on loopback unless the settings say otherwise.
 
-Read-only, one request per connection, bounded in size, time and number: a stuck scraper costs a
-connection slot for a few seconds and nothing else.
+Read-only, one request per connection, bounded in size, time and number: a stuck scraper costs one
+connection slot for a few seconds.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ Checks = Callable[[], Mapping[str, bool]]
 
 
 class HealthServer:
-    """Serves while entered (`async with`).
+    """Serves inside `async with`.
 
     Args:
-        listen: `host:port`; port 0 takes a free one, see `port`.
-        checks: what must be true to be ready, e.g. `recovered`, `connected`, `can_commit`.
+        listen: `host:port`; port 0 means any free port, see `port`.
+        checks: ready when all of these are true, e.g. `recovered`, `connected`, `can_commit`.
     """
 
     def __init__(self, listen: str, metrics: Metrics, checks: Checks) -> None:
@@ -42,7 +42,7 @@ class HealthServer:
         self._open: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        """Raises OSError if the address is taken or not of this host."""
+        """Raises OSError if the address is in use or not on this host."""
         self._server = await asyncio.start_server(
             self._accept, self._host, self._port, limit=MAX_HEADER_BYTES
         )
@@ -67,7 +67,7 @@ class HealthServer:
     def port(self) -> int:
         """The port in use."""
         if self._server is None:
-            raise RuntimeError("not serving")
+            raise RuntimeError("the health server is not running")
         return int(self._server.sockets[0].getsockname()[1])
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -93,7 +93,7 @@ class HealthServer:
                 await writer.wait_closed()
 
     async def _exchange(self, reader: asyncio.StreamReader) -> bytes:
-        """The bytes that answer the connection's one request; none if it sent none."""
+        """The response to the connection's one request; empty if it sent none."""
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
         try:
             while (event := http.next_event()) is h11.NEED_DATA:

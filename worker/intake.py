@@ -31,7 +31,7 @@ from worker.lanes import Lanes
 log = structlog.get_logger()
 
 
-class Meters(Protocol):
+class IntakeMeters(Protocol):
     """What intake counts (`worker/metrics.py`)."""
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None: ...
@@ -70,7 +70,7 @@ class Intake:
         inbox_prefixes: Sequence[str],
         version: str,
         facts: Callable[[], dict[str, Any]],
-        meters: Meters,
+        meters: IntakeMeters,
     ) -> None:
         self.unknown_keys = 0
         self._bus = bus
@@ -107,7 +107,7 @@ class Intake:
             await delivery.ack()
         except BusError as error:
             # the stream has it still, and delivers it again
-            log.warning("intake.unsettled", command_id=message.id, error=str(error))
+            log.warning("intake.deferred", command_id=message.id, error=str(error))
 
     async def _settle(self, message: _Message) -> None:
         try:
@@ -167,7 +167,7 @@ class Intake:
         message.lane.check(seen.request)
         if seen.unknown_keys:
             self.unknown_keys += len(seen.unknown_keys)
-            log.debug("intake.unknown_keys", command_id=message.id, keys=seen.unknown_keys)
+            log.debug("intake.keys_ignored", command_id=message.id, keys=seen.unknown_keys)
         return seen
 
     async def _go_on(self, message: _Message, command: Command, accepted: Accepted) -> None:

@@ -109,10 +109,10 @@ class Lanes:
         if self._started:
             self._wake(row.lane, line)
 
-    def put_chore(self, lane: Lane, chore: MaintenanceTask) -> None:
+    def put_maintenance(self, lane: Lane, task: MaintenanceTask) -> None:
         """Queue the worker's own work behind all else of the lane."""
         line = self._lines.setdefault(lane, _Line())
-        line.waiting.append(chore)
+        line.waiting.append(task)
         if self._started:
             self._wake(lane, line)
 
@@ -179,7 +179,7 @@ class Lanes:
                     else:
                         await self._runner.run(line.running)
                 except Exception:
-                    log.exception("lane.bug", lane=str(lane), work=_name(line.running))
+                    log.exception("lane.work_crashed", lane=str(lane), work=_name(line.running))
         finally:
             line.running = line.task = None
             if not line.waiting:

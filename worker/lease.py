@@ -1,7 +1,7 @@
-"""The lease of a host id: the host's own value in the state bucket, renewed while the worker runs.
+"""The lease of a host ID: the host's key in the state bucket, renewed while the worker runs.
 
-Readers trust `lease_until_ms`. A live lease of another machine stops the start; losing it later
-stops no VM, only the writing of state (`state.py`), until it is ours again.
+Readers rely on `lease_until_ms`. A valid lease of another machine stops the start; losing the
+lease later stops no VM, only the writing of state (`state_writer.py`), until it is held again.
 """
 
 import asyncio
@@ -22,12 +22,12 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 
 class LeaseHeld(Exception):
-    """Another machine uses this host id now: give one of the two another `[host] id`."""
+    """Another machine uses this host ID now: change the `[host] id` of one of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who this worker is."""
+    """Identity of this worker."""
 
     machine_id: str
     boot_id: str
@@ -35,15 +35,15 @@ class Holder:
 
 
 class Lease:
-    """Holds the host key.
+    """Holds the key of the host.
 
     Args:
         bus: where the bucket is.
         key: `Subjects.host_key`.
         holder: this worker.
-        facts: what else the value shows, at least `host_state`, `capacity` and `seq`; called at
-            each renewal, must not block.
-        lease_s: how long a value counts; renewed three times as often.
+        facts: what else the value contains, at least `host_state`, `capacity` and `seq`; called
+            at each renewal, must not block.
+        lease_s: validity of a value; it is renewed three times in that time.
         clock: Unix milliseconds.
     """
 
@@ -61,15 +61,15 @@ class Lease:
         self._bus, self._holder, self._facts = bus, holder, facts
         self._lease_s, self._clock = lease_s, clock
         self._revision: int | None = None
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._held = asyncio.Event()
         self._renewal = asyncio.Event()
-        self._said = ""
+        self._logged = ""
         self.generation = 0
 
     @property
     def held(self) -> bool:
-        """Whether the last renewal found it ours."""
+        """Whether this worker had the lease at the last renewal."""
         return self._held.is_set()
 
     async def wait_held(self) -> None:
@@ -81,49 +81,52 @@ class Lease:
             await self._renewal.wait()
 
     def touch(self) -> None:
-        """The facts changed: renew now."""
-        self._news.set()
+        """The facts changed: renew the lease now."""
+        self._changed.set()
 
     async def acquire(self) -> None:
-        """Take the lease; waits until the bus can tell whose it is.
+        """Take the lease; waits until the bus answers.
 
         Raises:
-            LeaseHeld: another machine's lease is live.
+            LeaseHeld: another machine has a valid lease.
         """
         while True:
             try:
                 await self._renew()
             except BusError as error:
-                self._say("lease.waiting", str(error))
+                if self._is_new(str(error)):
+                    log.warning("lease.acquire_failed", error=str(error))
                 await asyncio.sleep(random.uniform(0.1, 1))  # noqa: S311
             else:
                 return
 
     async def run(self) -> None:
-        """Renew until cancelled, and take it back if it was lost and has run out."""
+        """Renew until cancelled; after a loss, take the lease again once it has expired."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._lease_s / 3):
-                    await self._news.wait()
-            self._news.clear()
+                    await self._changed.wait()
+            self._changed.clear()
             try:
                 await self._renew()
             except LeaseHeld as error:
                 self._held.clear()
-                self._say("lease.lost", str(error))
+                if self._is_new(str(error)):
+                    log.warning("lease.lost", error=str(error))
             except BusError as error:
-                self._say("lease.not_renewed", str(error))
+                if self._is_new(str(error)):
+                    log.warning("lease.renew_failed", error=str(error))
                 await asyncio.sleep(random.uniform(0.1, 1))  # noqa: S311
-                self._news.set()
+                self._changed.set()
 
     async def release(self) -> None:
-        """Let it run out now; best effort, at an orderly end."""
+        """Let the lease expire now; best effort, at an orderly stop."""
         if self._revision is None or not self.held:
             return
         try:
             await self._bus.write_state(self.key, self._value(0), revision=self._revision)
         except BusError as error:
-            log.info("lease.not_released", error=str(error))
+            log.info("lease.release_failed", error=str(error))
         self._held.clear()
 
     # -- inside ------------------------------------------------------------------------------------
@@ -135,7 +138,7 @@ class Lease:
         try:
             self._revision = await self._bus.write_state(self.key, value, revision=self._revision)
         except StateConflict:
-            # Ours in truth if only the acknowledgement was lost; the next round writes on it.
+            # Our write may have succeeded with a lost acknowledgement; then this continues from it.
             self._revision = await self._revision_to_take()
             self._revision = await self._bus.write_state(self.key, value, revision=self._revision)
         except BusError:
@@ -144,11 +147,11 @@ class Lease:
         self.generation += 1
         self._renewal.set()
         self._renewal = asyncio.Event()
-        self._said = ""
+        self._logged = ""
         self._held.set()
 
     async def _revision_to_take(self) -> int:
-        """The revision to write upon, if the key is free, run out, or this machine's."""
+        """The revision to write upon, if the key is absent, expired, or this machine's."""
         found = await self._bus.read_state(self.key)
         if found is None:
             return 0
@@ -158,13 +161,13 @@ class Lease:
         except DecodeError:
             return revision
         machine_id, until_ms = value.get("machine_id"), value.get("lease_until_ms")
-        live = isinstance(until_ms, int) and until_ms > self._clock()
-        if live and machine_id != self._holder.machine_id:
+        valid = isinstance(until_ms, int) and until_ms > self._clock()
+        if valid and machine_id != self._holder.machine_id:
             seconds = (cast("int", until_ms) - self._clock()) / 1000
             raise LeaseHeld(
-                f"{self.key}: machine {machine_id!a} holds this host id, for another"
-                f" {seconds:.0f} s; this machine is {self._holder.machine_id!r}. Give one of them"
-                " another [host] id, or stop the other worker and wait"
+                f"{self.key}: machine {machine_id!a} has the lease of this host ID for another"
+                f" {seconds:.0f} s; this machine is {self._holder.machine_id!r}. Change the [host]"
+                " id of one of them, or stop the other worker and wait"
             )
         return revision
 
@@ -182,7 +185,7 @@ class Lease:
         }
         return unpack.pack(facts | fixed)
 
-    def _say(self, event: str, text: str) -> None:
-        if text != self._said:
-            self._said = text
-            log.warning(event, reason=text)
+    def _is_new(self, text: str) -> bool:
+        """Whether this text differs from the last one logged: each is logged once."""
+        new, self._logged = text != self._logged, text
+        return new

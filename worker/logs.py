@@ -1,7 +1,7 @@
-"""Structured logs: one JSON object per line on stdout, `noun.verb` events, facts in fields.
+"""Structured logs: one JSON object per line on stdout, `noun.verb_past` events, facts in fields.
 
-No secrets, no guest data, no whole envelopes: callers log names and numbers; as a last guard the
-values of fields with telling names are replaced.
+docs/operations.md lists all events. No secrets, no guest data, no whole envelopes: callers log
+names and numbers; in addition, the values of fields with sensitive names are replaced.
 """
 
 import json
@@ -56,6 +56,6 @@ def _dump(event: object, **_options: object) -> str:
 
 
 def _plain(value: object) -> str:
-    """Errors as `Class: text`, anything else as its text; bounded, since it may be foreign."""
+    """Errors as `Class: text`, other values as their text; bounded, since it may be untrusted."""
     text = f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else str(value)
     return text[:_TEXT_MAX]

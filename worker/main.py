@@ -1,8 +1,7 @@
 """The worker of one host: its parts, the order they start in, and the order they stop in.
 
-Start: lock, journal, host, bus; Ping is answered from then on. Then recovery, and only then the
-lanes. Stop (SIGTERM): no more messages, then the lanes to their next safe point, then what the
-outbox still has, then the lease, the bus, the journal. VMs run on throughout.
+Start: directories, host lock, journal, host, bus; Ping is answered from then on. Then recovery,
+and only then the lanes. Stop (SIGTERM): `Worker._shut_down`. VMs keep running throughout.
 """
 
 import asyncio
@@ -10,7 +9,7 @@ import contextlib
 import os
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from typing import Any
@@ -25,22 +24,25 @@ from handlers.registry import HANDLERS, mechanisms
 from schemas.codes import EXIT_CODES, Code
 from schemas.settings import Settings
 from schemas.subjects import Subjects
+from worker.background import BackgroundTasks
 from worker.bus.nats import NatsBus
 from worker.dispatch import Dispatch
-from worker.failpoints import tracer
+from worker.failpoints import failpoint
 from worker.health import HealthServer
-from worker.host_factory import RealHost, open_real_host, prepare_dirs
+from worker.host_factory import RealHost, open_real_host
 from worker.intake import Intake
 from worker.journal.journal import Journal
-from worker.lanes import Lanes, Work
+from worker.lanes import Lanes
 from worker.lease import Holder, Lease, LeaseHeld
 from worker.metrics import Metrics, sample_loop_lag
 from worker.outbox import Outbox
+from worker.preflight import prepare_dirs
 from worker.queries.answers import Answers
-from worker.queries.service import ask_service
+from worker.queries.service import query_service
+from worker.reconcile.adoption import Adoption
 from worker.reconcile.reconciler import Reconciler
 from worker.reconcile.recovery import Recovery
-from worker.reconcile.vmm_watch import VmmWatch
+from worker.reconcile.vmm_watch import NotifyingRunner, VmmWatch
 from worker.state_writer import StateWriter
 
 OUTBOX_S = 5.0
@@ -51,21 +53,21 @@ log = structlog.get_logger()
 
 
 def run(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT. Returns the exit code: 0, or that of why it could not go on."""
+    """Run until SIGTERM or SIGINT. Returns the exit code: 0, or the one of the failure's code."""
     try:
         asyncio.run(_until_stopped(settings))
     except Failure as failure:
-        return _refused(failure.code, failure.message)
+        return _start_failed(failure.code, failure.message)
     except LeaseHeld as error:
-        return _refused(Code.CONFLICT, str(error))
+        return _start_failed(Code.CONFLICT, str(error))
     except OSError as error:
-        known = of_os_error(error)
-        return _refused(known.code, known.message)
+        fault = of_os_error(error)
+        return _start_failed(fault.code, fault.message)
     return 0
 
 
-def _refused(code: Code, reason: str) -> int:
-    log.error("worker.refused", reason=reason, code=code.value)
+def _start_failed(code: Code, reason: str) -> int:
+    log.error("worker.start_failed", reason=reason, code=code.value)
     return EXIT_CODES[code]
 
 
@@ -85,13 +87,13 @@ async def _until_stopped(settings: Settings) -> None:
             observe_commit=metrics.commit,
         )
         stack.push_async_callback(journal.close)
-        background = Background()
+        background = BackgroundTasks()
         real = open_real_host(settings, journal, background.start)
         stack.callback(real.close)
         bus = NatsBus(settings.nats, subjects)
         stack.push_async_callback(bus.close)
         worker = Worker(settings, subjects, metrics, journal, real, bus, background)
-        stack.push_async_callback(worker.supervisor.close)
+        stack.push_async_callback(worker.vmm_watch.close)
         if settings.metrics.listen:
             await stack.enter_async_context(
                 HealthServer(settings.metrics.listen, metrics, worker.checks)
@@ -99,46 +101,8 @@ async def _until_stopped(settings: Settings) -> None:
         await worker.run()
 
 
-class Background:
-    """Work that a handler starts for later; its trouble is logged and stops nothing."""
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def start(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
-        async def guarded() -> None:
-            try:
-                await work()
-            except (Failure, OSError) as error:
-                log.warning("background.failed", work=name, error=repr(error))
-
-        task = asyncio.create_task(guarded(), name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def close(self) -> None:
-        await _end(list(self._tasks))
-
-
-class NotifyingRunner:
-    """A lane's runner that tells the supervisor when a command may have started or ended a VMM."""
-
-    def __init__(self, dispatch: Dispatch) -> None:
-        self._dispatch = dispatch
-        self.after: Callable[[], None] = lambda: None
-
-    async def run(self, work: Work) -> None:
-        try:
-            await self._dispatch.run(work)
-        finally:
-            self.after()
-
-    async def answer_superseded(self, work: Work) -> None:
-        await self._dispatch.answer_superseded(work)
-
-
 class Worker:
-    """Holds the parts together; none of them knows it."""
+    """Connects the parts; none of them knows it."""
 
     def __init__(
         self,
@@ -148,21 +112,21 @@ class Worker:
         journal: Journal,
         real: RealHost,
         bus: NatsBus,
-        background: Background,
+        background: BackgroundTasks,
     ) -> None:
-        host = real.host
-        known = mechanisms(host)
+        host, removable = real.host, mechanisms(real.host)
         self.settings, self.metrics, self.journal, self.bus = settings, metrics, journal, bus
         self._phase = "recovering"
         self._real = real
         self._background = background
-        trace = tracer(os.environ)
         runner = NotifyingRunner(
-            Dispatch(journal, HANDLERS, host, known, meters=metrics, trace=trace)
+            Dispatch(
+                journal, HANDLERS, host, removable, meters=metrics, failpoint=failpoint(os.environ)
+            )
         )
         self.lanes = Lanes(runner)
-        self.supervisor = VmmWatch(host, journal, self.lanes, metrics)
-        runner.after = self.supervisor.sync
+        self.vmm_watch = VmmWatch(host, journal, self.lanes, metrics, real.exits)
+        runner.after = self.vmm_watch.sync
         self.intake = Intake(
             bus,
             journal,
@@ -180,20 +144,30 @@ class Worker:
             lambda: {**self.facts(), "seq": journal.seq},
         )
         self.state = StateWriter(bus, journal, journal.journal_id, self.lease)
-        self.service = ask_service(
-            bus.link,
+        self.service = query_service(
+            bus.connection,
             subjects,
             Answers(journal, real.facts.boot_id(), lambda: self.host_state),
             version=version("hostd"),
             inbox_prefixes=settings.nats.inbox_prefixes,
         )
-        self.caretaker = Reconciler(real, journal, self.lanes, known, metrics)
-        self.recovery = Recovery(host, journal, self.supervisor)
+        self.reconciler = Reconciler(
+            host,
+            journal,
+            self.lanes,
+            removable,
+            metrics,
+            drift=real.network.watch,
+            bound_logs=real.jails.bound_logs,
+            take_inventory=real.take_inventory,
+        )
+        self.recovery = Recovery(
+            host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs)
+        )
         metrics.on_collect(self._collect)
-        bus.on_connection(self._connection_changed)
-        self._reconnects = 0
+        bus.on_connection(self.outbox.wake)
 
-    # -- what others may know ------------------------------------------------------------------
+    # -- what queries, the lease and /readyz show ----------------------------------------------
 
     @property
     def host_state(self) -> str:
@@ -203,7 +177,7 @@ class Worker:
         return self._phase
 
     def facts(self) -> dict[str, Any]:
-        """For Pong and the lease."""
+        """Shown in a Pong and in the lease: state and capacity of this host."""
         live = [record for record in self.journal.instances() if record.holds_host]
         limits = self.settings.limits
         total_mib = self._real.facts.memory_mib() - limits.mem_reserve_mib
@@ -221,7 +195,7 @@ class Worker:
         }
 
     def checks(self) -> Mapping[str, bool]:
-        """What `/readyz` wants true."""
+        """The worker is ready when all of these are true; `/readyz` shows them."""
         return {
             "recovered": self.host_state != "recovering",
             "connected": self.bus.connected,
@@ -229,29 +203,31 @@ class Worker:
             "provisioned": not self.bus.trouble,
         }
 
-    def _connection_changed(self) -> None:
-        self.outbox.wake()
-        while self._reconnects < self.bus.reconnects:
-            self._reconnects += 1
-            self.metrics.reconnected()
-
     def _collect(self) -> None:
         self.metrics.lanes(**self.lanes.counts())
         self.metrics.unfinished(len(self.journal.unfinished()))
         self.metrics.outbox_rows(self.journal.depth)
         self.metrics.bus_connected(self.bus.connected)
+        self.metrics.bus_totals(
+            reconnects=self.bus.reconnects,
+            permission_errors=self.bus.permission_errors,
+            pulls=self.bus.pulls,
+        )
+        self.metrics.queries_dropped(self.service.dropped)
+        self.metrics.unknown_keys(self.intake.unknown_keys)
         self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(Counter(record.status for record in self.journal.instances()))
 
-    # -- life ----------------------------------------------------------------------------------
+    # -- start and stop ------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until SIGTERM or SIGINT, or until a part fails for good."""
+        """Run until SIGTERM or SIGINT, or until a part raises."""
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        # Queued before the bus brings new ones; nothing runs before recovery is through.
+        # Unfinished commands are queued before the bus delivers new ones; the lanes start after
+        # recovery (`_recover`).
         for row in self.journal.unfinished():
             self.lanes.put(row)
         await self.bus.start()
@@ -275,15 +251,15 @@ class Worker:
             for task in done:
                 await task
         finally:
-            await _end([stopping])
+            await _cancel([stopping])
             await self._shut_down(working, sending)
 
     async def _receive(self) -> None:
-        """Commands in, state out, once the cell is provisioned and the host id is ours."""
+        """Take commands and write state, once the cell is provisioned and the lease is ours."""
         await self.bus.wait_provisioned()
         await self.lease.acquire()
-        with contextlib.suppress(Failure):  # it cannot commit now; then what changes is written
-            # The bucket may have been made anew while no worker ran; what it has is left.
+        with contextlib.suppress(Failure):  # cannot commit now: only later changes are written
+            # The bucket may have been recreated while no worker ran; keys it has are not changed.
             await self.journal.rewrite_state()
         async with asyncio.TaskGroup() as group:
             group.create_task(self.bus.consume(self.intake.receive))
@@ -294,39 +270,44 @@ class Worker:
         await self._real.host.networks.prepare()
         await self.recovery.run()
         with contextlib.suppress(TimeoutError):
-            # Another machine with this host id must not run what is left in its journal. Without
-            # a bus there is nobody to ask, and what was begun is ended all the same.
+            # Two machines with this host id must not both run what is left in their journals.
+            # Without a bus the lease cannot be read, and unfinished commands run all the same.
             async with asyncio.timeout(LEASE_PATIENCE_S):
                 await self.lease.wait_held()
         self.lanes.start()
         self._phase = "ready"
         self.lease.touch()
         log.info("worker.ready", host=self.settings.host.id)
-        await self.caretaker.run()
+        await self.reconciler.run()
 
     async def _shut_down(
         self, working: list[asyncio.Task[None]], sending: asyncio.Task[None]
     ) -> None:
-        """In order, each within its part of the budget; what is not done waits in the journal."""
+        """Stop in this order, each part within its budget; what is unfinished is in the journal."""
         self._phase = "draining"
+        # 1. No new messages: the stream keeps them.
         self.bus.pause()
-        await _end(working)
+        await _cancel(working)
+        # 2. Commands, before what they use: each to its end or its next safe point.
         await self.lanes.stop(self.settings.limits.shutdown_s)
         await self._background.close()
+        # 3. Replies and events of these commands, while the bus is still connected.
         patience_s = OUTBOX_S if self.bus.connected else 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await self.outbox.drained()
-        await _end([sending])
+        await _cancel([sending])
+        # 4. The lease, so that the host id is free at once; queries until the end.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await self.lease.release()
                 await self.service.close()
+        # 5. Health server, VMM watch, bus, host and journal: `_until_stopped` closes its stack.
         log.info("worker.stopped", host=self.settings.host.id)
 
 
 async def prune(journal: Journal) -> None:
-    """Forget finished commands past their retention, a bounded number at a time."""
+    """Delete finished commands past their retention, a bounded number at a time."""
     while True:
         with contextlib.suppress(Failure):
             if await journal.prune():
@@ -334,7 +315,7 @@ async def prune(journal: Journal) -> None:
         await asyncio.sleep(PRUNE_EVERY_S)
 
 
-async def _end(tasks: list[asyncio.Task[Any]]) -> None:
+async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The worker's metrics: one registry of its own, one small method per fact.
+"""The worker's metrics: one registry per worker, one small method per fact.
 
 Never a tenant, pool or instance as a label: the number of series must not grow with tenants. Names
 and labels are a contract (docs/operations.md lists them); `promtool check metrics` runs in a test.
@@ -26,8 +26,20 @@ _LONG = (*_FAST, 30.0, 60.0, 300.0)
 _BYTES = tuple(float(2**exponent) for exponent in range(20, 37, 2))
 
 
+class _Total:
+    """A counter whose total another part keeps; `set` follows it."""
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self._counter = Counter(name, text, registry=registry)
+        self._last = 0
+
+    def set(self, total: int) -> None:
+        self._counter.inc(max(0, total - self._last))
+        self._last = total
+
+
 class Metrics:
-    """All metrics of one worker. Methods only count; none blocks, fails or awaits."""
+    """All metrics of one worker. No method blocks, awaits or raises."""
 
     def __init__(self, version: str) -> None:
         # `_created` series double a counter's cost and fail promtool's naming rules
@@ -36,13 +48,13 @@ class Metrics:
         self._collect: Callable[[], None] = lambda: None
         self._commands = Counter(
             "hostd_commands_total",
-            "Commands that ended, by type and result code.",
+            "Finished commands, by type and result code.",
             ["type", "code"],
             registry=registry,
         )
         self._command_seconds = Histogram(
             "hostd_command_duration_seconds",
-            "From a command's receipt to its outcome, waiting in its lane included.",
+            "Time from receipt of a command to its outcome, including the wait in its lane.",
             ["type"],
             buckets=_LONG,
             registry=registry,
@@ -56,7 +68,7 @@ class Metrics:
         )
         self._retries = Counter(
             "hostd_retries_total",
-            "Attempts beyond a command's first, by type and the code of the failure.",
+            "Attempts after the first of a command, by type and code of the failure.",
             ["type", "code"],
             registry=registry,
         )
@@ -78,20 +90,34 @@ class Metrics:
         self._connected = Gauge(
             "hostd_bus_connected", "1 while the bus is connected, else 0.", registry=registry
         )
-        self._reconnects = Counter(
-            "hostd_bus_reconnects_total", "Times the bus connected again.", registry=registry
+        self._reconnects = _Total("hostd_bus_reconnects_total", "Reconnects to NATS.", registry)
+        self._permission_errors = _Total(
+            "hostd_bus_permission_errors_total",
+            "Publications and subscriptions that the NATS server denied.",
+            registry,
+        )
+        self._pulls = _Total(
+            "hostd_bus_pulls_total", "Pull requests sent to the command consumer.", registry
         )
         self._redeliveries = Counter(
             "hostd_redeliveries_total",
-            "Messages that came with a delivery count above one.",
+            "Command messages that NATS delivered more than once.",
             registry=registry,
         )
+        self._unknown_keys = _Total(
+            "hostd_unknown_keys_total", "Unknown envelope keys, which are ignored.", registry
+        )
+        self._queries_dropped = _Total(
+            "hostd_queries_dropped_total",
+            "Queries not answered: too many at once, or an invalid reply subject.",
+            registry,
+        )
         self._instances = Gauge(
-            "hostd_instances", "Instances of this host, by status.", ["status"], registry=registry
+            "hostd_instances", "Instances on this host, by status.", ["status"], registry=registry
         )
         self._exits = Counter(
             "hostd_vmm_exits_total",
-            "VMMs that ended without a command, by reason.",
+            "VMMs that exited without a command, by reason.",
             ["reason"],
             registry=registry,
         )
@@ -109,7 +135,7 @@ class Metrics:
         )
         self._orphans = Gauge(
             "hostd_orphans",
-            "Things on this host that carry our mark and belong to no record, by kind.",
+            "Resources with hostd's mark that belong to no record, by kind.",
             ["kind"],
             registry=registry,
         )
@@ -121,7 +147,7 @@ class Metrics:
         )
         self._enforced = Gauge(
             "hostd_limits_enforced",
-            "1 while cgroup limits are in force, 0 on a developer's host.",
+            "1 if cgroup limits are enforced, 0 on a developer's host.",
             registry=registry,
         )
         build = Gauge("hostd_build_info", "Always 1.", ["version"], registry=registry)
@@ -130,18 +156,18 @@ class Metrics:
         self.instances({})
 
     def on_collect(self, collect: Callable[[], None]) -> None:
-        """Have `collect` set the gauges just before each scrape; it must be fast."""
+        """Call `collect` before each scrape, to set gauges and totals; it must be fast."""
         self._collect = collect
 
     def render(self) -> bytes:
-        """The text exposition format, gauges fresh."""
+        """The metrics in the text exposition format, with current gauges."""
         self._collect()
         return generate_latest(self.registry)
 
-    # -- what happened -------------------------------------------------------------------------
+    # -- events --------------------------------------------------------------------------------
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None:
-        """A command of this type ended, `seconds` after it was received."""
+        """A command of this type finished, `seconds` after it was received."""
         self._commands.labels(kind, code.value).inc()
         self._command_seconds.labels(kind).observe(seconds)
 
@@ -154,14 +180,11 @@ class Metrics:
     def commit(self, seconds: float) -> None:
         self._commit_seconds.observe(seconds)
 
-    def reconnected(self) -> None:
-        self._reconnects.inc()
-
     def redelivered(self) -> None:
         self._redeliveries.inc()
 
     def vmm_exited(self, reason: str) -> None:
-        """`reason` is one of a few words, never a text of the VMM's."""
+        """`reason` is one of a few words, never text from the VMM."""
         self._exits.labels(reason).inc()
 
     def snapshot(self, seconds: float, size_bytes: int) -> None:
@@ -171,10 +194,10 @@ class Metrics:
     def loop_lag(self, seconds: float) -> None:
         self._lag.observe(seconds)
 
-    # -- how things are ------------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------------------
 
     def lanes(self, *, busy: int, waiting: int) -> None:
-        """Lanes with a command running, and lanes with commands that wait behind it."""
+        """Lanes with a running command, and lanes with waiting commands."""
         self._lanes.labels("busy").set(busy)
         self._lanes.labels("waiting").set(waiting)
 
@@ -187,24 +210,36 @@ class Metrics:
     def bus_connected(self, connected: bool) -> None:
         self._connected.set(int(connected))
 
+    def bus_totals(self, *, reconnects: int, permission_errors: int, pulls: int) -> None:
+        """Totals since the worker started."""
+        self._reconnects.set(reconnects)
+        self._permission_errors.set(permission_errors)
+        self._pulls.set(pulls)
+
+    def queries_dropped(self, total: int) -> None:
+        self._queries_dropped.set(total)
+
+    def unknown_keys(self, total: int) -> None:
+        self._unknown_keys.set(total)
+
     def limits_enforced(self, enforced: bool) -> None:
         self._enforced.set(int(enforced))
 
     def instances(self, counts: Mapping[Status, int]) -> None:
-        """A status that is not in `counts` has none."""
+        """A status that is not in `counts` is set to 0."""
         for status in Status:
             if status is not Status.DESTROYED:
                 self._instances.labels(status.value).set(counts.get(status, 0))
 
     def orphans(self, counts: Mapping[str, int]) -> None:
-        """By kind of the inventory; a kind left out keeps no series."""
+        """By kind of the inventory; a kind that is left out has no series."""
         self._orphans.clear()
         for kind, count in counts.items():
             self._orphans.labels(kind).set(count)
 
 
 async def sample_loop_lag(metrics: Metrics, interval_s: float = LAG_INTERVAL_S) -> None:
-    """Until cancelled: note how much later than asked the loop wakes this task."""
+    """Until cancelled: measure how late the loop wakes this task."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + interval_s

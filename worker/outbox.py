@@ -77,7 +77,9 @@ class Outbox:
             results = await asyncio.gather(*(self._send_one(row) for row in rows))
         for row, error in zip(rows, results, strict=True):
             if error is not None:
-                log.warning("outbox.unsent", kind=row.kind, msg_id=row.msg_id, error=str(error))
+                log.warning(
+                    "outbox.send_failed", kind=row.kind, msg_id=row.msg_id, error=str(error)
+                )
                 break
         return [row for row, error in zip(rows, results, strict=True) if error is None]
 

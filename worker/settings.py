@@ -1,7 +1,7 @@
-"""Read the settings: one TOML file, each key `a.b` also as `HOSTD_A_B`, which wins.
+"""Reads the settings: one TOML file, each key `a.b` also as `HOSTD_A_B`, which takes precedence.
 
-Types, defaults and units are in `schemas/settings.py`. Nothing is guessed: an unknown key, a wrong
-type or a value that breaks a rule stops the start and names its file and key.
+Types, defaults and units are in `schemas/settings.py`. An unknown key, a wrong type or a value that
+breaks a rule stops the start with an error that names the file and the key.
 """
 
 import ipaddress
@@ -26,17 +26,19 @@ DEFAULT = "default"
 _SERVICE = re.compile(r"(tcp|udp)/([0-9]{1,5})")
 _URL = re.compile(r"(nats|tls|ws|wss)://[^\s,]+")
 _UID_MIN, _UID_MAX = 65_536, 2**32 - 2
+_INTERFACE = re.compile(r"[^\s/:]{1,15}")
+_BOOT_ARGS_MAX = 1024
 _WANTED: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
 LEVELS = ("debug", "info", "warning", "error")
 
 
 class SettingsError(Exception):
-    """A setting is wrong.
+    """A setting is invalid.
 
     Args:
         source: the file, or the name of the environment variable.
-        key: `table.key`, or empty when the file as a whole is wrong.
-        message: what is wrong with it.
+        key: `table.key`, or empty when the file as a whole is invalid.
+        message: what was found and what is expected.
     """
 
     def __init__(self, source: str, key: str, message: str) -> None:
@@ -48,7 +50,7 @@ class SettingsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The settings, and for each `table.key` where its value is from."""
+    """The settings, and for each `table.key` the source of its value."""
 
     settings: Settings
     origins: Mapping[str, str]
@@ -73,7 +75,7 @@ class Key:
 
     @property
     def unit(self) -> str:
-        """Of a number: its name ends in it; empty for a plain count or what is no number."""
+        """The unit of a number, from its name; empty for a count or another type."""
         for suffix, unit in (("_s", "seconds"), ("_mib", "MiB"), ("_bytes", "bytes")):
             if self.name.endswith(suffix):
                 return unit
@@ -81,7 +83,7 @@ class Key:
 
 
 def keys() -> tuple[Key, ...]:
-    """Every setting there is, in the order of the types."""
+    """Every setting, in the order of the types."""
     return tuple(
         Key(table.name, field.name, field.type, field.default)
         for table in msgspec.structs.fields(Settings)
@@ -90,16 +92,16 @@ def keys() -> tuple[Key, ...]:
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Settings:
-    """Read and check the settings; without `path` only defaults and the environment count.
+    """Read and check the settings; without `path` only from defaults and the environment.
 
     Raises:
-        SettingsError: names file or variable, key, and what is wrong.
+        SettingsError: names the file or variable, the key, and what is invalid.
     """
     return load_with_origins(path, environ).settings
 
 
 def load_with_origins(path: str | None, environ: Mapping[str, str]) -> Loaded:
-    """As `load`, and tell where each value is from: `default`, the file, or a variable."""
+    """As `load`, with the source of each value: `default`, the file, or a variable."""
     known = {key.dotted: key for key in keys()}
     values: dict[str, Any] = {}
     origins: dict[str, str] = dict.fromkeys(known, DEFAULT)
@@ -137,7 +139,7 @@ def _read_file(path: str) -> dict[str, Any]:
         try:
             pairs = msgspec.convert(content, dict[str, Any])
         except msgspec.ValidationError as error:
-            raise SettingsError(path, table, "is a table") from error
+            raise SettingsError(path, table, "expected a table") from error
         found.update({f"{table}.{name}": value for name, value in pairs.items()})
     return found
 
@@ -157,7 +159,7 @@ def _read_environ(
 
 
 def _parse(name: str, key: Key, text: str) -> object:
-    """The environment's text as the value that TOML would give."""
+    """The text of a variable as the value that TOML would give."""
     try:
         if key.type is str:
             return text
@@ -186,10 +188,12 @@ def _machine_id() -> str:
             text = file.read().strip()
     except OSError as error:
         raise SettingsError(
-            MACHINE_ID_FILE, "host.id", "is not set, and there is no machine id to take"
+            MACHINE_ID_FILE, "host.id", "is not set, and the machine ID cannot be read: set it"
         ) from error
     if not re.fullmatch(r"[0-9a-f]{32}", text[:32]):
-        raise SettingsError(MACHINE_ID_FILE, "host.id", "is not set, and this holds no machine id")
+        raise SettingsError(
+            MACHINE_ID_FILE, "host.id", "is not set, and this is not a machine ID: set it"
+        )
     return text[:32]
 
 
@@ -204,7 +208,7 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
             raise SettingsError(origins[dotted], dotted, wrong)
     if settings.vmm.uid_base + settings.vmm.uid_count - 1 > _UID_MAX:
         raise SettingsError(
-            origins["vmm.uid_count"], "vmm.uid_count", f"uid_base + uid_count passes {_UID_MAX}"
+            origins["vmm.uid_count"], "vmm.uid_count", f"uid_base + uid_count exceeds {_UID_MAX}"
         )
 
 
@@ -260,6 +264,16 @@ def _urls(value: str) -> str:
     return "" if good else f"{value!r} is not nats://host:port (several with commas)"
 
 
+def _boot_args(value: str) -> str:
+    good = value.isascii() and (value.isprintable() or not value) and len(value) <= _BOOT_ARGS_MAX
+    return "" if good else f"{value!r} is not at most {_BOOT_ARGS_MAX} printable ASCII characters"
+
+
+def _interface(value: str) -> str:
+    good = _INTERFACE.fullmatch(value) and value not in {".", ".."}
+    return "" if good else f"{value!r} is not an interface name, e.g. eth0"
+
+
 def _cgroup(value: str) -> str:
     good = all(part not in {"", ".", ".."} for part in value.split("/"))
     return "" if good else f"{value!r} is not a path below the cgroup2 mount, e.g. hostd"
@@ -267,7 +281,7 @@ def _cgroup(value: str) -> str:
 
 _COUNT = _between(1, 1_000_000)
 _SECONDS = _between(0.1, 86_400)
-RULES: dict[str, Callable[[Any], str]] = {
+RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "host.id": _matches(HOST_ID_PATTERN, "1 to 63 of A-Z a-z 0-9 _ -"),
     "host.cell": _matches(CELL_PATTERN, "1 to 32 of A-Z a-z 0-9 _ -"),
     "nats.url": _urls,
@@ -283,12 +297,16 @@ RULES: dict[str, Callable[[Any], str]] = {
     "vmm.jail_base": _or_empty(_absolute),
     "vmm.uid_base": _between(_UID_MIN, _UID_MAX),
     "vmm.uid_count": _between(1, 2**31),
+    "vmm.boot_args": _boot_args,
     "vmm.ready_timeout_s": _SECONDS,
     "vmm.api_timeout_s": _SECONDS,
     "vmm.snapshot_timeout_s": _SECONDS,
     "vmm.log_bytes": _between(4096, 2**30),
     "metrics.listen": _or_empty(_listen),
-    "network.allowed": lambda value: _each(_cidr)(value) if value else "allows no network at all",
+    "network.allowed": lambda value: (
+        _each(_cidr)(value) if value else "is empty: list at least one IPv4 network"
+    ),
+    "network.uplinks": _each(_interface),
     "network.host_services": _each(_service),
     "network.exempt_routes": _each(_cidr),
     "network.max_flows": _between(1, 2**31),

@@ -1,7 +1,8 @@
-"""State out: the newest value of each key that changed goes to the bucket, by compare-and-set.
+"""Writes state: the newest value of each key that changed, to the bucket, by compare-and-set.
 
-A projection: what the journal says now, coalesced, no history. A failed compare-and-set is read
-back: own value, done; another writer's, fenced: nothing is written until the lease is renewed.
+The bucket has the journal's current state, coalesced, without history. After a failed
+compare-and-set the key is read back: with this worker's value the write is done; with another
+writer's, this worker is fenced and writes nothing until the lease is renewed.
 """
 
 import asyncio
@@ -17,11 +18,11 @@ from worker.bus.protocol import Bus, BusError, StateConflict
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
-AT_ONCE = 32
+CONCURRENT_MAX = 32
 
 
 class StateRow(Protocol):
-    """The newest value of one key; None: the key is to go. `seq` grows with each value."""
+    """The newest value of one key; None: delete the key. `seq` grows with each value."""
 
     @property
     def key(self) -> str: ...
@@ -35,7 +36,7 @@ class StateSource(Protocol):
     """The journal, as far as state is concerned."""
 
     def dirty(self) -> Sequence[StateRow]:
-        """The newest value of each key that the bucket does not have yet."""
+        """The newest value of each key that is not yet in the bucket."""
         ...
 
     async def wait_dirty(self) -> None:
@@ -43,12 +44,12 @@ class StateSource(Protocol):
         ...
 
     def written(self, key: str, seq: int) -> None:
-        """The bucket has the value of `seq`; a newer one stays to be written."""
+        """The bucket has the value of `seq`; a newer one is still dirty."""
         ...
 
 
 class HeldLease(Protocol):
-    """The lease that allows to write; `worker/lease.py`."""
+    """The lease without which nothing is written; `worker/lease.py`."""
 
     key: str
     generation: int
@@ -59,17 +60,17 @@ class HeldLease(Protocol):
 
 
 class Fenced(Exception):
-    """Another writer's value is where ours was."""
+    """The key has another writer's value."""
 
 
 class StateWriter:
-    """Writes what is dirty, for as long as it runs.
+    """Writes the dirty keys until cancelled.
 
     Args:
-        bus: where the bucket is.
-        source: what is dirty.
-        journal_id: in each of our values; tells ours from another writer's.
-        lease: without it nothing is written.
+        bus: has the bucket.
+        source: has the dirty keys.
+        journal_id: part of each value; identifies this worker's values.
+        lease: nothing is written without it.
     """
 
     def __init__(self, bus: Bus, source: StateSource, journal_id: str, lease: HeldLease) -> None:
@@ -78,16 +79,15 @@ class StateWriter:
         self._revisions: dict[str, int] = {}
         self._fenced_at: int | None = None
         self.fenced = False
-        self.writes = 0
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Write until cancelled."""
         while True:
             await self._source.wait_dirty()
             await self._wait_allowed()
             rows = list(self._source.dirty())
             results = await asyncio.gather(
-                *(self._put(row) for row in rows[:AT_ONCE]), return_exceptions=True
+                *(self._put(row) for row in rows[:CONCURRENT_MAX]), return_exceptions=True
             )
             await self._after([result for result in results if result is not None])
 
@@ -102,12 +102,12 @@ class StateWriter:
             log.error("state.fenced", reason=str(fences[0]), keys=len(fences))
             self._lease.touch()
         elif failures:
-            log.debug("state.not_written", reason=str(failures[0]), keys=len(failures))
+            log.debug("state.write_failed", reason=str(failures[0]), keys=len(failures))
             await asyncio.sleep(random.uniform(0.1, 0.5))  # noqa: S311
 
     async def _wait_allowed(self) -> None:
         if self._fenced_at is not None:
-            # The next renewal proves whose host id it is; until then we are not the writer.
+            # The next renewal decides who has the host ID; until then this worker does not write.
             await self._lease.wait_renewed(self._fenced_at)
             self._fenced_at, self.fenced = None, False
             log.info("state.unfenced")
@@ -115,14 +115,14 @@ class StateWriter:
 
     async def _put(self, row: StateRow) -> None:
         if row.key == self._lease.key:
-            # The lease writes the host's own value, with the facts of the moment.
+            # The lease writes the host's key, with the current facts.
             self._lease.touch()
         elif not await self._done_already(row):
             await self._set(row, self._revisions[row.key])
         self._source.written(row.key, row.seq)
 
     async def _done_already(self, row: StateRow) -> bool:
-        """At the first write of a key in this life: whether the bucket has that value."""
+        """At the first write of a key by this worker: whether the bucket has that value."""
         if row.key in self._revisions:
             return False
         found = await self._bus.read_state(row.key)
@@ -138,7 +138,6 @@ class StateWriter:
                 self._revisions[row.key] = await self._bus.write_state(
                     row.key, row.value, revision=revision
                 )
-            self.writes += 1
         except StateConflict as error:
             await self._read_back(row, revision, error)
 
@@ -149,16 +148,19 @@ class StateWriter:
                 self._revisions.pop(row.key, None)
                 return
             self._revisions[row.key] = 0
-            raise BusError(f"{row.key}: was deleted, is written again") from conflict
+            raise BusError(f"{row.key}: deleted meanwhile; written again") from conflict
         value, there = found
         if there <= revision:
-            raise BusError(f"{row.key}: read back a revision before our own") from conflict
+            raise BusError(
+                f"{row.key}: read back revision {there}, expected one after {revision}"
+            ) from conflict
         if value != row.value and not self._is_ours(value, row.seq):
             raise Fenced(f"{row.key}: another writer's value at revision {there}") from conflict
         self._revisions[row.key] = there
         if value != row.value:
-            raise BusError(f"{row.key}: an older value of ours came late") from conflict
-        self.writes += 1
+            raise BusError(
+                f"{row.key}: an older value of this worker was written late"
+            ) from conflict
 
     def _is_ours(self, data: bytes, seq: int) -> bool:
         try:

@@ -11,7 +11,7 @@ PULL = re.compile(rb"PUB \$JS\.API\.CONSUMER\.MSG\.NEXT\S* \S+ \d+\r\n[^\r]*\r\n
 
 
 class Proxy:
-    """Forwards each connection to the server, as long as it is not told otherwise."""
+    """Forwards each connection to the server, except where a test sets a fault."""
 
     def __init__(self, target_port: int) -> None:
         self._target_port = target_port
@@ -34,7 +34,7 @@ class Proxy:
         self._stalled.update(range(1, self.connections + 1))
 
     def inject(self, data: bytes) -> None:
-        """Send to the newest client as if the server had."""
+        """Send bytes to the newest client as if from the server."""
         self._clients[-1].write(data)
 
     async def start(self) -> None:
@@ -96,7 +96,7 @@ class Proxy:
 
 @asynccontextmanager
 async def proxied(target_port: int) -> AsyncGenerator[Proxy]:
-    """A started proxy, gone afterwards with all its connections."""
+    """A running proxy, closed afterwards with all its connections."""
     proxy = Proxy(target_port)
     await proxy.start()
     try:

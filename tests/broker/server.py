@@ -1,4 +1,4 @@
-"""A real nats-server for tests, with what is needed to hurt it; and an administrator's link."""
+"""A real nats-server for tests that can be paused, crashed and restarted; an admin client."""
 
 import asyncio
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.guarded_client import ALL_GUARDS, Guard, Tuning
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError, Delivery
@@ -22,7 +22,7 @@ HOST = "h1"
 SUBJECTS = Subjects(f"hostd.v1.{CELL}", HOST, CELL)
 OLD_SERVER = Path(__file__).parents[2] / "build" / "tools" / "nats-server-debian"
 
-# As the product's, but all waits short, so that a test sees the healing soon.
+# As in production, but with short times, so that a test sees the recovery soon.
 QUICK = Tuning(
     ping_s=0.3,
     pings=2,
@@ -40,7 +40,7 @@ class Server(EmbeddedNats):
     """An embedded server that can be paused, killed and restarted."""
 
     def pause(self) -> None:
-        """Stop every thread of it; returns when the kernel says so."""
+        """Stop every thread of it; returns once the kernel shows them stopped."""
         self.process.signal(signal.SIGSTOP)
         tasks = Path(f"/proc/{self.process.pid()}/task")
         while {(t / "stat").read_text().rsplit(") ", 1)[1][0] for t in tasks.iterdir()} != {"T"}:
@@ -50,12 +50,12 @@ class Server(EmbeddedNats):
         self.process.signal(signal.SIGCONT)
 
     async def restart(self) -> None:
-        """In good order: the server tells its clients and their pulls."""
+        """An orderly restart: the server notifies its clients and their pulls."""
         await self.stop()
         await self.start()
 
     async def crash(self) -> None:
-        """As a power cut would, without a word to anybody; and start again."""
+        """A restart after SIGKILL: nobody is notified."""
         await asyncio.to_thread(self.process.kill)
         await self.start()
 
@@ -64,7 +64,7 @@ class Server(EmbeddedNats):
 async def running_server(
     directory: Path, *, config: str = "", program: str = ""
 ) -> AsyncGenerator[Server]:
-    """A started server in a directory of its own, gone afterwards."""
+    """A running server with its own directory, stopped afterwards."""
     server = Server(str(directory), config=config, program=program)
     await server.start()
     try:
@@ -74,28 +74,28 @@ async def running_server(
 
 
 @asynccontextmanager
-async def linked(
+async def connection_to(
     url: str,
     *,
     creds: str = "",
     guards: frozenset[Guard] = ALL_GUARDS,
     tuning: Tuning = QUICK,
     inbox: str = "_INBOX.admin",
-) -> AsyncGenerator[Link]:
-    """A connected link, closed afterwards."""
-    link = Link(
+) -> AsyncGenerator[Connection]:
+    """A connected client, closed afterwards."""
+    connection = Connection(
         NatsSettings(url=url, creds=creds), name="test", inbox=inbox, guards=guards, tuning=tuning
     )
-    await link.start()
+    await connection.start()
     try:
-        await asyncio.wait_for(link.wait_connected(), 10)
-        yield link
+        await asyncio.wait_for(connection.wait_connected(), 10)
+        yield connection
     finally:
-        await link.close()
+        await connection.close()
 
 
 class Receiver:
-    """Takes deliveries, acknowledges them, remembers them."""
+    """Acknowledges and keeps deliveries."""
 
     def __init__(self, *, ack: bool = True) -> None:
         self.got: list[Delivery] = []
@@ -123,14 +123,14 @@ class Receiver:
         return [delivery.data for delivery in self.got]
 
     async def wait_for(self, body: bytes, timeout_s: float) -> bool:
-        """Whether that body comes within the time."""
+        """Whether that body arrives in time."""
         return await eventually(lambda: body in self.bodies, timeout_s, self._news)
 
 
 async def eventually(
     holds: Callable[[], bool], timeout_s: float, news: asyncio.Event | None = None
 ) -> bool:
-    """Whether a condition comes true within the time; looked at on news, or every 10 ms."""
+    """Whether a condition becomes true in time; checked on each event and every 10 ms."""
     end = time.monotonic() + timeout_s
     while not holds():
         left = end - time.monotonic()
@@ -153,7 +153,7 @@ class Host:
     def __init__(
         self,
         server: Server,
-        admin: Link,
+        admin: Connection,
         bus: NatsBus,
         receiver: Receiver,
         consumer: asyncio.Task[None],
@@ -193,7 +193,7 @@ async def consuming_host(
 ) -> AsyncGenerator[Host]:
     """Provision, start a bus and consume."""
     receiver = receiver or Receiver()
-    async with linked(server.url, creds=admin_creds) as admin:
+    async with connection_to(server.url, creds=admin_creds) as admin:
         await provision(admin, SUBJECTS, [HOST], ack_wait_ns=500_000_000)
         settings = NatsSettings(url=url or server.url, creds=creds)
         bus = NatsBus(settings, SUBJECTS, guards=guards, window=window, tuning=tuning)

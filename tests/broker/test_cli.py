@@ -1,4 +1,4 @@
-"""The command line against a real NATS server: commands, questions, events, provisioning.
+"""The command line against a real NATS server: commands, queries, events, provisioning.
 
 What answers is a stand-in that keeps to the wire; the worker itself is driven elsewhere.
 """
@@ -54,9 +54,9 @@ async def hostd(server: Server, *args: str, **env: str) -> Result:
 
 @dataclass
 class StandIn:
-    """Answers commands with the reply set, and questions with the answers set."""
+    """Answers commands with the reply set, and queries with the answers set."""
 
-    link: Client
+    connection: Client
     reply: dict[str, Any] = field(default_factory=dict[str, Any])
     answers: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     silent: bool = False
@@ -70,7 +70,9 @@ class StandIn:
         self.commands.append((message.subject, command))
         if not self.silent:
             assert command.reply_to is not None
-            await self.link.publish(command.reply_to, codec.encode_reply(self.reply_to(command)))
+            await self.connection.publish(
+                command.reply_to, codec.encode_reply(self.reply_to(command))
+            )
 
     def reply_to(self, command: Command) -> Reply:
         response = Pong() if isinstance(command.request, Ping) else Ok()
@@ -90,16 +92,16 @@ class StandIn:
 
 @pytest.fixture
 async def worker(server: Server) -> AsyncIterator[StandIn]:
-    """A provisioned cell with the stand-in at work."""
+    """A provisioned cell in which the stand-in answers."""
     done = await hostd(server, "provision", "--json")
     assert done.exit_code == 0, done.output
-    link = await nats.connect(server.url)
-    stand_in = StandIn(link)
-    await link.subscribe(f"{SUBJECTS.root}.{HOST}.cmd.>", cb=stand_in.on_command)
-    await link.subscribe(f"{SUBJECTS.root}.{HOST}.ask.*", cb=stand_in.on_question)
-    await link.flush()
+    connection = await nats.connect(server.url)
+    stand_in = StandIn(connection)
+    await connection.subscribe(f"{SUBJECTS.root}.{HOST}.cmd.>", cb=stand_in.on_command)
+    await connection.subscribe(f"{SUBJECTS.root}.{HOST}.ask.*", cb=stand_in.on_question)
+    await connection.flush()
     yield stand_in
-    await link.close()
+    await connection.close()
 
 
 Body = Callable[[], Awaitable[None]]
@@ -184,7 +186,7 @@ async def test_json_is_the_reply_envelope(server: Server, worker: StandIn) -> No
     assert 50_000 < command.deadline_ms - time.time() * 1000 < 60_000
 
 
-async def test_the_outcome_of_a_command_that_the_server_swallows_as_a_duplicate_is_asked_for(
+async def test_the_outcome_of_a_command_that_the_server_drops_as_a_duplicate_is_queried(
     server: Server, worker: StandIn
 ) -> None:
     await hostd(server, "start", *REF, "--id", "again")
@@ -206,7 +208,9 @@ async def test_the_outcome_of_a_command_that_the_server_swallows_as_a_duplicate_
     assert worker.questions == [("result", {"id": "again"})]
 
 
-async def test_silence_is_no_answer(server: Server, worker: StandIn) -> None:
+async def test_without_a_reply_the_command_line_exits_with_no_answer(
+    server: Server, worker: StandIn
+) -> None:
     worker.silent = True
 
     result = await hostd(server, "stop", *REF, "--timeout", "0.3")
@@ -222,14 +226,14 @@ async def test_without_a_stream_the_message_says_what_to_do(server: Server) -> N
     assert "hostd provision" in result.output
 
 
-async def test_without_a_worker_a_question_has_no_answer(server: Server) -> None:
+async def test_without_a_worker_a_query_has_no_answer(server: Server) -> None:
     result = await hostd(server, "ls")
 
     assert result.exit_code == 30
     assert "no worker answers for host h1" in result.output
 
 
-async def test_ls_and_show_print_what_the_worker_tells(server: Server, worker: StandIn) -> None:
+async def test_ls_and_show_print_what_the_worker_answers(server: Server, worker: StandIn) -> None:
     worker.answers["list"] = {
         "v": 1,
         "instances": [
@@ -290,13 +294,13 @@ async def test_kept_events_come_first_then_new_ones_each_once(
 ) -> None:
     subject = f"{SUBJECTS.root}.{HOST}.evt.network.acme.status"
     for seq in (1, 2, 2):
-        await worker.link.jetstream().publish(subject, event(seq))
+        await worker.connection.jetstream().publish(subject, event(seq))
 
     kept = await hostd(server, "events", "--kept", "--no-follow", "--json")
     assert [json.loads(line)["seq"] for line in kept.output.splitlines()] == [1, 2]
 
     following = asyncio.create_task(hostd(server, "events", "--kept", "--count", "3"))
-    sender = asyncio.create_task(_again_and_again(worker.link, subject, event(3)))
+    sender = asyncio.create_task(_again_and_again(worker.connection, subject, event(3)))
     try:
         followed = await asyncio.wait_for(following, 20)
     finally:
@@ -309,14 +313,14 @@ async def test_kept_events_come_first_then_new_ones_each_once(
     )
 
 
-async def _again_and_again(link: Client, subject: str, payload: bytes) -> None:
+async def _again_and_again(connection: Client, subject: str, payload: bytes) -> None:
     """Until the follower has surely subscribed; it shows each event once."""
     while True:
-        await link.publish(subject, payload)
+        await connection.publish(subject, payload)
         await asyncio.sleep(0.05)
 
 
-async def test_events_that_do_not_come_in_time_are_no_answer(
+async def test_without_events_in_time_the_command_line_exits_with_no_answer(
     server: Server, worker: StandIn
 ) -> None:
     result = await hostd(server, "events", "--count", "1", "--timeout", "0.2")

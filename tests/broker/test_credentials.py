@@ -1,4 +1,4 @@
-"""Decentralised JWT credentials: the worker's link signs in with a NATS credentials file."""
+"""Decentralised JWT credentials: the worker's connection signs in with a NATS credentials file."""
 
 import asyncio
 import base64
@@ -13,7 +13,7 @@ import nkeys
 
 from schemas.settings import NatsSettings
 from tests.broker.server import Server
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 
 
 def new_key(prefix: int) -> nkeys.KeyPair:
@@ -41,7 +41,7 @@ def _b64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
-async def test_the_link_signs_in_with_a_jwt_credentials_file(tmp_path: Path) -> None:
+async def test_the_connection_authenticates_with_a_jwt_credentials_file(tmp_path: Path) -> None:
     operator = new_key(nkeys.PREFIX_BYTE_OPERATOR)
     account = new_key(nkeys.PREFIX_BYTE_ACCOUNT)
     system = new_key(nkeys.PREFIX_BYTE_ACCOUNT)
@@ -76,13 +76,15 @@ async def test_the_link_signs_in_with_a_jwt_credentials_file(tmp_path: Path) -> 
         ),
     )
     await server.start()
-    link = Link(NatsSettings(url=server.url, creds=str(creds)), name="jwt", inbox="_INBOX.jwt")
+    connection = Connection(
+        NatsSettings(url=server.url, creds=str(creds)), name="jwt", inbox="_INBOX.jwt"
+    )
     try:
-        await link.start()
-        await asyncio.wait_for(link.wait_connected(), 10)
-        answer = await link.request("$JS.API.INFO", b"")
+        await connection.start()
+        await asyncio.wait_for(connection.wait_connected(), 10)
+        answer = await connection.request("$JS.API.INFO", b"")
 
         assert json.loads(answer.data)["limits"]["max_streams"] == -1
     finally:
-        await link.close()
+        await connection.close()
         await server.stop()

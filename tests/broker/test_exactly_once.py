@@ -1,4 +1,4 @@
-"""The whole way of a command over a real nats-server: one effect, one kept reply."""
+"""A command end to end over a real nats-server: one effect, one stored reply."""
 
 import asyncio
 import base64
@@ -15,11 +15,11 @@ from schemas.codes import Code
 from schemas.requests import Request
 from schemas.settings import NatsSettings
 from schemas.subjects import Lane
-from tests.broker.server import HOST, QUICK, SUBJECTS, Server, eventually, linked
+from tests.broker.server import HOST, QUICK, SUBJECTS, Server, connection_to, eventually
 from tests.fakes import shell_worker as fakes
 from tests.fakes.bus import FakeBus
 from tests.fakes.shell_worker import Machine, ShellWorker, command, start, stop
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.message import Message
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError
@@ -29,15 +29,15 @@ from worker.bus.provision import provision
 class Agentd:
     """The sender: publishes until the stream has it, listens on inboxes, reads the streams."""
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
-        self.told: list[bytes] = []
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.received: list[bytes] = []
 
     async def listen(self, inbox: str) -> None:
         async def hear(message: Message) -> None:
-            self.told.append(message.data)
+            self.received.append(message.data)
 
-        await self.link.subscribe(inbox, hear)
+        await self.connection.subscribe(inbox, hear)
 
     async def send(
         self, request: Request, command_id: str, *, msg_id: bool = False, **more: Any
@@ -48,7 +48,7 @@ class Agentd:
         async with asyncio.timeout(20):
             while True:
                 try:
-                    await self.link.request(subject, data, headers=headers, timeout_s=1)
+                    await self.connection.request(subject, data, headers=headers, timeout_s=1)
                 except BusError:
                     await asyncio.sleep(0.02)
                 else:
@@ -56,11 +56,13 @@ class Agentd:
 
     async def kept(self, stream: str) -> list[bytes]:
         """All messages of a stream, in order."""
-        info = json.loads((await self.link.request(f"$JS.API.STREAM.INFO.{stream}", b"")).data)
+        info = json.loads(
+            (await self.connection.request(f"$JS.API.STREAM.INFO.{stream}", b"")).data
+        )
         found: list[bytes] = []
         for seq in range(1, info["state"]["last_seq"] + 1):
             body = json.dumps({"seq": seq}).encode()
-            answer = await self.link.request(f"$JS.API.STREAM.MSG.GET.{stream}", body)
+            answer = await self.connection.request(f"$JS.API.STREAM.MSG.GET.{stream}", body)
             found.append(base64.b64decode(json.loads(answer.data)["message"]["data"]))
         return found
 
@@ -78,9 +80,9 @@ class Agentd:
 
 @asynccontextmanager
 async def agentd(server: Server) -> AsyncGenerator[Agentd]:
-    async with linked(server.url) as link:
-        await provision(link, SUBJECTS, [HOST], ack_wait_ns=500_000_000)
-        yield Agentd(link)
+    async with connection_to(server.url) as connection:
+        await provision(connection, SUBJECTS, [HOST], ack_wait_ns=500_000_000)
+        yield Agentd(connection)
 
 
 @asynccontextmanager
@@ -113,23 +115,23 @@ async def test_ten_copies_at_once_and_ten_after_a_restart_are_one_command(
             await machine.at_gate.wait()
             assert machine.gate is not None
             machine.gate.set()
-            told = 1 if msg_id else 10  # the server swallows a duplicate within its window
-            assert await eventually(lambda: len(sender.told) >= told, 10)
+            expected = 1 if msg_id else 10  # the server drops a duplicate within its window
+            assert await eventually(lambda: len(sender.received) >= expected, 10)
             (reply,) = await sender.replies(1)
             assert await eventually(lambda: running.journal.depth == 0, 10)
 
         async with worker(server, tmp_path / "j", machine, monkeypatch):
             for n in range(10):
                 await sender.send(start(), "c1", deadline_ms=n + 1, reply_to="_INBOX.me")
-            assert await eventually(lambda: len(sender.told) >= told + 10, 10)
+            assert await eventually(lambda: len(sender.received) >= expected + 10, 10)
             assert await sender.replies(1) == [reply]
 
     assert codec.decode_reply(reply).code is Code.OK
-    assert set(sender.told) == {reply, codec.mark_replayed(reply)}
+    assert set(sender.received) == {reply, codec.mark_replayed(reply)}
     assert (machine.runs, machine.things.made) == ([("c1", "StartInstance")], ["acme/web/a1"])
 
 
-async def test_a_server_that_crashes_while_commands_run_costs_and_doubles_none(
+async def test_a_server_crash_while_commands_run_loses_and_repeats_none(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine()

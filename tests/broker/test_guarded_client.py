@@ -1,4 +1,4 @@
-"""Each defect of nats-py that leaves the connection deaf: healed with its guard, seen without it.
+"""Each defect of nats-py that stops the connection: repaired with its guard, seen without it.
 
 Pings are slow here, unless they are what is tested: they would heal most of it, too late.
 """
@@ -42,10 +42,10 @@ async def test_a_pong_after_its_timeout(
     server: Server, guards: frozenset[Guard], heals: bool
 ) -> None:
     async with consuming_host(server, guards=guards, tuning=SLOW_PINGS) as host:
-        assert host.bus.link.client is not None
+        assert host.bus.connection.client is not None
         server.pause()
         with pytest.raises(errors.FlushTimeoutError):
-            await host.bus.link.client.flush(timeout=0.2)  # type: ignore[arg-type]
+            await host.bus.connection.client.flush(timeout=0.2)  # type: ignore[arg-type]
         server.go_on()
 
         await still_delivers(host, heals)
@@ -58,7 +58,7 @@ async def test_an_exception_in_the_parser(
     server: Server, guards: frozenset[Guard], heals: bool
 ) -> None:
     async with consuming_host(server, guards=guards, tuning=SLOW_PINGS) as host:
-        client = host.bus.link.client
+        client = host.bus.connection.client
         assert client is not None
         good = client._build_message
 
@@ -93,19 +93,19 @@ async def test_an_error_line_that_the_parser_cannot_read(
 @pytest.mark.parametrize(
     "line", ["User Authentication Expired", "Maximum Connections Exceeded", "Slow Consumer"]
 )
-async def test_an_err_line_does_not_end_the_connection_for_good(
+async def test_an_err_line_does_not_close_the_client(
     server: Server, guards: frozenset[Guard], heals: bool, line: str
 ) -> None:
     async with (
         proxied(server.port) as proxy,
         consuming_host(server, guards=guards, tuning=SLOW_PINGS, url=proxy.url) as host,
     ):
-        client = host.bus.link.client
+        client = host.bus.connection.client
         proxy.inject(f"-ERR '{line}'\r\n".encode())
 
         await still_delivers(host, heals)
 
-        assert not heals or host.bus.link.client is client
+        assert not heals or host.bus.connection.client is client
 
 
 @pytest.mark.parametrize(("guards", "heals"), guard_cases(Guard.REBUILD))
@@ -113,8 +113,26 @@ async def test_a_client_that_closed_is_replaced(
     server: Server, guards: frozenset[Guard], heals: bool
 ) -> None:
     async with consuming_host(server, guards=guards) as host:
-        assert host.bus.link.client is not None
-        await host.bus.link.client.close()
+        assert host.bus.connection.client is not None
+        await host.bus.connection.client.close()
+
+        await still_delivers(host, heals)
+
+
+@pytest.mark.parametrize(("guards", "heals"), guard_cases(Guard.DISCARD))
+async def test_a_client_that_cannot_be_closed_is_replaced(
+    server: Server, guards: frozenset[Guard], heals: bool
+) -> None:
+    async with consuming_host(server, guards=guards) as host:
+        client = host.bus.connection.client
+        assert client is not None
+        assert client._transport is not None
+
+        def bad() -> None:
+            raise RuntimeError("closing met what it did not expect")
+
+        client._transport.close = bad  # type: ignore[method-assign]
+        await server.crash()
 
         await still_delivers(host, heals)
 
@@ -134,16 +152,16 @@ async def test_a_callback_that_raises(
             raise RuntimeError("a bug in an observer")
 
         if which == "loss":
-            host.bus.link.on_loss(bad)
+            host.bus.connection.on_loss(bad)
         else:
-            host.bus.link._listeners.insert(0, bad)
+            host.bus.connection._listeners.insert(0, bad)
         await server.crash()
 
         await still_delivers(host, heals)
 
 
 @pytest.mark.parametrize(("guards", "heals"), guard_cases(Guard.PING))
-async def test_a_stalled_connection_is_found(
+async def test_a_stalled_connection_is_detected(
     server: Server, guards: frozenset[Guard], heals: bool
 ) -> None:
     async with (
@@ -156,17 +174,17 @@ async def test_a_stalled_connection_is_found(
 
 
 @pytest.mark.parametrize(("guards", "heals"), guard_cases(Guard.ABORT))
-async def test_a_stalled_connection_with_unsent_data_is_let_go(
+async def test_a_stalled_connection_with_unsent_data_is_aborted(
     server: Server, guards: frozenset[Guard], heals: bool
 ) -> None:
     async with (
         proxied(server.port) as proxy,
         consuming_host(server, guards=guards, url=proxy.url) as host,
     ):
-        assert host.bus.link.client is not None
+        assert host.bus.connection.client is not None
         proxy.stall()
         block = b"x" * 1_000_000
-        sends = [asyncio.create_task(host.bus.link.send("x.y", block)) for _ in range(16)]
+        sends = [asyncio.create_task(host.bus.connection.send("x.y", block)) for _ in range(16)]
 
         await still_delivers(host, heals)
 
@@ -176,7 +194,7 @@ async def test_a_stalled_connection_with_unsent_data_is_let_go(
 
 
 @pytest.mark.parametrize(("guards", "fast"), guard_cases(Guard.FAIL_FAST))
-async def test_a_request_fails_when_the_connection_goes(
+async def test_a_request_fails_when_the_connection_is_lost(
     server: Server, guards: frozenset[Guard], fast: bool
 ) -> None:
     async with consuming_host(server, guards=guards) as host:
@@ -185,7 +203,7 @@ async def test_a_request_fails_when_the_connection_goes(
 
         await host.admin.subscribe("silent", no_answer)
         await host.admin.request("$JS.API.INFO", b"")
-        waiting = asyncio.create_task(host.bus.link.request("silent", b"", timeout_s=30))
+        waiting = asyncio.create_task(host.bus.connection.request("silent", b"", timeout_s=30))
         await asyncio.sleep(0)
         await server.restart()
 
@@ -204,7 +222,7 @@ def authorization(password: str) -> str:
 
 
 @pytest.mark.parametrize("reread", [True, False])
-async def test_rotated_credentials_are_taken_up_without_a_restart(
+async def test_rotated_credentials_are_used_without_a_restart(
     server: Server, tmp_path: Path, reread: bool
 ) -> None:
     admin, creds = tmp_path / "admin.creds", tmp_path / "host.creds"

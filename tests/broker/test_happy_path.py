@@ -5,7 +5,7 @@ import json
 from tests.broker.server import HOST, SUBJECTS, Server, consuming_host
 
 
-async def test_a_command_comes_once_and_is_gone_after_its_ack(server: Server) -> None:
+async def test_a_command_is_delivered_once_and_removed_after_its_ack(server: Server) -> None:
     async with consuming_host(server) as host:
         await host.command(b"one", msg_id="id-1", lane="network.acme")
 

@@ -1,4 +1,4 @@
-"""The embedded server: its life, and that it does not outlive the process that started it."""
+"""The embedded server: start, restart, and its end with the process that started it."""
 
 import asyncio
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from handlers.errors import HostFault
-from tests.broker.server import Server, eventually, linked, running_server
+from tests.broker.server import Server, connection_to, eventually, running_server
 from worker.demo.nats_server import EmbeddedNats
 
 PARENT = """
@@ -26,9 +26,9 @@ asyncio.run(main())
 """
 
 
-async def test_streams_stay_over_a_restart_on_the_same_url(server: Server) -> None:
+async def test_streams_survive_a_restart_on_the_same_url(server: Server) -> None:
     before = server.url
-    async with linked(server.url) as admin:
+    async with connection_to(server.url) as admin:
         body = b'{"name": "S", "subjects": ["s.>"]}'
         assert b'"error"' not in (await admin.request("$JS.API.STREAM.CREATE.S", body)).data
         await admin.request("s.x", b"kept")
@@ -41,14 +41,14 @@ async def test_streams_stay_over_a_restart_on_the_same_url(server: Server) -> No
         assert b'"messages":1' in (await admin.request("$JS.API.STREAM.INFO.S", b"")).data
 
 
-async def test_a_server_that_can_not_start_names_its_log(tmp_path: Path) -> None:
+async def test_a_server_that_cannot_start_names_its_log(tmp_path: Path) -> None:
     server = EmbeddedNats(str(tmp_path), config="no such setting: {")
 
     with pytest.raises(HostFault, match=r"nats\.log"):
         await server.start()
 
 
-async def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+async def test_a_missing_program_is_named(tmp_path: Path) -> None:
     with pytest.raises(HostFault, match="/no/such/nats-server"):
         async with running_server(tmp_path, program="/no/such/nats-server"):
             pass

@@ -20,13 +20,13 @@ from schemas.subjects import Subjects
 from tests.broker.server import QUICK, Receiver, Server, eventually
 from tests.broker.test_queries import Answers
 from tests.plain import unpacked
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.message import Message
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError
 from worker.bus.provision import provision
 from worker.demo.nats_config import find_program
-from worker.queries.service import ask_service
+from worker.queries.service import query_service
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "nats" / "hostd.conf"
 H1 = Subjects("hostd.v1.default", "h1", "default")
@@ -34,28 +34,28 @@ INBOXES = {"admin": "_INBOX.admin", "agentd": "_INBOX.agentd", "dashboard": "_IN
 
 
 class Roles:
-    """A server with the example's accounts, and a link for each role."""
+    """A server with the example's accounts, and a connection for each role."""
 
     def __init__(self, server: Server, stack: AsyncExitStack) -> None:
         self.server, self.stack = server, stack
 
-    async def link(self, user: str, password: str, inbox: str) -> Link:
+    async def connection(self, user: str, password: str, inbox: str) -> Connection:
         url = self.server.url.replace("//", f"//{user}:{password}@")
-        link = Link(NatsSettings(url=url), name=user, inbox=inbox, tuning=QUICK)
-        await link.start()
-        self.stack.push_async_callback(link.close)
-        await asyncio.wait_for(link.wait_connected(), 10)
-        return link
+        connection = Connection(NatsSettings(url=url), name=user, inbox=inbox, tuning=QUICK)
+        await connection.start()
+        self.stack.push_async_callback(connection.close)
+        await asyncio.wait_for(connection.wait_connected(), 10)
+        return connection
 
-    async def role(self, user: str) -> Link:
-        return await self.link(user, user, INBOXES[user])
+    async def role(self, user: str) -> Connection:
+        return await self.connection(user, user, INBOXES[user])
 
     async def host(self) -> NatsBus:
         url = self.server.url.replace("//", "//host-h1:h1@")
         bus = NatsBus(NatsSettings(url=url), H1, tuning=QUICK)
         await bus.start()
         self.stack.push_async_callback(bus.close)
-        await asyncio.wait_for(bus.link.wait_connected(), 10)
+        await asyncio.wait_for(bus.connection.wait_connected(), 10)
         return bus
 
 
@@ -71,24 +71,24 @@ async def roles(tmp_path: Path) -> AsyncIterator[Roles]:
         yield roles
 
 
-async def denied(link: Link, subject: str, *, reply: str = "") -> bool:
-    """Whether the server refuses a publication."""
-    before = link.permission_errors
-    await link.send(subject, b"x", reply=reply)
-    return await eventually(lambda: link.permission_errors > before, 1)
+async def denied(connection: Connection, subject: str, *, reply: str = "") -> bool:
+    """Whether the server denies a publication."""
+    before = connection.permission_errors
+    await connection.send(subject, b"x", reply=reply)
+    return await eventually(lambda: connection.permission_errors > before, 1)
 
 
-async def deaf(link: Link, subject: str) -> bool:
-    """Whether the server refuses a subscription."""
+async def deaf(connection: Connection, subject: str) -> bool:
+    """Whether the server denies a subscription."""
 
     async def ignore(_: Message) -> None: ...
 
-    before = link.permission_errors
-    await link.subscribe(subject, ignore)
-    return await eventually(lambda: link.permission_errors > before, 1)
+    before = connection.permission_errors
+    await connection.subscribe(subject, ignore)
+    return await eventually(lambda: connection.permission_errors > before, 1)
 
 
-def test_the_example_is_a_configuration_that_nats_server_takes(tmp_path: Path) -> None:
+def test_nats_server_accepts_the_example_configuration(tmp_path: Path) -> None:
     done = subprocess.run(
         [find_program(), "-t", "-c", str(EXAMPLE)], capture_output=True, check=False, timeout=20
     )
@@ -100,7 +100,7 @@ async def test_a_host_can_do_its_whole_job(roles: Roles) -> None:
     bus, agentd = await roles.host(), await roles.role("agentd")
     receiver = Receiver()
     consumer = asyncio.create_task(bus.consume(receiver))
-    service = ask_service(bus.link, H1, Answers(), version="1.2.3")
+    service = query_service(bus.connection, H1, Answers(), version="1.2.3")
     await service.start()
     got: list[Message] = []
 
@@ -159,7 +159,7 @@ async def test_a_host_can_do_its_whole_job(roles: Roles) -> None:
 async def test_a_host_may_not(roles: Roles, subject: str) -> None:
     bus = await roles.host()
 
-    assert await denied(bus.link, subject, reply=bus.link.new_inbox())
+    assert await denied(bus.connection, subject, reply=bus.connection.new_inbox())
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,10 @@ async def test_a_host_may_not(roles: Roles, subject: str) -> None:
         ">",
     ],
 )
-async def test_a_host_may_not_listen_to(roles: Roles, subject: str) -> None:
+async def test_a_host_may_not_subscribe_to(roles: Roles, subject: str) -> None:
     bus = await roles.host()
 
-    assert await deaf(bus.link, subject)
+    assert await deaf(bus.connection, subject)
 
 
 @pytest.mark.parametrize(
@@ -195,9 +195,9 @@ async def test_a_host_may_not_listen_to(roles: Roles, subject: str) -> None:
     ],
 )
 async def test_others_may_not(roles: Roles, user: str, subject: str) -> None:
-    link = await roles.role(user)
+    connection = await roles.role(user)
 
-    assert await denied(link, subject)
+    assert await denied(connection, subject)
 
 
 async def test_agentd_reads_kept_replies_and_state(roles: Roles) -> None:

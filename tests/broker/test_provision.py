@@ -1,4 +1,4 @@
-"""Provisioning: complete, repeatable, corrects what differs, says what it can not; old servers."""
+"""Provisioning: complete, repeatable, corrects what differs, names what it cannot; old servers."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from tests.broker.server import (
     QUICK,
     SUBJECTS,
     Server,
+    connection_to,
     consuming_host,
-    linked,
     running_server,
 )
 from worker.bus import streams
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError, NotProvisioned
 from worker.bus.provision import provision
@@ -29,14 +29,18 @@ from worker.bus.provision import provision
 OBJECTS = 5
 
 
-async def api(link: Link, endpoint: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+async def api(
+    connection: Connection, endpoint: str, body: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     data = json.dumps(body).encode() if body else b""
-    answer: dict[str, Any] = json.loads((await link.request(f"$JS.API.{endpoint}", data)).data)
+    answer: dict[str, Any] = json.loads(
+        (await connection.request(f"$JS.API.{endpoint}", data)).data
+    )
     return answer
 
 
-async def test_it_makes_everything_once(server: Server) -> None:
-    async with linked(server.url) as admin:
+async def test_it_creates_everything_once(server: Server) -> None:
+    async with connection_to(server.url) as admin:
         first = await provision(admin, SUBJECTS, ["h1", "h2"])
         second = await provision(admin, SUBJECTS, ["h1", "h2"])
 
@@ -55,8 +59,8 @@ async def test_it_makes_everything_once(server: Server) -> None:
             await bus.close()
 
 
-async def test_it_brings_back_what_was_changed(server: Server) -> None:
-    async with linked(server.url) as admin:
+async def test_it_resets_what_was_changed(server: Server) -> None:
+    async with connection_to(server.url) as admin:
         await provision(admin, SUBJECTS, [HOST])
         name = SUBJECTS.events_stream
         config = (await api(admin, f"STREAM.INFO.{name}"))["config"]
@@ -76,8 +80,8 @@ async def test_it_brings_back_what_was_changed(server: Server) -> None:
         assert {one.how for one in await provision(admin, SUBJECTS, [HOST])} == {"found"}
 
 
-async def test_it_says_what_it_can_not_change(server: Server) -> None:
-    async with linked(server.url) as admin:
+async def test_it_names_what_it_cannot_change(server: Server) -> None:
+    async with connection_to(server.url) as admin:
         name = SUBJECTS.commands_stream
         wrong = {"name": name, "subjects": [SUBJECTS.of_all_hosts("cmd")], "storage": "memory"}
         await api(admin, f"STREAM.CREATE.{name}", wrong)
@@ -86,8 +90,8 @@ async def test_it_says_what_it_can_not_change(server: Server) -> None:
             await provision(admin, SUBJECTS, [HOST])
 
 
-async def test_overlapping_subjects_are_told(server: Server) -> None:
-    async with linked(server.url) as admin:
+async def test_overlapping_subjects_are_reported(server: Server) -> None:
+    async with connection_to(server.url) as admin:
         foreign = {"name": "ALL", "subjects": [f"{SUBJECTS.root}.>"], "storage": "file"}
         await api(admin, "STREAM.CREATE.ALL", foreign)
 
@@ -95,11 +99,11 @@ async def test_overlapping_subjects_are_told(server: Server) -> None:
             await provision(admin, SUBJECTS, [HOST])
 
 
-async def test_without_jetstream_it_says_so(tmp_path: Path) -> None:
+async def test_a_server_without_jetstream_is_reported(tmp_path: Path) -> None:
     accounts = "accounts { A { users: [{ user: a, password: a }] } }"
     async with running_server(tmp_path / "nats", config=accounts) as server:
         url = server.url.replace("//", "//a:a@")
-        async with linked(url) as admin:
+        async with connection_to(url) as admin:
             with pytest.raises((NotProvisioned, BusError), match=r"[Jj]et[Ss]tream"):
                 await provision(admin, SUBJECTS, [HOST])
 

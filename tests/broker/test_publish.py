@@ -1,4 +1,4 @@
-"""Out to the bus: acknowledged, once, and honestly refused when the bus is not there."""
+"""Publishing: acknowledged, stored once, and an error without a connection."""
 
 import asyncio
 import json
@@ -6,23 +6,23 @@ import json
 import pytest
 
 from tests.broker.proxy import proxied
-from tests.broker.server import HOST, SUBJECTS, Server, consuming_host, eventually, linked
+from tests.broker.server import HOST, SUBJECTS, Server, connection_to, consuming_host, eventually
 from tests.broker.test_guarded_client import guard_cases
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.guarded_client import Guard
 from worker.bus.protocol import BusError, NotProvisioned
 
 REPLY = f"{SUBJECTS.root}.{HOST}.reply.host"
 
 
-async def stored(admin: Link, stream: str) -> int:
+async def stored(admin: Connection, stream: str) -> int:
     answer = await admin.request(f"$JS.API.STREAM.INFO.{stream}", b"")
     number: int = json.loads(answer.data)["state"]["messages"]
     return number
 
 
 @pytest.mark.parametrize(("guards", "once"), guard_cases(Guard.MSG_ID))
-async def test_published_again_after_a_lost_acknowledgement_it_is_there_once(
+async def test_a_message_published_again_after_a_lost_acknowledgement_is_stored_once(
     server: Server, guards: frozenset[Guard], once: bool
 ) -> None:
     async with (
@@ -40,7 +40,7 @@ async def test_published_again_after_a_lost_acknowledgement_it_is_there_once(
         assert (await stored(host.admin, SUBJECTS.replies_stream) == 1) == once
 
 
-async def test_without_a_connection_it_is_refused_at_once_and_not_sent_later(
+async def test_without_a_connection_publishing_fails_at_once_and_sends_nothing_later(
     server: Server,
 ) -> None:
     async with consuming_host(server) as host:
@@ -60,13 +60,13 @@ async def test_without_a_connection_it_is_refused_at_once_and_not_sent_later(
         assert await stored(host.admin, SUBJECTS.replies_stream) == 0
 
 
-async def test_a_subject_that_no_stream_takes_says_what_to_provision(server: Server) -> None:
+async def test_a_subject_without_a_stream_names_what_to_provision(server: Server) -> None:
     async with consuming_host(server) as host:
         with pytest.raises(NotProvisioned, match="hostd provision"):
             await host.bus.publish("elsewhere.x", b"r", msg_id="c-1")
 
 
-async def test_the_stream_s_refusal_is_told(server: Server) -> None:
+async def test_the_error_of_the_stream_is_raised(server: Server) -> None:
     async with consuming_host(server) as host:
         config = {"name": SUBJECTS.dead_stream, "subjects": [SUBJECTS.of_all_hosts("dead")]}
         limited = {**config, "storage": "file", "max_msgs": 1, "discard": "new"}
@@ -80,8 +80,8 @@ async def test_the_stream_s_refusal_is_told(server: Server) -> None:
             await host.bus.publish(subject, b"2", msg_id="d-2")
 
 
-async def test_the_headers_of_the_caller_stay_as_they_are(server: Server) -> None:
-    # nats-py writes into the headers that it is given.
+async def test_the_headers_of_the_caller_are_not_changed(server: Server) -> None:
+    # nats-py adds to the headers that it gets.
     async with consuming_host(server) as host:
         headers = {"Hostd-Reason": "x"}
 
@@ -94,10 +94,10 @@ async def test_the_headers_of_the_caller_stay_as_they_are(server: Server) -> Non
 async def test_a_cancellation_while_nats_py_flushes_is_not_lost(
     server: Server, guards: frozenset[Guard], cancelled: bool
 ) -> None:
-    async with linked(server.url, guards=guards - {Guard.PING}) as link:
+    async with connection_to(server.url, guards=guards - {Guard.PING}) as connection:
         server.pause()
         block = b"x" * 1_000_000
-        stuck = [asyncio.create_task(link.send("x.y", block)) for _ in range(20)]
+        stuck = [asyncio.create_task(connection.send("x.y", block)) for _ in range(20)]
         _, waiting = await asyncio.wait(stuck, timeout=0.3)
         assert waiting
 

@@ -1,4 +1,4 @@
-"""Questions over core NATS: answers, errors that leak nothing, discovery, and staying there."""
+"""Queries over core NATS: answers, errors that leak nothing, discovery, reconnects."""
 
 import asyncio
 import json
@@ -12,14 +12,14 @@ from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
 from handlers.errors import NotFound
 from schemas.settings import NatsSettings
-from tests.broker.server import HOST, QUICK, SUBJECTS, Server, eventually, linked
+from tests.broker.server import HOST, QUICK, SUBJECTS, Server, connection_to, eventually
 from tests.plain import unpacked
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.message import Message
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError
 from worker.queries.micro import MicroService
-from worker.queries.service import ANSWER_BYTES, ask_service
+from worker.queries.service import ANSWER_BYTES, query_service
 
 
 class Answers:
@@ -50,7 +50,9 @@ class Answers:
 
 
 class Asked:
-    def __init__(self, caller: Link, bus: NatsBus, service: MicroService, source: Answers) -> None:
+    def __init__(
+        self, caller: Connection, bus: NatsBus, service: MicroService, source: Answers
+    ) -> None:
         self.caller, self.bus, self.service, self.source = caller, bus, service, source
 
     async def ask(self, verb: str, body: object = None) -> dict[str, Any]:
@@ -64,12 +66,12 @@ class Asked:
 async def asked(server: Server) -> AsyncGenerator[Asked]:
     bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
     source = Answers()
-    service = ask_service(bus.link, SUBJECTS, source, version="1.2.3")
-    async with linked(server.url) as caller:
+    service = query_service(bus.connection, SUBJECTS, source, version="1.2.3")
+    async with connection_to(server.url) as caller:
         await service.start()
         await bus.start()
         try:
-            await asyncio.wait_for(bus.link.wait_connected(), 10)
+            await asyncio.wait_for(bus.connection.wait_connected(), 10)
             asked = Asked(caller, bus, service, source)
             await answering(asked)
             yield asked
@@ -80,7 +82,7 @@ async def asked(server: Server) -> AsyncGenerator[Asked]:
 
 
 async def answering(asked: Asked) -> None:
-    """Return once questions are answered."""
+    """Return once queries are answered."""
     async with asyncio.timeout(10):
         while True:
             try:
@@ -91,7 +93,7 @@ async def answering(asked: Asked) -> None:
                 return
 
 
-async def test_each_question_gets_its_answer(server: Server) -> None:
+async def test_each_query_gets_its_answer(server: Server) -> None:
     async with asked(server) as to:
         to.source.gate.set()
 
@@ -109,11 +111,11 @@ async def test_each_question_gets_its_answer(server: Server) -> None:
         ("result", {}, "invalid", "$.id: is missing"),
         ("result", {"id": 5}, "invalid", "$.id"),
         ("result", [1], "invalid", "expected a map"),
-        ("describe", {"tenant_id": "a", "pool_id": "p"}, "invalid", "come together"),
-        ("list", None, "internal", "the worker's log says why"),
+        ("describe", {"tenant_id": "a", "pool_id": "p"}, "invalid", "set both or neither"),
+        ("list", None, "internal", "see the worker's log"),
     ],
 )
-async def test_an_error_says_what_and_leaks_nothing(
+async def test_an_error_has_its_message_and_leaks_nothing_else(
     server: Server, verb: str, body: object, code: str, part: str
 ) -> None:
     async with asked(server) as to:
@@ -124,21 +126,21 @@ async def test_an_error_says_what_and_leaks_nothing(
         assert "secret" not in error["message"]
 
 
-async def test_bytes_that_are_no_msgpack_are_answered(server: Server) -> None:
+async def test_a_query_that_is_not_msgpack_is_answered_with_an_error(server: Server) -> None:
     async with asked(server) as to:
         answer = await to.caller.request(SUBJECTS.ask("describe"), b"\xc1" * 100)
 
         assert unpacked(answer.data)["error"]["code"] == "invalid"
 
 
-async def test_an_answer_that_no_server_would_carry_is_an_error(server: Server) -> None:
+async def test_an_answer_above_the_payload_limit_is_an_error(server: Server) -> None:
     async with asked(server) as to:
         to.source.huge = True
 
         assert (await to.ask("ping"))["error"]["code"] == "exhausted"
 
 
-async def test_a_slow_question_delays_no_other(server: Server) -> None:
+async def test_a_slow_query_does_not_delay_others(server: Server) -> None:
     async with asked(server) as to:
         slow = [asyncio.create_task(to.ask("status")) for _ in range(5)]
 
@@ -166,7 +168,7 @@ async def test_an_answer_is_sent_to_inboxes_only(server: Server, subject: str) -
         assert got == []
 
 
-async def test_discovery_is_what_micro_tools_read(server: Server) -> None:
+async def test_micro_tools_can_read_discovery(server: Server) -> None:
     async with asked(server) as to:
         ping = json.loads((await to.caller.request("$SRV.PING", b"")).data)
         info = json.loads((await to.caller.request("$SRV.INFO.hostd", b"")).data)
@@ -188,20 +190,20 @@ async def test_discovery_is_what_micro_tools_read(server: Server) -> None:
 
 
 @pytest.mark.parametrize("how", ["restart", "rebuild"])
-async def test_questions_are_answered_again_after(server: Server, how: str) -> None:
+async def test_queries_are_answered_again_after(server: Server, how: str) -> None:
     async with asked(server) as to:
         if how == "restart":
             await server.crash()
         else:
-            assert to.bus.link.client is not None
-            await to.bus.link.client.close()
+            assert to.bus.connection.client is not None
+            await to.bus.connection.client.close()
 
         await answering(to)
 
         assert (await to.ask("ping"))["v"] == 1
 
 
-async def test_closing_answers_what_is_in_hand(server: Server) -> None:
+async def test_closing_answers_the_requests_already_received(server: Server) -> None:
     async with asked(server) as to:
         waiting = asyncio.create_task(to.ask("status"))
         assert await eventually(lambda: bool(to.service._tasks), 5)

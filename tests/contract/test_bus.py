@@ -16,12 +16,12 @@ from tests.broker.server import (
     SUBJECTS,
     Receiver,
     Server,
+    connection_to,
     eventually,
-    linked,
     running_server,
 )
 from tests.fakes.bus import FakeBus
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import Bus, BusError, StateConflict
 from worker.bus.provision import provision
@@ -60,7 +60,7 @@ class FakeWorld:
 
 
 class RealWorld:
-    def __init__(self, server: Server, admin: Link, bus: NatsBus) -> None:
+    def __init__(self, server: Server, admin: Connection, bus: NatsBus) -> None:
         self.server, self.admin, self.nats = server, admin, bus
         self.bus: Bus = bus
 
@@ -89,12 +89,12 @@ async def world_of(kind: str, directory: Path) -> AsyncGenerator[BusUnderTest]:
     if kind == "fake":
         yield FakeWorld()
         return
-    async with running_server(directory / "nats") as server, linked(server.url) as admin:
+    async with running_server(directory / "nats") as server, connection_to(server.url) as admin:
         await provision(admin, SUBJECTS, [HOST])
         bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
         await bus.start()
         try:
-            await asyncio.wait_for(bus.link.wait_connected(), 10)
+            await asyncio.wait_for(bus.connection.wait_connected(), 10)
             yield RealWorld(server, admin, bus)
         finally:
             await bus.close()

@@ -1,4 +1,4 @@
-"""How a worker is killed at a named moment, and what must hold of its command afterwards."""
+"""Kills a worker at a failpoint, and checks the outcome of its command afterwards."""
 
 # pyright: reportUnknownMemberType=false
 # (nats-py leaves some of its parameters without types)
@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 from schemas.requests import Request
 from tests.live_host import LiveHost
 from tests.plain import unpacked
-from worker.failpoints import STOP_AT, TELL
+from worker.failpoints import FILE, POINT
 
 
 async def until(holds: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
@@ -26,19 +26,19 @@ async def until(holds: Callable[[], bool], what: str, timeout_s: float = 30) -> 
         await asyncio.sleep(0.005)
 
 
-async def stand_at(host: LiveHost, moment: str, request: Request, command_id: str) -> None:
-    """Have a new worker stand still at the moment, in the midst of the command."""
-    told = Path(host.directory, f"trace-{command_id}")
+async def stop_at(host: LiveHost, moment: str, request: Request, command_id: str) -> None:
+    """Start a new worker that stops at a failpoint of the command."""
+    reached = Path(host.directory, f"failpoint-{command_id}")
     await host.stop_worker()
-    await host.start_worker(environment={STOP_AT: moment, TELL: str(told)})
+    await host.start_worker(environment={POINT: moment, FILE: str(reached)})
     await host.publish(request, command_id)
-    await until(told.exists, moment)
-    assert told.read_text(encoding="ascii") == moment
+    await until(reached.exists, moment)
+    assert reached.read_text(encoding="ascii") == moment
 
 
 async def kill_at(host: LiveHost, moment: str, request: Request, command_id: str) -> None:
-    """Kill -9 the worker in the midst of the command, from this other process."""
-    await stand_at(host, moment, request, command_id)
+    """SIGKILL the worker at a failpoint of the command, from this process."""
+    await stop_at(host, moment, request, command_id)
     await host.kill_worker()
 
 

@@ -91,7 +91,7 @@ async def test_a_worker_started_before_its_server_goes_on_by_itself() -> None:
     async with live_host(worker=False) as host:
         await host.nats.stop()
         await host.start_worker(ready=False)
-        await until(lambda: bool(logged(host, "bus.unreachable")), "a word about the bus")
+        await until(lambda: bool(logged(host, "bus.connect_failed")), "a word about the bus")
         await until(lambda: bool(logged(host, "worker.ready")), "the worker")
 
         await host.nats.start()
@@ -99,7 +99,7 @@ async def test_a_worker_started_before_its_server_goes_on_by_itself() -> None:
 
         assert (await host.net_up(host.seed()))["code"] == "ok"
         assert time.monotonic() - back < HEALED_S
-        assert logged(host, "bus.unreachable")[0]["url"] == host.nats.url
+        assert logged(host, "bus.connect_failed")[0]["url"] == host.nats.url
 
 
 def names_of(host: LiveHost, what: str) -> tuple[str, str | None]:
@@ -168,11 +168,11 @@ async def test_replies_wait_for_a_stream_that_was_taken_away() -> None:
         await host.net_up(host.seed())
         name = await remove(host, "replies")
         assert (await host.run(START, "told"))["code"] == "ok"
-        await until(lambda: bool(logged(host, "outbox.unsent")), "a word about the reply")
+        await until(lambda: bool(logged(host, "outbox.send_failed")), "a word about the reply")
 
         await until(
             lambda: any(
-                "hostd provision" in line["error"] for line in logged(host, "outbox.unsent")
+                "hostd provision" in line["error"] for line in logged(host, "outbox.send_failed")
             ),
             f"what to provision for {name}",
         )

@@ -13,7 +13,7 @@ from tests.crash.kills import (
     events,
     kill_at,
     listening,
-    stand_at,
+    stop_at,
     until,
     wait_event,
 )
@@ -128,7 +128,7 @@ async def test_a_vmm_that_died_while_the_worker_was_down_is_found_at_start() -> 
 async def test_a_killed_starts_booted_guest_is_adopted() -> None:
     async with live_host() as host:
         await host.net_up(host.seed())
-        await stand_at(host, "after:start_vm", START, "killed")
+        await stop_at(host, "after:start_vm", START, "killed")
         booted = await host.describe()
         assert booted["status"] == "starting"
 
@@ -146,7 +146,7 @@ async def test_a_guest_that_may_have_booted_is_not_booted_again_under_the_same_i
     async with live_host() as host:
         await host.net_up(host.seed())
         before = await leftovers(host)
-        await stand_at(host, "after:start_vm", START, "killed")
+        await stop_at(host, "after:start_vm", START, "killed")
         pid = (await host.describe())["pid"]
 
         await host.kill_worker()
@@ -172,7 +172,7 @@ async def test_a_wakes_vmm_that_dies_past_the_point_takes_the_snapshot_with_it()
         before = await leftovers(host)
         await host.run(START)
         await host.run(SLEEP)
-        await stand_at(host, "after:consumed", WAKE, "killed")
+        await stop_at(host, "after:consumed", WAKE, "killed")
         pid = (await host.describe())["pid"]
 
         await host.kill_worker()
@@ -192,7 +192,7 @@ async def test_a_sleeps_vmm_that_dies_before_the_manifest_leaves_no_snapshot() -
         await host.net_up(host.seed())
         before = await leftovers(host)
         await host.run(START)
-        await stand_at(host, "after:snapshot_draft", SLEEP, "killed")
+        await stop_at(host, "after:snapshot_draft", SLEEP, "killed")
         pid = (await host.describe())["pid"]
 
         await host.kill_worker()

@@ -1,7 +1,7 @@
 """SIGTERM in the midst of work: in order, within its budget; VMs go on, the next worker ends it."""
 
 from schemas.requests import SleepInstance
-from tests.crash.kills import assert_one_outcome, stand_at, until
+from tests.crash.kills import assert_one_outcome, stop_at, until
 from tests.live_host import NAMES, REF, START, STOP, LiveHost, live_host
 from worker.demo.guest import echo_through_tap
 
@@ -40,7 +40,7 @@ async def test_a_drain_is_cut_at_once_and_done_by_the_next_worker() -> None:
 async def test_what_does_not_stop_in_its_budget_is_cut_and_goes_on_with_the_next_worker() -> None:
     async with live_host(shutdown_s=1.0) as host:
         await host.net_up(host.seed())
-        await stand_at(host, "after:start_vm", START, "stuck")
+        await stop_at(host, "after:start_vm", START, "stuck")
         pid = (await host.describe())["pid"]
 
         await stop_worker(host)

@@ -28,7 +28,7 @@ class _Command:
 
 @dataclass(slots=True)
 class FakeBus:
-    """Implements `worker.bus.Bus`. `up = False` is a broker that is gone.
+    """Implements `worker.bus.protocol.Bus`. `up = False` is a broker that is gone.
 
     A command stays in its stream until it is acknowledged and is delivered again by `redeliver`.
     The streams that take what is published swallow a `msg_id` that they had, `window` or not.

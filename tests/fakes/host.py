@@ -83,6 +83,7 @@ class FakeHost:
     routes: list[str] = field(default_factory=list[str])
     foreign_links: set[str] = field(default_factory=set[str])
     prepared: bool = False
+    boot_id: str = BOOT_ID
     memory_mib: int = 16_384
     agent_answers: bool = True
     drain_ack: bool = True
@@ -114,6 +115,16 @@ class FakeHost:
         self.uids.pop(jail_id, None)
         if identity is not None:
             self.exited[identity.pid].set()
+
+    def reboot(self, boot_id: str) -> None:
+        """The kernel starts again: VMMs, interfaces, rules and cgroups are gone, files stay."""
+        for kind, key in list(self.resources):
+            if kind == "vmms":
+                self.kill(key)
+            elif kind in ("bridge", "tap", "tenant_rules", "pin", "cgroups"):
+                del self.resources[kind, key]
+        self.prepared = False
+        self.boot_id = boot_id
 
     def plant_link(self, name: str) -> None:
         """A link appears that is not hostd's."""
@@ -231,7 +242,7 @@ class FakeFacts:
         return self.clock_ms
 
     def boot_id(self) -> str:
-        return BOOT_ID
+        return self.machine.boot_id
 
     def memory_mib(self) -> int:
         return self.machine.memory_mib
@@ -372,7 +383,7 @@ class FakeVmms(Plain[LaunchSpec]):
                 machine.guests[spec.key] = Guest()
                 machine.exited[machine.next_pid] = asyncio.Event()
                 machine.resources[self.name, spec.key] = VmmIdentity(
-                    machine.next_pid, 1, 1, 1, spec.cgroup, BOOT_ID
+                    machine.next_pid, 1, 1, 1, spec.cgroup, machine.boot_id
                 )
             identity: VmmIdentity = machine.resources[self.name, spec.key]
             return identity

@@ -3,13 +3,13 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from handlers.interfaces import Host
 from handlers.registry import HANDLERS, mechanisms
-from handlers.steps import Traced, no_trace
+from handlers.steps import Failpoint, no_failpoint
 from schemas import codec
 from schemas.envelopes import Reply
 from schemas.records import InstanceRecord
@@ -35,6 +35,9 @@ class MemoryWorker:
     lanes: Lanes
     seq: int = 0
     ids: list[str] = field(default_factory=list[str])
+    closers: list[Callable[[], Awaitable[None]]] = field(
+        default_factory=list[Callable[[], Awaitable[None]]]
+    )
 
     async def send(self, request: Request, command_id: str | None = None, **more: object) -> str:
         """Accept a command as intake would; returns its id."""
@@ -71,6 +74,8 @@ class MemoryWorker:
     async def kill(self) -> None:
         """As kill -9 would: what ran is cut where it stands, nothing is undone or answered."""
         await self.lanes.stop(0)
+        for close in self.closers:
+            await close()
         await self.journal.close()
 
 
@@ -79,14 +84,16 @@ async def memory_worker(
     path: Path,
     machine: FakeHost,
     *,
-    trace: Traced = no_trace,
+    failpoint: Failpoint = no_failpoint,
     limits: LimitSettings = LimitSettings(retry_budget_s=0.0),  # noqa: B008 (frozen)
 ) -> AsyncGenerator[MemoryWorker]:
     """A worker on the journal at `path`, with recovery of what is in it."""
     settings = Settings(limits=limits)
     journal = await Journal.open(str(path), subjects=SUBJECTS, boot_id="b1")
     host = machine.host(journal, settings)
-    dispatch = Dispatch(journal, HANDLERS, host, mechanisms(host), meters=NoMeters(), trace=trace)
+    dispatch = Dispatch(
+        journal, HANDLERS, host, mechanisms(host), meters=NoMeters(), failpoint=failpoint
+    )
     lanes = Lanes(dispatch)
     for row in journal.unfinished():
         lanes.put(row)

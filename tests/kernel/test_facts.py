@@ -10,7 +10,7 @@ import pytest
 from handlers.errors import HostFault
 from handlers.host.facts import HostFacts, file_system
 from schemas.settings import LimitSettings, PathSettings, Settings
-from worker.host_factory import check_on_disk
+from worker.preflight import check_on_disk
 
 
 def test_facts_agree_with_the_system() -> None:

@@ -1,12 +1,8 @@
-"""What an operator installs is checked: the unit, the example settings, Prometheus' rules."""
+"""What an operator installs agrees with the code: the unit, the example settings, the README."""
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import msgspec
-import pytest
 
 from schemas.settings import Settings
 from worker.settings import keys, load_with_origins
@@ -14,22 +10,6 @@ from worker.settings import keys, load_with_origins
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 UNIT = (DEPLOY / "hostd.service").read_text()
-
-
-def promtool(*args: str) -> subprocess.CompletedProcess[str]:
-    """Run it in deploy/prometheus; without it, skip here and fail in CI."""
-    program = shutil.which("promtool", path=f"{ROOT}/build/tools:{os.environ['PATH']}")
-    if program is None:
-        assert not os.environ.get("CI"), "promtool is missing"
-        pytest.skip("promtool is missing")
-    return subprocess.run(
-        [program, *args],
-        cwd=DEPLOY / "prometheus",
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 def directives() -> list[tuple[str, str]]:
@@ -76,34 +56,3 @@ def test_the_unit_has_no_mount_namespace_and_no_filter_that_vmms_would_inherit()
 
     names = [name for name, _ in directives() if name not in {"Restart", "RestartSec"}]
     assert [name for name in names if name.startswith((*prefixes, *filters))] == []
-
-
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    analyze = shutil.which("systemd-analyze")
-    if analyze is None:
-        pytest.skip("systemd-analyze is missing; a bare container has no systemd")
-    there = tmp_path / "hostd.service"
-    there.write_text(UNIT.replace("/opt/hostd/bin/python", "/bin/true"))
-
-    done = subprocess.run(
-        [analyze, "verify", "--man=no", there],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-    ours = [line for line in done.stderr.splitlines() if "hostd.service" in line]
-    assert (done.returncode, ours) == (0, [])
-
-
-def test_prometheus_accepts_the_scrape_example_and_the_rules() -> None:
-    done = promtool("check", "config", "--lint-fatal", "prometheus.yml")
-
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_each_alert_fires_when_it_should_and_not_before() -> None:
-    done = promtool("test", "rules", "hostd.test.yml")
-
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -189,7 +189,7 @@ async def test_a_bug_is_internal_undone_and_logged_with_its_traceback(tmp_path: 
 
     assert (reply.code, reply.attempts, machine.things.there) == (Code.INTERNAL, 1, set())
     assert "secret" not in str(reply)
-    (bug,) = [entry for entry in logs if entry["event"] == "command.bug"]
+    (bug,) = [entry for entry in logs if entry["event"] == "command.crashed"]
     assert bug["exc_info"]
 
 

@@ -1,4 +1,4 @@
-"""The health server: ready only when all checks hold, bounded against whoever connects."""
+"""The health server: ready only when all checks are true; limits against any client."""
 
 import asyncio
 import json
@@ -86,7 +86,7 @@ async def test_ready_only_if_every_check_holds(
         (b"GET /metrics HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 20_000 + b"\r\n\r\n", 431),
     ],
 )
-async def test_other_requests_are_refused(server: HealthServer, sent: bytes, status: int) -> None:
+async def test_other_requests_are_rejected(server: HealthServer, sent: bytes, status: int) -> None:
     assert (await exchange(server, sent))[0] == status
 
 
@@ -98,7 +98,7 @@ async def test_a_request_that_never_ends_is_cut(
     assert await exchange(server, b"GET /metrics HTTP/1.1\r\n") == (0, b"")
 
 
-async def test_too_many_connections_are_turned_away_and_the_others_served(
+async def test_connections_above_the_limit_are_closed_and_the_others_served(
     server: HealthServer,
 ) -> None:
     idle = [

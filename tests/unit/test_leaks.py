@@ -2,6 +2,7 @@
 
 import asyncio
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 from tests.leaks import Snapshot, left_since, tasks_left_since
 
 REPOSITORY = Path(__file__).parents[2]
+ASLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 LEAKS = """
-import asyncio, subprocess, threading
+import asyncio, subprocess, sys, threading
 import pytest, pytest_asyncio
 
 KEPT = []
+ASLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 async def test_task():
     KEPT.append(asyncio.create_task(asyncio.Event().wait(), name="forgotten"))
@@ -23,11 +26,11 @@ def test_thread():
     threading.Thread(target=threading.Event().wait, name="forgotten", daemon=True).start()
 
 def test_child():
-    KEPT.append(subprocess.Popen(["sleep", "60"]))
+    KEPT.append(subprocess.Popen(ASLEEP))
 
 @pytest.fixture(scope="module")
 def shared():
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(ASLEEP)
     yield child
     child.kill()
     child.wait()
@@ -38,7 +41,7 @@ def test_what_a_module_owns_is_not_blamed_on_its_tests(shared):
 async def test_what_ends_is_no_leak():
     task = asyncio.create_task(asyncio.sleep(0))
     await asyncio.to_thread(int)
-    with subprocess.Popen(["true"]):
+    with subprocess.Popen([sys.executable, "-c", ""]):
         pass
 
 def teardown_module():
@@ -80,7 +83,7 @@ def test_each_leak_is_an_error_of_its_test_and_names_what_was_left(
             "*ERROR at teardown of test_thread*",
             "left behind: thread forgotten *",
             "*ERROR at teardown of test_child*",
-            "left behind: child process sleep *",
+            "left behind: child process *",
             "*ERROR at teardown of test_that_uses*",  # the last of its module
             "left behind: task shared: *",
         ]
@@ -104,11 +107,12 @@ def test_a_thread_and_a_child_are_left_until_they_end() -> None:
     before, end = Snapshot.take(), threading.Event()
     thread = threading.Thread(target=end.wait, name="busy")
     thread.start()
-    with subprocess.Popen(["sleep", "60"]) as child:
-        assert left_since(before, within_s=0) == [
-            f"child process sleep ({child.pid})",
-            f"thread busy ({thread.ident})",
-        ]
+    with subprocess.Popen(ASLEEP) as child:
+        left_child, left_thread = left_since(before, within_s=0)
+
+        assert left_child.startswith("child process ")
+        assert left_child.endswith(f"({child.pid})")
+        assert left_thread == f"thread busy ({thread.ident})"
         child.kill()
         end.set()
 

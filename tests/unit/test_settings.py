@@ -1,6 +1,7 @@
-"""Settings: the file, the environment which wins, and errors that name file and key."""
+"""Settings: the file, the environment which takes precedence, errors that name file and key."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from worker import settings as settings_module
 from worker.settings import SettingsError, keys, load, load_with_origins
 
 HOST = {"HOSTD_HOST_ID": "h1"}
+MACHINE_ID = "0123456789abcdef0123456789abcdef"
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -18,7 +22,16 @@ def write(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-def test_without_a_file_the_defaults_hold() -> None:
+@pytest.fixture
+def machine_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in place of /etc/machine-id, which a container may not have; it holds MACHINE_ID."""
+    path = tmp_path / "machine-id"
+    path.write_text(f"{MACHINE_ID}\n")
+    monkeypatch.setattr(settings_module, "MACHINE_ID_FILE", str(path))
+    return path
+
+
+def test_without_a_file_the_defaults_are_in_effect() -> None:
     settings = load(None, HOST)
 
     assert settings.host.id == "h1"
@@ -27,11 +40,33 @@ def test_without_a_file_the_defaults_hold() -> None:
     assert settings.jail_base == "/var/lib/hostd/jails"
 
 
-def test_an_empty_host_id_is_the_machine_id() -> None:
+def test_an_empty_host_id_is_the_machine_id(machine_id: Path) -> None:
     loaded = load_with_origins(None, {})
 
-    assert loaded.settings.host.id == Path("/etc/machine-id").read_text().strip()[:32]
-    assert loaded.origins["host.id"] == "/etc/machine-id"
+    assert loaded.settings.host.id == MACHINE_ID
+    assert loaded.origins["host.id"] == str(machine_id)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "the machine ID cannot be read"),
+        ("", "this is not a machine ID"),
+        ("uninitialized\n", "this is not a machine ID"),
+    ],
+)
+def test_without_a_machine_id_the_host_id_must_be_set(
+    machine_id: Path, text: str | None, says: str
+) -> None:
+    machine_id.unlink()
+    if text is not None:
+        machine_id.write_text(text)
+
+    with pytest.raises(SettingsError, match=says) as caught:
+        load(None, {})
+
+    assert (caught.value.source, caught.value.key) == (str(machine_id), "host.id")
+    assert load(None, HOST).host.id == "h1"
 
 
 def test_the_file_beats_the_default_and_the_environment_beats_the_file(tmp_path: Path) -> None:
@@ -67,7 +102,9 @@ def test_the_environment_reads_booleans_lists_and_numbers() -> None:
     assert settings.metrics.listen == "127.0.0.1:0"
 
 
-def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default() -> None:
+def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default(
+    machine_id: Path,
+) -> None:
     for key in keys():
         default = key.default
         if isinstance(default, bool):
@@ -86,14 +123,14 @@ def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default() -
     [
         ('[host]\nidd = "x"', "host.idd", "no such setting"),
         ("[hosts]\n", "hosts", "no such table"),
-        ("host = 1", "host", "is a table"),
+        ("host = 1", "host", "expected a table"),
         ('[host]\nproduction = "yes"', "host.production", "Expected `bool`, got `str`"),
         ("[limits]\nboots = true", "limits.boots", "Expected `int`, got `bool`"),
         ("[limits]\nboots = 1.5", "limits.boots", "Expected `int`, got `float`"),
         ("[limits]\nboots = 0", "limits.boots", "not in 1.."),
         ("[limits]\nmax_drain_s = -1", "limits.max_drain_s", "not in 0..86400"),
         ('[network]\nallowed = ["10.240.0.1/12"]', "network.allowed", "not an IPv4 network"),
-        ("[network]\nallowed = []", "network.allowed", "no network at all"),
+        ("[network]\nallowed = []", "network.allowed", "at least one IPv4 network"),
         ("[network]\nallowed = [1]", "network.allowed", "Expected `str`"),
         ('[network]\nhost_services = ["tcp/0"]', "network.host_services", "tcp/<port>"),
         ('[host]\nid = "a.b"', "host.id", "1 to 63 of"),
@@ -106,8 +143,13 @@ def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default() -
         ('[paths]\nstate = "var"', "paths.state", "absolute path"),
         ('[paths]\nstate = "/var/../x"', "paths.state", "absolute path"),
         ("[vmm]\nuid_base = 0", "vmm.uid_base", "not in 65536.."),
-        ("[vmm]\nuid_base = 4294967000", "vmm.uid_count", "passes 4294967294"),
+        ("[vmm]\nuid_base = 4294967000", "vmm.uid_count", "exceeds 4294967294"),
         ('[limits]\ncgroup = "/hostd"', "limits.cgroup", "below the cgroup2 mount"),
+        ('[vmm]\nboot_args = "a\\n"', "vmm.boot_args", "printable ASCII"),
+        ('[vmm]\nboot_args = "\u00e4"', "vmm.boot_args", "printable ASCII"),
+        (f'[vmm]\nboot_args = "{"x" * 1025}"', "vmm.boot_args", "at most 1024"),
+        ('[network]\nuplinks = ["eth 0"]', "network.uplinks", "not an interface name"),
+        ('[network]\nuplinks = ["sixteen-letters-"]', "network.uplinks", "not an interface name"),
         ('[log]\nlevel = "loud"', "log.level", "not one of"),
     ],
 )
@@ -150,12 +192,22 @@ def test_a_wrong_variable_names_itself(name: str, text: str, says: str) -> None:
     assert says in caught.value.message
 
 
-def test_variables_outside_the_tables_are_none_of_its_business() -> None:
+def test_other_variables_are_ignored() -> None:
     assert load(None, {**HOST, "HOSTD_CONFIG": "/x", "HOSTDISH": "1"}).host.id == "h1"
 
 
-def test_every_setting_has_a_rule_but_those_that_may_be_anything() -> None:
-    free = {"vmm.boot_args", "network.uplinks"}
+def test_every_setting_but_true_or_false_has_a_rule() -> None:
+    assert {key.dotted for key in keys() if key.type is not bool} == set(settings_module.RULES)
 
-    checked = {key.dotted for key in keys() if key.type is not bool} - free
-    assert checked == set(settings_module.RULES)
+
+def test_the_readme_and_the_example_file_explain_each_setting_in_the_same_words() -> None:
+    table = ""
+    explained: dict[str, str] = {}
+    for line in (ROOT / "deploy/config/hostd.toml").read_text().splitlines():
+        if header := re.fullmatch(r"\[(\w+)\]", line):
+            table = header[1]
+        elif setting := re.match(r"(\w+) = .* # (?:(?:s|MiB|bytes): )?(.*)", line):
+            explained[f"{table}.{setting[1]}"] = setting[2]
+    readme = dict(re.findall(r"^\| `([a-z_.]+)` \| `HOSTD_.*\| ([^|]*) \|$", README, re.MULTILINE))
+
+    assert explained == readme

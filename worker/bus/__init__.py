@@ -1,1 +1,1 @@
-"""NATS: the connection, its guards against defects of nats-py, streams, consumers, publishing."""
+"""NATS: the connection, guards against defects of nats-py, streams, consumers, publishing."""

@@ -1,8 +1,8 @@
-"""The worker's link to NATS: connects, and connects again for as long as the worker lives.
+"""The worker's connection to NATS: connects, and reconnects for as long as the worker runs.
 
-Starts without a server, survives restarts, stalls, refused and rotated credentials, and a client
-object that died. Everything above (`nats_pull`, `nats_bus`, `ask`) sees typed messages and
-`BusError`, and is told of each new connection. Knows nothing of streams and subjects.
+Starts without a server; survives restarts, stalls, rejected and rotated credentials, and a client
+object that failed. Its users (`pull_consumer.py`, `nats.py`, `worker/queries`) get typed messages
+and `BusError`, and are notified of each new connection. Knows no streams and no subjects.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -37,18 +37,18 @@ from worker.bus.protocol import BusError
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
-# A connection that lasted as long was a good one: the next attempt comes soon.
+# After a connection that lasted this long, the backoff starts from its base again.
 STEADY_S = 5.0
 
 
-class Link:
-    """One logical connection to NATS, over as many sockets and clients as it takes.
+class Connection:
+    """One logical connection to NATS, over any number of sockets and clients.
 
     Args:
         settings: `[nats]`.
         name: shown in the server's connection list.
         inbox: prefix of this process's own inboxes, without the final dot.
-        guards: those in force; tests leave one out.
+        guards: those in effect; tests leave one out.
 
     Needs: nothing at start; `start` returns at once with or without a server.
     """
@@ -74,17 +74,17 @@ class Link:
             else None
         )
         self._client: GuardedClient | None = None
-        self._supervisor: asyncio.Task[None] | None = None
+        self._keeper: asyncio.Task[None] | None = None
         self._listeners: list[Callable[[bool], None]] = []
-        self._losses: list[Callable[[], None]] = []
+        self._loss_listeners: list[Callable[[], None]] = []
         self._up = asyncio.Event()
         self._dead = asyncio.Event()
         self._backoff = Backoff(
             tuning.backoff_base_s, tuning.backoff_cap_s, jitter=Guard.JITTER in guards
         )
         self._up_at = 0.0
-        self._said = ""
-        self._denied: set[str] = set()
+        self._logged = ""
+        self._denials: set[str] = set()
         self.reconnects = 0
         self.permission_errors = 0
         self.last_error = ""
@@ -92,19 +92,19 @@ class Link:
     # -- life ------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begin to connect, in the background, for ever."""
-        if self._supervisor is None:
-            self._supervisor = asyncio.create_task(self._supervise(), name="nats-link")
+        """Connect and stay connected, in the background, until `close`."""
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(self._keep_connected(), name="nats-connection")
 
     async def close(self) -> None:
-        """Send what is buffered, if the server takes it within two seconds, and disconnect."""
-        supervisor, self._supervisor = self._supervisor, None
-        if supervisor is not None:
-            supervisor.cancel()
-            await asyncio.gather(supervisor, return_exceptions=True)
+        """Send what is buffered, for up to two seconds, and disconnect."""
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
         self._up.clear()
 
-    async def _supervise(self) -> None:
+    async def _keep_connected(self) -> None:
         while True:
             self._dead.clear()
             client = GuardedClient(self.guards, self._backoff, self._on_dead)
@@ -150,7 +150,7 @@ class Link:
         )
 
     async def _discard(self, client: GuardedClient) -> None:
-        """Close a client whatever state it is in; a stalled peer delays it by two seconds."""
+        """Close a client in any state; a stalled peer delays this by two seconds."""
         if self._client is client:
             self._client = None
         self._up.clear()
@@ -162,6 +162,12 @@ class Link:
             with contextlib.suppress(OSError, errors.Error, asyncio.TimeoutError):
                 async with asyncio.timeout(2):
                     await client.close()
+        except Exception:
+            # Whatever state it is in: nobody would connect again if the supervisor ended here.
+            if Guard.DISCARD not in self.guards:
+                raise
+            log.exception("bus.discard_failed")
+            client.abort()
 
     # -- what nats-py calls ------------------------------------------------------------------------
 
@@ -182,14 +188,14 @@ class Link:
         text = str(error) or type(error).__name__
         if "permissions violation" in text.lower():
             self.permission_errors += 1
-            if text not in self._denied and len(self._denied) < 100:
-                self._denied.add(text)
-                log.error("bus.denied", error=text)
+            if text not in self._denials and len(self._denials) < 100:
+                self._denials.add(text)
+                log.error("bus.permission_denied", error=text)
             return
         self.last_error = text
-        if not self.connected and text != self._said:
-            self._said = text
-            log.warning("bus.unreachable", url=self._url, error=text)
+        if not self.connected and text != self._logged:
+            self._logged = text
+            log.warning("bus.connect_failed", url=self._url, error=text)
 
     async def _on_lost(self) -> None:
         if self._up.is_set():
@@ -197,8 +203,8 @@ class Link:
             if time.monotonic() - self._up_at > STEADY_S:
                 self._backoff.reset()
             log.warning("bus.disconnected", error=self.last_error)
-        for listener in list(self._losses):
-            self._tell(listener)
+        for listener in list(self._loss_listeners):
+            self._notify(listener)
 
     async def _on_reconnected(self) -> None:
         self.reconnects += 1
@@ -213,15 +219,15 @@ class Link:
         self._dead.set()
 
     def _came_up(self, *, fresh: bool) -> None:
-        self._said = self.last_error = ""
+        self._logged = self.last_error = ""
         self._up_at = time.monotonic()
         self._up.set()
         log.info("bus.connected", url=self._url, reconnects=self.reconnects)
         for listener in list(self._listeners):
-            self._tell(partial(listener, fresh))
+            self._notify(partial(listener, fresh))
 
-    def _tell(self, listener: Callable[[], None]) -> None:
-        """One listener's bug must not keep the others from hearing."""
+    def _notify(self, listener: Callable[[], None]) -> None:
+        """An exception in one listener must not keep the others from being called."""
         try:
             listener()
         except Exception:
@@ -237,22 +243,22 @@ class Link:
 
     @property
     def client(self) -> Client | None:
-        """The present client, for tests and for subscriptions that must know theirs."""
+        """The current client, for tests and for subscriptions that must know theirs."""
         return self._client
 
     async def wait_connected(self) -> None:
         await self._up.wait()
 
     def on_up(self, listener: Callable[[bool], None]) -> None:
-        """Call `listener(fresh)` after each (re)connect; fresh: subscriptions must be made anew."""
+        """Call `listener(fresh)` after each (re)connect; fresh: subscriptions are gone."""
         self._listeners.append(listener)
 
     def on_loss(self, listener: Callable[[], None]) -> None:
         """Call `listener()` when the connection was lost."""
-        self._losses.append(listener)
+        self._loss_listeners.append(listener)
 
     def new_inbox(self) -> str:
-        return self._present().new_inbox()
+        return self._current().new_inbox()
 
     async def send(
         self,
@@ -262,13 +268,13 @@ class Link:
         reply: str = "",
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Hand over to the socket; at most once, and not at all without a connection.
+        """Write to the socket: at most once, and not at all without a connection.
 
         Raises:
             BusError: not connected, or the payload is too large for the server.
         """
         try:
-            client = self._present()
+            client = self._current()
             with self._cancellable():
                 await client.publish(subject, payload, reply, dict(headers) if headers else None)
         except (OSError, errors.Error) as error:
@@ -285,18 +291,18 @@ class Link:
         """Send and wait for one answer.
 
         Raises:
-            NoResponder: nobody listens there.
-            BusError: no answer in time, or the connection went.
+            NoResponder: no stream or service has that subject.
+            BusError: no answer in time, or the connection was lost.
         """
         limit_s = self.tuning.request_timeout_s if timeout_s is None else timeout_s
         try:
-            # A copy: nats-py adds to the headers that it is given.
+            # A copy: nats-py adds to the headers that it gets.
             with self._cancellable():
-                answer = await self._present().request(
+                answer = await self._current().request(
                     subject, payload, limit_s, headers=dict(headers) if headers else None
                 )
         except errors.NoRespondersError as error:
-            raise NoResponder(f"{subject}: nobody listens there") from error
+            raise NoResponder(f"{subject}: no responders") from error
         except (TimeoutError, OSError, errors.Error) as error:
             raise BusError(f"{subject}: {_text(error)}") from error
         return to_message(answer)
@@ -309,14 +315,14 @@ class Link:
         queue: str = "",
         limit: int = 4096,
     ) -> Subscription:
-        """Until the client is replaced; `receive` must return at once and not raise."""
+        """Subscribe until the client is replaced; `receive` must return at once and not raise."""
 
         async def callback(message: Msg) -> None:
             await receive(to_message(message))
 
         try:
             with self._cancellable():
-                return await self._present().subscribe(
+                return await self._current().subscribe(
                     subject, queue=queue, cb=callback, pending_msgs_limit=limit
                 )
         except (OSError, errors.Error) as error:
@@ -324,14 +330,14 @@ class Link:
 
     @contextlib.contextmanager
     def _cancellable(self) -> Generator[None]:
-        """nats-py swallows a cancellation that comes while it flushes or as an answer comes."""
+        """nats-py swallows a cancellation that arrives while it flushes or with an answer."""
         task = asyncio.current_task()
         before = task.cancelling() if task else 0
         yield
         if task and task.cancelling() > before and Guard.CANCEL in self.guards:
             raise asyncio.CancelledError
 
-    def _present(self) -> GuardedClient:
+    def _current(self) -> GuardedClient:
         client = self._client
         if client is None or not client.is_connected:
             raise BusError(f"not connected to {self._url}: {self.last_error or 'starting'}")

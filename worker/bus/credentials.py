@@ -1,4 +1,4 @@
-"""`[nats] creds`: who the worker is on the bus, read anew whenever it connects."""
+"""`[nats] creds`: the worker's NATS credentials."""
 
 import os
 import stat
@@ -9,10 +9,9 @@ JWT_MARK = b"-----BEGIN NATS USER JWT-----"
 
 
 class CredentialsFile:
-    """`[nats] creds`, read at every attempt to connect, so that a rotation needs no restart.
+    """`[nats] creds`, read at each attempt to connect, so that a rotation needs no restart.
 
-    Either a NATS credentials file (JWT and seed) or one line
-    `user:password`. Replace it by rename.
+    Either a NATS credentials file (JWT and seed) or one line `user:password`. Replace it by rename.
     """
 
     def __init__(self, path: str, *, reread: bool = True) -> None:
@@ -21,18 +20,20 @@ class CredentialsFile:
         self._pair: tuple[str, str] | None = None
 
     def is_jwt(self) -> bool:
-        """Whether it is a NATS credentials file; false while it can not be read."""
+        """Whether it is a NATS credentials file; false while it cannot be read."""
         try:
             return JWT_MARK in self._read()
         except (OSError, errors.Error):
             return False
 
     def user(self) -> str:
-        """Read the file; nats-py asks for the password of the same attempt right after."""
+        """Read the file; nats-py calls `password` next, for the same attempt."""
         if self._pair is None or self._reread:
             user, colon, password = self._read().decode(errors="replace").strip().partition(":")
             if not colon or not user or "\n" in password:
-                raise errors.Error(f"{self.path}: neither NATS credentials nor one user:password")
+                raise errors.Error(
+                    f"{self.path}: expected NATS credentials or one line user:password"
+                )
             self._pair = user, password
         return self._pair[0]
 
@@ -42,5 +43,5 @@ class CredentialsFile:
     def _read(self) -> bytes:
         with open(self.path, "rb") as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise errors.Error(f"{self.path}: readable by others; chmod 600 it")
+                raise errors.Error(f"{self.path}: readable by group or others; chmod 600 it")
             return file.read(65_536)

@@ -1,8 +1,8 @@
-"""nats-py's client with a guard for each of its defects that would leave a worker deaf.
+"""nats-py's client with a guard for each of its defects after which a worker receives nothing.
 
 The private methods overridden here are checked at start (`check_library`), because a new nats-py
-may rename them. No subjects, no streams, no policy: `nats_link.py` decides when to connect.
-Each guard can be left out, so that the tests in tests/broker show what it is there for.
+may rename them. No subjects, no streams, no policy: `connection.py` decides when to connect.
+Each guard can be left out, so that the tests in tests/broker show what it prevents.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -21,13 +21,14 @@ from typing import Any
 import structlog
 from nats import errors
 from nats.aio.client import Client, Srv
+from nats.aio.transport import TcpTransport
 from nats.protocol.parser import PERMISSIONS_ERR
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 
 class Guard(StrEnum):
-    """One defect of nats-py each; what happens without it stands in its test."""
+    """One per defect of nats-py; its test shows what happens without it."""
 
     LATE_PONG = "late_pong"
     DEAD_READER = "dead_reader"
@@ -45,6 +46,8 @@ class Guard(StrEnum):
     STATUS = "status"
     MSG_ID = "msg_id"
     CANCEL = "cancel"
+    RAW_ABORT = "raw_abort"
+    DISCARD = "discard"
 
 
 ALL_GUARDS = frozenset(Guard)
@@ -67,11 +70,12 @@ _READ = (
     "_resp_map",
     "_reconnection_task",
 )
+_READ_OF_TRANSPORT = ("_io_writer", "_bare_io_writer")
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Times in seconds. A stalled connection is found within `ping_s * (pings + 1)`."""
+    """Times in seconds. A stalled connection is detected within `ping_s * (pings + 1)`."""
 
     ping_s: float = 4.0
     pings: int = 2
@@ -89,11 +93,11 @@ STANDARD = Tuning()
 
 
 class LibraryMismatch(Exception):
-    """The installed nats-py is not the one that the guards were written for."""
+    """The installed nats-py differs from the one that the guards were written for."""
 
 
 def check_library() -> None:
-    """Check that what the guards override and read exists in the installed nats-py.
+    """Check that the installed nats-py has what the guards override and read.
 
     Raises:
         LibraryMismatch: install the nats-py of the lock file.
@@ -107,9 +111,12 @@ def check_library() -> None:
             wrong.append(f"{name}{inspect.signature(method)}")
     fresh = Client()
     wrong += [name for name in _READ if not hasattr(fresh, name)]
+    transport = TcpTransport()  # type: ignore[no-untyped-call]
+    wrong += [name for name in _READ_OF_TRANSPORT if not hasattr(transport, name)]
     if wrong:
         raise LibraryMismatch(
-            f"nats-py {version('nats-py')} does not fit the guards of hostd: {', '.join(wrong)}"
+            f"nats-py {version('nats-py')} differs from the version that hostd supports in"
+            f" {', '.join(wrong)}: install the version of requirements.lock"
         )
 
 
@@ -133,9 +140,9 @@ class GuardedClient(Client):
     """One connection, used once: when `dead` is called, build another.
 
     Args:
-        guards: those in force.
+        guards: those in effect.
         backoff: the wait before each attempt to connect.
-        dead: called at most once when this object can not come back by itself; must not raise.
+        dead: called at most once, when this object cannot reconnect any more; must not raise.
     """
 
     def __init__(
@@ -145,7 +152,6 @@ class GuardedClient(Client):
         self._guards = guards
         self._backoff = backoff
         self._dead = dead
-        self.reader_deaths = 0
 
     async def _process_pong(self) -> None:
         # A PONG after its flush() timed out sets a cancelled future: InvalidStateError ends the
@@ -169,12 +175,11 @@ class GuardedClient(Client):
             and self._reading_task is mine
             and self._status == Client.CONNECTED
         ):
-            self.reader_deaths += 1
             await self._process_op_err(errors.UnexpectedEOF())
 
     async def _process_err(self, err_msg: str) -> None:
-        # Upstream closes for good on every -ERR but two; credentials that expire or rotate, or a
-        # connection limit, would end the worker's bus.
+        # Upstream closes the client on every -ERR but two: credentials that expire or rotate, or a
+        # connection limit, would disconnect the worker until a restart.
         if Guard.FATAL_ERR not in self._guards or PERMISSIONS_ERR in err_msg:
             await super()._process_err(err_msg)
             return
@@ -184,7 +189,7 @@ class GuardedClient(Client):
         await self._process_op_err(error)
 
     async def _attempt_reconnect(self) -> None:
-        # Closing politely waits until what is buffered is sent: to a stalled peer, for ever.
+        # An orderly close waits until what is buffered is sent: to a stalled peer, forever.
         if Guard.ABORT in self._guards:
             self._abort_transport()
         if Guard.FAIL_FAST in self._guards:
@@ -193,14 +198,14 @@ class GuardedClient(Client):
             await super()._attempt_reconnect()
         except Exception as error:
             if self.is_closed or self._reconnection_task is not asyncio.current_task():
-                return  # another task took over, or nobody needs it any more
-            # Upstream would stay "reconnecting" with nobody at work on it.
+                return  # another task reconnects, or the client was closed
+            # Upstream would stay "reconnecting" without a task that does it.
             log.exception("bus.reconnect_failed")
             if Guard.REBUILD in self._guards:
                 self._dead(f"reconnecting failed: {type(error).__name__}: {error}")
 
     async def _select_next_server(self) -> None:
-        # Upstream waits a fixed time, the same on every host: a herd after a broker restart.
+        # Upstream waits a fixed time, the same on every host: a thundering herd after a restart.
         if Guard.JITTER not in self._guards:
             await super()._select_next_server()
             return
@@ -226,12 +231,15 @@ class GuardedClient(Client):
         await super()._connect_to_server(s)
 
     def _abort_transport(self) -> None:
-        writer: Any = getattr(self._transport, "_io_writer", None)
+        # Below TLS: its transport, once closed twice as upstream does, aborts nothing any more; in
+        # Python 3.11.2, Debian 12's, that raises AttributeError at every attempt to reconnect.
+        raw = Guard.RAW_ABORT in self._guards
+        writer: Any = getattr(self._transport, "_bare_io_writer" if raw else "_io_writer", None)
         if writer is not None:
             writer.transport.abort()
 
     def _fail_requests(self) -> None:
-        # Upstream lets requests wait for their full timeout though no answer can come any more.
+        # Upstream lets requests wait for their full timeout although no answer can arrive.
         for waiter in list(self._resp_map.values()):
             if not waiter.done():
                 waiter.set_exception(errors.ConnectionClosedError())

@@ -1,4 +1,4 @@
-"""What comes over the link, without nats-py's types."""
+"""Messages and subscriptions without nats-py's types."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from worker.bus.protocol import BusError
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message as it came; `reply` is empty where no answer is asked for."""
+    """One message as received; `reply` is empty when no answer is wanted."""
 
     subject: str
     reply: str
@@ -20,13 +20,13 @@ class Message:
 
 
 class Subscription(Protocol):
-    """What is left of nats-py's once it is made."""
+    """The part of nats-py's subscription that the worker uses."""
 
     async def unsubscribe(self, limit: int = 0) -> None: ...
 
 
 class NoResponder(BusError):
-    """Nobody listens on that subject: no such stream, consumer or service."""
+    """No responder on that subject: no such stream, consumer or service."""
 
 
 def to_message(message: Msg) -> Message:

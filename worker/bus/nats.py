@@ -1,8 +1,8 @@
 """The bus over NATS JetStream: commands in; replies, events and state out.
 
-Streams, bucket and consumer are only used and checked here; `provision.py` makes them, with
-another credential. No ordered consumers and no KV watches on this connection: with version 2 ack
-subjects nats-py's reader dies of them.
+Streams, bucket and consumer are only used and checked here; `provision.py` creates them, with
+other credentials. No ordered consumers and no KV watches on this connection: with version 2 ack
+subjects they end nats-py's reader.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import structlog
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
 from worker.bus import streams, verify
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.guarded_client import ALL_GUARDS, STANDARD, Guard, Tuning
 from worker.bus.message import NoResponder
 from worker.bus.protocol import BusError, NotProvisioned, Receive, StateConflict
@@ -27,16 +27,16 @@ WRONG_LAST_SEQUENCE = (10071, 10164)
 
 
 class NatsBus:
-    """One host's bus; implements `worker.bus.Bus`.
+    """One host's bus; implements `worker.bus.protocol.Bus`.
 
-    `trouble` is "" or the reason why commands do not come though the server is reachable;
-    `connected`, `reconnects`, `redeliveries`, `permission_errors` are for metrics.
+    `trouble` is "" or the reason why no commands arrive although the server is reachable;
+    `connected`, `reconnects`, `permission_errors` and `pulls` are for metrics.
 
     Args:
         settings: `[nats]`.
         subjects: this host's names.
-        guards: all of them, but in tests.
-        window: deliveries that are received at once.
+        guards: all of them, except in tests.
+        window: maximum of concurrent deliveries.
         tuning: times.
     """
 
@@ -51,7 +51,7 @@ class NatsBus:
         name: str = "",
     ) -> None:
         self.subjects = subjects
-        self.link = Link(
+        self.connection = Connection(
             settings,
             name=name or f"hostd/{subjects.host_id}",
             inbox=streams.inbox_prefix(subjects.host_id),
@@ -61,61 +61,61 @@ class NatsBus:
         self._window = window
         self._loop: PullLoop | None = None
         self._paused = False
-        self._redeliveries_before = 0
+        self._pulls_before = 0
         self.trouble = ""
 
     # -- life ------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begin to connect; returns at once, with or without a server."""
-        await self.link.start()
+        """Start connecting; returns at once, with or without a server."""
+        await self.connection.start()
 
     async def close(self) -> None:
         """After `consume` was cancelled and everything is published: disconnect."""
-        await self.link.close()
+        await self.connection.close()
 
     @property
     def connected(self) -> bool:
-        return self.link.connected
+        return self.connection.connected
 
     @property
     def reconnects(self) -> int:
-        return self.link.reconnects
+        return self.connection.reconnects
 
     @property
     def permission_errors(self) -> int:
-        return self.link.permission_errors
+        return self.connection.permission_errors
 
     @property
-    def redeliveries(self) -> int:
-        present = self._loop.redeliveries if self._loop else 0
-        return self._redeliveries_before + present
+    def pulls(self) -> int:
+        """Pull requests sent since the start."""
+        return self._pulls_before + (self._loop.pulls if self._loop else 0)
 
     def on_connection(self, changed: Callable[[], None]) -> None:
         """Call `changed()` after each connect and each loss; it must return at once."""
-        self.link.on_up(lambda _fresh: changed())
-        self.link.on_loss(changed)
+        self.connection.on_up(lambda _fresh: changed())
+        self.connection.on_loss(changed)
 
-    # -- what must be there ------------------------------------------------------------------------
+    # -- provisioning ------------------------------------------------------------------------------
 
     async def verify(self) -> None:
         """Check that streams, consumer and bucket are what the worker needs.
 
         Raises:
             NotProvisioned: what is missing or wrong, and what to run.
-            BusError: it can not be told now.
+            BusError: no answer now; try again.
         """
-        await verify.verify(self.link, self.subjects)
+        await verify.verify(self.connection, self.subjects)
 
     async def wait_provisioned(self) -> None:
-        """Return when `verify` is content; says what is wrong each time that it changes."""
+        """Return when `verify` succeeds; log what is wrong each time that it changes."""
         while True:
             try:
-                await self.link.wait_connected()
+                await self.connection.wait_connected()
                 await self.verify()
             except BusError as error:
                 self._set_trouble(str(error))
-                await asyncio.sleep(self.link.tuning.missing_retry_s)
+                await asyncio.sleep(self.connection.tuning.missing_retry_s)
             else:
                 self._set_trouble("")
                 return
@@ -132,9 +132,9 @@ class NatsBus:
     # -- commands in -------------------------------------------------------------------------------
 
     async def consume(self, receive: Receive) -> None:
-        """Pull commands until cancelled; work in hand is awaited then."""
+        """Pull commands until cancelled, then wait for those being received."""
         loop = PullLoop(
-            self.link,
+            self.connection,
             self.subjects.commands_stream,
             self.subjects.consumer,
             receive,
@@ -145,9 +145,9 @@ class NatsBus:
         if self._paused:
             loop.pause()
         if self._loop is None:
-            self.link.on_up(lambda fresh: self._loop.on_up(fresh) if self._loop else None)
+            self.connection.on_up(lambda fresh: self._loop.on_up(fresh) if self._loop else None)
         else:
-            self._redeliveries_before += self._loop.redeliveries
+            self._pulls_before += self._loop.pulls
         self._loop = loop
         await loop.run()
 
@@ -166,29 +166,30 @@ class NatsBus:
     async def publish(
         self, subject: str, payload: bytes, *, msg_id: str, headers: Mapping[str, str] | None = None
     ) -> None:
-        """Into the stream of this subject, acknowledged by it; a duplicate is success.
+        """Publish to the stream of this subject, acknowledged; a duplicate is success.
 
         Raises:
-            NotProvisioned: no stream takes that subject.
-            BusError: not taken now; publish again with the same `msg_id`.
+            NotProvisioned: no stream is bound to that subject.
+            BusError: not stored now; publish again with the same `msg_id`.
         """
         sent = {**(headers or {})}
-        if Guard.MSG_ID in self.link.guards:
+        if Guard.MSG_ID in self.connection.guards:
             sent["Nats-Msg-Id"] = msg_id
         if stream := streams.stream_of(self.subjects, subject):
             sent["Nats-Expected-Stream"] = stream
         await self._store(subject, payload, sent)
 
     async def send(self, subject: str, payload: bytes) -> None:
-        """Core NATS, at most once. Raises BusError without a connection."""
-        await self.link.send(subject, payload)
+        """Publish with core NATS, at most once. Raises BusError without a connection."""
+        await self.connection.send(subject, payload)
 
     async def _store(self, subject: str, payload: bytes, headers: Mapping[str, str]) -> int:
         try:
-            answer = await self.link.request(subject, payload, headers=headers)
+            answer = await self.connection.request(subject, payload, headers=headers)
         except NoResponder as error:
             raise NotProvisioned(
-                f"no stream takes {subject}: run `hostd provision` for cell {self.subjects.cell}"
+                f"no JetStream stream is bound to {subject}: run `hostd provision` for cell"
+                f" {self.subjects.cell}"
             ) from error
         try:
             found: dict[str, Any] = json.loads(answer.data)
@@ -196,7 +197,7 @@ class NatsBus:
                 return int(found["seq"])
             code, text = found["error"].get("err_code"), found["error"].get("description")
         except (ValueError, KeyError, AttributeError) as error:
-            raise BusError(f"{subject}: the answer is no PubAck") from error
+            raise BusError(f"{subject}: invalid PubAck") from error
         if code in WRONG_LAST_SEQUENCE:
             raise StateConflict(f"{subject}: {text}")
         raise BusError(f"{subject}: {text} (error {code})")
@@ -209,16 +210,16 @@ class NatsBus:
         return None if value is None else (value, revision)
 
     async def write_state(self, key: str, value: bytes, *, revision: int | None) -> int:
-        """Compare-and-set; `revision` 0 means absent, None whatever is there.
+        """Compare-and-set; `revision` 0 means absent, None any revision.
 
         Raises:
             StateConflict: the key is at another revision; read it back.
-            BusError: not taken now, or taken without our hearing of it; read it back.
+            BusError: not stored now, or stored with a lost acknowledgement; read it back.
         """
         return await self._set(key, value, {}, revision)
 
     async def delete_state(self, key: str, *, revision: int | None) -> None:
-        """Leave a deletion mark; deleting what is absent is success. Raises as `write_state`."""
+        """Write a delete marker; deleting an absent key is success. Raises as `write_state`."""
         if revision is None and (await self._last(key))[0] is None:
             return
         await self._set(key, b"", {"KV-Operation": "DEL"}, revision)
@@ -235,7 +236,7 @@ class NatsBus:
         except StateConflict:
             if revision != 0:
                 raise
-            # A deletion mark has a revision too, yet the key is absent.
+            # A delete marker has a revision too, although the key is absent.
             present, marked = await self._last(key)
             if present is not None or not marked:
                 raise
@@ -243,11 +244,11 @@ class NatsBus:
             return await self._store(subject, value, sent)
 
     async def _last(self, key: str) -> tuple[bytes | None, int]:
-        """Value, or None for absent and deleted, and revision, or 0 for absent."""
+        """Value (None: absent or deleted) and revision (0: absent)."""
         stream = streams.bucket_stream(self.subjects)
         subject = streams.state_subject(self.subjects, key)
         try:
-            answer = await self.link.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"")
+            answer = await self.connection.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"")
         except NoResponder as error:
             raise NotProvisioned(
                 f"no bucket {self.subjects.state_bucket}: run `hostd provision` for cell"

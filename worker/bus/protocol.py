@@ -1,4 +1,4 @@
-"""What the worker needs of the bus. `worker/bus/nats.py` is the only code that knows NATS."""
+"""What the worker needs of the bus. In the worker only this package imports NATS."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -6,22 +6,23 @@ from typing import Protocol
 
 
 class BusError(Exception):
-    """The bus did not take or give something now; the caller keeps it and tries again."""
+    """The bus did not accept or return something now; the caller keeps it and tries again."""
 
 
 class StateConflict(BusError):
-    """A compare-and-set failed; read the key back."""
+    """A compare-and-set failed: the key has another revision. Read it back."""
 
 
 class NotProvisioned(BusError):
-    """A stream, consumer or bucket is missing or not as needed; the text says what to provision."""
+    """A stream, consumer or bucket is missing or differs; the text says what to provision."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One command message as it came. `ack` is confirmed by the server before it returns.
+    """One command message as received. `ack` returns once the server confirmed it.
 
-    `delivered` counts from 1, but a server that crashed may count anew: no proof of a first time.
+    `delivered` counts from 1, but a server that crashed may restart the count: 1 does not prove a
+    first delivery.
     """
 
     subject: str
@@ -40,14 +41,14 @@ class Bus(Protocol):
     def connected(self) -> bool: ...
 
     async def consume(self, receive: Receive) -> None:
-        """Pull this host's commands for ever, several at a time, across reconnects.
+        """Pull this host's commands until cancelled, several at a time, across reconnects.
 
         `receive` returns when the message is settled; at most `window` of them run at once.
         """
         ...
 
     def pause(self) -> None:
-        """Ask for no more messages (the stream keeps them); `resume` undoes it."""
+        """Stop pulling messages (the stream keeps them) until `resume`."""
         ...
 
     def resume(self) -> None: ...
@@ -55,11 +56,11 @@ class Bus(Protocol):
     async def publish(
         self, subject: str, payload: bytes, *, msg_id: str, headers: Mapping[str, str] | None = None
     ) -> None:
-        """Into a stream, acknowledged. A duplicate is success. Raises BusError."""
+        """Publish to a stream, acknowledged; a duplicate is success. Raises BusError."""
         ...
 
     async def send(self, subject: str, payload: bytes) -> None:
-        """Core NATS, at most once; for `reply_to`."""
+        """Publish with core NATS, at most once; for `reply_to`."""
         ...
 
     async def read_state(self, key: str) -> tuple[bytes, int] | None:
@@ -67,7 +68,7 @@ class Bus(Protocol):
         ...
 
     async def write_state(self, key: str, value: bytes, *, revision: int | None) -> int:
-        """Compare-and-set (None: whatever is there). Returns the new revision."""
+        """Compare-and-set (None: any revision). Returns the new revision."""
         ...
 
     async def delete_state(self, key: str, *, revision: int | None) -> None: ...

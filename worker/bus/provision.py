@@ -1,8 +1,8 @@
-"""Make the streams, the bucket and the consumers of a cell, or bring them to what hostd needs.
+"""Creates the streams, the bucket and the consumers of a cell, or corrects their configuration.
 
-Run by an administrator's credential (`hostd provision`), never by the worker's; may be repeated.
-What the server gives back is compared with what was asked for: an old server drops what it does
-not know without an error.
+Runs with an administrator's credentials (`hostd provision`), never with the worker's; may be
+repeated. The configuration that the server returns is compared with the one sent: an old server
+drops fields that it does not know without an error.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from schemas.subjects import Subjects
 from worker.bus import streams
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.message import Message, NoResponder
 from worker.bus.protocol import BusError, NotProvisioned
 
@@ -21,14 +21,14 @@ FIXED = ("retention", "storage", "max_consumers", "deny_delete", "name")
 
 
 class Requester(Protocol):
-    """All that is needed of a connection; `Link` is one."""
+    """The part of `Connection` that is used here."""
 
     async def request(self, subject: str, payload: bytes) -> Message: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """One object of the cell: `what`, and `how` it came: made, changed, found."""
+    """One object of the cell: `what`, and `how`: made, changed, or found as needed."""
 
     what: str
     how: str
@@ -39,30 +39,30 @@ class Made:
 
 
 async def provision(
-    link: Link,
+    connection: Connection,
     subjects: Subjects,
     hosts: Sequence[str],
     *,
     replicas: int = 1,
     ack_wait_ns: int = streams.ACK_WAIT_NS,
 ) -> list[Made]:
-    """Make or correct everything of the cell, and a consumer for each of `hosts`.
+    """Create or correct all of the cell, and a consumer for each of `hosts`.
 
-    Idempotent. Ages and sizes that an operator changed are brought back to hostd's own.
+    Idempotent. Ages and sizes that an operator changed are reset.
 
     Args:
-        link: connected with the administrator's credential.
-        subjects: of the cell; its host is not used.
-        hosts: ids of the hosts that get a consumer.
+        connection: connected with the administrator's credentials.
+        subjects: of the cell; their host is not used.
+        hosts: IDs of the hosts that get a consumer.
         replicas: of the streams.
-        ack_wait_ns: how soon a command comes again that was delivered and not acknowledged.
+        ack_wait_ns: when a command that was not acknowledged is delivered again.
 
     Raises:
-        NotProvisioned: something is there that can not be changed into what is needed; the text
-            says what to remove.
+        NotProvisioned: an existing object cannot be changed to what is needed; the text says
+            which one to remove.
         BusError: no answer; run it again.
     """
-    api = _Api(link)
+    api = _Api(connection)
     wanted = streams.stream_configs(subjects, replicas=replicas)
     made = [await _stream(api, config) for config in wanted]
     made += [await _consumer(api, replace(subjects, host_id=host), ack_wait_ns) for host in hosts]
@@ -82,7 +82,7 @@ async def _stream(api: "_Api", config: Mapping[str, Any]) -> Made:
     fixed = [text for text in wrong if text.split(":")[0] in FIXED]
     if fixed:
         raise NotProvisioned(
-            f"{what} is there with {'; '.join(fixed)}, which can not be changed: remove it first"
+            f"{what} exists with {'; '.join(fixed)}, which cannot be changed: remove it first"
         )
     got = await api.make(f"STREAM.UPDATE.{name}", {**found, **config}, what)
     return Made(what, "changed", "; ".join(wrong) + _short_of(config, got, what))
@@ -103,7 +103,7 @@ async def _consumer(api: "_Api", subjects: Subjects, ack_wait_ns: int) -> Made:
 
 
 def _short_of(config: Mapping[str, Any], got: Mapping[str, Any], what: str) -> str:
-    """What the server did not take over, as a text; fatal if the worker can not do without it."""
+    """What the server did not store, as a text; raises if the worker cannot work without it."""
     short = streams.differences(config, got)
     needed = {
         *streams.needed_of_stream(config),
@@ -111,13 +111,13 @@ def _short_of(config: Mapping[str, Any], got: Mapping[str, Any], what: str) -> s
     }
     fatal = [text for text in short if text.split(":")[0] in needed]
     if fatal:
-        raise NotProvisioned(f"{what}: the server does not keep {'; '.join(fatal)}: it is too old")
-    return f"not kept by this server: {'; '.join(short)}" if short else ""
+        raise NotProvisioned(f"{what}: the server did not store {'; '.join(fatal)}: upgrade it")
+    return f"not supported by this server: {'; '.join(short)}" if short else ""
 
 
 class _Api:
-    def __init__(self, link: Requester) -> None:
-        self._link = link
+    def __init__(self, connection: Requester) -> None:
+        self._connection = connection
 
     async def config(self, endpoint: str) -> dict[str, Any] | None:
         answer = await self._call(endpoint, None)
@@ -138,8 +138,8 @@ class _Api:
     async def _call(self, endpoint: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         payload = b"" if body is None else json.dumps(body).encode()
         try:
-            answer = await self._link.request(f"$JS.API.{endpoint}", payload)
+            answer = await self._connection.request(f"$JS.API.{endpoint}", payload)
         except NoResponder as error:
-            raise NotProvisioned("this account of the NATS server has no JetStream") from error
+            raise NotProvisioned("JetStream is not enabled for this NATS account") from error
         found: dict[str, Any] = json.loads(answer.data)
         return found

@@ -1,9 +1,9 @@
-"""Continuous pull from one durable consumer: never deaf, never more at once than asked for.
+"""Continuous pull from one durable consumer that survives every loss of a pull, within a window.
 
-nats-py has no continuous consume; its `fetch` is not issued again after a reconnect and takes a
-deleted consumer for an idle one. Here credit is kept by hand: `credit` counts messages that the
-server still owes; a pull that may be lost is replaced under a new inbox, so that a stale one can
-not deliver on top. What the message means is not known here.
+nats-py has no continuous consume; its `fetch` is not repeated after a reconnect and does not tell a
+deleted consumer from an idle one. So this module counts itself: `credit` is the number of messages
+that the server may still deliver; a pull that may be lost is replaced under a new inbox, so that
+the old one cannot deliver in addition. The content of a message is not interpreted here.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from functools import partial
 
 import structlog
 
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.guarded_client import Guard
 from worker.bus.message import Message, Subscription
 from worker.bus.protocol import BusError, Delivery, NotProvisioned, Receive
@@ -29,21 +29,21 @@ GONE = ("consumer deleted", "stream deleted", "consumer is push based")
 
 
 class PullLoop:
-    """Pulls for ever; `run` ends only by cancellation.
+    """Pulls until cancelled.
 
     Args:
-        link: the connection.
+        connection: the connection.
         stream: of the consumer.
         consumer: its durable name.
-        receive: settles one delivery; at most `window` of them run at once.
-        check: raises NotProvisioned with what is wrong, or BusError if that can not be told now.
-        window: deliveries in work or owed by the server, at most.
-        trouble: called with a text when commands can not come, with "" when they can again.
+        receive: handles one delivery; at most `window` of them run at once.
+        check: raises NotProvisioned with what is wrong, or BusError without an answer.
+        window: maximum of deliveries being received or still expected.
+        trouble: called with a text when no commands can arrive, with "" when they can again.
     """
 
     def __init__(
         self,
-        link: Link,
+        connection: Connection,
         stream: str,
         consumer: str,
         receive: Receive,
@@ -52,7 +52,7 @@ class PullLoop:
         window: int = 64,
         trouble: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._link = link
+        self._connection = connection
         self._next = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._receive = receive
         self._check = check
@@ -71,13 +71,11 @@ class PullLoop:
         self._tasks: set[asyncio.Task[None]] = set()
         self.credit = 0
         self.pulls = 0
-        self.deliveries = 0
-        self.redeliveries = 0
 
     # -- control -----------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Ask for no more; what is owed already may still come."""
+        """Send no more pulls; messages of earlier pulls may still arrive."""
         self._paused = True
         self._stale = True
         self._wake.set()
@@ -87,19 +85,19 @@ class PullLoop:
         self._wake.set()
 
     def on_up(self, fresh: bool) -> None:
-        """The connection is new: pulls of the old one are gone, or about to be."""
-        if fresh or Guard.REPULL in self._link.guards:
+        """The connection is new: pulls of the old one are lost or will expire."""
+        if fresh or Guard.REPULL in self._connection.guards:
             self._stale = True
             self._not_before = 0.0
             self._wake.set()
 
     async def run(self) -> None:
-        """Pull until cancelled; then no more is asked for and work in hand is awaited."""
+        """Pull until cancelled, then wait for the deliveries being received."""
         try:
             while True:
                 self._wake.clear()
                 await self._step()
-                # Not wait_for: Python 3.11's loses a cancellation that comes with the event.
+                # Not wait_for: in Python 3.11 it loses a cancellation that arrives with the event.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._pause_s()):
                         await self._wake.wait()
@@ -108,7 +106,7 @@ class PullLoop:
             await self._finish()
 
     async def _finish(self) -> None:
-        """What is not settled in time is not acknowledged, and comes to the next worker."""
+        """What is not done in time is not acknowledged, and is delivered to the next worker."""
         if not self._tasks:
             return
         _, stuck = await asyncio.wait(set(self._tasks), timeout=GRACE_S)
@@ -119,18 +117,18 @@ class PullLoop:
     def _pause_s(self) -> float:
         if (left_s := self._not_before - time.monotonic()) > 0:
             return left_s
-        return self._link.tuning.heartbeat_s / 2
+        return self._connection.tuning.heartbeat_s / 2
 
     async def _step(self) -> None:
-        tuning = self._link.tuning
+        tuning = self._connection.tuning
         silent = time.monotonic() - self._heard_at > 2.5 * tuning.heartbeat_s
-        if self.credit and silent and Guard.HEARTBEAT in self._link.guards:
+        if self.credit and silent and Guard.HEARTBEAT in self._connection.guards:
             self._stale = True
-        if not self._link.connected or time.monotonic() < self._not_before:
+        if not self._connection.connected or time.monotonic() < self._not_before:
             return
         try:
             if self._missing:
-                await self._look_again()
+                await self._check_again()
             if self._stale:
                 await self._renew()
             await self._pull()
@@ -140,7 +138,7 @@ class PullLoop:
             if isinstance(error, NotProvisioned):
                 self._trouble(str(error))
 
-    async def _look_again(self) -> None:
+    async def _check_again(self) -> None:
         await self._check()
         self._missing = False
         self._trouble("")
@@ -148,15 +146,15 @@ class PullLoop:
     # -- pulls -------------------------------------------------------------------------------------
 
     async def _renew(self) -> None:
-        """Under a new inbox; the server drops waiting pulls of the old one for lack of interest."""
-        if self._inbox and Guard.FRESH_INBOX not in self._link.guards and self._subscription:
+        """Subscribe to a new inbox; the server drops pulls of one without a subscriber."""
+        if self._inbox and Guard.FRESH_INBOX not in self._connection.guards and self._subscription:
             self.credit, self._stale = 0, False
             return
         await self._unsubscribe()
         self._generation += 1
         self.credit = 0
-        self._inbox = self._link.new_inbox()
-        self._subscription = await self._link.subscribe(
+        self._inbox = self._connection.new_inbox()
+        self._subscription = await self._connection.subscribe(
             self._inbox, partial(self._on_message, self._generation)
         )
         self._stale = False
@@ -168,21 +166,21 @@ class PullLoop:
                 await old.unsubscribe()
 
     async def _pull(self) -> None:
-        wanted = self._window - self.credit - len(self._tasks)
-        if self._paused or wanted <= 0 or (self.credit and wanted < self._window // 2):
+        count = self._window - self.credit - len(self._tasks)
+        if self._paused or count <= 0 or (self.credit and count < self._window // 2):
             return
-        tuning = self._link.tuning
+        tuning = self._connection.tuning
         body = {
-            "batch": wanted,
+            "batch": count,
             "expires": int(tuning.pull_expires_s * 1e9),
             "idle_heartbeat": int(tuning.heartbeat_s * 1e9),
         }
-        self.credit += wanted
+        self.credit += count
         self.pulls += 1
         self._heard_at = time.monotonic()
-        await self._link.send(self._next, json.dumps(body).encode(), reply=self._inbox)
+        await self._connection.send(self._next, json.dumps(body).encode(), reply=self._inbox)
 
-    # -- what comes --------------------------------------------------------------------------------
+    # -- messages ----------------------------------------------------------------------------------
 
     async def _on_message(self, generation: int, message: Message) -> None:
         self._heard_at = time.monotonic()
@@ -192,26 +190,23 @@ class PullLoop:
             return
         if generation == self._generation:
             self.credit = max(0, self.credit - 1)
-        task = asyncio.create_task(self._settle(message), name="receive")
+        task = asyncio.create_task(self._handle(message), name="receive")
         self._tasks.add(task)
-        task.add_done_callback(self._settled)
+        task.add_done_callback(self._handled)
 
-    def _settled(self, task: asyncio.Task[None]) -> None:
+    def _handled(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not self.credit or len(self._tasks) <= self._window // 2:
             self._wake.set()
 
-    async def _settle(self, message: Message) -> None:
+    async def _handle(self, message: Message) -> None:
         async with self._slots:
             try:
-                delivery = to_delivery(message, self._link)
-                self.deliveries += 1
-                self.redeliveries += delivery.delivered > 1
-                await self._receive(delivery)
+                await self._receive(to_delivery(message, self._connection))
             except BusError as error:
-                log.warning("bus.not_acknowledged", subject=message.subject, error=str(error))
+                log.warning("bus.ack_failed", subject=message.subject, error=str(error))
             except Exception:
-                # Not acknowledged, so it comes again after ack_wait.
+                # Not acknowledged, so it is delivered again after ack_wait.
                 log.exception("bus.receive_failed", subject=message.subject)
 
     def _on_status(self, message: Message) -> None:
@@ -219,29 +214,29 @@ class PullLoop:
         if status == "100":
             return
         text = message.headers.get("Description", "")
-        owed = message.headers.get("Nats-Pending-Messages", "")
-        if owed.isdigit():
-            self.credit = max(0, self.credit - int(owed))
+        pending = message.headers.get("Nats-Pending-Messages", "")
+        if pending.isdigit():
+            self.credit = max(0, self.credit - int(pending))
         elif status != "408" or self.credit:
-            self._stale = True  # servers before 2.10 do not say what they still owed
+            self._stale = True  # servers before 2.10 do not report what is pending
         self._wake.set()
         if status in ("404", "408"):
             return
         self._stale = True
-        if Guard.STATUS not in self._link.guards:
+        if Guard.STATUS not in self._connection.guards:
             self._not_before = time.monotonic() + 0.1
         elif status == "503" or text.lower() in GONE:
             self._missing = True
         elif status == "409" and not text.startswith("Exceeded"):
-            # The leader of the consumer moved, or the server goes down.
+            # The consumer has a new leader, or the server shuts down.
             self._not_before = time.monotonic() + 0.1
         else:
-            self._not_before = time.monotonic() + self._link.tuning.missing_retry_s
+            self._not_before = time.monotonic() + self._connection.tuning.missing_retry_s
             self._missing = True
-            self._trouble(f"the server refuses to deliver: {status} {text}")
+            self._trouble(f"the server rejects pull requests: {status} {text}")
 
 
-def to_delivery(message: Message, link: Link) -> Delivery:
+def to_delivery(message: Message, connection: Connection) -> Delivery:
     """Read the ack subject, in both of its forms.
 
     `$JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>....` (9 tokens), or with domain and
@@ -252,7 +247,7 @@ def to_delivery(message: Message, link: Link) -> Delivery:
     delivered, stream_seq = int(tokens[first]), int(tokens[first + 1])
 
     async def ack() -> None:
-        await link.request(message.reply, ACK)
+        await connection.request(message.reply, ACK)
 
     headers = {name.lower(): value for name, value in message.headers.items()}
     return Delivery(

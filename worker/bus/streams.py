@@ -1,8 +1,8 @@
-"""Streams, bucket and consumers as hostd needs them, as data. Used to make and to check them.
+"""The configurations of streams, bucket and consumers, used to create and to check them.
 
-Configurations are written in the server's own JSON names and units (nanoseconds, bytes), so that
-what a server gives back can be compared field by field: servers older than a field drop it
-without an error.
+They use the server's JSON names and units (nanoseconds, bytes), so that the configuration which a
+server returns can be compared field by field: a server older than a field drops it without an
+error.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,9 @@ DAY_NS = 86_400 * NS
 MESSAGE_BYTES = 65_536
 REPLY_BYTES = 1 << 30
 DEDUPE_NS = 600 * NS
-# Commands are acknowledged as soon as they are journalled, in milliseconds. What was delivered into
-# a connection that died comes again only after this time, however soon the worker is back.
+# Commands are acknowledged as soon as they are journalled, in milliseconds. A command
+# delivered into a connection that died is delivered again only after this time, however soon the
+# worker reconnects.
 ACK_WAIT_NS = 3 * NS
 MAX_CONSUMERS = 1000
 ACK_PENDING = 256
@@ -34,12 +35,12 @@ def state_subject(subjects: Subjects, key: str) -> str:
 
 
 def inbox_prefix(host_id: str) -> str:
-    """Of a host's own inboxes: outside `_INBOX.`, where hosts may send replies (ADR 0201)."""
+    """Prefix of a host's own inboxes: outside `_INBOX.`, to which hosts may reply (ADR 0201)."""
     return f"_INBOX_HOSTD.{host_id}"
 
 
 def stream_of(subjects: Subjects, subject: str) -> str | None:
-    """The stream that one of this host's own subjects belongs to."""
+    """The stream that a subject of this host is bound to; None: none of these."""
     kind = subject.removeprefix(f"{subjects.root}.{subjects.host_id}.").split(".", 1)[0]
     return {
         "evt": subjects.events_stream,
@@ -101,7 +102,7 @@ def stream_configs(subjects: Subjects, *, replicas: int = 1) -> tuple[dict[str, 
 
 
 def consumer_config(subjects: Subjects, *, ack_wait_ns: int = ACK_WAIT_NS) -> dict[str, Any]:
-    """This host's durable pull consumer. No `max_deliver`: a command is never given up."""
+    """This host's durable pull consumer. No `max_deliver`: a command is delivered until acked."""
     return {
         "durable_name": subjects.consumer,
         "filter_subject": subjects.command_filter,
@@ -116,10 +117,10 @@ def consumer_config(subjects: Subjects, *, ack_wait_ns: int = ACK_WAIT_NS) -> di
 
 
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Fields that are not as wanted, e.g. `max_age: is 0, must be 86400000000000`."""
+    """Fields with another value, e.g. `max_age: is 0, must be 86400000000000`."""
     wrong: list[str] = []
     for field, value in wanted.items():
-        # The server leaves out what is zero or false.
+        # The server omits what is zero or false.
         is_value = found.get(field, type(value)())
         if is_value != value:
             wrong.append(f"{field}: is {is_value!r}, must be {value!r}")
@@ -127,7 +128,7 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
 
 
 def needed_of_stream(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the worker can not do without; sizes, ages and replicas are the operator's to change."""
+    """What the worker requires; operators may change sizes, ages and replicas."""
     keep = ("name", "retention", "allow_direct", "max_msgs_per_subject", "allow_rollup_hdrs")
     return {field: config[field] for field in keep if field in config}
 

@@ -1,6 +1,6 @@
-"""Whether the cell has what the worker needs; says exactly what is wrong otherwise.
+"""Checks that the cell has the streams, consumer and bucket that the worker needs.
 
-Only reads, with the worker's own credential; `provision.py` makes things.
+Only reads, with the worker's own credentials; `provision.py` creates and changes.
 """
 
 import json
@@ -8,34 +8,34 @@ from typing import Any
 
 from schemas.subjects import Subjects
 from worker.bus import streams
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.message import NoResponder
 from worker.bus.protocol import BusError, NotProvisioned
 
 NOT_FOUND = (10014, 10059)
 
 
-async def verify(link: Link, subjects: Subjects) -> None:
+async def verify(connection: Connection, subjects: Subjects) -> None:
     """Check streams, consumer and bucket.
 
     Raises:
         NotProvisioned: what is missing or wrong, and what to run.
-        BusError: it can not be told now.
+        BusError: no answer now; try again.
     """
     wrong: list[str] = []
     for config in streams.stream_configs(subjects):
         name = str(config["name"])
-        found = await _info(link, f"STREAM.INFO.{name}", f"stream {name}")
+        found = await _info(connection, f"STREAM.INFO.{name}", f"stream {name}")
         if found is None:
             wrong.append(f"stream {name} is missing")
             continue
         needed = streams.needed_of_stream(config)
         wrong += [f"stream {name}: {text}" for text in streams.differences(needed, found)]
         if not set(config["subjects"]) <= set(found.get("subjects", ())):
-            wrong.append(f"stream {name}: does not take {', '.join(config['subjects'])}")
+            wrong.append(f"stream {name}: is not bound to {', '.join(config['subjects'])}")
     stream, consumer = subjects.commands_stream, subjects.consumer
     what = f"consumer {consumer} of {stream}"
-    found = await _info(link, f"CONSUMER.INFO.{stream}.{consumer}", what)
+    found = await _info(connection, f"CONSUMER.INFO.{stream}.{consumer}", what)
     if found is None:
         wrong.append(f"{what} is missing")
     else:
@@ -48,17 +48,17 @@ async def verify(link: Link, subjects: Subjects) -> None:
         )
 
 
-async def _info(link: Link, endpoint: str, what: str) -> dict[str, Any] | None:
-    """The configuration of a stream or consumer, None if it is not there."""
+async def _info(connection: Connection, endpoint: str, what: str) -> dict[str, Any] | None:
+    """The configuration of a stream or consumer; None if it does not exist."""
     try:
-        answer = await link.request(f"$JS.API.{endpoint}", b"")
+        answer = await connection.request(f"$JS.API.{endpoint}", b"")
     except NoResponder as error:
         raise NotProvisioned(
-            "this account of the NATS server has no JetStream: see deploy/nats/hostd.conf"
+            "JetStream is not enabled for this NATS account: see deploy/nats/hostd.conf"
         ) from error
     except BusError as error:
         raise BusError(
-            f"no answer about {what}: {error} (JetStream not ready, or no permission for"
+            f"cannot read {what}: {error} (JetStream not ready, or no permission for"
             f" $JS.API.{endpoint})"
         ) from error
     found: dict[str, Any] = json.loads(answer.data)

@@ -8,7 +8,7 @@ import msgspec
 
 from schemas.naming import HOST_ID_PATTERN
 from schemas.subjects import Subjects
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.protocol import BusError, NotProvisioned
 from worker.bus.provision import Made
 from worker.bus.provision import provision as provision_cell
@@ -51,15 +51,15 @@ def provision(
     subjects = Subjects(settings.root, hosts[0], settings.host.cell)
 
     async def work() -> list[Made]:
-        link = Link(nats, name="hostd-provision", inbox="_INBOX.hostd-provision")
-        await link.start()
+        connection = Connection(nats, name="hostd-provision", inbox="_INBOX.hostd-provision")
+        await connection.start()
         try:
-            await asyncio.wait_for(link.wait_connected(), CONNECT_TIMEOUT_S)
-            return await provision_cell(link, subjects, hosts, replicas=replicas)
+            await asyncio.wait_for(connection.wait_connected(), CONNECT_TIMEOUT_S)
+            return await provision_cell(connection, subjects, hosts, replicas=replicas)
         except TimeoutError as error:
-            raise NoAnswer(f"{nats.url}: {link.last_error or 'no connection'}") from error
+            raise NoAnswer(f"{nats.url}: {connection.last_error or 'no connection'}") from error
         finally:
-            await link.close()
+            await connection.close()
 
     progress(f"provisioning cell {settings.host.cell} for {len(hosts)} hosts at {nats.url}")
     try:

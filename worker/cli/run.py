@@ -6,7 +6,7 @@ from schemas.settings import Settings
 from worker import logs
 from worker import main as worker_main
 from worker.cli.context import CliError, config_option, settings_of
-from worker.uid_range import find_overlap
+from worker.preflight import find_uid_overlap
 
 
 @click.command()
@@ -24,7 +24,7 @@ def run(config: str | None, json: bool) -> None:
 def check_uids(settings: Settings) -> None:
     """That no user of this host has a uid of the jails. Raises CliError, `invalid`."""
     vmm = settings.vmm
-    if taken := find_overlap(vmm.uid_base, vmm.uid_count):
+    if taken := find_uid_overlap(vmm.uid_base, vmm.uid_count):
         raise CliError(
             "invalid",
             f"vmm.uid_base, vmm.uid_count: {taken.file} gives {taken.count} of these ids, "

@@ -22,7 +22,7 @@ from schemas.settings import (
     VmmSettings,
 )
 from schemas.subjects import Subjects
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.provision import provision
 from worker.cli.client import Client
 from worker.cli.context import CliError
@@ -49,13 +49,13 @@ def demo_settings(directory: str, url: str, build: str) -> Settings:
 
 
 async def provision_cell(settings: Settings, subjects: Subjects) -> None:
-    link = Link(settings.nats, name="hostd-demo", inbox="_INBOX.hostd-demo")
-    await link.start()
+    connection = Connection(settings.nats, name="hostd-demo", inbox="_INBOX.hostd-demo")
+    await connection.start()
     try:
-        await link.wait_connected()
-        await provision(link, subjects, [settings.host.id])
+        await connection.wait_connected()
+        await provision(connection, subjects, [settings.host.id])
     finally:
-        await link.close()
+        await connection.close()
 
 
 @asynccontextmanager

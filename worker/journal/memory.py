@@ -156,7 +156,7 @@ def _poisoned(table: str, row: object) -> Generator[None]:
     try:
         yield
     except (DecodeError, msgspec.DecodeError, ValueError) as error:
-        log.error("journal.poisoned", table=table, row=row, error=str(error))  # noqa: TRY400
+        log.error("journal.row_skipped", table=table, row=row, error=str(error))  # noqa: TRY400
 
 
 def read_out(connection: sqlite3.Connection, kind: str, *, after: int) -> list[OutRow]:

@@ -331,7 +331,7 @@ class Writer:
         self.writable = False
         _settle(batch)
         if first:
-            log.error("journal.fault", error=str(error), path=self._path)
+            log.error("journal.commit_failed", error=str(error), path=self._path)
             self._changed(False)
 
 

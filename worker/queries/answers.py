@@ -1,4 +1,4 @@
-"""What `ask` answers with: the journal's view, in plain values. Changes nothing."""
+"""The answers to queries: the journal's view, in plain values. Changes nothing."""
 
 import time
 from collections import Counter
@@ -15,7 +15,7 @@ Answer = Mapping[str, object]
 
 
 class Answers:
-    """Implements `worker.ask.Source`."""
+    """Implements `worker.queries.service.QuerySource`."""
 
     def __init__(self, journal: Journal, boot_id: str, host_state: Callable[[], str]) -> None:
         self._journal = journal
@@ -110,7 +110,7 @@ class Answers:
 
 
 def described(record: InstanceRecord) -> Answer:
-    """One instance, as far as an operator may act on it."""
+    """One instance, with what an operator needs to act on it."""
     return {
         "v": 1,
         "tenant_id": record.ref.tenant_id,

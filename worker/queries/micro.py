@@ -1,8 +1,8 @@
-"""A NATS micro service (ADR-32 of NATS) on the worker's link: discovery, statistics, endpoints.
+"""A NATS micro service (NATS ADR-32) on the worker's connection: discovery, statistics, endpoints.
 
 nats-py's own serves each endpoint one request at a time, sends `repr` of an exception to the
-caller, answers wherever a request tells it to, and loses requests when it stops. Discovery is for
-every `nats micro` tool; what an endpoint answers is its handler's business.
+caller, answers to any subject that a request names, and loses requests when it stops. Discovery
+works with every `nats micro` tool; the content of an answer is the endpoint's.
 """
 
 import asyncio
@@ -18,20 +18,20 @@ import structlog
 
 from schemas.decode_error import DecodeError
 from schemas.subjects import check_reply_to
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.bus.message import Message, Subscription
 from worker.bus.protocol import BusError
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 TYPE = "io.nats.micro.v1"
-AT_ONCE = 64
-WAITING = 256
+CONCURRENT_MAX = 64
+PENDING_MAX = 256
 
 
 @dataclass(slots=True)
 class Endpoint:
-    """One question. `handle` answers any bytes with bytes; True beside them means an error."""
+    """One query. `handle` answers any bytes with bytes; True beside them means an error."""
 
     name: str
     subject: str
@@ -42,21 +42,21 @@ class Endpoint:
 
 
 class MicroService:
-    """Serves until closed, on each new connection again.
+    """Serves until closed; subscribes again on each new connection.
 
     Args:
-        link: the connection.
+        connection: the connection.
         name: of the service, the same on every host.
-        instance: id of this one, also its queue group.
+        instance: ID of this one, also its queue group.
         version: semantic.
         metadata: shown by discovery.
         endpoints: all of them.
-        inbox_prefixes: where answers may go; a request that wants its answer elsewhere is dropped.
+        inbox_prefixes: of the reply subjects that are allowed; any other request is dropped.
     """
 
     def __init__(
         self,
-        link: Link,
+        connection: Connection,
         *,
         name: str,
         instance: str,
@@ -65,7 +65,7 @@ class MicroService:
         endpoints: Sequence[Endpoint],
         inbox_prefixes: Sequence[str],
     ) -> None:
-        self._link = link
+        self._connection = connection
         self._identity: dict[str, Any] = {
             "name": name,
             "id": instance,
@@ -75,7 +75,7 @@ class MicroService:
         self._endpoints = endpoints
         self._prefixes = tuple(inbox_prefixes)
         self._started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
-        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._slots = asyncio.Semaphore(CONCURRENT_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscriptions: list[Subscription] = []
         self._fresh = asyncio.Event()
@@ -83,14 +83,14 @@ class MicroService:
         self.dropped = 0
 
     async def start(self) -> None:
-        """Begin to serve; returns at once, with or without a connection."""
-        self._link.on_up(lambda fresh: self._fresh.set() if fresh else None)
-        if self._link.connected:
+        """Start serving; returns at once, with or without a connection."""
+        self._connection.on_up(lambda fresh: self._fresh.set() if fresh else None)
+        if self._connection.connected:
             self._fresh.set()
         self._keeper = asyncio.create_task(self._keep(), name="micro")
 
     async def close(self) -> None:
-        """Take no more requests, answer those in hand."""
+        """Unsubscribe, then answer the requests already received."""
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
@@ -98,49 +98,49 @@ class MicroService:
             try:
                 await subscription.unsubscribe()
             except Exception as error:  # noqa: BLE001 (of a client that is gone)
-                log.debug("micro.unsubscribe_failed", error=str(error))
+                log.debug("query.unsubscribe_failed", error=str(error))
         self._subscriptions = []
         if self._tasks:
             await asyncio.wait(set(self._tasks))
 
     async def _keep(self) -> None:
-        """nats-py repeats subscriptions after a reconnect, but not in a client built anew."""
+        """nats-py repeats subscriptions after a reconnect, but not in a new client."""
         while True:
             await self._fresh.wait()
             self._fresh.clear()
             try:
                 await self._subscribe()
             except BusError as error:
-                log.warning("micro.subscribe_failed", error=str(error))
+                log.warning("query.subscribe_failed", error=str(error))
 
     async def _subscribe(self) -> None:
         self._subscriptions = []
         name, instance = self._identity["name"], self._identity["id"]
-        for verb, tell in (("PING", self._ping), ("INFO", self._info), ("STATS", self._stats)):
-            receive = partial(self._take, partial(self._discover, tell))
-            for whose in ("", f".{name}", f".{name}.{instance}"):
-                subject = f"$SRV.{verb}{whose}"
-                self._subscriptions.append(await self._link.subscribe(subject, receive))
+        for verb, describe in (("PING", self._ping), ("INFO", self._info), ("STATS", self._stats)):
+            receive = partial(self._take, partial(self._discover, describe))
+            for suffix in ("", f".{name}", f".{name}.{instance}"):
+                subject = f"$SRV.{verb}{suffix}"
+                self._subscriptions.append(await self._connection.subscribe(subject, receive))
         for endpoint in self._endpoints:
             receive = partial(self._take, partial(self._serve, endpoint))
             self._subscriptions.append(
-                await self._link.subscribe(endpoint.subject, receive, queue=instance)
+                await self._connection.subscribe(endpoint.subject, receive, queue=instance)
             )
 
     # -- one request -------------------------------------------------------------------------------
 
     async def _take(self, work: Callable[[Message], Awaitable[None]], message: Message) -> None:
-        """Answer in a task of its own, so that a slow question delays no other."""
+        """Answer in a separate task, so that a slow query does not delay the others."""
         try:
-            # The caller's reply subject is published to with hostd's rights.
+            # hostd publishes to this subject with its own permissions, not with the caller's.
             check_reply_to(message.reply, self._prefixes)
         except DecodeError:
             self.dropped += 1
             return
-        if len(self._tasks) >= WAITING:
+        if len(self._tasks) >= PENDING_MAX:
             self.dropped += 1
             return
-        task = asyncio.create_task(self._run(work, message), name="question")
+        task = asyncio.create_task(self._run(work, message), name="query")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -149,9 +149,9 @@ class MicroService:
             try:
                 await work(message)
             except BusError as error:
-                log.debug("micro.answer_lost", subject=message.subject, error=str(error))
+                log.debug("query.answer_lost", subject=message.subject, error=str(error))
             except Exception:
-                log.exception("micro.failed", subject=message.subject)
+                log.exception("query.crashed", subject=message.subject)
 
     async def _serve(self, endpoint: Endpoint, message: Message) -> None:
         began_ns = time.perf_counter_ns()
@@ -159,12 +159,12 @@ class MicroService:
         answer, failed = await endpoint.handle(message.data)
         endpoint.errors += failed
         endpoint.took_ns += time.perf_counter_ns() - began_ns
-        await self._link.send(message.reply, answer)
+        await self._connection.send(message.reply, answer)
 
-    async def _discover(self, tell: Callable[[], dict[str, Any]], message: Message) -> None:
-        await self._link.send(message.reply, json.dumps(tell()).encode())
+    async def _discover(self, describe: Callable[[], dict[str, Any]], message: Message) -> None:
+        await self._connection.send(message.reply, json.dumps(describe()).encode())
 
-    # -- what discovery tells ----------------------------------------------------------------------
+    # -- discovery ---------------------------------------------------------------------------------
 
     def _ping(self) -> dict[str, Any]:
         return {"type": f"{TYPE}.ping_response", **self._identity}

@@ -1,8 +1,8 @@
-"""The questions `ask.<verb>`: fast, read-only, never a way to change the host.
+"""The queries `ask.<verb>`: fast and read-only; none of them changes the host.
 
-Msgpack maps in and out; an empty body is the empty map. What is asked for comes from a `Source`;
-this module decodes, dispatches and shapes errors, and lets nothing of an exception out but the
-message of a `Failure`.
+Msgpack maps in and out; an empty body is the empty map. Answers come from a `QuerySource`; this
+module decodes, dispatches and builds error answers. Of an exception a caller sees only the message
+of a `Failure`.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from schemas.codes import Code
 from schemas.decode_error import DecodeError
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN
 from schemas.subjects import Subjects
-from worker.bus.connection import Link
+from worker.bus.connection import Connection
 from worker.queries.micro import Endpoint, MicroService
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -27,8 +27,8 @@ ANSWER_BYTES = 1_000_000
 Answer = Mapping[str, object]
 
 
-class Source(Protocol):
-    """Who knows the answers. Each returns a map of plain values; each may raise a `Failure`."""
+class QuerySource(Protocol):
+    """Has the answers. Each method returns a map of plain values and may raise a `Failure`."""
 
     async def ping(self) -> Answer:
         """`{v, host_id, host_state, uptime_s}`."""
@@ -45,11 +45,11 @@ class Source(Protocol):
     async def describe(
         self, tenant_id: str, pool_id: str | None, instance_id: str | None
     ) -> Answer:
-        """Of one instance, or of a tenant's network if pool and instance are None."""
+        """One instance, or the tenant's network if pool and instance are None."""
         ...
 
     async def result(self, command_id: str) -> Answer:
-        """`{v, id, state: waiting|running|done, reply?}`. Raises NotFound: not journalled here."""
+        """`{v, id, state: waiting|running|done, reply?}`. Raises NotFound: not in this journal."""
         ...
 
 
@@ -66,24 +66,24 @@ class _Result(msgspec.Struct, frozen=True):
 Body = dict[str, object]
 
 
-def ask_service(
-    link: Link,
+def query_service(
+    connection: Connection,
     subjects: Subjects,
-    source: Source,
+    source: QuerySource,
     *,
     version: str,
     inbox_prefixes: Sequence[str] = ("_INBOX.",),
 ) -> MicroService:
-    """The micro service `hostd` of this host; `start` and `close` it.
+    """The micro service `hostd` of this host; the caller starts and closes it.
 
     Args:
-        link: `NatsBus.link`.
+        connection: `NatsBus.connection`.
         subjects: this host's names.
-        source: who knows the answers.
-        version: of hostd, semantic.
+        source: has the answers.
+        version: semantic version of hostd.
         inbox_prefixes: `[nats] inbox_prefixes`.
     """
-    questions: dict[str, Callable[[Body], Awaitable[Answer]]] = {
+    queries: dict[str, Callable[[Body], Awaitable[Answer]]] = {
         "ping": lambda _: source.ping(),
         "status": lambda _: source.status(),
         "list": lambda _: source.list(),
@@ -91,8 +91,8 @@ def ask_service(
         "result": partial(_result, source),
     }
     endpoints = [
-        Endpoint(verb, subjects.ask(verb), partial(answer, verb, question))
-        for verb, question in questions.items()
+        Endpoint(verb, subjects.ask(verb), partial(answer, verb, query))
+        for verb, query in queries.items()
     ]
     metadata = {
         "host_id": subjects.host_id,
@@ -101,7 +101,7 @@ def ask_service(
         "protocol": f"{PROTOCOL_MIN}-{PROTOCOL_MAX}",
     }
     return MicroService(
-        link,
+        connection,
         name="hostd",
         instance=subjects.host_id,
         version=version,
@@ -111,33 +111,35 @@ def ask_service(
     )
 
 
-async def _describe(source: Source, body: Body) -> Answer:
-    wanted = unpack.convert(body, _Describe)
-    if (wanted.pool_id is None) != (wanted.instance_id is None):
-        raise Invalid("pool_id and instance_id come together", path="$.pool_id")
-    return await source.describe(wanted.tenant_id, wanted.pool_id, wanted.instance_id)
+async def _describe(source: QuerySource, body: Body) -> Answer:
+    args = unpack.convert(body, _Describe)
+    if (args.pool_id is None) != (args.instance_id is None):
+        raise Invalid("pool_id and instance_id: set both or neither", path="$.pool_id")
+    return await source.describe(args.tenant_id, args.pool_id, args.instance_id)
 
 
-async def _result(source: Source, body: Body) -> Answer:
+async def _result(source: QuerySource, body: Body) -> Answer:
     return await source.result(unpack.convert(body, _Result).id)
 
 
 async def answer(
-    verb: str, question: Callable[[Body], Awaitable[Answer]], data: bytes
+    verb: str, query: Callable[[Body], Awaitable[Answer]], data: bytes
 ) -> tuple[bytes, bool]:
-    """The bytes that answer a question's bytes, and whether they are an error."""
+    """The encoded answer to an encoded query, and whether it is an error."""
     try:
         body = unpack.unpack_map(data) if data else {}
-        packed = unpack.pack(dict(await question(body)))
+        packed = unpack.pack(dict(await query(body)))
     except DecodeError as error:
         return _error(error.code, str(error)), True
     except Failure as error:
         return _error(error.code, error.message), True
     except Exception:
-        log.exception("ask.failed", verb=verb)
-        return _error(Code.INTERNAL, f"{verb} failed; the worker's log says why"), True
+        log.exception("query.failed", verb=verb)
+        return _error(
+            Code.INTERNAL, f"{verb} failed: see the worker's log, event query.failed"
+        ), True
     if len(packed) > ANSWER_BYTES:
-        text = f"the answer has {len(packed)} bytes, more than {ANSWER_BYTES}"
+        text = f"the answer has {len(packed)} bytes; the limit is {ANSWER_BYTES}"
         return _error(Code.EXHAUSTED, text), True
     return packed, False
 

@@ -1,72 +1,93 @@
-"""VMMs of ours that the journal does not know, e.g. because it was lost: adopted if proven.
+"""Adopts VMMs that the journal does not know, e.g. because it was lost.
 
-The proof: the jail's note, which only root can write and which has a checksum, names the launch;
-the kernel shows the VMM in that jail, confined as launched. What is not proven is quarantined or,
-without even a note, reported; nothing is killed.
+A VMM is adopted on proof: the metadata of its jail, which only root can write and which has a
+checksum, names the launch, and the kernel shows the VMM in that jail, confined as launched. Without
+proof it is quarantined; without even metadata it is only reported. Nothing is killed.
 """
 
 import asyncio
+from collections.abc import Sequence
+from typing import Protocol
 
 import structlog
 from msgspec.structs import replace
 
 from handlers.errors import Failure, HostFault
-from handlers.host.jail.layout import JailDirs, JailFacts
 from handlers.interfaces import Host
 from handlers.specs import LaunchSpec
 from schemas.records import InstanceRecord, NetworkRecord, Status, VmmIdentity
+from schemas.requests import InstanceRef
 from worker.journal.journal import Journal
 
 log = structlog.get_logger()
 
 
-class Strangers:
-    """Looks once, after the journal's own instances were recovered."""
+class JailMetadata(Protocol):
+    """Whose jail it is, as written at launch. `record` is the journal's record of the launch."""
 
-    def __init__(self, host: Host, journal: Journal) -> None:
+    @property
+    def ref(self) -> InstanceRef: ...
+    @property
+    def uid(self) -> int: ...
+    @property
+    def record(self) -> InstanceRecord | None: ...
+
+
+class JailDirs(Protocol):
+    """The jails on this host. Both methods read files and block."""
+
+    def list_ids(self) -> Sequence[str]: ...
+
+    def facts(self, jail_id: str) -> JailMetadata | None:
+        """None if there is no such jail, or its metadata is damaged."""
+        ...
+
+
+class Adoption:
+    """Runs once, after the instances in the journal were recovered."""
+
+    def __init__(self, host: Host, journal: Journal, jails: JailDirs) -> None:
         self._host = host
         self._journal = journal
+        self._jails = jails
         self.adopted = 0
         self.quarantined = 0
 
-    async def find(self) -> None:
-        """Adopt, quarantine or report each live VMM in a jail that no record stands for."""
-        known = {record.jail_id for record in self._journal.instances()}
-        directories = JailDirs(self._host.settings.jail_base)
-        for jail_id in await asyncio.to_thread(directories.list_ids):
-            if jail_id in known:
+    async def run(self) -> None:
+        """Adopt, quarantine or report each live VMM in a jail that no record names."""
+        recorded = {record.jail_id for record in self._journal.instances()}
+        for jail_id in await asyncio.to_thread(self._jails.list_ids):
+            if jail_id in recorded:
                 continue
             identity = await self._host.vmms.find(jail_id)
             if identity is not None:
-                note = await asyncio.to_thread(directories.facts, jail_id)
-                await self._judge(jail_id, note, identity)
+                metadata = await asyncio.to_thread(self._jails.facts, jail_id)
+                await self._decide(jail_id, metadata, identity)
 
-    async def _judge(self, jail_id: str, note: JailFacts | None, identity: VmmIdentity) -> None:
-        record = note.record if note is not None else None
-        if note is None or record is None or self._journal.instance(note.ref) is not None:
+    async def _decide(
+        self, jail_id: str, metadata: JailMetadata | None, identity: VmmIdentity
+    ) -> None:
+        record = metadata.record if metadata is not None else None
+        if metadata is None or record is None or self._journal.instance(metadata.ref) is not None:
             self.quarantined += 1
-            await self._journal.event(
-                "quarantined",
-                reason="a VMM that neither the journal nor its jail's note accounts for",
-                detail={"jail": jail_id},
-            )
+            reason = "neither the journal nor the metadata of its jail explains this VMM"
+            await self._journal.event("quarantined", reason=reason, detail={"jail": jail_id})
+            log.warning("vmm.quarantined", jail=jail_id, reason=reason)
             return
-        reason = "adopted from its jail's note: the journal did not know it"
         try:
-            await self._prove(jail_id, note.uid, identity)
-            status = Status.RUNNING
-            self.adopted += 1
+            await self._prove(jail_id, metadata.uid, identity)
         except Failure as failure:
-            reason = f"not proven: {failure.message}"
-            status = Status.UNKNOWN
             self.quarantined += 1
-        await self._keep_network(record)
-        now_ms = self._host.facts.now_ms()
-        known = replace(record, status=status, since_ms=now_ms, vmm=identity)
-        await self._journal.put_instance(known, reason=reason, durable=True)
-        kind = "recovered" if status is Status.RUNNING else "quarantined"
-        await self._journal.event(kind, ref=record.ref, reason=reason)
-        log.warning("vmm.stranger", instance=str(record.ref), status=str(status), reason=reason)
+            reason = f"identity not proven: {failure.message}"
+            await self._put(record, Status.UNKNOWN, identity, reason)
+            await self._journal.event("quarantined", ref=record.ref, reason=reason)
+            log.warning("vmm.quarantined", instance=str(record.ref), jail=jail_id, reason=reason)
+        else:
+            self.adopted += 1
+            reason = "adopted by the metadata of its jail: it was not in the journal"
+            await self._put(record, Status.RUNNING, identity, reason)
+            await self._journal.event("recovered", ref=record.ref, reason=reason)
+            log.warning("vmm.adopted", instance=str(record.ref), jail=jail_id, reason=reason)
 
     async def _prove(self, jail_id: str, uid: int, identity: VmmIdentity) -> None:
         spec = LaunchSpec(jail_id=jail_id, uid=uid, cgroup=identity.cgroup)
@@ -78,8 +99,16 @@ class Strangers:
         finally:
             await vmm.close()
 
-    async def _keep_network(self, record: InstanceRecord) -> None:
-        """A tenant with a VM has a network under standing order."""
+    async def _put(
+        self, record: InstanceRecord, status: Status, identity: VmmIdentity, reason: str
+    ) -> None:
+        await self._put_network(record)
+        now_ms = self._host.facts.now_ms()
+        record = replace(record, status=status, since_ms=now_ms, vmm=identity)
+        await self._journal.put_instance(record, reason=reason, durable=True)
+
+    async def _put_network(self, record: InstanceRecord) -> None:
+        """Record the tenant's network too, so that it is kept in its desired state."""
         tenant_id = record.ref.tenant_id
         if record.net is not None and self._journal.network(tenant_id) is None:
             now_ms = self._host.facts.now_ms()

@@ -1,22 +1,38 @@
-"""What is hostd's by its mark, but belongs to nothing the journal knows: counted, not removed.
+"""Resources that carry hostd's mark and belong to no record: counted, not removed.
 
-A command in the midst of its work looks like that for a moment, so only what was seen in two
-passes running counts.
+A command that is running looks like that for a moment, so a resource counts only when two passes
+in a row found it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
-from handlers.host.inventory import Inventory
 from handlers.network_names import names_of
 from schemas.records import InstanceRecord, NetworkRecord
 
-Found = set[tuple[str, str]]
+Resources = set[tuple[str, str]]
+"""(kind, name) of each."""
+
+
+class Inventory(Protocol):
+    """Names of what carries hostd's mark, by kind."""
+
+    @property
+    def jails(self) -> Sequence[str]: ...
+    @property
+    def taps(self) -> Sequence[str]: ...
+    @property
+    def bridges(self) -> Sequence[str]: ...
+    @property
+    def cgroups(self) -> Sequence[str]: ...
+    @property
+    def artifacts(self) -> Sequence[str]: ...
 
 
 def unowned(
     inventory: Inventory, instances: Iterable[InstanceRecord], networks: Iterable[NetworkRecord]
-) -> Found:
-    """(kind, name) of each jail, TAP, bridge, cgroup and artifact that no record stands for."""
+) -> Resources:
+    """Each jail, TAP, bridge, cgroup and artifact that belongs to no record."""
     records = list(instances)
     live = [record for record in records if record.holds_host]
     jails = {record.jail_id for record in live}
@@ -25,23 +41,23 @@ def unowned(
     revisions = {
         f"{record.ref.tenant_id}/{record.ref.pool_id}/{record.revision}" for record in records
     }
-    found: Found = set()
-    found |= {("jails", name) for name in inventory.jails if name not in jails}
-    found |= {("taps", name) for name in inventory.taps if name not in taps}
-    found |= {("bridges", name) for name in inventory.bridges if name not in bridges}
-    found |= {
+    resources: Resources = set()
+    resources |= {("jails", name) for name in inventory.jails if name not in jails}
+    resources |= {("taps", name) for name in inventory.taps if name not in taps}
+    resources |= {("bridges", name) for name in inventory.bridges if name not in bridges}
+    resources |= {
         ("cgroups", name) for name in inventory.cgroups if name.rpartition("/")[2] not in jails
     }
-    found |= {
+    resources |= {
         ("artifacts", path)
         for path in inventory.artifacts
         if not any(path.endswith(revision) for revision in revisions)
     }
-    return found
+    return resources
 
 
-def counted(before: Found, now: Found) -> dict[str, int]:
-    """How many of each kind were there in both passes."""
+def count_in_both(before: Resources, now: Resources) -> dict[str, int]:
+    """How many of each kind both passes found."""
     counts: dict[str, int] = {}
     for kind, _ in before & now:
         counts[kind] = counts.get(kind, 0) + 1

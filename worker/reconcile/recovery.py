@@ -1,8 +1,8 @@
-"""What a worker does first: find its networks and VMs again, then let the journal's commands go on.
+"""What a worker does first: restore its networks and adopt its VMMs, before any command runs.
 
-Nothing is killed on doubt: a VMM that is not what the journal says is quarantined (`unknown`), one
-that the journal does not know is left alone and reported. One instance that hangs holds up no
-other: each has its own deadline.
+No VMM is killed without proof: one that differs from the journal's record is quarantined
+(`unknown`), one that is not in the journal is left to `adoption.py`. Each instance has its own
+deadline, so that one that hangs does not delay the others.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from handlers.network import restore_network
 from handlers.steps import Steps
 from schemas.records import InstanceRecord, NetworkRecord, Status
 from worker.journal.journal import Journal
-from worker.reconcile.adoption import Strangers
+from worker.reconcile.adoption import Adoption
 from worker.reconcile.vmm_watch import VmmWatch
 
 BOOT_ID = "boot_id"
@@ -33,65 +33,67 @@ T = TypeVar("T")
 
 
 @dataclass
-class Found:
-    """What recovery came to; goes into the `recovered` event."""
+class Counts:
+    """What recovery did; the detail of the `recovered` event."""
 
     adopted: int = 0
     ended: int = 0
     quarantined: int = 0
     networks: int = 0
-    troubles: int = 0
+    failed: int = 0
 
 
 class Recovery:
     """Runs once, before the lanes start."""
 
-    def __init__(self, host: Host, journal: Journal, supervisor: VmmWatch) -> None:
+    def __init__(
+        self, host: Host, journal: Journal, vmm_watch: VmmWatch, adoption: Adoption
+    ) -> None:
         self._host = host
         self._journal = journal
-        self._supervisor = supervisor
-        self.found = Found()
+        self._vmm_watch = vmm_watch
+        self._adoption = adoption
+        self._counts = Counts()
 
-    async def run(self) -> Found:
-        """Networks first: a VM must not run on without its isolation."""
+    async def run(self) -> Counts:
+        """Networks first: a VM must not keep running without its isolation."""
         boot_id = self._host.facts.boot_id()
         rebooted = self._journal.meta(BOOT_ID) not in (None, boot_id)
         await self._each(self._journal.networks(), self._network)
         await self._each(
             self._journal.instances(), lambda record: self._instance(record, rebooted=rebooted)
         )
-        strangers = Strangers(self._host, self._journal)
-        await strangers.find()
-        self.found.adopted += strangers.adopted
-        self.found.quarantined += strangers.quarantined
+        await self._adoption.run()
+        self._counts.adopted += self._adoption.adopted
+        self._counts.quarantined += self._adoption.quarantined
         asleep = [r for r in self._journal.instances() if r.status is Status.SLEEPING]
-        await self._each(asleep, self._hash_on)
+        await self._each(asleep, self._hash_memory)
         await self._journal.put_meta(BOOT_ID, boot_id)
-        self._supervisor.sync()
+        self._vmm_watch.sync()
         await self._journal.event(
             "recovered",
             reason="the host was rebooted" if rebooted else "the worker was started",
-            detail={**vars(self.found), "commands": len(self._journal.unfinished())},
+            detail={**vars(self._counts), "commands": len(self._journal.unfinished())},
         )
-        log.info("worker.recovered", rebooted=rebooted, **vars(self.found))
-        return self.found
+        log.info("worker.recovered", rebooted=rebooted, **vars(self._counts))
+        return self._counts
 
     async def _each(self, items: Sequence[T], one: Callable[[T], Awaitable[None]]) -> None:
-        """All at once, each within its deadline; a trouble is logged and counted, and goes on."""
+        """All at once, each within its deadline; a failure is logged and counted."""
 
         async def guarded(item: T) -> None:
             try:
                 async with asyncio.timeout(INSTANCE_DEADLINE_S):
                     await one(item)
             except (Failure, OSError, TimeoutError) as error:
-                self.found.troubles += 1
-                log.warning("recovery.trouble", item=str(item), error=repr(error))
+                self._counts.failed += 1
+                log.warning("recovery.item_failed", item=str(item), error=repr(error))
 
         await asyncio.gather(*(guarded(item) for item in items))
 
     async def _network(self, record: NetworkRecord) -> None:
         restored = await restore_network(record, self._host)
-        self.found.networks += 1
+        self._counts.networks += 1
         if restored.repaired or restored.lost:
             await self._journal.event(
                 "drift",
@@ -102,12 +104,12 @@ class Recovery:
 
     async def _instance(self, record: InstanceRecord, *, rebooted: bool) -> None:
         if record.before is not None and self._has_command(record):
-            return  # the command that was cut goes on in its lane and finds out itself
+            return  # the interrupted command continues in its lane and reads the state itself
         if rebooted and record.holds_host:
-            await self._forget(record)
+            await self._forget_after_reboot(record)
             return
         if record.before is not None:
-            # Its command was answered half-way: what it may have run is treated as running.
+            # Its command failed partway: a guest that may have run is treated as running.
             status = InstanceState(record).status
             back = record if status is Status.RUNNING else record.before
             record = replace(back, status=status, before=None, command_id=None)
@@ -115,8 +117,8 @@ class Recovery:
         if record.status is Status.RUNNING:
             await self._adopt(record)
 
-    async def _hash_on(self, record: InstanceRecord) -> None:
-        """A hash that the last worker did not get through is taken now, in the background."""
+    async def _hash_memory(self, record: InstanceRecord) -> None:
+        """Compute a hash that the last worker did not finish, in the background."""
         ref, number, host = record.ref, record.snapshot, self._host
         if number is not None and not await host.snapshots.is_hashed(ref, number):
             host.later("hash_memory", lambda: announce_hash(ref, number, host))
@@ -127,10 +129,10 @@ class Recovery:
     async def _adopt(self, record: InstanceRecord) -> None:
         identity = await self._host.vmms.find(record.jail_id)
         if identity is None:
-            self.found.ended += 1
-            self._supervisor.exited(record, "while_away")
+            self._counts.ended += 1
+            self._vmm_watch.exited(record, "while_away")
         elif identity != record.vmm:
-            self.found.quarantined += 1
+            self._counts.quarantined += 1
             await self._journal.put_instance(
                 replace(record, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms()),
                 reason="its VMM is not the one in the journal",
@@ -140,19 +142,19 @@ class Recovery:
                 "quarantined", ref=record.ref, reason="its VMM is not the one in the journal"
             )
         else:
-            # In its lane: a VM that hangs answers no question, and must hold up no other.
-            self._supervisor.chore(record, "resume", lambda: self._resume(record))
-            self.found.adopted += 1
+            # In its lane: a VM that hangs does not answer, and must not delay the others.
+            self._vmm_watch.put_in_lane(record, "resume", lambda: self._resume(record))
+            self._counts.adopted += 1
 
     async def _resume(self, record: InstanceRecord) -> None:
-        """A paused VM without a manifest is resumed: the sleep that paused it did not happen."""
+        """Resume a paused VM that has no snapshot manifest: its Sleep did not complete."""
         now = self._journal.instance(record.ref)
         if now is None or now.vmm != record.vmm or now.status is not Status.RUNNING:
-            return  # a command that waited in the lane came first
+            return  # a command that waited in the lane ran first
         try:
             await self._resume_paused(record)
         except (Failure, OSError) as error:
-            log.warning("recovery.trouble", item=str(record.ref), error=repr(error))
+            log.warning("recovery.item_failed", item=str(record.ref), error=repr(error))
 
     async def _resume_paused(self, record: InstanceRecord) -> None:
         info = await self._host.snapshots.read(record.ref)
@@ -165,8 +167,8 @@ class Recovery:
         finally:
             await vmm.close()
 
-    async def _forget(self, record: InstanceRecord) -> None:
-        """After a reboot nothing volatile is left; what lies on disks is cleared away."""
+    async def _forget_after_reboot(self, record: InstanceRecord) -> None:
+        """After a reboot: nothing volatile is left; remove what is left on disk."""
         steps = Steps(f"reboot-{record.jail_id}", self._journal, {})
         steps.finalize()
         await release(record, steps, self._host)
@@ -176,4 +178,4 @@ class Recovery:
         await self._journal.put_instance(
             final_record(gone, Status.STOPPED, now_ms), reason="the host was rebooted", durable=True
         )
-        self.found.ended += 1
+        self._counts.ended += 1

@@ -1,44 +1,72 @@
-"""Watches the VMMs of running instances; a death goes through the instance's lane like a command.
+"""Watches the VMMs of running instances; an exit is handled in the lane of its instance.
 
-A VMM outlives the worker, and the worker outlives any VMM: each is watched by its pidfd, and what
-ends by itself is cleaned up and announced by `handlers/instance/vmm_exit.py`.
+A VMM outlives the worker, and the worker outlives any VMM: each is watched by its pidfd, and an
+unexpected exit is cleaned up and reported by `handlers/instance/vmm_exit.py`.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import structlog
 from msgspec.structs import replace
 
 from handlers.errors import Failure
-from handlers.host.vmm.processes import ExitWatch
 from handlers.instance.vmm_exit import vmm_exited
 from handlers.interfaces import Host
 from handlers.steps import Steps
-from schemas.records import InstanceRecord, Status
+from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
-from worker.lanes import Lanes, MaintenanceTask
+from worker.lanes import Lanes, MaintenanceTask, Runner, Work
 from worker.metrics import Metrics
 
-AGAIN_S = 2.0
+RETRY_S = 2.0
 
 log = structlog.get_logger()
 
 
-class VmmWatch:
-    """One watch per running VMM. `sync` after anything that may have started or ended one."""
+class Exit(Protocol):
+    """How a VMM ended. `reason` is one of a few words: a metric label."""
 
-    def __init__(self, host: Host, journal: Journal, lanes: Lanes, metrics: Metrics) -> None:
+    @property
+    def reason(self) -> str: ...
+
+
+class ExitWatch(Protocol):
+    async def watch(self, identity: VmmIdentity) -> Exit:
+        """Return once the process has ended. Raises HostFault: it is not the VMM launched."""
+        ...
+
+
+class VmmWatch:
+    """One watch per running VMM. Call `sync` after anything that may have started or ended one.
+
+    Args:
+        exits: reports the end of a process.
+        sleep: waits the given number of seconds before a failed cleanup is tried again.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        journal: Journal,
+        lanes: Lanes,
+        metrics: Metrics,
+        exits: ExitWatch,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._host = host
         self._journal = journal
         self._lanes = lanes
         self._metrics = metrics
-        self._watch = ExitWatch()
+        self._exits = exits
+        self._sleep = sleep
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def sync(self) -> None:
-        """Watch each running VMM, and no other."""
+        """Watch each running VMM, and stop watching all others."""
         running = {
             record.jail_id: record
             for record in self._journal.instances()
@@ -53,26 +81,28 @@ class VmmWatch:
                 )
 
     def exited(self, record: InstanceRecord, reason: str) -> None:
-        """Have the end of a VMM handled in its instance's lane."""
+        """Handle the exit of a VMM in its instance's lane."""
 
         async def handle() -> None:
             steps = Steps(f"exit-{record.jail_id}", self._journal, {})
             try:
                 handled = await vmm_exited(record.ref, record.launch, steps, self._host)
             except (Failure, OSError) as error:
-                log.warning("vmm.not_cleaned_up", instance=str(record.ref), error=repr(error))
-                self._tasks[record.jail_id] = asyncio.create_task(self._again(record, reason))
+                log.warning("vmm.cleanup_failed", instance=str(record.ref), error=repr(error))
+                self._tasks[record.jail_id] = asyncio.create_task(self._retry(record, reason))
                 return
             if handled:
                 self._metrics.vmm_exited(reason)
                 log.warning("vmm.exited", instance=str(record.ref), reason=reason)
             self.sync()
 
-        self.chore(record, "vmm_exited", handle)
+        self.put_in_lane(record, "vmm_exited", handle)
 
-    def chore(self, record: InstanceRecord, name: str, run: Callable[[], Awaitable[None]]) -> None:
-        """Have the worker's own work done in the instance's lane, behind what waits there."""
-        self._lanes.put_chore(Lane.instance(record.ref), MaintenanceTask(name, run))
+    def put_in_lane(
+        self, record: InstanceRecord, name: str, run: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Queue the worker's own work in the instance's lane, behind what waits there."""
+        self._lanes.put_maintenance(Lane.instance(record.ref), MaintenanceTask(name, run))
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
@@ -81,22 +111,22 @@ class VmmWatch:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _again(self, record: InstanceRecord, reason: str) -> None:
-        """What could not be cleaned up now (a full disk, say) is tried again, not forgotten."""
-        await asyncio.sleep(AGAIN_S)
+    async def _retry(self, record: InstanceRecord, reason: str) -> None:
+        """Try a cleanup again that failed, e.g. on a full disk."""
+        await self._sleep(RETRY_S)
         self.exited(record, reason)
 
     async def _until_exit(self, record: InstanceRecord) -> None:
         if record.vmm is None:
             return
         try:
-            how = await self._watch.watch(record.vmm)
+            end = await self._exits.watch(record.vmm)
         except Failure as failure:
-            # It lives, but is not what was launched: nothing is killed on doubt.
-            log.error("vmm.unproven", instance=str(record.ref), reason=failure.message)  # noqa: TRY400
+            # A live process that is not the VMM launched: it is not killed.
+            log.error("vmm.quarantined", instance=str(record.ref), reason=failure.message)  # noqa: TRY400
             await self._quarantine(record, failure.message)
         else:
-            self.exited(record, how.reason)
+            self.exited(record, end.reason)
 
     async def _quarantine(self, record: InstanceRecord, reason: str) -> None:
         now = self._journal.instance(record.ref)
@@ -105,3 +135,20 @@ class VmmWatch:
         unknown = replace(now, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms())
         await self._journal.put_instance(unknown, reason=reason, durable=True)
         await self._journal.event("quarantined", ref=record.ref, reason=reason)
+
+
+class NotifyingRunner:
+    """A lane's runner that calls `after` when a command may have started or ended a VMM."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.after: Callable[[], None] = lambda: None
+
+    async def run(self, work: Work) -> None:
+        try:
+            await self._runner.run(work)
+        finally:
+            self.after()
+
+    async def answer_superseded(self, work: Work) -> None:
+        await self._runner.answer_superseded(work)

@@ -293,7 +293,7 @@ async def test_a_worker_cut_in_mid_command_ends_it_under_the_same_id(
             reached.set()
             await asyncio.Event().wait()
 
-    async with memory_worker(tmp_path / "j", machine, trace=stop_there) as worker:
+    async with memory_worker(tmp_path / "j", machine, failpoint=stop_there) as worker:
         await prepare(worker, kind)
         armed = True
         command_id = await worker.send(COMMANDS[kind])
@@ -317,7 +317,7 @@ async def test_a_vmm_that_ended_while_its_start_was_cut_is_not_booted_again(tmp_
             reached.set()
             await asyncio.Event().wait()
 
-    async with memory_worker(tmp_path / "j", machine, trace=stop_there) as worker:
+    async with memory_worker(tmp_path / "j", machine, failpoint=stop_there) as worker:
         await prepare(worker, "StartInstance")
         before = dict(machine.resources)
         command_id = await worker.send(START)
@@ -343,7 +343,7 @@ async def test_a_vmm_lost_after_its_snapshot_was_consumed_leaves_failed(tmp_path
             reached.set()
             await asyncio.Event().wait()
 
-    async with memory_worker(tmp_path / "j", machine, trace=stop_there) as worker:
+    async with memory_worker(tmp_path / "j", machine, failpoint=stop_there) as worker:
         await prepare(worker, "WakeInstance")
         command_id = await worker.send(WAKE)
         await asyncio.wait_for(reached.wait(), 10)

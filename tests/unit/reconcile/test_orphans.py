@@ -1,9 +1,9 @@
-"""What counts as an orphan: ours by its mark, known to no record, seen twice."""
+"""What counts as an orphan: hostd's by its mark, in no record, found twice."""
 
 from handlers.host.inventory import Inventory
 from schemas.records import InstanceRecord, NetworkRecord, Status
 from schemas.requests import InstanceRef, TenantNet
-from worker.reconcile.orphans import counted, unowned
+from worker.reconcile.orphans import count_in_both, unowned
 
 NET = TenantNet(3, "10.240.3.0/24", "10.240.3.1", "br-tenant-3")
 LIVE = InstanceRecord(
@@ -19,7 +19,7 @@ LIVE = InstanceRecord(
 NETWORK = NetworkRecord(tenant_id="acme", net=NET, status="up", since_ms=1)
 
 
-def test_what_a_record_stands_for_is_no_orphan() -> None:
+def test_what_belongs_to_a_record_is_not_an_orphan() -> None:
     inventory = Inventory(
         jails=(LIVE.jail_id,),
         taps=("tn3i5",),
@@ -31,7 +31,7 @@ def test_what_a_record_stands_for_is_no_orphan() -> None:
     assert unowned(inventory, [LIVE], [NETWORK]) == set()
 
 
-def test_all_else_is_one_once_it_was_seen_twice() -> None:
+def test_anything_else_is_an_orphan_once_two_passes_found_it() -> None:
     inventory = Inventory(
         jails=("0123456789ab-1",),
         taps=("tn3i9",),
@@ -42,7 +42,7 @@ def test_all_else_is_one_once_it_was_seen_twice() -> None:
 
     found = unowned(inventory, [LIVE], [NETWORK])
 
-    assert counted(set(), found) == {}
-    assert counted(found, found) == dict.fromkeys(
+    assert count_in_both(set(), found) == {}
+    assert count_in_both(found, found) == dict.fromkeys(
         ("jails", "taps", "bridges", "cgroups", "artifacts"), 1
     )

@@ -1,36 +1,23 @@
-"""What is put right behind hostd's back and after commands that were answered half-way."""
+"""What the reconciler restores, completes, removes and counts."""
 
+import asyncio
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
-from handlers.errors import HostFault
-from handlers.registry import mechanisms
+import pytest
+
+from handlers.errors import HostFault, Unavailable
 from schemas.codes import Code
 from schemas.records import Status
 from schemas.requests import SetupNetwork, StartInstance, StopInstance
 from tests.fakes.host import FakeHost, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
-from worker.metrics import Metrics
-from worker.reconcile.reconciler import Reconciler
+from tests.fakes.reconcile import FakeChange, FakeInventory, reconciled
+from worker.reconcile import reconciler as module
+from worker.reconcile.reconciler import PASS_EVERY_S
 
 NET = seeded().tenants["acme"].net
 START = StartInstance("acme", "web", "i-1")
 STOP = StopInstance("acme", "web", "i-1")
-
-
-def caretaker_of(worker: MemoryWorker) -> Reconciler:
-    async def bound_logs() -> int:
-        return 0
-
-    real = SimpleNamespace(
-        host=worker.host,
-        network=SimpleNamespace(watch=None),
-        jails=SimpleNamespace(bound_logs=bound_logs),
-    )
-    known = mechanisms(worker.host)
-    metrics = Metrics("0.0.0")
-    return Reconciler(cast("Any", real), worker.journal, worker.lanes, known, metrics)
 
 
 async def started(worker: MemoryWorker) -> None:
@@ -38,27 +25,27 @@ async def started(worker: MemoryWorker) -> None:
     assert (await worker.run(START)).code is Code.OK
 
 
-async def test_a_stop_that_was_answered_half_way_is_completed_later(tmp_path: Path) -> None:
+async def test_a_stop_that_failed_partway_is_completed(tmp_path: Path) -> None:
     machine: FakeHost = seeded()
     async with memory_worker(tmp_path / "j", machine) as worker:
         await started(worker)
         machine.fail["remove_tap"] = HostFault("injected")
         assert (await worker.run(STOP)).code is Code.HOST_FAULT
         assert worker.record().status is Status.STOPPING
-        caretaker = caretaker_of(worker)
+        reconciler = reconciled(worker).reconciler
 
-        await caretaker.once()
+        await reconciler.once()
         await worker.lanes.idle()
         assert worker.record().status is Status.STOPPING
         machine.fail.clear()
-        await caretaker.once()
+        await reconciler.once()
         await worker.lanes.idle()
 
         assert worker.record().status is Status.STOPPED
         assert not [key for key in machine.resources if key[0] in ("tap", "jails", "vmms")]
 
 
-async def test_what_an_undo_left_behind_is_removed_later(tmp_path: Path) -> None:
+async def test_what_an_undo_left_behind_is_removed(tmp_path: Path) -> None:
     machine: FakeHost = seeded()
     async with memory_worker(tmp_path / "j", machine) as worker:
         assert (await worker.run(SetupNetwork("acme", NET))).code is Code.OK
@@ -68,13 +55,13 @@ async def test_what_an_undo_left_behind_is_removed_later(tmp_path: Path) -> None
         assert reply.left_behind
         machine.fail.clear()
 
-        await caretaker_of(worker).once()
+        await reconciled(worker).reconciler.once()
 
         assert machine.resources == before
         assert worker.journal.leftovers() == {}
 
 
-async def test_what_a_live_instance_uses_by_now_is_not_removed(tmp_path: Path) -> None:
+async def test_a_leftover_that_a_live_instance_uses_by_now_is_not_removed(tmp_path: Path) -> None:
     machine: FakeHost = seeded()
     async with memory_worker(tmp_path / "j", machine) as worker:
         assert (await worker.run(SetupNetwork("acme", NET))).code is Code.OK
@@ -83,7 +70,67 @@ async def test_what_a_live_instance_uses_by_now_is_not_removed(tmp_path: Path) -
         machine.fail.clear()
         assert (await worker.run(START)).code is Code.OK
 
-        await caretaker_of(worker).once()
+        await reconciled(worker).reconciler.once()
 
         assert ("tap", "tn3i5") in machine.resources
         assert worker.journal.leftovers() == {}
+
+
+async def test_a_reported_change_restores_the_network_it_concerns(tmp_path: Path) -> None:
+    machine: FakeHost = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        assert (await worker.run(SetupNetwork("acme", NET))).code is Code.OK
+        made = reconciled(worker)
+        running = asyncio.create_task(made.reconciler.run())
+        bridge = machine.resources.pop(("bridge", "br-tenant-3"))
+        made.drift.queue.put_nowait(FakeChange(tenant_net_id=9))
+        made.drift.queue.put_nowait(FakeChange(tenant_net_id=NET.tenant_net_id))
+
+        async with asyncio.timeout(10):
+            while ("bridge", "br-tenant-3") not in machine.resources:
+                await asyncio.sleep(0)
+
+        assert machine.resources["bridge", "br-tenant-3"] == bridge
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_watch_that_fails_is_started_again_after_a_pass_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine: FakeHost = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        made = reconciled(worker)
+        monkeypatch.setattr(module, "PASS_EVERY_S", 0.0)
+        made.drift.queue.put_nowait(Unavailable("the socket overflowed"))
+        running = asyncio.create_task(made.reconciler.run())
+        async with asyncio.timeout(10):
+            while not made.drift.queue.empty():
+                await asyncio.sleep(0)
+
+        made.drift.queue.put_nowait(FakeChange())
+        async with asyncio.timeout(10):
+            while not made.drift.queue.empty():
+                await asyncio.sleep(0)
+
+        assert not running.done()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_what_two_passes_find_without_a_record_is_counted_as_an_orphan(
+    tmp_path: Path,
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        made = reconciled(worker)
+        made.inventory = FakeInventory(taps=("tn3i9",))
+        taps = {"kind": "taps"}
+
+        await made.reconciler.once()
+        assert made.metrics.registry.get_sample_value("hostd_orphans", taps) is None
+        await made.reconciler.once()  # within the interval: no second inventory
+        assert made.metrics.registry.get_sample_value("hostd_orphans", taps) is None
+        made.now_s += PASS_EVERY_S
+        await made.reconciler.once()
+
+        assert made.metrics.registry.get_sample_value("hostd_orphans", taps) == 1

@@ -1,39 +1,182 @@
-"""What a worker does first, over a host in memory."""
+"""What a worker does first, over a host in memory: restore, adopt, quarantine, forget."""
 
 from pathlib import Path
 
+import pytest
+from msgspec.structs import replace
+
+from handlers.errors import HostFault
+from schemas import codec
 from schemas.codes import Code
-from schemas.requests import SetupNetwork, SleepInstance, StartInstance
-from tests.fakes.host import seeded
-from tests.fakes.memory_worker import MemoryWorker, memory_worker
-from worker.metrics import Metrics
-from worker.reconcile.recovery import Found, Recovery
-from worker.reconcile.vmm_watch import VmmWatch
+from schemas.records import Status
+from schemas.requests import Request, SetupNetwork, SleepInstance, StartInstance
+from tests.fakes.host import FakeHost, seeded
+from tests.fakes.memory_worker import REF, MemoryWorker, memory_worker
+from tests.fakes.reconcile import FakeJailDirs, recovery
+from worker.reconcile.recovery import Counts
 
 UP = SetupNetwork("acme", seeded().tenants["acme"].net)
 START = StartInstance("acme", "web", "i-1")
 SLEEP = SleepInstance("acme", "web", "i-1", force=True)
 
 
-async def recover(worker: MemoryWorker) -> Found:
-    supervisor = VmmWatch(worker.host, worker.journal, worker.lanes, Metrics("0"))
-    return await Recovery(worker.host, worker.journal, supervisor).run()
+async def started(path: Path, machine: FakeHost, *more: SleepInstance) -> None:
+    """The life of a first worker: it recovers, runs these commands and is killed."""
+    async with memory_worker(path, machine) as worker:
+        await recovery(worker).run()
+        requests: tuple[Request, ...] = (UP, START, *more)
+        for request in requests:
+            assert (await worker.run(request)).code is Code.OK
 
 
-async def test_a_hash_that_was_cut_is_taken_by_the_next_worker_and_only_once(
+async def event_kinds(worker: MemoryWorker) -> list[str]:
+    rows = await worker.journal.pending("event", 1000)
+    return [str(codec.decode_event(row.payload).kind) for row in rows]
+
+
+async def test_a_vmm_that_is_as_recorded_is_adopted(tmp_path: Path) -> None:
+    machine = seeded()
+    await started(tmp_path / "j", machine)
+    before = dict(machine.resources)
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        counts = await recovery(worker).run()
+        await worker.lanes.idle()
+
+        assert counts == Counts(adopted=1, networks=1)
+        assert worker.record().status is Status.RUNNING
+        assert machine.resources == before
+
+
+async def test_a_paused_vmm_without_a_snapshot_is_resumed(tmp_path: Path) -> None:
+    machine = seeded()
+    await started(tmp_path / "j", machine)
+    (guest,) = machine.guests.values()
+    guest.state = "Paused"
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await recovery(worker).run()
+        await worker.lanes.idle()
+
+        assert guest.state == "Running"
+
+
+async def test_a_vmm_that_differs_from_its_record_is_quarantined_not_killed(
     tmp_path: Path,
 ) -> None:
     machine = seeded()
-    async with memory_worker(tmp_path / "j", machine) as worker:
-        for request in (UP, START, SLEEP):
-            assert (await worker.run(request)).code is Code.OK
-        machine.later.clear()  # as a shutdown does
+    await started(tmp_path / "j", machine)
+    ((key, identity),) = [item for item in machine.resources.items() if item[0][0] == "vmms"]
+    machine.resources[key] = replace(identity, pid=identity.pid + 1)
 
     async with memory_worker(tmp_path / "j", machine) as worker:
-        await recover(worker)
+        counts = await recovery(worker).run()
+
+        assert (counts.adopted, counts.quarantined) == (0, 1)
+        assert worker.record().status is Status.UNKNOWN
+        assert "quarantined" in await event_kinds(worker)
+        assert key in machine.resources
+
+
+async def test_a_vmm_that_exited_while_no_worker_ran_is_cleaned_up(tmp_path: Path) -> None:
+    machine = seeded()
+    await started(tmp_path / "j", machine)
+    (jail_id,) = machine.guests
+    machine.kill(jail_id)
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        counts = await recovery(worker).run()
+        await worker.lanes.idle()
+
+        assert counts.ended == 1
+        assert worker.record().status is Status.FAILED
+        assert ("jails", jail_id) not in machine.resources
+
+
+async def test_after_a_reboot_an_instance_is_stopped_and_its_network_restored(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    await started(tmp_path / "j", machine)
+    (jail_id,) = machine.guests
+    machine.reboot("00000000-0000-4000-8000-000000000002")
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        counts = await recovery(worker).run()
+
+        record = worker.record()
+        assert (counts.ended, counts.networks) == (1, 1)
+        assert (record.status, record.vmm, record.uid_slot) == (Status.STOPPED, None, None)
+        assert ("jails", jail_id) not in machine.resources
+        assert ("bridge", "br-tenant-3") in machine.resources
+        assert ("data_disks", str(REF)) in machine.resources
+
+
+async def test_an_instance_that_cannot_be_recovered_does_not_stop_the_recovery(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    await started(tmp_path / "j", machine)
+    machine.reboot("00000000-0000-4000-8000-000000000002")
+    machine.fail["remove_jails"] = HostFault("the disk does not answer")
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        counts = await recovery(worker).run()
+
+        assert (counts.failed, counts.ended) == (1, 0)
+        assert worker.record().status is Status.RUNNING
+        assert (await event_kinds(worker))[-1] == "recovered"
+
+
+@pytest.mark.parametrize("proven", [True, False])
+async def test_a_vmm_of_a_lost_journal_is_adopted_only_on_proof(
+    tmp_path: Path, proven: bool
+) -> None:
+    machine = seeded()
+    await started(tmp_path / "lost", machine)
+    if not proven:
+        machine.fail["check_confinement"] = HostFault("not confined as launched")
+
+    async with memory_worker(tmp_path / "new", machine) as worker:
+        counts = await recovery(worker).run()
+
+        expected = Status.RUNNING if proven else Status.UNKNOWN
+        assert (counts.adopted, counts.quarantined) == (int(proven), int(not proven))
+        assert worker.record().status is expected
+        assert worker.journal.network("acme") is not None
+        assert len(machine.guests) == 1
+
+
+async def test_a_vmm_whose_jail_has_no_metadata_is_reported_and_left_running(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    await started(tmp_path / "lost", machine)
+    (jail_id,) = machine.guests
+    jails = FakeJailDirs(machine)
+    jails.damaged.add(jail_id)
+
+    async with memory_worker(tmp_path / "new", machine) as worker:
+        counts = await recovery(worker, jails).run()
+
+        assert counts.quarantined == 1
+        assert worker.journal.instance(REF) is None
+        assert await event_kinds(worker) == ["quarantined", "recovered"]
+        assert ("vmms", jail_id) in machine.resources
+
+
+async def test_an_unfinished_hash_is_computed_by_the_next_worker_and_only_once(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    await started(tmp_path / "j", machine, SLEEP)
+    machine.later.clear()  # as a shutdown does
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await recovery(worker).run()
         (hash_memory,) = machine.later
         await hash_memory()
         machine.later.clear()
-        await recover(worker)
+        await recovery(worker).run()
 
         assert machine.later == []

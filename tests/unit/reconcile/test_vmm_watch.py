@@ -1,43 +1,105 @@
-"""The end of a VMM is handled in its instance's lane, until it is."""
+"""The exit of a VMM is handled in its instance's lane, and again until its cleanup succeeds."""
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from handlers.errors import HostFault
 from schemas.codes import Code
-from schemas.records import Status
+from schemas.records import InstanceRecord, Status
 from schemas.requests import SetupNetwork, StartInstance
 from tests.fakes.host import seeded
-from tests.fakes.memory_worker import REF, memory_worker
+from tests.fakes.memory_worker import REF, MemoryWorker, memory_worker
+from tests.fakes.reconcile import FakeExits, vmm_watch
 from worker.metrics import Metrics
-from worker.reconcile import vmm_watch as module
-from worker.reconcile.vmm_watch import VmmWatch
+from worker.reconcile.vmm_watch import RETRY_S, VmmWatch
 
 UP = SetupNetwork("acme", seeded().tenants["acme"].net)
 START = StartInstance(REF.tenant_id, REF.pool_id, REF.instance_id)
 
 
-async def test_an_end_that_could_not_be_cleaned_up_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "AGAIN_S", 0.05)
+async def started(worker: MemoryWorker) -> InstanceRecord:
+    for request in (UP, START):
+        assert (await worker.run(request)).code is Code.OK
+    return worker.record()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0)
+
+
+async def test_an_exit_is_cleaned_up_and_the_instance_is_failed(tmp_path: Path) -> None:
     machine = seeded()
     async with memory_worker(tmp_path / "j", machine) as worker:
-        for request in (UP, START):
-            assert (await worker.run(request)).code is Code.OK
-        supervisor = VmmWatch(worker.host, worker.journal, worker.lanes, Metrics("0"))
-        record = worker.record()
+        record = await started(worker)
+        watch = vmm_watch(worker)
+        watch.sync()
+
+        machine.kill(record.jail_id)
+        await until(lambda: worker.record().status is Status.FAILED)
+
+        assert not [key for kind, key in machine.resources if kind in ("jails", "tap", "cgroups")]
+        await watch.close()
+
+
+async def test_a_cleanup_that_fails_is_tried_again_after_a_pause(tmp_path: Path) -> None:
+    machine = seeded()
+    pauses: asyncio.Queue[float] = asyncio.Queue()
+    over = asyncio.Event()
+
+    async def sleep(seconds: float) -> None:
+        pauses.put_nowait(seconds)
+        await over.wait()
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        record = await started(worker)
+        exits = FakeExits(machine)
+        watch = VmmWatch(
+            worker.host, worker.journal, worker.lanes, Metrics("0"), exits, sleep=sleep
+        )
         machine.kill(record.jail_id)
         machine.fail["remove_jails"] = HostFault("the disk does not answer")
 
-        supervisor.exited(record, "unknown")
-        await worker.lanes.idle()
+        watch.exited(record, "unknown")
+        async with asyncio.timeout(10):
+            assert await pauses.get() == RETRY_S
         assert worker.record().status is Status.RUNNING
-        machine.fail.clear()
-        (again,) = supervisor._tasks.values()
-        await again
-        await worker.lanes.idle()
 
-        assert worker.record().status is Status.FAILED
-        await supervisor.close()
+        machine.fail.clear()
+        over.set()
+        await until(lambda: worker.record().status is Status.FAILED)
+        await watch.close()
+
+
+async def test_a_live_process_that_is_not_the_vmm_launched_is_quarantined(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        record = await started(worker)
+        assert record.vmm is not None
+        exits = FakeExits(machine)
+        exits.strange.add(record.vmm.pid)
+        watch = vmm_watch(worker, exits)
+
+        watch.sync()
+        await until(lambda: worker.record().status is Status.UNKNOWN)
+
+        assert ("vmms", record.jail_id) in machine.resources
+        await watch.close()
+
+
+async def test_each_vmm_is_watched_once_however_often_it_is_synced(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        record = await started(worker)
+        assert record.vmm is not None
+        exits = FakeExits(machine)
+        watch = vmm_watch(worker, exits)
+
+        watch.sync()
+        watch.sync()
+        await until(lambda: bool(exits.watched))
+
+        assert exits.watched == [record.vmm.pid]
+        await watch.close()

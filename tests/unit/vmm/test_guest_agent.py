@@ -1,9 +1,12 @@
 """The agent client against guests that misbehave, played by a stand-in on the vsock socket."""
 
 import asyncio
+import contextlib
 import json
+import os
+import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,16 @@ PORT = 5252
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
+@contextlib.contextmanager
+def short(directory: Path) -> Generator[str]:
+    """A path of the directory that fits the address of a socket, however long TMPDIR is."""
+    there = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{there}"
+    finally:
+        os.close(there)
+
+
 class Guest:
     """Each connection takes the next of `plays`; the last one is repeated."""
 
@@ -31,7 +44,8 @@ class Guest:
         self._plays = plays
 
     async def __aenter__(self) -> GuestAgents:
-        self._server = await asyncio.start_unix_server(self._serve, self.root / "v.sock")
+        with short(self.root) as root:
+            self._server = await asyncio.start_unix_server(self._serve, f"{root}/v.sock")
         return self.agents
 
     async def __aexit__(self, *_: object) -> None:
@@ -194,8 +208,8 @@ async def test_an_agent_that_does_not_know_the_request_is_quoted_bounded(tmp_pat
 
 async def test_a_socket_that_nobody_serves_any_more_ends_it_early(tmp_path: Path) -> None:
     guest = Guest(tmp_path, silent)
-    async with guest:
-        pass
+    with socket.socket(socket.AF_UNIX) as left, short(guest.root) as root:
+        left.bind(f"{root}/v.sock")  # its file stays, as a killed VMM's does
 
     async with asyncio.timeout(HANGS_S):
         with pytest.raises(Unavailable, match="gone"):
@@ -218,7 +232,7 @@ async def test_a_path_longer_than_an_address_is_reached(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 120)
     deep.mkdir()
     guest = Guest(deep, answers("Pong"))
-    server = await asyncio.start_unix_server(guest._serve, tmp_path / "v")
-    (tmp_path / "v").rename(guest.root / "v.sock")
+    with short(guest.root) as root:
+        server = await asyncio.start_unix_server(guest._serve, f"{root}/v.sock")
     async with server:
         await guest.agents.ping(JAIL, PORT, timeout_s=5)

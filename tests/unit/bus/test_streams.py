@@ -1,0 +1,23 @@
+"""The configurations of streams: compared field by field, and found by subject."""
+
+from schemas.subjects import Subjects
+from worker.bus import streams
+
+SUBJECTS = Subjects("hostd.v1.test", "h1", "test")
+
+
+def test_differences_name_the_field_and_both_values() -> None:
+    wanted = {"a": 1, "b": "x", "c": True, "d": 0, "e": False}
+
+    assert streams.differences(wanted, {"a": 2, "b": "x"}) == [
+        "a: is 2, must be 1",
+        "c: is False, must be True",
+    ]
+
+
+def test_own_subjects_belong_to_their_streams() -> None:
+    own = "hostd.v1.test.h1"
+    found = [streams.stream_of(SUBJECTS, f"{own}.{kind}.host") for kind in ("evt", "cmd", "x")]
+
+    assert found == ["HOSTD_EVT_test", None, None]
+    assert streams.stream_of(SUBJECTS, "_INBOX.evt.x") is None
