@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from bench import bare
-from bench.places import Place, Places
+from bench.bare_vms import BareVm, BareVms
 from bench.rows import Row, median, p99, row
 from bench.world import BenchHost, Sent
 from schemas.requests import (
@@ -89,7 +89,7 @@ class Times:
 
 
 @asynccontextmanager
-async def stage(world: BenchHost) -> AsyncGenerator[Places]:
+async def stage(world: BenchHost) -> AsyncGenerator[BareVms]:
     """A tenant with its network up and its revision imported."""
     seeded = world.seed("i-0", mem_mib=MEM_MIB, data_disk_mib=DATA_DISK_MIB, offset=3)
     await world.sender.send(SetupNetwork("acme", seeded.net))
@@ -97,34 +97,34 @@ async def stage(world: BenchHost) -> AsyncGenerator[Places]:
     await world.sender.send(StopInstance("acme", "web", "i-0"))
     assert seeded.revision is not None
     size = {"mem_mib": MEM_MIB, "data_disk_mib": DATA_DISK_MIB}
-    with Places(world.host, seeded.net, seeded.revision, **size) as places:
-        yield places
+    with BareVms(world.host, seeded.net, seeded.revision, **size) as bare_vms:
+        yield bare_vms
 
 
 async def measure(world: BenchHost, rounds: int = ROUNDS) -> list[Row]:
     """Start and Wake, one at a time."""
     times = Times()
-    async with stage(world) as places, AsyncExitStack() as stack:
+    async with stage(world) as bare_vms, AsyncExitStack() as stack:
         world.seed("bare-0", mem_mib=MEM_MIB, data_disk_mib=DATA_DISK_MIB, offset=100)
         script = await Script.start()
         stack.push_async_callback(script.close)
-        place = places.add("bare-0", 100)
-        await take_snapshot(place, script)
+        bare_vm = bare_vms.add("bare-0", 100)
+        await take_snapshot(bare_vm, script)
         for number in range(rounds + 1):
-            await both_rounds(world, place, script, times, hostd_first=bool(number % 2))
+            await both_rounds(world, bare_vm, script, times, hostd_first=bool(number % 2))
             if number == 0:
                 times = Times()  # warm: files in the cache, code imported
     return rows_of(times)
 
 
 async def both_rounds(
-    world: BenchHost, place: Place, script: Script, times: Times, *, hostd_first: bool
+    world: BenchHost, bare_vm: BareVm, script: Script, times: Times, *, hostd_first: bool
 ) -> None:
     for hostd in (hostd_first, not hostd_first):
         if hostd:
             await hostd_round(world, times)
         else:
-            await bare_round(place, script, times)
+            await bare_round(bare_vm, script, times)
         await asyncio.sleep(SETTLE_S)
 
 
@@ -140,28 +140,28 @@ async def hostd_round(world: BenchHost, times: Times) -> None:
         await asyncio.sleep(SETTLE_S)
 
 
-async def bare_round(place: Place, script: Script, times: Times) -> None:
+async def bare_round(bare_vm: BareVm, script: Script, times: Times) -> None:
     for what in ("start", "wake"):
-        await place.prepare()
+        await bare_vm.prepare()
         if what == "wake":
-            place.link_snapshot()
+            bare_vm.link_snapshot()
         await asyncio.sleep(SETTLE_S)
-        job = place.start_job() if what == "start" else place.wake_job()
+        job = bare_vm.start_job() if what == "start" else bare_vm.wake_job()
         try:
             times.bare[what].append((await script.run(job))["took_s"])
         finally:
-            await place.clear()
+            await bare_vm.clear()
 
 
-async def take_snapshot(place: Place, script: Script) -> None:
-    """Start, pause and snapshot once; the files serve every wake of the place."""
-    await place.prepare()
+async def take_snapshot(bare_vm: BareVm, script: Script) -> None:
+    """Start, pause and snapshot once; the files serve every wake of the VM."""
+    await bare_vm.prepare()
     try:
-        await script.run(place.start_job())
-        await script.run(place.sleep_job())
-        place.keep_snapshot()
+        await script.run(bare_vm.start_job())
+        await script.run(bare_vm.sleep_job())
+        bare_vm.keep_snapshot()
     finally:
-        await place.clear()
+        await bare_vm.clear()
 
 
 def rows_of(times: Times) -> list[Row]:
@@ -191,7 +191,7 @@ async def measure_burst(world: BenchHost, count: int = BURST, bursts: int = BURS
     """`count` wakes at once, by hostd and by as many bare scripts; the memory files are warm."""
     mine: list[float] = []
     theirs: list[float] = []
-    async with stage(world) as places, AsyncExitStack() as stack:
+    async with stage(world) as bare_vms, AsyncExitStack() as stack:
         scripts = [await Script.start() for _ in range(count)]
         for script in scripts:
             stack.push_async_callback(script.close)
@@ -201,14 +201,14 @@ async def measure_burst(world: BenchHost, count: int = BURST, bursts: int = BURS
             world.seed(ref.instance_id, offset=10 + number, **size)
             await world.sender.send(StartInstance(ref.tenant_id, ref.pool_id, ref.instance_id))
             world.seed(f"bare-b-{number}", offset=110 + number, **size)
-            place = places.add(f"bare-b-{number}", 110 + number)
-            await take_snapshot(place, scripts[number])
+            bare_vm = bare_vms.add(f"bare-b-{number}", 110 + number)
+            await take_snapshot(bare_vm, scripts[number])
         for number in range(bursts):
             for hostd in (bool(number % 2), not number % 2):
                 if hostd:
                     await hostd_burst(world, refs, mine)
                 else:
-                    await bare_burst(places.all, scripts, theirs)
+                    await bare_burst(bare_vms.all, scripts, theirs)
                 await asyncio.sleep(1)
         for ref in refs:
             await world.sender.send(StopInstance(ref.tenant_id, ref.pool_id, ref.instance_id))
@@ -243,18 +243,18 @@ async def hostd_burst(world: BenchHost, refs: list[InstanceRef], times: list[flo
     await asyncio.gather(*(one(wake) for wake in wakes))
 
 
-async def bare_burst(places: list[Place], scripts: list[Script], times: list[float]) -> None:
-    for place in places:
-        await place.prepare()
-        place.link_snapshot()
+async def bare_burst(bare_vms: list[BareVm], scripts: list[Script], times: list[float]) -> None:
+    for bare_vm in bare_vms:
+        await bare_vm.prepare()
+        bare_vm.link_snapshot()
     await asyncio.sleep(1)
     began = time.monotonic()
     try:
         answers = await asyncio.gather(
-            *(s.run(p.wake_job()) for s, p in zip(scripts, places, strict=True))
+            *(s.run(p.wake_job()) for s, p in zip(scripts, bare_vms, strict=True))
         )
         times += [(answer["at"] - began) * 1e3 for answer in answers]
     finally:
-        for place in places:
-            await place.clear()
+        for bare_vm in bare_vms:
+            await bare_vm.clear()
     os.sync()

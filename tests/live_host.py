@@ -26,17 +26,12 @@ from handlers.host.vmm.cgroups import find_mount
 from schemas import codec
 from schemas.envelopes import Command
 from schemas.requests import (
-    DestroyInstance,
     InstanceRef,
     Ping,
     Request,
     SetupNetwork,
-    SleepInstance,
-    StartInstance,
-    StopInstance,
     TeardownNetwork,
     TenantNet,
-    WakeInstance,
 )
 from schemas.settings import (
     HostSettings,
@@ -48,6 +43,7 @@ from schemas.settings import (
     VmmSettings,
 )
 from schemas.subjects import Lane, Subjects
+from tests.constants import REF
 from tests.guests.agent import ask, ask_until_answered
 from tests.guests.cache import BUILD
 from tests.guests.namespace import own_network
@@ -60,14 +56,7 @@ from worker.demo.cleanup import remove_host
 from worker.demo.host import environment_of, provision_cell
 from worker.demo.nats_server import EmbeddedNats
 
-REF = InstanceRef("acme", "web", "i-1")
-NAMES = (REF.tenant_id, REF.pool_id, REF.instance_id)
 NET_ID = 7
-START = StartInstance(*NAMES)
-STOP = StopInstance(*NAMES)
-SLEEP = SleepInstance(*NAMES, force=False)
-WAKE = WakeInstance(*NAMES)
-DESTROY = DestroyInstance(*NAMES, wipe_volumes=True)
 
 
 class LiveHost:

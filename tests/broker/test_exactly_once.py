@@ -18,7 +18,7 @@ from schemas.subjects import Lane
 from tests.broker.server import HOST, QUICK, SUBJECTS, Server, connection_to, eventually
 from tests.fakes import shell_worker as fakes
 from tests.fakes.bus import FakeBus
-from tests.fakes.shell_worker import Machine, ShellWorker, command, start, stop
+from tests.fakes.shell_worker import FakeHandlers, ShellWorker, command, start, stop
 from worker.bus.connection import Connection
 from worker.bus.message import Message
 from worker.bus.nats import NatsBus
@@ -87,7 +87,7 @@ async def agentd(server: Server) -> AsyncGenerator[Agentd]:
 
 @asynccontextmanager
 async def worker(
-    server: Server, path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    server: Server, path: Path, machine: FakeHandlers, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncGenerator[ShellWorker]:
     monkeypatch.setattr(fakes, "SUBJECTS", SUBJECTS)
     bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
@@ -104,7 +104,7 @@ async def worker(
 async def test_ten_copies_at_once_and_ten_after_a_restart_are_one_command(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, msg_id: bool
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    machine = FakeHandlers(gate=asyncio.Event())
     async with agentd(server) as sender:
         await sender.listen("_INBOX.me")
         copies = [
@@ -134,7 +134,7 @@ async def test_ten_copies_at_once_and_ten_after_a_restart_are_one_command(
 async def test_a_server_crash_while_commands_run_loses_and_repeats_none(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = Machine()
+    machine = FakeHandlers()
     names = [f"c{n}" for n in range(60)]
     async with (
         agentd(server) as sender,
@@ -163,7 +163,7 @@ async def test_a_server_crash_while_commands_run_loses_and_repeats_none(
 async def test_outcomes_of_a_worker_killed_without_a_server_are_sent_by_the_next(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    machine = FakeHandlers(gate=asyncio.Event())
     async with agentd(server) as sender:
         async with worker(server, tmp_path / "j", machine, monkeypatch) as running:
             await sender.send(start(), "c1")

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from schemas.requests import Request, SleepInstance
+from tests.constants import NAMES, SLEEP, START, STOP, WAKE
 from tests.crash.kills import assert_one_outcome, until
-from tests.live_host import NAMES, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.live_host import LiveHost, live_host
 from worker.demo.host import provision_cell
 
 HELD = SleepInstance(*NAMES, force=False, drain_timeout_secs=600)

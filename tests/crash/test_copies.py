@@ -15,8 +15,9 @@ from schemas import codec
 from schemas.envelopes import Command
 from schemas.requests import Request, SetupNetwork, TeardownNetwork
 from schemas.subjects import Lane
+from tests.constants import DESTROY, REF, SLEEP, START, STOP, WAKE
 from tests.crash.kills import until
-from tests.live_host import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.live_host import LiveHost, live_host
 
 COPIES = 10
 

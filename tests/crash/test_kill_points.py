@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from schemas.requests import Request, SetupNetwork, TeardownNetwork
+from tests.constants import DESTROY, REF, SLEEP, START, STOP, WAKE
 from tests.crash.kills import assert_one_outcome, kill_at
-from tests.live_host import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.live_host import LiveHost, live_host
 
 # What has to go before, in order, and after it how often the jailer was executed in all.
 BEFORE: dict[str, tuple[tuple[str, ...], int]] = {

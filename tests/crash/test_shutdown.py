@@ -1,8 +1,9 @@
 """SIGTERM in the midst of work: in order, within its budget; VMs go on, the next worker ends it."""
 
 from schemas.requests import SleepInstance
+from tests.constants import NAMES, REF, START, STOP
 from tests.crash.kills import assert_one_outcome, stop_at, until
-from tests.live_host import NAMES, REF, START, STOP, LiveHost, live_host
+from tests.live_host import LiveHost, live_host
 from worker.demo.guest import echo_through_tap
 
 LONG_SLEEP = SleepInstance(*NAMES, force=False, drain_timeout_secs=600)

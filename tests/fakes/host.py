@@ -43,8 +43,9 @@ from schemas.files import (
     TenantQuota,
 )
 from schemas.records import DiskIdentity, VmmIdentity
-from schemas.requests import InstanceRef, TenantNet
+from schemas.requests import InstanceRef
 from schemas.settings import Settings
+from tests.constants import NET
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -613,7 +614,7 @@ class FakeSnapshots:
 
 def seeded() -> FakeHost:
     """A host with tenant acme (net 3), pool web, instance i-1 at offset 5, revision r1."""
-    net = TenantNet(3, "10.240.3.0/24", "10.240.3.1", "br-tenant-3")
+    net = NET
     quota = TenantQuota(16, 32_768, 8, 4, 4, 16, 100)
     machine = FakeHost()
     machine.tenants["acme"] = TenantConfig("acme", quota, net)

@@ -13,16 +13,15 @@ from handlers.steps import Failpoint, no_failpoint
 from schemas import codec
 from schemas.envelopes import Reply
 from schemas.records import InstanceRecord
-from schemas.requests import InstanceRef, Request
+from schemas.requests import Request
 from schemas.settings import LimitSettings, Settings
 from schemas.subjects import Lane
+from tests.constants import REF
 from tests.fakes.host import FakeHost
 from tests.fakes.shell_worker import SUBJECTS, NoMeters, command
 from worker.dispatch import Dispatch
 from worker.journal.journal import Journal
 from worker.lanes import Lanes
-
-REF = InstanceRef("acme", "web", "i-1")
 
 
 @dataclass

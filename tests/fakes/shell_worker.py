@@ -107,7 +107,7 @@ Behave = Callable[[Request, Steps], Any]
 
 
 @dataclass
-class Machine:
+class FakeHandlers:
     """What the handlers do. `gate` holds a Start at its step until it is set."""
 
     things: Things = field(default_factory=Things)
@@ -148,7 +148,7 @@ class ShellWorker:
     """One worker's life."""
 
     bus: FakeBus
-    machine: Machine
+    machine: FakeHandlers
     journal: Journal
     lanes: Lanes
     dispatch: Dispatch
@@ -194,7 +194,7 @@ class ShellWorker:
 async def shell_worker(
     path: Path,
     bus: FakeBus | None = None,
-    machine: Machine | None = None,
+    machine: FakeHandlers | None = None,
     *,
     limits: LimitSettings = LimitSettings(retry_budget_s=2.0),  # noqa: B008 (frozen)
     consume: bool = True,
@@ -203,7 +203,7 @@ async def shell_worker(
 ) -> AsyncGenerator[ShellWorker]:
     """A worker on the journal at `path`, recovering what is in it."""
     bus = bus or FakeBus()
-    machine = machine or Machine()
+    machine = machine or FakeHandlers()
     meters = NoMeters()
     journal = await Journal.open(
         str(path),

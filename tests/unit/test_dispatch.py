@@ -26,7 +26,7 @@ from handlers.steps import Done, Steps
 from schemas.codes import Code
 from schemas.requests import Error, Request
 from schemas.settings import LimitSettings
-from tests.fakes.shell_worker import Machine, Thing, shell_worker, start, stop
+from tests.fakes.shell_worker import FakeHandlers, Thing, shell_worker, start, stop
 from worker.journal.store import now_ms
 
 DONE = Done(changed=True, status="running", detail={})
@@ -39,7 +39,7 @@ class Failing:
         self.error = error
         self.times = times
         self.point = point
-        self.machine: Machine | None = None
+        self.machine: FakeHandlers | None = None
 
     async def __call__(self, request: Request, steps: Steps) -> Done:
         assert self.machine is not None
@@ -52,9 +52,9 @@ class Failing:
         return DONE
 
 
-def failing(error: BaseException, times: int = 1000, point: str | None = None) -> Machine:
+def failing(error: BaseException, times: int = 1000, point: str | None = None) -> FakeHandlers:
     behave = Failing(error, times, point)
-    machine = Machine(behave=behave)
+    machine = FakeHandlers(behave=behave)
     behave.machine = machine
     return machine
 
@@ -149,7 +149,7 @@ async def test_an_attempt_that_took_the_whole_budget_is_the_last(tmp_path: Path)
             return await super().__call__(request, steps)
 
     limits = LimitSettings(retry_budget_s=0.05)
-    machine = Machine(behave=(behave := Slow(Unavailable("busy"))))
+    machine = FakeHandlers(behave=(behave := Slow(Unavailable("busy"))))
     behave.machine = machine
     async with shell_worker(tmp_path / "j", machine=machine, limits=limits) as worker:
         worker.send(start())
@@ -194,7 +194,7 @@ async def test_a_bug_is_internal_undone_and_logged_with_its_traceback(tmp_path: 
 
 
 async def test_a_detail_that_has_no_msgpack_is_internal_and_blocks_nothing(tmp_path: Path) -> None:
-    machine = Machine()
+    machine = FakeHandlers()
 
     def behave(request: Request, steps: Steps) -> Done | None:
         odd: Any = {"odd": object()}
@@ -250,7 +250,7 @@ async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_goes_on
     tmp_path: Path,
 ) -> None:
     gate = asyncio.Event()
-    machine = Machine(gate=gate)
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
         worker.send(stop("a2"), "c2")
@@ -278,7 +278,7 @@ async def test_a_shutdown_cancels_what_reaches_no_safe_point_in_its_budget(tmp_p
         await asyncio.Event().wait()
         return DONE
 
-    async with shell_worker(tmp_path / "j", machine=Machine(behave=forever)) as worker:
+    async with shell_worker(tmp_path / "j", machine=FakeHandlers(behave=forever)) as worker:
         worker.send(start())
         await began.wait()
         await worker.lanes.stop(0.05)

@@ -17,7 +17,7 @@ from schemas.subjects import Lane
 from tests.fakes.shell_worker import (
     REF,
     SUBJECTS,
-    Machine,
+    FakeHandlers,
     ShellWorker,
     command,
     shell_worker,
@@ -66,7 +66,7 @@ async def test_copies_sent_at_once_have_one_effect_and_one_kept_reply(
     tmp_path: Path, copies: int, msg_id: bool
 ) -> None:
     gate = asyncio.Event()
-    machine = Machine(gate=gate)
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         for n in range(copies):
             worker.send(start(), reply_to=f"_INBOX.{n}", msg_id=msg_id)
@@ -139,7 +139,7 @@ async def test_the_same_id_with_another_request_is_a_conflict_told_to_its_sender
 
 
 async def test_the_answer_has_the_form_of_the_request(tmp_path: Path) -> None:
-    machine = Machine()
+    machine = FakeHandlers()
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         late = now_ms() - 1
         worker.send(start(), "named", deadline_ms=late)
@@ -169,7 +169,7 @@ async def test_a_command_that_changes_nothing_costs_one_commit(
 ) -> None:
     same = Done(changed=False, status="stopped", detail={})
     async with shell_worker(
-        tmp_path / "j", machine=Machine(behave=lambda _request, _steps: same)
+        tmp_path / "j", machine=FakeHandlers(behave=lambda _request, _steps: same)
     ) as worker:
         commits: list[float] = []
         monkeypatch.setattr(worker.journal._writer, "_observe", commits.append)
@@ -252,7 +252,7 @@ async def test_a_bomb_of_empty_maps_is_refused_and_the_next_command_runs(tmp_pat
 
 async def test_bad_bytes_with_a_known_id_disturb_nothing(tmp_path: Path) -> None:
     gate = asyncio.Event()
-    machine = Machine(gate=gate)
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), reply_to="_INBOX.1")
         await machine.at_gate.wait()
@@ -316,7 +316,7 @@ def ping(worker: ShellWorker, command_id: str, request: Request = Ping(), **more
 
 async def test_ping_is_answered_while_all_lanes_are_busy_and_not_journalled(tmp_path: Path) -> None:
     gate = asyncio.Event()
-    machine = Machine(gate=gate)
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         for n in range(20):
             worker.send(start(f"a{n}"), f"c{n}")

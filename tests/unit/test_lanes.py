@@ -10,7 +10,7 @@ from schemas.codes import Code
 from schemas.requests import DestroyInstance, Request, SleepInstance, StopInstance, WakeInstance
 from schemas.settings import LimitSettings
 from schemas.subjects import Lane
-from tests.fakes.shell_worker import REF, Machine, command, shell_worker, start, stop
+from tests.fakes.shell_worker import REF, FakeHandlers, command, shell_worker, start, stop
 
 DESTROY = DestroyInstance("acme", "web", "a1", wipe_volumes=False)
 SLEEP = SleepInstance("acme", "web", "a1", force=False)
@@ -19,7 +19,7 @@ WAKE = WakeInstance("acme", "web", "a1")
 
 async def test_a_lane_runs_in_order_and_lanes_run_at_once(tmp_path: Path) -> None:
     gate = asyncio.Event()
-    machine = Machine(gate=gate)
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), "c1")
         worker.send(start(), "c2")
@@ -41,7 +41,7 @@ async def test_a_lane_runs_in_order_and_lanes_run_at_once(tmp_path: Path) -> Non
 
 async def test_500_commands_at_one_lane_hold_up_no_other(tmp_path: Path) -> None:
     gate = asyncio.Event()
-    machine = Machine(gate=gate)
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         for n in range(500):
             worker.send(start(), f"c{n}")
@@ -64,7 +64,7 @@ async def test_500_commands_at_one_lane_hold_up_no_other(tmp_path: Path) -> None
 
 async def test_an_exhausted_command_stays_exhausted_for_its_id(tmp_path: Path) -> None:
     gate = asyncio.Event()
-    machine = Machine(gate=gate)
+    machine = FakeHandlers(gate=gate)
     limits = LimitSettings(lane_depth=1)
     async with shell_worker(tmp_path / "j", machine=machine, limits=limits) as worker:
         worker.send(start(), "c1")
@@ -86,7 +86,7 @@ async def test_stop_and_destroy_end_what_runs_and_what_waits(
     tmp_path: Path, winner: StopInstance, loser: Request
 ) -> None:
     gate = asyncio.Event()
-    machine = Machine(gate=gate)
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(loser, "runs")
         await machine.at_gate.wait()
@@ -111,7 +111,7 @@ async def test_a_queued_loser_is_answered_before_the_winner_waits(tmp_path: Path
             await release.wait()
         return Done(changed=True, status=None, detail={})
 
-    async with shell_worker(tmp_path / "j", machine=Machine(behave=stubborn)) as worker:
+    async with shell_worker(tmp_path / "j", machine=FakeHandlers(behave=stubborn)) as worker:
         worker.send(stop(), "runs")
         worker.send(start(), "waits")
         worker.send(stop(), "wins")
@@ -125,7 +125,7 @@ async def test_a_queued_loser_is_answered_before_the_winner_waits(tmp_path: Path
 
 async def test_a_stop_supersedes_no_other_instance(tmp_path: Path) -> None:
     gate = asyncio.Event()
-    machine = Machine(gate=gate)
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), "c1")
         await machine.at_gate.wait()
@@ -147,7 +147,7 @@ async def test_past_its_point_of_no_return_nothing_is_superseded(tmp_path: Path)
         await steps.interruptible("agent", release.wait)
         return Done(changed=True, status="running", detail={})
 
-    async with shell_worker(tmp_path / "j", machine=Machine(behave=waking)) as worker:
+    async with shell_worker(tmp_path / "j", machine=FakeHandlers(behave=waking)) as worker:
         worker.send(WAKE, "wake")
         await reached.wait()
         worker.send(stop(), "stop")
@@ -162,7 +162,7 @@ async def test_after_a_restart_what_an_earlier_run_made_is_undone_before_superse
     tmp_path: Path,
 ) -> None:
     gate = asyncio.Event()
-    machine = Machine(gate=gate)
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine, send=False) as worker:
         worker.send(start(), "began")
         await machine.at_gate.wait()

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from handlers.host.vmm.cgroups import CgroupTree
+from tests.constants import DESTROY, REF, SLEEP, START, STOP, WAKE
 from tests.guests import traffic
-from tests.live_host import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.live_host import LiveHost, live_host
 from worker.cli.seed import Seeded, write_atomic
 
 MIB = 1 << 20

@@ -18,24 +18,16 @@ from schemas.requests import (
     InstanceRef,
     Request,
     SetupNetwork,
-    SleepInstance,
     StartInstance,
-    StopInstance,
     TeardownNetwork,
     VolumeAttach,
-    WakeInstance,
 )
+from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, instance_file, seeded
-from tests.fakes.memory_worker import REF, MemoryWorker, memory_worker
+from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from worker.journal.store import now_ms
 
-START = StartInstance("acme", "web", "i-1")
-STOP = StopInstance("acme", "web", "i-1")
-SLEEP = SleepInstance("acme", "web", "i-1", force=False)
-WAKE = WakeInstance("acme", "web", "i-1")
-DESTROY = DestroyInstance("acme", "web", "i-1", wipe_volumes=True)
 KEEP = DestroyInstance("acme", "web", "i-1", wipe_volumes=False)
-NET = seeded().tenants["acme"].net
 UP = SetupNetwork("acme", NET)
 DOWN = TeardownNetwork("acme", NET)
 

@@ -15,7 +15,7 @@ import pytest
 from schemas import codec
 from schemas.codes import Code
 from tests.fakes.bus import FakeBus
-from tests.fakes.shell_worker import Machine, ShellWorker, Things, shell_worker, start, stop
+from tests.fakes.shell_worker import FakeHandlers, ShellWorker, Things, shell_worker, start, stop
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Moment:
     directory: Path
     commands: dict[int, object]
     bus: FakeBus
-    machine: Machine
+    machine: FakeHandlers
 
 
 def copy_bus(bus: FakeBus) -> FakeBus:
@@ -39,9 +39,9 @@ def copy_bus(bus: FakeBus) -> FakeBus:
     return twin
 
 
-def copy_machine(machine: Machine) -> Machine:
+def copy_machine(machine: FakeHandlers) -> FakeHandlers:
     things = Things(there=set(machine.things.there), made=list(machine.things.made))
-    return Machine(things=things, runs=list(machine.runs))
+    return FakeHandlers(things=things, runs=list(machine.runs))
 
 
 async def record_moments(tmp_path: Path, *, msg_id: bool) -> list[Moment]:

@@ -10,7 +10,8 @@ import pytest
 
 from handlers.host.vmm.cgroups import find_mount
 from schemas import naming
-from tests.live_host import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.constants import DESTROY, REF, SLEEP, START, STOP, WAKE
+from tests.live_host import LiveHost, live_host
 
 
 def ip(*words: str) -> str:

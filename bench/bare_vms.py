@@ -1,4 +1,4 @@
-"""The place of a bare launch, made ready beforehand and not timed: same files, same namespace.
+"""The VM of a bare launch, prepared beforehand and not timed: same files, same namespace.
 
 It is made by hostd's own mechanisms, so the bare script finds exactly what hostd makes for itself:
 the jail with its links, log and config drive, the cgroup leaf, the TAP on the tenant's bridge.
@@ -50,7 +50,7 @@ RESUME_CALL = ("PATCH", "/vm", {"state": "Resumed"})
 
 
 @dataclass
-class Place:
+class BareVm:
     """One instance that the bare script launches again and again; `offset` is its alone."""
 
     host: LiveHost
@@ -174,7 +174,7 @@ class Place:
             os.link(self.snapshot / name, woken / name)
 
     async def clear(self) -> None:
-        """End the VMM and take the place away."""
+        """End the VMM, then remove its TAP, jail and cgroup."""
         pids = self._cgroups.tree.pids(self.spec.cgroup)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -207,8 +207,8 @@ class Place:
         )
 
 
-class Places:
-    """The places of a measurement, made with one set of network mechanisms."""
+class BareVms:
+    """The VMs of a measurement, made with one set of network mechanisms."""
 
     def __init__(self, host: LiveHost, net: TenantNet, revision: str, **size: int) -> None:
         self._host = host
@@ -216,20 +216,20 @@ class Places:
         self._revision = revision
         self._size = size
         self._network = open_network_mechanisms(host.settings.network)
-        self.all: list[Place] = []
+        self.all: list[BareVm] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._network.close()
-        for place in self.all:
-            shutil.rmtree(place.snapshot, ignore_errors=True)
+        for bare_vm in self.all:
+            shutil.rmtree(bare_vm.snapshot, ignore_errors=True)
 
-    def add(self, name: str, offset: int) -> Place:
+    def add(self, name: str, offset: int) -> BareVm:
         ref = InstanceRef("acme", "web", name)
-        place = Place(
+        bare_vm = BareVm(
             self._host, self._net, ref, offset, self._revision, network=self._network, **self._size
         )
-        self.all.append(place)
-        return place
+        self.all.append(bare_vm)
+        return bare_vm
