@@ -10,13 +10,11 @@ import structlog
 
 from handlers.errors import (
     Conflict,
-    Draining,
     Exhausted,
     HostFault,
     Invalid,
     NotFound,
     Unavailable,
-    Unsupported,
 )
 from handlers.steps import Done, SnapshotMeasure, Steps
 from schemas.codes import Code
@@ -64,7 +62,6 @@ def failing(error: BaseException, times: int = 1000, point: str | None = None) -
         (Invalid("no", path="$.x"), Code.INVALID, "sender", False),
         (NotFound("no", path="pool.json"), Code.NOT_FOUND, "sender", False),
         (Exhausted("full"), Code.EXHAUSTED, "scheduler", True),
-        (Draining("drained"), Code.DRAINING, "scheduler", True),
         (HostFault("broken"), Code.HOST_FAULT, "operator", False),
         (Unavailable("busy").not_retryable(), Code.UNAVAILABLE, "sender", True),
         (OSError(errno.ENOSPC, "x", "/disk"), Code.EXHAUSTED, "scheduler", True),
@@ -85,14 +82,6 @@ async def test_a_final_failure_is_undone_not_retried_and_names_who_must_act(
     assert isinstance(reply.response, Error)
     assert [step.outcome for step in reply.steps] == ["done", "undone"]
     assert (machine.things.there, reply.changed, reply.left_behind) == (set(), False, ())
-
-
-async def test_a_handlers_unsupported_names_the_supported_protocols(tmp_path: Path) -> None:
-    async with shell_worker(tmp_path / "j", machine=failing(Unsupported("volumes"))) as worker:
-        worker.send(start())
-        reply = await worker.reply()
-
-    assert (reply.code, reply.supported) == (Code.UNSUPPORTED, ("1", "2"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from tests.leaks import Snapshot, left_since, tasks_left_since
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 ASLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 LEAKS = """
 import asyncio, subprocess, sys, threading

@@ -18,7 +18,7 @@ from tests.unit.instance import test_commands
 from worker.cli import commands
 from worker.cli.main import COMMANDS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 VARIANTS: frozenset[type[Any]] = frozenset(get_args(Request))
 NET = TenantNet(3, "10.240.3.0/24", "10.240.3.1", "br-tenant-3")
 
