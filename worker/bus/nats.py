@@ -58,6 +58,7 @@ class NatsBus:
             guards=guards,
             tuning=tuning,
         )
+        self._api = streams.js_api(settings.js_domain)
         self._window = window
         self._loop: PullLoop | None = None
         self._paused = False
@@ -105,7 +106,7 @@ class NatsBus:
             NotProvisioned: what is missing or wrong, and what to run.
             BusError: no answer now; try again.
         """
-        await verify.verify(self.connection, self.subjects)
+        await verify.verify(self.connection, self.subjects, self._api)
 
     async def wait_provisioned(self) -> None:
         """Return when `verify` succeeds; log what is wrong each time that it changes."""
@@ -139,6 +140,7 @@ class NatsBus:
             self.subjects.consumer,
             receive,
             check=self.verify,
+            api=self._api,
             window=self._window,
             trouble=self._set_trouble,
         )
@@ -248,7 +250,7 @@ class NatsBus:
         stream = streams.bucket_stream(self.subjects)
         subject = streams.state_subject(self.subjects, key)
         try:
-            answer = await self.connection.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"")
+            answer = await self.connection.request(f"{self._api}DIRECT.GET.{stream}.{subject}", b"")
         except NoResponder as error:
             raise NotProvisioned(
                 f"no bucket {self.subjects.state_bucket}: run `hostd provision` for cell"

@@ -37,6 +37,7 @@ class PullLoop:
         consumer: its durable name.
         receive: handles one delivery; at most `window` of them run at once.
         check: raises NotProvisioned with what is wrong, or BusError without an answer.
+        api: prefix of the JetStream API.
         window: maximum of deliveries being received or still expected.
         trouble: called with a text when no commands can arrive, with "" when they can again.
     """
@@ -49,11 +50,12 @@ class PullLoop:
         receive: Receive,
         *,
         check: Callable[[], Awaitable[None]],
+        api: str = "$JS.API.",
         window: int = 64,
         trouble: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._connection = connection
-        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
+        self._next = f"{api}CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._receive = receive
         self._check = check
         self._trouble = trouble

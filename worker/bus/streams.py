@@ -34,6 +34,15 @@ def state_subject(subjects: Subjects, key: str) -> str:
     return f"$KV.{subjects.state_bucket}.{key}"
 
 
+def js_api(domain: str) -> str:
+    """The prefix of JetStream's API: under the name of a domain, or of the own account (ADR 0206).
+
+    An account without JetStream has a `$JS.API.>` of its own that answers "not enabled", so one
+    that uses another account's JetStream imports it under another name.
+    """
+    return f"$JS.{domain}.API." if domain else "$JS.API."
+
+
 def inbox_prefix(host_id: str) -> str:
     """Prefix of a host's own inboxes: outside `_INBOX.`, to which hosts may reply (ADR 0201)."""
     return f"_INBOX_HOSTD.{host_id}"
@@ -94,7 +103,8 @@ def stream_configs(subjects: Subjects, *, replicas: int = 1) -> tuple[dict[str, 
             "duplicate_window": 120 * NS,
             "max_msgs_per_subject": 1,
             "max_msg_size": MESSAGE_BYTES,
-            "allow_rollup_hdrs": True,
+            # A rollup header deletes all messages of the stream, those of other hosts too.
+            "allow_rollup_hdrs": False,
             "deny_delete": True,
             "allow_direct": True,
         },

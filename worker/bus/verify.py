@@ -15,8 +15,8 @@ from worker.bus.protocol import BusError, NotProvisioned
 NOT_FOUND = (10014, 10059)
 
 
-async def verify(connection: Connection, subjects: Subjects) -> None:
-    """Check streams, consumer and bucket.
+async def verify(connection: Connection, subjects: Subjects, api: str = "$JS.API.") -> None:
+    """Check streams, consumer and bucket through the JetStream API with the prefix `api`.
 
     Raises:
         NotProvisioned: what is missing or wrong, and what to run.
@@ -25,7 +25,7 @@ async def verify(connection: Connection, subjects: Subjects) -> None:
     wrong: list[str] = []
     for config in streams.stream_configs(subjects):
         name = str(config["name"])
-        found = await _info(connection, f"STREAM.INFO.{name}", f"stream {name}")
+        found = await _info(connection, f"{api}STREAM.INFO.{name}", f"stream {name}")
         if found is None:
             wrong.append(f"stream {name} is missing")
             continue
@@ -35,7 +35,7 @@ async def verify(connection: Connection, subjects: Subjects) -> None:
             wrong.append(f"stream {name}: is not bound to {', '.join(config['subjects'])}")
     stream, consumer = subjects.commands_stream, subjects.consumer
     what = f"consumer {consumer} of {stream}"
-    found = await _info(connection, f"CONSUMER.INFO.{stream}.{consumer}", what)
+    found = await _info(connection, f"{api}CONSUMER.INFO.{stream}.{consumer}", what)
     if found is None:
         wrong.append(f"{what} is missing")
     else:
@@ -51,15 +51,16 @@ async def verify(connection: Connection, subjects: Subjects) -> None:
 async def _info(connection: Connection, endpoint: str, what: str) -> dict[str, Any] | None:
     """The configuration of a stream or consumer; None if it does not exist."""
     try:
-        answer = await connection.request(f"$JS.API.{endpoint}", b"")
+        answer = await connection.request(endpoint, b"")
     except NoResponder as error:
         raise NotProvisioned(
-            "JetStream is not enabled for this NATS account: see deploy/nats/hostd.conf"
+            f"cannot read {what}: no service answers {endpoint}. Import it in the account of this"
+            " host, enable JetStream in the account that exports it, and set [nats] js_domain as"
+            " in deploy/nats/hostd.conf"
         ) from error
     except BusError as error:
         raise BusError(
-            f"cannot read {what}: {error} (JetStream not ready, or no permission for"
-            f" $JS.API.{endpoint})"
+            f"cannot read {what}: {error} (JetStream not ready, or no permission for {endpoint})"
         ) from error
     found: dict[str, Any] = json.loads(answer.data)
     if "error" in found:

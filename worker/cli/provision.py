@@ -8,6 +8,7 @@ import msgspec
 
 from schemas.naming import HOST_ID_PATTERN
 from schemas.subjects import Subjects
+from worker.bus import accounts
 from worker.bus.connection import Connection
 from worker.bus.protocol import BusError, NotProvisioned
 from worker.bus.provision import Made
@@ -23,6 +24,7 @@ from worker.cli.context import (
 )
 
 CONNECT_TIMEOUT_S = 10.0
+JS_DOMAIN = "hostd"  # in the printed accounts, if [nats] js_domain is empty
 
 
 @click.command()
@@ -40,6 +42,11 @@ CONNECT_TIMEOUT_S = 10.0
     show_default=True,
     help="Replicas of each stream and the bucket.",
 )
+@click.option(
+    "--server-config",
+    is_flag=True,
+    help="Print the accounts of nats-server.conf for the cell and its hosts; change nothing.",
+)
 @config_option
 @json_option
 def provision(
@@ -47,10 +54,14 @@ def provision(
     creds: str | None,
     hosts: tuple[str, ...],
     replicas: int,
+    server_config: bool,
     config: str | None,
     as_json: bool,
 ) -> None:
-    """Create a cell's streams, KV bucket and one consumer per host. Idempotent."""
+    """Create a cell's streams, KV bucket and one consumer per host. Idempotent.
+
+    With --server-config: print the NATS accounts that give each role exactly what it needs.
+    """
     settings = settings_of(config)
     hosts = hosts or (settings.host.id,)
     if bad := [host for host in hosts if not HOST_ID_PATTERN.fullmatch(host)]:
@@ -61,6 +72,10 @@ def provision(
         settings.nats, url=url or settings.nats.url, creds=creds or settings.nats.creds
     )
     subjects = Subjects(settings.root, hosts[0], settings.host.cell)
+    if server_config:
+        domain = settings.nats.js_domain or JS_DOMAIN
+        click.echo(accounts.server_config(subjects, hosts, domain), nl=False)
+        return
 
     async def work() -> list[Made]:
         connection = Connection(nats, name="hostd-provision", inbox="_INBOX.hostd-provision")
