@@ -36,6 +36,16 @@ def discovery_subject(subjects: Subjects) -> str:
     return f"{subjects.root}.{subjects.host_id}.srv.>"
 
 
+def advisory_subjects(subjects: Subjects) -> tuple[str, ...]:
+    """Where the server reports changes of the streams and of this host's consumer."""
+    names = tuple(str(config["name"]) for config in streams.stream_configs(subjects))
+    consumer = f"{subjects.commands_stream}.{subjects.consumer}"
+    return (
+        *(f"$JS.EVENT.ADVISORY.STREAM.*.{name}" for name in names),
+        f"$JS.EVENT.ADVISORY.CONSUMER.*.{consumer}",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Grant:
     """`owner` exports `subject` and each of `to` imports it.
@@ -83,6 +93,9 @@ def _info_grants(subjects: Subjects, hosts: Sequence[str]) -> Iterator[Grant]:
     for name in _stream_names(subjects):
         to = tuple(map(host_account, hosts)) + ((DASHBOARD,) if name in shown else ())
         yield Grant("service", OWNER, f"$JS.API.STREAM.INFO.{name}", to)
+        for event in ("UPDATED", "DELETED"):
+            advisory = f"$JS.EVENT.ADVISORY.STREAM.{event}.{name}"
+            yield Grant("stream", OWNER, advisory, tuple(map(host_account, hosts)))
 
 
 def _dashboard_grants(subjects: Subjects) -> Iterator[Grant]:

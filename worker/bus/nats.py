@@ -6,6 +6,7 @@ subjects they end nats-py's reader.
 """
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,10 +15,10 @@ import structlog
 
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
-from worker.bus import streams, verify
+from worker.bus import accounts, streams, verify
 from worker.bus.connection import Connection
 from worker.bus.guarded_client import ALL_GUARDS, STANDARD, Guard, Tuning
-from worker.bus.message import NoResponder
+from worker.bus.message import Message, NoResponder
 from worker.bus.protocol import BusError, NotProvisioned, Receive, StateConflict
 from worker.bus.pull_consumer import PullLoop
 
@@ -151,7 +152,48 @@ class NatsBus:
         else:
             self._pulls_before += self._loop.pulls
         self._loop = loop
-        await loop.run()
+        watch = asyncio.create_task(self._watch(loop), name="configuration")
+        if Guard.STATUS not in self.connection.guards:
+            watch.cancel()
+        try:
+            await loop.run()
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+
+    async def _watch(self, loop: PullLoop) -> None:
+        """Compare the configuration from time to time, after each connect and on advisories."""
+        changed = asyncio.Event()
+        fresh = asyncio.Event()
+        fresh.set()
+
+        def on_up(is_fresh: bool) -> None:
+            changed.set()
+            if is_fresh:
+                fresh.set()
+
+        async def on_advisory(_: Message) -> None:
+            changed.set()
+
+        self.connection.on_up(on_up)
+        while True:
+            await self.connection.wait_connected()
+            try:
+                if fresh.is_set():
+                    for subject in accounts.advisory_subjects(self.subjects):
+                        await self.connection.subscribe(subject, on_advisory)
+                    fresh.clear()
+                if not self.trouble:
+                    await self.verify()
+            except NotProvisioned as error:
+                self._set_trouble(str(error))
+                loop.check_now()
+            except BusError as error:
+                log.warning("bus.check_failed", error=str(error))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.connection.tuning.check_s):
+                    await changed.wait()
+            changed.clear()
 
     def pause(self) -> None:
         self._paused = True

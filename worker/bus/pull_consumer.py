@@ -25,6 +25,8 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 ACK = b"+ACK"
 GRACE_S = 5.0
+MSG_SIZE = "Nats-Msg-Size"  # of a consumer with `headers_only`
+MAX_BARE = 1024
 GONE = ("consumer deleted", "stream deleted", "consumer is push based")
 
 
@@ -67,6 +69,8 @@ class PullLoop:
         self._generation = 0
         self._stale = True
         self._missing = False
+        self._checks = 0
+        self._bare: dict[int, int] = {}
         self._not_before = 0.0
         self._heard_at = 0.0
         self._paused = False
@@ -92,6 +96,12 @@ class PullLoop:
             self._stale = True
             self._not_before = 0.0
             self._wake.set()
+
+    def check_now(self) -> None:
+        """Stop pulling until `check` succeeds."""
+        self._missing = True
+        self._stale = True
+        self._wake.set()
 
     async def run(self) -> None:
         """Pull until cancelled, then wait for the deliveries being received."""
@@ -141,7 +151,9 @@ class PullLoop:
                 self._trouble(str(error))
 
     async def _check_again(self) -> None:
+        await self._unsubscribe()  # or an earlier pull would go on delivering
         await self._check()
+        self._checks += 1
         self._missing = False
         self._trouble("")
 
@@ -204,12 +216,28 @@ class PullLoop:
     async def _handle(self, message: Message) -> None:
         async with self._slots:
             try:
-                await self._receive(to_delivery(message, self._connection))
+                delivery = to_delivery(message, self._connection)
+                if self._headers_only(message, delivery.stream_seq):
+                    self.check_now()
+                else:
+                    await self._receive(delivery)
             except BusError as error:
                 log.warning("bus.ack_failed", subject=message.subject, error=str(error))
             except Exception:
                 # Not acknowledged, so it is delivered again after ack_wait.
                 log.exception("bus.receive_failed", subject=message.subject)
+
+    def _headers_only(self, message: Message, stream_seq: int) -> bool:
+        """Whether the consumer may have become one that delivers no payloads.
+
+        Such a message must not be acknowledged: the command would be lost. It comes again; if it
+        is still empty although the consumer was found right in between, its sender made it so.
+        """
+        if message.data or MSG_SIZE not in message.headers:
+            return False
+        if len(self._bare) > MAX_BARE:
+            self._bare.clear()
+        return self._checks == self._bare.setdefault(stream_seq, self._checks)
 
     def _on_status(self, message: Message) -> None:
         status = message.headers.get("Status", "")

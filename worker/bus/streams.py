@@ -5,7 +5,7 @@ server returns can be compared field by field: a server older than a field drops
 error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from schemas.subjects import Subjects
@@ -126,23 +126,44 @@ def consumer_config(subjects: Subjects, *, ack_wait_ns: int = ACK_WAIT_NS) -> di
     }
 
 
-def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Fields with another value, e.g. `max_age: is 0, must be 86400000000000`."""
+# Fields that change nothing for the worker: those of a stream or consumer that an administrator may
+# set, and those that servers add.
+NEUTRAL = frozenset({"description", "metadata", "created", "num_replicas", "sample_freq"})
+STREAM_NEUTRAL = NEUTRAL | {"placement", "compression"}
+# What an administrator may tune; `hostd provision` resets it, the worker does not ask for it.
+STREAM_TUNABLE = frozenset(
+    {"storage", "max_age", "max_bytes", "max_msgs", "max_msg_size", "max_consumers"}
+) | {"duplicate_window", "consumer_limits"}
+CONSUMER_TUNABLE = frozenset({"ack_wait", "max_ack_pending", "max_waiting", "mem_storage"})
+UNSET: tuple[object, ...] = (0, -1, False, "", [], {}, None)
+
+
+def differences(
+    wanted: Mapping[str, Any], found: Mapping[str, Any], ignored: Set[str] = frozenset()
+) -> list[str]:
+    """Fields with another value, e.g. `max_age: is 0, must be 86400000000000`.
+
+    Any field that is not `wanted` must be unset: a field such as `headers_only` or `republish`
+    changes what the wanted ones mean, and a later server may have more of them.
+    """
     wrong: list[str] = []
     for field, value in wanted.items():
         # The server omits what is zero or false.
         is_value = found.get(field, type(value)())
-        if is_value != value:
+        if field not in ignored and is_value != value:
             wrong.append(f"{field}: is {is_value!r}, must be {value!r}")
+    wrong += [
+        f"{field}: is {value!r}, must be unset"
+        for field, value in sorted(found.items())
+        if field not in wanted and field not in ignored and value not in UNSET
+    ]
     return wrong
 
 
-def needed_of_stream(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the worker requires; operators may change sizes, ages and replicas."""
-    keep = ("name", "retention", "allow_direct", "max_msgs_per_subject", "allow_rollup_hdrs")
-    return {field: config[field] for field in keep if field in config}
-
-
-def needed_of_consumer(config: Mapping[str, Any]) -> dict[str, Any]:
-    keep = ("durable_name", "filter_subject", "ack_policy", "max_deliver", "deliver_policy")
-    return {field: config[field] for field in keep if field in config}
+def consumer_found(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in the answer to CONSUMER.INFO; the end of a past pause is left out."""
+    config = dict(info["config"])
+    config.pop("name", None)  # beside durable_name, since 2.9
+    if not info.get("paused", True):
+        config.pop("pause_until", None)
+    return config

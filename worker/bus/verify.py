@@ -29,18 +29,19 @@ async def verify(connection: Connection, subjects: Subjects, api: str = "$JS.API
         if found is None:
             wrong.append(f"stream {name} is missing")
             continue
-        needed = streams.needed_of_stream(config)
-        wrong += [f"stream {name}: {text}" for text in streams.differences(needed, found)]
-        if not set(config["subjects"]) <= set(found.get("subjects", ())):
-            wrong.append(f"stream {name}: is not bound to {', '.join(config['subjects'])}")
+        ignored = streams.STREAM_NEUTRAL | streams.STREAM_TUNABLE
+        different = streams.differences(config, found["config"], ignored)
+        wrong += [f"stream {name}: {text}" for text in different]
     stream, consumer = subjects.commands_stream, subjects.consumer
     what = f"consumer {consumer} of {stream}"
     found = await _info(connection, f"{api}CONSUMER.INFO.{stream}.{consumer}", what)
     if found is None:
         wrong.append(f"{what} is missing")
     else:
-        needed = streams.needed_of_consumer(streams.consumer_config(subjects))
-        wrong += [f"{what}: {text}" for text in streams.differences(needed, found)]
+        ignored = streams.NEUTRAL | streams.CONSUMER_TUNABLE
+        config = streams.consumer_config(subjects)
+        different = streams.differences(config, streams.consumer_found(found), ignored)
+        wrong += [f"{what}: {text}" for text in different]
     if wrong:
         raise NotProvisioned(
             f"{'; '.join(wrong)}. Run `hostd provision` with an admin's credentials"
@@ -49,7 +50,7 @@ async def verify(connection: Connection, subjects: Subjects, api: str = "$JS.API
 
 
 async def _info(connection: Connection, endpoint: str, what: str) -> dict[str, Any] | None:
-    """The configuration of a stream or consumer; None if it does not exist."""
+    """The description of a stream or consumer; None if it does not exist."""
     try:
         answer = await connection.request(endpoint, b"")
     except NoResponder as error:
@@ -67,5 +68,6 @@ async def _info(connection: Connection, endpoint: str, what: str) -> dict[str, A
         if found["error"].get("err_code") in NOT_FOUND:
             return None
         raise BusError(f"{what}: {found['error'].get('description')}")
-    config: dict[str, Any] = found.get("config", {})
-    return config
+    if not isinstance(found.get("config"), dict):
+        raise BusError(f"{what}: invalid answer to {endpoint}")
+    return found
