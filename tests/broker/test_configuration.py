@@ -32,7 +32,7 @@ CONSUMER_EDITS: Mapping[str, Any] = {
 }
 STREAM_EDITS: Mapping[str, Mapping[str, Any]] = {
     "cmd republish": {"republish": {"src": ">", "dest": "copies.>"}},
-    "cmd discard": {"discard": "old"},
+    "cmd discard": {"discard": "old", "discard_new_per_subject": False},
     "cmd subject_transform": {
         "subject_transform": {"src": f"{SUBJECTS.root}.*.cmd.>", "dest": f"{SUBJECTS.root}.x.cmd.>"}
     },

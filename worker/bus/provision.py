@@ -45,6 +45,7 @@ async def provision(
     hosts: Sequence[str],
     *,
     replicas: int = 1,
+    sizes_mib: Mapping[str, int] = streams.SIZES_MIB,
     ack_wait_ns: int = streams.ACK_WAIT_NS,
 ) -> list[Made]:
     """Create or correct all of the cell, and a consumer for each of `hosts`.
@@ -56,6 +57,7 @@ async def provision(
         subjects: of the cell; their host is not used.
         hosts: IDs of the hosts that get a consumer.
         replicas: of the streams.
+        sizes_mib: of the streams and the bucket, by kind.
         ack_wait_ns: when a command that was not acknowledged is delivered again.
 
     Raises:
@@ -64,7 +66,7 @@ async def provision(
         BusError: no answer; run it again.
     """
     api = _Api(connection)
-    wanted = streams.stream_configs(subjects, replicas=replicas)
+    wanted = streams.stream_configs(subjects, replicas=replicas, sizes_mib=sizes_mib)
     made = [await _stream(api, config) for config in wanted]
     made += [await _consumer(api, replace(subjects, host_id=host), ack_wait_ns) for host in hosts]
     return made

@@ -27,6 +27,23 @@ ACK = b"+ACK"
 GRACE_S = 5.0
 MSG_SIZE = "Nats-Msg-Size"  # of a consumer with `headers_only`
 MAX_BARE = 1024
+# What a server writes into a message that it publishes: by `republish`, for a direct get, by a
+# source or a mirror, by a schedule, or in place of an expired one. Commands come from agentd.
+SERVER_HEADERS = frozenset(
+    {
+        "nats-stream",
+        "nats-subject",
+        "nats-sequence",
+        "nats-last-sequence",
+        "nats-time-stamp",
+        "nats-num-pending",
+        "nats-upto-sequence",
+        "nats-stream-source",
+        "nats-msg-size",
+        "nats-marker-reason",
+        "nats-scheduler",
+    }
+)
 GONE = ("consumer deleted", "stream deleted", "consumer is push based")
 
 
@@ -287,4 +304,5 @@ def to_delivery(message: Message, connection: Connection) -> Delivery:
         stream_seq=stream_seq,
         delivered=delivered,
         ack=ack,
+        server_headers=tuple(sorted(SERVER_HEADERS & headers.keys())),
     )

@@ -13,7 +13,11 @@ from schemas.subjects import Subjects
 NS = 1_000_000_000
 DAY_NS = 86_400 * NS
 MESSAGE_BYTES = 65_536
-REPLY_BYTES = 1 << 30
+MIB = 1 << 20
+# The sizes of a cell, by kind; at the bound, `cmd` and `state` refuse new messages, the others drop
+# the oldest. `LANE_MESSAGES` is the largest backlog of one lane.
+SIZES_MIB = {"cmd": 512, "evt": 1024, "reply": 1024, "dead": 256, "state": 512}
+LANE_MESSAGES = 5000
 DEDUPE_NS = 600 * NS
 # Commands are acknowledged as soon as they are journalled, in milliseconds. A command
 # delivered into a connection that died is delivered again only after this time, however soon the
@@ -58,7 +62,9 @@ def stream_of(subjects: Subjects, subject: str) -> str | None:
     }.get(kind)
 
 
-def stream_configs(subjects: Subjects, *, replicas: int = 1) -> tuple[dict[str, Any], ...]:
+def stream_configs(
+    subjects: Subjects, *, replicas: int = 1, sizes_mib: Mapping[str, int] = SIZES_MIB
+) -> tuple[dict[str, Any], ...]:
     """The four streams and the bucket of a cell. `max_consumers` is explicit: servers differ."""
 
     def stream(name: str, kind: str, **more: Any) -> dict[str, Any]:
@@ -70,6 +76,7 @@ def stream_configs(subjects: Subjects, *, replicas: int = 1) -> tuple[dict[str, 
             "discard": "old",
             "num_replicas": replicas,
             "max_consumers": MAX_CONSUMERS,
+            "max_bytes": sizes_mib[kind] * MIB,
             "duplicate_window": DEDUPE_NS,
             **more,
         }
@@ -82,13 +89,14 @@ def stream_configs(subjects: Subjects, *, replicas: int = 1) -> tuple[dict[str, 
             discard="new",
             max_age=7 * DAY_NS,
             max_msg_size=MESSAGE_BYTES,
+            max_msgs_per_subject=LANE_MESSAGES,
+            discard_new_per_subject=True,
         ),
         stream(subjects.events_stream, "evt", max_age=7 * DAY_NS, allow_direct=True),
         stream(
             subjects.replies_stream,
             "reply",
             max_age=DAY_NS,
-            max_bytes=REPLY_BYTES,
             allow_direct=True,
         ),
         stream(subjects.dead_stream, "dead", max_age=30 * DAY_NS, allow_direct=True),
@@ -100,6 +108,7 @@ def stream_configs(subjects: Subjects, *, replicas: int = 1) -> tuple[dict[str, 
             "discard": "new",
             "num_replicas": replicas,
             "max_consumers": MAX_CONSUMERS,
+            "max_bytes": sizes_mib["state"] * MIB,
             "duplicate_window": 120 * NS,
             "max_msgs_per_subject": 1,
             "max_msg_size": MESSAGE_BYTES,

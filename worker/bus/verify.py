@@ -15,20 +15,27 @@ from worker.bus.protocol import BusError, NotProvisioned
 NOT_FOUND = (10014, 10059)
 
 
-async def verify(connection: Connection, subjects: Subjects, api: str = "$JS.API.") -> None:
+async def verify(
+    connection: Connection, subjects: Subjects, api: str = "$JS.API."
+) -> dict[str, int]:
     """Check streams, consumer and bucket through the JetStream API with the prefix `api`.
+
+    Returns:
+        The last sequence number of each stream.
 
     Raises:
         NotProvisioned: what is missing or wrong, and what to run.
         BusError: no answer now; try again.
     """
     wrong: list[str] = []
+    last: dict[str, int] = {}
     for config in streams.stream_configs(subjects):
         name = str(config["name"])
         found = await _info(connection, f"{api}STREAM.INFO.{name}", f"stream {name}")
         if found is None:
             wrong.append(f"stream {name} is missing")
             continue
+        last[name] = int(found.get("state", {}).get("last_seq", 0))
         ignored = streams.STREAM_NEUTRAL | streams.STREAM_TUNABLE
         different = streams.differences(config, found["config"], ignored)
         wrong += [f"stream {name}: {text}" for text in different]
@@ -47,6 +54,7 @@ async def verify(connection: Connection, subjects: Subjects, api: str = "$JS.API
             f"{'; '.join(wrong)}. Run `hostd provision` with an admin's credentials"
             f" for cell {subjects.cell} and host {subjects.host_id}"
         )
+    return last
 
 
 async def _info(connection: Connection, endpoint: str, what: str) -> dict[str, Any] | None:

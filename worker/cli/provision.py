@@ -8,7 +8,7 @@ import msgspec
 
 from schemas.naming import HOST_ID_PATTERN
 from schemas.subjects import Subjects
-from worker.bus import accounts
+from worker.bus import accounts, streams
 from worker.bus.connection import Connection
 from worker.bus.protocol import BusError, NotProvisioned
 from worker.bus.provision import Made
@@ -43,6 +43,14 @@ JS_DOMAIN = "hostd"  # in the printed accounts, if [nats] js_domain is empty
     help="Replicas of each stream and the bucket.",
 )
 @click.option(
+    "--size",
+    "sizes",
+    metavar="KIND=MIB",
+    multiple=True,
+    help="Size of a stream or the bucket, KIND one of cmd, evt, reply, dead, state; repeatable. "
+    f"Default: {' '.join(f'{kind}={mib}' for kind, mib in streams.SIZES_MIB.items())}.",
+)
+@click.option(
     "--server-config",
     is_flag=True,
     help="Print the accounts of nats-server.conf for the cell and its hosts; change nothing.",
@@ -54,6 +62,7 @@ def provision(
     creds: str | None,
     hosts: tuple[str, ...],
     replicas: int,
+    sizes: tuple[str, ...],
     server_config: bool,
     config: str | None,
     as_json: bool,
@@ -68,6 +77,7 @@ def provision(
         raise click.UsageError(
             f"invalid host ID {bad[0]!r}: use 1-63 characters A-Z, a-z, 0-9, '_' or '-'"
         )
+    sizes_mib = {**streams.SIZES_MIB, **dict(map(_size, sizes))}
     nats = msgspec.structs.replace(
         settings.nats, url=url or settings.nats.url, creds=creds or settings.nats.creds
     )
@@ -82,7 +92,9 @@ def provision(
         await connection.start()
         try:
             await asyncio.wait_for(connection.wait_connected(), CONNECT_TIMEOUT_S)
-            return await provision_cell(connection, subjects, hosts, replicas=replicas)
+            return await provision_cell(
+                connection, subjects, hosts, replicas=replicas, sizes_mib=sizes_mib
+            )
         except TimeoutError as error:
             raise NoAnswer(
                 f"cannot connect to NATS at {nats.url} within {CONNECT_TIMEOUT_S:g} s: "
@@ -102,3 +114,14 @@ def provision(
         print_json([asdict(one) for one in made])
     else:
         click.echo("\n".join(str(one) for one in made))
+
+
+def _size(text: str) -> tuple[str, int]:
+    """`KIND=MIB`, from 1 MiB to 1 PiB."""
+    kind, _, mib = text.partition("=")
+    if kind not in streams.SIZES_MIB or not mib.isdecimal() or not 1 <= int(mib[:11]) <= 1 << 30:
+        raise click.UsageError(
+            f"invalid --size {text!r}: use KIND=MIB with KIND {', '.join(streams.SIZES_MIB)} "
+            "and 1 to 1073741824 MiB"
+        )
+    return kind, int(mib)
