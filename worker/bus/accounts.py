@@ -144,6 +144,11 @@ def _host_grants(subjects: Subjects) -> Iterator[Grant]:
     yield Grant("stream", host, "_INBOX.>", (agentd,))  # to `reply_to`
 
 
+def describe(grant: Grant) -> str:
+    """For messages: what to add to the server's configuration, in its words."""
+    return f"import {_import(grant)}, or {grant.owner} lacks {grant.kind} export {grant.subject}"
+
+
 def users(hosts: Sequence[str]) -> dict[str, str]:
     """The user of each account that has one, e.g. `HOST_h1: host-h1`."""
     found = {ADMIN: "admin", DASHBOARD: "dashboard"}

@@ -61,6 +61,7 @@ class NatsBus:
             guards=guards,
             tuning=tuning,
         )
+        self._js_domain = settings.js_domain
         self._api = streams.js_api(settings.js_domain)
         self._window = window
         self._loop: PullLoop | None = None
@@ -112,7 +113,7 @@ class NatsBus:
             NotProvisioned: what is missing or wrong, and what to run.
             BusError: no answer now; try again.
         """
-        last = await verify.verify(self.connection, self.subjects, self._api)
+        last = await verify.verify(self.connection, self.subjects, self._js_domain)
         if not self._last_before:
             self._last_before = last
 

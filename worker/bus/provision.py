@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from schemas.subjects import Subjects
-from worker.bus import streams
+from worker.bus import accounts, streams
 from worker.bus.connection import Connection
 from worker.bus.message import Message, NoResponder
 from worker.bus.protocol import BusError, NotProvisioned
@@ -179,6 +179,10 @@ class _Api:
         try:
             answer = await self._connection.request(f"$JS.API.{endpoint}", payload)
         except NoResponder as error:
-            raise NotProvisioned("JetStream is not enabled for this NATS account") from error
+            raise NotProvisioned(
+                f"nothing answers $JS.API.{endpoint}: enable JetStream for this NATS account, or"
+                f" use {accounts.ADMIN} of `hostd provision --server-config`, the account that"
+                f" imports $JS.API.> of {accounts.OWNER}"
+            ) from error
         found: dict[str, Any] = json.loads(answer.data)
         return found

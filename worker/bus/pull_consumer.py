@@ -27,6 +27,7 @@ ACK = b"+ACK"
 GRACE_S = 5.0
 MSG_SIZE = "Nats-Msg-Size"  # of a consumer with `headers_only`
 MAX_BARE = 1024
+UNANSWERED_MAX = 3  # in a row: a consumer that is just being created or moved is no trouble
 # What a server writes into a message that it publishes: by `republish`, for a direct get, by a
 # source or a mirror, by a schedule, or in place of an expired one. Commands come from agentd.
 SERVER_HEADERS = frozenset(
@@ -87,6 +88,7 @@ class PullLoop:
         self._stale = True
         self._missing = False
         self._checks = 0
+        self._unanswered = 0
         self._bare: dict[int, int] = {}
         self._not_before = 0.0
         self._heard_at = 0.0
@@ -172,7 +174,13 @@ class PullLoop:
         await self._check()
         self._checks += 1
         self._missing = False
-        self._trouble("")
+        if self._unanswered > UNANSWERED_MAX:
+            self._trouble(
+                f"nothing answers {self._next}, although the consumer exists: import it in the"
+                " account of this host as `hostd provision --server-config` prints it"
+            )
+        else:
+            self._trouble("")
 
     # -- pulls -------------------------------------------------------------------------------------
 
@@ -219,6 +227,8 @@ class PullLoop:
             if generation == self._generation:
                 self._on_status(message)
             return
+        if self._unanswered:
+            self._answered()
         if generation == self._generation:
             self.credit = max(0, self.credit - 1)
         task = asyncio.create_task(self._handle(message), name="receive")
@@ -256,8 +266,17 @@ class PullLoop:
             self._bare.clear()
         return self._checks == self._bare.setdefault(stream_seq, self._checks)
 
+    def _answered(self) -> None:
+        if self._unanswered > UNANSWERED_MAX:
+            self._trouble("")
+        self._unanswered = 0
+
     def _on_status(self, message: Message) -> None:
         status = message.headers.get("Status", "")
+        if status == "503":
+            self._unanswered += 1
+        elif self._unanswered:
+            self._answered()
         if status == "100":
             return
         text = message.headers.get("Description", "")
@@ -274,6 +293,8 @@ class PullLoop:
             self._not_before = time.monotonic() + 0.1
         elif status == "503" or text.lower() in GONE:
             self._missing = True
+            if self._unanswered > UNANSWERED_MAX:
+                self._not_before = time.monotonic() + self._connection.tuning.missing_retry_s
         elif status == "409" and not text.startswith("Exceeded"):
             # The consumer has a new leader, or the server shuts down.
             self._not_before = time.monotonic() + 0.1

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from schemas.subjects import Subjects
-from worker.bus import streams
+from worker.bus import accounts, imports, streams
 from worker.bus.connection import Connection
 from worker.bus.message import NoResponder
 from worker.bus.protocol import BusError, NotProvisioned
@@ -15,10 +15,8 @@ from worker.bus.protocol import BusError, NotProvisioned
 NOT_FOUND = (10014, 10059)
 
 
-async def verify(
-    connection: Connection, subjects: Subjects, api: str = "$JS.API."
-) -> dict[str, int]:
-    """Check streams, consumer and bucket through the JetStream API with the prefix `api`.
+async def verify(connection: Connection, subjects: Subjects, js_domain: str = "") -> dict[str, int]:
+    """Check streams, consumer and bucket, and with accounts what this host's account imports.
 
     Returns:
         The last sequence number of each stream.
@@ -27,6 +25,9 @@ async def verify(
         NotProvisioned: what is missing or wrong, and what to run.
         BusError: no answer now; try again.
     """
+    api = streams.js_api(js_domain)
+    if js_domain:
+        await _check_imports(connection, subjects, js_domain)
     wrong: list[str] = []
     last: dict[str, int] = {}
     for config in streams.stream_configs(subjects):
@@ -57,15 +58,25 @@ async def verify(
     return last
 
 
+async def _check_imports(connection: Connection, subjects: Subjects, js_domain: str) -> None:
+    account = accounts.host_account(subjects.host_id)
+    lacking = await imports.missing(connection, account, subjects, [subjects.host_id], js_domain)
+    if lacking:
+        raise NotProvisioned(
+            f"the NATS server's configuration is incomplete: {'; '.join(lacking)}. Add what"
+            f" `hostd provision --server-config` prints, and reload the server; [nats] js_domain is"
+            f" {js_domain!r}"
+        )
+
+
 async def _info(connection: Connection, endpoint: str, what: str) -> dict[str, Any] | None:
     """The description of a stream or consumer; None if it does not exist."""
     try:
         answer = await connection.request(endpoint, b"")
     except NoResponder as error:
         raise NotProvisioned(
-            f"cannot read {what}: no service answers {endpoint}. Import it in the account of this"
-            " host, enable JetStream in the account that exports it, and set [nats] js_domain as"
-            " in deploy/nats/hostd.conf"
+            f"cannot read {what}: nothing answers {endpoint}. Enable JetStream for this NATS"
+            " account, or use the accounts of deploy/nats/hostd.conf and set [nats] js_domain"
         ) from error
     except BusError as error:
         raise BusError(

@@ -1,14 +1,17 @@
 """`hostd provision`: streams, KV bucket and consumers of a cell, with an admin credential."""
 
 import asyncio
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
 import msgspec
 
 from schemas.naming import HOST_ID_PATTERN
+from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
-from worker.bus import accounts, streams
+from worker.bus import accounts, imports, streams
 from worker.bus.connection import Connection
 from worker.bus.protocol import BusError, NotProvisioned
 from worker.bus.provision import Made
@@ -24,6 +27,7 @@ from worker.cli.context import (
 )
 
 CONNECT_TIMEOUT_S = 10.0
+LACKING = "lacking"
 JS_DOMAIN = "hostd"  # in the printed accounts, if [nats] js_domain is empty
 
 
@@ -51,6 +55,14 @@ JS_DOMAIN = "hostd"  # in the printed accounts, if [nats] js_domain is empty
     f"Default: {' '.join(f'{kind}={mib}' for kind, mib in streams.SIZES_MIB.items())}.",
 )
 @click.option(
+    "--check-creds",
+    "checks",
+    metavar="ACCOUNT=FILE",
+    multiple=True,
+    help="Check what the server's configuration lacks for an account, with the credentials of one "
+    "of its users; e.g. HOST_h1=h1.creds; repeatable.",
+)
+@click.option(
     "--server-config",
     is_flag=True,
     help="Print the accounts of nats-server.conf for the cell and its hosts; change nothing.",
@@ -58,11 +70,13 @@ JS_DOMAIN = "hostd"  # in the printed accounts, if [nats] js_domain is empty
 @config_option
 @json_option
 def provision(
+    *,
     url: str | None,
     creds: str | None,
     hosts: tuple[str, ...],
     replicas: int,
     sizes: tuple[str, ...],
+    checks: tuple[str, ...],
     server_config: bool,
     config: str | None,
     as_json: bool,
@@ -78,6 +92,7 @@ def provision(
             f"invalid host ID {bad[0]!r}: use 1-63 characters A-Z, a-z, 0-9, '_' or '-'"
         )
     sizes_mib = {**streams.SIZES_MIB, **dict(map(_size, sizes))}
+    accounts_to_check = [_account(text, hosts) for text in checks]
     nats = msgspec.structs.replace(
         settings.nats, url=url or settings.nats.url, creds=creds or settings.nats.creds
     )
@@ -92,9 +107,12 @@ def provision(
         await connection.start()
         try:
             await asyncio.wait_for(connection.wait_connected(), CONNECT_TIMEOUT_S)
-            return await provision_cell(
+            made = await provision_cell(
                 connection, subjects, hosts, replicas=replicas, sizes_mib=sizes_mib
             )
+            for account, path in accounts_to_check:
+                made.append(await _check(nats, account, path, subjects, hosts))
+            return made
         except TimeoutError as error:
             raise NoAnswer(
                 f"cannot connect to NATS at {nats.url} within {CONNECT_TIMEOUT_S:g} s: "
@@ -114,6 +132,43 @@ def provision(
         print_json([asdict(one) for one in made])
     else:
         click.echo("\n".join(str(one) for one in made))
+    if any(one.how == LACKING for one in made):
+        raise CliError("conflict", "the NATS server's configuration is incomplete, see above")
+
+
+async def _check(
+    nats: NatsSettings, account: str, path: str, subjects: Subjects, hosts: Sequence[str]
+) -> Made:
+    """Whether the account has what its role needs, with a connection of its own."""
+    settings = msgspec.structs.replace(nats, creds=path)
+    host_id = account.partition("_")[2] or hosts[0]
+    inbox = streams.inbox_prefix(host_id) if account.startswith("HOST_") else "_INBOX.hostd-check"
+    connection = Connection(settings, name="hostd-provision", inbox=inbox)
+    await connection.start()
+    try:
+        await asyncio.wait_for(connection.wait_connected(), CONNECT_TIMEOUT_S)
+        domain = nats.js_domain or JS_DOMAIN
+        text = await imports.check(connection, account, subjects, hosts, domain)
+    except TimeoutError as error:
+        raise NoAnswer(
+            f"cannot connect to NATS with {path} for account {account} within "
+            f"{CONNECT_TIMEOUT_S:g} s: {connection.last_error or 'no connection'}"
+        ) from error
+    finally:
+        await connection.close()
+    what = f"account {account}"
+    return Made(what, "found") if text == "ok" else Made(what, LACKING, text)
+
+
+def _account(text: str, hosts: Sequence[str]) -> tuple[str, str]:
+    """`ACCOUNT=FILE`."""
+    account, _, path = text.partition("=")
+    known = [name for name in accounts.users(hosts) if name != accounts.SYSTEM]
+    if account not in known or not path:
+        raise click.UsageError(
+            f"invalid --check-creds {text!r}: use ACCOUNT=FILE with ACCOUNT {', '.join(known)}"
+        )
+    return account, os.path.abspath(path)
 
 
 def _size(text: str) -> tuple[str, int]:
