@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def checkable(account: str) -> list[accounts.Grant]:
 @asynccontextmanager
 async def cell(
     directory: Path, account: str, grant: accounts.Grant, *, program: str = ""
-) -> AsyncIterator[Roles]:
+) -> AsyncGenerator[Roles]:
     """A provisioned cell whose server then lost one import of an account."""
     async with AsyncExitStack() as stack:
         server = Server(str(directory / "nats"), config=example_accounts(), program=program)
