@@ -12,12 +12,16 @@ class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NatsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[nats]`. `root` empty means `hostd.v1.<cell>`; `creds` and `tls` (a CA file) are paths."""
+    """`[nats]`. `root` empty means `hostd.v1.<cell>`; `creds` and `tls` (a CA file) are paths.
+
+    `js_domain` names the imported JetStream API `$JS.<js_domain>.API`; empty means `$JS.API`.
+    """
 
     url: str = "nats://127.0.0.1:4222"
     creds: str = ""
     tls: str = ""
     root: str = ""
+    js_domain: str = ""
     inbox_prefixes: tuple[str, ...] = ("_INBOX.",)
 
 

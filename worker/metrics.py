@@ -99,6 +99,11 @@ class Metrics:
         self._pulls = _Total(
             "hostd_bus_pulls_total", "Pull requests sent to the command consumer.", registry
         )
+        self._taken_msg_ids = _Total(
+            "hostd_bus_taken_msg_ids_total",
+            "Publications that the server took for copies of another sender's message.",
+            registry,
+        )
         self._redeliveries = Counter(
             "hostd_redeliveries_total",
             "Command messages that NATS delivered more than once.",
@@ -216,11 +221,14 @@ class Metrics:
     def bus_connected(self, connected: bool) -> None:
         self._connected.set(int(connected))
 
-    def bus_totals(self, *, reconnects: int, permission_errors: int, pulls: int) -> None:
+    def bus_totals(
+        self, *, reconnects: int, permission_errors: int, pulls: int, taken_msg_ids: int
+    ) -> None:
         """Totals since the worker started."""
         self._reconnects.set(reconnects)
         self._permission_errors.set(permission_errors)
         self._pulls.set(pulls)
+        self._taken_msg_ids.set(taken_msg_ids)
 
     def queries_dropped(self, total: int) -> None:
         self._queries_dropped.set(total)

@@ -289,6 +289,7 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "nats.creds": _or_empty(_absolute),
     "nats.tls": _or_empty(_absolute),
     "nats.root": _or_empty(_matches(ROOT_PATTERN, "a subject without wildcards")),
+    "nats.js_domain": _or_empty(_matches(CELL_PATTERN, "1 to 32 of A-Z a-z 0-9 _ -")),
     "nats.inbox_prefixes": _each(_inbox),
     "paths.data": _absolute,
     "paths.state": _absolute,

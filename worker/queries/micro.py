@@ -25,6 +25,9 @@ from worker.bus.protocol import BusError
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 TYPE = "io.nats.micro.v1"
+# Reply subjects of requests from other accounts, made and routed by the server to the requester of
+# that request only. A client of the same account would have to guess 14 random characters of one.
+CROSS_ACCOUNT = "_R_."
 CONCURRENT_MAX = 64
 PENDING_MAX = 256
 
@@ -73,7 +76,7 @@ class MicroService:
             "metadata": dict(metadata),
         }
         self._endpoints = endpoints
-        self._prefixes = tuple(inbox_prefixes)
+        self._prefixes = (*inbox_prefixes, CROSS_ACCOUNT)
         self._started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
         self._slots = asyncio.Semaphore(CONCURRENT_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
