@@ -83,7 +83,9 @@ class LiveHost:
         # Not in /tmp: where that is a tmpfs, what a VMM writes there counts as its memory.
         self.directory = tempfile.mkdtemp(prefix="hostd-live-", dir="/var/tmp")
         self.guest = guest
-        self.nats = EmbeddedNats(f"{self.directory}/nats")
+        # A production host connects only with a credential.
+        users = "authorization { user: live, password: host }" if production else ""
+        self.nats = EmbeddedNats(f"{self.directory}/nats", config=users)
         self.boot_args = boot_args
         self.production = production
         self.limits = limits
@@ -97,9 +99,10 @@ class LiveHost:
         with contextlib.suppress(FileNotFoundError):
             controllers = Path(find_mount(), "cgroup.controllers").read_text(encoding="ascii")
         unique = f"{os.getpid()}-{os.path.basename(self.directory)[-8:].lower()}"
+        user = "live:host@" if self.production else ""
         return Settings(
             host=HostSettings(id=f"test-{os.getpid()}", cell="test", production=self.production),
-            nats=NatsSettings(url=self.nats.url),
+            nats=NatsSettings(url=f"nats://{user}127.0.0.1:{self.nats.port}"),
             paths=PathSettings(
                 data=f"{self.directory}/disk/mvm",
                 state=f"{self.directory}/disk/state",
