@@ -207,7 +207,8 @@ class Worker:
     def _collect(self) -> None:
         self.metrics.lanes(**self.lanes.counts())
         self.metrics.unfinished(len(self.journal.commands.unfinished()))
-        self.metrics.outbox_rows(self.journal.outbox.depth)
+        outbox = self.journal.outbox
+        self.metrics.outbox_rows(outbox.depth, held=outbox.held)
         self.metrics.bus_connected(self.bus.connected)
         self.metrics.bus_totals(
             reconnects=self.bus.reconnects,
