@@ -130,9 +130,13 @@ class LiveHost:
 
     # -- worker --------------------------------------------------------------------------------
 
-    async def start_worker(self, *, ready: bool = True, **environment: str) -> None:
-        """Start it; with `ready` wait until it takes commands. Its log is `worker.log`."""
-        variables = os.environ | environment_of(self.settings) | environment
+    async def start_worker(self, *, ready: bool = True, **environment: str | None) -> None:
+        """Start it; with `ready` wait until it takes commands. Its log is `worker.log`.
+
+        A variable that is None is not set.
+        """
+        wanted = os.environ | environment_of(self.settings) | environment
+        variables = {name: value for name, value in wanted.items() if value is not None}
         with open(f"{self.directory}/worker.log", "ab") as log:
             self.worker = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "worker", stdout=log, stderr=log, env=variables

@@ -9,10 +9,12 @@ and `BusError`, and are notified of each new connection. Knows no streams and no
 
 import asyncio
 import contextlib
+import hashlib
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -71,16 +73,8 @@ class Connection:
         check_library()
         self.tuning = tuning
         self.guards = guards
-        self._settings = settings
-        self._url = without_password(settings.url)
-        self._servers = [url.strip() for url in settings.url.split(",")]
-        self._tls = requires_tls(self._servers, settings.tls)
         self._name, self._inbox = name, inbox
-        self._creds = (
-            CredentialsFile(settings.creds, reread=Guard.REREAD_CREDS in guards)
-            if settings.creds
-            else None
-        )
+        self._use(settings)
         self._client: GuardedClient | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._listeners: list[Callable[[bool], None]] = []
@@ -103,6 +97,43 @@ class Connection:
         """Connect and stay connected, in the background, until `close`."""
         if self._keeper is None:
             self._keeper = asyncio.create_task(self._keep_connected(), name="nats-connection")
+
+    def _use(self, settings: NatsSettings) -> None:
+        self._settings = settings
+        self._url = without_password(settings.url)
+        self._servers = [url.strip() for url in settings.url.split(",")]
+        self._tls = requires_tls(self._servers, settings.tls)
+        self._creds = (
+            CredentialsFile(settings.creds, reread=Guard.REREAD_CREDS in self.guards)
+            if settings.creds
+            else None
+        )
+        self._in_use: tuple[object, ...] = ()
+
+    async def reload(self, settings: NatsSettings) -> bool:
+        """Use other servers, credentials or a CA file; connect anew if any of them changed.
+
+        Returns whether it connects anew. Requests that wait for an answer fail and are repeated by
+        their callers.
+
+        Raises:
+            BusError: one of the files cannot be used; the connection stays as it is.
+        """
+        try:
+            if settings.creds:
+                CredentialsFile(settings.creds).check()
+            if settings.tls:
+                await asyncio.to_thread(ssl.create_default_context, cafile=settings.tls)
+            if _contents(settings) == self._in_use:
+                return False
+        except (OSError, errors.Error) as error:
+            raise BusError(f"cannot reload [nats]: {_text(error)}") from error
+        await (
+            self.close()
+        )  # also an attempt to connect with the old settings, which goes on forever
+        self._use(settings)
+        await self.start()
+        return True
 
     async def close(self) -> None:
         """Send what is buffered, for up to two seconds, and disconnect."""
@@ -131,6 +162,8 @@ class Connection:
             await asyncio.sleep(self._backoff.next_s())
 
     async def _connect(self, client: GuardedClient) -> None:
+        with contextlib.suppress(OSError):  # the attempt itself reports a file that is missing
+            self._in_use = _contents(self._settings)
         options: dict[str, Any] = {"connect_timeout": self.tuning.connect_timeout_s}
         if Guard.PING in self.guards:  # the default finds a stalled connection after six minutes
             options["ping_interval"] = self.tuning.ping_s
@@ -359,6 +392,13 @@ class Connection:
         if client is None or not client.is_connected:
             raise BusError(f"not connected to {self._url}: {self.last_error or 'starting'}")
         return client
+
+
+def _contents(settings: NatsSettings) -> tuple[object, ...]:
+    """What a connection is made from, files by their content's hash. Raises OSError."""
+    paths = [path for path in (settings.creds, settings.tls) if path]
+    hashes = [hashlib.sha256(Path(path).read_bytes()).digest() for path in paths]
+    return settings.url, settings.creds, settings.tls, *hashes
 
 
 def _check_sendable(
