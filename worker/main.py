@@ -86,7 +86,8 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
     signals.install()
     prepare_dirs(settings)
     async with AsyncExitStack() as stack:
-        stack.enter_context(HostLock(settings.paths.run))
+        owned = (settings.paths.state, settings.jail_base)
+        stack.enter_context(HostLock(settings.paths.run, *owned))
         await check_versions(settings)
         metrics = Metrics(version("hostd"))
         subjects = Subjects(settings.root, settings.host.id, settings.host.cell)
@@ -152,7 +153,14 @@ class Worker:
         self.lease = Lease(
             bus,
             subjects.host_key,
-            Holder(machine_id(), real.facts.boot_id(), journal.store.journal_id),
+            Holder(
+                machine_id(),
+                real.facts.boot_id(),
+                journal.store.journal_id,
+                product_uuid=real.facts.product_uuid(),
+                macs=real.facts.macs(),
+                hostname=real.facts.hostname(),
+            ),
             lambda: {**self.facts(), "seq": journal.store.seq},
         )
         self.state = StateWriter(bus, journal.outbox, journal.store.journal_id, self.lease)
@@ -213,6 +221,7 @@ class Worker:
             "connected": self.bus.connected,
             "can_commit": self.journal.store.writable,
             "provisioned": not self.bus.trouble,
+            "leased": self.lease.held,
         }
 
     def _collect(self) -> None:
