@@ -14,6 +14,7 @@ import random
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import cast
 
 import structlog
 
@@ -64,13 +65,10 @@ class Holder:
         if there and self.product_uuid and there != self.product_uuid:
             return "product_uuid"
         macs = value.get("macs")
-        if isinstance(macs, list) and macs and self.macs and not set(self.macs) & _texts(macs):
-            return "macs"
+        if isinstance(macs, list) and macs and self.macs:
+            shared = set(self.macs).intersection(str(mac) for mac in cast("list[object]", macs))
+            return "" if shared else "macs"
         return ""
-
-
-def _texts(values: list[object]) -> set[str]:
-    return {value for value in values if isinstance(value, str)}
 
 
 class Lease:

@@ -7,18 +7,18 @@ ends in the dead letter stream with an acknowledgement.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import msgpack
 import pytest
 
+from schemas.unpack import unpack_map
 from tests.broker.server import HOST, SUBJECTS, Server, consuming_host, eventually
 from tests.broker.test_exactly_once import Agentd, agentd, worker
 from tests.broker.test_guarded_client import DEAF_S, guard_cases
 from tests.broker.test_queries import asked
-from tests.fakes.shell_worker import Machine, start
+from tests.fakes.shell_worker import FakeHandlers, start
 from worker.bus.guarded_client import Guard
 
 COMMANDS = f"{SUBJECTS.root}.{HOST}.cmd.".encode()
@@ -67,7 +67,7 @@ async def unfinished(sender: Agentd) -> tuple[int, int]:
 @asynccontextmanager
 async def raw_client(
     server: Server,
-) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+) -> AsyncGenerator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A signed-in socket that a test writes the protocol to."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     await reader.readline()
@@ -97,7 +97,7 @@ async def publish_raw(server: Server, *lines: bytes) -> None:
 async def test_a_command_that_cannot_be_parsed_is_a_dead_letter_and_acknowledged(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    machine = Machine()
+    machine = FakeHandlers()
     async with (
         agentd(server) as sender,
         worker(server, tmp_path / "j", machine, monkeypatch) as running,
@@ -155,7 +155,7 @@ async def test_a_question_with_8_bytes_of_headers_is_answered(server: Server) ->
         line = await asyncio.wait_for(reader.readuntil(b"MSG _INBOX.raw 1 "), 10)
         size = int((await asyncio.wait_for(reader.readline(), 10)).split()[-1])
 
-        answer = msgpack.unpackb(await reader.readexactly(size))
+        answer = unpack_map(await reader.readexactly(size))
 
         assert line
         assert answer["host_id"] == HOST

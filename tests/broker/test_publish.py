@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +20,7 @@ from tests.broker.server import (
 )
 from tests.broker.test_exactly_once import agentd, worker
 from tests.broker.test_guarded_client import guard_cases
-from tests.fakes.shell_worker import Machine, start
+from tests.fakes.shell_worker import FakeHandlers, start
 from worker.bus.connection import Connection
 from worker.bus.guarded_client import Guard
 from worker.bus.nats import NatsBus
@@ -62,8 +61,8 @@ async def test_without_a_connection_publishing_fails_at_once_and_sends_nothing_l
     async with consuming_host(server) as host:
         await server.stop()
         assert await eventually(lambda: not host.bus.connected, 5)
-        began = time.monotonic()
 
+        # No reply is waited for: the request timeout would be another error.
         with pytest.raises(BusError, match="not connected"):
             await host.bus.publish(REPLY, b"r", msg_id="c-1")
         with pytest.raises(BusError, match="not connected"):
@@ -71,7 +70,6 @@ async def test_without_a_connection_publishing_fails_at_once_and_sends_nothing_l
         with pytest.raises(BusError, match="not connected"):
             await host.bus.write_state("h1.host", b"v", revision=None)
 
-        assert time.monotonic() - began < 0.5
         await server.start()
         assert await eventually(lambda: host.bus.connected and host.admin.connected, 5)
         assert await stored(host.admin, SUBJECTS.replies_stream) == 0
@@ -170,7 +168,7 @@ async def test_a_dead_letter_larger_than_max_payload_ends_in_the_stream_and_hold
     async with (
         running_server(tmp_path / "nats", config=limited_to(64_000)) as server,
         agentd(server) as sender,
-        worker(server, tmp_path / "j", Machine(), monkeypatch) as running,
+        worker(server, tmp_path / "j", FakeHandlers(), monkeypatch) as running,
     ):
         bus = cast("NatsBus", running.bus)
         bus.pause()

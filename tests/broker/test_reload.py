@@ -1,7 +1,7 @@
 """Reloaded settings: another credential, server or authority is used; what is invalid is not."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def credentials(path: Path, password: str) -> str:
 
 
 @asynccontextmanager
-async def connected(settings: NatsSettings) -> AsyncIterator[Connection]:
+async def connected(settings: NatsSettings) -> AsyncGenerator[Connection]:
     connection = Connection(settings, name="reload", inbox="_INBOX.reload", tuning=QUICK)
     await connection.start()
     try:

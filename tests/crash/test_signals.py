@@ -3,8 +3,9 @@
 import signal
 from pathlib import Path
 
+from tests.constants import START
 from tests.crash.kills import until
-from tests.live_host import START, LiveHost, live_host
+from tests.live_host import LiveHost, live_host
 from worker.signals import ignored, name_of
 
 
@@ -51,7 +52,11 @@ async def test_a_reload_uses_the_new_log_level_and_the_rotated_credential(tmp_pa
         creds.chmod(0o600)
         config.write_text('[log]\nlevel = "error"\n')
         await host.start_worker(
-            HOSTD_LOG_LEVEL=None, HOSTD_CONFIG=str(config), HOSTD_NATS_CREDS=str(creds)
+            environment={
+                "HOSTD_LOG_LEVEL": None,
+                "HOSTD_CONFIG": str(config),
+                "HOSTD_NATS_CREDS": str(creds),
+            }
         )
         before = host.log().count("bus.connected")
 

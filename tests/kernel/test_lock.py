@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ with HostLock(*sys.argv[1:]):
 
 
 @contextmanager
-def other_worker(*paths: Path) -> Iterator[subprocess.Popen[bytes]]:
+def other_worker(*paths: Path) -> Generator[subprocess.Popen[bytes]]:
     """Another process that holds the locks."""
     arguments = [sys.executable, "-c", HOLDER, *map(str, paths)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -1,6 +1,7 @@
 """From the journal to the bus: every message, events in order, also while the broker is down."""
 
 import asyncio
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.fakes.bus import FakeBus
 from tests.fakes.shell_worker import ShellWorker, shell_worker, start
 from worker import outbox
 from worker.bus.protocol import Unsendable
+from worker.journal.transaction import Transaction
 from worker.outbox import Outbox
 
 
@@ -60,12 +62,16 @@ async def test_an_absent_broker_delays_messages_but_loses_none(tmp_path: Path) -
         assert worker.journal.outbox.depth == 0
 
 
+def longest(_low: float, high: float) -> float:
+    return high
+
+
 async def test_a_reconnect_ends_the_backoff(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outbox, "BACKOFF_S", 1000.0)
     monkeypatch.setattr(outbox, "BACKOFF_MAX_S", 1000.0)
-    monkeypatch.setattr(outbox.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(random, "uniform", longest)
     async with shell_worker(tmp_path / "j", consume=False) as worker:
         worker.bus.up = False
         await worker.journal.records.event(EventKind.DRIFT)
@@ -127,14 +133,13 @@ async def test_a_row_that_the_bus_never_accepts_holds_up_no_other(
                 await super().send(subject, payload)
 
         bus = Picky()
-        await worker.journal.store.writer.submit(
-            lambda tx: [
-                worker.journal.store.source.queue(
-                    tx, kind, subject, b"x", msg_id=str(n), headers={} if kind == "dead" else None
-                )
-                for n, subject in enumerate([bad[kind], bad[kind], bad[kind].replace("bad", "ok")])
-            ]
-        )
+
+        def queue_three(tx: Transaction) -> None:
+            for n, name in enumerate(("bad", "bad", "ok")):
+                subject = bad[kind].replace("bad", name)
+                worker.journal.store.source.queue(tx, kind, subject, b"x", msg_id=str(n))
+
+        await worker.journal.store.writer.submit(queue_three)
         sending = asyncio.create_task(Outbox(bus, worker.journal).run())
         try:
             async with asyncio.timeout(20):
