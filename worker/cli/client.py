@@ -1,7 +1,7 @@
 """A client of the wire protocol: plain nats-py with short timeouts.
 
-Of the worker it imports only the client class that connects as the settings say or not at all, so
-that it doubles as the reference client for authors of an agentd in any language.
+Of the worker it imports only how to connect and sign in, so that it doubles as the reference client
+for authors of an agentd in any language.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -26,6 +26,7 @@ from schemas.requests import Request
 from schemas.settings import Settings
 from schemas.subjects import Lane, Subjects
 from schemas.unpack import Limits, pack, unpack_map
+from worker.bus.credentials import CredentialsFile
 from worker.bus.strict_client import StrictClient, requires_tls, without_password
 from worker.cli.context import CliError, NoAnswer
 
@@ -189,7 +190,11 @@ async def connect(
     servers = [server.strip() for server in target.split(",")]
     options: dict[str, Any] = {}
     if path := creds or settings.nats.creds:
-        options["user_credentials"] = path
+        file = CredentialsFile(path)
+        if file.is_jwt():
+            options["user_credentials"] = path
+        else:
+            options.update(user=file.user, password=file.password)
     if settings.nats.tls:
         options["tls"] = _trust(settings.nats.tls)
     seen: list[Exception] = []
