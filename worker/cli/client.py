@@ -202,9 +202,9 @@ async def connect(
     async def note(error: Exception) -> None:
         seen.append(error)
 
+    connection = StrictClient(tls=requires_tls(servers, settings.nats.tls))
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            connection = StrictClient(tls=requires_tls(servers, settings.nats.tls))
             await connection.connect(
                 servers,
                 name="hostd-cli",
@@ -217,6 +217,7 @@ async def connect(
                 **options,
             )
     except (OSError, nats.errors.Error, TimeoutError) as error:
+        await connection.drop()
         why = seen[0] if seen else error
         raise NoAnswer(
             f"cannot connect to NATS at {without_password(target)}:"
