@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import nkeys
+import pytest
 
-from schemas.settings import NatsSettings
-from tests.broker.server import Server
+from schemas.settings import NatsSettings, Settings
+from tests.broker.server import Server, running_server
 from worker.bus.connection import Connection
+from worker.cli.client import connect
+from worker.cli.context import NoAnswer
 
 
 def new_key(prefix: int) -> nkeys.KeyPair:
@@ -88,3 +91,20 @@ async def test_the_connection_authenticates_with_a_jwt_credentials_file(tmp_path
     finally:
         await connection.close()
         await server.stop()
+
+
+async def test_the_command_line_signs_in_with_the_same_file_as_the_worker(tmp_path: Path) -> None:
+    creds = tmp_path / "creds"
+    creds.write_text("host:one")
+    creds.chmod(0o600)
+    async with running_server(
+        tmp_path / "nats", config="authorization { user: host, password: one }"
+    ) as server:
+        settings = Settings(nats=NatsSettings(url=server.url, creds=str(creds)))
+        async with connect(settings) as client:
+            assert client.nats.is_connected
+
+        creds.chmod(0o644)
+        with pytest.raises(NoAnswer, match="readable by group or others; chmod 600"):
+            async with connect(settings):
+                pass

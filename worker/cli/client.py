@@ -1,7 +1,7 @@
 """A client of the wire protocol: plain nats-py with short timeouts.
 
-It imports nothing of the worker, only `schemas`: it doubles as the reference client for authors of
-an agentd in any language.
+Of the worker it imports only how to connect and sign in, so that it doubles as the reference client
+for authors of an agentd in any language.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -16,7 +16,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, cast
 
-import nats
 import nats.errors
 import nats.js.errors
 from nats.aio.client import Client as Nats
@@ -29,6 +28,8 @@ from schemas.requests import Request
 from schemas.settings import Settings
 from schemas.subjects import Lane, Subjects
 from schemas.unpack import Limits, pack, unpack_map
+from worker.bus.credentials import CredentialsFile
+from worker.bus.strict_client import StrictClient, requires_tls, without_password
 from worker.cli.context import CliError, NoAnswer
 
 CONNECT_TIMEOUT_S: Final = 3
@@ -214,9 +215,14 @@ async def connect(
         CliError: `invalid` CA file.
     """
     target = url or settings.nats.url
+    servers = [server.strip() for server in target.split(",")]
     options: dict[str, Any] = {}
     if path := creds or settings.nats.creds:
-        options["user_credentials"] = path
+        file = CredentialsFile(path)
+        if file.is_jwt():
+            options["user_credentials"] = path
+        else:
+            options.update(user=file.user, password=file.password)
     if settings.nats.tls:
         options["tls"] = _trust(settings.nats.tls)
     seen: list[Exception] = []
@@ -224,23 +230,26 @@ async def connect(
     async def note(error: Exception) -> None:
         seen.append(error)
 
+    connection = StrictClient(tls=requires_tls(servers, settings.nats.tls))
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            connection = await nats.connect(
-                [server.strip() for server in target.split(",")],
+            await connection.connect(
+                servers,
                 name="hostd-cli",
                 connect_timeout=CONNECT_TIMEOUT_S,
                 allow_reconnect=False,
                 max_reconnect_attempts=1,  # 0 means unlimited
-                reconnect_time_wait=0.1,
+                reconnect_time_wait=0,
                 error_cb=note,
                 inbox_prefix=settings.nats.inbox_prefixes[0].removesuffix("."),
                 **options,
             )
     except (OSError, nats.errors.Error, TimeoutError) as error:
+        await connection.drop()
         why = seen[0] if seen else error
         raise NoAnswer(
-            f"cannot connect to NATS at {target}: {str(why) or type(why).__name__}"
+            f"cannot connect to NATS at {without_password(target)}:"
+            f" {str(why) or type(why).__name__}"
         ) from error
     try:
         yield Client(connection, settings.root, settings.host.cell, settings.nats.js_domain)
