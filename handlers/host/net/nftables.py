@@ -30,6 +30,7 @@ NFTA_GEN_ID = 1
 Element = tuple[str, ...]
 # A set's family, table and name, and one element of it.
 Member = tuple[str, Element]
+TABLE, GUARD = "hostd", "hostd_guard"
 
 
 class Tables:
@@ -38,6 +39,8 @@ class Tables:
     Keeps what it read of a set until another program changes any ruleset: the kernel counts
     the commits of a namespace, and this object knows its own. So a set of 1,000 elements is not
     read for each change, and yet an out-of-band change is never missed.
+
+    While `guarded`, each set of hostd's tables exists twice, and both copies are read and changed.
 
     Source: nft(8), nf_tables' NFT_MSG_GETGEN. Needs: CAP_NET_ADMIN.
     """
@@ -49,6 +52,12 @@ class Tables:
         self._generation = -1
         self._changes = 0
         self._members: dict[str, set[Element]] = {}
+        self.guarded = False
+
+    @property
+    def can_own(self) -> bool:
+        """Whether a table can be owned: the engine has one socket for as long as it is open."""
+        return self._engine.one_socket
 
     def close(self) -> None:
         self._engine.close()
@@ -66,20 +75,27 @@ class Tables:
         return self._changes
 
     def members(self, name: str) -> set[Element]:
-        """The elements of a set, e.g. of `inet hostd tenants`; of none if it is absent."""
+        """The elements of a set, e.g. of `inet hostd tenants`; of none if it is absent.
+
+        While guarded, those of either copy.
+        """
         self.outside_changes()
-        if name not in self._members:
-            self._members[name] = set(elements_of(self.read(f"set {name}")))
-        return self._members[name]
+        return {element for copy in self._copies(name) for element in self._elements(copy)}
 
     def missing(self, members: Iterable[Member]) -> list[Member]:
-        """Those that are not there."""
-        return [member for member in members if member[1] not in self.members(member[0])]
+        """Those that are not there; while guarded, not in both copies."""
+        self.outside_changes()
+        return [
+            (name, element)
+            for name, element in members
+            if any(element not in self._elements(copy) for copy in self._copies(name))
+        ]
 
     def has(self, members: Iterable[Member]) -> bool:
         """Whether all of these are there; read from the kernel, not from the cache."""
+        copies = self._in_copies(members)
         try:
-            self._run("".join(f"get element {spelled(member)}\n" for member in members), 0)
+            self._run("".join(f"get element {spelled(member)}\n" for member in copies), 0)
         except Absent:
             return False
         return True
@@ -110,7 +126,7 @@ class Tables:
 
         One to remove may be absent, one to add may be there. Raises as `apply`.
         """
-        gone, come = list(remove), list(add)
+        gone, come = self._in_copies(remove), self._in_copies(add)
         # Adding first makes deleting one that is absent succeed, in the same transaction.
         lines = [f"{do} element {spelled(m)}" for m in gone for do in ("add", "delete")]
         lines += [f"add element {spelled(member)}" for member in come]
@@ -120,6 +136,18 @@ class Tables:
         for name, element in come:
             if name in self._members:
                 self._members[name].add(element)
+
+    def _copies(self, name: str) -> tuple[str, ...]:
+        """The names of a set's copies: the set itself and, while guarded, that of the guard."""
+        return (name, guard_of(name)) if self.guarded else (name,)
+
+    def _in_copies(self, members: Iterable[Member]) -> list[Member]:
+        return [(copy, element) for name, element in members for copy in self._copies(name)]
+
+    def _elements(self, name: str) -> set[Element]:
+        if name not in self._members:
+            self._members[name] = set(elements_of(self.read(f"set {name}")))
+        return self._members[name]
 
     def _commit(self, text: str) -> None:
         self.outside_changes()
@@ -190,6 +218,12 @@ class Nft:
         if self._tables is None:
             self._tables = Tables(self._open())
         return self._tables
+
+
+def guard_of(name: str) -> str:
+    """`inet hostd_guard tenants` for `inet hostd tenants`."""
+    family, _, rest = name.split(" ", 2)
+    return f"{family} {GUARD} {rest}"
 
 
 def next_generation(generation: int) -> int:

@@ -5,16 +5,21 @@ tenants as with one. The tables judge only what comes from or goes to a tenant's
 operator's own forwarding, and what other tables say, is untouched. Forbidden packets are counted
 and dropped, never rejected. The tables stay when there is no tenant.
 
+Both tables exist twice. `hostd` outlives the worker. `hostd_guard` has the same rules one priority
+later and is owned by the worker's netlink socket: no other program can flush or change it, so what
+is done to `hostd` lets nothing pass. Elements are changed in both in one transaction.
+
 Why a flow counts by its direction: a flow that the outside opened while the rules were gone (a
 flushed ruleset) must not live on as "established" when they are back.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from handlers.errors import Failure, HostFault
-from handlers.host.net.nftables import Element, Member, Nft, Tables, spelled
+from handlers.host.net.nftables import GUARD, TABLE, Element, Member, Nft, Tables, spelled
 from schemas.settings import NetworkSettings
 
 # Per tenant, and per guest.
@@ -125,15 +130,18 @@ class BaseRules:
             for protocol, _, port in (service.partition("/") for service in settings.host_services)
         }
         self._script = base_script(settings.max_flows)
+        self._guard_script = base_script(settings.max_flows, guard=True)
         self._left: tuple[int, str] | None = None
+        self._guard_left: tuple[int, str] | None = None
 
     async def ensure(self, uplinks: Iterable[str] | None = None) -> bool:
         """Put the tables in force if anything of them is missing or changed; true if so.
 
-        One transaction, membership kept. `uplinks` None keeps those that are set.
+        One transaction, membership kept. `uplinks` None keeps those that are set. Making the guard
+        is no change: each worker makes its own.
 
         Raises:
-            HostFault: the read-back differs from what was set.
+            HostFault: the read-back differs from what was set, or another process owns the guard.
         """
         return await self._nft.run(lambda tables: self.ensure_in(tables, uplinks))
 
@@ -142,7 +150,41 @@ class BaseRules:
         changed = not self._holds(tables)
         if changed:
             self._apply(tables)
-        return self._ensure_elements(tables, uplinks) or changed
+        changed = self._ensure_elements(tables, uplinks) or changed
+        if tables.can_own:
+            self._ensure_guard(tables)
+        return changed
+
+    def _ensure_guard(self, tables: Tables) -> None:
+        """Make the guard with the members of the tables, unless it is there."""
+        now = tables.outside_changes()
+        if self._guard_left is not None:
+            changes, listing = self._guard_left
+            if now == changes or listing_of(tables, GUARD) == listing:
+                self._guard_left = (now, listing)
+                return
+        self._guard_left = None
+        tables.guarded = False
+        script = ""
+        members = ""
+        for family, sets in SETS.items():
+            if tables.read(f"table {family} {GUARD}", terse=True):
+                script += f"delete table {family} {GUARD}\n"
+            for name in (name for name, spec in sets.items() if "dynamic" not in spec):
+                for element in tables.members(f"{family} {TABLE} {name}"):
+                    members += f"add element {spelled((f'{family} {GUARD} {name}', element))}\n"
+        try:
+            tables.apply(script + self._guard_script + members)
+        except Failure as error:
+            raise HostFault(
+                f"cannot make the nftables tables {GUARD}: {error.message}; only one worker per "
+                "network namespace can own them: stop the other one"
+            ) from error
+        listing = listing_of(tables, GUARD)
+        if layout_of(json.loads(listing)) != expected_layout():
+            raise HostFault(f"nftables read-back failed: {GUARD} differs from what was set")
+        tables.guarded = True
+        self._guard_left = (now, listing)
 
     def _holds(self, tables: Tables) -> bool:
         """Whether the tables are as they were left; read only after another hand's change."""
@@ -179,9 +221,8 @@ class BaseRules:
         remove: list[Member] = []
         add: list[Member] = []
         for name, elements in wanted.items():
-            found = tables.members(name)
-            remove += [(name, element) for element in sorted(found - elements)]
-            add += [(name, element) for element in sorted(elements - found)]
+            remove += [(name, element) for element in sorted(tables.members(name) - elements)]
+            add += tables.missing([(name, element) for element in sorted(elements)])
         if remove or add:
             tables.change(remove=remove, add=add)
         return bool(remove or add)
@@ -198,31 +239,51 @@ class BaseRules:
         tables.apply(script + self._script + carried)
 
 
-def listing_of(tables: Tables) -> str:
-    """Both tables without their elements, as one comparable text."""
+def listing_of(tables: Tables, table: str = TABLE) -> str:
+    """Both tables of this name without their elements, as one comparable text."""
     listed: list[dict[str, Any]] = []
     for family in CHAINS:
-        listed += tables.read(f"table {family} hostd", terse=True)
+        listed += tables.read(f"table {family} {table}", terse=True)
     return json.dumps([without_handle(entry) for entry in listed], sort_keys=True)
 
 
-def base_script(max_flows: int) -> str:
-    """The transaction that makes both tables, keeping elements; repeating it changes nothing."""
+def base_script(max_flows: int, *, guard: bool = False) -> str:
+    """The transaction that makes both tables, keeping elements; repeating it changes nothing.
+
+    With `guard` those of the guard: owned by the socket that sends it, one priority later.
+    """
     lines: list[str] = []
+    table = GUARD if guard else TABLE
     for family, chains in CHAINS.items():
-        lines += [f"table {family} hostd {{"]
+        lines += [f"table {family} {table} {{"]
+        lines += ["  flags owner;"] if guard else []
         lines += [f"  set {name} {{ {spec} }}" for name, spec in SETS[family].items()]
         if family == "bridge":
             lines += [f"  counter {name} {{ }}" for name in COUNTERS]
-        lines += [f"  chain {name} {{ {rules[0]} }}" for name, rules in chains.items()]
+        for name, rules in chains.items():
+            declaration = one_later(rules[0]) if guard else rules[0]
+            lines += [f"  chain {name} {{ {declaration} }}"]
         lines += ["}"]
-        lines += [f"flush chain {family} hostd {name}" for name in chains]
+        lines += [f"flush chain {family} {table} {name}" for name in chains]
         lines += [
-            f"add rule {family} hostd {name} {rule}".replace("MAX_FLOWS", str(max_flows))
+            f"add rule {family} {table} {name} {rule}".replace("MAX_FLOWS", str(max_flows))
             for name, rules in chains.items()
             for rule in rules[1:]
         ]
     return "\n".join(lines) + "\n"
+
+
+def one_later(declaration: str) -> str:
+    """The declaration of a base chain with the next priority."""
+    return re.sub(
+        r"priority (\S+);",
+        lambda found: (
+            f"priority {int(found[1]) + 1};"
+            if found[1].startswith("-")
+            else f"priority {found[1]} + 1;"
+        ),
+        declaration,
+    )
 
 
 def expected_layout() -> dict[str, int]:

@@ -58,6 +58,7 @@ class TenantRules:
                 found = tables.members(name)
                 doomed += [(name, e) for e in found if e[0].startswith(taps)]
             if doomed:
+                self._base.ensure_in(tables)
                 tables.change(remove=doomed)
 
         await self._nft.run(remove_members)
