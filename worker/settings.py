@@ -309,6 +309,8 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     ),
     "network.uplinks": _each(_interface),
     "network.host_services": _each(_service),
+    "network.denied": _each(_cidr),
+    "network.policy": _or_empty(_absolute),
     "network.exempt_routes": _each(_cidr),
     "network.max_flows": _between(1, 2**31),
     "limits.cgroup": _cgroup,

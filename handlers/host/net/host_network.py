@@ -1,5 +1,6 @@
 """Questions about the host's network, what no single resource owns, and how the parts are wired."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network
@@ -45,7 +46,25 @@ class Networks:
             return any(changed), self._uplinks or default_links(kernel)
 
         changed, uplinks = await self._netlink.run(prepared)
+        if await asyncio.to_thread(self._base.policy.refresh):
+            # What the operator changed is no drift.
+            await self._base.ensure(uplinks)
         return await self._base.ensure(uplinks) or changed
+
+    async def reload(self, settings: NetworkSettings) -> None:
+        """Take changed settings while guests run, in one transaction of nftables.
+
+        Not `isolate_guests` and `max_flows`, which a restart applies.
+
+        Raises:
+            HostFault, Invalid: the policy file is invalid; the settings in effect stay.
+        """
+        policy = self._base.policy.at(settings.policy)
+        await asyncio.to_thread(policy.refresh)
+        self._base.reload(settings, policy)
+        self._uplinks = settings.uplinks
+        self._exempt = [IPv4Network(route) for route in settings.exempt_routes]
+        await self.prepare()
 
     async def overlapping_route(self, subnet: str, *, except_bridge: str) -> str | None:
         """The first host route that overlaps the subnet, or None.

@@ -3,7 +3,9 @@
 import json
 import socket
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from ipaddress import IPv4Network
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from handlers.errors import Failure, HostFault, Unavailable, of_os_error
@@ -121,18 +123,31 @@ class Tables:
         self._commit(text)
         self._members.clear()
 
-    def change(self, *, remove: Iterable[Member] = (), add: Iterable[Member] = ()) -> None:
+    def change(
+        self,
+        *,
+        remove: Iterable[Member] = (),
+        add: Iterable[Member] = (),
+        replace: Mapping[str, set[Element]] = MappingProxyType({}),
+    ) -> None:
         """Take elements out of sets and put others in, in one transaction.
 
-        One to remove may be absent, one to add may be there. Raises as `apply`.
+        One to remove may be absent, one to add may be there. `replace` gives sets a new content: in
+        a set of intervals, nft 1.0.6 does not replace an element by one that overlaps it.
+
+        Raises as `apply`.
         """
         gone, come = self._in_copies(remove), self._in_copies(add)
         # Adding first makes deleting one that is absent succeed, in the same transaction.
         lines = [f"{do} element {spelled(m)}" for m in gone for do in ("add", "delete")]
+        filled = {copy: new for name, new in replace.items() for copy in self._copies(name)}
+        lines += [f"flush set {name}" for name in filled]
+        come += [(name, element) for name, elements in filled.items() for element in elements]
         lines += [f"add element {spelled(member)}" for member in come]
         self._commit("\n".join(lines) + "\n")
         for name, element in gone:
             self._members.get(name, set()).discard(element)
+        self._members.update((name, set(elements)) for name, elements in filled.items())
         for name, element in come:
             if name in self._members:
                 self._members[name].add(element)
@@ -243,11 +258,30 @@ def parts_of(element: Any) -> Element:
         return (str(element),)
     if "elem" in element:
         return parts_of(element["elem"]["val"])
-    return tuple(str(part) for part in element["concat"])
+    return tuple(part_of(part) for part in element.get("concat", (element,)))
+
+
+def part_of(part: Any) -> str:
+    """A network as `10.0.0.0/8`, any other range as `10.0.0.1-10.0.0.9`."""
+    if isinstance(part, str | int):
+        return str(part)
+    if "prefix" in part:
+        return f"{part['prefix']['addr']}/{part['prefix']['len']}"
+    return "-".join(str(end) for end in part["range"])
 
 
 def spelled(member: Member) -> str:
     """A member in nft's language: `inet hostd services { tcp . 53 }`, names of links quoted."""
     name, (first, *rest) = member
-    head = first if first in {"tcp", "udp"} else f'"{first}"'
+    head = first if first in {"tcp", "udp"} or is_network(first) else f'"{first}"'
     return f"{name} {{ {' . '.join([head, *rest])} }}"
+
+
+def is_network(text: str) -> bool:
+    """Whether nft takes this as addresses and not as the name of a link."""
+    try:
+        for end in text.split("-"):
+            IPv4Network(end)
+    except ValueError:
+        return False
+    return True
