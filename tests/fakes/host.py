@@ -73,6 +73,7 @@ class FakeHost:
     secrets: dict[str, bytes] = field(default_factory=dict)
     routes: list[str] = field(default_factory=list)
     foreign_links: set[str] = field(default_factory=set)
+    flows: set[str] = field(default_factory=set)
     prepared: bool = False
     boot_id: str = BOOT_ID
     memory_mib: int = 16_384
@@ -246,6 +247,9 @@ class FakeNetworks:
             for (kind, _), spec in self.machine.resources.items()
             if kind == "tap" and spec.bridge == bridge
         ]
+
+    async def flush_conntrack(self, address: str) -> None:
+        await self.machine.effect("flush_conntrack", lambda: self.machine.flows.discard(address))
 
     async def prepare(self) -> bool:
         def put() -> bool:

@@ -16,7 +16,7 @@ from worker.settings import DEFAULT, Key, Loaded, keys
 @config_option
 @json_option
 def check_config(config: str | None, as_json: bool) -> None:
-    """Validate the settings; print each with its origin, and what guests reach."""
+    """Validate and print the settings, and show what guests reach."""
     loaded = load(config)
     policy = load_policy(loaded.settings.network.policy)
     if as_json:

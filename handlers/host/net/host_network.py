@@ -8,6 +8,7 @@ from ipaddress import IPv4Network
 from handlers.host.linux.kernel_thread import no_namespace
 from handlers.host.net.antispoof import Pins
 from handlers.host.net.bridges import Bridges
+from handlers.host.net.conntrack import flush_conntrack
 from handlers.host.net.drift_watch import HostWatch
 from handlers.host.net.nftables import Nft
 from handlers.host.net.rtnetlink import Kernel, Netlink
@@ -97,6 +98,10 @@ class Networks:
             return sorted(port.name for port in kernel.links(master=link.index))
 
         return await self._netlink.run(ports)
+
+    async def flush_conntrack(self, address: str) -> None:
+        """Delete the address's conntrack entries, of either direction and side of NAT."""
+        await self._netlink.run(lambda _: flush_conntrack(IPv4Network(address)))
 
     async def owned_links(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the bridges and of the TAPs in this namespace that carry hostd's alias."""

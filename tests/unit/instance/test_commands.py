@@ -54,6 +54,7 @@ COMMANDS = {request.kind: request for request in (UP, DOWN, START, STOP, SLEEP, 
 UNDONE: dict[str, tuple[str, ...]] = {
     "SetupNetwork": ("prepare_network", "tenant_rules", "bridge"),
     "StartInstance": (
+        "flush_conntrack",
         "artifact",
         "cgroup",
         "pin",
@@ -86,6 +87,7 @@ COMPLETED: dict[str, tuple[str, ...]] = {
     "StopInstance": (
         "remove_vmm",
         "remove_tap",
+        "flush_conntrack",
         "remove_pin",
         "remove_jail",
         "remove_cgroup",
@@ -103,6 +105,7 @@ COMPLETED: dict[str, tuple[str, ...]] = {
     "DestroyInstance": (
         "remove_vmm",
         "remove_tap",
+        "flush_conntrack",
         "remove_pin",
         "remove_jail",
         "remove_cgroup",
@@ -695,3 +698,67 @@ def shape(machine: FakeHost) -> dict[str, int]:
     for guest in machine.guests.values():
         counts[f"guest {guest.state}"] = counts.get(f"guest {guest.state}", 0) + 1
     return counts
+
+
+GUEST_IP = "10.240.3.5"
+
+
+@pytest.mark.parametrize(
+    ("before", "command"),
+    [
+        ((UP, START), STOP),
+        ((UP, START), DESTROY),
+        ((UP, START), KEEP),
+        ((UP, START, SLEEP), STOP),
+        ((UP, START, SLEEP), DESTROY),
+        ((UP,), START),
+    ],
+    ids=lambda value: value.kind if not isinstance(value, tuple) else str(len(value)),
+)
+async def test_a_released_address_has_no_flows(
+    before: tuple[Request, ...], command: Request, tmp_path: Path
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        for request in before:
+            assert (await worker.run(request)).code is Code.OK
+        machine.flows |= {GUEST_IP, "10.240.3.6"}
+
+        assert (await worker.run(command)).code is Code.OK
+
+        assert machine.flows == {"10.240.3.6"}, "the address's own, and no other's"
+
+
+async def test_a_sleeping_guest_finds_its_flows_at_its_wake(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        for request in (UP, START):
+            assert (await worker.run(request)).code is Code.OK
+        machine.flows.add(GUEST_IP)
+
+        for request in (SLEEP, WAKE):
+            assert (await worker.run(request)).code is Code.OK
+
+        assert machine.flows == {GUEST_IP}
+
+
+async def test_a_guest_that_may_have_booted_keeps_its_flows(tmp_path: Path) -> None:
+    machine = seeded()
+    reached = asyncio.Event()
+
+    async def stop_there(moment: str) -> None:
+        if moment == "after:start_vm":
+            reached.set()
+            await asyncio.Event().wait()
+
+    async with memory_worker(tmp_path / "j", machine, failpoint=stop_there) as worker:
+        await prepare(worker, "StartInstance")
+        command_id = await worker.send(START)
+        await asyncio.wait_for(reached.wait(), 10)
+        await worker.kill()
+    machine.flows.add(GUEST_IP)
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        assert (await worker.reply(command_id)).code is Code.OK
+
+    assert machine.flows == {GUEST_IP}

@@ -122,7 +122,8 @@ async def test_steps_are_nouns_of_mechanisms_or_verbs_with_an_object(tmp_path: P
     async with memory_worker(tmp_path / "j", seeded()) as worker:
         nouns = worker.mechanisms.keys()
     verbs = {
-        "check", "configure", "discard", "drain", "link", "load", "prepare", "publish", "remove",
+        "check", "configure", "discard", "drain",
+    "flush", "link", "load", "prepare", "publish", "remove",
         "resume", "set", "start", "stop", "verify", "wait", "wake", "wipe",
     }  # fmt: skip
 
