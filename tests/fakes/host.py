@@ -74,6 +74,7 @@ class FakeHost:
     routes: list[str] = field(default_factory=list)
     foreign_links: set[str] = field(default_factory=set)
     flows: set[str] = field(default_factory=set)
+    network_warnings: tuple[str, ...] = ()
     prepared: bool = False
     boot_id: str = BOOT_ID
     memory_mib: int = 16_384
@@ -247,6 +248,9 @@ class FakeNetworks:
             for (kind, _), spec in self.machine.resources.items()
             if kind == "tap" and spec.bridge == bridge
         ]
+
+    async def warnings(self, tenants: int) -> Sequence[str]:
+        return self.machine.network_warnings if tenants else ()
 
     async def flush_conntrack(self, address: str) -> None:
         await self.machine.effect("flush_conntrack", lambda: self.machine.flows.discard(address))

@@ -33,7 +33,7 @@ class BaseRules:
     """
 
     def __init__(self, nft: Nft, settings: NetworkSettings) -> None:
-        self._nft = nft
+        self.nft = nft
         self.policy = PolicyFile(settings.policy)
         self.tenants: dict[str, str] = {}
         self._settings = settings
@@ -51,7 +51,7 @@ class BaseRules:
         Raises:
             HostFault: the read-back differs from what was set, or another process owns the guard.
         """
-        return await self._nft.run(lambda tables: self.ensure_in(tables, uplinks))
+        return await self.nft.run(lambda tables: self.ensure_in(tables, uplinks))
 
     def reload(self, settings: NetworkSettings, policy: PolicyFile) -> None:
         """Take other `denied`, `allowed`, `host_services` and `policy`; `ensure` applies them."""
