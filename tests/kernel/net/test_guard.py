@@ -58,7 +58,7 @@ FOREIGN_CHANGES = {
 
 @pytest.fixture
 async def stage() -> AsyncIterator[Stage]:
-    async for made in play():
+    async with play() as made:
         yield made
 
 

@@ -44,7 +44,7 @@ HARMLESS = {
 
 @pytest.fixture
 async def stage() -> AsyncIterator[Stage]:
-    async for made in play():
+    async with play() as made:
         yield made
 
 

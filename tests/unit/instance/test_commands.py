@@ -20,23 +20,15 @@ from schemas.requests import (
     InstanceRef,
     Request,
     SetupNetwork,
-    SleepInstance,
     StartInstance,
-    StopInstance,
     TeardownNetwork,
-    WakeInstance,
 )
 from schemas.settings import LimitSettings
+from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, instance_file, seeded
-from tests.fakes.memory_worker import REF, MemoryWorker, memory_worker
+from tests.fakes.memory_worker import MemoryWorker, memory_worker
 
-START = StartInstance("acme", "web", "i-1")
-STOP = StopInstance("acme", "web", "i-1")
-SLEEP = SleepInstance("acme", "web", "i-1", force=False)
-WAKE = WakeInstance("acme", "web", "i-1")
-DESTROY = DestroyInstance("acme", "web", "i-1", wipe_volumes=True)
 KEEP = DestroyInstance("acme", "web", "i-1", wipe_volumes=False)
-NET = seeded().tenants["acme"].net
 UP = SetupNetwork("acme", NET)
 DOWN = TeardownNetwork("acme", NET)
 
@@ -151,7 +143,7 @@ async def test_the_tables_of_effects_are_complete(kind: str, tmp_path: Path) -> 
 
         assert reply.code is Code.OK, reply
         listed = {e for table in (UNDONE, COMPLETED, REPORTED) for e in table.get(kind, ())}
-        cleaning = {"remove_jail"} if kind in ("StartInstance", "WakeInstance") else set()
+        cleaning: set[str] = {"remove_jail"} if kind in ("StartInstance", "WakeInstance") else set()
         assert set(machine.seen) - cleaning == listed
 
 
@@ -713,7 +705,7 @@ GUEST_IP = "10.240.3.5"
         ((UP, START, SLEEP), DESTROY),
         ((UP,), START),
     ],
-    ids=lambda value: value.kind if not isinstance(value, tuple) else str(len(value)),
+    ids=["stop", "destroy", "destroy, kept", "stop asleep", "destroy asleep", "start"],
 )
 async def test_a_released_address_has_no_flows(
     before: tuple[Request, ...], command: Request, tmp_path: Path
@@ -732,12 +724,11 @@ async def test_a_released_address_has_no_flows(
 async def test_a_sleeping_guest_finds_its_flows_at_its_wake(tmp_path: Path) -> None:
     machine = seeded()
     async with memory_worker(tmp_path / "j", machine) as worker:
-        for request in (UP, START):
-            assert (await worker.run(request)).code is Code.OK
+        await prepare(worker, "SleepInstance")
         machine.flows.add(GUEST_IP)
 
-        for request in (SLEEP, WAKE):
-            assert (await worker.run(request)).code is Code.OK
+        assert (await worker.run(SLEEP)).code is Code.OK
+        assert (await worker.run(WAKE)).code is Code.OK
 
         assert machine.flows == {GUEST_IP}
 
