@@ -42,6 +42,7 @@ class VmmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     api_timeout_s: float = 10.0
     snapshot_timeout_s: float = 300.0
     log_bytes: int = 1_048_576
+    max_file_mib: int = 1_048_576
 
 
 class MetricsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

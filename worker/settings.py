@@ -303,6 +303,7 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "vmm.api_timeout_s": _SECONDS,
     "vmm.snapshot_timeout_s": _SECONDS,
     "vmm.log_bytes": _between(4096, 2**30),
+    "vmm.max_file_mib": _between(64, 2**24),
     "metrics.listen": _or_empty(_listen),
     "network.allowed": lambda value: (
         _each(_cidr)(value) if value else "is empty: list at least one IPv4 network"

@@ -8,6 +8,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from handlers.clock import now_ms
 from handlers.errors import HostFault, Invalid, Unavailable
@@ -23,7 +24,7 @@ from schemas.requests import (
     StartInstance,
     TeardownNetwork,
 )
-from schemas.settings import LimitSettings
+from schemas.settings import LimitSettings, VmmSettings
 from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
@@ -753,3 +754,20 @@ async def test_a_guest_that_may_have_booted_keeps_its_flows(tmp_path: Path) -> N
         assert (await worker.reply(command_id)).code is Code.OK
 
     assert machine.flows == {GUEST_IP}
+
+
+@pytest.mark.parametrize("field", ["mem_mib", "data_disk_mib"])
+async def test_what_the_vmm_could_not_write_is_refused_at_the_start(
+    field: str, tmp_path: Path
+) -> None:
+    machine = seeded()
+    pool = machine.pools["acme", "web"]
+    sizes = replace(pool.instance_resources, **{field: VmmSettings().max_file_mib + 1})
+    machine.pools["acme", "web"] = replace(pool, instance_resources=sizes)
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "StartInstance")
+
+        reply = await worker.run(START)
+
+        assert reply.code is Code.INVALID
+        assert reply.detail["path"] == f"pool.json: $.instance_resources.{field}"
