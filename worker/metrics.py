@@ -145,6 +145,11 @@ class Metrics:
             buckets=_BYTES,
             registry=registry,
         )
+        self._network_warnings = Gauge(
+            "hostd_network_warnings",
+            "Facts outside of hostd that keep guests from the network: see the network event.",
+            registry=registry,
+        )
         self._orphans = Gauge(
             "hostd_orphans",
             "Resources with hostd's mark that belong to no record, by kind.",
@@ -247,6 +252,9 @@ class Metrics:
         for status in Status:
             if status is not Status.DESTROYED:
                 self._instances.labels(status.value).set(counts.get(status, 0))
+
+    def network_warnings(self, count: int) -> None:
+        self._network_warnings.set(count)
 
     def orphans(self, counts: Mapping[str, int]) -> None:
         """By kind of the inventory; a kind that is left out has no series."""

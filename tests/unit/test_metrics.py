@@ -34,6 +34,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_vmm_exits": ("counter", {"reason"}),
     "hostd_snapshot_duration_seconds": ("histogram", set()),
     "hostd_snapshot_bytes": ("histogram", set()),
+    "hostd_network_warnings": ("gauge", set()),
     "hostd_orphans": ("gauge", {"kind"}),
     "hostd_loop_lag_seconds": ("histogram", set()),
     "hostd_build_info": ("gauge", {"version"}),
