@@ -91,7 +91,7 @@ async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Do
 async def network_lock(tenant_id: str, steps: Steps, host: Host) -> AsyncGenerator[None]:
     """Exclusive: the tenant's network, and the allocation of net ids and subnets to tenants."""
     async with (
-        limited(host.slots.networks, "wait_network_slot", steps),
+        limited(host.slots.networks, tenant_id, "wait_network_slot", steps),
         host.locks.exclusive(tenant_id),
         host.locks.subnets(),
     ):

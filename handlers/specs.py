@@ -100,11 +100,15 @@ class TapSpec:
 
 @dataclass(frozen=True, slots=True)
 class ArtifactSpec:
-    """One revision of a pool's artifacts. `key` is `<tenant>/<pool>/<revision>`."""
+    """One revision of a pool's artifacts. `key` is `<tenant>/<pool>/<revision>`.
+
+    `admitted_bytes` is the disk space that an import may take; None: as much as it needs.
+    """
 
     tenant_id: str
     pool_id: str
     revision: str
+    admitted_bytes: int | None = None
 
     @property
     def key(self) -> str:

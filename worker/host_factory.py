@@ -30,6 +30,7 @@ class RealHost:
     """The host, what reconciliation reads of it, and what must be closed with it."""
 
     host: Host
+    artifacts: Artifacts
     facts: HostFacts
     network: NetworkMechanisms
     snapshots: Snapshots
@@ -75,6 +76,12 @@ def open_real_host(settings: Settings, records: Records, later: Later) -> RealHo
         cpu_model=facts.cpu_model(),
         kernel_release=facts.kernel_release(),
     )
+    artifacts = Artifacts(
+        data=paths.data,
+        state=paths.state,
+        in_use=in_use,
+        max_mib=settings.limits.max_artifact_mib,
+    )
     host = Host(
         settings=settings,
         locks=TenantLocks(),
@@ -86,7 +93,7 @@ def open_real_host(settings: Settings, records: Records, later: Later) -> RealHo
         tenant_rules=network.tenant_rules,
         pins=network.pins,
         taps=network.taps,
-        artifacts=Artifacts(data=paths.data, state=paths.state, in_use=in_use),
+        artifacts=artifacts,
         data_disks=DataDisks(data=paths.data, jail_base=settings.jail_base),
         cgroups=Cgroups(settings),
         jails=jails,
@@ -99,6 +106,7 @@ def open_real_host(settings: Settings, records: Records, later: Later) -> RealHo
     )
     return RealHost(
         host=host,
+        artifacts=artifacts,
         facts=facts,
         network=network,
         snapshots=snapshots,

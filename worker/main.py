@@ -215,6 +215,7 @@ class Worker:
             pulls=self.bus.pulls,
         )
         self.metrics.queries_dropped(self.service.dropped)
+        self.metrics.artifact_copied_bytes(self._real.artifacts.copied_bytes)
         self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(
             Counter(record.status for record in self.journal.records.instances())

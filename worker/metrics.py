@@ -141,6 +141,11 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self._copied = _Total(
+            "hostd_artifact_copied_bytes_total",
+            "Bytes that imports of artifacts have copied.",
+            registry,
+        )
         self._lag = Histogram(
             "hostd_loop_lag_seconds",
             "How late the event loop ran a timer.",
@@ -224,6 +229,10 @@ class Metrics:
 
     def queries_dropped(self, total: int) -> None:
         self._queries_dropped.set(total)
+
+    def artifact_copied_bytes(self, total: int) -> None:
+        """Of all imports since the worker started, running ones included."""
+        self._copied.set(total)
 
     def limits_enforced(self, enforced: bool) -> None:
         self._enforced.set(int(enforced))

@@ -4,6 +4,7 @@ An instance refers to its revision from its reservation on, running, sleeping or
 is destroyed or started with another one (docs/adr/0003).
 """
 
+from handlers.concurrency import limited
 from handlers.errors import Failure
 from handlers.interfaces import Host
 from handlers.specs import Artifact, ArtifactSpec
@@ -13,9 +14,18 @@ from schemas.requests import InstanceRef
 
 
 async def ensure_revision(ref: InstanceRef, revision: str, steps: Steps, host: Host) -> Artifact:
-    """Import the revision's files; not undone, since another instance may use them by then."""
+    """Import the revision's files; not undone, since another instance may use them by then.
+
+    An import holds no slot of a launch, and ends at its next chunk if the command has to end.
+
+    Raises:
+        Superseded, Expired, Halted: the wait for a slot, or the import, was interrupted.
+    """
     spec = ArtifactSpec(ref.tenant_id, ref.pool_id, revision)
-    return await steps.ensure_kept(host.artifacts, spec)
+    if await host.artifacts.exists(spec.key):
+        return await steps.ensure_kept(host.artifacts, spec)
+    async with limited(host.slots.imports, ref.tenant_id, "wait_import_slot", steps):
+        return await steps.interruptible(host.artifacts.name, lambda: host.artifacts.ensure(spec))
 
 
 async def collect_revision(ref: InstanceRef, revision: str | None, host: Host) -> None:

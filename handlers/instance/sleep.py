@@ -119,7 +119,7 @@ async def take_snapshot(
         transition = TransitionSpec(steps.command_id, record, Status.DRAINING, now_ms)
         record = await steps.ensure(Transitions(host), transition)
         outcome = await drain_guest(cmd, record, steps, host)
-        async with limited(host.slots.snapshots, "wait_snapshot_slot", steps):
+        async with limited(host.slots.snapshots, record.ref.tenant_id, "wait_snapshot_slot", steps):
             transition = TransitionSpec(
                 steps.command_id, record, Status.SNAPSHOTTING, host.facts.now_ms()
             )

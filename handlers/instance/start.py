@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine
 from handlers.cancellation import Interrupted, race, together
 from handlers.concurrency import limited
 from handlers.errors import Unavailable
-from handlers.instance.artifact_refs import release_revision
+from handlers.instance.artifact_refs import ensure_revision, release_revision
 from handlers.instance.instance_file import write_running
 from handlers.instance.jail_contents import boot_config
 from handlers.instance.launch import LaunchedVmm, launched
@@ -62,10 +62,12 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
         ),
     )
     before = record.before.revision if record.before is not None else None
-    async with limited(host.slots.boots, "wait_boot_slot", steps):
+    # Before the slot: agentd's files decide how long an import takes.
+    artifact = await ensure_revision(cmd.ref, record.revision or "", steps, host)
+    async with limited(host.slots.boots, cmd.tenant_id, "wait_boot_slot", steps):
         plan = LaunchPlan(
             launch_of(record, files.pool, host),
-            record.revision or "",
+            artifact,
             may_have_booted=steps.marked(BOOT),
         )
         async with launched(plan, steps, host) as vm:

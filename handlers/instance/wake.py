@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from handlers.cancellation import together
 from handlers.concurrency import limited
 from handlers.errors import Failure, HostFault, Unavailable
+from handlers.instance.artifact_refs import ensure_revision
 from handlers.instance.instance_file import write_at_rest, write_running
 from handlers.instance.launch import LaunchedVmm, launched
 from handlers.instance.launch_plan import (
@@ -72,8 +73,9 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
         Reservations(host),
         dataclasses.replace(spec, vcpus=info.vcpus, mem_mib=info.mem_mib),
     )
-    async with limited(host.slots.restores, "wait_restore_slot", steps):
-        plan = LaunchPlan(launch_of(record, files.pool, host), info.revision, snapshot=info)
+    artifact = await ensure_revision(cmd.ref, info.revision, steps, host)
+    async with limited(host.slots.restores, cmd.tenant_id, "wait_restore_slot", steps):
+        plan = LaunchPlan(launch_of(record, files.pool, host), artifact, snapshot=info)
         async with launched(plan, steps, host) as vm:
             if vm.state == "Not started":
                 await load_snapshot(vm, info, steps, host)

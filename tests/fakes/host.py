@@ -78,6 +78,8 @@ class FakeHost:
     memory_mib: int = 16_384
     agent_answers: bool = True
     drain_ack: bool = True
+    stuck_imports: set[str] = field(default_factory=set)
+    import_bytes: int = 0
     drain_gate: asyncio.Event | None = None
     exits_on_request: bool = True
     exited: dict[int, asyncio.Event] = field(default_factory=dict)
@@ -306,7 +308,13 @@ class FakeArtifacts(Plain):
     def __init__(self, machine: FakeHost) -> None:
         super().__init__(machine, "artifact", Durability.DURABLE)
 
+    async def size_of_import(self, spec: ArtifactSpec) -> int:
+        return self.machine.import_bytes
+
     async def ensure(self, spec: ArtifactSpec) -> Artifact:
+        """Never ends for a tenant in `stuck_imports`, but can be cancelled."""
+        if spec.tenant_id in self.machine.stuck_imports:
+            await asyncio.Event().wait()
         await super().ensure(spec)
         return Artifact("/a/vmlinux", "/a/rootfs.ext4", None, {})
 

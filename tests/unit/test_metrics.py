@@ -33,6 +33,7 @@ CONTRACT = {
     "hostd_snapshot_duration_seconds": ("histogram", set()),
     "hostd_snapshot_bytes": ("histogram", set()),
     "hostd_orphans": ("gauge", {"kind"}),
+    "hostd_artifact_copied_bytes": ("counter", set()),
     "hostd_loop_lag_seconds": ("histogram", set()),
     "hostd_build_info": ("gauge", {"version"}),
     "hostd_limits_enforced": ("gauge", set()),
@@ -52,6 +53,7 @@ def used() -> Metrics:
     metrics.keys_ignored(2)
     metrics.vmm_exited("exited")
     metrics.snapshot(0.4, 512 << 20)
+    metrics.artifact_copied_bytes(4096)
     metrics.loop_lag(0.0001)
     metrics.lanes(busy=2, waiting=1)
     metrics.unfinished(3)
