@@ -132,13 +132,30 @@ class Artifact:
     sha256: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskUsage:
+    """The disk space of one tenant's files below `<state>`."""
+
+    artifacts_bytes: int
+    snapshots_bytes: int
+    logs_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.artifacts_bytes + self.snapshots_bytes + self.logs_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class DataDiskSpec:
-    """`volumes/data.ext4` of an instance. `known` is the disk in the journal, if any."""
+    """`volumes/data.ext4` of an instance. `known` is the disk in the journal, if any.
+
+    With `asleep` nothing of it is changed: a snapshot belongs to it.
+    """
 
     ref: InstanceRef
     size_mib: int
     known: DiskIdentity | None
+    asleep: bool = False
 
     @property
     def key(self) -> str:

@@ -13,6 +13,7 @@ from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.agentd_files import SharedFiles
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
+from handlers.host.storage.disk_space import DiskSpace
 from handlers.host.vmm.cgroups import Cgroups
 from handlers.host.vmm.guest_agent import GuestAgents
 from handlers.host.vmm.processes import ExitWatch
@@ -31,6 +32,7 @@ class RealHost:
 
     host: Host
     artifacts: Artifacts
+    disk: DiskSpace
     facts: HostFacts
     network: NetworkMechanisms
     snapshots: Snapshots
@@ -48,7 +50,7 @@ class RealHost:
         self.network.close()
 
 
-def open_real_host(settings: Settings, records: Records, later: Later) -> RealHost:
+def open_real_host(settings: Settings, records: Records, later: Later, disk: DiskSpace) -> RealHost:
     """Connect the mechanisms of this host.
 
     Raises:
@@ -100,13 +102,16 @@ def open_real_host(settings: Settings, records: Records, later: Later) -> RealHo
         vmms=Vmms(settings),
         agents=GuestAgents(settings),
         snapshots=snapshots,
+        disk=disk,
         slots=Slots.of(settings.limits),
         later=later,
         pending_reservations=pending_reservations,
+        disk_claims=set(),
     )
     return RealHost(
         host=host,
         artifacts=artifacts,
+        disk=disk,
         facts=facts,
         network=network,
         snapshots=snapshots,

@@ -141,6 +141,16 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self._disk_free = Gauge(
+            "hostd_disk_free_bytes",
+            "Free space on the file system of the state directory, the ballast included.",
+            registry=registry,
+        )
+        self._disk_full = Gauge(
+            "hostd_disk_full",
+            "1 while the ballast is released because the file system was full, else 0.",
+            registry=registry,
+        )
         self._copied = _Total(
             "hostd_artifact_copied_bytes_total",
             "Bytes that imports of artifacts have copied.",
@@ -229,6 +239,11 @@ class Metrics:
 
     def queries_dropped(self, total: int) -> None:
         self._queries_dropped.set(total)
+
+    def disk(self, free_bytes: int, *, low: bool) -> None:
+        """`low`: the ballast is released."""
+        self._disk_free.set(free_bytes)
+        self._disk_full.set(int(low))
 
     def artifact_copied_bytes(self, total: int) -> None:
         """Of all imports since the worker started, running ones included."""

@@ -170,7 +170,10 @@ async def ensure_data_disk(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[
     """
     launch = plan.launch
     spec = DataDiskSpec(
-        launch.ref, launch.pool.instance_resources.data_disk_mib, launch.record.disk
+        launch.ref,
+        launch.pool.instance_resources.data_disk_mib,
+        launch.record.disk,
+        asleep=plan.snapshot is not None,
     )
     if plan.snapshot is None:
         if not makes_data_disk(plan):

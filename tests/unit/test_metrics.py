@@ -34,6 +34,8 @@ CONTRACT = {
     "hostd_snapshot_bytes": ("histogram", set()),
     "hostd_orphans": ("gauge", {"kind"}),
     "hostd_artifact_copied_bytes": ("counter", set()),
+    "hostd_disk_free_bytes": ("gauge", set()),
+    "hostd_disk_full": ("gauge", set()),
     "hostd_loop_lag_seconds": ("histogram", set()),
     "hostd_build_info": ("gauge", {"version"}),
     "hostd_limits_enforced": ("gauge", set()),
@@ -54,6 +56,7 @@ def used() -> Metrics:
     metrics.vmm_exited("exited")
     metrics.snapshot(0.4, 512 << 20)
     metrics.artifact_copied_bytes(4096)
+    metrics.disk(1 << 30, low=False)
     metrics.loop_lag(0.0001)
     metrics.lanes(busy=2, waiting=1)
     metrics.unfinished(3)

@@ -15,7 +15,7 @@ from schemas.subjects import Subjects
 from worker.journal import memory, schema
 from worker.journal.memory import Mirror
 from worker.journal.transaction import EventSource, Transaction
-from worker.journal.writer import Writer
+from worker.journal.writer import Relieve, Writer, keep_space
 
 JOURNAL_ID: Final = "journal_id"
 
@@ -37,6 +37,7 @@ class Store:
         reader: sqlite3.Connection,
         *,
         observe_commit: Callable[[float], None],
+        relieve: Relieve,
         clock_ms: Callable[[], int],
     ) -> None:
         self.path = path
@@ -51,6 +52,7 @@ class Store:
             reopened=self._reopened,
             changed=self._writable_changed,
             observe=observe_commit,
+            relieve=relieve,
         )
         self._watchers: list[Callable[[], None]] = []
         self._commit_hooks: list[Callable[[Transaction], None]] = []
@@ -66,6 +68,7 @@ class Store:
         subjects: Subjects,
         boot_id: str,
         observe_commit: Callable[[float], None] = lambda seconds: None,
+        relieve: Relieve = keep_space,
         clock_ms: Callable[[], int] = now_ms,
     ) -> Self:
         """Open the file, or make it with a new `journal_id`. One process at a time.
@@ -87,6 +90,7 @@ class Store:
                 EventSource(subjects, boot_id, mirror.meta[JOURNAL_ID]),
                 schema.open_reader(path),
                 observe_commit=observe_commit,
+                relieve=relieve,
                 clock_ms=clock_ms,
             )
         except BaseException:
