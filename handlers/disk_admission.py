@@ -29,13 +29,17 @@ SNAPSHOT_STATE_BYTES = 16 * MIB  # beside the memory: device state and kept driv
 class DiskNeed:
     """What is about to be made. `what` is for messages, e.g. `a snapshot of a/b/c`.
 
+    `size_bytes` counts against the tenant's quota and the host, `host_bytes` against the host only:
+    what the tenant has admitted already, and the jail, which goes with the VMM.
+
     `replaces`: an instance whose snapshots go once this is made. `exists`: whether it is made by
     now, and so no longer to be counted apart.
     """
 
     tenant_id: str
     what: str
-    size_bytes: int
+    size_bytes: int = 0
+    host_bytes: int = 0
     replaces: InstanceRef | None = None
     exists: Callable[[], bool] = lambda: False
 
@@ -67,12 +71,13 @@ async def admitted(need: DiskNeed, quota: TenantQuota | None, host: Host) -> Asy
         Exhausted: the tenant's quota or the host's disk is used up; names which, and by what.
     """
     refuse_low_disk(host)
-    earlier = set(host.disk_claims)  # what settles while the files are measured counts twice
+    # What comes to exist while the files are measured may count twice, but never not at all.
+    earlier = {claim for claim in host.disk_claims if not claim.exists()}
     usage = await host.disk.usage(need.tenant_id, without=need.replaces)
     disks_bytes = await data_disks_bytes(need.tenant_id, host)
     # From here to the claim without an await.
-    claims = {claim for claim in earlier | host.disk_claims if not claim.exists()}
-    if quota is not None:
+    claims = earlier | {claim for claim in host.disk_claims if not claim.exists()}
+    if quota is not None and need.size_bytes:
         mine = sum(c.size_bytes for c in claims if c.tenant_id == need.tenant_id)
         used = disks_bytes + usage.total_bytes + mine
         if used + need.size_bytes > quota.max_disk_gib * GIB:
@@ -85,14 +90,15 @@ async def admitted(need: DiskNeed, quota: TenantQuota | None, host: Host) -> Asy
                 path="tenant.json: $.quotas.max_disk_gib",
             )
     reserve = host.settings.limits.disk_reserve_mib * MIB
-    free = host.disk.free_bytes() - reserve - sum(c.size_bytes for c in claims)
-    if need.size_bytes > free:
+    free = host.disk.free_bytes() - reserve - sum(c.size_bytes + c.host_bytes for c in claims)
+    total = need.size_bytes + need.host_bytes
+    if total > free:
         raise Exhausted(
-            f"not enough disk space on this host: {need.what} needs {_mib(need.size_bytes)} MiB, "
+            f"not enough disk space on this host: {need.what} needs {_mib(total)} MiB, "
             f"{_mib(max(free, 0))} MiB are free on the file system of {host.disk.path} beside "
             "[limits] disk_reserve_mib"
         )
-    claim = DiskClaim(need.tenant_id, need.size_bytes, need.exists)
+    claim = DiskClaim(need.tenant_id, need.size_bytes, need.host_bytes, need.exists)
     host.disk_claims.add(claim)
     try:
         yield

@@ -342,6 +342,7 @@ class DiskClaim:
 
     tenant_id: str
     size_bytes: int
+    host_bytes: int
     exists: Callable[[], bool]
 
 

@@ -112,9 +112,12 @@ async def admitted_launch(
         yield
         return
     ref = record.ref
-    disk_bytes = files.pool.instance_resources.data_disk_mib * MIB
-    if record.disk is not None:
-        disk_bytes = await host.data_disks.unallocated_bytes(ref)
+    if record.disk is None:
+        size_bytes = files.pool.instance_resources.data_disk_mib * MIB
+        host_bytes = JAIL_BYTES
+    else:
+        size_bytes = 0
+        host_bytes = JAIL_BYTES + await host.data_disks.unallocated_bytes(ref)
 
     def exists() -> bool:
         now = host.records.instance(ref)
@@ -123,7 +126,8 @@ async def admitted_launch(
     need = DiskNeed(
         tenant_id=ref.tenant_id,
         what=f"instance {ref} with its data disk",
-        size_bytes=disk_bytes + JAIL_BYTES,
+        size_bytes=size_bytes,
+        host_bytes=host_bytes,
         exists=exists,
     )
     async with admitted(need, files.tenant.quotas, host):

@@ -69,7 +69,7 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
         revision=info.revision,
         now_ms=host.facts.now_ms(),
     )
-    need = DiskNeed(tenant_id=cmd.tenant_id, what=f"instance {record.ref}", size_bytes=JAIL_BYTES)
+    need = DiskNeed(tenant_id=cmd.tenant_id, what=f"instance {record.ref}", host_bytes=JAIL_BYTES)
     async with admitted(need, files.tenant.quotas, host):
         record = await steps.ensure(
             # The size is that of the sleeping memory, whatever the pool says by now.

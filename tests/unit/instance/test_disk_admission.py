@@ -229,3 +229,18 @@ def test_each_command_is_in_one_of_the_two_tables() -> None:
     rows = {type(request) for _, request in (REFUSED_WHEN_FULL | DONE_WHEN_FULL).values()}
 
     assert rows == {type(each) for each in (UP, DOWN, START, STOP, SLEEP, WAKE, WIPE)}
+
+
+@pytest.mark.parametrize("before", [(UP, START, STOP), (UP, START, SLEEP)], ids=["start", "wake"])
+async def test_a_lowered_quota_keeps_nothing_from_running_again(
+    before: tuple[Request, ...], tmp_path: Path
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        for each in before:
+            assert (await worker.run(each)).code is Code.OK
+        with_quota(machine, 0)
+
+        reply = await worker.run(WAKE if SLEEP in before else START)
+
+        assert reply.code is Code.OK, reply
