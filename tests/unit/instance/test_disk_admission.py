@@ -16,22 +16,14 @@ from schemas.requests import (
     InstanceRef,
     Request,
     SetupNetwork,
-    SleepInstance,
     StartInstance,
-    StopInstance,
     TeardownNetwork,
-    WakeInstance,
 )
+from tests.constants import DESTROY, NET, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, instance_file, seeded
 from tests.fakes.memory_worker import memory_worker
 
-START = StartInstance("acme", "web", "i-1")
-STOP = StopInstance("acme", "web", "i-1")
-SLEEP = SleepInstance("acme", "web", "i-1", force=False)
-WAKE = WakeInstance("acme", "web", "i-1")
-WIPE = DestroyInstance("acme", "web", "i-1", wipe_volumes=True)
 KEEP = DestroyInstance("acme", "web", "i-1", wipe_volumes=False)
-NET = seeded().tenants["acme"].net
 UP = SetupNetwork("acme", NET)
 DOWN = TeardownNetwork("acme", NET)
 GIB = 1 << 30
@@ -173,7 +165,7 @@ async def test_kept_volumes_count_until_they_are_wiped(tmp_path: Path) -> None:
         assert (await worker.run(KEEP)).code is Code.OK
         assert (await worker.run(start)).code is Code.EXHAUSTED
 
-        assert (await worker.run(WIPE)).code is Code.OK
+        assert (await worker.run(DESTROY)).code is Code.OK
 
         assert (await worker.run(start)).code is Code.OK
 
@@ -198,9 +190,9 @@ REFUSED_WHEN_FULL: dict[str, tuple[tuple[Request, ...], Request]] = {
 }
 DONE_WHEN_FULL: dict[str, tuple[tuple[Request, ...], Request]] = {
     "stop": ((UP, START), STOP),
-    "destroy": ((UP, START), WIPE),
+    "destroy": ((UP, START), DESTROY),
     "destroy and keep": ((UP, START), KEEP),
-    "destroy a sleeping one": ((UP, START, SLEEP), WIPE),
+    "destroy a sleeping one": ((UP, START, SLEEP), DESTROY),
     "teardown": ((UP,), DOWN),
 }
 
@@ -228,7 +220,7 @@ async def test_on_a_full_disk_only_what_gives_space_back_is_done(name: str, tmp_
 def test_each_command_is_in_one_of_the_two_tables() -> None:
     rows = {type(request) for _, request in (REFUSED_WHEN_FULL | DONE_WHEN_FULL).values()}
 
-    assert rows == {type(each) for each in (UP, DOWN, START, STOP, SLEEP, WAKE, WIPE)}
+    assert rows == {type(each) for each in (UP, DOWN, START, STOP, SLEEP, WAKE, DESTROY)}
 
 
 @pytest.mark.parametrize("before", [(UP, START, STOP), (UP, START, SLEEP)], ids=["start", "wake"])

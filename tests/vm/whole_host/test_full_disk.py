@@ -1,6 +1,7 @@
 """A full file system: no guest can cause it, and it costs no tenant its Stop or its Destroy."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -10,7 +11,8 @@ import pytest
 
 from schemas.requests import DestroyInstance, InstanceRef, StartInstance, StopInstance
 from schemas.subjects import Lane
-from tests.live_host import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.constants import DESTROY, REF, SLEEP, START, STOP, WAKE
+from tests.live_host import LiveHost, live_host
 from worker.cli.seed import Seeded
 
 OTHER = InstanceRef("beta", "web", "i-1")
@@ -26,8 +28,9 @@ def free_bytes(host: LiveHost) -> int:
 def fill(host: LiveHost) -> Path:
     """Somebody takes all that is free."""
     filler = Path(host.directory, "disk", "filler")
-    with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free_bytes(host))
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
     return filler
 
 
@@ -83,8 +86,8 @@ async def test_on_a_full_disk_stop_and_destroy_go_on(*, restarted: bool) -> None
         for refused in (await host.net_up(gamma, "gamma"), await host.run(SLEEP)):
             assert refused["code"] == "exhausted", refused
             assert refused["detail"]["act"] == "scheduler"
-        for command in (STOP, StopInstance(*OTHER_NAMES)):
-            done = await host.run(command)
+        for stop in (STOP, StopInstance(*OTHER_NAMES)):
+            done = await host.run(stop)
             assert (done["code"], done["status"]) == ("ok", "stopped"), done
         assert (await host.run(START))["code"] == "exhausted"
         before = free_bytes(host)
