@@ -75,10 +75,12 @@ class DiskSpace:
         Never raises: a host without a ballast is `low`.
         """
         with self._lock, _logged():
+            if self.low and self._exists():
+                self._held = True
             free_bytes = self.free_bytes()
             if self._held and free_bytes < self._ballast_bytes + self._ballast_bytes // 16:
                 self._release(free_bytes)
-            elif self.low and (self._exists() or free_bytes >= self._reserve_bytes):
+            elif self.low and free_bytes >= self._reserve_bytes:
                 self._make()
 
     def relieve(self, *, full: bool) -> None:

@@ -93,7 +93,7 @@ async def test_on_a_full_disk_stop_and_destroy_go_on(*, restarted: bool) -> None
         before = free_bytes(host)
         done = await host.run(DestroyInstance(*OTHER_NAMES, wipe_volumes=True))
         assert done["code"] == "ok", done
-        assert free_bytes(host) - before >= (DISK_MIB - 2) << 20
+        assert free_bytes(host) - before >= (DISK_MIB - 12) << 20  # less the ballast
 
         await wait_state(host, "ready")  # what the Destroy gave back is more than the reserve
         filler.unlink()
@@ -101,7 +101,7 @@ async def test_on_a_full_disk_stop_and_destroy_go_on(*, restarted: bool) -> None
             assert (await host.run(command))["code"] == "ok"
         events = await host.kept(f"HOSTD_EVT_{host.settings.host.cell}")
         subject = host.subjects.event(Lane.host(), "disk")
-        assert [name for name, _, _ in events].count(subject) == 2
+        assert [name for name, _, _ in events].count(subject) >= 2
 
 
 async def test_what_does_not_fit_is_refused_before_it_is_made() -> None:
