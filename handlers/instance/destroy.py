@@ -2,6 +2,7 @@
 
 from msgspec.structs import replace
 
+from handlers.concurrency import limited
 from handlers.errors import NotFound
 from handlers.instance.artifact_refs import collect_revision
 from handlers.instance.release import release
@@ -74,7 +75,8 @@ async def remove_files(
     ref: InstanceRef, disk: DiskIdentity | None, cmd: DestroyInstance, steps: Steps, host: Host
 ) -> None:
     if cmd.wipe_volumes:
-        await steps.act("wipe_volumes", lambda: host.data_disks.wipe(ref, disk))
+        async with limited(host.slots.wipes, ref.tenant_id, "wait_wipe_slot", steps):
+            await steps.act("wipe_volumes", lambda: host.data_disks.wipe(ref, disk))
     keep = not cmd.wipe_volumes
     await steps.act("remove_files", lambda: host.shared.remove_instance(ref, keep_volumes=keep))
 

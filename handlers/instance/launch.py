@@ -19,7 +19,6 @@ from msgspec.structs import replace
 
 from handlers.cancellation import together
 from handlers.errors import Conflict, Failure
-from handlers.instance.artifact_refs import ensure_revision
 from handlers.instance.jail_contents import jail_spec
 from handlers.instance.launch_plan import Launch, LaunchPlan
 from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
@@ -55,10 +54,9 @@ async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator
     closed at the end of the context; the VMM stays.
     """
     await remove_stale_jail(plan, host)
-    artifact = await ensure_revision(plan.launch.ref, plan.revision, steps, host)
     await steps.announce(*planned_steps(plan, host))
     _, (launch, jail) = await together(
-        ensure_port(plan.launch, steps, host), ensure_files(plan, artifact, steps, host)
+        ensure_port(plan.launch, steps, host), ensure_files(plan, steps, host)
     )
     identity = await steps.ensure(host.vmms, launch.vmm)
     api = host.vmms.api(launch.jail_id)
@@ -70,7 +68,7 @@ async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator
             identity=identity,
             api=api,
             state=state,
-            artifact=artifact,
+            artifact=plan.artifact,
             jail=jail,
             has_data_disk=makes_data_disk(plan),
         )
@@ -125,16 +123,14 @@ async def ensure_port(launch: Launch, steps: Steps, host: Host) -> None:
         await steps.ensure(host.taps, launch.names.tap_spec(launch.ref, launch.vmm.uid))
 
 
-async def ensure_files(
-    plan: LaunchPlan, artifact: Artifact, steps: Steps, host: Host
-) -> tuple[Launch, Jail]:
+async def ensure_files(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[Launch, Jail]:
     """Everything the jailer needs: cgroup, data disk and jail."""
     await ensure_cgroup(plan.launch, steps, host)
     launch, data_path = await ensure_data_disk(plan, steps, host)
     snapshot = plan.snapshot
     if snapshot is None:
         secrets = await host.shared.secrets(launch.ref.tenant_id)
-        spec = jail_spec(launch, artifact, data_path, secrets=secrets)
+        spec = jail_spec(launch, plan.artifact, data_path, secrets=secrets)
     else:
         use = SnapshotUseSpec(SnapshotKey(launch.ref, snapshot.number))
         await steps.ensure(SnapshotUses(host), use)
@@ -144,7 +140,7 @@ async def ensure_files(
             secrets = b"{}\n"
         spec = jail_spec(
             launch,
-            artifact,
+            plan.artifact,
             data_path,
             secrets=secrets,
             kept_config=snapshot.kept_config,
@@ -174,7 +170,10 @@ async def ensure_data_disk(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[
     """
     launch = plan.launch
     spec = DataDiskSpec(
-        launch.ref, launch.pool.instance_resources.data_disk_mib, launch.record.disk
+        launch.ref,
+        launch.pool.instance_resources.data_disk_mib,
+        launch.record.disk,
+        asleep=plan.snapshot is not None,
     )
     if plan.snapshot is None:
         if not makes_data_disk(plan):

@@ -24,6 +24,7 @@ from schemas.records import DiskIdentity
 from schemas.requests import InstanceRef
 
 LABEL = "mvm-data"
+BLOCK_BYTES = 512  # of `st_blocks`
 
 
 def identity_of(found: os.stat_result) -> DiskIdentity:
@@ -51,9 +52,10 @@ class DataDisks:
     async def ensure(self, spec: DataDiskSpec) -> DataDisk:
         """Create the disk, or return the recorded one; its size is never changed.
 
-        It gets its name when it is complete: created unnamed, marked, synced, then linked.
+        It gets its name when it is complete: created unnamed, allocated in full, marked, synced,
+        then linked. So a guest's writes never need space that the file system may not have.
 
-        Source: open(2) O_TMPFILE, linkat(2).
+        Source: open(2) O_TMPFILE, posix_fallocate(3), linkat(2).
 
         Raises:
             Invalid: the file there is not the disk that hostd recorded or created, is a symlink or
@@ -63,6 +65,19 @@ class DataDisks:
             Exhausted: the file system is full.
         """
         return await run_in_thread(self._ensure, spec)
+
+    async def unallocated_bytes(self, ref: InstanceRef) -> int:
+        """What the disk lacks of its nominal size, e.g. one made sparse by an earlier hostd."""
+
+        def look() -> int:
+            try:
+                with self._volumes(ref) as volumes:
+                    found = volumes.stat(DATA_DISK)
+            except NotFound:
+                return 0
+            return 0 if found is None else _unallocated(found)
+
+        return await run_in_thread(look)
 
     async def exists(self, key: str) -> bool:
         def look() -> bool:
@@ -138,6 +153,7 @@ class DataDisks:
             try:
                 os.ftruncate(fd, spec.size_mib * MIB)
                 make_ext4(fd, label=LABEL)
+                os.posix_fallocate(fd, 0, spec.size_mib * MIB)
                 write_mark(fd, spec.ref, new=True)
                 os.fsync(fd)
                 link_open(fd, volumes.fd, DATA_DISK)
@@ -168,6 +184,11 @@ class DataDisks:
             self._check_links(spec.ref, fd, path)
             if not ours:
                 write_mark(fd, spec.ref, new=False)
+            if not spec.asleep and _unallocated(os.fstat(fd)):
+                try:
+                    os.posix_fallocate(fd, 0, identity.size_bytes)
+                except OSError as error:
+                    raise of_os_error(error, f"cannot allocate data disk {path}") from error
         return DataDisk(path=path, identity=identity)
 
     def _check_links(self, ref: InstanceRef, fd: int, path: str) -> None:
@@ -239,6 +260,10 @@ def _is(found: DiskIdentity, known: DiskIdentity, *, marked: bool) -> bool:
     if marked:
         return (found.ino, found.size_bytes) == (known.ino, known.size_bytes)
     return found == known
+
+
+def _unallocated(found: os.stat_result) -> int:
+    return max(0, found.st_size - found.st_blocks * BLOCK_BYTES)
 
 
 def _make_dir(instance: Directory) -> bool:

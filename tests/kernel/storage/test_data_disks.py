@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from handlers.errors import Exhausted, HostFault, Invalid, NotFound
+from handlers.host.linux.syscalls import punch_hole
 from handlers.host.storage import wipe
 from handlers.host.storage.data_disks import DataDisks
 from handlers.specs import DataDiskSpec
@@ -295,3 +296,32 @@ async def test_no_instance_no_disk(disks: DataDisks, world: StoreHost) -> None:
     await disks.remove(str(nobody))
     await disks.check_wipe(nobody, None)
     await disks.wipe(nobody, None)
+
+
+async def test_a_disk_is_allocated_at_its_nominal_size(disks: DataDisks, world: StoreHost) -> None:
+    made = await disks.ensure(SPEC)
+
+    found = os.stat(made.path)
+    assert found.st_blocks * 512 >= found.st_size == SPEC.size_mib << 20
+    assert await disks.unallocated_bytes(SPEC.ref) == 0
+
+
+async def test_a_sparse_disk_is_allocated_at_a_start_and_left_alone_at_a_wake(
+    disks: DataDisks, world: StoreHost
+) -> None:
+    made = await disks.ensure(SPEC)
+    with open(made.path, "r+b") as file:
+        punch_hole(file.fileno(), 1 << 20, 2 << 20)
+    sparse = os.stat(made.path)
+    assert 0 < await disks.unallocated_bytes(SPEC.ref) <= 2 << 20
+
+    await disks.ensure(replace(SPEC, known=made.identity, asleep=True))
+    assert os.stat(made.path).st_mtime_ns == sparse.st_mtime_ns
+    assert os.stat(made.path).st_blocks == sparse.st_blocks
+
+    await disks.ensure(replace(SPEC, known=made.identity))
+    assert await disks.unallocated_bytes(SPEC.ref) == 0
+
+
+async def test_an_absent_disk_lacks_nothing(disks: DataDisks, world: StoreHost) -> None:
+    assert await disks.unallocated_bytes(SPEC.ref) == 0
