@@ -119,7 +119,7 @@ class BareInstance:
             known = self._disk if self.launch > 1 else None
             disk = await disks.ensure(DataDiskSpec(self.ref, self.data_disk_mib, known))
             self._disk = disk.identity
-            files.append(JailFile(DATA_DISK, disk.path, writable=True))
+            files.append(JailFile(DATA_DISK, disk.path, disk.identity))
         overhead = self.host.settings.limits.vmm_overhead_mib
         await self._cgroups.ensure(
             CgroupSpec(

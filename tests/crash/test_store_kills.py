@@ -23,6 +23,7 @@ from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.agentd_files import SharedFiles
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
+from handlers.host.storage.disk_ownership import identity_of
 from handlers.host.storage.drive_images import CONFIG, SECRETS, SmallDrives
 from handlers.specs import ArtifactSpec, DataDiskSpec, JailFile, JailSpec, SnapshotFacts
 from schemas import naming
@@ -83,7 +84,7 @@ class Worker:
 
     def jail(self, launch: int) -> str:
         jail_id = naming.jail_id(REF, launch)
-        files = (JailFile("data.ext4", str(self.disk), writable=True),)
+        files = (JailFile("data.ext4", str(self.disk), identity_of(self.disk.stat())),)
         self.jails._ensure(JailSpec(REF, jail_id, UID, files, config=b"{}", secrets=b"{}"))
         return jail_id
 

@@ -78,7 +78,7 @@ def open_tenant(data: str, tenant_id: str) -> Directory:
             " not at the ends"
         )
     with Directory.trusted(data) as root:
-        return root.directory(f"tenants/{tenant_id}")
+        return root.shared(f"tenants/{tenant_id}")
 
 
 def open_instance(data: str, ref: InstanceRef) -> Directory:

@@ -14,7 +14,14 @@ from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.syscalls import link_open
 from handlers.host.storage import wipe
 from handlers.host.storage.agentd_files import instance_path, open_instance
-from handlers.host.storage.disk_ownership import check_mark, read_mark, write_mark
+from handlers.host.storage.disk_ownership import (
+    check_identity,
+    check_mark,
+    described,
+    identity_of,
+    read_mark,
+    write_mark,
+)
 from handlers.host.storage.mkfs import make_ext4
 from handlers.jail_names import DATA_DISK, jail_root, jails_dir
 from handlers.mechanism import Durability
@@ -24,10 +31,6 @@ from schemas.records import DiskIdentity
 from schemas.requests import InstanceRef
 
 LABEL = "mvm-data"
-
-
-def identity_of(found: os.stat_result) -> DiskIdentity:
-    return DiskIdentity(dev=found.st_dev, ino=found.st_ino, size_bytes=found.st_size)
 
 
 class DataDisks:
@@ -91,7 +94,7 @@ class DataDisks:
             with (
                 contextlib.suppress(NotFound),
                 self._volumes(ref) as volumes,
-                volumes.file(DATA_DISK) as fd,
+                volumes.marked_file(DATA_DISK) as fd,
             ):
                 path = volumes.named(DATA_DISK)
                 if known is None or identity_of(os.fstat(fd)) != known:
@@ -149,7 +152,7 @@ class DataDisks:
 
     def _checked(self, spec: DataDiskSpec, volumes: Directory) -> DataDisk:
         path = volumes.named(DATA_DISK)
-        with volumes.file(DATA_DISK, os.O_RDWR) as fd:
+        with volumes.marked_file(DATA_DISK, os.O_RDWR) as fd:
             identity = identity_of(os.fstat(fd))
             mark = read_mark(fd)
             ours = mark is not None and mark.ref == str(spec.ref)
@@ -159,12 +162,8 @@ class DataDisks:
                     " again for an empty disk (see docs/operations.md)",
                     path=path,
                 )
-            if spec.known is not None and not _is(identity, spec.known, marked=ours):
-                raise Invalid(
-                    f"{path}: inode mismatch: expected {described(spec.known)}, found"
-                    f" {described(identity)}; move the recorded disk back (see docs/operations.md)",
-                    path=path,
-                )
+            if spec.known is not None:
+                check_identity(fd, spec.known, path, marked=ours)
             self._check_links(spec.ref, fd, path)
             if not ours:
                 write_mark(fd, spec.ref, new=False)
@@ -190,7 +189,7 @@ class DataDisks:
     def _remove(self, ref: InstanceRef) -> None:
         try:
             with self._volumes(ref) as volumes:
-                with volumes.file(DATA_DISK, os.O_RDWR) as fd:
+                with volumes.marked_file(DATA_DISK, os.O_RDWR) as fd:
                     check_mark(fd, ref, volumes.named(DATA_DISK))
                     _unlink_same(volumes, fd)
                 os.fsync(volumes.fd)
@@ -208,7 +207,7 @@ class DataDisks:
             if volumes.stat(DATA_DISK) is None:
                 return
             path = volumes.named(DATA_DISK)
-            with volumes.file(DATA_DISK, os.O_RDWR) as fd:
+            with volumes.marked_file(DATA_DISK, os.O_RDWR) as fd:
                 if known is None or identity_of(os.fstat(fd)) != known:
                     check_mark(fd, ref, path)
                 _check_links(path, os.fstat(fd), expected=1)
@@ -222,23 +221,9 @@ class DataDisks:
                     raise HostFault(f"{path} still has allocated blocks after the wipe", path=path)
 
 
-def described(identity: DiskIdentity) -> str:
-    """For messages: what `stat` prints as device, inode and size."""
-    return f"device {identity.dev} inode {identity.ino}, {identity.size_bytes} bytes"
-
-
 def _check_links(path: str, found: os.stat_result, *, expected: int) -> None:
     if found.st_nlink > expected:
         raise Invalid(f"{path} has {found.st_nlink} hard links, expected {expected}", path=path)
-
-
-def _is(found: DiskIdentity, known: DiskIdentity, *, marked: bool) -> bool:
-    """Whether device, inode and size are as recorded. With the mark the device number may differ,
-    since a reboot can change it: the mark is bound to the inode, and a copy does not carry it.
-    """
-    if marked:
-        return (found.ino, found.size_bytes) == (known.ino, known.size_bytes)
-    return found == known
 
 
 def _make_dir(instance: Directory) -> bool:

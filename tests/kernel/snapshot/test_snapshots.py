@@ -59,7 +59,7 @@ class Asleep:
 
     async def jail(self, launch: int) -> str:
         jail_id = naming.jail_id(REF, launch)
-        files = (JailFile("data.ext4", self.disk.path, writable=True),)
+        files = (JailFile("data.ext4", self.disk.path, self.disk.identity),)
         await self.jails.ensure(
             JailSpec(REF, jail_id, UID, files, config=b"{}", secrets=b'{"s": "hush"}')
         )
