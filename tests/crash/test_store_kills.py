@@ -172,12 +172,15 @@ async def test_a_wipe(worlds: Callable[[int], Worker]) -> None:
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         first.make_disk()
-        killed = killed_at(n, lambda first=first: first.disks._wipe(REF, None, CancelToken()))
+        known = identity_of(first.disk.stat())
+        killed = killed_at(
+            n, lambda first=first, known=known: first.disks._wipe(REF, known, CancelToken())
+        )
 
         second = Worker(first.world)
-        await second.disks.wipe(REF, None)
+        await second.disks.wipe(REF, known)
 
-        assert not await second.disks.exists(KEY)
+        assert (second.disk.stat().st_size, second.disk.stat().st_blocks) == (4 << 20, 0)
         if not killed:
             break
     assert n > 2

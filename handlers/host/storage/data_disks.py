@@ -87,28 +87,36 @@ class DataDisks:
         The hard links of the instance's jails are allowed here, since they go with the jails.
 
         Raises:
-            Invalid: not a disk that hostd created for this instance, or one with more hard links.
+            Invalid: the recorded disk is missing, or what is there is not the recorded disk, not
+                one that hostd created for this instance, or has more hard links.
         """
 
         def check() -> None:
-            with (
-                contextlib.suppress(NotFound),
-                self._volumes(ref) as volumes,
-                volumes.marked_file(DATA_DISK) as fd,
-            ):
-                path = volumes.named(DATA_DISK)
-                if known is None or identity_of(os.fstat(fd)) != known:
-                    check_mark(fd, ref, path)
-                self._check_links(ref, fd, path)
+            try:
+                with (
+                    self._volumes(ref) as volumes,
+                    volumes.marked_file(DATA_DISK) as fd,
+                ):
+                    _check_recorded(fd, ref, known, volumes.named(DATA_DISK))
+                    self._check_links(ref, fd, volumes.named(DATA_DISK))
+            except NotFound as error:
+                if known is not None:
+                    path = self.path(ref)
+                    raise Invalid(_missing(path, known), path=path) from error
 
         await run_in_thread(check)
 
     async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
-        """Overwrite, verify, free the blocks, unlink; absent already is success.
+        """Overwrite, verify and free the blocks of the recorded disk; the empty file stays.
+
+        Its name stays too, so that a repeated wipe finds the disk until the journal knows that it
+        is wiped. Without a recorded disk (`known` is None), absent is success.
 
         Raises:
-            Invalid: not a disk that hostd created for this instance; nothing is changed.
-            HostFault: the blocks did not read back as zeros; the file stays.
+            Invalid: not the recorded disk, or not one that hostd created for this instance;
+                nothing is changed.
+            HostFault: the recorded disk is missing, so its data is not wiped; or the blocks did
+                not read back as zeros.
         """
         await run_in_slow_thread(lambda token: self._wipe(ref, known, token))
 
@@ -126,11 +134,7 @@ class DataDisks:
                 if volumes.stat(DATA_DISK) is None:
                     if spec.known is not None:
                         path = volumes.named(DATA_DISK)
-                        raise NotFound(
-                            f"data disk {path} is missing: expected {described(spec.known)};"
-                            " move it back (see docs/operations.md)",
-                            path=path,
-                        )
+                        raise NotFound(_missing(path, spec.known), path=path)
                     self._make(spec, volumes)
                 return self._checked(spec, volumes)
 
@@ -199,26 +203,39 @@ class DataDisks:
             raise of_os_error(error, f"cannot remove the data disk of {ref}") from error
 
     def _wipe(self, ref: InstanceRef, known: DiskIdentity | None, token: CancelToken) -> None:
+        path = self.path(ref)
         try:
-            volumes = self._volumes(ref)
-        except NotFound:
-            return
-        with volumes:
-            if volumes.stat(DATA_DISK) is None:
-                return
-            path = volumes.named(DATA_DISK)
-            with volumes.marked_file(DATA_DISK, os.O_RDWR) as fd:
-                if known is None or identity_of(os.fstat(fd)) != known:
-                    check_mark(fd, ref, path)
+            with (
+                self._volumes(ref) as volumes,
+                volumes.marked_file(DATA_DISK, os.O_RDWR) as fd,
+            ):
+                _check_recorded(fd, ref, known, path)
                 _check_links(path, os.fstat(fd), expected=1)
                 try:
                     wipe.wipe(fd, check=token.check)
-                    _unlink_same(volumes, fd)
-                    os.fsync(volumes.fd)
                 except OSError as error:
                     raise of_os_error(error, f"cannot wipe {path}") from error
                 if not wipe.is_empty(fd):
                     raise HostFault(f"{path} still has allocated blocks after the wipe", path=path)
+        except NotFound as error:
+            if known is not None:
+                raise HostFault(f"not wiped: {_missing(path, known)}", path=path) from error
+
+
+def _missing(path: str, known: DiskIdentity) -> str:
+    return (
+        f"data disk {path} is missing: expected {described(known)}; move it back"
+        " (see docs/operations.md)"
+    )
+
+
+def _check_recorded(fd: int, ref: InstanceRef, known: DiskIdentity | None, path: str) -> None:
+    """Check that the open file is the recorded disk, or, without a record, hostd's for `ref`."""
+    if known is None:
+        check_mark(fd, ref, path)
+    else:
+        mark = read_mark(fd)
+        check_identity(fd, known, path, marked=mark is not None and mark.ref == str(ref))
 
 
 def _check_links(path: str, found: os.stat_result, *, expected: int) -> None:

@@ -197,6 +197,37 @@ async def test_a_neighbours_disk_moved_here_is_not_wiped(
     assert path_of(world).stat().st_ino == theirs.identity.ino
 
 
+@pytest.mark.parametrize("hidden", ["disk", "volumes", "instance", "tenant"])
+async def test_a_hidden_disk_is_not_reported_as_wiped(
+    disks: DataDisks, world: StoreHost, hidden: str
+) -> None:
+    disk = await disks.ensure(SPEC)
+    path = {
+        "disk": path_of(world),
+        "volumes": path_of(world).parent,
+        "instance": world.instance,
+        "tenant": world.tenant,
+    }[hidden]
+    path.rename(world.top / "hidden")
+
+    with pytest.raises(Invalid, match=r"data\.ext4 is missing: expected device"):
+        await disks.check_wipe(REF, disk.identity)
+    with pytest.raises(HostFault, match=r"not wiped: .*data\.ext4 is missing"):
+        await disks.wipe(REF, disk.identity)
+
+
+async def test_another_disk_of_the_instance_is_not_wiped_for_the_recorded_one(
+    disks: DataDisks, world: StoreHost
+) -> None:
+    recorded = await disks.ensure(SPEC)
+    path_of(world).rename(world.instance / "hidden")
+    await disks.ensure(SPEC)
+
+    for refuse in (disks.check_wipe, disks.wipe):
+        with pytest.raises(Invalid, match="inode mismatch"):
+            await refuse(REF, recorded.identity)
+
+
 async def test_an_undone_creation_leaves_nothing(disks: DataDisks, world: StoreHost) -> None:
     await disks.ensure(SPEC)
 
@@ -207,7 +238,7 @@ async def test_an_undone_creation_leaves_nothing(disks: DataDisks, world: StoreH
     assert os.listdir(world.instance / "volumes") == []
 
 
-async def test_wiped_data_is_overwritten_then_freed_then_gone(
+async def test_wiped_data_is_overwritten_then_freed_and_the_empty_file_stays(
     disks: DataDisks, world: StoreHost
 ) -> None:
     disk = await disks.ensure(SPEC)
@@ -221,7 +252,7 @@ async def test_wiped_data_is_overwritten_then_freed_then_gone(
     await disks.wipe(REF, disk.identity)
     await disks.wipe(REF, disk.identity)
 
-    assert not await disks.exists(KEY)
+    assert await disks.exists(KEY)
     assert not any(os.pread(watch, 8 << 20, 0))
     assert os.fstat(watch).st_blocks == 0
     os.close(watch)

@@ -253,9 +253,12 @@ async def place(host: LiveHost) -> AsyncIterator[Place]:
     sound = Path(host.directory, "sound")
     shutil.copytree(place.tenant, sound, symlinks=True)
     yield place
-    put_right(place, sound)
     destroy = DestroyInstance(ref.tenant_id, ref.pool_id, ref.instance_id, wipe_volumes=True)
-    assert (await host.run(destroy))["code"] == "ok"
+    reply = await host.run(destroy)
+    if reply["code"] != "ok":  # the test failed with the files spoilt
+        put_right(place, sound)
+        reply = await host.run(destroy)
+    assert reply["code"] == "ok", reply
     shutil.rmtree(sound)
     assert not os.path.exists(place.directory)
 
