@@ -27,6 +27,7 @@ from handlers.host.storage.disk_ownership import identity_of
 from handlers.host.storage.drive_images import CONFIG, SECRETS, SmallDrives
 from handlers.specs import ArtifactSpec, DataDiskSpec, JailFile, JailSpec, SnapshotFacts
 from schemas import naming
+from schemas.records import DiskIdentity
 from tests.kernel.storage.store_host import REF, REVISION, StoreHost, make_world
 
 UID = 2_000_000_007
@@ -168,19 +169,24 @@ async def test_a_disk_being_made(worlds: Callable[[int], Worker]) -> None:
     assert n > 5
 
 
-async def test_a_wipe(worlds: Callable[[int], Worker]) -> None:
+async def test_a_wipe_and_the_removal_of_the_disk(worlds: Callable[[int], Worker]) -> None:
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         first.make_disk()
-        known = identity_of(first.disk.stat())
-        killed = killed_at(
-            n, lambda first=first, known=known: first.disks._wipe(REF, known, CancelToken())
-        )
+        recorded = identity_of(first.disk.stat())
 
-        second = Worker(first.world)
-        await second.disks.wipe(REF, known)
+        def wipe(worker: Worker, recorded: DiskIdentity = recorded) -> None:
+            journal = worker.world.top / "wiped"
+            known = None if journal.exists() else recorded
+            worker.disks._wipe(REF, known, CancelToken())
+            journal.touch()  # as Destroy does, before the name goes
+            worker.disks._remove(REF)
 
-        assert (second.disk.stat().st_size, second.disk.stat().st_blocks) == (4 << 20, 0)
+        killed = killed_at(n, lambda wipe=wipe, first=first: wipe(first))
+
+        wipe(Worker(first.world))
+
+        assert not first.disk.exists()
         if not killed:
             break
     assert n > 2

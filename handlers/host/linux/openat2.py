@@ -166,8 +166,25 @@ class Directory:
         finally:
             os.close(fd)
 
-    def replace(self, name: str, data: bytes, like: os.stat_result) -> None:
-        """Replace the file `name` by one with new content and the old owner, group and mode.
+    def names(self, limit: int) -> list[str]:
+        """The names in it, read one by one up to the limit: another user may have made millions.
+
+        Raises:
+            Invalid: there are more.
+        """
+        found: list[str] = []
+        with os.scandir(self.fd) as entries:
+            for entry in entries:
+                if len(found) == limit:
+                    raise Invalid(
+                        f"{self.path} has more than {limit} entries: remove what is not needed",
+                        path=self.path,
+                    )
+                found.append(entry.name)
+        return found
+
+    def replace(self, name: str, data: bytes, *, uid: int, gid: int, mode: int) -> None:
+        """Replace the file `name`, or make it, with this content, owner, group and mode.
 
         Atomic: written beside it, synced and renamed, so after a power loss it is either the old
         file or the new one. `name` has no slash; one writer per name.
@@ -176,10 +193,9 @@ class Directory:
         path = self.named(name)
         try:
             self.unlink(beside)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with self._created(beside, flags) as fd:
-                os.fchown(fd, like.st_uid, like.st_gid)
-                os.fchmod(fd, stat.S_IMODE(like.st_mode) & 0o777)
+            with self.created(beside) as fd:
+                os.fchown(fd, uid, gid)
+                os.fchmod(fd, mode)
                 with open(fd, "wb", closefd=False) as file:
                     file.write(data)
                 os.fsync(fd)
@@ -195,8 +211,9 @@ class Directory:
             os.unlink(name, dir_fd=self.fd)
 
     @contextlib.contextmanager
-    def _created(self, name: str, flags: int) -> Generator[int, None, None]:
-        fd = openat2(self.fd, name, flags, mode=0o600)
+    def created(self, name: str) -> Generator[int, None, None]:
+        """Create a file for writing, 0600; closed at the end of the block. It must not exist."""
+        fd = openat2(self.fd, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600)
         try:
             yield fd
         finally:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -198,7 +199,10 @@ class SharedFiles:
                     return
                 now = directory.stat("instance.json")
                 if now is not None and _same(now, read):
-                    directory.replace("instance.json", new, like=read)
+                    mode = stat.S_IMODE(read.st_mode) & 0o777
+                    directory.replace(
+                        "instance.json", new, uid=read.st_uid, gid=read.st_gid, mode=mode
+                    )
                     return
             raise Unavailable(f"{path} changed during {REREADS} updates: try again", path=path)
 
