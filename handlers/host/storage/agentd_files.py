@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -217,7 +218,7 @@ class SharedFiles:
                 keep = frozenset({"volumes"}) if keep_volumes else frozenset[str]()
                 remove_names(instance.fd, keep=keep)
                 os.fsync(instance.fd)
-                if not os.listdir(instance.fd):
+                if not keep_volumes or instance.stat("volumes") is None:
                     self._remove_dir(ref)
             except OSError as error:
                 raise of_os_error(error, f"cannot empty {instance.path}") from error
@@ -228,7 +229,11 @@ class SharedFiles:
             tenant.directory(f"pools/{ref.pool_id}/instances") as parent,
             contextlib.suppress(FileNotFoundError),
         ):
-            os.rmdir(ref.instance_id, dir_fd=parent.fd)
+            try:
+                os.rmdir(ref.instance_id, dir_fd=parent.fd)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:  # agentd put something there again
+                    raise
 
 
 def _parsed(directory: Directory, name: str, parse: Callable[[bytes, str], T]) -> T:
@@ -248,7 +253,7 @@ def merged(data: bytes, changes: dict[str, Any], path: str) -> bytes:
     """
     try:
         fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise Invalid(f"{path} is not a JSON object", path=path) from error
     old = {key: bytes(value) for key, value in fields.items()}
     new = {key: msgspec.json.encode(value) for key, value in changes.items()}
@@ -262,9 +267,9 @@ def merged(data: bytes, changes: dict[str, Any], path: str) -> bytes:
 
 
 def _same(one: os.stat_result, other: os.stat_result) -> bool:
-    return (one.st_dev, one.st_ino, one.st_mtime_ns, one.st_size) == (
+    return (one.st_dev, one.st_ino, one.st_ctime_ns, one.st_size) == (
         other.st_dev,
         other.st_ino,
-        other.st_mtime_ns,
+        other.st_ctime_ns,
         other.st_size,
     )

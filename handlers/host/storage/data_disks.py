@@ -5,6 +5,7 @@ inode as the journal recorded them, and by hostd's mark on the inode (`disk_owne
 """
 
 import contextlib
+import errno
 import os
 from typing import ClassVar
 
@@ -152,6 +153,12 @@ class DataDisks:
                 os.close(fd)
             os.fsync(volumes.fd)
         except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise Invalid(
+                    f"cannot create data disk {path}: {spec.size_mib} MiB is more than this file"
+                    " system allows for a file",
+                    path="pool.json: $.instance_resources.data_disk_mib",
+                ) from error
             raise of_os_error(error, f"cannot create data disk {path}") from error
 
     def _checked(self, spec: DataDiskSpec, volumes: Directory) -> DataDisk:

@@ -55,6 +55,18 @@ async def test_a_malformed_file_is_invalid_and_named(
         await shared.instance(REF)
 
 
+@pytest.mark.parametrize(
+    "deep", [b'{"a": ' + b"[" * 100_000, b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"]
+)
+async def test_an_update_of_a_deeply_nested_file_is_invalid(
+    shared: SharedFiles, world: StoreHost, deep: bytes
+) -> None:
+    write(world.instance / "instance.json", deep)
+
+    with pytest.raises(Invalid, match=r"instance\.json"):
+        await shared.update_instance(REF, {"status": "running"})
+
+
 async def test_another_tenants_file_is_refused(shared: SharedFiles, world: StoreHost) -> None:
     text = (world.instance / "instance.json").read_text()
     write(world.instance / "instance.json", text.replace('"acme"', '"other"'))

@@ -1,5 +1,6 @@
 """The data disk is hostd's own making, known by more than its name, and gone when wiped."""
 
+import errno
 import os
 import stat
 import subprocess
@@ -320,3 +321,17 @@ async def test_no_instance_no_disk(disks: DataDisks, world: StoreHost) -> None:
     await disks.remove(str(nobody))
     await disks.check_wipe(nobody, None)
     await disks.wipe(nobody, None)
+
+
+async def test_a_size_beyond_the_file_system_is_the_pools_mistake(
+    disks: DataDisks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_big(fd: int, length: int) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(os, "ftruncate", too_big)
+
+    with pytest.raises(Invalid, match="more than this file system allows") as caught:
+        await disks.ensure(SPEC)
+
+    assert caught.value.path == "pool.json: $.instance_resources.data_disk_mib"

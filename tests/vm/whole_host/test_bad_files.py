@@ -82,6 +82,11 @@ def make_fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
+def write_sparse(path: Path, size_bytes: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+
+
 def plant_disk(place: Place) -> None:
     (place.directory / "volumes" / "data.ext4").write_bytes(bytes(16 << 20))
 
@@ -222,6 +227,46 @@ CASES: dict[str, tuple[Callable[[Place], object], str, str]] = {
         lambda p: (p.revision / "vmlinux").write_bytes(b"no kernel at all" * 64),
         "invalid",
         "vmlinux",
+    ),
+    "a kernel cut off": (
+        lambda p: os.truncate(p.revision / "vmlinux", 4096),
+        "invalid",
+        "vmlinux",
+    ),
+    "a memory of 1 MiB": (
+        lambda p: p.edit(lambda c: c["instance_resources"].update(mem_mib=1), p.pool / "pool.json"),
+        "invalid",
+        "vmlinux",
+    ),
+    "an initrd larger than the memory": (
+        lambda p: write_sparse(p.revision / "initrd", 256 << 20),
+        "invalid",
+        "initrd",
+    ),
+    "a disk of 20 TB": (
+        lambda p: p.edit(
+            lambda c: c["instance_resources"].update(data_disk_mib=20_000_000), p.pool / "pool.json"
+        ),
+        "invalid",
+        "pool.json: $.instance_resources.data_disk_mib",
+    ),
+    "a grace period of ages": (
+        lambda p: p.edit(
+            lambda c: c.update(runtime_policy={"graceful_shutdown_seconds": 2**64 - 1}),
+            p.pool / "pool.json",
+        ),
+        "invalid",
+        "pool.json: $.runtime_policy.graceful_shutdown_seconds",
+    ),
+    "another user's kernel": (
+        lambda p: os.chown(p.revision / "vmlinux", 1234, 1234),
+        "invalid",
+        "vmlinux",
+    ),
+    "another user's instance.json": (
+        lambda p: os.chown(p.file, 1234, 1234),
+        "invalid",
+        "instance.json",
     ),
     "an empty kernel": (lambda p: (p.revision / "vmlinux").write_bytes(b""), "invalid", "vmlinux"),
     "an empty rootfs": (
