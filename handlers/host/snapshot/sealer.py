@@ -189,6 +189,19 @@ def disk_facts(data: str, path: str, known: DiskIdentity | None = None) -> DiskF
         return DiskFacts.of(path, os.fstat(fd))
 
 
+def wipe_kept(path: str) -> None:
+    """Wipe and unlink an image kept with a snapshot; absent is success."""
+    try:
+        fd = os.open(path, FILE)
+    except FileNotFoundError:
+        return
+    try:
+        wipe.wipe(fd)
+    finally:
+        os.close(fd)
+    os.unlink(path)
+
+
 def discard_dir(directory: SnapshotDir) -> None:
     """Unpublish first, so that half of it is never taken for one; then free the blocks, unlink.
 
