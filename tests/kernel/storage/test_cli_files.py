@@ -2,7 +2,6 @@
 
 import ast
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,11 +140,11 @@ def test_the_net_of_a_file_that_is_not_agentds_is_not_sent(
     monkeypatch.setenv("HOSTD_PATHS_DATA", str(data))
     tenant = data / "tenants" / "acme" / "tenant.json"
     assert commands.tenant_net(None, "acme").tenant_net_id == 7
-    plant: dict[str, Callable[[], object]] = {
-        "link": lambda: (tenant.unlink(), tenant.symlink_to(outside / "file")),
-        "of root": lambda: os.chown(tenant, 0, 0),
-    }
-    plant[spoil]()
+    if spoil == "link":
+        tenant.unlink()
+        tenant.symlink_to(outside / "file")
+    else:
+        os.chown(tenant, 0, 0)
 
     with pytest.raises(CliError) as caught:
         commands.tenant_net(None, "acme")

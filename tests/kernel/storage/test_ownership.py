@@ -14,6 +14,7 @@ import pytest
 
 from handlers.errors import Failure, Invalid, Unavailable
 from handlers.host.jail.jails import Jails
+from handlers.host.linux.sparse_copy import copy_sparse
 from handlers.host.storage import artifacts as artifacts_module
 from handlers.host.storage.agentd_files import SharedFiles
 from handlers.host.storage.artifacts import Artifacts
@@ -144,7 +145,7 @@ async def test_a_torn_import_is_seen_though_the_mtime_is_put_back(
     world: StoreHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rootfs = world.revision / "rootfs.ext4"
-    copy = artifacts_module.copy_sparse
+    copy = copy_sparse
 
     def written_meanwhile(source: int, target: int, **options: Callable[[], None]) -> None:
         before = os.fstat(source)

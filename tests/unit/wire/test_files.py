@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from msgspec.inspect import IntType, StructType, UnionType
+from msgspec.inspect import IntType, StructType, UnionType, type_info
 
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
@@ -22,9 +22,9 @@ from schemas.files import (
     parse_pool,
     parse_tenant,
 )
-from schemas.requests import InstanceRef, TenantNet
+from schemas.requests import TenantNet
+from tests.constants import REF
 
-REF = InstanceRef("acme", "web", "i-1")
 NET = TenantNet(259, "10.241.3.0/24", "10.241.3.1", "br-tenant-259")
 TENANT: dict[str, Any] = {
     "tenant_id": "acme",
@@ -277,7 +277,9 @@ def test_another_network_than_the_derived_one_is_refused(field: str, value: obje
 def numbers_of(kind: type[msgspec.Struct], path: str = "") -> list[str]:
     """The path of every number in a file's type."""
     found: list[str] = []
-    for field in msgspec.inspect.type_info(kind).fields:  # type: ignore[union-attr]
+    struct = type_info(kind)
+    assert isinstance(struct, StructType)
+    for field in struct.fields:
         types = field.type.types if isinstance(field.type, UnionType) else (field.type,)
         for each in types:
             if isinstance(each, IntType):
