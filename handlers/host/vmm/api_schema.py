@@ -23,7 +23,8 @@ GUEST_CID = 3
 FAULT_CHARS = 400
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 WRONG_STATE = "The requested operation is not supported"
-CANNOT_LOAD = re.compile("Cannot load (kernel|initrd)")  # does not fit the memory, or is not one
+# The image does not fit the memory, or is not one.
+CANNOT_LOAD = re.compile("(?:Cannot load|Error with) (kernel|initrd)")
 IMAGES = {"kernel": "vmlinux", "initrd": "initrd"}
 NOT_AFTER_CONFIGURING = "Loading a microVM snapshot not allowed after configuring"
 CONTROLS = dict.fromkeys(range(32), " ")
