@@ -136,11 +136,15 @@ class DataDisks(Mechanism[DataDiskSpec, DataDisk], Protocol):
         ...
 
     async def check_wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
-        """Raise Invalid if `wipe` would, because the disk is not hostd's. No effect."""
+        """Raise Invalid if `wipe` would fail: the disk is not hostd's, or missing. No effect."""
         ...
 
     async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
-        """Overwrite or discard the blocks, verify, unlink; success if absent already."""
+        """Overwrite the blocks, verify, free them; the empty file stays until `remove_instance`.
+
+        Raises:
+            HostFault: the recorded disk `known` is missing: its data is not wiped.
+        """
         ...
 
 

@@ -187,11 +187,18 @@ class CgroupSpec:
 
 @dataclass(frozen=True, slots=True)
 class JailFile:
-    """A hard link to make in the jail. Writable files belong to the jail's uid while in use."""
+    """A hard link to make in the jail, read-only unless it is the recorded data disk `disk`.
+
+    A data disk belongs to the jail's uid while in use.
+    """
 
     name: str
     source: str
-    writable: bool = False
+    disk: DiskIdentity | None = None
+
+    @property
+    def writable(self) -> bool:
+        return self.disk is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,7 @@ class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     enforce: bool = True
     cgroup: str = "hostd"
     max_drain_s: int = 3600
+    max_stop_s: int = 300
     lane_depth: int = 100
     host_depth: int = 5000
     imports: int = 4

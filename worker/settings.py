@@ -317,6 +317,7 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "network.max_flows": _between(1, 2**31),
     "limits.cgroup": _cgroup,
     "limits.max_drain_s": _between(0, 86_400),
+    "limits.max_stop_s": _between(0, 86_400),
     "limits.lane_depth": _COUNT,
     "limits.host_depth": _COUNT,
     "limits.imports": _between(1, IMPORTS_MAX),

@@ -25,7 +25,7 @@ from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
 from handlers.instance.vmm_log import add_log
 from handlers.interfaces import CPU_PERIOD_US, Host, VmmApi
 from handlers.mechanism import Removable
-from handlers.specs import MIB, Artifact, CgroupSpec, DataDiskSpec, Jail, SnapshotKey
+from handlers.specs import MIB, Artifact, CgroupSpec, DataDisk, DataDiskSpec, Jail, SnapshotKey
 from handlers.steps import Steps
 from schemas.records import DiskIdentity, InstanceRecord, VmmIdentity
 
@@ -126,11 +126,11 @@ async def ensure_port(launch: Launch, steps: Steps, host: Host) -> None:
 async def ensure_files(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[Launch, Jail]:
     """Everything the jailer needs: cgroup, data disk and jail."""
     await ensure_cgroup(plan.launch, steps, host)
-    launch, data_path = await ensure_data_disk(plan, steps, host)
+    launch, disk = await ensure_data_disk(plan, steps, host)
     snapshot = plan.snapshot
     if snapshot is None:
         secrets = await host.shared.secrets(launch.ref.tenant_id)
-        spec = jail_spec(launch, plan.artifact, data_path, secrets=secrets)
+        spec = jail_spec(launch, plan.artifact, disk, secrets=secrets)
     else:
         use = SnapshotUseSpec(SnapshotKey(launch.ref, snapshot.number))
         await steps.ensure(SnapshotUses(host), use)
@@ -141,7 +141,7 @@ async def ensure_files(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[Laun
         spec = jail_spec(
             launch,
             plan.artifact,
-            data_path,
+            disk,
             secrets=secrets,
             kept_config=snapshot.kept_config,
             kept_secrets=snapshot.kept_secrets,
@@ -163,7 +163,9 @@ async def ensure_cgroup(launch: Launch, steps: Steps, host: Host) -> None:
     )
 
 
-async def ensure_data_disk(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[Launch, str | None]:
+async def ensure_data_disk(
+    plan: LaunchPlan, steps: Steps, host: Host
+) -> tuple[Launch, DataDisk | None]:
     """The data disk, if the instance has one: its identity is journalled before it is used.
 
     The first start makes it. A wake takes the disk that slept with the instance, never a new one.
@@ -183,7 +185,7 @@ async def ensure_data_disk(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[
         if launch.record.disk is None:
             return launch, None
         disk = await steps.ensure_kept(host.data_disks, spec)
-    return await record_disk(launch, disk.identity, host), disk.path
+    return await record_disk(launch, disk.identity, host), disk
 
 
 async def record_vmm(launch: Launch, identity: VmmIdentity, host: Host) -> InstanceRecord:

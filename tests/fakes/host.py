@@ -380,11 +380,15 @@ class FakeDataDisks(Plain[DataDiskSpec]):
     async def check_wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
         if "check_wipe" in self.machine.fail:
             raise self.machine.fail["check_wipe"]
+        if known is not None and (self.name, str(ref)) not in self.machine.resources:
+            raise Invalid("the recorded data disk is missing", path=self.path(ref))
 
     async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
-        await self.machine.effect(
-            "wipe_volumes", lambda: self.machine.resources.pop((self.name, str(ref)), None)
-        )
+        def wipe() -> None:
+            if known is not None and (self.name, str(ref)) not in self.machine.resources:
+                raise HostFault("not wiped: the recorded data disk is missing")
+
+        await self.machine.effect("wipe_volumes", wipe)
 
 
 class FakeDisk:

@@ -1,12 +1,14 @@
 """Shared by all subcommands: settings, output, and the mapping of failures to exit codes."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
+from handlers.errors import Failure
 from schemas.codes import EXIT_CODES, EXIT_NO_ANSWER, Code
 from schemas.naming import ID_PATTERN
 from schemas.settings import Settings
@@ -40,6 +42,15 @@ def exit_code(code: str) -> int:
         return EXIT_CODES[Code(code)]
     except ValueError:
         return EXIT_CODES[Code.INTERNAL]
+
+
+@contextlib.contextmanager
+def failures() -> Generator[None, None, None]:
+    """Reports what a mechanism refuses under the same code as the worker would."""
+    try:
+        yield
+    except Failure as error:
+        raise CliError(error.code, error.message) from error
 
 
 def config_option(command: F) -> F:

@@ -6,7 +6,6 @@ Jails hard-link from there; agentd may rewrite or remove its own copy at any tim
 import asyncio
 import contextlib
 import os
-import stat
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
@@ -87,7 +86,7 @@ class Artifacts:
 
         Raises:
             NotFound: the revision, its `vmlinux` or its `rootfs.ext4` is missing.
-            Invalid: one of them is a symlink, not a regular file, hard-linked by another user,
+            Invalid: one of them is a symlink, not a regular file, another user's, a data disk,
                 empty or larger than `[limits] max_artifact_mib`, or the kernel is not an ELF file.
             Exhausted: the file system is full.
             Unavailable: a file changed while it was copied; try again.
@@ -294,14 +293,13 @@ def _copied(
     """Copy one file, root:root 0444. The copy is hashed, not the original."""
     with source.file(name) as original:
         before = os.fstat(original)
-        _check_links(source, name, before)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         copy = os.open(f"{part}/{name}", flags, 0o400)
         try:
             copy_sparse(original, copy, check=token.check, copied=progress.add)
             _check_kind(name, copy, source.named(name))
             after = os.fstat(original)
-            if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+            if _version(before) != _version(after):
                 path = source.named(name)
                 raise Unavailable(f"{path} changed while it was copied: try again", path=path)
             os.fchmod(copy, 0o444)
@@ -323,12 +321,6 @@ def _check_kind(name: str, fd: int, path: str) -> None:
         raise Invalid(f"{path} is not an ELF kernel", path=path)
 
 
-def _check_links(source: Directory, name: str, found: os.stat_result) -> None:
-    """A user can hard-link a file that they may not read: refuse links to another user's file."""
-    open_to_all = bool(stat.S_IMODE(found.st_mode) & stat.S_IROTH)
-    if found.st_nlink > 1 and not open_to_all and found.st_uid != os.fstat(source.fd).st_uid:
-        path = source.named(name)
-        raise Invalid(
-            f"{path} has {found.st_nlink} hard links, expected 1 for a file of uid {found.st_uid}",
-            path=path,
-        )
+def _version(found: os.stat_result) -> tuple[int, int]:
+    """Differs after a write. By ctime, since a writer can put the mtime back. Source: inode(7)."""
+    return found.st_ctime_ns, found.st_size

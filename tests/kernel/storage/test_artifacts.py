@@ -15,7 +15,7 @@ from handlers.errors import Exhausted, HostFault, Invalid, NotFound, Unavailable
 from handlers.host.linux.sparse_copy import copy_sparse
 from handlers.host.storage.artifacts import Artifacts
 from handlers.specs import ArtifactSpec
-from tests.kernel.storage.store_host import REVISION, StoreHost, make_world, write
+from tests.kernel.storage.store_host import REVISION, StoreHost, give_to, make_world, write
 
 SPEC = ArtifactSpec("acme", "web", REVISION)
 
@@ -91,12 +91,11 @@ async def test_a_hard_link_to_another_users_file_is_refused(
 ) -> None:
     secret = write(world.top / "secret", b"of root")
     secret.chmod(0o600)
-    for each in (world.revision, *world.revision.iterdir()):
-        os.chown(each, 1234, 1234)
+    give_to(world, 1234)
     (world.revision / "vmlinux").unlink()
     os.link(secret, world.revision / "vmlinux")
 
-    with pytest.raises(Invalid, match="hard links"):
+    with pytest.raises(Invalid, match="belongs to uid 0, expected uid 1234"):
         await artifacts.ensure(SPEC)
 
 

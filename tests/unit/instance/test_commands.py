@@ -847,3 +847,31 @@ async def test_the_deadline_ends_an_import(tmp_path: Path) -> None:
 
         assert reply.code is Code.EXPIRED
         assert worker.host.slots.imports.held("acme") == 0
+
+
+async def test_a_hidden_disk_is_a_failed_wipe_until_it_is_back(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "DestroyInstance")
+        disk = machine.resources.pop(("data_disk", str(REF)))
+
+        hidden = await worker.run(DESTROY)
+        assert (hidden.code, hidden.status, hidden.changed) == (Code.INVALID, "running", False)
+
+        machine.resources["data_disk", str(REF)] = disk
+        back = await worker.run(DESTROY)
+        assert (back.code, back.detail["volumes"]) == (Code.OK, "wiped")
+
+
+async def test_a_kept_disk_that_is_hidden_is_not_reported_as_wiped(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "DestroyInstance")
+        assert (await worker.run(KEEP)).code is Code.OK
+        disk = machine.resources.pop(("data_disk", str(REF)))
+
+        hidden = await worker.run(DESTROY)
+        assert hidden.code is Code.HOST_FAULT
+
+        machine.resources["data_disk", str(REF)] = disk
+        assert (await worker.run(DESTROY)).detail["volumes"] == "wiped"
