@@ -5,9 +5,9 @@ A message is acknowledged when the journal owns it, or when it was answered and 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 
@@ -25,6 +25,8 @@ from worker.journal.admission import Refusal, Verdict
 from worker.journal.journal import Journal
 from worker.journal.writer import JournalFault
 from worker.lanes import Lanes
+
+TRIES: Final = 3  # deliveries of a message that crashes intake before it is given up
 
 log = structlog.get_logger()
 
@@ -94,21 +96,57 @@ class Intake:
             self._bus.pause()
 
     async def receive(self, delivery: Delivery) -> None:
-        """Journal or answer one message, then acknowledge it."""
+        """Journal or answer one message, then acknowledge it.
+
+        A message whose handling raises what nothing here expects is redelivered; at its
+        `TRIES`-th delivery it is answered `internal` and kept as a dead letter, so that no
+        message stays in the acknowledgement window of the consumer for ever.
+        """
         if delivery.delivered > 1:
             self._meters.redelivered()
-        message = self._decode(delivery)
         try:
-            while True:
-                try:
-                    await self._handle(message)
-                    break
-                except JournalFault:
-                    await self._journal.store.until_writable()
+            try:
+                message = self._decode(delivery)
+                await self._when_writable(lambda: self._handle(message))
+            except BusError:
+                raise
+            except Exception:
+                log.exception(
+                    "intake.crashed", stream_seq=delivery.stream_seq, tries=delivery.delivered
+                )
+                if delivery.delivered < TRIES:
+                    return
+                await self._when_writable(lambda: self._give_up(delivery))
             await delivery.ack()
         except BusError as error:
             # the stream still has the message and delivers it again
-            log.warning("intake.ack_skipped", command_id=message.id, error=str(error))
+            log.warning("intake.ack_skipped", stream_seq=delivery.stream_seq, error=str(error))
+
+    async def _when_writable(self, do: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                return await do()
+            except JournalFault:
+                await self._journal.store.until_writable()
+
+    async def _give_up(self, delivery: Delivery) -> None:
+        """Answer a message that crashes intake: from nothing of it that was interpreted."""
+        message = _Message(
+            delivery,
+            self._clock_ms(),
+            _fallback_id(delivery),
+            Lane.host(),
+            None,
+            Form.NAMED,
+            DecodeError("$", "crashed intake"),
+        )
+        reply = self._error(
+            message,
+            Code.INTERNAL,
+            "internal error; see the log of this host",
+            detail={"act": "operator"},
+        )
+        await self._refuse(message, reply, dead="internal error")
 
     def _decode(self, delivery: Delivery) -> _Message:
         """Decode and check. An error in the subject is reported before one in the bytes."""

@@ -202,6 +202,7 @@ class Worker:
             "connected": self.bus.connected,
             "can_commit": self.journal.store.writable,
             "provisioned": not self.bus.trouble,
+            "acks_move": not self.bus.ack_window.stuck,
         }
 
     def _collect(self) -> None:
@@ -265,6 +266,7 @@ class Worker:
             await self.journal.outbox.rewrite_state()
         async with asyncio.TaskGroup() as group:
             group.create_task(self.bus.consume(self.intake.receive))
+            group.create_task(self.bus.watch_acks())
             group.create_task(self.lease.run())
             group.create_task(self.state.run())
 

@@ -303,6 +303,41 @@ async def test_unknown_envelope_keys_are_ignored_and_counted(
         assert (reply.code, worker.meters.ignored_keys) == (Code.OK, 2)
 
 
+# -- what nobody foresaw ---------------------------------------------------------------------------
+
+
+async def test_a_message_that_crashes_intake_is_given_up_at_its_third_delivery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash() -> dict[str, Any]:
+        raise OverflowError("Python int too large to convert to SQLite INTEGER")
+
+    async with shell_worker(tmp_path / "j", consume=False) as worker:
+        monkeypatch.setattr(worker.intake, "_facts", crash)
+        worker.send(Ping(), "p1", reply_to="_INBOX.1")
+        for tries in (1, 2):
+            await worker.intake.receive(worker.bus.delivery(1))
+            assert (tries, list(worker.bus.commands)) == (tries, [1])
+        await worker.intake.receive(worker.bus.delivery(1))
+        reply = await only_reply(worker)
+        await worker.outbox.drained()
+
+        assert (reply.code, reply.detail["act"]) == (Code.INTERNAL, "operator")
+        assert len(worker.bus.dead()) == 1
+
+
+@pytest.mark.parametrize("value", [2**63 - 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("name", ["issued_at_ms", "deadline_ms", "color"])
+async def test_a_number_that_no_integer_of_sqlite_holds_is_answered_and_acknowledged(
+    tmp_path: Path, name: str, value: int
+) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        worker.bus.command(CMD, msgpack.packb(envelope(**{name: value})))
+        reply = await only_reply(worker)
+
+        assert reply.code is (Code.OK if name == "color" else Code.INVALID)
+
+
 # -- Ping ------------------------------------------------------------------------------------------
 
 

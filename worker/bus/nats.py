@@ -15,6 +15,7 @@ import structlog
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
 from worker.bus import streams, verify
+from worker.bus.ack_window import EVERY_S, AckWindow
 from worker.bus.connection import Connection
 from worker.bus.guarded_client import ALL_GUARDS, STANDARD, Guard, Tuning
 from worker.bus.message import NoResponder
@@ -63,6 +64,7 @@ class NatsBus:
         self._paused = False
         self._pulls_before = 0
         self.trouble = ""
+        self.ack_window = AckWindow()
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -150,6 +152,19 @@ class NatsBus:
             self._pulls_before += self._loop.pulls
         self._loop = loop
         await loop.run()
+
+    async def watch_acks(self, *, every_s: float = EVERY_S) -> None:
+        """Keep `ack_window` up to date until cancelled."""
+        stream, consumer = self.subjects.commands_stream, self.subjects.consumer
+        while True:
+            try:
+                answer = await self.connection.request(
+                    f"$JS.API.CONSUMER.INFO.{stream}.{consumer}", b""
+                )
+                self.ack_window.observe(json.loads(answer.data))
+            except (BusError, ValueError, KeyError, TypeError, AttributeError) as error:
+                log.debug("bus.ack_window_unknown", error=repr(error))
+            await asyncio.sleep(every_s)
 
     def pause(self) -> None:
         self._paused = True
