@@ -313,9 +313,11 @@ class Worker:
 async def prune(journal: Journal) -> None:
     """Delete finished commands past their retention, a bounded number at a time."""
     while True:
-        with contextlib.suppress(Failure):
+        try:
             if await journal.commands.prune():
                 continue
+        except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+            log.warning("journal.prune_failed", error=repr(error))
         await asyncio.sleep(PRUNE_EVERY_S)
 
 

@@ -86,15 +86,16 @@ class Reconciler:
         self._clock = clock
         self._unowned: Resources = set()
         self._counted_at: float | None = None
+        self._unknown: set[tuple[str, str, str]] = set()
 
     async def run(self) -> None:
         """Until cancelled: on each change that the kernel reports, and every 30 s."""
         while True:
             try:
                 await self._follow()
-            except (Failure, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 # No reports for one interval; the next pass finds what was missed.
-                log.warning("drift_watch.failed", error=repr(error))
+                _note("drift_watch.failed", error)
                 await asyncio.sleep(PASS_EVERY_S)
 
     async def _follow(self) -> None:
@@ -117,15 +118,19 @@ class Reconciler:
             await changes.aclose()
 
     async def once(self) -> None:
-        """One pass; a failure is logged, and the next pass tries again."""
-        try:
-            await self.repair_networks()
-            await self.sweep_leftovers()
-            self._finish_stops()
-            await self._bound_logs()
-            await self._count_orphans()
-        except (Failure, OSError) as error:
-            log.warning("reconciler.pass_failed", error=repr(error))
+        """One pass; what fails is logged, the rest is done, and the next pass tries again."""
+        parts: dict[str, Callable[[], Awaitable[object]]] = {
+            "networks": self.repair_networks,
+            "leftovers": self.sweep_leftovers,
+            "stops": self._finish_stops,
+            "logs": self._bound_logs,
+            "orphans": self._count_orphans,
+        }
+        for name, part in parts.items():
+            try:
+                await part()
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+                _note("reconciler.pass_failed", error, part=name)
 
     async def repair_networks(self, net_id: int | None = None) -> None:
         """Restore every network, or one, to its desired state; a `drift` event names changes."""
@@ -134,8 +139,8 @@ class Reconciler:
                 continue
             try:
                 restored = await restore_network(record, self._host)
-            except (Failure, OSError) as error:
-                log.warning("network.repair_failed", tenant=record.tenant_id, error=repr(error))
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+                _note("network.repair_failed", error, tenant=record.tenant_id)
                 continue
             if restored.repaired or restored.lost:
                 await self._journal.records.event(
@@ -149,10 +154,13 @@ class Reconciler:
         """Remove what finished commands left behind; what stays is tried again."""
         for command_id, rows in self._journal.steps.leftovers().items():
             for row in reversed(rows):
+                if row.mechanism not in self._mechanisms:
+                    self._note_unknown(command_id, row)
+                    continue
                 try:
                     removed = await self._sweep(row)
-                except (Failure, OSError) as error:
-                    log.warning("leftover.remove_failed", step=row.mechanism, error=repr(error))
+                except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+                    _note("leftover.remove_failed", error, step=row.mechanism)
                     continue
                 if removed:
                     await self._journal.records.event(
@@ -162,6 +170,12 @@ class Reconciler:
                         command_id=command_id,
                     )
                 await self._journal.steps.forget(command_id, row.mechanism, row.key)
+
+    def _note_unknown(self, command_id: str, row: StepRow) -> None:
+        """A newer hostd wrote it, which can still remove it: kept, and logged once."""
+        if (command_id, row.mechanism, row.key) not in self._unknown:
+            self._unknown.add((command_id, row.mechanism, row.key))
+            log.warning("leftover.unknown", command_id=command_id, step=row.mechanism, key=row.key)
 
     async def _sweep(self, row: StepRow) -> bool:
         """Remove the resource of one row, unless it existed before or an instance or network of
@@ -176,7 +190,7 @@ class Reconciler:
             await mechanism.remove(row.key)
         return True
 
-    def _finish_stops(self) -> None:
+    async def _finish_stops(self) -> None:
         """Complete each Stop that failed partway, in the lane of its instance."""
         for record in self._journal.records.instances():
             if record.status is not Status.STOPPING or self._has_command(record):
@@ -239,3 +253,9 @@ class Reconciler:
         if mechanism == self._host.tenant_rules.name:
             return any(TenantRulesKey.parse(key).overlaps(net) for net in nets)
         return key in {*used, *disks, *(net.bridge_name for net in nets)}
+
+
+def _note(event: str, error: Exception, **facts: str) -> None:
+    """Expected errors in one line, a bug with its traceback."""
+    expected = isinstance(error, Failure | OSError)
+    log.warning(event, error=repr(error), exc_info=not expected, **facts)

@@ -11,7 +11,7 @@ from typing import Protocol
 import structlog
 from msgspec.structs import replace
 
-from handlers.errors import Failure
+from handlers.errors import Failure, HostFault
 from handlers.instance.vmm_exit import vmm_exited
 from handlers.interfaces import Host
 from handlers.steps import Steps
@@ -36,7 +36,12 @@ class Exit(Protocol):
 
 class ExitWatch(Protocol):
     async def watch(self, identity: VmmIdentity) -> Exit:
-        """Return once the process has ended. Raises HostFault: it is not the VMM launched."""
+        """Return once the process has ended.
+
+        Raises:
+            HostFault: it is not the VMM launched.
+            OSError: it cannot be watched now, e.g. without a free descriptor.
+        """
         ...
 
 
@@ -88,8 +93,8 @@ class VmmWatch:
             steps = Steps(f"exit-{record.jail_id}", self._journal.steps, {})
             try:
                 handled = await vmm_exited(record.ref, record.launch, steps, self._host)
-            except (Failure, OSError) as error:
-                log.warning("vmm.cleanup_failed", instance=str(record.ref), error=repr(error))
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+                _note("vmm.cleanup_failed", record, error)
                 self._tasks[record.jail_id] = asyncio.create_task(self._retry(record, reason))
                 return
             if handled:
@@ -118,16 +123,30 @@ class VmmWatch:
         self.exited(record, reason)
 
     async def _until_exit(self, record: InstanceRecord) -> None:
-        if record.vmm is None:
-            return
+        """Whatever fails, the VMM is watched again: nothing else would see its exit."""
+        while record.vmm is not None:
+            try:
+                end = await self._exits.watch(record.vmm)
+            except HostFault as failure:
+                # A live process that is not the VMM launched: it is not killed.
+                log.error("vmm.quarantined", instance=str(record.ref), reason=failure.message)  # noqa: TRY400
+                if await self._quarantined(record, failure.message):
+                    return
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+                _note("vmm.watch_failed", record, error)
+            else:
+                self.exited(record, end.reason)
+                return
+            await self._sleep(RETRY_S)
+
+    async def _quarantined(self, record: InstanceRecord, reason: str) -> bool:
+        """False if the journal cannot commit it now."""
         try:
-            end = await self._exits.watch(record.vmm)
+            await self._quarantine(record, reason)
         except Failure as failure:
-            # A live process that is not the VMM launched: it is not killed.
-            log.error("vmm.quarantined", instance=str(record.ref), reason=failure.message)  # noqa: TRY400
-            await self._quarantine(record, failure.message)
-        else:
-            self.exited(record, end.reason)
+            _note("vmm.watch_failed", record, failure)
+            return False
+        return True
 
     async def _quarantine(self, record: InstanceRecord, reason: str) -> None:
         now = self._journal.records.instance(record.ref)
@@ -136,6 +155,12 @@ class VmmWatch:
         unknown = replace(now, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms())
         await self._journal.records.put_instance(unknown, reason=reason, durable=True)
         await self._journal.records.event(EventKind.QUARANTINED, ref=record.ref, reason=reason)
+
+
+def _note(event: str, record: InstanceRecord, error: Exception) -> None:
+    """Expected errors in one line, a bug with its traceback."""
+    expected = isinstance(error, Failure | OSError)
+    log.warning(event, instance=str(record.ref), error=repr(error), exc_info=not expected)
 
 
 class NotifyingRunner:

@@ -7,6 +7,7 @@ whatever offset the VMM writes. While the worker is down nothing bounds them.
 
 import contextlib
 import os
+import re
 
 from handlers.host.jail.layout import JailLayout, JailMetadata, launch_of
 from handlers.host.linux.file_id import FileId
@@ -17,6 +18,7 @@ from schemas import naming
 from schemas.requests import InstanceRef
 
 KEPT_LAUNCHES = 3
+KEPT_NAME = re.compile(r"([0-9]{1,18})\.(log|serial)")
 BLOCK = 4096
 
 
@@ -83,7 +85,7 @@ class JailLogs:
             names = os.listdir(f"{self._base}/{ref}")
         except FileNotFoundError:
             return []
-        launches = {int(name.partition(".")[0]) for name in names if name[0].isdigit()}
+        launches = {int(found[1]) for name in names if (found := KEPT_NAME.fullmatch(name))}
         return sorted(launches, reverse=True)
 
     def _read_live(self, jail_id: str, metadata: JailMetadata, name: str) -> bytes:

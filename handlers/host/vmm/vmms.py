@@ -202,7 +202,7 @@ class Vmms:
         if not pids:
             raise HostFault(f"VMM of jail {spec.jail_id} exited during startup")
         written = read_tail(root, PID_FILE, 16)
-        if not written.isdigit() or int(written) not in pids:
+        if not (written.isascii() and written.isdigit()) or int(written) not in pids:
             return None
         try:
             with connect(root, API_SOCKET) as api:
