@@ -127,12 +127,22 @@ class LiveHost:
 
     # -- worker --------------------------------------------------------------------------------
 
-    async def start_worker(self, *, ready: bool = True, **environment: str) -> None:
-        """Start it; with `ready` wait until it takes commands. Its log is `worker.log`."""
+    async def start_worker(
+        self, *, ready: bool = True, stdout: int | None = None, **environment: str
+    ) -> None:
+        """Start it; with `ready` wait until it takes commands.
+
+        Its log is `worker.log`, unless it goes to the descriptor `stdout`.
+        """
         variables = os.environ | environment_of(self.settings) | environment
         with open(f"{self.directory}/worker.log", "ab") as log:
             self.worker = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "worker", stdout=log, stderr=log, env=variables
+                sys.executable,
+                "-m",
+                "worker",
+                stdout=log if stdout is None else stdout,
+                stderr=log,
+                env=variables,
             )
         if ready:
             await self.wait_ready()

@@ -7,10 +7,15 @@ names and numbers; in addition, the values of fields with sensitive names are re
 import json
 import logging
 import sys
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from functools import partial
+from typing import Any, cast
 
 import structlog
+
+from handlers.errors import Failure
+from worker.log_limit import LogLimit
+from worker.log_writer import LogWriter
 
 _LEVELS = {
     "debug": logging.DEBUG,
@@ -21,17 +26,37 @@ _LEVELS = {
 _HIDDEN = frozenset({"secrets", "secret", "creds", "password", "token", "payload", "envelope"})
 _TEXT_MAX = 2000
 
+log = structlog.get_logger()
+_counts: list[Callable[[], int]] = []
 
-def configure(level: str, *, stream: str = "stdout") -> None:
-    """Send all logs of this process at `level` and above to `stdout` or `stderr`."""
 
-    def current(*_: object) -> structlog.WriteLogger:
-        return structlog.WriteLogger(sys.stderr if stream == "stderr" else sys.stdout)
+def dropped() -> int:
+    """Lines of this process that were not written, or suppressed because they repeat."""
+    return sum(count() for count in _counts)
 
+
+def configure(level: str, *, stream: str = "stdout", writer: LogWriter | None = None) -> None:
+    """Send all logs of this process at `level` and above to `stdout` or `stderr`.
+
+    With a `writer`, as in the worker, logging never raises, never blocks, and repeated lines are
+    limited; what Python's own `logging` reports (asyncio, nats-py) goes the same way.
+    """
+
+    def current(*_: object) -> structlog.WriteLogger | LogWriter:
+        return writer or structlog.WriteLogger(sys.stderr if stream == "stderr" else sys.stdout)
+
+    limit = [] if writer is None else [LogLimit()]
+    if writer is not None:
+        logging.basicConfig(level=logging.WARNING, handlers=[_OfLibraries()], force=True)
+        _counts[:] = [
+            lambda: writer.dropped,
+            *(partial(getattr, each, "suppressed") for each in limit),
+        ]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
+            *limit,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
             structlog.processors.format_exc_info,
             _hide,
@@ -43,6 +68,11 @@ def configure(level: str, *, stream: str = "stdout") -> None:
     )
 
 
+def facts_of(error: Exception) -> dict[str, Any]:
+    """Fields for the log: of an expected failure its text, of a bug the traceback too."""
+    return {"error": repr(error), "exc_info": not isinstance(error, Failure | OSError)}
+
+
 def _hide(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
@@ -52,7 +82,24 @@ def _hide(
 
 
 def _dump(event: object, **_options: object) -> str:
-    return json.dumps(event, default=_plain, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return json.dumps(event, default=_plain, ensure_ascii=False, separators=(",", ":"))
+    except Exception as error:  # noqa: BLE001 - logging never raises
+        # A value that no JSON has (a cycle, too deep, a key that is no text) loses its fields only.
+        known = {name: str(cast("dict[str, Any]", event).get(name)) for name in ("event", "at")}
+        return json.dumps(known | {"unprintable": type(error).__name__})
+
+
+class _OfLibraries(logging.Handler):
+    """Records of Python's `logging`, which would go to stderr and could block there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.warning(
+            "library.logged", logger=record.name, text=record.getMessage(), exc_info=record.exc_info
+        )
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name of logging
+        """Nothing: the default writes to stderr."""
 
 
 def _plain(value: object) -> str:

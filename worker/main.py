@@ -24,6 +24,7 @@ from handlers.registry import HANDLERS, mechanisms
 from schemas.codes import EXIT_CODES, Code
 from schemas.settings import Settings
 from schemas.subjects import Subjects
+from worker import logs
 from worker.background import BackgroundTasks
 from worker.bus.nats import NatsBus
 from worker.dispatch import Dispatch
@@ -216,6 +217,7 @@ class Worker:
             pulls=self.bus.pulls,
         )
         self.metrics.queries_dropped(self.service.dropped)
+        self.metrics.log_dropped(logs.dropped())
         self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(
             Counter(record.status for record in self.journal.records.instances())

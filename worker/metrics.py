@@ -141,6 +141,11 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self._log_dropped = _Total(
+            "hostd_log_dropped_total",
+            "Log lines that could not be written or repeat too often.",
+            registry,
+        )
         self._lag = Histogram(
             "hostd_loop_lag_seconds",
             "How late the event loop ran a timer.",
@@ -224,6 +229,9 @@ class Metrics:
 
     def queries_dropped(self, total: int) -> None:
         self._queries_dropped.set(total)
+
+    def log_dropped(self, total: int) -> None:
+        self._log_dropped.set(total)
 
     def limits_enforced(self, enforced: bool) -> None:
         self._enforced.set(int(enforced))

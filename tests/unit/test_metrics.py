@@ -27,6 +27,7 @@ CONTRACT = {
     "hostd_bus_pulls": ("counter", set()),
     "hostd_redeliveries": ("counter", set()),
     "hostd_queries_dropped": ("counter", set()),
+    "hostd_log_dropped": ("counter", set()),
     "hostd_envelope_keys_ignored": ("counter", set()),
     "hostd_instances": ("gauge", {"status"}),
     "hostd_vmm_exits": ("counter", {"reason"}),

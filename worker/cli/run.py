@@ -6,6 +6,7 @@ from schemas.settings import Settings
 from worker import logs
 from worker import main as worker_main
 from worker.cli.context import CliError, config_option, settings_of
+from worker.log_writer import LogWriter, open_standard_descriptors
 from worker.preflight import find_uid_overlap
 
 
@@ -17,8 +18,14 @@ def run(config: str | None, json: bool) -> None:
     del json
     settings = settings_of(config)
     check_uids(settings)
-    logs.configure(settings.log.level)
-    raise SystemExit(worker_main.run(settings))
+    open_standard_descriptors()
+    writer = LogWriter(1)
+    logs.configure(settings.log.level, writer=writer)
+    try:
+        code = worker_main.run(settings)
+    finally:
+        writer.close()
+    raise SystemExit(code)
 
 
 def check_uids(settings: Settings) -> None:

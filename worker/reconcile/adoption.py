@@ -20,14 +20,14 @@ from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status, VmmIdentity
 from schemas.requests import InstanceRef
 from worker.journal.journal import Journal
+from worker.logs import facts_of
 
 log = structlog.get_logger()
 
 
 def note_failed_item(item: str, error: Exception) -> None:
     """Log what could not be recovered: an expected error in one line, a bug with its traceback."""
-    expected = isinstance(error, Failure | OSError)
-    log.warning("recovery.item_failed", item=item, error=repr(error), exc_info=not expected)
+    log.warning("recovery.item_failed", item=item, **facts_of(error))
 
 
 class JailMetadata(Protocol):

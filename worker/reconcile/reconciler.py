@@ -28,6 +28,7 @@ from schemas.requests import InstanceRef
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.lanes import Lanes, MaintenanceTask
+from worker.logs import facts_of
 from worker.metrics import Metrics
 from worker.reconcile.orphans import Inventory, Resources, count_in_both, unowned
 
@@ -95,7 +96,7 @@ class Reconciler:
                 await self._follow()
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 # No reports for one interval; the next pass finds what was missed.
-                _note("drift_watch.failed", error)
+                log.warning("drift_watch.failed", **facts_of(error))
                 await asyncio.sleep(PASS_EVERY_S)
 
     async def _follow(self) -> None:
@@ -130,7 +131,7 @@ class Reconciler:
             try:
                 await part()
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
-                _note("reconciler.pass_failed", error, part=name)
+                log.warning("reconciler.pass_failed", part=name, **facts_of(error))
 
     async def repair_networks(self, net_id: int | None = None) -> None:
         """Restore every network, or one, to its desired state; a `drift` event names changes."""
@@ -140,7 +141,7 @@ class Reconciler:
             try:
                 restored = await restore_network(record, self._host)
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
-                _note("network.repair_failed", error, tenant=record.tenant_id)
+                log.warning("network.repair_failed", tenant=record.tenant_id, **facts_of(error))
                 continue
             if restored.repaired or restored.lost:
                 await self._journal.records.event(
@@ -160,7 +161,7 @@ class Reconciler:
                 try:
                     removed = await self._sweep(row)
                 except Exception as error:  # noqa: BLE001 - logged; the rest goes on
-                    _note("leftover.remove_failed", error, step=row.mechanism)
+                    log.warning("leftover.remove_failed", step=row.mechanism, **facts_of(error))
                     continue
                 if removed:
                     await self._journal.records.event(
@@ -253,9 +254,3 @@ class Reconciler:
         if mechanism == self._host.tenant_rules.name:
             return any(TenantRulesKey.parse(key).overlaps(net) for net in nets)
         return key in {*used, *disks, *(net.bridge_name for net in nets)}
-
-
-def _note(event: str, error: Exception, **facts: str) -> None:
-    """Expected errors in one line, a bug with its traceback."""
-    expected = isinstance(error, Failure | OSError)
-    log.warning(event, error=repr(error), exc_info=not expected, **facts)

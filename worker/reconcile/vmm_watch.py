@@ -20,6 +20,7 @@ from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.lanes import Lanes, MaintenanceTask, Runner, Work
+from worker.logs import facts_of
 from worker.metrics import Metrics
 
 RETRY_S = 2.0
@@ -94,7 +95,7 @@ class VmmWatch:
             try:
                 handled = await vmm_exited(record.ref, record.launch, steps, self._host)
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
-                _note("vmm.cleanup_failed", record, error)
+                log.warning("vmm.cleanup_failed", instance=str(record.ref), **facts_of(error))
                 self._tasks[record.jail_id] = asyncio.create_task(self._retry(record, reason))
                 return
             if handled:
@@ -133,7 +134,7 @@ class VmmWatch:
                 if await self._quarantined(record, failure.message):
                     return
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
-                _note("vmm.watch_failed", record, error)
+                log.warning("vmm.watch_failed", instance=str(record.ref), **facts_of(error))
             else:
                 self.exited(record, end.reason)
                 return
@@ -144,7 +145,7 @@ class VmmWatch:
         try:
             await self._quarantine(record, reason)
         except Failure as failure:
-            _note("vmm.watch_failed", record, failure)
+            log.warning("vmm.watch_failed", instance=str(record.ref), **facts_of(failure))
             return False
         return True
 
@@ -155,12 +156,6 @@ class VmmWatch:
         unknown = replace(now, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms())
         await self._journal.records.put_instance(unknown, reason=reason, durable=True)
         await self._journal.records.event(EventKind.QUARANTINED, ref=record.ref, reason=reason)
-
-
-def _note(event: str, record: InstanceRecord, error: Exception) -> None:
-    """Expected errors in one line, a bug with its traceback."""
-    expected = isinstance(error, Failure | OSError)
-    log.warning(event, instance=str(record.ref), error=repr(error), exc_info=not expected)
 
 
 class NotifyingRunner:
