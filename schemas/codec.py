@@ -84,15 +84,25 @@ def decode_request(data: bytes) -> Request:
 # -- commands ----------------------------------------------------------------------------------
 
 
+def read_envelope(raw: dict[str, object]) -> _CommandKeys:
+    """The keys of a command envelope, its request not interpreted.
+
+    Raises:
+        DecodeError: `invalid`.
+    """
+    keys = convert(raw, _CommandKeys)
+    if not naming.COMMAND_ID_PATTERN.fullmatch(keys.id):
+        raise DecodeError("$.id", "want 1 to 64 characters A-Z, a-z, 0-9, '_' or '-'")
+    return keys
+
+
 def read_command(raw: dict[str, object]) -> Command:
     """A command envelope in plain objects.
 
     Raises:
         DecodeError: see `decode_command`.
     """
-    keys = convert(raw, _CommandKeys)
-    if not naming.COMMAND_ID_PATTERN.fullmatch(keys.id):
-        raise DecodeError("$.id", "want 1 to 64 characters A-Z, a-z, 0-9, '_' or '-'")
+    keys = read_envelope(raw)
     request, compact, later = read_request(keys.request, "$.request")
     return Command(
         id=keys.id,
@@ -106,6 +116,15 @@ def read_command(raw: dict[str, object]) -> Command:
         unknown_keys=tuple(key for key in raw if key not in COMMAND_KEYS),
         protocol=PROTOCOL_MAX if later else PROTOCOL_MIN,
     )
+
+
+def is_envelope(data: bytes) -> bool:
+    """Whether all but the meaning of the request is valid."""
+    try:
+        read_envelope(unpack_map(data))
+    except DecodeError:
+        return False
+    return True
 
 
 def decode_command(data: bytes) -> Command:

@@ -73,6 +73,7 @@ class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cgroup: str = "hostd"
     max_drain_s: int = 3600
     lane_depth: int = 100
+    tenant_depth: int = 1000
     host_depth: int = 5000
     boots: int = 8
     restores: int = 16

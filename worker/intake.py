@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+import msgspec
 import structlog
 
 from handlers.clock import now_ms
@@ -21,7 +22,7 @@ from schemas.partial import Undecodable, decode
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Ping, Pong, Request
 from schemas.subjects import Lane, check_reply_to
 from worker.bus.protocol import Bus, BusError, Delivery
-from worker.journal.admission import Refusal, Verdict
+from worker.journal.admission import JOINERS_MAX, Refusal, Verdict, refused_id
 from worker.journal.journal import Journal
 from worker.journal.writer import JournalFault
 from worker.lanes import Lanes
@@ -43,7 +44,10 @@ class IntakeMeters(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """One delivery, decoded. `reply_to` is set only if hostd may publish there."""
+    """One delivery, decoded. `reply_to` is set only if hostd may publish there.
+
+    `owns_id`: the ID is that of a valid envelope, whatever else is wrong.
+    """
 
     delivery: Delivery
     received_at_ms: int
@@ -52,6 +56,7 @@ class _Message:
     reply_to: str | None
     form: Form
     content: Command | DecodeError
+    owns_id: bool
 
 
 class Intake:
@@ -139,6 +144,7 @@ class Intake:
             None,
             Form.NAMED,
             DecodeError("$", "crashed intake"),
+            owns_id=False,
         )
         reply = self._error(
             message,
@@ -174,7 +180,10 @@ class Intake:
             if decoded.unknown_keys:
                 self._meters.keys_ignored(len(decoded.unknown_keys))
                 log.debug("envelope.keys_ignored", command_id=message_id, keys=decoded.unknown_keys)
-        return _Message(delivery, received_at_ms, message_id, lane, reply_to, decoded.form, content)
+        owns_id = isinstance(decoded, Command) or decoded.owns_id
+        return _Message(
+            delivery, received_at_ms, message_id, lane, reply_to, decoded.form, content, owns_id
+        )
 
     async def _handle(self, message: _Message) -> None:
         match message.content:
@@ -207,6 +216,11 @@ class Intake:
             case Verdict.LANE_FULL:
                 limit = self._journal.commands.limits.lane_depth
                 await self._refuse_full(message, command, f"lane {message.lane}", limit)
+            case Verdict.TENANT_FULL:
+                limit = self._journal.commands.limits.tenant_depth
+                await self._refuse_full(message, command, f"tenant {message.lane.tenant_id}", limit)
+            case Verdict.JOINERS_FULL:
+                await self._answer_too_many_copies(message)
             case Verdict.HOST_FULL:
                 limit = self._journal.commands.limits.host_depth
                 await self._refuse_full(message, command, "this host", limit)
@@ -247,11 +261,13 @@ class Intake:
         dead: str | None = None,
     ) -> None:
         delivery = message.delivery
+        kept = reply if message.owns_id else _unclaimed(reply, delivery)
         await self._journal.commands.refuse(
             Refusal(
                 id=reply.id,
                 code=reply.code,
-                reply=codec.encode_reply(reply, message.form),
+                reply=codec.encode_reply(kept, message.form),
+                direct=codec.encode_reply(reply, message.form),
                 received_at_ms=reply.received_at_ms,
                 finished_at_ms=reply.finished_at_ms,
                 form=message.form,
@@ -261,6 +277,7 @@ class Intake:
                 data=delivery.data,
                 reply_to=message.reply_to,
                 request=request,
+                owns_id=message.owns_id,
                 dead=dead,
             )
         )
@@ -278,6 +295,19 @@ class Intake:
             detail={"act": "sender", "path": "$.id"},
         )
         await self._bus.send(message.reply_to, codec.encode_reply(reply, message.form))
+
+    async def _answer_too_many_copies(self, message: _Message) -> None:
+        """Only the sender of this message gets the answer; the command itself goes on."""
+        reply = self._error(
+            message,
+            Code.EXHAUSTED,
+            f"the id {message.id} is unfinished and {JOINERS_MAX} copies wait for its reply, the "
+            "limit; its reply goes to the reply stream",
+            retryable=True,
+            detail={"act": "sender"},
+        )
+        if message.reply_to is not None:
+            await self._bus.send(message.reply_to, codec.encode_reply(reply, message.form))
 
     async def _answer_ping(self, message: _Message, command: Command) -> None:
         if await self._journal.commands.result(message.id) is not None:
@@ -333,6 +363,18 @@ class Intake:
             supported=supported,
             detail=detail,
         )
+
+
+def _unclaimed(reply: Reply, delivery: Delivery) -> Reply:
+    """For the reply stream: the message proved nothing about the ID in it, which may be another's.
+
+    The ID as read is in `detail.claimed_id`; the answer on `reply_to` has it as its `id`.
+    """
+    return msgspec.structs.replace(
+        reply,
+        id=refused_id(delivery.stream_seq, delivery.data),
+        detail={**reply.detail, "claimed_id": reply.id},
+    )
 
 
 def _fallback_id(delivery: Delivery) -> str:

@@ -49,7 +49,7 @@ from worker.state_writer import StateWriter
 
 OUTBOX_S = 5.0
 LEASE_PATIENCE_S = 2.0
-PRUNE_EVERY_S = 600.0
+PRUNE_EVERY_S = 10.0
 
 log = structlog.get_logger()
 
@@ -85,6 +85,7 @@ async def _until_stopped(settings: Settings) -> None:
             subjects=subjects,
             boot_id=HostFacts().boot_id(),
             lane_depth=settings.limits.lane_depth,
+            tenant_depth=settings.limits.tenant_depth,
             host_depth=settings.limits.host_depth,
             observe_commit=metrics.commit,
         )

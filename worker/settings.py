@@ -314,6 +314,7 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "limits.cgroup": _cgroup,
     "limits.max_drain_s": _between(0, 86_400),
     "limits.lane_depth": _COUNT,
+    "limits.tenant_depth": _COUNT,
     "limits.host_depth": _COUNT,
     "limits.boots": _COUNT,
     "limits.restores": _COUNT,

@@ -18,6 +18,5 @@ async def test_a_worker_without_a_log_runs_commands(stdout: Callable[[], Any]) -
             await host.start_worker(stdout=fd, HOSTD_LOG_LEVEL="debug")
 
             assert (await host.run(START))["code"] == "ok"
-            await host.server.restart()
             assert (await host.run(STOP))["code"] == "ok"
             assert await host.stop_worker() == 0

@@ -10,6 +10,7 @@ from typing import Self
 
 from handlers.clock import now_ms
 from schemas.subjects import Subjects
+from worker.journal.admission import Limits
 from worker.journal.commands import JournalCommands
 from worker.journal.outbox import JournalOutbox
 from worker.journal.records import JournalRecords
@@ -24,14 +25,12 @@ class Journal:
         JournalFault: from every async method of a part; the change was not committed.
     """
 
-    def __init__(self, store: Store, *, lane_depth: int, host_depth: int) -> None:
+    def __init__(self, store: Store, limits: Limits) -> None:
         self.store = store
         self.steps = JournalSteps(store)
         self.records = JournalRecords(store)
         self.outbox = JournalOutbox(store)
-        self.commands = JournalCommands(
-            store, self.records, lane_depth=lane_depth, host_depth=host_depth
-        )
+        self.commands = JournalCommands(store, self.records, limits)
 
     @classmethod
     async def open(
@@ -41,6 +40,7 @@ class Journal:
         subjects: Subjects,
         boot_id: str,
         lane_depth: int = 100,
+        tenant_depth: int = 1000,
         host_depth: int = 5000,
         observe_commit: Callable[[float], None] = lambda seconds: None,
         clock_ms: Callable[[], int] = now_ms,
@@ -53,7 +53,7 @@ class Journal:
             observe_commit=observe_commit,
             clock_ms=clock_ms,
         )
-        return cls(store, lane_depth=lane_depth, host_depth=host_depth)
+        return cls(store, Limits(lane_depth, tenant_depth, host_depth))
 
     async def close(self) -> None:
         """Commit what was submitted and close the file."""

@@ -99,10 +99,13 @@ class Mirror:
     states: dict[str, StateRow] = field(default_factory=dict[str, StateRow])
     meta: dict[str, str] = field(default_factory=dict[str, str])
     lanes: dict[Lane, int] = field(default_factory=dict[Lane, int])
+    tenants: dict[str | None, int] = field(default_factory=dict[str | None, int])
 
     def add_command(self, row: CommandRow) -> None:
         if row.id not in self.commands:
             self.lanes[row.lane] = self.lanes.get(row.lane, 0) + 1
+            tenant_id = row.lane.tenant_id
+            self.tenants[tenant_id] = self.tenants.get(tenant_id, 0) + 1
         self.commands[row.id] = row
 
     def drop_command(self, command_id: str) -> None:
@@ -112,6 +115,10 @@ class Mirror:
         self.lanes[row.lane] -= 1
         if not self.lanes[row.lane]:
             del self.lanes[row.lane]
+        tenant_id = row.lane.tenant_id
+        self.tenants[tenant_id] -= 1
+        if not self.tenants[tenant_id]:
+            del self.tenants[tenant_id]
 
     @property
     def unsent(self) -> int:
