@@ -7,6 +7,7 @@ lease later stops no VM, only the writing of state (`state_writer.py`), until it
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -17,6 +18,8 @@ from handlers.clock import now_ms
 from schemas import unpack
 from schemas.decode_error import DecodeError
 from worker.bus.protocol import Bus, BusError, StateConflict
+
+FAR_AHEAD = 2  # lease times: beyond that a lease was written by a wrong clock
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -45,6 +48,7 @@ class Lease:
             at each renewal, must not block.
         lease_s: validity of a value; it is renewed three times in that time.
         clock: Unix milliseconds.
+        monotonic_s: the clock that nobody sets.
     """
 
     def __init__(
@@ -56,10 +60,13 @@ class Lease:
         *,
         lease_s: float = 30.0,
         clock: Callable[[], int] = now_ms,
+        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.key = key
         self._bus, self._holder, self._facts = bus, holder, facts
         self._lease_s, self._clock = lease_s, clock
+        self._monotonic_s = monotonic_s
+        self._doubted: tuple[int, float] | None = None  # a revision, and since when
         self._revision: int | None = None
         self._changed = asyncio.Event()
         self._held = asyncio.Event()
@@ -163,6 +170,10 @@ class Lease:
         machine_id, until_ms = value.get("machine_id"), value.get("lease_until_ms")
         valid = isinstance(until_ms, int) and until_ms > self._clock()
         if valid and machine_id != self._holder.machine_id:
+            left_s = (cast("int", until_ms) - self._clock()) / 1000
+            if left_s > FAR_AHEAD * self._lease_s and self._is_abandoned(revision, left_s):
+                return revision
+        if valid and machine_id != self._holder.machine_id:
             seconds = (cast("int", until_ms) - self._clock()) / 1000
             raise LeaseHeld(
                 f"{self.key}: machine {machine_id!a} has the lease of this host ID for another"
@@ -170,6 +181,22 @@ class Lease:
                 " id of one of them, or stop the other worker and wait"
             )
         return revision
+
+    def _is_abandoned(self, revision: int, left_s: float) -> bool:
+        """Whether a lease that no right clock wrote was not renewed for as long as one lasts.
+
+        Raises:
+            BusError: not known yet; ask again.
+        """
+        now_s = self._monotonic_s()
+        if self._doubted is None or self._doubted[0] != revision:
+            self._doubted = revision, now_s
+        if now_s - self._doubted[1] >= self._lease_s:
+            return True
+        raise BusError(
+            f"{self.key}: its lease ends in {left_s:.0f} s, more than a lease lasts, so a clock is "
+            f"wrong; it is taken if nobody renews it for {self._lease_s:g} s"
+        )
 
     def _value(self, for_ms: int) -> bytes:
         at_ms = self._clock()
@@ -181,7 +208,7 @@ class Lease:
             "boot_id": self._holder.boot_id,
             "journal_id": self._holder.journal_id,
             "at_ms": at_ms,
-            "lease_until_ms": at_ms + for_ms,
+            "lease_until_ms": at_ms + for_ms if for_ms else 0,
         }
         return unpack.pack(facts | fixed)
 

@@ -7,8 +7,9 @@ for the admission (`Steps`), and so does the acknowledgement.
 """
 
 import sqlite3
+import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -18,7 +19,7 @@ from schemas.envelopes import Command, EventKind, Reply
 from schemas.records import InstanceRecord, Tombstone
 from schemas.requests import Error
 from schemas.subjects import Lane
-from worker.journal import admission
+from worker.journal import admission, schema
 from worker.journal.admission import (
     Decision,
     Limits,
@@ -32,6 +33,7 @@ from worker.journal.records import Change, JournalRecords
 from worker.journal.store import Store
 from worker.journal.transaction import EventDraft, Transaction
 
+RETENTION: Final = "retention_ms"
 RETENTION_MS: Final = 24 * 3_600_000
 FINISHED_MAX: Final = 200_000  # finished commands that are kept; then the largest tenant's go early
 REFUSED_MAX: Final = 10_000  # of them those that never ran
@@ -48,10 +50,20 @@ class CommandState:
 class JournalCommands:
     """Admission, refusals, attempts, outcomes; `limits` are those of unfinished commands."""
 
-    def __init__(self, store: Store, records: JournalRecords, limits: Limits) -> None:
+    def __init__(
+        self,
+        store: Store,
+        records: JournalRecords,
+        limits: Limits,
+        *,
+        monotonic_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.limits = limits
         self._store = store
         self._records = records
+        self._monotonic_s = monotonic_s
+        known_ms = int(store.meta(RETENTION) or store.now_ms())
+        self._retention = known_ms, monotonic_s()  # and as of which monotonic time
         self._undecided: set[str] = set()  # IDs that are being looked up in the file
         store.on_reload(self._reloaded)
 
@@ -266,6 +278,19 @@ class JournalCommands:
         )
         return None if stored is None else CommandState("done", stored[0])
 
+    def _retention_ms(self) -> int:
+        """The time by which IDs are forgotten: the wall clock, but never in a jump.
+
+        It advances at most twice as fast as the monotonic clock, from where the last worker left
+        it: a wall clock that is days ahead forgets nothing early, and the time in which no worker
+        ran is caught up.
+        """
+        last_ms, at_s = self._retention
+        now_s = self._monotonic_s()
+        now_ms = min(self._store.now_ms(), last_ms + int(2000 * (now_s - at_s)))
+        self._retention = now_ms, now_s
+        return now_ms
+
     async def prune(
         self,
         *,
@@ -279,9 +304,11 @@ class JournalCommands:
         Earlier go the oldest of those that never ran beyond `refused_max`, and beyond
         `finished_max` the oldest of the tenant that has most.
         """
-        before_ms = self._store.now_ms() - keep_ms
+        now_ms = self._retention_ms()
+        before_ms = now_ms - keep_ms
 
         def do(tx: Transaction) -> int:
+            schema.write_meta(tx.connection, RETENTION, str(now_ms))
             old = tx.execute(
                 "DELETE FROM command WHERE n IN (SELECT n FROM command "
                 "WHERE finished_at_ms <= ? ORDER BY finished_at_ms LIMIT ?)",

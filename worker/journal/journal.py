@@ -5,6 +5,7 @@ step log, `records` has instances and networks, `outbox` what waits to be sent. 
 and its one writer thread (`writer.py` says how commits work).
 """
 
+import time
 from collections.abc import Callable
 from typing import Self
 
@@ -25,12 +26,14 @@ class Journal:
         JournalFault: from every async method of a part; the change was not committed.
     """
 
-    def __init__(self, store: Store, limits: Limits) -> None:
+    def __init__(
+        self, store: Store, limits: Limits, *, monotonic_s: Callable[[], float] = time.monotonic
+    ) -> None:
         self.store = store
         self.steps = JournalSteps(store)
         self.records = JournalRecords(store)
         self.outbox = JournalOutbox(store)
-        self.commands = JournalCommands(store, self.records, limits)
+        self.commands = JournalCommands(store, self.records, limits, monotonic_s=monotonic_s)
 
     @classmethod
     async def open(
@@ -44,6 +47,7 @@ class Journal:
         host_depth: int = 5000,
         observe_commit: Callable[[float], None] = lambda seconds: None,
         clock_ms: Callable[[], int] = now_ms,
+        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> Self:
         """Open the file, or make it. Raises as `Store.open` does."""
         store = await Store.open(
@@ -53,7 +57,7 @@ class Journal:
             observe_commit=observe_commit,
             clock_ms=clock_ms,
         )
-        return cls(store, Limits(lane_depth, tenant_depth, host_depth))
+        return cls(store, Limits(lane_depth, tenant_depth, host_depth), monotonic_s=monotonic_s)
 
     async def close(self) -> None:
         """Commit what was submitted and close the file."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,3 +124,27 @@ async def test_refused_messages_and_finished_commands_have_a_bound_at_the_larges
         ]
 
     assert known == ["a7", "a8", "a9", "a10", "a11", "u0", "u1", "u2", "r2", "r3"]
+
+
+DAY_MS = 24 * 3_600_000
+
+
+async def test_a_clock_that_jumps_ahead_forgets_no_id_early(tmp_path: Path) -> None:
+    wall_ms, monotonic_s = 1000 * DAY_MS, 0.0
+
+    def clocks() -> dict[str, Any]:
+        return {"clock_ms": lambda: wall_ms, "monotonic_s": lambda: monotonic_s}
+
+    async with opened(tmp_path, **clocks()) as journal:
+        await accept(journal, command(start()))
+        await finish(journal, ok(finished_at_ms=wall_ms))
+        assert await journal.commands.prune() == 0
+    wall_ms += 3 * DAY_MS  # while no worker runs
+    async with opened(tmp_path, **clocks()) as journal:
+        assert await journal.commands.prune() == 0
+        wall_ms += 3 * DAY_MS  # while one runs
+        monotonic_s += 11 * 3600
+        assert await journal.commands.prune() == 0
+        assert (await accept(journal, command(start()), 2)).verdict is Verdict.REPLAY
+        monotonic_s += 3600
+        assert await journal.commands.prune() == 1
