@@ -50,6 +50,7 @@ from handlers.specs import (
     TapSpec,
 )
 from schemas import naming
+from schemas.records import DiskIdentity
 from schemas.requests import InstanceRef, TenantNet
 from tests.guests.firecracker import VERSION
 from tests.live_host import LiveHost
@@ -83,6 +84,7 @@ class BareInstance:
         self._cgroups = Cgroups(settings)
         self._jailer = Jailer(settings)
         self.uid = settings.vmm.uid_base + FIRST_SLOT + self.offset
+        self._disk: DiskIdentity | None = None
         self.snapshot = Path(self.host.directory, f"bare-{self.ref.instance_id}")
 
     @property
@@ -116,8 +118,7 @@ class BareInstance:
         files = [JailFile(KERNEL, artifact.vmlinux), JailFile(ROOTFS, artifact.rootfs)]
         if self.data_disk_mib:
             disks = DataDisks(data=self._paths.data, jail_base=self.host.settings.jail_base)
-            known = self._disk if self.launch > 1 else None
-            disk = await disks.ensure(DataDiskSpec(self.ref, self.data_disk_mib, known))
+            disk = await disks.ensure(DataDiskSpec(self.ref, self.data_disk_mib, self._disk))
             self._disk = disk.identity
             files.append(JailFile(DATA_DISK, disk.path, writable=True))
         overhead = self.host.settings.limits.vmm_overhead_mib

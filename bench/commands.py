@@ -130,7 +130,7 @@ async def throughput(sender: Sender, raw: Sender) -> list[Row]:
     base: list[float] = []
     for _ in range(REPEATS):
         for one, rates in ((sender, mine), (raw, base)):
-            commands = []
+            commands: list[tuple[str, str, bytes]] = []
             for number in range(MANY):
                 command_id = new_id()
                 request = StopInstance("acme", "web", f"i-{number % LANES}")

@@ -195,7 +195,7 @@ async def measure_burst(bench: BenchHost, count: int = BURST, bursts: int = BURS
         scripts = [await Script.start() for _ in range(count)]
         for script in scripts:
             stack.push_async_callback(script.close)
-        size = {"mem_mib": MEM_MIB, "data_disk_mib": DATA_DISK_MIB}
+        size: dict[str, Any] = {"mem_mib": MEM_MIB, "data_disk_mib": DATA_DISK_MIB}
         refs = [InstanceRef("acme", "web", f"b-{n}") for n in range(count)]
         for number, ref in enumerate(refs):
             bench.seed(ref.instance_id, offset=10 + number, **size)

@@ -4,6 +4,9 @@ As a program: `raw_loop.py <url> <stream> <consumer>`. No journal, no checks, no
 `reply_to`, sends a reply of the usual size there, acknowledges without waiting, and never exits.
 """
 
+# pyright: reportUnknownMemberType=false
+# (nats-py leaves some of its parameters without types)
+
 import asyncio
 import json
 import sys
@@ -11,6 +14,8 @@ from typing import Any
 
 import msgpack
 import nats
+
+from tests.plain import unpacked
 
 BATCH = 1000
 EXPIRES_NS = 60_000_000_000
@@ -53,7 +58,7 @@ async def main(url: str, stream: str, consumer: str) -> None:
         if not message.reply:  # a status: the pull expired
             await ask()
             return
-        await connection.publish(msgpack.unpackb(message.data)["reply_to"], REPLY)
+        await connection.publish(unpacked(message.data)["reply_to"], REPLY)
         await connection.publish(message.reply, b"+ACK")
         owed -= 1
         if owed == 0:

@@ -38,7 +38,7 @@ def row(
 ) -> Row:
     """A row with its numbers rounded and their ratio."""
     ratio = value / baseline if baseline else None
-    return Row(name, unit, _round(value), _round(baseline), _round(ratio), budget, ok)
+    return Row(name, unit, _round(value), _rounded(baseline), _rounded(ratio), budget, ok)
 
 
 def median(values: Iterable[float]) -> float:
@@ -109,5 +109,9 @@ def _number(value: float | None) -> str:
     )
 
 
-def _round(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else _round(value)

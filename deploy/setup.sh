@@ -121,11 +121,17 @@ venv() {
     done_with venv "$(venv_inputs)"
 }
 
-# Debian's Python has no ensurepip without the package python3-venv: then pip comes from PIP_INDEX_URL.
+# Debian's Python has no ensurepip without the package python3-venv: root installs it; for any other
+# user pip comes from PIP_INDEX_URL.
 empty_venv() {
     local from
     from=$(python)
-    if "$from" -c 'import ensurepip' 2>/dev/null; then
+    if ! has_ensurepip "$from" && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+        say "installing with apt: python3-venv"
+        missing=(python3-venv)
+        apt install -y --no-install-recommends python3-venv
+    fi
+    if has_ensurepip "$from"; then
         "$from" -m venv --clear .venv || die "cannot make .venv with $from"
         return
     fi
@@ -133,6 +139,8 @@ empty_venv() {
     .venv/bin/python deploy/fetch_pip.py "$PIP_VERSION" "$PIP_SHA256" ||
         die "this Python has no ensurepip: as root, apt-get install python3-venv; or set PIP_INDEX_URL to an index that has pip"
 }
+
+has_ensurepip() { "$1" -c 'import ensurepip' 2>/dev/null; }
 
 guests() { # knows by itself what is up to date, in 0.2 s
     .venv/bin/python -m tests.guests.build | awk '!/: up to date$/ { print > "/dev/stderr" }' ||

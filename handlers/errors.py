@@ -58,12 +58,6 @@ class Invalid(Failure):
     code = Code.INVALID
 
 
-class Unsupported(Invalid):
-    """Understood as a command, but not by this version of hostd."""
-
-    code = Code.UNSUPPORTED
-
-
 class Conflict(Failure):
     """Exists with another spec, wrong state, still in use: read the state first."""
 
@@ -86,14 +80,6 @@ class Superseded(Failure):
     """A later command for the same instance takes precedence."""
 
     code = Code.SUPERSEDED
-
-
-class Draining(Failure):
-    """The host accepts no new VMs; nothing was started."""
-
-    code = Code.DRAINING
-    retryable = True
-    act = "scheduler"
 
 
 class HostFault(Failure):

@@ -12,6 +12,8 @@ settings.register_profile(
 )
 settings.load_profile("hostd")
 
+pytest_plugins = ["pytester", "tests.leaks"]
+
 KINDS = ("unit", "contract", "kernel", "broker", "vm", "crash", "lab")
 HERE = Path(__file__).parent
 
@@ -22,7 +24,7 @@ def kind_of(nodeid_path: Path) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    ran = dict.fromkeys(KINDS, 0)
+    ran: dict[str, int] = dict.fromkeys(KINDS, 0)
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):
             kind = Path(report.nodeid.split("::")[0]).parts[1]

@@ -1,8 +1,11 @@
 """A whole host for tests: nats-server, a worker process, real jailer and Firecracker, a client.
 
-Each `LiveHost` has a network namespace of its own (the test process moves into it, children
+Each `LiveHost` has a network namespace of its own (the test process is in it meanwhile, children
 inherit it), all its files in one directory, and a cgroup tree of its own; `close` removes all.
 """
+
+# pyright: reportUnknownMemberType=false
+# (nats-py leaves some of its parameters without types)
 
 import asyncio
 import contextlib
@@ -11,11 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import msgpack
 import nats.js.errors
 
 from handlers.host import inventory
@@ -25,17 +27,12 @@ from handlers.jail_names import VSOCK_SOCKET
 from schemas import codec
 from schemas.envelopes import Command
 from schemas.requests import (
-    DestroyInstance,
     InstanceRef,
     Ping,
     Request,
     SetupNetwork,
-    SleepInstance,
-    StartInstance,
-    StopInstance,
     TeardownNetwork,
     TenantNet,
-    WakeInstance,
 )
 from schemas.settings import (
     HostSettings,
@@ -47,24 +44,20 @@ from schemas.settings import (
     VmmSettings,
 )
 from schemas.subjects import Lane, Subjects
+from tests.constants import REF
 from tests.guests.agent import ask, ask_until_answered
 from tests.guests.cache import BUILD
+from tests.guests.namespace import own_network
+from tests.leaks import own_directory
+from tests.plain import unpacked
 from worker.cli.client import Client, connect
 from worker.cli.context import CliError
 from worker.cli.seed import Seed, Seeded, write_seed
 from worker.demo.cleanup import remove_host
 from worker.demo.host import environment_of, provision_cell
 from worker.demo.nats_server import EmbeddedNats
-from worker.demo.netns import enter_new_network
 
-REF = InstanceRef("acme", "web", "i-1")
-NAMES = (REF.tenant_id, REF.pool_id, REF.instance_id)
 NET_ID = 7
-START = StartInstance(*NAMES)
-STOP = StopInstance(*NAMES)
-SLEEP = SleepInstance(*NAMES, force=False)
-WAKE = WakeInstance(*NAMES)
-DESTROY = DestroyInstance(*NAMES, wipe_volumes=True)
 
 
 class LiveHost:
@@ -82,6 +75,7 @@ class LiveHost:
         """With `disk_mib`, data and state are on a file system of that size and nothing else is."""
         # Not in /tmp: where that is a tmpfs, what a VMM writes there counts as its memory.
         self.directory = tempfile.mkdtemp(prefix="hostd-live-", dir="/var/tmp")
+        own_directory(self.directory)
         self.guest = guest
         self.nats = EmbeddedNats(f"{self.directory}/nats")
         self.boot_args = boot_args
@@ -94,8 +88,7 @@ class LiveHost:
         self.subjects = Subjects(self.settings.root, self.settings.host.id, self.settings.host.cell)
 
     def _settings(self) -> Settings:
-        with contextlib.suppress(FileNotFoundError):
-            controllers = Path(find_mount(), "cgroup.controllers").read_text(encoding="ascii")
+        controllers = Path(find_mount(), "cgroup.controllers").read_text(encoding="ascii")
         unique = f"{os.getpid()}-{os.path.basename(self.directory)[-8:].lower()}"
         return Settings(
             host=HostSettings(id=f"test-{os.getpid()}", cell="test", production=self.production),
@@ -128,13 +121,17 @@ class LiveHost:
     # -- worker --------------------------------------------------------------------------------
 
     async def start_worker(
-        self, *, ready: bool = True, stdout: int | None = None, **environment: str
+        self,
+        *,
+        ready: bool = True,
+        stdout: int | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start it; with `ready` wait until it takes commands.
 
         Its log is `worker.log`, unless it goes to the descriptor `stdout`.
         """
-        variables = os.environ | environment_of(self.settings) | environment
+        variables = os.environ | environment_of(self.settings) | dict(environment or {})
         with open(f"{self.directory}/worker.log", "ab") as log:
             self.worker = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -202,7 +199,7 @@ class LiveHost:
             await client.nats.jetstream().publish(
                 self.subjects.command(Lane.of_request(request)), codec.encode_command(command)
             )
-            reply: dict[str, Any] = msgpack.unpackb((await replies.next_msg(timeout=20)).data)
+            reply: dict[str, Any] = unpacked((await replies.next_msg(timeout=20)).data)
             return reply
 
     async def publish(
@@ -273,14 +270,13 @@ class LiveHost:
                     message = await context.get_msg(stream, seq)
                 except nats.js.errors.NotFoundError:
                     continue  # done and gone, as a work queue does it
-                found.append((message.subject or "", message.headers or {}, message.data or b""))
+                headers = cast("dict[str, str]", message.headers or {})
+                found.append((message.subject or "", headers, message.data or b""))
             return found
 
     async def replies(self, command_id: str) -> list[dict[str, Any]]:
         """What the reply stream keeps for one id."""
-        kept = [
-            msgpack.unpackb(data) for _, _, data in await self.kept(self.subjects.replies_stream)
-        ]
+        kept = [unpacked(data) for _, _, data in await self.kept(self.subjects.replies_stream)]
         return [reply for reply in kept if reply["id"] == command_id]
 
     # -- what is there -------------------------------------------------------------------------
@@ -351,17 +347,17 @@ class LiveHost:
 @contextlib.asynccontextmanager
 async def live_host(*, worker: bool = True, **options: Any) -> AsyncGenerator[LiveHost]:
     """A provisioned host in a network namespace of its own, with its worker ready."""
-    enter_new_network()
-    host = LiveHost(**options)
-    try:
-        await host.nats.start()
-        await provision_cell(host.settings, host.subjects)
-        if worker:
-            await host.start_worker()
-        yield host
-    except BaseException:
-        with contextlib.suppress(OSError):
-            print(host.log()[-6000:])
-        raise
-    finally:
-        await host.close()
+    with own_network():
+        host = LiveHost(**options)
+        try:
+            await host.nats.start()
+            await provision_cell(host.settings, host.subjects)
+            if worker:
+                await host.start_worker()
+            yield host
+        except BaseException:
+            with contextlib.suppress(OSError):
+                print(host.log()[-6000:])
+            raise
+        finally:
+            await host.close()

@@ -23,7 +23,7 @@ from handlers.interfaces import Host
 from handlers.mechanism import Removable
 from handlers.registry import Handler
 from handlers.steps import Done, Failpoint, Steps, no_failpoint
-from schemas import codec, serde
+from schemas import codec
 from schemas.codes import Code
 from schemas.envelopes import Reply, StepTaken
 from schemas.requests import (
@@ -305,7 +305,6 @@ class Dispatch:
             retryable=failure.retryable,
             status=self._status(row) or detail.get("status"),
             left_behind=left,
-            supported=serde.SUPPORTED if failure.code is Code.UNSUPPORTED else (),
             detail=detail,
         )
 

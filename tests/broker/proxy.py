@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import re
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 PULL = re.compile(rb"PUB \$JS\.API\.CONSUMER\.MSG\.NEXT\S* \S+ \d+\r\n[^\r]*\r\n")
@@ -95,7 +95,7 @@ class Proxy:
 
 
 @asynccontextmanager
-async def proxied(target_port: int) -> AsyncIterator[Proxy]:
+async def proxied(target_port: int) -> AsyncGenerator[Proxy]:
     """A running proxy, closed afterwards with all its connections."""
     proxy = Proxy(target_port)
     await proxy.start()

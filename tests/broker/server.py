@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class Server(EmbeddedNats):
 @asynccontextmanager
 async def running_server(
     directory: Path, *, config: str = "", program: str = ""
-) -> AsyncIterator[Server]:
+) -> AsyncGenerator[Server]:
     """A running server with its own directory, stopped afterwards."""
     server = Server(str(directory), config=config, program=program)
     await server.start()
@@ -81,7 +81,7 @@ async def connection_to(
     guards: frozenset[Guard] = ALL_GUARDS,
     tuning: Tuning = QUICK,
     inbox: str = "_INBOX.admin",
-) -> AsyncIterator[Connection]:
+) -> AsyncGenerator[Connection]:
     """A connected client, closed afterwards."""
     connection = Connection(
         NatsSettings(url=url, creds=creds), name="test", inbox=inbox, guards=guards, tuning=tuning
@@ -190,7 +190,7 @@ async def consuming_host(
     creds: str = "",
     admin_creds: str = "",
     receiver: Receiver | None = None,
-) -> AsyncIterator[Host]:
+) -> AsyncGenerator[Host]:
     """Provision, start a bus and consume."""
     receiver = receiver or Receiver()
     async with connection_to(server.url, creds=admin_creds) as admin:

@@ -3,6 +3,9 @@
 What answers is a stand-in that keeps to the wire; the worker itself is driven elsewhere.
 """
 
+# pyright: reportUnknownMemberType=false
+# (nats-py leaves some of its parameters without types)
+
 import asyncio
 import json
 import time
@@ -54,11 +57,13 @@ class StandIn:
     """Answers commands with the reply set, and queries with the answers set."""
 
     connection: Client
-    reply: dict[str, Any] = field(default_factory=dict)
-    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reply: dict[str, Any] = field(default_factory=dict[str, Any])
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     silent: bool = False
-    commands: list[tuple[str, Command]] = field(default_factory=list)
-    questions: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    commands: list[tuple[str, Command]] = field(default_factory=list[tuple[str, Command]])
+    questions: list[tuple[str, dict[str, Any]]] = field(
+        default_factory=list[tuple[str, dict[str, Any]]]
+    )
 
     async def on_command(self, message: Msg) -> None:
         command = codec.decode_command(message.data)
@@ -71,7 +76,12 @@ class StandIn:
 
     def reply_to(self, command: Command) -> Reply:
         response = Pong() if isinstance(command.request, Ping) else Ok()
-        facts = {"response": response, "code": Code.OK, "changed": True, **self.reply}
+        facts: dict[str, Any] = {
+            "response": response,
+            "code": Code.OK,
+            "changed": True,
+            **self.reply,
+        }
         return Reply(id=command.id, host_id=HOST, received_at_ms=1000, finished_at_ms=1042, **facts)
 
     async def on_question(self, message: Msg) -> None:

@@ -57,10 +57,12 @@ async def test_the_connection_authenticates_with_a_jwt_credentials_file(tmp_path
     user_jwt = signed(
         account, user, {"type": "user", "pub": {}, "sub": {}, "subs": -1, "data": -1, "payload": -1}
     )
+    seed = user.seed
+    assert seed is not None
     creds = tmp_path / "host.creds"
     creds.write_text(
         f"-----BEGIN NATS USER JWT-----\n{user_jwt}\n------END NATS USER JWT------\n\n"
-        f"-----BEGIN USER NKEY SEED-----\n{user.seed.decode()}\n------END USER NKEY SEED------\n"
+        f"-----BEGIN USER NKEY SEED-----\n{seed.decode()}\n------END USER NKEY SEED------\n"
     )
     creds.chmod(0o600)
     server = Server(

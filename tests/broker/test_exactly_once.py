@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +18,9 @@ from schemas.subjects import Lane
 from tests.broker.server import HOST, QUICK, SUBJECTS, Server, connection_to, eventually
 from tests.fakes import shell_worker as fakes
 from tests.fakes.bus import FakeBus
-from tests.fakes.shell_worker import Machine, ShellWorker, command, start, stop
-from worker.bus.connection import Connection, Message
+from tests.fakes.shell_worker import FakeHandlers, ShellWorker, command, start, stop
+from worker.bus.connection import Connection
+from worker.bus.message import Message
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError
 from worker.bus.provision import provision
@@ -78,7 +79,7 @@ class Agentd:
 
 
 @asynccontextmanager
-async def agentd(server: Server) -> AsyncIterator[Agentd]:
+async def agentd(server: Server) -> AsyncGenerator[Agentd]:
     async with connection_to(server.url) as connection:
         await provision(connection, SUBJECTS, [HOST], ack_wait_ns=500_000_000)
         yield Agentd(connection)
@@ -86,8 +87,8 @@ async def agentd(server: Server) -> AsyncIterator[Agentd]:
 
 @asynccontextmanager
 async def worker(
-    server: Server, path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[ShellWorker]:
+    server: Server, path: Path, machine: FakeHandlers, monkeypatch: pytest.MonkeyPatch
+) -> AsyncGenerator[ShellWorker]:
     monkeypatch.setattr(fakes, "SUBJECTS", SUBJECTS)
     bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
     await bus.start()
@@ -103,7 +104,7 @@ async def worker(
 async def test_ten_copies_at_once_and_ten_after_a_restart_are_one_command(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, msg_id: bool
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    machine = FakeHandlers(gate=asyncio.Event())
     async with agentd(server) as sender:
         await sender.listen("_INBOX.me")
         copies = [
@@ -133,7 +134,7 @@ async def test_ten_copies_at_once_and_ten_after_a_restart_are_one_command(
 async def test_a_server_crash_while_commands_run_loses_and_repeats_none(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = Machine()
+    machine = FakeHandlers()
     names = [f"c{n}" for n in range(60)]
     async with (
         agentd(server) as sender,
@@ -162,7 +163,7 @@ async def test_a_server_crash_while_commands_run_loses_and_repeats_none(
 async def test_outcomes_of_a_worker_killed_without_a_server_are_sent_by_the_next(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    machine = FakeHandlers(gate=asyncio.Event())
     async with agentd(server) as sender:
         async with worker(server, tmp_path / "j", machine, monkeypatch) as running:
             await sender.send(start(), "c1")

@@ -124,7 +124,7 @@ async def test_a_client_that_cannot_be_closed_is_replaced(
     server: Server, guards: frozenset[Guard], heals: bool
 ) -> None:
     async with consuming_host(server, guards=guards) as host:
-        client = host.bus.link.client
+        client = host.bus.connection.client
         assert client is not None
         assert client._transport is not None
 

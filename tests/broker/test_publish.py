@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 
 import pytest
 
@@ -47,8 +46,8 @@ async def test_without_a_connection_publishing_fails_at_once_and_sends_nothing_l
     async with consuming_host(server) as host:
         await server.stop()
         assert await eventually(lambda: not host.bus.connected, 5)
-        began = time.monotonic()
 
+        # No reply is waited for: the request timeout would be another error.
         with pytest.raises(BusError, match="not connected"):
             await host.bus.publish(REPLY, b"r", msg_id="c-1")
         with pytest.raises(BusError, match="not connected"):
@@ -56,7 +55,6 @@ async def test_without_a_connection_publishing_fails_at_once_and_sends_nothing_l
         with pytest.raises(BusError, match="not connected"):
             await host.bus.write_state("h1.host", b"v", revision=None)
 
-        assert time.monotonic() - began < 0.5
         await server.start()
         assert await eventually(lambda: host.bus.connected and host.admin.connected, 5)
         assert await stored(host.admin, SUBJECTS.replies_stream) == 0

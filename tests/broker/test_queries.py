@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 from handlers.errors import NotFound
 from schemas.settings import NatsSettings
 from tests.broker.server import HOST, QUICK, SUBJECTS, Server, connection_to, eventually
+from tests.plain import unpacked
 from worker.bus.connection import Connection
 from worker.bus.message import Message
 from worker.bus.nats import NatsBus
@@ -57,12 +58,12 @@ class Asked:
     async def ask(self, verb: str, body: object = None) -> dict[str, Any]:
         data = b"" if body is None else msgpack.packb(body)
         answer = await self.caller.request(SUBJECTS.ask(verb), data)
-        found: dict[str, Any] = msgpack.unpackb(answer.data)
+        found: dict[str, Any] = unpacked(answer.data)
         return found
 
 
 @asynccontextmanager
-async def asked(server: Server) -> AsyncIterator[Asked]:
+async def asked(server: Server) -> AsyncGenerator[Asked]:
     bus = NatsBus(NatsSettings(url=server.url), SUBJECTS, tuning=QUICK)
     source = Answers()
     service = query_service(bus.connection, SUBJECTS, source, version="1.2.3")
@@ -129,7 +130,7 @@ async def test_a_query_that_is_not_msgpack_is_answered_with_an_error(server: Ser
     async with asked(server) as to:
         answer = await to.caller.request(SUBJECTS.ask("describe"), b"\xc1" * 100)
 
-        assert msgpack.unpackb(answer.data)["error"]["code"] == "invalid"
+        assert unpacked(answer.data)["error"]["code"] == "invalid"
 
 
 async def test_an_answer_above_the_payload_limit_is_an_error(server: Server) -> None:

@@ -1,7 +1,7 @@
 """State in the bucket: compare-and-set, the lease of the host ID, the state writer."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -83,7 +83,7 @@ async def value_at(host: Host, key: str) -> bytes | None:
 @asynccontextmanager
 async def writing(
     host: Host, source: Dirty, *, lease_s: float = 30.0
-) -> AsyncIterator[StateWriter]:
+) -> AsyncGenerator[StateWriter]:
     lease = lease_of(host.bus, "m1", lease_s=lease_s)
     await lease.acquire()
     writer = StateWriter(host.bus, source, "j1", lease)

@@ -6,7 +6,7 @@ after it was closed twice, as nats-py does.
 
 import asyncio
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def tls_config(cert: Path) -> str:
 @asynccontextmanager
 async def linked_by_tls(
     directory: Path, *, guards: frozenset[Guard]
-) -> AsyncIterator[tuple[Connection, Server, Proxy]]:
+) -> AsyncGenerator[tuple[Connection, Server, Proxy]]:
     """A connection over TLS and a proxy to a server; connected."""
     cert = authority(directory, "server")
     async with (
@@ -140,13 +140,14 @@ async def test_an_aborted_connection_is_let_go_though_it_was_closed_twice(
     # Without: AttributeError in Python 3.11.2; nothing at all in later ones, until 30 s are over.
     async with linked_by_tls(tmp_path, guards=guards - {Guard.PING}) as (connection, _, proxy):
         client, transport, _ = tls_transport(connection)
+        close: Callable[[], None] = transport.close
         assert transport._bare_io_writer is not None
         socket = transport._bare_io_writer.get_extra_info("socket")
         proxy.stall()
         await leave_unsent(connection)
 
-        transport.close()
-        transport.close()
+        close()
+        close()
         with nullcontext() if let_go else suppress(AttributeError):
             client.abort()
 

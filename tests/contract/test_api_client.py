@@ -30,8 +30,9 @@ from handlers.host.vmm.api_schema import (
 )
 from handlers.specs import BootConfig, DriveConfig, NicConfig
 from tests.guests.firecracker import FIRECRACKER, VERSION
+from tests.guests.namespace import own_network
 from tests.vm import payload
-from tests.vm.vmm_rig import MAC, MIB, TAP, add_tap, need, own_network
+from tests.vm.vmm_rig import MAC, MIB, TAP, add_tap, need
 
 START = Action("InstanceStart")
 

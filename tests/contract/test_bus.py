@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol
@@ -85,7 +85,7 @@ class RealWorld:
 
 
 @asynccontextmanager
-async def world_of(kind: str, directory: Path) -> AsyncIterator[BusUnderTest]:
+async def world_of(kind: str, directory: Path) -> AsyncGenerator[BusUnderTest]:
     if kind == "fake":
         yield FakeWorld()
         return
@@ -107,7 +107,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @asynccontextmanager
-async def consumed(world: BusUnderTest, receiver: Receiver) -> AsyncIterator[None]:
+async def consumed(world: BusUnderTest, receiver: Receiver) -> AsyncGenerator[None]:
     consumer = asyncio.create_task(world.bus.consume(receiver))
     try:
         yield

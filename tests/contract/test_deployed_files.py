@@ -1,6 +1,6 @@
 """What an operator installs is accepted by the program that reads it: systemd and Prometheus.
 
-What needs no such program is in tests/unit/test_deploy.py.
+What needs no such program is in tests/unit/repository/test_deploy.py.
 """
 
 import os

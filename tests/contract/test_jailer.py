@@ -14,7 +14,8 @@ from handlers.host.linux.procfs import read_status
 from handlers.host.vmm import processes
 from handlers.host.vmm.jailer import Jailer
 from handlers.specs import LaunchSpec
-from tests.vm.vmm_rig import UID, VmmRig, own_network, vmm_rig
+from tests.guests.namespace import own_network
+from tests.vm.vmm_rig import UID, VmmRig, vmm_rig
 
 
 @pytest_asyncio.fixture(name="rig")

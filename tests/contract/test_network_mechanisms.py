@@ -4,7 +4,7 @@ An implementation is a factory: it makes an empty host and gives its mechanisms 
 that happen on a host behind hostd's back.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol, cast
 
@@ -12,7 +12,7 @@ import pytest
 
 from handlers.errors import Conflict
 from handlers.interfaces import Networks, Records
-from handlers.mechanism import Mechanism
+from handlers.mechanism import Mechanism, Removable
 from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
 from tests.fakes import host as fake
 from tests.kernel.net.netns import HostNet
@@ -27,11 +27,20 @@ RULES = TenantRulesSpec("acme", ACME)
 class NetworkHost(Protocol):
     """An implementation under test."""
 
-    networks: Networks
-    bridges: Mechanism[BridgeSpec, bool]
-    tenant_rules: Mechanism[TenantRulesSpec, bool]
-    pins: Mechanism[PinSpec, bool]
-    taps: Mechanism[TapSpec, bool]
+    @property
+    def networks(self) -> Networks: ...
+
+    @property
+    def bridges(self) -> Mechanism[BridgeSpec, bool]: ...
+
+    @property
+    def tenant_rules(self) -> Mechanism[TenantRulesSpec, bool]: ...
+
+    @property
+    def pins(self) -> Mechanism[PinSpec, bool]: ...
+
+    @property
+    def taps(self) -> Mechanism[TapSpec, bool]: ...
 
     async def plant_link(self, name: str) -> None:
         """A link that is not hostd's appears."""
@@ -66,7 +75,7 @@ class RealNetworkHost:
 
 
 @asynccontextmanager
-async def real() -> AsyncIterator[NetworkHost]:
+async def real() -> AsyncGenerator[NetworkHost]:
     with HostNet() as net:
         yield RealNetworkHost(net)
 
@@ -94,7 +103,7 @@ class FakeNetworkHost:
 
 
 @asynccontextmanager
-async def in_memory() -> AsyncIterator[NetworkHost]:
+async def in_memory() -> AsyncGenerator[NetworkHost]:
     yield FakeNetworkHost()
 
 
@@ -139,7 +148,7 @@ class TestNetworkMechanisms:
         await self.set_up(host)
         await host.pins.ensure(GUEST.pin)
         await host.taps.ensure(GUEST.spec)
-        made = [
+        made: list[tuple[Removable, str]] = [
             (host.taps, GUEST.spec.key),
             (host.pins, GUEST.pin.key),
             (host.bridges, BRIDGE.key),

@@ -5,7 +5,7 @@ in-memory host that the handlers' tests stand on, so that it cannot promise what
 """
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,13 +49,13 @@ class Store:
 
 
 @asynccontextmanager
-async def real_store(directory: Path) -> AsyncIterator[Store]:
+async def real_store(directory: Path) -> AsyncGenerator[Store]:
     world = make_world(directory)
-    places = {"data": str(world.data), "state": str(world.state)}
+    data, state = str(world.data), str(world.state)
     base = str(world.jails)
-    real_jails = jails.Jails(**places, jail_base=base)
+    real_jails = jails.Jails(data=data, state=state, jail_base=base)
     real_snapshots = snapshots.Snapshots(
-        **places, jail_base=base, cpu_model="test", kernel_release="test"
+        data=data, state=state, jail_base=base, cpu_model="test", kernel_release="test"
     )
 
     async def vmm_writes(jail_id: str, paths: tuple[str, str]) -> None:
@@ -65,8 +65,8 @@ async def real_store(directory: Path) -> AsyncIterator[Store]:
             os.chown(file, UID, UID)
 
     yield Store(
-        artifacts=artifacts.Artifacts(**places),
-        data_disks=data_disks.DataDisks(data=str(world.data), jail_base=base),
+        artifacts=artifacts.Artifacts(data=data, state=state),
+        data_disks=data_disks.DataDisks(data=data, jail_base=base),
         jails=real_jails,
         snapshots=real_snapshots,
         vmm_writes=vmm_writes,
@@ -77,7 +77,7 @@ async def real_store(directory: Path) -> AsyncIterator[Store]:
 
 
 @asynccontextmanager
-async def fake_store(_dir: Path) -> AsyncIterator[Store]:
+async def fake_store(_dir: Path) -> AsyncGenerator[Store]:
     machine = fake.seeded()
 
     async def vmm_writes(jail_id: str, _paths: tuple[str, str]) -> None:

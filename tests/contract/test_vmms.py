@@ -5,7 +5,7 @@ A launch here is one jailer execution and the API listening; the guests are for 
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from handlers.interfaces import Vmms
 from handlers.specs import LaunchSpec
 from tests.fakes import host as fake
 from tests.guests.firecracker import FIRECRACKER
-from tests.vm.vmm_rig import own_network, vmm_rig
+from tests.guests.namespace import own_network
+from tests.vm.vmm_rig import vmm_rig
 
 UID = 2_000_000_009
 Prepare = Callable[[], Awaitable[LaunchSpec]]
@@ -34,7 +35,7 @@ class VmmHost:
 
 
 @asynccontextmanager
-async def real(directory: Path) -> AsyncIterator[VmmHost]:
+async def real(directory: Path) -> AsyncGenerator[VmmHost]:
     with own_network():
         async with vmm_rig(directory) as made:
 
@@ -47,7 +48,7 @@ async def real(directory: Path) -> AsyncIterator[VmmHost]:
 
 
 @asynccontextmanager
-async def in_memory(_dir: Path) -> AsyncIterator[VmmHost]:
+async def in_memory(_dir: Path) -> AsyncGenerator[VmmHost]:
     machine = fake.FakeHost()
     numbers = itertools.count(1)
 

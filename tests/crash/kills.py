@@ -1,5 +1,8 @@
 """Kills a worker at a failpoint, and checks the outcome of its command afterwards."""
 
+# pyright: reportUnknownMemberType=false
+# (nats-py leaves some of its parameters without types)
+
 import asyncio
 import contextlib
 import time
@@ -7,11 +10,11 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
-import msgpack
 from nats.aio.msg import Msg
 
 from schemas.requests import Request
 from tests.live_host import LiveHost
+from tests.plain import unpacked
 from worker.failpoints import FILE, POINT
 
 
@@ -27,7 +30,7 @@ async def stop_at(host: LiveHost, moment: str, request: Request, command_id: str
     """Start a new worker that stops at a failpoint of the command."""
     reached = Path(host.directory, f"failpoint-{command_id}")
     await host.stop_worker()
-    await host.start_worker(**{POINT: moment, FILE: str(reached)})
+    await host.start_worker(environment={POINT: moment, FILE: str(reached)})
     await host.publish(request, command_id)
     await until(reached.exists, moment)
     assert reached.read_text(encoding="ascii") == moment
@@ -42,7 +45,7 @@ async def kill_at(host: LiveHost, moment: str, request: Request, command_id: str
 async def events(host: LiveHost) -> list[dict[str, Any]]:
     """All events of the host so far, in the order of the stream."""
     kept = await host.kept(host.subjects.events_stream)
-    return [msgpack.unpackb(data) for _, _, data in kept]
+    return [unpacked(data) for _, _, data in kept]
 
 
 async def wait_event(
@@ -76,7 +79,7 @@ class Heard:
         self._queue: asyncio.Queue[tuple[float, dict[str, Any]]] = asyncio.Queue()
 
     def note(self, data: bytes) -> None:
-        self._queue.put_nowait((time.monotonic(), msgpack.unpackb(data)))
+        self._queue.put_nowait((time.monotonic(), unpacked(data)))
 
     async def first(self, kind: str, timeout_s: float = 20, **facts: Any) -> tuple[float, Any]:
         """The next such event and when (monotonic) it came; what comes before it is dropped."""

@@ -1,5 +1,8 @@
 """A state bucket that was made anew while no worker ran is filled again."""
 
+# pyright: reportUnknownMemberType=false
+# (nats-py leaves some of its parameters without types)
+
 import asyncio
 
 from tests.live_host import live_host

@@ -1,5 +1,8 @@
 """The bus goes away, or is not there yet: work goes on, nothing is lost or doubled, it heals."""
 
+# pyright: reportUnknownMemberType=false
+# (nats-py leaves some of its parameters without types)
+
 import asyncio
 import json
 import time
@@ -7,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from schemas.requests import SleepInstance
+from schemas.requests import Request, SleepInstance
+from tests.constants import NAMES, SLEEP, START, STOP, WAKE
 from tests.crash.kills import assert_one_outcome, until
-from tests.live_host import NAMES, SLEEP, START, STOP, WAKE, LiveHost, live_host
-from worker.demo.command import provision_cell
+from tests.live_host import LiveHost, live_host
+from worker.demo.host import provision_cell
 
 HELD = SleepInstance(*NAMES, force=False, drain_timeout_secs=600)
 HEALED_S = 10.0
@@ -63,7 +67,12 @@ async def test_commands_that_run_while_the_server_is_away_end_and_are_told_after
 async def test_a_server_that_comes_and_goes_loses_and_doubles_no_command() -> None:
     async with live_host() as host:
         await host.net_up(host.seed())
-        life = [("start", START), ("sleep", SLEEP), ("wake", WAKE), ("stop", STOP)]
+        life: list[tuple[str, Request]] = [
+            ("start", START),
+            ("sleep", SLEEP),
+            ("wake", WAKE),
+            ("stop", STOP),
+        ]
 
         for name, request in life:
             await host.publish(request, name)

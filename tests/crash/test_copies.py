@@ -1,18 +1,23 @@
 """The same command again and again: one effect, the same reply."""
 
+# pyright: reportUnknownMemberType=false
+# (nats-py leaves some of its parameters without types)
+
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 
 import pytest
 from nats.aio.msg import Msg
+from nats.js.client import JetStreamContext
 
 from schemas import codec
 from schemas.envelopes import Command
 from schemas.requests import Request, SetupNetwork, TeardownNetwork
 from schemas.subjects import Lane
+from tests.constants import DESTROY, REF, SLEEP, START, STOP, WAKE
 from tests.crash.kills import until
-from tests.live_host import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.live_host import LiveHost, live_host
 
 COPIES = 10
 
@@ -22,15 +27,15 @@ class Sender:
 
     inbox = "_INBOX.copies.one"
 
-    def __init__(self, host: LiveHost, publish: object) -> None:
+    def __init__(self, host: LiveHost, stream: JetStreamContext) -> None:
         self.told: list[bytes] = []
         self._host = host
-        self._publish = publish
+        self._stream = stream
 
     async def send(self, request: Request, command_id: str, *, msg_id: bool) -> bool:
         """One copy; whether the stream swallowed it as a duplicate."""
         command = Command(id=command_id, request=request, reply_to=self.inbox)
-        ack = await self._publish(  # type: ignore[operator]
+        ack = await self._stream.publish(
             self._host.subjects.command(Lane.of_request(request)),
             codec.encode_command(command),
             headers={"Nats-Msg-Id": command_id} if msg_id else None,
@@ -50,7 +55,7 @@ class Sender:
 @contextlib.asynccontextmanager
 async def sending(host: LiveHost) -> AsyncGenerator[Sender]:
     async with host.client() as client:
-        sender = Sender(host, client.nats.jetstream().publish)
+        sender = Sender(host, client.nats.jetstream())
 
         async def note(message: Msg) -> None:
             sender.told.append(message.data)

@@ -8,6 +8,7 @@ import pytest
 
 from handlers.host.vmm.processes import has_exited, open_pidfd
 from schemas.requests import InstanceRef, SleepInstance, StartInstance
+from tests.constants import DESTROY, NAMES, SLEEP, START, STOP, WAKE
 from tests.crash.kills import (
     assert_one_outcome,
     events,
@@ -17,7 +18,7 @@ from tests.crash.kills import (
     until,
     wait_event,
 )
-from tests.live_host import DESTROY, NAMES, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.live_host import LiveHost, live_host
 from worker.demo.guest import echo_through_tap
 
 NOTICED_S = 1.0

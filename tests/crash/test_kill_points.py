@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from schemas.requests import SetupNetwork, TeardownNetwork
+from schemas.requests import Request, SetupNetwork, TeardownNetwork
+from tests.constants import DESTROY, REF, SLEEP, START, STOP, WAKE
 from tests.crash.kills import assert_one_outcome, kill_at
-from tests.live_host import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.live_host import LiveHost, live_host
 
 # What has to go before, in order, and after it how often the jailer was executed in all.
 BEFORE: dict[str, tuple[tuple[str, ...], int]] = {
@@ -60,7 +61,7 @@ POINTS = [
 async def test_a_killed_command_has_one_effect_and_one_reply(name: str, moment: str) -> None:
     async with live_host() as host:
         seeded = host.seed()
-        requests = {
+        requests: dict[str, Request] = {
             "net-up": SetupNetwork(REF.tenant_id, seeded.net),
             "start": START,
             "sleep": SLEEP,

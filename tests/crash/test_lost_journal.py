@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from schemas.requests import InstanceRef, SleepInstance, StartInstance, WakeInstance
-from tests.live_host import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.constants import DESTROY, REF, SLEEP, START, STOP, WAKE
+from tests.live_host import LiveHost, live_host
 from worker.cli.context import CliError
 
 OTHER = InstanceRef("acme", "web", "i-2")

@@ -8,9 +8,10 @@ from pathlib import Path
 from handlers.host.linux.procfs import boot_id
 from handlers.host.vmm.cgroups import find_mount
 from schemas.requests import InstanceRef, SleepInstance, StartInstance, TenantNet, WakeInstance
+from tests.constants import REF, SLEEP, START, WAKE
 from tests.crash.kills import assert_one_outcome, events, kill_at, until
 from tests.crash.test_deaths import end_vmm
-from tests.live_host import REF, SLEEP, START, WAKE, LiveHost, live_host
+from tests.live_host import LiveHost, live_host
 from worker.demo.guest import echo_through_tap
 
 OTHER = InstanceRef("acme", "web", "i-2")

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.live_host import START, STOP, live_host
+from tests.constants import START, STOP
+from tests.live_host import live_host
 from tests.unit.test_log_writer import closed_pipe, full_disk, full_pipe
 
 
@@ -15,7 +16,7 @@ async def test_a_worker_without_a_log_runs_commands(stdout: Callable[[], Any]) -
         async with live_host() as host:
             await host.net_up(host.seed())
             await host.stop_worker()
-            await host.start_worker(stdout=fd, HOSTD_LOG_LEVEL="debug")
+            await host.start_worker(stdout=fd, environment={"HOSTD_LOG_LEVEL": "debug"})
 
             assert (await host.run(START))["code"] == "ok"
             assert (await host.run(STOP))["code"] == "ok"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,16 +63,16 @@ class Worker:
     """The store's mechanisms as one worker has them; a new one for each life."""
 
     def __init__(self, world: StoreHost) -> None:
-        places = {"data": str(world.data), "state": str(world.state)}
+        data, state = str(world.data), str(world.state)
         base = str(world.jails)
         self.world = world
-        self.shared = SharedFiles(places["data"])
-        self.artifacts = Artifacts(**places)
-        self.disks = DataDisks(data=places["data"], jail_base=base)
-        self.jails = Jails(**places, jail_base=base)
+        self.shared = SharedFiles(data)
+        self.artifacts = Artifacts(data=data, state=state)
+        self.disks = DataDisks(data=data, jail_base=base)
+        self.jails = Jails(data=data, state=state, jail_base=base)
         self.jails._drives = DRIVES
         self.snapshots = Snapshots(
-            **places, jail_base=base, cpu_model="test", kernel_release="test"
+            data=data, state=state, jail_base=base, cpu_model="test", kernel_release="test"
         )
 
     @property
@@ -134,9 +135,10 @@ def worlds(tmp_path: Path) -> Callable[[int], Worker]:
 
 async def test_an_import(worlds: Callable[[int], Worker]) -> None:
     spec = ArtifactSpec("acme", "web", REVISION)
+    n = 0
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
-        killed = killed_at(n, lambda first=first: first.artifacts._ensure(spec, CancelToken()))
+        killed = killed_at(n, partial(first.artifacts._ensure, spec, CancelToken()))
 
         second = Worker(first.world)
         found = await second.artifacts.ensure(spec)
@@ -151,6 +153,7 @@ async def test_an_import(worlds: Callable[[int], Worker]) -> None:
 
 
 async def test_a_disk_being_made(worlds: Callable[[int], Worker]) -> None:
+    n = 0
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         killed = killed_at(n, first.make_disk)
@@ -168,10 +171,11 @@ async def test_a_disk_being_made(worlds: Callable[[int], Worker]) -> None:
 
 
 async def test_a_wipe(worlds: Callable[[int], Worker]) -> None:
+    n = 0
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         first.make_disk()
-        killed = killed_at(n, lambda first=first: first.disks._wipe(REF, None, CancelToken()))
+        killed = killed_at(n, partial(first.disks._wipe, REF, None, CancelToken()))
 
         second = Worker(first.world)
         await second.disks.wipe(REF, None)
@@ -184,10 +188,11 @@ async def test_a_wipe(worlds: Callable[[int], Worker]) -> None:
 
 @pytest.mark.parametrize("then", ["remove", "ensure"])
 async def test_a_jail_being_made(worlds: Callable[[int], Worker], then: str) -> None:
+    n = 0
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         first.make_disk()
-        killed = killed_at(n, lambda first=first: first.jail(1))
+        killed = killed_at(n, partial(first.jail, 1))
 
         second = Worker(first.world)
         if then == "ensure":
@@ -201,11 +206,12 @@ async def test_a_jail_being_made(worlds: Callable[[int], Worker], then: str) -> 
 
 
 async def test_a_jail_being_removed(worlds: Callable[[int], Worker]) -> None:
+    n = 0
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         first.make_disk()
         jail_id = first.jail(1)
-        killed = killed_at(n, lambda first=first, jail=jail_id: first.jails._remove(jail))
+        killed = killed_at(n, partial(first.jails._remove, jail_id))
 
         await Worker(first.world).remove_all()
         if not killed:
@@ -214,6 +220,7 @@ async def test_a_jail_being_removed(worlds: Callable[[int], Worker]) -> None:
 
 
 async def test_a_snapshot_being_sealed(worlds: Callable[[int], Worker]) -> None:
+    n = 0
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         first.make_disk()
@@ -234,6 +241,7 @@ async def test_a_snapshot_being_sealed(worlds: Callable[[int], Worker]) -> None:
 
 @pytest.mark.parametrize("hashed", [False, True])
 async def test_a_snapshot_being_linked(worlds: Callable[[int], Worker], hashed: bool) -> None:
+    n = 0
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         first.make_disk()
@@ -244,10 +252,7 @@ async def test_a_snapshot_being_linked(worlds: Callable[[int], Worker], hashed: 
             first.snapshots.close()
         info = await first.snapshots.verify(REF, 1, "1.12.1")
         jail_id = first.jail(2)
-        killed = killed_at(
-            n,
-            lambda first=first, jail=jail_id, info=info: first.snapshots._link(jail, UID, info),
-        )
+        killed = killed_at(n, partial(first.snapshots._link, jail_id, UID, info))
 
         second = Worker(first.world)
         await second.remove_all()
@@ -260,12 +265,13 @@ async def test_a_snapshot_being_linked(worlds: Callable[[int], Worker], hashed: 
 
 
 async def test_a_snapshot_being_discarded(worlds: Callable[[int], Worker]) -> None:
+    n = 0
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         first.make_disk()
         first.jail(1)
         await first.sleep()
-        killed = killed_at(n, lambda first=first: first.snapshots._delete(REF, None))
+        killed = killed_at(n, partial(first.snapshots._delete, REF, None))
 
         second = Worker(first.world)
         if await second.snapshots.read(REF) is not None:
@@ -283,10 +289,11 @@ async def test_a_snapshot_being_discarded(worlds: Callable[[int], Worker]) -> No
 
 async def test_an_instance_file_being_written(worlds: Callable[[int], Worker]) -> None:
     changes = {"firecracker_pid": 4711}
+    n = 0
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         path = first.world.instance / "instance.json"
-        killed = killed_at(n, lambda first=first: first.shared._update(REF, changes))
+        killed = killed_at(n, partial(first.shared._update, REF, changes))
 
         assert json.loads(path.read_text()).get("firecracker_pid") in {None, 4711}
         await Worker(first.world).shared.update_instance(REF, changes | {"status": "running"})

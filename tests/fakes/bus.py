@@ -35,21 +35,21 @@ class FakeBus:
     stream keeps the next message, but its confirmation is lost.
     """
 
-    commands: dict[int, _Command] = field(default_factory=dict)
-    published: list[Published] = field(default_factory=list)
-    sent: list[tuple[str, bytes]] = field(default_factory=list)
-    state: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    commands: dict[int, _Command] = field(default_factory=dict[int, _Command])
+    published: list[Published] = field(default_factory=list[Published])
+    sent: list[tuple[str, bytes]] = field(default_factory=list[tuple[str, bytes]])
+    state: dict[str, tuple[bytes, int]] = field(default_factory=dict[str, tuple[bytes, int]])
     up: bool = True
     lose_next_ack: bool = False
     paused: bool = False
     dedupe_commands: bool = True
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    attempts: list[str] = field(default_factory=list)
+    attempts: list[str] = field(default_factory=list[str])
     _seq: int = 0
-    _known: set[str] = field(default_factory=set)
-    _known_commands: set[str] = field(default_factory=set)
+    _known: set[str] = field(default_factory=set[str])
+    _known_commands: set[str] = field(default_factory=set[str])
     _revision: int = 0
-    _due: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
+    _due: asyncio.Queue[int] = field(default_factory=asyncio.Queue[int])
 
     # -- the sender's side ---------------------------------------------------------------------
 
@@ -106,12 +106,15 @@ class FakeBus:
         return self.up
 
     async def consume(self, receive: Receive) -> None:
+        async def hand_over(delivery: Delivery) -> None:
+            await receive(delivery)
+
         async with asyncio.TaskGroup() as group:
             while True:
                 seq = await self._due.get()
                 command = self.commands.get(seq)
                 if command is not None:
-                    group.create_task(receive(self._delivery(command)))
+                    group.create_task(hand_over(self._delivery(command)))
 
     def delivery(self, seq: int) -> Delivery:
         """One command, for a test that calls `receive` itself."""

@@ -9,26 +9,29 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from handlers.concurrency import Slots
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound, Unavailable
 from handlers.interfaces import Host, Records
-from handlers.mechanism import Durability
+from handlers.mechanism import Durability, Keyed
 from handlers.specs import (
     Ack,
     Artifact,
     ArtifactSpec,
     BootConfig,
     BridgeSpec,
+    CgroupSpec,
     DataDisk,
     DataDiskSpec,
     Jail,
     JailSpec,
     LaunchSpec,
+    PinSpec,
     SnapshotFacts,
     SnapshotInfo,
     TapSpec,
+    TenantRulesSpec,
 )
 from handlers.tenant_locks import TenantLocks
 from schemas import naming
@@ -41,8 +44,13 @@ from schemas.files import (
     TenantQuota,
 )
 from schemas.records import DiskIdentity, VmmIdentity
-from schemas.requests import InstanceRef, TenantNet
+from schemas.requests import InstanceRef
 from schemas.settings import Settings
+from tests.constants import NET
+
+T = TypeVar("T")
+K = TypeVar("K")
+SpecT = TypeVar("SpecT", bound=Keyed)
 
 BOOT_ID = "00000000-0000-4000-8000-000000000001"
 
@@ -60,20 +68,22 @@ class Guest:
 class FakeHost:
     """`fail` maps an effect to the failure raised instead of it, `fail_late` after it."""
 
-    resources: dict[tuple[str, str], Any] = field(default_factory=dict)
-    fail: dict[str, BaseException] = field(default_factory=dict)
-    fail_late: dict[str, BaseException] = field(default_factory=dict)
-    guests: dict[str, Guest] = field(default_factory=dict)
-    boots: dict[str, int] = field(default_factory=dict)
-    jailer_runs: list[str] = field(default_factory=list)
-    tenants: dict[str, TenantConfig] = field(default_factory=dict)
-    pools: dict[tuple[str, str], PoolSpec] = field(default_factory=dict)
-    files: dict[InstanceRef, InstanceFile] = field(default_factory=dict)
-    written: dict[InstanceRef, dict[str, Any]] = field(default_factory=dict)
-    revisions: dict[tuple[str, str], str] = field(default_factory=dict)
-    secrets: dict[str, bytes] = field(default_factory=dict)
-    routes: list[str] = field(default_factory=list)
-    foreign_links: set[str] = field(default_factory=set)
+    resources: dict[tuple[str, str], Any] = field(default_factory=dict[tuple[str, str], Any])
+    fail: dict[str, BaseException] = field(default_factory=dict[str, BaseException])
+    fail_late: dict[str, BaseException] = field(default_factory=dict[str, BaseException])
+    guests: dict[str, Guest] = field(default_factory=dict[str, Guest])
+    boots: dict[str, int] = field(default_factory=dict[str, int])
+    jailer_runs: list[str] = field(default_factory=list[str])
+    tenants: dict[str, TenantConfig] = field(default_factory=dict[str, TenantConfig])
+    pools: dict[tuple[str, str], PoolSpec] = field(default_factory=dict[tuple[str, str], PoolSpec])
+    files: dict[InstanceRef, InstanceFile] = field(default_factory=dict[InstanceRef, InstanceFile])
+    written: dict[InstanceRef, dict[str, Any]] = field(
+        default_factory=dict[InstanceRef, dict[str, Any]]
+    )
+    revisions: dict[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])
+    secrets: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    routes: list[str] = field(default_factory=list[str])
+    foreign_links: set[str] = field(default_factory=set[str])
     prepared: bool = False
     boot_id: str = BOOT_ID
     memory_mib: int = 16_384
@@ -81,13 +91,15 @@ class FakeHost:
     drain_ack: bool = True
     drain_gate: asyncio.Event | None = None
     exits_on_request: bool = True
-    exited: dict[int, asyncio.Event] = field(default_factory=dict)
-    uids: dict[str, int] = field(default_factory=dict)
+    exited: dict[int, asyncio.Event] = field(default_factory=dict[int, asyncio.Event])
+    uids: dict[str, int] = field(default_factory=dict[str, int])
     next_pid: int = 1000
-    seen: list[str] = field(default_factory=list)
-    later: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    seen: list[str] = field(default_factory=list[str])
+    later: list[Callable[[], Awaitable[None]]] = field(
+        default_factory=list[Callable[[], Awaitable[None]]]
+    )
 
-    async def effect(self, name: str, do: Callable[[], Any]) -> Any:
+    async def effect(self, name: str, do: Callable[[], T]) -> T:
         """Run one effect with its injected failure, yielding to the loop once as real ones do."""
         self.seen.append(name)
         await asyncio.sleep(0)
@@ -138,12 +150,12 @@ class FakeHost:
             shared=FakeShared(self),
             networks=FakeNetworks(self),
             bridges=FakeBridges(self),
-            tenant_rules=Plain(self, "tenant_rules"),
-            pins=Plain(self, "pin"),
+            tenant_rules=FakeTenantRules(self),
+            pins=FakePins(self),
             taps=FakeTaps(self),
             artifacts=FakeArtifacts(self),
             data_disks=FakeDataDisks(self),
-            cgroups=Plain(self, "cgroup"),
+            cgroups=FakeCgroups(self),
             jails=FakeJails(self),
             vmms=FakeVmms(self),
             agents=FakeAgents(self),
@@ -155,22 +167,20 @@ class FakeHost:
         )
 
 
-class Plain:
+class Plain(Generic[SpecT]):
     """A mechanism whose resources only exist or not."""
 
+    name: ClassVar[str]
+    durability: ClassVar[Durability] = Durability.VOLATILE
     swept: ClassVar[bool] = True
 
-    def __init__(
-        self, machine: FakeHost, name: str, durability: Durability = Durability.VOLATILE
-    ) -> None:
+    def __init__(self, machine: FakeHost) -> None:
         self.machine = machine
-        self.name = name
-        self.durability = durability
 
     async def exists(self, key: str) -> bool:
         return (self.name, key) in self.machine.resources
 
-    async def ensure(self, spec: Any) -> Any:
+    async def ensure(self, spec: SpecT) -> Any:
         def put() -> bool:
             made = self.machine.resources.get((self.name, spec.key)) != spec
             self.machine.resources[self.name, spec.key] = spec
@@ -184,11 +194,22 @@ class Plain:
         )
 
 
-class FakeBridges(Plain):
+class FakeTenantRules(Plain[TenantRulesSpec]):
+    name: ClassVar[str] = "tenant_rules"
+
+
+class FakePins(Plain[PinSpec]):
+    name: ClassVar[str] = "pin"
+
+
+class FakeCgroups(Plain[CgroupSpec]):
+    name: ClassVar[str] = "cgroup"
+
+
+class FakeBridges(Plain[BridgeSpec]):
     """Bridges of tenants."""
 
-    def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "bridge")
+    name: ClassVar[str] = "bridge"
 
     async def ensure(self, spec: BridgeSpec) -> bool:
         self.machine.refuse_foreign(spec.key)
@@ -199,11 +220,10 @@ class FakeBridges(Plain):
         return made
 
 
-class FakeTaps(Plain):
+class FakeTaps(Plain[TapSpec]):
     """TAPs; one with another alias belongs to another instance."""
 
-    def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "tap")
+    name: ClassVar[str] = "tap"
 
     async def ensure(self, spec: TapSpec) -> bool:
         self.machine.refuse_foreign(spec.key)
@@ -254,8 +274,7 @@ class FakeNetworks:
             self.machine.prepared = True
             return first
 
-        changed: bool = await self.machine.effect("prepare_network", put)
-        return changed
+        return await self.machine.effect("prepare_network", put)
 
 
 class FakeShared:
@@ -297,24 +316,24 @@ class FakeShared:
         await self.machine.effect("remove_files", remove)
 
 
-def _known(table: dict[Any, Any], key: Any, file: str) -> Any:
+def _known(table: dict[K, T], key: K, file: str) -> T:
     if key not in table:
         raise NotFound(f"{file} of {key} is missing", path=file)
     return table[key]
 
 
-class FakeArtifacts(Plain):
-    def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "artifact", Durability.DURABLE)
+class FakeArtifacts(Plain[ArtifactSpec]):
+    name: ClassVar[str] = "artifact"
+    durability: ClassVar[Durability] = Durability.DURABLE
 
     async def ensure(self, spec: ArtifactSpec) -> Artifact:
         await super().ensure(spec)
         return Artifact("/a/vmlinux", "/a/rootfs.ext4", None, {})
 
 
-class FakeDataDisks(Plain):
-    def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "data_disk", Durability.DURABLE)
+class FakeDataDisks(Plain[DataDiskSpec]):
+    name: ClassVar[str] = "data_disk"
+    durability: ClassVar[Durability] = Durability.DURABLE
 
     def path(self, ref: InstanceRef) -> str:
         return f"/volumes/{ref}/data.ext4"
@@ -326,7 +345,8 @@ class FakeDataDisks(Plain):
 
         def put() -> DiskIdentity:
             made = spec.known or DiskIdentity(1, len(self.machine.resources) + 1, spec.size_mib)
-            return self.machine.resources.setdefault((self.name, spec.key), made)
+            identity: DiskIdentity = self.machine.resources.setdefault((self.name, spec.key), made)
+            return identity
 
         identity = await self.machine.effect(self.name, put)
         return DataDisk(self.path(spec.ref), identity)
@@ -347,9 +367,9 @@ def launches_of(machine: FakeHost, kind: str, ref: InstanceRef) -> list[int]:
     return [int(key.removeprefix(prefix)) for key in keys]
 
 
-class FakeJails(Plain):
-    def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "jail", Durability.DURABLE)
+class FakeJails(Plain[JailSpec]):
+    name: ClassVar[str] = "jail"
+    durability: ClassVar[Durability] = Durability.DURABLE
 
     async def ensure(self, spec: JailSpec) -> Jail:
         await super().ensure(spec)
@@ -363,9 +383,8 @@ class FakeJails(Plain):
         return b"log"
 
 
-class FakeVmms(Plain):
-    def __init__(self, machine: FakeHost) -> None:
-        super().__init__(machine, "vmm")
+class FakeVmms(Plain[LaunchSpec]):
+    name: ClassVar[str] = "vmm"
 
     async def ensure(self, spec: LaunchSpec) -> VmmIdentity:
         machine = self.machine
@@ -382,7 +401,8 @@ class FakeVmms(Plain):
                 machine.resources[self.name, spec.key] = VmmIdentity(
                     machine.next_pid, 1, 1, 1, spec.cgroup, machine.boot_id
                 )
-            return machine.resources[self.name, spec.key]
+            identity: VmmIdentity = machine.resources[self.name, spec.key]
+            return identity
 
         return await machine.effect(self.name, launch)
 
@@ -393,7 +413,8 @@ class FakeVmms(Plain):
         return launches_of(self.machine, self.name, ref)
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
-        return self.machine.resources.get((self.name, jail_id))
+        identity: VmmIdentity | None = self.machine.resources.get((self.name, jail_id))
+        return identity
 
     async def alive(self, identity: VmmIdentity) -> bool:
         return identity in (
@@ -550,7 +571,7 @@ class FakeSnapshots:
         await self.machine.effect("publish_snapshot", rename)
 
     async def read(self, ref: InstanceRef) -> SnapshotInfo | None:
-        found = [
+        found: list[SnapshotInfo] = [
             info
             for (kind, key), info in self.machine.resources.items()
             if kind == "snapshot" and key.startswith(f"{ref}#")
@@ -559,7 +580,7 @@ class FakeSnapshots:
 
     async def verify(self, ref: InstanceRef, number: int, vmm_version: str) -> SnapshotInfo:
         await self.machine.effect("verify_snapshot", lambda: None)
-        info = self.machine.resources.get(("snapshot", f"{ref}#{number}"))
+        info: SnapshotInfo | None = self.machine.resources.get(("snapshot", f"{ref}#{number}"))
         if info is None:
             raise HostFault(f"snapshot {number} of {ref} has no manifest")
         return info
@@ -618,7 +639,7 @@ class FakeSnapshots:
 
 def seeded() -> FakeHost:
     """A host with tenant acme (net 3), pool web, instance i-1 at offset 5, revision r1."""
-    net = TenantNet(3, "10.240.3.0/24", "10.240.3.1", "br-tenant-3")
+    net = NET
     quota = TenantQuota(16, 32_768, 8, 4, 4, 16, 100)
     machine = FakeHost()
     machine.tenants["acme"] = TenantConfig("acme", quota, net)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,16 +14,15 @@ from handlers.steps import Failpoint, no_failpoint
 from schemas import codec
 from schemas.envelopes import Reply
 from schemas.records import InstanceRecord
-from schemas.requests import InstanceRef, Request
+from schemas.requests import Request
 from schemas.settings import LimitSettings, Settings
 from schemas.subjects import Lane
+from tests.constants import REF
 from tests.fakes.host import FakeHost
 from tests.fakes.shell_worker import SUBJECTS, NoMeters, command
 from worker.dispatch import Dispatch
 from worker.journal.journal import Journal
 from worker.lanes import Lanes
-
-REF = InstanceRef("acme", "web", "i-1")
 
 
 @dataclass
@@ -36,7 +35,10 @@ class MemoryWorker:
     lanes: Lanes
     mechanisms: Mapping[str, Removable]
     seq: int = 0
-    ids: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list[str])
+    closers: list[Callable[[], Awaitable[None]]] = field(
+        default_factory=list[Callable[[], Awaitable[None]]]
+    )
 
     async def send(self, request: Request, command_id: str | None = None, **more: object) -> str:
         """Take a command in as intake does; returns its ID."""
@@ -74,6 +76,8 @@ class MemoryWorker:
     async def kill(self) -> None:
         """As kill -9: a running command is cut off, nothing is undone or answered."""
         await self.lanes.stop(0)
+        for close in self.closers:
+            await close()
         await self.journal.close()
 
 
@@ -84,7 +88,7 @@ async def memory_worker(
     *,
     failpoint: Failpoint = no_failpoint,
     limits: LimitSettings = LimitSettings(retry_budget_s=0.0),  # noqa: B008 (frozen)
-) -> AsyncIterator[MemoryWorker]:
+) -> AsyncGenerator[MemoryWorker]:
     """A worker on the journal at `path`, with recovery of what is in it."""
     settings = Settings(limits=limits)
     journal = await Journal.open(str(path), subjects=SUBJECTS, boot_id="b1")

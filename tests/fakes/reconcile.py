@@ -112,13 +112,15 @@ def reconciled(worker: MemoryWorker) -> Reconciled:
 
 
 def vmm_watch(worker: MemoryWorker, exits: FakeExits | None = None) -> VmmWatch:
-    return VmmWatch(
+    watch = VmmWatch(
         worker.host,
         worker.journal,
         worker.lanes,
         Metrics("0"),
         exits or FakeExits(worker.machine),
     )
+    worker.closers.append(watch.close)
+    return watch
 
 
 def recovery(worker: MemoryWorker, jails: FakeJailLayout | None = None) -> Recovery:

@@ -6,7 +6,7 @@ Its handlers change a set; tests make them fail or wait, and read how often they
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,10 +59,10 @@ def command(request: Request, command_id: str = "c1", **more: Any) -> Command:
 class NoMeters:
     """Counts in lists, exports nothing."""
 
-    done: list[tuple[str, Code]] = field(default_factory=list)
-    retries: list[Code] = field(default_factory=list)
+    done: list[tuple[str, Code]] = field(default_factory=list[tuple[str, Code]])
+    retries: list[Code] = field(default_factory=list[Code])
     retried: asyncio.Event = field(default_factory=asyncio.Event)
-    snapshots: list[tuple[float, int]] = field(default_factory=list)
+    snapshots: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
     redeliveries: int = 0
     ignored_keys: int = 0
 
@@ -97,8 +97,8 @@ class Things:
     name: ClassVar[str] = "thing"
     durability: ClassVar[Durability] = Durability.DURABLE
     swept: ClassVar[bool] = True
-    there: set[str] = field(default_factory=set)
-    made: list[str] = field(default_factory=list)
+    there: set[str] = field(default_factory=set[str])
+    made: list[str] = field(default_factory=list[str])
     stuck: bool = False
 
     async def exists(self, key: str) -> bool:
@@ -120,11 +120,11 @@ Behave = Callable[[Request, Steps], Any]
 
 
 @dataclass
-class Machine:
+class FakeHandlers:
     """What the handlers do. With `gate`, a Start waits in its step until it is set."""
 
     things: Things = field(default_factory=Things)
-    runs: list[tuple[str, str]] = field(default_factory=list)
+    runs: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     behave: Behave | None = None
     gate: asyncio.Event | None = None
     at_gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -161,7 +161,7 @@ class ShellWorker:
     """One worker from start to kill."""
 
     bus: FakeBus
-    machine: Machine
+    machine: FakeHandlers
     journal: Journal
     lanes: Lanes
     dispatch: Dispatch
@@ -207,19 +207,19 @@ class ShellWorker:
 async def shell_worker(
     path: Path,
     bus: FakeBus | None = None,
-    machine: Machine | None = None,
+    machine: FakeHandlers | None = None,
     *,
     limits: LimitSettings = LimitSettings(retry_budget_s=2.0),  # noqa: B008 (frozen)
     consume: bool = True,
     send: bool = True,
     run: bool = True,
     clock: FakeClock | None = None,
-) -> AsyncIterator[ShellWorker]:
+) -> AsyncGenerator[ShellWorker]:
     """A worker on the journal at `path`, recovering what is in it."""
     bus = bus or FakeBus()
     clock_ms = now_ms if clock is None else clock.now_ms
     monotonic_s = time.monotonic if clock is None else clock.monotonic_s
-    machine = machine or Machine()
+    machine = machine or FakeHandlers()
     meters = NoMeters()
     journal = await Journal.open(
         str(path),

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def _files(path: Path) -> Iterable[Path]:
 
 
 @contextlib.contextmanager
-def locked(name: str) -> Iterator[None]:
+def locked(name: str) -> Generator[None]:
     """Hold `build/.<name>.lock`: one process at a time builds the target of that name."""
     BUILD.mkdir(exist_ok=True)
     with (BUILD / f".{name}.lock").open("w") as file:

@@ -5,16 +5,33 @@ import ctypes
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Self
 
 from tests.guests import traffic
+from worker.demo.netns import enter_new_network
 
 CLONE_NEWNET = 0x40000000
 TAP = "tap0"
 HOST_IP = "10.77.0.1"
 GUEST_IP = "10.77.0.2"
 BOOT_ARGS = f"reboot=k panic=1 ip={GUEST_IP}::{HOST_IP}:255.255.255.0::eth0:off"
+
+
+@contextlib.contextmanager
+def own_network() -> Generator[None]:
+    """This thread, and what it starts, is in a new network namespace inside the `with`."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        enter_new_network()
+        try:
+            yield
+        finally:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(home, CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns to the namespace before")
+    finally:
+        os.close(home)
 
 
 class TestNamespace:
@@ -40,7 +57,7 @@ class TestNamespace:
         subprocess.run(["ip", "netns", "delete", self.name], check=True)
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> Generator[None]:
         """This thread is in the namespace inside the `with`; sockets made there stay in it."""
         libc = ctypes.CDLL(None, use_errno=True)
         home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)

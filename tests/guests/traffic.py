@@ -48,7 +48,7 @@ def tcp_echo(address: str, payload: bytes, timeout_s: float = 5.0) -> bytes:
 
 def _checksum(data: bytes) -> int:
     """RFC 1071, of an even number of bytes."""
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF

@@ -7,7 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import msgspec
@@ -59,7 +59,7 @@ def jail_root(settings: Settings, jail_id: str) -> Path:
 
 
 @contextlib.contextmanager
-def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(*command: str) -> Generator[subprocess.Popen[bytes]]:
     """A process that has reported that it is ready; killed afterwards."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with process:
@@ -72,7 +72,7 @@ def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextlib.contextmanager
-def copy(program: str) -> Iterator[subprocess.Popen[bytes]]:
+def copy(program: str) -> Generator[subprocess.Popen[bytes]]:
     """A copy of cat that has echoed, so that its exec is done."""
     with subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -84,7 +84,7 @@ def copy(program: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextlib.contextmanager
-def cgroup(name: str) -> Iterator[Path]:
+def cgroup(name: str) -> Generator[Path]:
     """A cgroup, with those above it up to the mount, removed afterwards."""
     path = Path(find_mount(), name)
     path.mkdir(parents=True)

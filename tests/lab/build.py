@@ -30,8 +30,10 @@ INITRD_MODULES = (
     "drivers/virtio/virtio_mmio",
     "drivers/block/virtio_blk",
 )
-MODULE_DIRS = ("arch/x86/kvm", "crypto", "drivers/block", "drivers/char/hw_random")
-MODULE_DIRS += ("drivers/net", "drivers/virtio", "lib", "net", "virt", "fs/fuse", "fs/overlayfs")
+MODULE_DIRS = (
+    *("arch/x86/kvm", "crypto", "drivers/block", "drivers/char/hw_random", "drivers/net"),
+    *("drivers/virtio", "lib", "net", "virt", "fs/fuse", "fs/overlayfs"),
+)
 ROOT_FREE_MIB = 2048  # room for artifacts, jails and snapshots; the image file is sparse
 
 VENV = (cache.REPOSITORY / ".venv").resolve()  # where the scripts in its bin/ expect it
@@ -47,9 +49,9 @@ LEFT_OUT = (
     "uv*",
     "pip*",
     "setuptools*",
+    *("grimp*", "import_linter*", "importlinter*", "pkg_resources", "_distutils_hack"),
+    *("distutils-precedence.pth", "ast_serialize*", "trove_classifiers*"),
 )
-LEFT_OUT += ("grimp*", "import_linter*", "importlinter*", "pkg_resources", "_distutils_hack")
-LEFT_OUT += ("distutils-precedence.pth", "ast_serialize*", "trove_classifiers*")
 PROGRAMS = ("hostd", "nats-server", "pytest")
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
 from tests.guests import cache
@@ -189,6 +190,10 @@ class _Console:
         CONSOLE.write_bytes(self._raw)
 
 
+def _exit(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run a command in the lab.")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="default: %(default)s")
@@ -196,7 +201,7 @@ def main() -> None:
     parser.add_argument("argv", nargs="+", metavar="COMMAND", help="after a --")
     options = parser.parse_args()
     # So that QEMU and the scratch directory go with this process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _exit)
     try:
         result = run_in_lab(
             options.argv,

@@ -95,8 +95,9 @@ def _names(depends: str) -> Iterable[str]:
 def _closure(facts: dict[str, tuple[str, list[str]]]) -> list[str]:
     missing = [name for name in PACKAGES if name not in facts]
     if missing:
-        raise SystemExit(f"the lab copies installed packages; not installed: {' '.join(missing)}")
-    wanted, todo = set(PACKAGES), list(PACKAGES)
+        raise SystemExit(f"the lab is made of installed packages; missing: {' '.join(missing)}")
+    wanted: set[str] = set(PACKAGES)
+    todo: list[str] = list(PACKAGES)
     while todo:
         for name in facts[todo.pop()][1]:
             if name in facts and name not in wanted | UNWANTED_PACKAGES:

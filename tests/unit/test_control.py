@@ -1,6 +1,7 @@
 """What ends a running command, and what no longer does past its point of no return."""
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
@@ -60,13 +61,21 @@ def test_past_the_point_of_no_return_only_a_shutdown_stops_it() -> None:
         control.safe_point()
 
 
+def superseded(control: Control) -> None:
+    control.supersede("c2")
+
+
+def halted(control: Control) -> None:
+    control.halt()
+
+
 @pytest.mark.parametrize(
     ("end", "raised"),
-    [(lambda c: c.supersede("c2"), Superseded), (lambda c: c.halt(), Halted)],
+    [(superseded, Superseded), (halted, Halted)],
     ids=["superseded", "halted"],
 )
 async def test_a_wait_is_interrupted_and_what_it_waited_for_is_cancelled(
-    end: object, raised: type[BaseException]
+    end: Callable[[Control], None], raised: type[BaseException]
 ) -> None:
     control = Control()
     begun, cancelled = asyncio.Event(), asyncio.Event()
@@ -80,7 +89,6 @@ async def test_a_wait_is_interrupted_and_what_it_waited_for_is_cancelled(
 
     waiting = asyncio.create_task(control.interruptible("wait_agent", work))
     await begun.wait()
-    assert callable(end)
     end(control)
 
     with pytest.raises(raised):

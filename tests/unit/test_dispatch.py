@@ -10,13 +10,11 @@ import structlog
 
 from handlers.errors import (
     Conflict,
-    Draining,
     Exhausted,
     HostFault,
     Invalid,
     NotFound,
     Unavailable,
-    Unsupported,
 )
 from handlers.steps import Done, SnapshotMeasure, Steps
 from schemas.codes import Code
@@ -24,7 +22,7 @@ from schemas.envelopes import StepTaken
 from schemas.requests import Error, Request, SleepInstance
 from schemas.settings import LimitSettings
 from tests.fakes.clock import FakeClock
-from tests.fakes.shell_worker import Machine, Thing, shell_worker, start, stop
+from tests.fakes.shell_worker import FakeHandlers, Thing, shell_worker, start, stop
 from worker import dispatch
 
 DONE = Done(changed=True, status="running", detail={})
@@ -37,7 +35,7 @@ class Failing:
         self.error = error
         self.times = times
         self.point = point
-        self.machine: Machine | None = None
+        self.machine: FakeHandlers | None = None
 
     async def __call__(self, request: Request, steps: Steps) -> Done:
         assert self.machine is not None
@@ -50,9 +48,9 @@ class Failing:
         return DONE
 
 
-def failing(error: BaseException, times: int = 1000, point: str | None = None) -> Machine:
+def failing(error: BaseException, times: int = 1000, point: str | None = None) -> FakeHandlers:
     behave = Failing(error, times, point)
-    machine = Machine(behave=behave)
+    machine = FakeHandlers(behave=behave)
     behave.machine = machine
     return machine
 
@@ -64,7 +62,6 @@ def failing(error: BaseException, times: int = 1000, point: str | None = None) -
         (Invalid("no", path="$.x"), Code.INVALID, "sender", False),
         (NotFound("no", path="pool.json"), Code.NOT_FOUND, "sender", False),
         (Exhausted("full"), Code.EXHAUSTED, "scheduler", True),
-        (Draining("drained"), Code.DRAINING, "scheduler", True),
         (HostFault("broken"), Code.HOST_FAULT, "operator", False),
         (Unavailable("busy").not_retryable(), Code.UNAVAILABLE, "sender", True),
         (OSError(errno.ENOSPC, "x", "/disk"), Code.EXHAUSTED, "scheduler", True),
@@ -85,14 +82,6 @@ async def test_a_final_failure_is_undone_not_retried_and_names_who_must_act(
     assert isinstance(reply.response, Error)
     assert [step.outcome for step in reply.steps] == ["done", "undone"]
     assert (machine.things.there, reply.changed, reply.left_behind) == (set(), False, ())
-
-
-async def test_a_handlers_unsupported_names_the_supported_protocols(tmp_path: Path) -> None:
-    async with shell_worker(tmp_path / "j", machine=failing(Unsupported("volumes"))) as worker:
-        worker.send(start())
-        reply = await worker.reply()
-
-    assert (reply.code, reply.supported) == (Code.UNSUPPORTED, ("1", "2"))
 
 
 @pytest.mark.parametrize(
@@ -131,9 +120,9 @@ class Slow(Failing):
             self.clock.advance(self.took_ms)
 
 
-def slow(clock: FakeClock, took_ms: int, error: Exception, **more: Any) -> Machine:
+def slow(clock: FakeClock, took_ms: int, error: Exception, **more: Any) -> FakeHandlers:
     behave = Slow(clock, took_ms, error, **more)
-    machine = Machine(behave=behave)
+    machine = FakeHandlers(behave=behave)
     behave.machine = machine
     return machine
 
@@ -148,7 +137,11 @@ def long_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wait is 1000 s."""
     monkeypatch.setattr(dispatch, "BACKOFF_S", 1000.0)
     monkeypatch.setattr(dispatch, "BACKOFF_MAX_S", 1000.0)
-    monkeypatch.setattr("tenacity.wait.random.uniform", lambda low, high: high)
+
+    def longest(_low: float, high: float) -> float:
+        return high
+
+    monkeypatch.setattr("tenacity.wait.random.uniform", longest)
 
 
 @pytest.mark.usefixtures("no_backoff")
@@ -235,7 +228,7 @@ async def test_a_bug_is_internal_undone_and_logged_with_its_traceback(tmp_path: 
 async def test_a_detail_without_a_msgpack_encoding_is_internal_and_does_not_block_the_lane(
     tmp_path: Path,
 ) -> None:
-    machine = Machine()
+    machine = FakeHandlers()
 
     def behave(request: Request, steps: Steps) -> Done | None:
         odd: Any = {"odd": object()}
@@ -292,7 +285,8 @@ async def test_past_a_point_of_no_return_a_failure_is_retried_and_never_undone(
 async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_continues(
     tmp_path: Path,
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
         worker.send(stop("a2"), "c2")
@@ -304,7 +298,7 @@ async def test_a_shutdown_answers_and_undoes_nothing_and_the_next_worker_continu
         assert [row.id for row in worker.journal.commands.unfinished()] == ["c1"]
         assert [reply.id for reply in worker.replies()] == ["c2"]
         bus = worker.bus
-    machine.gate.set()
+    gate.set()
     async with shell_worker(tmp_path / "j", bus, machine) as worker:
         reply = await worker.reply("c1")
 
@@ -322,7 +316,7 @@ async def test_a_shutdown_cancels_a_command_that_reaches_no_safe_point_in_time(
         await asyncio.Event().wait()
         return DONE
 
-    async with shell_worker(tmp_path / "j", machine=Machine(behave=forever)) as worker:
+    async with shell_worker(tmp_path / "j", machine=FakeHandlers(behave=forever)) as worker:
         worker.send(start())
         await began.wait()
         await worker.lanes.stop(0)
@@ -359,7 +353,7 @@ async def test_a_snapshot_is_measured_by_all_its_steps_not_only_those_in_the_rep
         seconds = steps.seconds_of("pause", "snapshot_draft")
         return Done(changed=True, status="sleeping", snapshot=SnapshotMeasure(seconds, 7))
 
-    async with shell_worker(tmp_path / "j", machine=Machine(behave=sleeps)) as worker:
+    async with shell_worker(tmp_path / "j", machine=FakeHandlers(behave=sleeps)) as worker:
         worker.send(SleepInstance("acme", "web", "a1", force=False))
         reply = await worker.reply()
 

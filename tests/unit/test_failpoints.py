@@ -7,8 +7,9 @@ from pathlib import Path
 from handlers.steps import no_failpoint
 from schemas.codes import Code
 from schemas.requests import SetupNetwork, StartInstance
+from tests.constants import REF
 from tests.fakes.host import seeded
-from tests.fakes.memory_worker import REF, memory_worker
+from tests.fakes.memory_worker import memory_worker
 from worker import failpoints
 from worker.failpoints import FILE, POINT, failpoint
 

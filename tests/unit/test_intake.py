@@ -18,13 +18,14 @@ from schemas.subjects import Lane
 from tests.fakes.shell_worker import (
     REF,
     SUBJECTS,
-    Machine,
+    FakeHandlers,
     ShellWorker,
     command,
     shell_worker,
     start,
     stop,
 )
+from tests.plain import unpacked
 
 LANE = "instance.acme.web.a1"
 CMD = f"hostd.v1.test.h1.cmd.{LANE}"
@@ -32,7 +33,7 @@ CMD = f"hostd.v1.test.h1.cmd.{LANE}"
 
 def envelope(**changes: Any) -> dict[str, Any]:
     """A good command in plain objects, with some of it changed."""
-    good = msgpack.unpackb(codec.encode_command(command(start(), reply_to="_INBOX.1")))
+    good: dict[str, Any] = unpacked(codec.encode_command(command(start(), reply_to="_INBOX.1")))
     return {**good, **changes}
 
 
@@ -64,13 +65,14 @@ async def test_a_command_is_run_answered_and_announced(tmp_path: Path) -> None:
 async def test_copies_sent_at_once_have_one_effect_and_one_kept_reply(
     tmp_path: Path, copies: int, msg_id: bool
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         for n in range(copies):
             worker.send(start(), reply_to=f"_INBOX.{n}", msg_id=msg_id)
         await machine.at_gate.wait()
         await worker.bus.until_acked()
-        machine.gate.set()
+        gate.set()
         told = 1 if msg_id else copies  # the server swallows what has a known Nats-Msg-Id
         await worker.bus.until(replies=1, sent=told)
 
@@ -137,14 +139,14 @@ async def test_the_same_id_with_another_request_is_a_conflict_sent_to_its_sender
 
 
 async def test_the_answer_has_the_form_of_the_request(tmp_path: Path) -> None:
-    machine = Machine()
+    machine = FakeHandlers()
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         late = now_ms() - 1
         worker.send(start(), "named", deadline_ms=late)
         worker.send(start(), "compact", deadline_ms=late, form=Form.COMPACT)
         await worker.bus.until(replies=2)
 
-        raw = {p.msg_id: msgpack.unpackb(p.payload)["response"] for p in worker.bus.replies()}
+        raw = {p.msg_id: unpacked(p.payload)["response"] for p in worker.bus.replies()}
         assert isinstance(raw["named"]["Error"], dict)
         assert isinstance(raw["compact"]["Error"], list)
 
@@ -166,7 +168,9 @@ async def test_a_command_that_changes_nothing_costs_one_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = Done(changed=False, status="stopped", detail={})
-    async with shell_worker(tmp_path / "j", machine=Machine(behave=lambda *_: same)) as worker:
+    async with shell_worker(
+        tmp_path / "j", machine=FakeHandlers(behave=lambda _request, _steps: same)
+    ) as worker:
         commits: list[float] = []
         monkeypatch.setattr(worker.journal.store.writer, "_observe", commits.append)
         worker.send(stop())
@@ -254,13 +258,14 @@ async def test_a_bomb_of_empty_maps_is_refused_and_the_next_command_runs(tmp_pat
 
 
 async def test_bad_bytes_with_a_known_id_do_not_disturb_its_command(tmp_path: Path) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), reply_to="_INBOX.1")
         await machine.at_gate.wait()
         worker.bus.command(CMD, msgpack.packb(envelope(request={"Grow": {}}, reply_to="_INBOX.2")))
         await worker.bus.until(sent=1)
-        machine.gate.set()
+        gate.set()
         reply = await only_reply(worker)
         await worker.bus.until(sent=2)
 
@@ -377,7 +382,8 @@ def ping(worker: ShellWorker, command_id: str, request: Request = Ping(), **more
 
 
 async def test_ping_is_answered_while_all_lanes_are_busy_and_not_journalled(tmp_path: Path) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         for n in range(20):
             worker.send(start(f"a{n}"), f"c{n}")
@@ -392,7 +398,7 @@ async def test_ping_is_answered_while_all_lanes_are_busy_and_not_journalled(tmp_
         assert reply.detail["protocol"] == {"min": 1, "max": 2}
         assert worker.bus.sent_to("_INBOX.1") == [worker.bus.replies()[0].payload]
         assert await worker.journal.commands.result("p1") is None
-        machine.gate.set()
+        gate.set()
         await worker.lanes.idle()
 
 

@@ -10,7 +10,7 @@ from schemas.codes import Code
 from schemas.requests import DestroyInstance, Request, SleepInstance, StopInstance, WakeInstance
 from schemas.settings import LimitSettings
 from schemas.subjects import Lane
-from tests.fakes.shell_worker import REF, Machine, command, shell_worker, start, stop
+from tests.fakes.shell_worker import REF, FakeHandlers, command, shell_worker, start, stop
 
 DESTROY = DestroyInstance("acme", "web", "a1", wipe_volumes=False)
 SLEEP = SleepInstance("acme", "web", "a1", force=False)
@@ -18,7 +18,8 @@ WAKE = WakeInstance("acme", "web", "a1")
 
 
 async def test_a_lane_runs_in_order_and_lanes_run_at_once(tmp_path: Path) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), "c1")
         worker.send(start(), "c2")
@@ -30,7 +31,7 @@ async def test_a_lane_runs_in_order_and_lanes_run_at_once(tmp_path: Path) -> Non
 
         assert [run[0] for run in machine.runs] == ["c1", "d1"]
         assert worker.lanes.counts() == {"busy": 2, "waiting": 1}
-        machine.gate.set()
+        gate.set()
         await worker.reply("c3")
         await worker.reply("d1")
         await worker.lanes.idle()
@@ -39,7 +40,8 @@ async def test_a_lane_runs_in_order_and_lanes_run_at_once(tmp_path: Path) -> Non
 
 
 async def test_500_commands_in_one_lane_do_not_delay_another(tmp_path: Path) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         for n in range(500):
             worker.send(start(), f"c{n}")
@@ -52,7 +54,7 @@ async def test_500_commands_in_one_lane_do_not_delay_another(tmp_path: Path) -> 
             (Code.EXHAUSTED, True, "scheduler")
         }
         assert len(refused) == 400
-        machine.gate.set()
+        gate.set()
         await worker.bus.until(replies=501)
         await worker.bus.until_acked()
         codes = [reply.code for reply in worker.replies()]
@@ -61,14 +63,15 @@ async def test_500_commands_in_one_lane_do_not_delay_another(tmp_path: Path) -> 
 
 
 async def test_an_exhausted_command_stays_exhausted_for_its_id(tmp_path: Path) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
     limits = LimitSettings(lane_depth=1)
     async with shell_worker(tmp_path / "j", machine=machine, limits=limits) as worker:
         worker.send(start(), "c1")
         await machine.at_gate.wait()
         worker.send(start(), "c2")
         await worker.reply("c2")
-        machine.gate.set()
+        gate.set()
         await worker.reply("c1")
         worker.send(start(), "c2", reply_to="_INBOX.2")
         await worker.bus.until(sent=1)
@@ -82,7 +85,8 @@ async def test_an_exhausted_command_stays_exhausted_for_its_id(tmp_path: Path) -
 async def test_stop_and_destroy_supersede_running_and_waiting_commands(
     tmp_path: Path, winner: StopInstance, loser: Request
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(loser, "runs")
         await machine.at_gate.wait()
@@ -109,7 +113,7 @@ async def test_a_superseded_waiting_command_is_answered_before_the_lane_is_free(
             await release.wait()
         return Done(changed=True, status=None, detail={})
 
-    async with shell_worker(tmp_path / "j", machine=Machine(behave=stubborn)) as worker:
+    async with shell_worker(tmp_path / "j", machine=FakeHandlers(behave=stubborn)) as worker:
         worker.send(stop(), "runs")
         worker.send(start(), "waits")
         worker.send(stop(), "wins")
@@ -122,13 +126,14 @@ async def test_a_superseded_waiting_command_is_answered_before_the_lane_is_free(
 
 
 async def test_a_stop_does_not_supersede_commands_of_another_instance(tmp_path: Path) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), "c1")
         await machine.at_gate.wait()
         worker.send(stop("a2"), "other")
         await worker.reply("other")
-        machine.gate.set()
+        gate.set()
 
         assert (await worker.reply("c1")).code is Code.OK
 
@@ -144,7 +149,7 @@ async def test_a_command_past_its_point_of_no_return_is_not_superseded(tmp_path:
         await steps.interruptible("agent", release.wait)
         return Done(changed=True, status="running", detail={})
 
-    async with shell_worker(tmp_path / "j", machine=Machine(behave=waking)) as worker:
+    async with shell_worker(tmp_path / "j", machine=FakeHandlers(behave=waking)) as worker:
         worker.send(WAKE, "wake")
         await reached.wait()
         worker.send(stop(), "stop")
@@ -158,7 +163,8 @@ async def test_a_command_past_its_point_of_no_return_is_not_superseded(tmp_path:
 async def test_after_a_restart_an_earlier_run_is_undone_before_the_superseded_reply(
     tmp_path: Path,
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine, send=False) as worker:
         worker.send(start(), "began")
         await machine.at_gate.wait()

@@ -6,7 +6,7 @@ import os
 import sys
 from asyncio import create_subprocess_exec, timeout
 from asyncio.subprocess import PIPE
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ print(logs.dropped(), file=sys.stderr)
 
 
 @contextmanager
-def closed_pipe() -> Iterator[int]:
+def closed_pipe() -> Generator[int]:
     reader, writer = os.pipe()
     os.close(reader)
     yield writer
@@ -56,7 +56,7 @@ def closed_pipe() -> Iterator[int]:
 
 
 @contextmanager
-def full_pipe() -> Iterator[int]:
+def full_pipe() -> Generator[int]:
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     os.write(writer, b"x" * 4096)
@@ -66,14 +66,14 @@ def full_pipe() -> Iterator[int]:
 
 
 @contextmanager
-def full_nonblocking_pipe() -> Iterator[int]:
+def full_nonblocking_pipe() -> Generator[int]:
     with full_pipe() as writer:
         os.set_blocking(writer, False)
         yield writer
 
 
 @contextmanager
-def full_disk() -> Iterator[int]:
+def full_disk() -> Generator[int]:
     fd = os.open("/dev/full", os.O_WRONLY)
     yield fd
     os.close(fd)

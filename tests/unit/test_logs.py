@@ -28,6 +28,8 @@ def logged() -> Iterator[tuple[str, str, str]]:
                     place = f"{path.relative_to(ROOT)}:{node.lineno}"
                     assert isinstance(event, ast.Constant), f"{place}: the event is not a constant"
                     yield str(event.value), level.replace("exception", "error"), place
+                case _:
+                    pass
 
 
 @pytest.fixture

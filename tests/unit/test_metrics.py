@@ -12,7 +12,7 @@ from schemas.records import Status
 from worker.metrics import Metrics, sample_loop_lag
 
 ROOT = Path(__file__).parents[2]
-CONTRACT = {
+CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_commands": ("counter", {"type", "code"}),
     "hostd_command_duration_seconds": ("histogram", {"type"}),
     "hostd_step_duration_seconds": ("histogram", {"step"}),

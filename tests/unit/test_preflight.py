@@ -69,7 +69,11 @@ def test_a_worker_does_not_start_with_ids_that_are_in_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken = IdRange("/etc/subuid", "ann", 100_000, 65_536)
-    monkeypatch.setattr(run, "find_uid_overlap", lambda base, count: taken)
+
+    def find(_base: int, _count: int) -> IdRange:
+        return taken
+
+    monkeypatch.setattr(run, "find_uid_overlap", find)
 
     with pytest.raises(CliError, match=r"invalid: vmm.uid_base.*overlaps ann in /etc/subuid"):
         check_uids(Settings())

@@ -1,5 +1,6 @@
 """Settings: the file, the environment which takes precedence, errors that name file and key."""
 
+import json
 import re
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default(
         if isinstance(default, bool):
             text = str(default).lower()
         elif isinstance(default, tuple):
-            text = "[" + ", ".join(f'"{item}"' for item in default) + "]"
+            text = json.dumps(default)
         else:
             text = str(default)
         settings = load(None, {**HOST, key.env: text or ""})

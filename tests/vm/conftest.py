@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest_asyncio
 
-from tests.vm.vmm_rig import TAP, UID, VmmRig, add_tap, own_network, vmm_rig
+from tests.guests.namespace import own_network
+from tests.vm.vmm_rig import TAP, UID, VmmRig, add_tap, vmm_rig
 
 
 @pytest_asyncio.fixture(name="rig")

@@ -45,7 +45,7 @@ DRIVES = (
 
 
 @dataclass
-class Place:
+class StoreRig:
     rig: VmmRig
     world: StoreHost
     jails: Jails
@@ -120,57 +120,59 @@ class Place:
         await self.jails.remove(spec.jail_id)
 
 
-@pytest_asyncio.fixture(name="place")
-async def place_of_the_rig(rig: VmmRig) -> AsyncIterator[Place]:
+@pytest_asyncio.fixture(name="store")
+async def store_of_the_rig(rig: VmmRig) -> AsyncIterator[StoreRig]:
     need(MINI / "vmlinux")
     world = make_world(rig.directory)
     for name in ("vmlinux", "rootfs.ext4"):
         shutil.copyfile(MINI / name, world.revision / name)
-    paths = {"data": str(world.data), "state": rig.settings.paths.state}
+    data, state = str(world.data), rig.settings.paths.state
     base = rig.settings.jail_base
-    snapshots = Snapshots(**paths, jail_base=base, cpu_model="here", kernel_release="here")
-    jails = Jails(**paths, jail_base=base)
-    disk = await DataDisks(data=paths["data"], jail_base=base).ensure(DataDiskSpec(REF, 8, None))
-    artifact = await Artifacts(**paths).ensure(ArtifactSpec("acme", "web", REVISION))
-    yield Place(rig, world, jails, snapshots, artifact, disk)
+    snapshots = Snapshots(
+        data=data, state=state, jail_base=base, cpu_model="here", kernel_release="here"
+    )
+    jails = Jails(data=data, state=state, jail_base=base)
+    disk = await DataDisks(data=data, jail_base=base).ensure(DataDiskSpec(REF, 8, None))
+    artifact = await Artifacts(data=data, state=state).ensure(ArtifactSpec("acme", "web", REVISION))
+    yield StoreRig(rig, world, jails, snapshots, artifact, disk)
     snapshots.close()
     for spec in rig.launches:
         await rig.vmms.remove(spec.jail_id)
         await jails.remove(spec.jail_id)
 
 
-async def test_a_guest_sleeps_and_wakes_from_files_its_vmm_can_only_read(place: Place) -> None:
-    first = await place.boot(1)
-    await place.sleep(first)
-    disk = os.stat(place.disk.path)
+async def test_a_guest_sleeps_and_wakes_from_files_its_vmm_can_only_read(store: StoreRig) -> None:
+    first = await store.boot(1)
+    await store.sleep(first)
+    disk = os.stat(store.disk.path)
     assert (disk.st_uid, stat.S_IMODE(disk.st_mode), disk.st_nlink) == (0, 0o600, 1)
 
-    second = await place.launch(2)
-    vmm = place.rig.vmms.api(second.jail_id)
-    info = await place.snapshots.verify(REF, 1, await vmm.version())
-    paths = await place.snapshots.link(second.jail_id, UID, info)
+    second = await store.launch(2)
+    vmm = store.rig.vmms.api(second.jail_id)
+    info = await store.snapshots.verify(REF, 1, await vmm.version())
+    paths = await store.snapshots.link(second.jail_id, UID, info)
     await vmm.load_snapshot(*paths)
     await vmm.resume()
     await vmm.close()
-    await place.snapshots.delete_all(REF)
+    await store.snapshots.delete_all(REF)
 
-    ack = await place.rig.agents.wake(second.jail_id, PORT, timeout_s=10)
+    ack = await store.rig.agents.wake(second.jail_id, PORT, timeout_s=10)
     assert ack.success
-    await place.rig.agents.ping(second.jail_id, PORT, timeout_s=10)
-    assert numbers_of(f"{place.rig.settings.paths.state}/snapshots", REF) == []
-    woken = Path(place.rig.settings.jail_base, "firecracker", second.jail_id, "root", "woken")
+    await store.rig.agents.ping(second.jail_id, PORT, timeout_s=10)
+    assert numbers_of(f"{store.rig.settings.paths.state}/snapshots", REF) == []
+    woken = Path(store.rig.settings.jail_base, "firecracker", second.jail_id, "root", "woken")
     assert (woken / "mem").stat().st_uid == 0
-    assert b"Artificially kick devices" in await place.jails.read_log(REF, 2)
+    assert b"Artificially kick devices" in await store.jails.read_log(REF, 2)
 
 
 async def test_a_truncated_memory_file_is_refused_by_hostd_though_the_vmm_accepts_it(
-    place: Place,
+    store: StoreRig,
 ) -> None:
-    await place.sleep(await place.boot(1))
-    memory = place.world.top / "snapshots" / str(REF) / "1" / "mem"
+    await store.sleep(await store.boot(1))
+    memory = store.world.top / "snapshots" / str(REF) / "1" / "mem"
     size = memory.stat().st_size
     os.truncate(memory, size // 2)
     os.truncate(memory, size)
 
     with pytest.raises(HostFault, match="modified before it was hashed"):
-        await place.snapshots.verify(REF, 1, "1.12.1")
+        await store.snapshots.verify(REF, 1, "1.12.1")

@@ -5,13 +5,12 @@ need nothing else of hostd.
 """
 
 import contextlib
-import ctypes
 import itertools
 import os
 import shutil
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from schemas.settings import HostSettings, LimitSettings, PathSettings, Settings
 from tests.guests.firecracker import FIRECRACKER, JAILER
 from tests.vm import payload
 
-CLONE_NEWNET = 0x40000000
 MIB = 1024 * 1024
 TAP = "tn1i3"
 MAC = "02:fc:00:01:00:03"
@@ -46,22 +44,6 @@ def need(*paths: str | os.PathLike[str]) -> None:
         pytest.skip(f"needs {', '.join(missing)}")
 
 
-@contextlib.contextmanager
-def own_network() -> Iterator[None]:
-    """This thread, and what it starts, is in a new network namespace inside the `with`."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if libc.unshare(CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "unshare")
-        try:
-            yield
-        finally:
-            libc.setns(home, CLONE_NEWNET)
-    finally:
-        os.close(home)
-
-
 def add_tap(name: str, owner: int) -> None:
     subprocess.run(
         ["ip", "tuntap", "add", name, "mode", "tap", "user", str(owner)], check=True, timeout=10
@@ -77,7 +59,7 @@ class VmmRig:
     vmms: Vmms
     agents: GuestAgents
     tree: CgroupTree
-    launches: list[LaunchSpec] = field(default_factory=list)
+    launches: list[LaunchSpec] = field(default_factory=list[LaunchSpec])
 
     async def prepare(self, uid: int = UID, *, tenant: str = "acme") -> LaunchSpec:
         """A jail's root with a log, and its cgroup leaf."""
@@ -135,7 +117,7 @@ class VmmRig:
 
 
 @contextlib.asynccontextmanager
-async def vmm_rig(directory: Path, *, enforce: bool = False) -> AsyncIterator[VmmRig]:
+async def vmm_rig(directory: Path, *, enforce: bool = False) -> AsyncGenerator[VmmRig]:
     """A host below `directory`; whatever was prepared is removed at the end."""
     need(FIRECRACKER, JAILER, "/dev/kvm", "/dev/net/tun")
     base = f"hostd-test-{os.getpid()}-{next(_numbers)}"

@@ -160,7 +160,7 @@ class Kernel(Reader):
 
 
 def _info(kind: str, name: str, data: str, values: Mapping[str, int]) -> tuple[str, Any]:
-    """What a link, or a bridge's port, is told as one of its kind."""
+    """The attributes that an interface, or a bridge port, has by its kind."""
     held = [(f"IFLA_{each.upper()}", value) for each, value in values.items()]
     nested = [(f"IFLA_INFO_{kind}", name), (f"IFLA_INFO_{data}", {"attrs": held})]
     return "IFLA_LINKINFO", {"attrs": nested}

@@ -201,7 +201,7 @@ class Reader:
     def _neighbour(
         self, family: int, index: int, wanted: bytes
     ) -> tuple[int, int, Attributes] | None:
-        # EINVAL: the link is no bridge port, so it has no entry.
+        # EINVAL: the interface is not a bridge port, so it has no entry.
         request = NEIGHBOUR.pack(family, index, 0, 0, 0) + wanted
         body = self._get(RTM_GETNEIGH, request, NONE | {errno.EINVAL})
         if body is None:

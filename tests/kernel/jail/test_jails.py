@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from handlers.errors import Conflict, Failure, HostFault, Invalid
-from handlers.host.jail import jails as jails_module
 from handlers.host.jail import secrets_tmpfs
 from handlers.host.jail.jails import Jails
 from handlers.host.jail.layout import JailLayout, JailMetadata
@@ -111,11 +110,8 @@ async def test_a_jail_has_hard_links_log_and_drives(ready: Ready) -> None:
     assert jail.root == str(ready.root)
     assert (jail.has_config, jail.has_secrets) == (True, True)
     assert await ready.jails.exists(JAIL)
-    modes = {
-        name: (found.st_uid, stat.S_IMODE(found.st_mode))
-        for name in sorted(os.listdir(ready.root))
-        if (found := (ready.root / name).stat())
-    }
+    found = {name: (ready.root / name).stat() for name in sorted(os.listdir(ready.root))}
+    modes = {name: (of.st_uid, stat.S_IMODE(of.st_mode)) for name, of in found.items()}
     assert modes == {
         "config.ext4": (0, 0o444),
         "data.ext4": (UID, 0o600),
@@ -254,7 +250,7 @@ async def test_a_failed_ensure_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     if at == "os.chown":
-        monkeypatch.setattr(jails_module.os, "chown", fail)
+        monkeypatch.setattr(os, "chown", fail)
     elif at == "mount_tmpfs":
         monkeypatch.setattr(secrets_tmpfs, at, fail)
     else:
@@ -343,8 +339,8 @@ async def test_a_stale_jail_does_not_take_the_disk_from_a_newer_one(ready: Ready
 async def test_a_disk_replaced_after_its_check_is_refused(ready: Ready) -> None:
     shadow = write(ready.world.top / "shadow", b"of root")
     ready.disk.rename(ready.disk.with_name("moved"))
-    for plant in (lambda: os.link(shadow, ready.disk), lambda: ready.disk.symlink_to(shadow)):
-        plant()
+    for plant in (os.link, os.symlink):
+        plant(shadow, ready.disk)
         with pytest.raises(Invalid):
             await ready.jails.ensure(ready.spec)
         ready.disk.unlink()

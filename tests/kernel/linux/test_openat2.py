@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from handlers.errors import Exhausted, Invalid, NotFound, Unavailable
-from handlers.host.linux import openat2
 from handlers.host.linux.file_threads import CancelToken, run_in_slow_thread, run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_tree
@@ -89,7 +88,7 @@ def test_a_replacement_cut_short_leaves_the_old_file(
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(openat2.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with Directory.trusted(str(tmp_path)) as directory, pytest.raises(Exhausted):
         directory.replace("file", b"new", path.stat())
 

@@ -24,10 +24,12 @@ QUOTA = TenantQuota(8, 8192, 8, 8, 8, 8, 100)
 class MemoryRecords:
     """Networks and instances on record, and the tenants' files."""
 
-    tenants: dict[str, TenantNet] = field(default_factory=dict)
-    networks_up: dict[str, NetworkRecord] = field(default_factory=dict)
-    records: dict[InstanceRef, InstanceRecord] = field(default_factory=dict)
-    jails_alive: set[str] = field(default_factory=set)
+    tenants: dict[str, TenantNet] = field(default_factory=dict[str, TenantNet])
+    networks_up: dict[str, NetworkRecord] = field(default_factory=dict[str, NetworkRecord])
+    records: dict[InstanceRef, InstanceRecord] = field(
+        default_factory=dict[InstanceRef, InstanceRecord]
+    )
+    jails_alive: set[str] = field(default_factory=set[str])
 
     async def tenant(self, tenant_id: str) -> TenantConfig:
         if tenant_id not in self.tenants:

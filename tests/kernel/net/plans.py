@@ -1,4 +1,8 @@
-"""Tenants and guests that the network tests set up."""
+"""Tenants and guests that the network tests set up.
+
+GuestPlan derives a guest's names on its own, and not by handlers.network_names: a mistake there
+would otherwise be in the rules and in what the tests expect of them alike.
+"""
 
 from dataclasses import dataclass
 

@@ -7,7 +7,8 @@ That a frame did not pass is told by a later one, honest, on the same way, which
 import itertools
 import select
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -260,25 +261,30 @@ FORBIDDEN: dict[str, Flow] = {
 }
 
 
-async def play(settings: NetworkSettings | None = None) -> AsyncIterator[Stage]:
+@asynccontextmanager
+async def play(settings: NetworkSettings | None = None) -> AsyncGenerator[Stage]:
     with HostNet(settings) as net:
         for plan in (A1, A2, B1):
             await set_up(net, plan.tenant_id, plan.net)
             await plug_in(net, plan)
-        guests = [TapGuest(net, plan.tap) for plan in (A1, A2, B1)]
+        a1, a2, b1 = (TapGuest(net, plan.tap) for plan in (A1, A2, B1))
         raw = packet_socket(net.outside, "eth0")
         eapol_socket = packet_socket(net.host, A1.tap, EAPOL)
         host = {port: udp_socket(net.host, port) for port in (HOST_PORT, SERVICE_PORT)}
         try:
-            yield Stage(net, *guests, Sniffer(raw.fileno()), host, Sniffer(eapol_socket.fileno()))
+            yield Stage(
+                net, a1, a2, b1, Sniffer(raw.fileno()), host, Sniffer(eapol_socket.fileno())
+            )
         finally:
-            for opened in (*guests, raw, eapol_socket, *host.values()):
+            for guest in (a1, a2, b1):
+                guest.close()
+            for opened in (raw, eapol_socket, *host.values()):
                 opened.close()
 
 
 @pytest.fixture
 async def stage() -> AsyncIterator[Stage]:
-    async for made in play():
+    async with play() as made:
         yield made
 
 
@@ -395,7 +401,7 @@ async def test_a_flow_that_the_outside_opened_without_rules_ends_with_them(stage
 
 
 async def test_only_the_listed_host_services_are_open_and_only_on_the_own_gateway() -> None:
-    async for stage in play(NetworkSettings(host_services=(f"udp/{SERVICE_PORT}",))):
+    async with play(NetworkSettings(host_services=(f"udp/{SERVICE_PORT}",))) as stage:
         flows: dict[str, Flow] = {
             "listed": (
                 lambda t: to_gateway(udp(A1.ip, A1.net.gateway_ip, 5000, SERVICE_PORT, t)),
@@ -419,7 +425,7 @@ async def test_only_the_listed_host_services_are_open_and_only_on_the_own_gatewa
 
 
 async def test_isolated_guests_of_one_tenant_do_not_talk() -> None:
-    async for stage in play(NetworkSettings(isolate_guests=True)):
+    async with play(NetworkSettings(isolate_guests=True)) as stage:
         seen = sent(stage, ALLOWED)
 
     assert {name for name, passed in seen.items() if passed} == {
@@ -445,7 +451,7 @@ async def test_echo_to_the_gateway_is_limited_per_tenant(stage: Stage) -> None:
 
 
 async def test_flows_of_a_tenant_are_limited_and_another_tenants_are_not() -> None:
-    async for stage in play(NetworkSettings(max_flows=10)):
+    async with play(NetworkSettings(max_flows=10)) as stage:
         sent_tokens = [next(tokens) for _ in range(30)]
         for number, token in enumerate(sent_tokens):
             stage.a1.send(to_gateway(udp(A1.ip, INTERNET, 20_000 + number, 5001, token)))

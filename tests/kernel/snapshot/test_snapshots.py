@@ -8,7 +8,7 @@ import shutil
 import stat
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 
 from handlers.errors import Exhausted, HostFault
 from handlers.host.jail.jails import Jails
+from handlers.host.linux.sparse_copy import sha256_of
 from handlers.host.snapshot import memory_file, sealer
 from handlers.host.snapshot.manifest import SnapshotDir, numbers_of
 from handlers.host.snapshot.snapshots import Snapshots
@@ -99,7 +100,7 @@ def new_snapshots(world: StoreHost, cpu_model: str = "GenuineTest 6 85 7") -> Sn
 
 
 @asynccontextmanager
-async def at_sleep(top: Path) -> AsyncIterator[Asleep]:
+async def at_sleep(top: Path) -> AsyncGenerator[Asleep]:
     world = make_world(top)
     jails = Jails(data=str(world.data), state=str(world.state), jail_base=str(world.jails))
     disks = DataDisks(data=str(world.data), jail_base=str(world.jails))
@@ -450,7 +451,7 @@ async def test_a_wake_while_the_hash_is_taken_disturbs_neither(
 ) -> None:
     await asleep.sleep()
     reading, go_on = threading.Event(), threading.Event()
-    real = memory_file.sha256_of
+    real = sha256_of
 
     def slow(fd: int, *, check: Callable[[], None]) -> str:
         reading.set()
@@ -646,6 +647,7 @@ async def test_a_disk_that_fills_up_at_any_point_of_the_seal_leaves_nothing(
             filler = there / "filler"
             filler.write_bytes(b"\1" * shutil.disk_usage(there).free)
 
+            pages = 0
             for pages in range(0, 40, 4):
                 os.truncate(filler, filler.stat().st_size - pages * 4096)
                 try:

@@ -234,8 +234,10 @@ async def test_the_overwrite_itself_reaches_every_block(tmp_path: Path) -> None:
     fd = os.open(path, os.O_RDWR)
     blocks = os.fstat(fd).st_blocks
 
+    def no_hole(fd: int, offset: int, length: int) -> None: ...
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wipe, "punch_hole", lambda fd, offset, length: None)
+        patch.setattr(wipe, "punch_hole", no_hole)
         wipe.wipe(fd)
 
     assert not any(path.read_bytes())
@@ -247,7 +249,11 @@ async def test_a_wipe_that_does_not_hold_is_a_fault_and_the_file_stays(
     disks: DataDisks, world: StoreHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = await disks.ensure(SPEC)
-    monkeypatch.setattr(wipe.os, "pread", lambda fd, size, at: b"\1" * size)
+
+    def ones(fd: int, size: int, at: int) -> bytes:
+        return b"\1" * size
+
+    monkeypatch.setattr(os, "pread", ones)
 
     with pytest.raises(HostFault, match="zeros"):
         await disks.wipe(REF, disk.identity)

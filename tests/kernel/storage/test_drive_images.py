@@ -23,7 +23,7 @@ def image(tmp_path: Path) -> Iterator[int]:
 def content_of(drive: SmallDrive, path: Path) -> bytes:
     subprocess.run(["e2fsck", "-fn", path], check=True, capture_output=True)
     out = path.with_suffix(".out")
-    dump = ["debugfs", "-R", f"dump -p /{drive.file_name} {out}", path]
+    dump: list[str | Path] = ["debugfs", "-R", f"dump -p /{drive.file_name} {out}", path]
     subprocess.run(dump, check=True, capture_output=True)
     assert stat.S_IMODE(out.stat().st_mode) == drive.mode
     return out.read_bytes()
@@ -40,7 +40,7 @@ def test_the_drive_holds_its_content(
 
     assert content_of(drive, tmp_path / "image") == content
     assert os.fstat(image).st_size == drive.size_bytes
-    label = ["e2label", tmp_path / "image"]
+    label: list[str | Path] = ["e2label", tmp_path / "image"]
     said = subprocess.run(label, check=True, capture_output=True, text=True)
     assert said.stdout.strip() == drive.label
 
@@ -74,7 +74,9 @@ def test_most_images_take_no_process(
 def test_an_unexpected_layout_takes_the_slow_way(
     image: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drive_images, "_find_inode", lambda image, size, mode: None)
+    def not_found(image: bytes, size: int, mode: int) -> None: ...
+
+    monkeypatch.setattr(drive_images, "_find_inode", not_found)
 
     SmallDrives().write(image, CONFIG, b'{"vcpus": 2}')
 

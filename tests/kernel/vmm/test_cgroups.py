@@ -109,13 +109,13 @@ async def test_removal_waits_for_the_last_process_to_exit(mechanism: Cgroups) ->
     assert not await mechanism.exists("acme/a1-1")
 
 
-@pytest.mark.skipif(
-    {"cpu", "memory", "pids"} <= set(Path(find_mount(), "cgroup.controllers").read_text().split()),
-    reason="this host has the controllers",
-)
 async def test_enforced_limits_without_controllers_are_refused_by_name_and_nothing_is_left(
     base: str,
 ) -> None:
+    if {"cpu", "memory", "pids"} <= set(
+        Path(find_mount(), "cgroup.controllers").read_text().split()
+    ):
+        pytest.skip("this host has the controllers: the lab tests the limits")
     enforcing = Cgroups(Settings(limits=LimitSettings(enforce=True, cgroup=base)))
 
     with pytest.raises(HostFault, match="cpu, memory, pids"):

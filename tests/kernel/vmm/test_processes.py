@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from schemas.records import VmmIdentity
 
 
 @contextlib.contextmanager
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+def sleeper() -> Generator[subprocess.Popen[bytes]]:
     """A child that waits for a line and exits; killed and reaped afterwards."""
     program = [sys.executable, "-c", "import sys; sys.stdin.read(1); sys.exit(7)"]
     with subprocess.Popen(program, stdin=subprocess.PIPE) as child:

@@ -14,7 +14,8 @@ from handlers.errors import HostFault
 from handlers.host.vmm.cgroups import CONTROLLERS, Cgroups
 from handlers.specs import CgroupSpec
 from schemas.settings import LimitSettings, Settings
-from tests.vm.vmm_rig import TAP, UID, VmmRig, add_tap, own_network, vmm_rig
+from tests.guests.namespace import own_network
+from tests.vm.vmm_rig import TAP, UID, VmmRig, add_tap, vmm_rig
 
 MIB = 1024 * 1024
 SPEC = CgroupSpec("acme", "a1-1", 32 * MIB + 1, 20_000, 8)

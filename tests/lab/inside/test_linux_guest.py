@@ -63,8 +63,8 @@ CONFIG = json.dumps({"instance_id": "i1", "text": 'tab\t, quote", umlaut ü'}, e
 
 
 def stat(vm: PlainVm) -> dict[str, Any]:
-    answer: dict[str, Any] = vm.ask("Stat")
-    return answer["Stat"]
+    answer: dict[str, Any] = vm.ask("Stat")["Stat"]
+    return answer
 
 
 def read_file(vm: PlainVm, path: str) -> str:

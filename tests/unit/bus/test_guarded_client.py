@@ -28,21 +28,23 @@ def test_a_nats_py_with_another_signature_is_rejected(monkeypatch: pytest.Monkey
 
 
 def test_a_nats_py_whose_transport_changed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TcpTransport, "__init__", lambda self: None)
+    def changed(self: TcpTransport) -> None: ...
+
+    monkeypatch.setattr(TcpTransport, "__init__", changed)
 
     with pytest.raises(LibraryMismatch, match="_bare_io_writer"):
         check_library()
 
 
 def test_back_off_has_full_jitter_below_a_growing_bound() -> None:
-    rounds = []
+    rounds: list[list[float]] = []
     for _ in range(200):
         backoff = Backoff(0.25, 1.5)
         rounds.append([backoff.next_s() for _ in range(6)])
 
     bounds = [0.25, 0.5, 1.0, 1.5, 1.5, 1.5]
     for attempt, bound in enumerate(bounds):
-        delays = [delays[attempt] for delays in rounds]
+        delays = [one[attempt] for one in rounds]
         assert max(delays) <= bound
         assert min(delays) < bound * 0.1
         assert max(delays) > bound * 0.9

@@ -11,6 +11,7 @@ from hypothesis import given
 
 from schemas import codec
 from schemas.envelopes import Command, Event, Form, Reply
+from schemas.unpack import pack
 from tests.unit.wire.wire_values import BOUNDED, commands, events, replies
 from worker.cli.codec import decode, encode
 
@@ -165,7 +166,7 @@ def test_encode_refuses_what_decode_refuses(text: str, code: str | None, path: s
     if code is None:
         assert (result.exit_code, result.stdout_bytes) == (
             0,
-            codec.pack({"v": 1, "id": "a", "request": "Ping"}),
+            pack({"v": 1, "id": "a", "request": "Ping"}),
         )
         return
     assert result.exit_code == {"invalid": 10, "unsupported": 11}[code]

@@ -15,18 +15,16 @@ STOP = StopInstance("acme", "web", "i-1")
 
 
 def reply(**facts: Any) -> Reply:
-    return Reply(
-        **{
-            "id": "c-1",
-            "host_id": "h1",
-            "response": Ok(),
-            "code": Code.OK,
-            "changed": True,
-            "received_at_ms": 1000,
-            "finished_at_ms": 1042,
-            **facts,
-        }
-    )
+    common: dict[str, Any] = {
+        "id": "c-1",
+        "host_id": "h1",
+        "response": Ok(),
+        "code": Code.OK,
+        "changed": True,
+        "received_at_ms": 1000,
+        "finished_at_ms": 1042,
+    }
+    return Reply(**common | facts)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,9 @@ import pytest
 from schemas import naming
 from schemas.files import InstanceFile, PoolSpec, TenantConfig
 from schemas.requests import InstanceRef, TenantNet
+from tests.constants import REF
 from worker.cli.context import CliError
 from worker.cli.seed import Seed, net_of, write_seed
-
-REF = InstanceRef("acme", "web", "i-1")
 
 
 def read(path: Path) -> Any:

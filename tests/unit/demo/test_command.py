@@ -39,7 +39,7 @@ def test_where_kvm_cannot_run_linux_the_demo_is_executed_in_the_lab(
     def execv(path: str, argv: list[str]) -> None:
         raise Became(path, argv, os.getcwd())
 
-    monkeypatch.setattr(command.os, "execv", execv)
+    monkeypatch.setattr(os, "execv", execv)
     monkeypatch.chdir("/")
     with pytest.raises(click.ClickException, match="requires a source checkout"):
         command.hand_over_to_lab(str(tmp_path), as_json=False)

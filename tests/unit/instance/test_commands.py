@@ -21,23 +21,15 @@ from schemas.requests import (
     InstanceRef,
     Request,
     SetupNetwork,
-    SleepInstance,
     StartInstance,
-    StopInstance,
     TeardownNetwork,
-    WakeInstance,
 )
 from schemas.settings import LimitSettings
+from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, instance_file, seeded
-from tests.fakes.memory_worker import REF, MemoryWorker, memory_worker
+from tests.fakes.memory_worker import MemoryWorker, memory_worker
 
-START = StartInstance("acme", "web", "i-1")
-STOP = StopInstance("acme", "web", "i-1")
-SLEEP = SleepInstance("acme", "web", "i-1", force=False)
-WAKE = WakeInstance("acme", "web", "i-1")
-DESTROY = DestroyInstance("acme", "web", "i-1", wipe_volumes=True)
 KEEP = DestroyInstance("acme", "web", "i-1", wipe_volumes=False)
-NET = seeded().tenants["acme"].net
 UP = SetupNetwork("acme", NET)
 DOWN = TeardownNetwork("acme", NET)
 
@@ -149,7 +141,7 @@ async def test_the_tables_of_effects_are_complete(kind: str, tmp_path: Path) -> 
 
         assert reply.code is Code.OK, reply
         listed = {e for table in (UNDONE, COMPLETED, REPORTED) for e in table.get(kind, ())}
-        cleaning = {"remove_jail"} if kind in ("StartInstance", "WakeInstance") else set()
+        cleaning: set[str] = {"remove_jail"} if kind in ("StartInstance", "WakeInstance") else set()
         assert set(machine.seen) - cleaning == listed
 
 

@@ -1,6 +1,6 @@
 """A journal in a temporary directory, and short ways to fill it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ NET = TenantNet(7, "10.240.7.0/24", "10.240.7.1", "br-tenant-7")
 
 
 @asynccontextmanager
-async def opened(path: Path, **more: Any) -> AsyncIterator[Journal]:
+async def opened(path: Path, **more: Any) -> AsyncGenerator[Journal]:
     journal = await Journal.open(str(path / "journal"), subjects=SUBJECTS, boot_id="b1", **more)
     try:
         yield journal

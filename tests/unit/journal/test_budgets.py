@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from schemas.codes import Code
-from schemas.requests import InstanceRef, SetupNetwork, StartInstance, StopInstance
+from schemas.requests import Error, InstanceRef, SetupNetwork, StartInstance, StopInstance
 from schemas.settings import LimitSettings
 from schemas.subjects import Lane
-from tests.fakes.shell_worker import Machine, command, shell_worker, start
+from tests.fakes.shell_worker import FakeHandlers, command, shell_worker, start
 from tests.unit.journal.journals import NET, accept, finish, ok, opened
 from worker.journal.admission import JOINERS_MAX, RESERVED, TENANT_PARTS, Limits, Verdict
 
@@ -77,16 +77,18 @@ async def test_the_copies_of_a_command_that_wait_for_its_reply_have_a_limit(
 
 async def test_a_tenant_beyond_its_limit_is_told_which_and_who_must_act(tmp_path: Path) -> None:
 
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
     limits = LimitSettings(tenant_depth=1)
     async with shell_worker(tmp_path / "j", machine=machine, limits=limits) as worker:
         worker.send(start("a1"), "c1")
         await machine.at_gate.wait()
         worker.send(start("a2"), "c2")
         refused = await worker.reply("c2")
-        machine.gate.set()
+        gate.set()
 
         assert refused.code is Code.EXHAUSTED
+        assert isinstance(refused.response, Error)
         assert "tenant acme has 1 unfinished" in refused.response.message
         assert refused.detail["act"] == "scheduler"
 

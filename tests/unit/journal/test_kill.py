@@ -7,6 +7,7 @@ at that moment. A new worker on each copy must bring the command to the same end
 import copy
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from schemas import codec
 from schemas.codes import Code
 from tests.fakes.bus import FakeBus
-from tests.fakes.shell_worker import Machine, ShellWorker, Things, shell_worker, start, stop
+from tests.fakes.shell_worker import FakeHandlers, ShellWorker, Things, shell_worker, start, stop
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Moment:
     directory: Path
     commands: dict[int, object]
     bus: FakeBus
-    machine: Machine
+    machine: FakeHandlers
 
 
 def copy_bus(bus: FakeBus) -> FakeBus:
@@ -38,9 +39,9 @@ def copy_bus(bus: FakeBus) -> FakeBus:
     return twin
 
 
-def copy_machine(machine: Machine) -> Machine:
+def copy_machine(machine: FakeHandlers) -> FakeHandlers:
     things = Things(there=set(machine.things.there), made=list(machine.things.made))
-    return Machine(things=things, runs=list(machine.runs))
+    return FakeHandlers(things=things, runs=list(machine.runs))
 
 
 async def record_moments(tmp_path: Path, *, msg_id: bool) -> list[Moment]:
@@ -49,13 +50,13 @@ async def record_moments(tmp_path: Path, *, msg_id: bool) -> list[Moment]:
     path = tmp_path / "live" / "j"
     path.parent.mkdir()
 
-    def note(worker: ShellWorker) -> None:
+    def note(worker: ShellWorker, _seconds: float) -> None:
         directory = tmp_path / f"moment{len(moments)}"
         shutil.copytree(path.parent, directory)
         moments.append(Moment(directory, {}, copy_bus(worker.bus), copy_machine(worker.machine)))
 
     async with shell_worker(path) as worker:
-        worker.journal.store.writer._observe = lambda seconds: note(worker)
+        worker.journal.store.writer._observe = partial(note, worker)
         worker.send(start(), reply_to="_INBOX.1", msg_id=msg_id)
         await worker.reply()
         worker.send(start("a2"), "c2", reply_to="_INBOX.2", msg_id=msg_id)
@@ -64,7 +65,7 @@ async def record_moments(tmp_path: Path, *, msg_id: bool) -> list[Moment]:
         await worker.reply("c3")
         await worker.bus.until_acked()
         await worker.bus.until(events=3)
-        note(worker)
+        note(worker, 0.0)
     return moments
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from handlers.errors import Conflict
-from schemas.envelopes import EventKind
+from schemas.envelopes import Event, EventKind
 from schemas.records import NetworkRecord, Status, Tombstone
 from schemas.requests import InstanceRef
 from tests.fakes.shell_worker import REF
@@ -146,6 +146,7 @@ async def _chain(path: Path, changes: list[Change]) -> None:
         if change[0] == "reopen":
             parts.append([])
         parts[-1].append(change)
+    told: list[Event] = []
     for part in parts:
         async with opened(path) as journal:
             calls = [_change(journal, *change) for change in part]

@@ -12,7 +12,7 @@ from handlers.errors import HostFault
 from schemas.codes import Code
 from schemas.envelopes import EventKind
 from schemas.requests import Request
-from tests.fakes.shell_worker import Machine, ShellWorker, command, shell_worker, start, stop
+from tests.fakes.shell_worker import FakeHandlers, ShellWorker, command, shell_worker, start, stop
 from tests.unit.journal.journals import accept, events, opened, record
 from worker.journal.admission import Verdict
 from worker.journal.journal import Journal
@@ -160,7 +160,7 @@ async def test_while_the_journal_cannot_commit_the_stream_keeps_the_commands(
 async def test_a_command_whose_commit_fails_has_no_effect_until_it_is_admitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: Request
 ) -> None:
-    machine = Machine()
+    machine = FakeHandlers()
     machine.things.there.add("acme/web/a1")
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         mend = break_commits(worker, monkeypatch)
@@ -182,12 +182,13 @@ async def test_a_command_whose_commit_fails_has_no_effect_until_it_is_admitted(
 async def test_a_running_command_waits_for_the_disk_and_then_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = Machine(gate=asyncio.Event())
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start())
         await machine.at_gate.wait()
         mend = break_commits(worker, monkeypatch)
-        machine.gate.set()
+        gate.set()
         await until_paused(worker)
         assert worker.replies() == []
 

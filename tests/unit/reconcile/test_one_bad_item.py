@@ -11,9 +11,10 @@ from handlers.errors import Exhausted, HostFault
 from handlers.mechanism import Durability, StepIntent
 from schemas.codes import Code
 from schemas.records import Status, VmmIdentity
-from schemas.requests import SetupNetwork, StartInstance
+from schemas.requests import SetupNetwork
+from tests.constants import START
 from tests.fakes.host import FakeHost, seeded
-from tests.fakes.memory_worker import REF, MemoryWorker, memory_worker
+from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import FakeExit, FakeExits, FakeJailLayout, reconciled, recovery
 from tests.unit.reconcile.test_vmm_watch import started, until
 from worker.metrics import Metrics
@@ -22,7 +23,6 @@ from worker.reconcile.vmm_watch import RETRY_S, VmmWatch
 EMFILE = OSError(errno.EMFILE, "Too many open files")
 BUG = KeyError("not foreseen")
 UP = SetupNetwork("acme", seeded().tenants["acme"].net)
-START = StartInstance(REF.tenant_id, REF.pool_id, REF.instance_id)
 
 
 class FailingExits(FakeExits):

@@ -2,10 +2,10 @@
 
 from handlers.host.inventory import Inventory
 from schemas.records import InstanceRecord, NetworkRecord, Status
-from schemas.requests import InstanceRef, TenantNet
+from schemas.requests import InstanceRef
+from tests.constants import NET
 from worker.reconcile.orphans import count_in_both, unowned
 
-NET = TenantNet(3, "10.240.3.0/24", "10.240.3.1", "br-tenant-3")
 LIVE = InstanceRecord(
     ref=InstanceRef("acme", "web", "i-1"),
     status=Status.RUNNING,

@@ -8,17 +8,13 @@ import pytest
 from handlers.errors import HostFault, Unavailable
 from schemas.codes import Code
 from schemas.records import Status
-from schemas.requests import SetupNetwork, SleepInstance, StartInstance, StopInstance
+from schemas.requests import SetupNetwork
+from tests.constants import NET, SLEEP, START, STOP
 from tests.fakes.host import FakeHost, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import FakeChange, FakeInventory, reconciled
 from worker.reconcile import reconciler as module
 from worker.reconcile.reconciler import PASS_EVERY_S
-
-NET = seeded().tenants["acme"].net
-START = StartInstance("acme", "web", "i-1")
-STOP = StopInstance("acme", "web", "i-1")
-SLEEP = SleepInstance("acme", "web", "i-1", force=False)
 
 
 async def started(worker: MemoryWorker) -> None:

@@ -9,14 +9,14 @@ from handlers.errors import HostFault
 from schemas import codec
 from schemas.codes import Code
 from schemas.records import Status
-from schemas.requests import SetupNetwork, SleepInstance, StartInstance
+from schemas.requests import Request, SetupNetwork, SleepInstance
+from tests.constants import REF, START
 from tests.fakes.host import FakeHost, seeded
-from tests.fakes.memory_worker import REF, MemoryWorker, memory_worker
+from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import FakeJailLayout, recovery
 from worker.reconcile.recovery import Counts
 
 UP = SetupNetwork("acme", seeded().tenants["acme"].net)
-START = StartInstance("acme", "web", "i-1")
 SLEEP = SleepInstance("acme", "web", "i-1", force=True)
 
 
@@ -24,7 +24,8 @@ async def started(path: Path, machine: FakeHost, *more: SleepInstance) -> None:
     """The life of a first worker: it recovers, runs these commands and is killed."""
     async with memory_worker(path, machine) as worker:
         await recovery(worker).run()
-        for request in (UP, START, *more):
+        requests: tuple[Request, ...] = (UP, START, *more)
+        for request in requests:
             assert (await worker.run(request)).code is Code.OK
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from handlers.errors import HostFault
 from schemas.codes import Code
 from schemas.records import InstanceRecord, Status
-from schemas.requests import SetupNetwork, StartInstance
+from schemas.requests import SetupNetwork
+from tests.constants import START
 from tests.fakes.host import seeded
-from tests.fakes.memory_worker import REF, MemoryWorker, memory_worker
+from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import FakeExits, vmm_watch
 from worker.metrics import Metrics
 from worker.reconcile.vmm_watch import RETRY_S, VmmWatch
 
 UP = SetupNetwork("acme", seeded().tenants["acme"].net)
-START = StartInstance(REF.tenant_id, REF.pool_id, REF.instance_id)
 
 
 async def started(worker: MemoryWorker) -> InstanceRecord:

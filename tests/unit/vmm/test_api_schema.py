@@ -31,6 +31,9 @@ OLD: Version = (*OLDEST, 0)
 NEW: Version = (*NEWEST, 0)
 
 
+BOOLEANS = (True, False)
+
+
 def other_than_default(hint: Any, default: object) -> Any:
     """A value of that type that is not the default, so that it is sent."""
     if get_origin(hint) is Annotated:
@@ -39,7 +42,7 @@ def other_than_default(hint: Any, default: object) -> Any:
         hint = next(each for each in get_args(hint) if each is not type(None))
     if isinstance(hint, type) and issubclass(hint, Body):
         return full(hint)
-    values = get_args(hint) if get_origin(hint) is Literal else {bool: (True, False)}.get(hint)
+    values = get_args(hint) if get_origin(hint) is Literal else BOOLEANS if hint is bool else None
     if values is None:
         values = (hint(1), hint(2))
     return next(value for value in values if value != default)

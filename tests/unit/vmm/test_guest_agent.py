@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,13 @@ from handlers.specs import Ack
 from schemas.settings import PathSettings, Settings
 
 JAIL = "0123456789ab-1"
+HANGS_S = 60.0  # fails a test that would hang, not one on a slow machine
 PORT = 5252
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @contextlib.contextmanager
-def short(directory: Path) -> Iterator[str]:
+def short(directory: Path) -> Generator[str]:
     """A path of the directory that fits the address of a socket, however long TMPDIR is."""
     there = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     try:
@@ -138,7 +139,9 @@ async def test_a_slow_drain_is_awaited_and_not_requested_twice(
         writer.write(b"OK 1\n")
         (length,) = struct.unpack(">I", await reader.readexactly(4))
         await reader.readexactly(length)
-        await asyncio.sleep(0.05)  # the guest's work: longer than a silence that ends an attempt
+        # The guest's work takes longer than a silence that ends an attempt.
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 5 * module.FIRST_SILENCE_S)
         await frame(writer, {"SleepPrepAck": {"success": True, "detail": None}})
 
     guest = Guest(tmp_path, slow)
@@ -154,8 +157,9 @@ async def test_a_guest_that_never_replies_is_unavailable_when_the_time_is_up(
     tmp_path: Path, play: Serve
 ) -> None:
     async with Guest(tmp_path, play) as agents:
-        with pytest.raises(Unavailable, match=r"within 0\.2 s"):
-            await agents.ping(JAIL, PORT, timeout_s=0.2)
+        async with asyncio.timeout(HANGS_S):
+            with pytest.raises(Unavailable, match=r"within 0\.2 s"):
+                await agents.ping(JAIL, PORT, timeout_s=0.2)
 
 
 @pytest.mark.parametrize(
@@ -209,8 +213,9 @@ async def test_a_socket_without_a_listener_ends_the_retries_early(tmp_path: Path
     with socket.socket(socket.AF_UNIX) as left, short(guest.root) as root:
         left.bind(f"{root}/v.sock")  # its file stays, as a killed VMM's does
 
-    with pytest.raises(Unavailable, match="the VMM is gone"):
-        await guest.agents.ping(JAIL, PORT, timeout_s=float("inf"))
+    async with asyncio.timeout(HANGS_S):
+        with pytest.raises(Unavailable, match="the VMM is gone"):
+            await guest.agents.ping(JAIL, PORT, timeout_s=float("inf"))
 
 
 async def test_a_symlink_in_place_of_the_socket_is_not_followed(tmp_path: Path) -> None:

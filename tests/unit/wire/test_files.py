@@ -11,9 +11,9 @@ import pytest
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
 from schemas.files import check_instance_net, offset_of, parse_instance, parse_pool, parse_tenant
-from schemas.requests import InstanceRef, TenantNet
+from schemas.requests import TenantNet
+from tests.constants import REF
 
-REF = InstanceRef("acme", "web", "i-1")
 NET = TenantNet(259, "10.241.3.0/24", "10.241.3.1", "br-tenant-259")
 TENANT: dict[str, Any] = {
     "tenant_id": "acme",

@@ -10,6 +10,7 @@ from schemas.partial import Undecodable, decode, peek
 from schemas.requests import StartInstance
 
 NOTHING = (None, None)
+NO_FIELDS: dict[str, object] = {}
 FIELDS = ["acme", "web", "i-1"]
 
 
@@ -17,7 +18,7 @@ FIELDS = ["acme", "web", "i-1"]
     ("data", "found"),
     [
         (msgpack.packb({"id": "a", "reply_to": "_INBOX.x"}), ("a", "_INBOX.x")),
-        (msgpack.packb({"reply_to": "x", "request": [{}] * 5, "id": "a"}), ("a", "x")),
+        (msgpack.packb({"reply_to": "x", "request": [NO_FIELDS] * 5, "id": "a"}), ("a", "x")),
         (msgpack.packb({"v": 9, "id": "a", "request": 7})[:-1], ("a", None)),
         (b"\x83\xa2id\xa1a\xa1k\xc1\xa8reply_to\xa1x", ("a", None)),
         (b"\x83\xa1k\xa1\xff\xa2id\xa1a\xa1\xff\x01", ("a", None)),

@@ -11,12 +11,10 @@ from schemas.requests import (
     SetupNetwork,
     SleepInstance,
     StartInstance,
-    TenantNet,
 )
 from schemas.subjects import Lane, Subjects, check_reply_to
+from tests.constants import NET, REF
 
-NET = TenantNet(3, "10.240.3.0/24", "10.240.3.1", "br-tenant-3")
-REF = InstanceRef("acme", "web", "i-1")
 OWN = Subjects("hostd.v1.default", "host_A-1", "default")
 INBOX = ("_INBOX.",)
 

@@ -6,11 +6,10 @@ import pytest
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
 from schemas.files import offset_of
-from schemas.requests import TenantNet
 from schemas.tenant_net import check_net
+from tests.constants import NET
 
 ALLOWED = ("10.240.0.0/12",)
-NET = TenantNet(3, "10.240.3.0/24", "10.240.3.1", "br-tenant-3")
 
 
 @pytest.mark.parametrize(

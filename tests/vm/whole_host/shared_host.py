@@ -1,23 +1,10 @@
-"""One live host for all tests of a module: what they leave on it is what they are about.
+"""What tests ask of the live host that a module shares, and names for what they make on it."""
 
-A module imports the fixture `host`; its `pytestmark` is `pytest.mark.asyncio(loop_scope="module")`.
-"""
-
-from collections.abc import AsyncIterator
 from typing import Any
 
-import msgpack
-import pytest_asyncio
-
 from schemas.requests import InstanceRef
-from tests.live_host import LiveHost, live_host
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def host() -> AsyncIterator[LiveHost]:
-    """A worker without any network or instance yet."""
-    async with live_host() as made:
-        yield made
+from tests.live_host import LiveHost
+from tests.plain import unpacked
 
 
 async def dead_letters(host: LiveHost, reply_id: str) -> list[tuple[dict[str, str], bytes]]:
@@ -28,7 +15,7 @@ async def dead_letters(host: LiveHost, reply_id: str) -> list[tuple[dict[str, st
 
 async def events(host: LiveHost) -> list[dict[str, Any]]:
     """All that was told so far, in the stream's order."""
-    return [msgpack.unpackb(data) for _, _, data in await host.kept(host.subjects.events_stream)]
+    return [unpacked(data) for _, _, data in await host.kept(host.subjects.events_stream)]
 
 
 def ref_of(name: str, tenant: str = "acme") -> InstanceRef:

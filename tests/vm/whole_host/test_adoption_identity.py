@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import os
 import signal
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -82,7 +83,7 @@ async def test_confinement_is_complete_only_once_the_vm_is_started(
     ("change", "fact"), [({"uid": UID + 1}, "uid"), ({"cgroup": "elsewhere"}, "cgroup")]
 )
 async def test_a_fact_that_does_not_hold_is_named(
-    rig: VmmRig, change: dict[str, object], fact: str
+    rig: VmmRig, change: dict[str, Any], fact: str
 ) -> None:
     spec, identity = await started(rig)
 

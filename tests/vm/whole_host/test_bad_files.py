@@ -16,16 +16,15 @@ import pytest_asyncio
 
 from schemas.requests import DestroyInstance, InstanceRef, StartInstance
 from tests.live_host import LiveHost
-from tests.vm.whole_host.shared_host import host, ref_of
+from tests.vm.whole_host.shared_host import ref_of
 from worker.cli.context import CliError
 from worker.cli.seed import Seeded
 
-__all__ = ["host"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @dataclass(frozen=True)
-class Place:
+class InstanceDirs:
     """Where agentd's files of one instance are."""
 
     host: LiveHost
@@ -62,6 +61,16 @@ class Place:
         self.edit(lambda content: content["net"].update(values))
 
 
+def replace_by_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_file(path: Path, text: str) -> None:
+    path.unlink()
+    path.write_text(text)
+
+
 def replace_by_link(path: Path, target: str) -> None:
     if path.is_dir():
         path.rename(path.with_name(f"{path.name}.real"))
@@ -70,11 +79,11 @@ def replace_by_link(path: Path, target: str) -> None:
     path.symlink_to(target)
 
 
-def link_elsewhere(place: Place) -> None:
+def link_elsewhere(dirs: InstanceDirs) -> None:
     """A sound file, but not where it must be."""
-    there = place.tenant / "elsewhere.json"
-    shutil.copyfile(place.file, there)
-    replace_by_link(place.file, str(there))
+    there = dirs.tenant / "elsewhere.json"
+    shutil.copyfile(dirs.file, there)
+    replace_by_link(dirs.file, str(there))
 
 
 def make_fifo(path: Path) -> None:
@@ -82,12 +91,12 @@ def make_fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
-def plant_disk(place: Place) -> None:
-    (place.directory / "volumes" / "data.ext4").write_bytes(bytes(16 << 20))
+def plant_disk(dirs: InstanceDirs) -> None:
+    (dirs.directory / "volumes" / "data.ext4").write_bytes(bytes(16 << 20))
 
 
 # What is done to the files, the code of the answer, and the end of the path that it names.
-CASES: dict[str, tuple[Callable[[Place], object], str, str]] = {
+CASES: dict[str, tuple[Callable[[InstanceDirs], object], str, str]] = {
     "no instance.json": (lambda p: p.file.unlink(), "not_found", "instance.json"),
     "no instance": (lambda p: shutil.rmtree(p.directory), "not_found", "instance.json"),
     "instance.json cut off": (
@@ -114,7 +123,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str, str]] = {
     ),
     "instance.json a pipe": (lambda p: make_fifo(p.file), "invalid", "instance.json"),
     "instance.json a directory": (
-        lambda p: (p.file.unlink(), p.file.mkdir()),
+        lambda p: replace_by_directory(p.file),
         "invalid",
         "instance.json",
     ),
@@ -199,10 +208,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str, str]] = {
         "artifacts/current",
     ),
     "current a file": (
-        lambda p: (
-            (p.pool / "artifacts" / "current").unlink(),
-            (p.pool / "artifacts" / "current").write_text("revisions/1"),
-        ),
+        lambda p: replace_by_file(p.pool / "artifacts" / "current", "revisions/1"),
         "invalid",
         "artifacts/current",
     ),
@@ -244,40 +250,40 @@ CASES: dict[str, tuple[Callable[[Place], object], str, str]] = {
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def place(host: LiveHost) -> AsyncIterator[Place]:
+async def dirs(host: LiveHost) -> AsyncIterator[InstanceDirs]:
     """An instance whose files are as they should be, its network up; gone afterwards."""
     ref = ref_of("bad")
     seeded = host.seed(ref, offset=5)
     assert (await host.net_up(seeded))["code"] == "ok"
-    place = Place(host, ref, seeded)
+    dirs = InstanceDirs(host, ref, seeded)
     sound = Path(host.directory, "sound")
-    shutil.copytree(place.tenant, sound, symlinks=True)
-    yield place
-    put_right(place, sound)
+    shutil.copytree(dirs.tenant, sound, symlinks=True)
+    yield dirs
+    put_right(dirs, sound)
     destroy = DestroyInstance(ref.tenant_id, ref.pool_id, ref.instance_id, wipe_volumes=True)
     assert (await host.run(destroy))["code"] == "ok"
     shutil.rmtree(sound)
-    assert not os.path.exists(place.directory)
+    assert not os.path.exists(dirs.directory)
 
 
-def put_right(place: Place, sound: Path) -> None:
-    for path in (place.tenant, Path(f"{place.tenant}.real")):
+def put_right(dirs: InstanceDirs, sound: Path) -> None:
+    for path in (dirs.tenant, Path(f"{dirs.tenant}.real")):
         if path.is_symlink():
             path.unlink()
         elif path.exists():
             shutil.rmtree(path)
-    shutil.copytree(sound, place.tenant, symlinks=True)
+    shutil.copytree(sound, dirs.tenant, symlinks=True)
 
 
 @pytest.mark.parametrize("case", CASES)
 async def test_a_start_says_which_file_is_wrong_and_changes_nothing(
-    place: Place, case: str
+    dirs: InstanceDirs, case: str
 ) -> None:
     spoil, code, path = CASES[case]
-    host, ref = place.host, place.ref
+    host, ref = dirs.host, dirs.ref
     start = StartInstance(ref.tenant_id, ref.pool_id, ref.instance_id)
-    spoil(place)
-    before, files = await host.inventory(), listing(place.tenant)
+    spoil(dirs)
+    before, files = await host.inventory(), listing(dirs.tenant)
 
     reply = await host.run(start)
 
@@ -288,11 +294,11 @@ async def test_a_start_says_which_file_is_wrong_and_changes_nothing(
     assert not reply["retryable"]
     assert not reply.get("left_behind")
     assert await host.inventory() == before
-    assert listing(place.tenant) == files
+    assert listing(dirs.tenant) == files
     assert await status_of(host, ref) in (None, "created")
     assert reply.get("status") in (None, "created")
 
-    put_right(place, Path(host.directory, "sound"))
+    put_right(dirs, Path(host.directory, "sound"))
     assert (await host.run(start))["code"] == "ok"
 
 

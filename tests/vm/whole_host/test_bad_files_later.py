@@ -19,9 +19,8 @@ from schemas.requests import (
     WakeInstance,
 )
 from tests.live_host import LiveHost
-from tests.vm.whole_host.shared_host import host, ref_of
+from tests.vm.whole_host.shared_host import ref_of
 
-__all__ = ["host"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 REF = ref_of("later")
@@ -57,10 +56,15 @@ def link_to(path: Path, target: str) -> None:
     path.symlink_to(target)
 
 
+def replace_by_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 SPOIL: dict[str, Callable[[Files], object]] = {
     "cut off": lambda f: f.file.write_bytes(f.file.read_bytes()[:-30]),
     "a link": lambda f: link_to(f.file, "/etc/hostname"),
-    "a directory": lambda f: (f.file.unlink(), f.file.mkdir()),
+    "a directory": lambda f: replace_by_directory(f.file),
     "gone": lambda f: f.file.unlink(),
     "another's": lambda f: f.file.write_text('{"tenant_id": "umbra"}'),
     "its directory a link": lambda f: link_to(f.directory, "/etc"),

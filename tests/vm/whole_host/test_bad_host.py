@@ -3,14 +3,15 @@
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from handlers.host.vmm.cgroups import find_mount
 from schemas import naming
-from tests.live_host import DESTROY, REF, SLEEP, START, STOP, WAKE, LiveHost, live_host
+from tests.constants import DESTROY, REF, SLEEP, START, STOP, WAKE
+from tests.live_host import LiveHost, live_host
 
 
 def ip(*words: str) -> str:
@@ -19,7 +20,7 @@ def ip(*words: str) -> str:
 
 
 @contextlib.contextmanager
-def filled(directory: str, *, leave_mib: int) -> Iterator[None]:
+def filled(directory: str, *, leave_mib: int) -> Generator[None]:
     """The file system has no more room than that, inside the `with`."""
     there = os.statvfs(directory)
     size = there.f_bavail * there.f_frsize - (leave_mib << 20)

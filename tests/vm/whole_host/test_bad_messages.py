@@ -10,10 +10,9 @@ import pytest
 
 from schemas.subjects import Lane, Subjects
 from schemas.unpack import MESSAGE_MAX_BYTES
-from tests.live_host import NAMES, REF, START, LiveHost
-from tests.vm.whole_host.shared_host import host
+from tests.constants import NAMES, REF, START
+from tests.live_host import LiveHost
 
-__all__ = ["host"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 IDS = dict(zip(("tenant_id", "pool_id", "instance_id"), NAMES, strict=True))

@@ -11,10 +11,8 @@ import pytest_asyncio
 
 from schemas.requests import SetupNetwork, TeardownNetwork, TenantNet
 from tests.live_host import LiveHost
-from tests.vm.whole_host.shared_host import host
 from worker.cli.seed import net_of
 
-__all__ = ["host"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ACME = net_of(7)

@@ -19,9 +19,8 @@ from schemas.requests import (
     WakeInstance,
 )
 from tests.live_host import LiveHost
-from tests.vm.whole_host.shared_host import events, host, ref_of
+from tests.vm.whole_host.shared_host import events, ref_of
 
-__all__ = ["host"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 

@@ -21,10 +21,9 @@ from schemas.requests import (
 from tests.guests import agent
 from tests.live_host import LiveHost, live_host
 from tests.vm.whole_host import traffic
-from tests.vm.whole_host.shared_host import events, host, ref_of
+from tests.vm.whole_host.shared_host import events, ref_of
 from worker.cli.seed import Seeded
 
-__all__ = ["host"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SECRETS = b'{"token": "only the guest may see this"}'
@@ -93,7 +92,7 @@ class Alive:
 
 def step_s(reply: dict[str, Any], name: str) -> float:
     """How long a step of the command took."""
-    return sum(step["took_us"] for step in reply["steps"] if step["name"] == name) / 1e6
+    return sum(float(step["took_us"]) for step in reply["steps"] if step["name"] == name) / 1e6
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -370,7 +369,7 @@ async def test_destroy_works_when_the_file_is_gone_and_while_it_sleeps(alive: Al
 
 async def test_without_an_agent_a_start_is_undone_unless_the_pool_says_api() -> None:
     async with live_host(worker=False, boot_args="mini.agent=off", retry_budget_s=0.1) as host:
-        await host.start_worker(HOSTD_VMM_READY_TIMEOUT_S="1.0")
+        await host.start_worker(environment={"HOSTD_VMM_READY_TIMEOUT_S": "1.0"})
         ref = ref_of("agentless")
         names = (ref.tenant_id, ref.pool_id, ref.instance_id)
         seeded = host.seed(ref, offset=5, mem_mib=32)

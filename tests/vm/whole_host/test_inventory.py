@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from handlers.host.vmm.cgroups import find_mount
@@ -27,7 +27,7 @@ def ip(*words: str) -> None:
 
 
 @contextlib.contextmanager
-def process(*command: str) -> Iterator[None]:
+def process(*command: str) -> Generator[None]:
     """A process that has said that it is in its place, gone afterwards."""
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
         try:
@@ -39,7 +39,7 @@ def process(*command: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def link(name: str, *, alias: str = "", kind: str = "tap") -> Iterator[None]:
+def link(name: str, *, alias: str = "", kind: str = "tap") -> Generator[None]:
     if kind == "tap":
         ip("tuntap", "add", name, "mode", "tap")
     else:
@@ -53,7 +53,7 @@ def link(name: str, *, alias: str = "", kind: str = "tap") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def file(path: Path) -> Iterator[None]:
+def file(path: Path) -> Generator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"planted")
     try:
@@ -63,7 +63,7 @@ def file(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def jail(host: LiveHost, jail_id: str) -> Iterator[None]:
+def jail(host: LiveHost, jail_id: str) -> Generator[None]:
     directory = Path(host.settings.jail_base, "firecracker", jail_id)
     (directory / "root").mkdir(parents=True)
     (directory / "root" / "theirs.ext4").touch()
@@ -74,7 +74,7 @@ def jail(host: LiveHost, jail_id: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def leaf(path: Path) -> Iterator[Path]:
+def leaf(path: Path) -> Generator[Path]:
     path.mkdir(parents=True)
     try:
         yield path

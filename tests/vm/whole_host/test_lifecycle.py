@@ -1,6 +1,7 @@
 """One instance's whole life through the worker: real bus, jailer, Firecracker and mini guest."""
 
-from tests.live_host import DESTROY, SLEEP, START, STOP, WAKE, live_host
+from tests.constants import DESTROY, SLEEP, START, STOP, WAKE
+from tests.live_host import live_host
 
 
 async def test_the_whole_life_of_an_instance() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "deploy" / "fetch_pip.py"
+SCRIPT = Path(__file__).parents[3] / "deploy" / "fetch_pip.py"
 NAME = "pip-1.0-py3-none-any.whl"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from worker.cli.main import COMMANDS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SOURCES = ("worker", "handlers", "schemas", "tests", "bench", "deploy", "docs", "typings")
 CONTRACT = ROOT / "docs" / "contract.md"
 NOT_YET = "## Not yet"
@@ -175,3 +175,13 @@ def directories() -> Iterator[str]:
             relative = os.path.relpath(path, ROOT)
             if files and "__pycache__" not in path:
                 yield relative
+
+
+def test_no_directory_has_more_than_20_modules() -> None:
+    crowded = {
+        name_of(directory): count
+        for directory in {path.parent for top in SOURCES for path in (ROOT / top).rglob("*.py")}
+        if (count := sum(1 for each in directory.glob("*.py") if each.name != "__init__.py")) > 20
+    }
+
+    assert crowded == {}

@@ -7,7 +7,7 @@ import msgspec
 from schemas.settings import Settings
 from worker.settings import keys, load_with_origins
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
 UNIT = (DEPLOY / "hostd.service").read_text()
 

@@ -6,7 +6,7 @@ import os
 import socket
 import stat
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 
 import pytest
@@ -27,10 +27,8 @@ from tests.kernel.net.frames import IPV4, ethernet, udp
 from tests.kernel.net.netns import ETH_P_ALL, Sniffer
 from tests.live_host import LiveHost
 from tests.vm.whole_host import traffic
-from tests.vm.whole_host.shared_host import host
 from worker.cli.seed import Seeded
 
-__all__ = ["host"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TOKEN = b"a secret that is nowhere else 7d1f"
@@ -45,7 +43,7 @@ def names(ref: InstanceRef) -> tuple[str, str, str]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def seeds(host: LiveHost) -> AsyncIterator[dict[InstanceRef, Seeded]]:
     """Two running guests of one tenant with secrets, one of another."""
-    made = {}
+    made: dict[InstanceRef, Seeded] = {}
     for ref, net_id, offset in ((ONE, 7, 5), (TWO, 7, 6), (OTHER, 9, 5)):
         made[ref] = host.seed(ref, net_id=net_id, offset=offset, mem_mib=32, secrets=TOKEN)
         assert (await host.run(SetupNetwork(ref.tenant_id, made[ref].net)))["code"] == "ok"
@@ -61,7 +59,7 @@ async def seeds(host: LiveHost) -> AsyncIterator[dict[InstanceRef, Seeded]]:
 async def test_a_vmm_has_no_capabilities_and_its_own_uid_root_and_pids(
     host: LiveHost, seeds: dict[InstanceRef, Seeded]
 ) -> None:
-    uids = set()
+    uids: set[str] = set()
     for ref in seeds:
         described = await host.describe(ref)
         pid = described["pid"]
@@ -106,7 +104,7 @@ async def test_a_tap_belongs_to_its_vmms_uid(
 
 def secret_files(host: LiveHost) -> set[str]:
     """Every file of hostd's, on a disk or not, in which the secret can be read."""
-    found = set()
+    found: set[str] = set()
     for directory, _, files in os.walk(host.directory):
         for name in files:
             path = Path(directory, name)
@@ -203,7 +201,7 @@ async def test_a_snapshot_is_readable_by_root_only(
 
 
 @contextlib.contextmanager
-def sniffing(link: str) -> Iterator[Sniffer]:
+def sniffing(link: str) -> Generator[Sniffer]:
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as raw:
         raw.bind((link, ETH_P_ALL))
         yield Sniffer(raw.fileno())

@@ -18,7 +18,7 @@ from tests.unit.instance import test_commands
 from worker.cli import commands
 from worker.cli.main import COMMANDS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 VARIANTS: frozenset[type[Any]] = frozenset(get_args(Request))
 NET = TenantNet(3, "10.240.3.0/24", "10.240.3.1", "br-tenant-3")
 
@@ -26,8 +26,15 @@ NET = TenantNet(3, "10.240.3.0/24", "10.240.3.1", "br-tenant-3")
 def requests_of_the_cli(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """What each command of `worker/cli/commands.py` sends."""
     sent: list[Request] = []
-    monkeypatch.setattr(commands, "send", lambda request, **options: sent.append(request))
-    monkeypatch.setattr(commands, "tenant_net", lambda config, tenant_id: NET)
+
+    def send(request: Request, **_options: object) -> None:
+        sent.append(request)
+
+    def tenant_net(_config: object, _tenant_id: str) -> TenantNet:
+        return NET
+
+    monkeypatch.setattr(commands, "send", send)
+    monkeypatch.setattr(commands, "tenant_net", tenant_net)
     for target in COMMANDS.values():
         module, _, name = target.partition(":")
         if module != commands.__name__:

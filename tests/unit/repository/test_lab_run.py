@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import run
+from tests.lab import qemu, run
 from tests.lab.run import LabFailure, LabResult, run_in_lab
 
 
@@ -16,9 +16,11 @@ def lab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(run, "ensure_lab", lambda: False)
     monkeypatch.setattr(run, "SILENCE_S", 1.0)
     monkeypatch.setattr(run, "CONSOLE", tmp_path / "console.log")
-    monkeypatch.setattr(
-        run.qemu, "command_line", lambda *_, **__: [sys.executable, "-u", str(script)]
-    )
+
+    def command_line(*_: object, **__: object) -> list[str]:
+        return [sys.executable, "-u", str(script)]
+
+    monkeypatch.setattr(qemu, "command_line", command_line)
     return script
 
 
