@@ -6,6 +6,7 @@ from schemas.settings import Settings
 from worker import logs
 from worker import main as worker_main
 from worker.cli.context import CliError, config_option, settings_of
+from worker.descriptors import raise_limit
 from worker.log_writer import LogWriter, open_standard_descriptors
 from worker.preflight import find_uid_overlap
 
@@ -19,6 +20,7 @@ def run(config: str | None, json: bool) -> None:
     settings = settings_of(config)
     check_uids(settings)
     open_standard_descriptors()
+    raise_limit()
     writer = LogWriter(1)
     logs.configure(settings.log.level, writer=writer)
     try:
