@@ -160,6 +160,10 @@ class Jails(Mechanism[JailSpec, Jail], Protocol):
     `remove` unmounts the tmpfs, gives the data disk back to root and keeps the launch's log.
     """
 
+    async def launches(self, ref: InstanceRef) -> Sequence[int]:
+        """Numbers of the launches that left a jail or a log on this host."""
+        ...
+
     async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
         """The VMM's log of a launch, by default the last; live or kept (the last 3 launches are);
         empty if there is none."""
@@ -221,6 +225,10 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
     `ensure` launches through the jailer, waits for the API and proves the identity. `remove` proves
     the identity, sends SIGKILL by pidfd and waits until the process has exited.
     """
+
+    async def launches(self, ref: InstanceRef) -> Sequence[int]:
+        """Numbers of the launches whose cgroup exists, with or without a process."""
+        ...
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         """The live VMM of a jail, proven from the kernel, or None."""

@@ -192,12 +192,12 @@ class Steps:
         left: list[str] = []
         for row in reversed(self._log.rows(self.command_id)):
             if not row.existed and (row.mechanism, row.key) not in self._untouched:
-                mechanism = self._mechanisms[row.mechanism]
                 started = time.perf_counter()
                 try:
+                    mechanism = self._mechanisms[row.mechanism]
                     async with asyncio.timeout(UNDO_TIMEOUT_S):
                         await mechanism.remove(row.key)
-                except (Failure, OSError, TimeoutError) as error:
+                except (Failure, OSError, TimeoutError, KeyError) as error:
                     log.warning("step.left_behind", step=row.mechanism, key=row.key, error=error)
                     left.append(f"{row.mechanism} {row.key}")
                     continue

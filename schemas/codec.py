@@ -14,13 +14,16 @@ from schemas.codes import Code
 from schemas.decode_error import DecodeError
 from schemas.envelopes import Command, Event, Form, Reply, StepTaken
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Request
-from schemas.serde import LINE_MAX, REQUEST, RESPONSE, check_u64, read_request
+from schemas.serde import LINE_MAX, REQUEST, RESPONSE, read_request
 from schemas.unpack import ANSWER, MESSAGE_MAX_BYTES, OWN, convert, pack, unpack, unpack_map
 
 # The rest up to the limit of a message is for the headers, which a stream counts.
 SENT_MAX_BYTES = MESSAGE_MAX_BYTES - 4096
 
-Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+# Year 9999. Also the largest time that every consumer of it can hold: SQLite's integers are signed.
+TIME_MAX_MS = 253_402_300_799_999
+TimeMs = Annotated[int, msgspec.Meta(ge=0, le=TIME_MAX_MS)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Line = Annotated[str, msgspec.Meta(max_length=LINE_MAX)]
 
 
@@ -28,8 +31,8 @@ class _CommandKeys(msgspec.Struct, frozen=True):
     v: Literal[1]
     id: str
     request: Any
-    issued_at_ms: Unsigned | None = None
-    deadline_ms: Unsigned | None = None
+    issued_at_ms: TimeMs | None = None
+    deadline_ms: TimeMs | None = None
     reply_to: Line | None = None
     issuer: Line | None = None
     traceparent: Line | None = None
@@ -44,10 +47,10 @@ class _ReplyKeys(msgspec.Struct, frozen=True, kw_only=True):
     retryable: bool
     changed: bool
     status: str | None = None
-    attempts: Unsigned
+    attempts: Count
     replayed: bool
-    received_at_ms: Unsigned
-    finished_at_ms: Unsigned
+    received_at_ms: TimeMs
+    finished_at_ms: TimeMs
     steps: tuple[StepTaken, ...] = ()
     left_behind: tuple[str, ...] = ()
     supported: tuple[str, ...] = ()
@@ -81,17 +84,25 @@ def decode_request(data: bytes) -> Request:
 # -- commands ----------------------------------------------------------------------------------
 
 
+def read_envelope(raw: dict[str, object]) -> _CommandKeys:
+    """The keys of a command envelope, its request not interpreted.
+
+    Raises:
+        DecodeError: `invalid`.
+    """
+    keys = convert(raw, _CommandKeys)
+    if not naming.COMMAND_ID_PATTERN.fullmatch(keys.id):
+        raise DecodeError("$.id", "want 1 to 64 characters A-Z, a-z, 0-9, '_' or '-'")
+    return keys
+
+
 def read_command(raw: dict[str, object]) -> Command:
     """A command envelope in plain objects.
 
     Raises:
         DecodeError: see `decode_command`.
     """
-    keys = convert(raw, _CommandKeys)
-    if not naming.COMMAND_ID_PATTERN.fullmatch(keys.id):
-        raise DecodeError("$.id", "want 1 to 64 characters A-Z, a-z, 0-9, '_' or '-'")
-    check_u64("$.issued_at_ms", keys.issued_at_ms)
-    check_u64("$.deadline_ms", keys.deadline_ms)
+    keys = read_envelope(raw)
     request, compact, later = read_request(keys.request, "$.request")
     return Command(
         id=keys.id,
@@ -105,6 +116,15 @@ def read_command(raw: dict[str, object]) -> Command:
         unknown_keys=tuple(key for key in raw if key not in COMMAND_KEYS),
         protocol=PROTOCOL_MAX if later else PROTOCOL_MIN,
     )
+
+
+def is_envelope(data: bytes) -> bool:
+    """Whether all but the meaning of the request is valid."""
+    try:
+        read_envelope(unpack_map(data))
+    except DecodeError:
+        return False
+    return True
 
 
 def decode_command(data: bytes) -> Command:

@@ -28,12 +28,16 @@ class PartialEnvelope(NamedTuple):
 
 
 class Undecodable(NamedTuple):
-    """A message that is not a valid command: why, and what an answer needs."""
+    """A message that is not a valid command: why, and what an answer needs.
+
+    `owns_id`: only the request in it is wrong; its envelope, and so its ID, is valid.
+    """
 
     error: DecodeError
     id: str | None
     reply_to: str | None
     form: Form
+    owns_id: bool
 
 
 def decode(data: bytes) -> Command | Undecodable:
@@ -41,7 +45,9 @@ def decode(data: bytes) -> Command | Undecodable:
     try:
         return codec.decode_command(data)
     except DecodeError as error:
-        return Undecodable(error, *peek(data))
+        found = peek(data)
+        owns_id = found.id is not None and codec.is_envelope(data)
+        return Undecodable(error, *found, owns_id)
 
 
 def peek(data: bytes) -> PartialEnvelope:

@@ -92,6 +92,7 @@ class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_drain_s: int = 3600
     max_stop_s: int = 300
     lane_depth: int = 100
+    tenant_depth: int = 1000
     host_depth: int = 5000
     imports: int = 4
     boots: int = 8

@@ -20,6 +20,7 @@ from schemas.decode_error import DecodeError, child, quoted
 MESSAGE_MAX_BYTES = 65_536
 MSGSPEC_ERROR = re.compile(r"(.*?)(?: - at `(?:key in )?\$([^`]*)`)?", re.DOTALL)
 UNREADABLE = (ValueError, TypeError, OverflowError, RecursionError, msgpack.OutOfData)
+INT_MAX = 2**64 - 1  # what msgpack can hold; JSON has no bound of its own
 T = TypeVar("T")
 Items = dict[str | bytes, object] | list[object]
 
@@ -171,7 +172,8 @@ def check(value: object, limits: Limits, path: str = "$") -> object:
     """The value itself, if all of it is of kinds that fields have.
 
     Raises:
-        DecodeError: a duplicate key, bin, ext, NaN, infinity, invalid UTF-8, nested too deeply.
+        DecodeError: a duplicate key, bin, ext, NaN, infinity, invalid UTF-8, nested too deeply,
+            an integer of more than 64 bits.
     """
     try:
         _walk(value, limits.depth, limits.items)
@@ -195,7 +197,10 @@ def _walk(value: object, depth: int, items: int) -> None:
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise _Fault("got NaN or infinity, want a finite number")
-    elif value is not None and not isinstance(value, int):
+    elif isinstance(value, int):
+        if not -(2**63) <= value <= INT_MAX:
+            raise _Fault("got an integer of more than 64 bits")
+    elif value is not None:
         _refuse(value)
 
 

@@ -124,17 +124,27 @@ class LiveHost:
     # -- worker --------------------------------------------------------------------------------
 
     async def start_worker(
-        self, *, ready: bool = True, environment: Mapping[str, str | None] | None = None
+        self,
+        *,
+        ready: bool = True,
+        stdout: int | None = None,
+        environment: Mapping[str, str | None] | None = None,
     ) -> None:
-        """Start it; with `ready` wait until it takes commands. Its log is `worker.log`.
+        """Start it; with `ready` wait until it takes commands.
 
-        A variable of `environment` that is None is not set.
+        Its log is `worker.log`, unless it goes to the descriptor `stdout`. A variable of
+        `environment` that is None is not set.
         """
         wanted = os.environ | environment_of(self.settings) | dict(environment or {})
         variables = {name: value for name, value in wanted.items() if value is not None}
         with open(f"{self.directory}/worker.log", "ab") as log:
             self.worker = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "worker", stdout=log, stderr=log, env=variables
+                sys.executable,
+                "-m",
+                "worker",
+                stdout=log if stdout is None else stdout,
+                stderr=log,
+                env=variables,
             )
         if ready:
             await self.wait_ready()

@@ -19,6 +19,7 @@ from worker.metrics import Metrics
 REQUEST_TIMEOUT_S: Final = 5.0
 MAX_HEADER_BYTES: Final = 8192
 MAX_CONNECTIONS: Final = 16
+MAX_PER_ADDRESS: Final = 8
 _JSON = "application/json"
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -39,7 +40,7 @@ class HealthServer:
         self._metrics = metrics
         self._checks = checks
         self._server: asyncio.Server | None = None
-        self._open: set[asyncio.Task[None]] = set()
+        self._open: dict[asyncio.Task[None], str] = {}
 
     async def __aenter__(self) -> Self:
         """Raises OSError if the address is in use or not on this host."""
@@ -71,12 +72,15 @@ class HealthServer:
         return int(self._server.sockets[0].getsockname()[1])
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._open) >= MAX_CONNECTIONS:
+        peer = writer.get_extra_info("peername")
+        address = str(peer[0]) if peer else ""
+        from_there = sum(each == address for each in self._open.values())
+        if len(self._open) >= MAX_CONNECTIONS or from_there >= MAX_PER_ADDRESS:
             writer.transport.abort()
             return
         task = asyncio.create_task(self._serve(reader, writer))
-        self._open.add(task)
-        task.add_done_callback(self._open.discard)
+        self._open[task] = address
+        task.add_done_callback(lambda done: self._open.pop(done, None))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -5,10 +5,11 @@ A message is acknowledged when the journal owns it, or when it was answered and 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
+import msgspec
 import structlog
 
 from handlers.clock import now_ms
@@ -21,10 +22,12 @@ from schemas.partial import Undecodable, decode
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Ping, Pong, Request
 from schemas.subjects import Lane, check_reply_to
 from worker.bus.protocol import Bus, BusError, Delivery
-from worker.journal.admission import Refusal, Verdict
+from worker.journal.admission import JOINERS_MAX, Refusal, Verdict, refused_id
 from worker.journal.journal import Journal
 from worker.journal.writer import JournalFault
 from worker.lanes import Lanes
+
+TRIES: Final = 3  # deliveries of a message that crashes intake before it is given up
 
 log = structlog.get_logger()
 
@@ -41,7 +44,10 @@ class IntakeMeters(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """One delivery, decoded. `reply_to` is set only if hostd may publish there."""
+    """One delivery, decoded. `reply_to` is set only if hostd may publish there.
+
+    `owns_id`: the ID is that of a valid envelope, whatever else is wrong.
+    """
 
     delivery: Delivery
     received_at_ms: int
@@ -50,6 +56,7 @@ class _Message:
     reply_to: str | None
     form: Form
     content: Command | DecodeError
+    owns_id: bool
 
 
 class Intake:
@@ -94,21 +101,58 @@ class Intake:
             self._bus.pause()
 
     async def receive(self, delivery: Delivery) -> None:
-        """Journal or answer one message, then acknowledge it."""
+        """Journal or answer one message, then acknowledge it.
+
+        A message whose handling raises what nothing here expects is redelivered; at its
+        `TRIES`-th delivery it is answered `internal` and kept as a dead letter, so that no
+        message stays in the acknowledgement window of the consumer for ever.
+        """
         if delivery.delivered > 1:
             self._meters.redelivered()
-        message = self._decode(delivery)
         try:
-            while True:
-                try:
-                    await self._handle(message)
-                    break
-                except JournalFault:
-                    await self._journal.store.until_writable()
+            try:
+                message = self._decode(delivery)
+                await self._when_writable(lambda: self._handle(message))
+            except BusError:
+                raise
+            except Exception:
+                log.exception(
+                    "intake.crashed", stream_seq=delivery.stream_seq, tries=delivery.delivered
+                )
+                if delivery.delivered < TRIES:
+                    return
+                await self._when_writable(lambda: self._give_up(delivery))
             await delivery.ack()
         except BusError as error:
             # the stream still has the message and delivers it again
-            log.warning("intake.ack_skipped", command_id=message.id, error=str(error))
+            log.warning("intake.ack_skipped", stream_seq=delivery.stream_seq, error=str(error))
+
+    async def _when_writable(self, do: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                return await do()
+            except JournalFault:
+                await self._journal.store.until_writable()
+
+    async def _give_up(self, delivery: Delivery) -> None:
+        """Answer a message that crashes intake: from nothing of it that was interpreted."""
+        message = _Message(
+            delivery,
+            self._clock_ms(),
+            _fallback_id(delivery),
+            Lane.host(),
+            None,
+            Form.NAMED,
+            DecodeError("$", "crashed intake"),
+            owns_id=False,
+        )
+        reply = self._error(
+            message,
+            Code.INTERNAL,
+            "internal error; see the log of this host",
+            detail={"act": "operator"},
+        )
+        await self._refuse(message, reply, dead="internal error")
 
     def _decode(self, delivery: Delivery) -> _Message:
         """Decode and check. An error in the subject is reported before one in the bytes."""
@@ -139,7 +183,10 @@ class Intake:
             if decoded.unknown_keys:
                 self._meters.keys_ignored(len(decoded.unknown_keys))
                 log.debug("envelope.keys_ignored", command_id=message_id, keys=decoded.unknown_keys)
-        return _Message(delivery, received_at_ms, message_id, lane, reply_to, decoded.form, content)
+        owns_id = isinstance(decoded, Command) or decoded.owns_id
+        return _Message(
+            delivery, received_at_ms, message_id, lane, reply_to, decoded.form, content, owns_id
+        )
 
     async def _handle(self, message: _Message) -> None:
         match message.content:
@@ -172,6 +219,11 @@ class Intake:
             case Verdict.LANE_FULL:
                 limit = self._journal.commands.limits.lane_depth
                 await self._refuse_full(message, command, f"lane {message.lane}", limit)
+            case Verdict.TENANT_FULL:
+                limit = self._journal.commands.limits.tenant_depth
+                await self._refuse_full(message, command, f"tenant {message.lane.tenant_id}", limit)
+            case Verdict.JOINERS_FULL:
+                await self._answer_too_many_copies(message)
             case Verdict.HOST_FULL:
                 limit = self._journal.commands.limits.host_depth
                 await self._refuse_full(message, command, "this host", limit)
@@ -212,11 +264,13 @@ class Intake:
         dead: str | None = None,
     ) -> None:
         delivery = message.delivery
+        kept = reply if message.owns_id else _unclaimed(reply, delivery)
         await self._journal.commands.refuse(
             Refusal(
                 id=reply.id,
                 code=reply.code,
-                reply=codec.encode_reply(reply, message.form),
+                reply=codec.encode_reply(kept, message.form),
+                direct=codec.encode_reply(reply, message.form),
                 received_at_ms=reply.received_at_ms,
                 finished_at_ms=reply.finished_at_ms,
                 form=message.form,
@@ -226,6 +280,7 @@ class Intake:
                 data=delivery.data,
                 reply_to=message.reply_to,
                 request=request,
+                owns_id=message.owns_id,
                 dead=dead,
             )
         )
@@ -243,6 +298,19 @@ class Intake:
             detail={"act": "sender", "path": "$.id"},
         )
         await self._bus.send(message.reply_to, codec.encode_reply(reply, message.form))
+
+    async def _answer_too_many_copies(self, message: _Message) -> None:
+        """Only the sender of this message gets the answer; the command itself goes on."""
+        reply = self._error(
+            message,
+            Code.EXHAUSTED,
+            f"the id {message.id} is unfinished and {JOINERS_MAX} copies wait for its reply, the "
+            "limit; its reply goes to the reply stream",
+            retryable=True,
+            detail={"act": "sender"},
+        )
+        if message.reply_to is not None:
+            await self._bus.send(message.reply_to, codec.encode_reply(reply, message.form))
 
     async def _answer_ping(self, message: _Message, command: Command) -> None:
         if await self._journal.commands.result(message.id) is not None:
@@ -298,6 +366,18 @@ class Intake:
             supported=supported,
             detail=detail,
         )
+
+
+def _unclaimed(reply: Reply, delivery: Delivery) -> Reply:
+    """For the reply stream: the message proved nothing about the ID in it, which may be another's.
+
+    The ID as read is in `detail.claimed_id`; the answer on `reply_to` has it as its `id`.
+    """
+    return msgspec.structs.replace(
+        reply,
+        id=refused_id(delivery.stream_seq, delivery.data),
+        detail={**reply.detail, "claimed_id": reply.id},
+    )
 
 
 def _fallback_id(delivery: Delivery) -> str:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import random
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import cast
@@ -25,6 +26,7 @@ from worker.bus.protocol import Bus, BusError, StateConflict
 
 # Of a value, what tells an operator which host wrote it.
 SHOWN = ("hostname", "macs", "product_uuid", "machine_id", "boot_id", "journal_id")
+FAR_AHEAD = 2  # lease times: beyond that a lease was written by a wrong clock
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -82,6 +84,7 @@ class Lease:
             at each renewal, must not block.
         lease_s: validity of a value; it is renewed three times in that time.
         clock: Unix milliseconds.
+        monotonic_s: the clock that nobody sets.
     """
 
     def __init__(
@@ -93,10 +96,13 @@ class Lease:
         *,
         lease_s: float = 30.0,
         clock: Callable[[], int] = now_ms,
+        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.key = key
         self._bus, self._holder, self._facts = bus, holder, facts
         self._lease_s, self._clock = lease_s, clock
+        self._monotonic_s = monotonic_s
+        self._doubted: tuple[int, float] | None = None  # a revision, and since when
         self._revision: int | None = None
         self._changed = asyncio.Event()
         self._held = asyncio.Event()
@@ -207,7 +213,10 @@ class Lease:
         else:
             other = self._holder.differs_in(value)
         if other:
-            raise LeaseHeld(self._held_by(value, other, (until_ms - self._clock()) / 1000))
+            left_s = (until_ms - self._clock()) / 1000
+            if left_s > FAR_AHEAD * self._lease_s and self._is_abandoned(revision, left_s):
+                return revision
+            raise LeaseHeld(self._held_by(value, other, left_s))
         return revision
 
     def _held_by(self, value: Mapping[str, object], differs: str, left_s: float) -> str:
@@ -220,6 +229,22 @@ class Lease:
             f" (it differs in {differs}): {there}; this host: {here}."
             + (" One is a clone of the other: it needs its own /etc/machine-id." if clone else "")
             + " Change the [host] id of one of them, or stop the other worker and wait"
+        )
+
+    def _is_abandoned(self, revision: int, left_s: float) -> bool:
+        """Whether a lease that no right clock wrote was not renewed for as long as one lasts.
+
+        Raises:
+            BusError: not known yet; ask again.
+        """
+        now_s = self._monotonic_s()
+        if self._doubted is None or self._doubted[0] != revision:
+            self._doubted = revision, now_s
+        if now_s - self._doubted[1] >= self._lease_s:
+            return True
+        raise BusError(
+            f"{self.key}: its lease ends in {left_s:.0f} s, more than a lease lasts, so a clock is "
+            f"wrong; it is taken if nobody renews it for {self._lease_s:g} s"
         )
 
     def _value(self, for_ms: int) -> bytes:
@@ -236,7 +261,7 @@ class Lease:
             "hostname": self._holder.hostname,
             "worker_id": self._holder.worker_id,
             "at_ms": at_ms,
-            "lease_until_ms": at_ms + for_ms,
+            "lease_until_ms": at_ms + for_ms if for_ms else 0,
         }
         return unpack.pack(facts | fixed)
 

@@ -25,6 +25,7 @@ from schemas.codes import EXIT_CODES, Code
 from schemas.envelopes import EventKind
 from schemas.settings import Settings
 from schemas.subjects import Subjects
+from worker import logs
 from worker.background import BackgroundTasks
 from worker.bus.nats import NatsBus
 from worker.dispatch import Dispatch
@@ -51,7 +52,7 @@ from worker.state_writer import StateWriter
 
 OUTBOX_S = 5.0
 LEASE_PATIENCE_S = 2.0
-PRUNE_EVERY_S = 600.0
+PRUNE_EVERY_S = 10.0
 DISK_CHECK_S = 1.0
 
 log = structlog.get_logger()
@@ -102,6 +103,7 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
             subjects=subjects,
             boot_id=HostFacts().boot_id(),
             lane_depth=settings.limits.lane_depth,
+            tenant_depth=settings.limits.tenant_depth,
             host_depth=settings.limits.host_depth,
             observe_commit=metrics.commit,
             relieve=disk.relieve,
@@ -231,6 +233,7 @@ class Worker:
             "has_disk_space": not self._real.disk.low,
             "provisioned": not self.bus.trouble,
             "leased": self.lease.held,
+            "acks_move": not self.bus.ack_window.stuck,
         }
 
     def _collect(self) -> None:
@@ -248,6 +251,7 @@ class Worker:
         self.metrics.queries_dropped(self.service.dropped)
         self.metrics.artifact_copied_bytes(self._real.artifacts.copied_bytes)
         self.metrics.disk(self._real.disk.free_bytes(), low=self._real.disk.low)
+        self.metrics.log_dropped(logs.dropped())
         self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(
             Counter(record.status for record in self.journal.records.instances())
@@ -296,6 +300,7 @@ class Worker:
             await self.journal.outbox.rewrite_state()
         async with asyncio.TaskGroup() as group:
             group.create_task(self.bus.consume(self.intake.receive))
+            group.create_task(self.bus.watch_acks())
             group.create_task(self.lease.run())
             group.create_task(self.state.run())
 
@@ -342,9 +347,11 @@ class Worker:
 async def prune(journal: Journal) -> None:
     """Delete finished commands past their retention, a bounded number at a time."""
     while True:
-        with contextlib.suppress(Failure):
+        try:
             if await journal.commands.prune():
                 continue
+        except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+            log.warning("journal.prune_failed", error=repr(error))
         await asyncio.sleep(PRUNE_EVERY_S)
 
 

@@ -171,6 +171,11 @@ class Metrics:
             "Bytes that imports of artifacts have copied.",
             registry,
         )
+        self._log_dropped = _Total(
+            "hostd_log_dropped_total",
+            "Log lines that could not be written or repeat too often.",
+            registry,
+        )
         self._lag = Histogram(
             "hostd_loop_lag_seconds",
             "How late the event loop ran a timer.",
@@ -267,6 +272,9 @@ class Metrics:
     def artifact_copied_bytes(self, total: int) -> None:
         """Of all imports since the worker started, running ones included."""
         self._copied.set(total)
+
+    def log_dropped(self, total: int) -> None:
+        self._log_dropped.set(total)
 
     def limits_enforced(self, enforced: bool) -> None:
         self._enforced.set(int(enforced))

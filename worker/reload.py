@@ -55,7 +55,7 @@ class Reload:
         except (SettingsError, Failure, BusError) as error:
             log.error("settings.reload_failed", error=str(error))  # noqa: TRY400
             return
-        logs.configure(new.log.level)
+        logs.set_level(new.log.level)
         waiting = changed(self._settings, new)
         nats = self._settings.nats
         self._settings = replace(

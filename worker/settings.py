@@ -136,7 +136,7 @@ def _read_file(path: str) -> dict[str, Any]:
             tables = tomllib.load(file)
     except OSError as error:
         raise SettingsError(path, "", error.strerror or "cannot be read") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(path, "", f"not TOML: {error}") from error
     found: dict[str, Any] = {}
     for table, content in tables.items():
@@ -176,9 +176,9 @@ def _parse(name: str, key: Key, text: str) -> object:
         if key.type is float:
             return float(text)
         return json.loads(text)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         wanted = _WANTED.get(key.type, "a JSON list")
-        raise SettingsError(name, key.dotted, f"{text!r} is not {wanted}") from error
+        raise SettingsError(name, key.dotted, f"{text[:200]!r} is not {wanted}") from error
 
 
 def _convert(source: str, key: Key, value: object) -> object:
@@ -319,6 +319,7 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "limits.max_drain_s": _between(0, 86_400),
     "limits.max_stop_s": _between(0, 86_400),
     "limits.lane_depth": _COUNT,
+    "limits.tenant_depth": _COUNT,
     "limits.host_depth": _COUNT,
     "limits.imports": _between(1, IMPORTS_MAX),
     "limits.boots": _COUNT,

@@ -5,6 +5,7 @@ between check and allocation, and committed to the journal as the first step of 
 restores the instance's record.
 """
 
+import asyncio
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from handlers.instance.artifact_refs import collect_revision
 from handlers.interfaces import Host
 from handlers.mechanism import Durability
 from schemas.files import TenantQuota
+from schemas.naming import jail_id as jail_id_of
 from schemas.naming import parse_ref
 from schemas.records import InstanceRecord, Status
 from schemas.requests import TenantNet
@@ -60,12 +62,13 @@ class Reservations:
 
         Raises:
             Exhausted: the tenant's quota, this host's memory or its uid range is used up.
-            Conflict: another instance of the tenant, live or sleeping, has the address.
+            Conflict: another instance of the tenant, live or sleeping, has the address; or a VMM
+                of this instance runs that the journal does not know.
         """
         now = self._host.records.instance(spec.before.ref)
         if now is not None and now.before is not None and now.command_id == spec.command_id:
             return now
-        record = self._decide(spec)
+        record = self._decide(spec, await self._newest_launch(spec.before))
         self._host.pending_reservations[record.ref] = record
         try:
             await self._host.records.put_instance(record, durable=True)
@@ -83,7 +86,26 @@ class Reservations:
         if record.revision != before.revision:
             await collect_revision(before.ref, record.revision, self._host)
 
-    def _decide(self, spec: ReservationSpec) -> InstanceRecord:
+    async def _newest_launch(self, before: InstanceRecord) -> int:
+        """The highest launch number of which this host has a trace, whatever the journal says.
+
+        A lost or an older journal counts from a lower one: the jail of that number may be in use,
+        and a second VMM would write to the same data disk.
+        """
+        host, ref = self._host, before.ref
+        jails, cgroups = await asyncio.gather(host.jails.launches(ref), host.vmms.launches(ref))
+        found = sorted({*jails, *cgroups})
+        for launch in found:
+            jail_id = jail_id_of(ref, launch)
+            if await host.vmms.exists(jail_id):
+                raise Conflict(
+                    f"cannot launch {ref}: processes run in its jail {jail_id}, which the journal "
+                    "does not know; see docs/operations.md#unknown",
+                    detail={"jail": jail_id},
+                )
+        return max([before.launch, *found])
+
+    def _decide(self, spec: ReservationSpec, newest_launch: int) -> InstanceRecord:
         limits = self._host.settings.limits
         others = [r for r in self._allocated() if r.ref != spec.before.ref]
         mine = [r for r in others if r.ref.tenant_id == spec.before.ref.tenant_id]
@@ -111,7 +133,7 @@ class Reservations:
             spec.before,
             status=spec.status,
             since_ms=spec.now_ms,
-            launch=spec.before.launch + 1,
+            launch=newest_launch + 1,
             uid_slot=self._free_slot(others),
             offset=spec.offset,
             net=spec.net,

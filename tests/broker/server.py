@@ -104,7 +104,7 @@ class Receiver:
         self.most = 0
         self.gate = asyncio.Event()
         self.gate.set()
-        self._ack = ack
+        self.ack = ack
         self._news = asyncio.Event()
 
     async def __call__(self, delivery: Delivery) -> None:
@@ -112,7 +112,7 @@ class Receiver:
         self.most = max(self.most, self.running)
         try:
             await self.gate.wait()
-            if self._ack:
+            if self.ack:
                 await delivery.ack()
         finally:
             self.running -= 1

@@ -109,6 +109,15 @@ def jail_spec(launch: int) -> JailSpec:
     return JailSpec(ref=REF, jail_id=jail_id, uid=UID, files=(), config=b"{}")
 
 
+async def test_launches_are_those_with_a_jail(store: Store) -> None:
+    assert list(await store.jails.launches(REF)) == []
+
+    for launch in (2, 10):
+        await store.jails.ensure(jail_spec(launch))
+
+    assert sorted(await store.jails.launches(REF)) == [2, 10]
+
+
 async def seal(store: Store, number: int, *, keep_drives: bool = False) -> SnapshotInfo:
     """A jail of that launch, and a snapshot of it that is not published yet."""
     spec = jail_spec(number)

@@ -66,3 +66,22 @@ async def test_a_vm_without_a_note_is_left_alone_and_reported() -> None:
         assert any(subject.endswith(".quarantined") for subject, _, _ in kept)
         with pytest.raises(CliError, match="not in the journal"):
             await host.describe(REF)
+
+
+async def test_a_start_of_an_instance_whose_vm_is_in_no_journal_leaves_that_vm_alone() -> None:
+    async with live_host() as host:
+        seeded = host.seed()
+        await host.net_up(seeded)
+        pid = (await host.run(START))["detail"]["pid"]
+        root = Path(await host.jail_root())
+        await host.kill_worker()
+        lose_journal(host)
+        (root.parent / "hostd.json").unlink()
+        await host.start_worker()
+        await host.net_up(seeded)
+
+        reply = await host.run(START)
+
+        assert (reply["code"], reply["detail"]["jail"]) == ("conflict", root.parent.name)
+        os.kill(pid, 0)
+        assert root.is_dir()

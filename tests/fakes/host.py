@@ -35,6 +35,7 @@ from handlers.specs import (
     TenantRulesSpec,
 )
 from handlers.tenant_locks import TenantLocks
+from schemas import naming
 from schemas.files import (
     InstanceFile,
     InstanceNet,
@@ -409,6 +410,12 @@ class FakeDisk:
         return self.machine.usage
 
 
+def launches_of(machine: FakeHost, kind: str, ref: InstanceRef) -> list[int]:
+    prefix = naming.jail_id_prefix(ref)
+    keys = [key for found, key in machine.resources if found == kind and key.startswith(prefix)]
+    return [int(key.removeprefix(prefix)) for key in keys]
+
+
 class FakeJails(Plain[JailSpec]):
     name: ClassVar[str] = "jail"
     durability: ClassVar[Durability] = Durability.DURABLE
@@ -417,6 +424,9 @@ class FakeJails(Plain[JailSpec]):
         await super().ensure(spec)
         has_secrets = spec.secrets is not None or spec.kept_secrets is not None
         return Jail(f"/jails/{spec.jail_id}/root", has_config=True, has_secrets=has_secrets)
+
+    async def launches(self, ref: InstanceRef) -> Sequence[int]:
+        return launches_of(self.machine, self.name, ref)
 
     async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
         return b"log"
@@ -447,6 +457,9 @@ class FakeVmms(Plain[LaunchSpec]):
 
     async def remove(self, key: str) -> None:
         await self.machine.effect("remove_vmm", lambda: self.machine.kill(key))
+
+    async def launches(self, ref: InstanceRef) -> Sequence[int]:
+        return launches_of(self.machine, self.name, ref)
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         identity: VmmIdentity | None = self.machine.resources.get((self.name, jail_id))

@@ -226,6 +226,7 @@ async def shell_worker(
         subjects=SUBJECTS,
         boot_id="b1",
         lane_depth=limits.lane_depth,
+        tenant_depth=limits.tenant_depth,
         host_depth=limits.host_depth,
         clock_ms=clock_ms,
     )

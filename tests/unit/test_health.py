@@ -116,6 +116,23 @@ async def test_connections_above_the_limit_are_closed_and_the_others_served(
         writer.close()
 
 
+async def test_one_address_leaves_connections_for_another(server: HealthServer) -> None:
+    idle = [
+        await asyncio.open_connection("127.0.0.1", server.port)
+        for _ in range(health.MAX_CONNECTIONS)
+    ]
+    assert await exchange(server, get("/livez")) == (0, b"")
+
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", server.port, local_addr=("127.0.0.2", 0)
+    )
+    writer.write(get("/livez"))
+
+    assert (await reader.read()).startswith(b"HTTP/1.1 200")
+    for _, each in [*idle, (reader, writer)]:
+        each.close()
+
+
 async def test_leaving_it_closes_open_connections(state: State) -> None:
     async with HealthServer("127.0.0.1:0", Metrics("1"), lambda: state.checks) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)

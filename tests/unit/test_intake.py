@@ -205,12 +205,16 @@ async def test_an_invalid_message_is_answered_kept_as_dead_letter_and_has_no_eff
         reply = await only_reply(worker)
         await worker.bus.until(sent=1)
 
-        assert (reply.id, reply.code, reply.detail["path"]) == ("c1", code, path)
+        (kept,), (direct,) = worker.bus.replies(), worker.bus.sent_to("_INBOX.1")
+        valid = data["v"] == 1 and path != "$.deadline_ms"  # the envelope, and so its ID
+        key = "c1" if valid else f"seq:1:{hashlib.sha256(packed).hexdigest()[:12]}"
+        assert (reply.id, kept.msg_id, reply.code, reply.detail["path"]) == (key, key, code, path)
+        assert reply.detail.get("claimed_id") == (None if valid else "c1")
+        assert codec.decode_reply(direct).id == "c1"
         assert isinstance(reply.response, Error)
         assert reply.supported == (("1", "2") if code is Code.UNSUPPORTED else ())
-        assert worker.bus.sent_to("_INBOX.1") == [worker.bus.replies()[0].payload]
         (dead,) = worker.bus.dead()
-        assert (dead.payload, dead.msg_id) == (packed, "c1")
+        assert (dead.payload, dead.msg_id) == (packed, key)
         assert dead.headers["Hostd-Sha256"] == hashlib.sha256(packed).hexdigest()
         assert path in dead.headers["Hostd-Reason"]
         assert worker.machine.runs == []
@@ -249,7 +253,8 @@ async def test_bytes_without_an_id_are_answered_with_the_id_of_the_message(
         worker.bus.command(CMD, b"\xc1 no msgpack", msg_id)
         reply = await only_reply(worker)
 
-        assert reply.id == ("m-1" if msg_id == "m-1" else "seq-1")
+        assert reply.id.startswith("seq:1:")
+        assert reply.detail["claimed_id"] == ("m-1" if msg_id == "m-1" else "seq-1")
         assert reply.code is Code.INVALID
         assert len(worker.bus.dead()) == 1
         assert worker.bus.replies()[0].subject == f"hostd.v1.test.h1.reply.{LANE}"
@@ -260,8 +265,9 @@ async def test_a_bomb_of_empty_maps_is_refused_and_the_next_command_runs(tmp_pat
         worker.bus.command(CMD, b"\xdd\x00\x10\x00\x00" + b"\x80" * 2**20)
         worker.send(start())
 
-        assert (await worker.reply("seq-1")).code is Code.INVALID
         assert (await worker.reply("c1")).code is Code.OK
+        await worker.bus.until(replies=2)
+        assert {reply.code for reply in worker.replies()} == {Code.OK, Code.INVALID}
 
 
 async def test_bad_bytes_with_a_known_id_do_not_disturb_its_command(tmp_path: Path) -> None:
@@ -270,7 +276,7 @@ async def test_bad_bytes_with_a_known_id_do_not_disturb_its_command(tmp_path: Pa
     async with shell_worker(tmp_path / "j", machine=machine) as worker:
         worker.send(start(), reply_to="_INBOX.1")
         await machine.at_gate.wait()
-        worker.bus.command(CMD, msgpack.packb(envelope(v=9, reply_to="_INBOX.2")))
+        worker.bus.command(CMD, msgpack.packb(envelope(request={"Grow": {}}, reply_to="_INBOX.2")))
         await worker.bus.until(sent=1)
         gate.set()
         reply = await only_reply(worker)
@@ -278,12 +284,37 @@ async def test_bad_bytes_with_a_known_id_do_not_disturb_its_command(tmp_path: Pa
 
         assert reply.code is Code.OK
         refusal = codec.decode_reply(worker.bus.sent_to("_INBOX.2")[0])
-        assert refusal.code is Code.INVALID
+        assert refusal.code is Code.UNSUPPORTED
         assert len(worker.bus.dead()) == 1
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        msgpack.packb(envelope(v=9)),
+        msgpack.packb(envelope())[:-1],
+        msgpack.packb(envelope()) + b"\xc0",
+        msgpack.packb(envelope(issuer=7)),
+        msgpack.packb(envelope(deadline_ms=2**63)),
+        msgpack.packb(envelope(reply_to=b"_INBOX.1")),
+        msgpack.packb(envelope(request={"StartInstance": b""})),
+    ],
+)  # fmt: skip
+async def test_what_is_no_valid_envelope_does_not_take_the_id_in_it_from_its_owner(
+    tmp_path: Path, data: bytes
+) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        worker.bus.command(CMD, data)
+        await worker.bus.until(replies=1)
+        worker.send(start(), reply_to="_INBOX.2")
+
+        assert (await worker.reply("c1")).code is Code.OK
+        assert [run[0] for run in worker.machine.runs] == ["c1"]
+        assert len({reply.msg_id for reply in worker.bus.replies()}) == 2
+
+
 async def test_a_refusal_is_final_for_its_id_and_is_replayed(tmp_path: Path) -> None:
-    bad = msgpack.packb(envelope(v=9))
+    bad = msgpack.packb(envelope(request={"Grow": {}}))
     async with shell_worker(tmp_path / "j") as worker:
         worker.bus.command(CMD, bad)
         await worker.bus.until(replies=1, sent=1)
@@ -319,6 +350,41 @@ async def test_unknown_envelope_keys_are_ignored_and_counted(
         reply = await only_reply(worker)
 
         assert (reply.code, worker.meters.ignored_keys) == (Code.OK, 2)
+
+
+# -- what nobody foresaw ---------------------------------------------------------------------------
+
+
+async def test_a_message_that_crashes_intake_is_given_up_at_its_third_delivery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash() -> dict[str, Any]:
+        raise OverflowError("Python int too large to convert to SQLite INTEGER")
+
+    async with shell_worker(tmp_path / "j", consume=False) as worker:
+        monkeypatch.setattr(worker.intake, "_facts", crash)
+        worker.send(Ping(), "p1", reply_to="_INBOX.1")
+        for tries in (1, 2):
+            await worker.intake.receive(worker.bus.delivery(1))
+            assert (tries, list(worker.bus.commands)) == (tries, [1])
+        await worker.intake.receive(worker.bus.delivery(1))
+        reply = await only_reply(worker)
+        await worker.outbox.drained()
+
+        assert (reply.code, reply.detail["act"]) == (Code.INTERNAL, "operator")
+        assert len(worker.bus.dead()) == 1
+
+
+@pytest.mark.parametrize("value", [2**63 - 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("name", ["issued_at_ms", "deadline_ms", "color"])
+async def test_a_number_that_no_integer_of_sqlite_holds_is_answered_and_acknowledged(
+    tmp_path: Path, name: str, value: int
+) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        worker.bus.command(CMD, msgpack.packb(envelope(**{name: value})))
+        reply = await only_reply(worker)
+
+        assert reply.code is (Code.OK if name == "color" else Code.INVALID)
 
 
 # -- Ping ------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from handlers.clock import now_ms
 from schemas import unpack
 from tests.fakes.bus import FakeBus
 from worker.lease import Holder, Lease, LeaseHeld
@@ -103,7 +104,12 @@ async def test_a_clone_that_nothing_distinguishes_is_noticed_by_the_worker_that_
 @pytest.mark.parametrize("macs", [None, 5, [], [1, None], ["x" * 30_000]])
 async def test_a_value_of_any_content_is_judged(macs: object) -> None:
     bus = FakeBus()
-    value = {"machine_id": "m2", "lease_until_ms": 2**60, "macs": macs, "hostname": "\n" * 30_000}
+    value = {
+        "machine_id": "m2",
+        "lease_until_ms": now_ms() + 20_000,
+        "macs": macs,
+        "hostname": "\n" * 30_000,
+    }
     bus.state[KEY] = unpack.pack(value), 0
 
     with pytest.raises(LeaseHeld) as raised:

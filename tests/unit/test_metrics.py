@@ -29,6 +29,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_bus_taken_msg_ids": ("counter", set()),
     "hostd_redeliveries": ("counter", set()),
     "hostd_queries_dropped": ("counter", set()),
+    "hostd_log_dropped": ("counter", set()),
     "hostd_envelope_keys_ignored": ("counter", set()),
     "hostd_instances": ("gauge", {"status"}),
     "hostd_vmm_exits": ("counter", {"reason"}),

@@ -203,3 +203,29 @@ def test_the_readme_and_the_example_file_explain_each_setting_in_the_same_words(
     readme = dict(re.findall(r"^\| `([a-z_.]+)` \| `HOSTD_.*\| ([^|]*) \|$", README, re.MULTILINE))
 
     assert explained == readme
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = " + "[" * 100_000,
+        "[limits]\nlane_depth = " + "9" * 5000,
+        "[limits]\nlane_depth = " + "9" * 400,
+        "[limits]\nboots = 1" + "0" * 400 + ".0",
+        '[host]\nid = "\\ud800"',
+        "x = \x00",
+    ],
+)
+def test_a_hostile_settings_file_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "hostd.toml"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+
+    with pytest.raises(SettingsError, match=str(file)):
+        load(str(file), {})
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000, "9" * 400, "\ud800", "1e400"])
+@pytest.mark.parametrize("name", ["HOSTD_LIMITS_LANE_DEPTH", "HOSTD_NETWORK_ALLOWED"])
+def test_a_hostile_variable_is_an_error_that_names_it(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        load(None, {name: value})

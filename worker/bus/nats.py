@@ -17,6 +17,7 @@ import structlog
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
 from worker.bus import accounts, streams, verify
+from worker.bus.ack_window import EVERY_S, AckWindow
 from worker.bus.connection import Connection, headers_size
 from worker.bus.guarded_client import ALL_GUARDS, STANDARD, Guard, Tuning
 from worker.bus.message import Message, NoResponder
@@ -72,6 +73,7 @@ class NatsBus:
         self._tried: dict[bytes, bool] = {}  # IDs published since the start: taken by another?
         self.taken_msg_ids = 0
         self.trouble = ""
+        self.ack_window = AckWindow()
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -203,6 +205,19 @@ class NatsBus:
                 async with asyncio.timeout(self.connection.tuning.check_s):
                     await changed.wait()
             changed.clear()
+
+    async def watch_acks(self, *, every_s: float = EVERY_S) -> None:
+        """Keep `ack_window` up to date until cancelled."""
+        stream, consumer = self.subjects.commands_stream, self.subjects.consumer
+        while True:
+            try:
+                answer = await self.connection.request(
+                    f"$JS.API.CONSUMER.INFO.{stream}.{consumer}", b""
+                )
+                self.ack_window.observe(json.loads(answer.data))
+            except (BusError, ValueError, KeyError, TypeError, AttributeError) as error:
+                log.debug("bus.ack_window_unknown", error=repr(error))
+            await asyncio.sleep(every_s)
 
     def pause(self) -> None:
         self._paused = True

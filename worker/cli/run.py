@@ -9,6 +9,8 @@ from schemas.settings import Settings
 from worker import logs
 from worker import main as worker_main
 from worker.cli.context import CliError, config_option, path_of, settings_of
+from worker.descriptors import raise_limit
+from worker.log_writer import LogWriter, open_standard_descriptors
 from worker.preflight import find_uid_overlap
 from worker.settings import load
 
@@ -21,9 +23,16 @@ def run(config: str | None, json: bool) -> None:
     del json
     settings = settings_of(config)
     check_uids(settings)
-    logs.configure(settings.log.level)
+    open_standard_descriptors()
+    raise_limit()
+    writer = LogWriter(1)
+    logs.configure(settings.log.level, writer=writer)
     read = partial(load, path_of(config), os.environ)
-    raise SystemExit(worker_main.run(settings, read))
+    try:
+        code = worker_main.run(settings, read)
+    finally:
+        writer.close()
+    raise SystemExit(code)
 
 
 def check_uids(settings: Settings) -> None:

@@ -20,6 +20,10 @@ from worker.journal.transaction import EventSource, Transaction
 
 # A full lane, or host, takes this many more Stops and Destroys: they are what empties it.
 RESERVED: Final = 8
+# Copies of one unfinished command that are answered when it ends; further ones are refused.
+JOINERS_MAX: Final = 32
+# A tenant with fewer unfinished commands than this part of `host_depth` has room on a full host.
+TENANT_PARTS: Final = 256
 
 INSERT = (
     "INSERT INTO command (id, lane, subject, stream_seq, kind, request, form, issued_at_ms, "
@@ -41,7 +45,9 @@ class Verdict(StrEnum):
     REPLAY = "replay"
     CONFLICT = "conflict"
     LANE_FULL = "lane_full"
+    TENANT_FULL = "tenant_full"
     HOST_FULL = "host_full"
+    JOINERS_FULL = "joiners_full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +61,43 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Unfinished commands that a lane and the host take."""
+    """Unfinished commands that a lane, a tenant and the host take.
+
+    The host's limit leaves every tenant a few places, so that no set of tenants locks out another;
+    it is absolute at twice its value, whatever the number of tenants.
+    """
 
     lane_depth: int
+    tenant_depth: int
     host_depth: int
+
+    def full(self, lane: int, tenant: int, host: int, *, reserved: int) -> Verdict | None:
+        """Which limit one more command would exceed, given the numbers of unfinished ones."""
+        if lane >= self.lane_depth + reserved:
+            return Verdict.LANE_FULL
+        if tenant >= self.tenant_depth + reserved:
+            return Verdict.TENANT_FULL
+        own = max(1, self.host_depth // TENANT_PARTS)
+        if host >= self.host_depth + reserved and (tenant >= own or host >= 2 * self.host_depth):
+            return Verdict.HOST_FULL
+        return None
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A message that is answered without being run.
 
-    `reply` is what goes out. `reply_to` is set only if hostd may publish there. `request` is the
-    identity of one that was decoded (the lane was full); else the bytes are. `dead` is the reason
-    if the bytes are kept as a dead letter.
+    `reply` goes to the reply stream, `direct` to `reply_to`, which is set only if hostd may publish
+    there. `request` is the identity of one that was decoded (a limit was reached); else the bytes
+    are. Unless it `owns_id`, the ID was read from something that is no valid envelope and may be
+    another's: then the row has one that no command can have. `dead` is the reason if the bytes are
+    kept as a dead letter.
     """
 
     id: str
     code: Code
     reply: bytes
+    direct: bytes
     received_at_ms: int
     finished_at_ms: int
     form: Form
@@ -82,7 +107,18 @@ class Refusal:
     data: bytes
     reply_to: str | None = None
     request: Request | None = None
+    owns_id: bool = True
     dead: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The ID of its row, and the `Nats-Msg-Id` of what is published about it."""
+        return self.id if self.owns_id else refused_id(self.stream_seq, self.data)
+
+
+def refused_id(stream_seq: int, data: bytes) -> str:
+    """The ID of a message that is no valid envelope. `:` is in no command's ID."""
+    return f"seq:{stream_seq}:{hashlib.sha256(data).hexdigest()[:12]}"
 
 
 def reserved_for(command: Command) -> int:
@@ -123,14 +159,19 @@ def decide(
             return Decision(Verdict.JOINED)  # this very message: its reply goes out anyway
         if reply is not None:
             return Decision(Verdict.REPLAY, reply=codec.mark_replayed(reply))
-        if command.reply_to is not None:
-            join(tx, command.id, row.stream_seq, command.reply_to)
+        if command.reply_to is not None and not join(
+            tx, command.id, row.stream_seq, command.reply_to
+        ):
+            return Decision(Verdict.JOINERS_FULL)
         return Decision(Verdict.JOINED)
-    reserved = reserved_for(command)
-    if _unfinished(tx, row.lane) >= limits.lane_depth + reserved:
-        return Decision(Verdict.LANE_FULL)
-    if _unfinished(tx) >= limits.host_depth + reserved:
-        return Decision(Verdict.HOST_FULL)
+    full = limits.full(
+        _unfinished(tx, "lane = ?", str(row.lane)),
+        _unfinished(tx, *lanes_of_tenant(row.lane.tenant_id)),
+        _unfinished(tx, "1"),
+        reserved=reserved_for(command),
+    )
+    if full is not None:
+        return Decision(full)
     insert(tx, row, subject, request)
     return Decision(Verdict.NEW, row)
 
@@ -144,9 +185,9 @@ def refuse(tx: Transaction, source: EventSource, refusal: Refusal) -> None:
     digest = hashlib.sha256(refusal.data).digest()
     request = None if refusal.request is None else codec.encode_request(refusal.request)
     identity = (request, None) if request is not None else (None, digest)
-    answer, first = refusal.reply, True
+    answer, first = refusal.direct, True
     stored = tx.execute(
-        "SELECT request, digest, stream_seq, reply FROM command WHERE id = ?", (refusal.id,)
+        "SELECT request, digest, stream_seq, reply FROM command WHERE id = ?", (refusal.key,)
     ).fetchone()
     if stored is not None:
         first = False
@@ -161,7 +202,7 @@ def refuse(tx: Transaction, source: EventSource, refusal: Refusal) -> None:
     else:
         _insert_refused(tx, refusal, identity)
         subject = source.subjects.reply(refusal.lane)
-        source.queue(tx, "reply", subject, refusal.reply, msg_id=refusal.id)
+        source.queue(tx, "reply", subject, refusal.reply, msg_id=refusal.key)
     if refusal.reply_to is not None:
         source.queue(tx, "direct", refusal.reply_to, answer)
     if refusal.dead is not None:
@@ -170,15 +211,26 @@ def refuse(tx: Transaction, source: EventSource, refusal: Refusal) -> None:
             "dead",
             source.subjects.dead(refusal.lane),
             refusal.data,
-            msg_id=refusal.id if first else f"{refusal.id}:{refusal.stream_seq}",
+            msg_id=refusal.key if first else f"{refusal.key}:{refusal.stream_seq}",
             headers={"Hostd-Sha256": digest.hex(), "Hostd-Reason": refusal.dead},
         )
 
 
-def join(tx: Transaction, command_id: str, stream_seq: int, reply_to: str) -> None:
-    """Answer a copy of an unfinished command on its own `reply_to` when the command ends."""
+def join(tx: Transaction, command_id: str, stream_seq: int, reply_to: str) -> bool:
+    """Answer a copy of an unfinished command on its own `reply_to` when the command ends.
+
+    False if `JOINERS_MAX` others wait for that already.
+    """
     values = (command_id, stream_seq, reply_to)
-    tx.execute("INSERT OR IGNORE INTO joiner VALUES (?, ?, ?)", values)
+    tx.execute(
+        "INSERT OR IGNORE INTO joiner SELECT ?, ?, ? WHERE "
+        "(SELECT count(*) FROM joiner WHERE command_id = ?) < ?",
+        (*values, command_id, JOINERS_MAX),
+    )
+    joined = tx.execute(
+        "SELECT 1 FROM joiner WHERE command_id = ? AND stream_seq = ?", (command_id, stream_seq)
+    )
+    return joined.fetchone() is not None
 
 
 def answer_joiners(tx: Transaction, source: EventSource, command_id: str, reply: bytes) -> None:
@@ -198,17 +250,22 @@ def _insert_refused(
     tx: Transaction, refusal: Refusal, identity: tuple[bytes | None, bytes | None]
 ) -> None:
     values = (
-        refusal.id, str(refusal.lane), refusal.subject, refusal.stream_seq,
+        refusal.key, str(refusal.lane), refusal.subject, refusal.stream_seq,
         "" if refusal.request is None else refusal.request.kind, *identity, refusal.form.value,
         refusal.received_at_ms, refusal.code.value, refusal.reply, refusal.finished_at_ms,
     )  # fmt: skip
     tx.execute(INSERT_REFUSED, values)
 
 
-def _unfinished(tx: Transaction, lane: Lane | None = None) -> int:
-    where = "finished_at_ms IS NULL" + ("" if lane is None else " AND lane = ?")
+def lanes_of_tenant(tenant_id: str | None) -> tuple[str, str, str, str]:
+    """A condition on `lane` and its parameters: `/` follows `.`, and no ID has either."""
+    where = "(lane = ? OR lane > ? AND lane < ?)"
+    return where, f"network.{tenant_id}", f"instance.{tenant_id}.", f"instance.{tenant_id}/"
+
+
+def _unfinished(tx: Transaction, where: str, *values: str) -> int:
     row = tx.execute(
-        f"SELECT count(*) FROM command WHERE {where}",  # noqa: S608 - constants
-        () if lane is None else (str(lane),),
+        f"SELECT count(*) FROM command WHERE finished_at_ms IS NULL AND {where}",  # noqa: S608
+        values,
     ).fetchone()
     return int(row[0])

@@ -7,7 +7,9 @@ for the admission (`Steps`), and so does the acknowledgement.
 """
 
 import sqlite3
-from collections.abc import Generator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -17,14 +19,24 @@ from schemas.envelopes import Command, EventKind, Reply
 from schemas.records import InstanceRecord, Tombstone
 from schemas.requests import Error
 from schemas.subjects import Lane
-from worker.journal import admission
-from worker.journal.admission import Decision, Limits, Refusal, Verdict, reserved_for
+from worker.journal import admission, schema
+from worker.journal.admission import (
+    Decision,
+    Limits,
+    Refusal,
+    Verdict,
+    lanes_of_tenant,
+    reserved_for,
+)
 from worker.journal.memory import CommandRow, Mirror
 from worker.journal.records import Change, JournalRecords
 from worker.journal.store import Store
 from worker.journal.transaction import EventDraft, Transaction
 
+RETENTION: Final = "retention_ms"
 RETENTION_MS: Final = 24 * 3_600_000
+FINISHED_MAX: Final = 200_000  # finished commands that are kept; then the largest tenant's go early
+REFUSED_MAX: Final = 10_000  # of them those that never ran
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +51,19 @@ class JournalCommands:
     """Admission, refusals, attempts, outcomes; `limits` are those of unfinished commands."""
 
     def __init__(
-        self, store: Store, records: JournalRecords, *, lane_depth: int, host_depth: int
+        self,
+        store: Store,
+        records: JournalRecords,
+        limits: Limits,
+        *,
+        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.limits = Limits(lane_depth, host_depth)
+        self.limits = limits
         self._store = store
         self._records = records
+        self._monotonic_s = monotonic_s
+        known_ms = int(store.meta(RETENTION) or store.now_ms())
+        self._retention = known_ms, monotonic_s()  # and as of which monotonic time
         self._undecided: set[str] = set()  # IDs that are being looked up in the file
         store.on_reload(self._reloaded)
 
@@ -106,11 +126,14 @@ class JournalCommands:
         )
 
     def _has_room(self, row: CommandRow) -> bool:
-        mirror, reserved = self._store.mirror, reserved_for(row.command)
-        return (
-            mirror.lanes.get(row.lane, 0) < self.limits.lane_depth + reserved
-            and len(mirror.commands) < self.limits.host_depth + reserved
+        mirror = self._store.mirror
+        full = self.limits.full(
+            mirror.lanes.get(row.lane, 0),
+            mirror.tenants.get(row.lane.tenant_id, 0),
+            len(mirror.commands),
+            reserved=reserved_for(row.command),
         )
+        return full is None
 
     def _is_stored(self, command_id: str) -> bool:
         """One read of an index whose pages are in memory: some ten microseconds, on the loop."""
@@ -122,7 +145,7 @@ class JournalCommands:
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer a message without running it, durably; the outcome is final for its ID."""
-        with self._deciding(refusal.id):
+        with self._deciding(refusal.key):
             await self._store.writer.submit(
                 lambda tx: admission.refuse(tx, self._store.source, refusal), durable=True
             )
@@ -253,18 +276,75 @@ class JournalCommands:
         )
         return None if stored is None else CommandState("done", stored[0])
 
-    async def prune(self, *, keep_ms: int = RETENTION_MS, limit: int = 500) -> int:
-        """Delete up to `limit` commands that ended `keep_ms` ago or earlier; returns how many."""
-        before_ms = self._store.now_ms() - keep_ms
+    def _retention_ms(self) -> int:
+        """The time by which IDs are forgotten: the wall clock, but never in a jump.
+
+        It advances at most twice as fast as the monotonic clock, from where the last worker left
+        it: a wall clock that is days ahead forgets nothing early, and the time in which no worker
+        ran is caught up.
+        """
+        last_ms, at_s = self._retention
+        now_s = self._monotonic_s()
+        now_ms = min(self._store.now_ms(), last_ms + int(2000 * (now_s - at_s)))
+        self._retention = now_ms, now_s
+        return now_ms
+
+    async def prune(
+        self,
+        *,
+        keep_ms: int = RETENTION_MS,
+        limit: int = 500,
+        finished_max: int = FINISHED_MAX,
+        refused_max: int = REFUSED_MAX,
+    ) -> int:
+        """Delete up to `limit` commands that ended `keep_ms` ago or earlier; returns how many.
+
+        Earlier go the oldest of those that never ran beyond `refused_max`, and beyond
+        `finished_max` the oldest of the tenant that has most.
+        """
+        now_ms = self._retention_ms()
+        before_ms = now_ms - keep_ms
 
         def do(tx: Transaction) -> int:
-            return tx.execute(
+            schema.write_meta(tx.connection, RETENTION, str(now_ms))
+            old = tx.execute(
                 "DELETE FROM command WHERE n IN (SELECT n FROM command "
                 "WHERE finished_at_ms <= ? ORDER BY finished_at_ms LIMIT ?)",
                 (before_ms, limit),
             ).rowcount
+            return (
+                old
+                + _prune_refused(tx, refused_max, limit)
+                + _prune_largest(tx, finished_max, limit)
+            )
 
         return await self._store.writer.submit(do)
+
+
+def _prune_refused(tx: Transaction, keep: int, limit: int) -> int:
+    return tx.execute(
+        "DELETE FROM command WHERE n IN (SELECT n FROM command WHERE attempts = 0 AND "
+        "finished_at_ms IS NOT NULL ORDER BY n DESC LIMIT ? OFFSET ?)",
+        (limit, keep),
+    ).rowcount
+
+
+def _prune_largest(tx: Transaction, keep: int, limit: int) -> int:
+    """So that one tenant's commands do not shorten how long another's are known."""
+    finished = "FROM command WHERE finished_at_ms IS NOT NULL"
+    (count,) = tx.execute(f"SELECT count(*) {finished}").fetchone()
+    if count <= keep:
+        return 0
+    tenants: Counter[str | None] = Counter()
+    for lane, rows in tx.execute(f"SELECT lane, count(*) {finished} GROUP BY lane"):
+        tenants[Lane.parse(lane).tenant_id] += rows
+    (largest, _), *_ = tenants.most_common(1)
+    where, *values = lanes_of_tenant(largest) if largest is not None else ("lane = ?", "host")
+    return tx.execute(
+        f"DELETE FROM command WHERE n IN (SELECT n {finished} AND {where} "  # noqa: S608 - constants
+        "ORDER BY finished_at_ms LIMIT ?)",
+        (*values, min(limit, count - keep)),
+    ).rowcount
 
 
 def _command_event(row: CommandRow, reply: Reply) -> EventDraft:

@@ -5,11 +5,13 @@ step log, `records` has instances and networks, `outbox` what waits to be sent. 
 and its one writer thread (`writer.py` says how commits work).
 """
 
+import time
 from collections.abc import Callable
 from typing import Self
 
 from handlers.clock import now_ms
 from schemas.subjects import Subjects
+from worker.journal.admission import Limits
 from worker.journal.commands import JournalCommands
 from worker.journal.outbox import JournalOutbox
 from worker.journal.records import JournalRecords
@@ -25,14 +27,14 @@ class Journal:
         JournalFault: from every async method of a part; the change was not committed.
     """
 
-    def __init__(self, store: Store, *, lane_depth: int, host_depth: int) -> None:
+    def __init__(
+        self, store: Store, limits: Limits, *, monotonic_s: Callable[[], float] = time.monotonic
+    ) -> None:
         self.store = store
         self.steps = JournalSteps(store)
         self.records = JournalRecords(store)
         self.outbox = JournalOutbox(store)
-        self.commands = JournalCommands(
-            store, self.records, lane_depth=lane_depth, host_depth=host_depth
-        )
+        self.commands = JournalCommands(store, self.records, limits, monotonic_s=monotonic_s)
 
     @classmethod
     async def open(
@@ -42,10 +44,12 @@ class Journal:
         subjects: Subjects,
         boot_id: str,
         lane_depth: int = 100,
+        tenant_depth: int = 1000,
         host_depth: int = 5000,
         observe_commit: Callable[[float], None] = lambda seconds: None,
         relieve: Relieve = keep_space,
         clock_ms: Callable[[], int] = now_ms,
+        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> Self:
         """Open the file, or make it. Raises as `Store.open` does."""
         store = await Store.open(
@@ -56,7 +60,7 @@ class Journal:
             relieve=relieve,
             clock_ms=clock_ms,
         )
-        return cls(store, lane_depth=lane_depth, host_depth=host_depth)
+        return cls(store, Limits(lane_depth, tenant_depth, host_depth), monotonic_s=monotonic_s)
 
     async def close(self) -> None:
         """Commit what was submitted and close the file."""

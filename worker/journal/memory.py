@@ -12,7 +12,6 @@ import structlog
 
 from handlers.mechanism import StepRow
 from schemas import codec
-from schemas.decode_error import DecodeError
 from schemas.envelopes import Command, Form
 from schemas.records import InstanceRecord, NetworkRecord, Tombstone
 from schemas.requests import InstanceRef
@@ -104,10 +103,13 @@ class Mirror:
     states: dict[str, StateRow] = field(default_factory=dict[str, StateRow])
     meta: dict[str, str] = field(default_factory=dict[str, str])
     lanes: dict[Lane, int] = field(default_factory=dict[Lane, int])
+    tenants: dict[str | None, int] = field(default_factory=dict[str | None, int])
 
     def add_command(self, row: CommandRow) -> None:
         if row.id not in self.commands:
             self.lanes[row.lane] = self.lanes.get(row.lane, 0) + 1
+            tenant_id = row.lane.tenant_id
+            self.tenants[tenant_id] = self.tenants.get(tenant_id, 0) + 1
         self.commands[row.id] = row
 
     def drop_command(self, command_id: str) -> None:
@@ -117,6 +119,10 @@ class Mirror:
         self.lanes[row.lane] -= 1
         if not self.lanes[row.lane]:
             del self.lanes[row.lane]
+        tenant_id = row.lane.tenant_id
+        self.tenants[tenant_id] -= 1
+        if not self.tenants[tenant_id]:
+            del self.tenants[tenant_id]
 
     @property
     def unsent(self) -> int:
@@ -168,8 +174,9 @@ def _skipping_bad_row(table: str, row: object) -> Generator[None]:
     """Log a row that does not decode, and continue with the next."""
     try:
         yield
-    except (DecodeError, msgspec.DecodeError, ValueError) as error:
-        log.error("journal.row_skipped", table=table, row=row, error=str(error))  # noqa: TRY400
+    except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+        # Whatever its columns hold: one row must not keep the worker from starting.
+        log.error("journal.row_skipped", table=table, row=row, error=repr(error))  # noqa: TRY400
 
 
 def read_out(connection: sqlite3.Connection, kind: str, *, after: int) -> list[OutRow]:

@@ -110,6 +110,15 @@ CREATE INDEX state_dirty ON state (key) WHERE dirty;
 """
 
 
+# Made when they are missing: an older hostd wrote the file, and reads it with them as without.
+INDEXES: Final = """
+CREATE INDEX IF NOT EXISTS command_never_ran ON command (n)
+    WHERE attempts = 0 AND finished_at_ms IS NOT NULL;
+CREATE INDEX IF NOT EXISTS command_finished_lane ON command (lane, finished_at_ms)
+    WHERE finished_at_ms IS NOT NULL;
+"""
+
+
 def open_file(path: str) -> sqlite3.Connection:
     """Open the journal; create it if it does not exist.
 
@@ -157,8 +166,10 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
     connection.execute("PRAGMA foreign_keys=OFF")
     connection.execute("PRAGMA temp_store=MEMORY")
     connection.execute("PRAGMA cache_size=-4096")
-    if not version:
-        connection.executescript(f"BEGIN IMMEDIATE; {TABLES}")
+    if version:
+        connection.executescript(INDEXES)
+    else:
+        connection.executescript(f"BEGIN IMMEDIATE; {TABLES} {INDEXES}")
         write_meta(connection, "journal_id", str(uuid.uuid4()))
         write_meta(connection, "seq", "0")
         connection.execute(f"PRAGMA application_id={APPLICATION_ID}")

@@ -15,12 +15,19 @@ from msgspec.structs import replace
 from handlers.errors import Failure, HostFault
 from handlers.interfaces import Host
 from handlers.specs import LaunchSpec
+from schemas.decode_error import quoted
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status, VmmIdentity
 from schemas.requests import InstanceRef
 from worker.journal.journal import Journal
+from worker.logs import facts_of
 
 log = structlog.get_logger()
+
+
+def note_failed_item(item: str, error: Exception) -> None:
+    """Log what could not be recovered: an expected error in one line, a bug with its traceback."""
+    log.warning("recovery.item_failed", item=item, **facts_of(error))
 
 
 class JailMetadata(Protocol):
@@ -53,17 +60,34 @@ class Adoption:
         self._jails = jails
         self.adopted = 0
         self.quarantined = 0
+        self.failed = 0
 
     async def run(self) -> None:
-        """Adopt, quarantine or report each live VMM in a jail that no record names."""
+        """Adopt, quarantine or report each live VMM in a jail that no record names.
+
+        A jail that cannot be read, or a name that is no jail, is reported and the next one follows.
+        """
         recorded = {record.jail_id for record in self._journal.records.instances()}
-        for jail_id in await asyncio.to_thread(self._jails.list_ids):
+        try:
+            jail_ids = await asyncio.to_thread(self._jails.list_ids)
+        except OSError as error:
+            self.failed += 1
+            note_failed_item("the directory of all jails", error)
+            return
+        for jail_id in jail_ids:
             if jail_id in recorded:
                 continue
-            identity = await self._host.vmms.find(jail_id)
-            if identity is not None:
-                metadata = await asyncio.to_thread(self._jails.read_metadata, jail_id)
-                await self._decide(jail_id, metadata, identity)
+            try:
+                await self._look_at(jail_id)
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+                self.failed += 1
+                note_failed_item(f"jail {quoted(jail_id)}", error)
+
+    async def _look_at(self, jail_id: str) -> None:
+        identity = await self._host.vmms.find(jail_id)
+        if identity is not None:
+            metadata = await asyncio.to_thread(self._jails.read_metadata, jail_id)
+            await self._decide(jail_id, metadata, identity)
 
     async def _decide(
         self, jail_id: str, metadata: JailMetadata | None, identity: VmmIdentity

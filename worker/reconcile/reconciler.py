@@ -28,6 +28,7 @@ from schemas.requests import InstanceRef
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.lanes import Lanes, MaintenanceTask
+from worker.logs import facts_of
 from worker.metrics import Metrics
 from worker.reconcile.orphans import Inventory, Resources, count_in_both, unowned
 
@@ -87,15 +88,16 @@ class Reconciler:
         self._unowned: Resources = set()
         self._warnings: set[str] = set()
         self._counted_at: float | None = None
+        self._unknown: set[tuple[str, str, str]] = set()
 
     async def run(self) -> None:
         """Until cancelled: on each change that the kernel reports, and every 30 s."""
         while True:
             try:
                 await self._follow()
-            except (Failure, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 # No reports for one interval; the next pass finds what was missed.
-                log.warning("drift_watch.failed", error=repr(error))
+                log.warning("drift_watch.failed", **facts_of(error))
                 await asyncio.sleep(PASS_EVERY_S)
 
     async def _follow(self) -> None:
@@ -118,16 +120,20 @@ class Reconciler:
             await changes.aclose()
 
     async def once(self) -> None:
-        """One pass; a failure is logged, and the next pass tries again."""
-        try:
-            await self.repair_networks()
-            await self._report_warnings()
-            await self.sweep_leftovers()
-            self._finish_stops()
-            await self._bound_logs()
-            await self._count_orphans()
-        except (Failure, OSError) as error:
-            log.warning("reconciler.pass_failed", error=repr(error))
+        """One pass; what fails is logged, the rest is done, and the next pass tries again."""
+        parts: dict[str, Callable[[], Awaitable[object]]] = {
+            "networks": self.repair_networks,
+            "warnings": self._report_warnings,
+            "leftovers": self.sweep_leftovers,
+            "stops": self._finish_stops,
+            "logs": self._bound_logs,
+            "orphans": self._count_orphans,
+        }
+        for name, part in parts.items():
+            try:
+                await part()
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+                log.warning("reconciler.pass_failed", part=name, **facts_of(error))
 
     async def repair_networks(self, net_id: int | None = None) -> None:
         """Restore every network, or one, to its desired state; a `drift` event names changes."""
@@ -136,8 +142,8 @@ class Reconciler:
                 continue
             try:
                 restored = await restore_network(record, self._host)
-            except (Failure, OSError) as error:
-                log.warning("network.repair_failed", tenant=record.tenant_id, error=repr(error))
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+                log.warning("network.repair_failed", tenant=record.tenant_id, **facts_of(error))
                 continue
             if restored.repaired or restored.lost:
                 await self._journal.records.event(
@@ -163,10 +169,13 @@ class Reconciler:
         """Remove what finished commands left behind; what stays is tried again."""
         for command_id, rows in self._journal.steps.leftovers().items():
             for row in reversed(rows):
+                if row.mechanism not in self._mechanisms:
+                    self._note_unknown(command_id, row)
+                    continue
                 try:
                     removed = await self._sweep(row)
-                except (Failure, OSError) as error:
-                    log.warning("leftover.remove_failed", step=row.mechanism, error=repr(error))
+                except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+                    log.warning("leftover.remove_failed", step=row.mechanism, **facts_of(error))
                     continue
                 if removed:
                     await self._journal.records.event(
@@ -176,6 +185,12 @@ class Reconciler:
                         command_id=command_id,
                     )
                 await self._journal.steps.forget(command_id, row.mechanism, row.key)
+
+    def _note_unknown(self, command_id: str, row: StepRow) -> None:
+        """A newer hostd wrote it, which can still remove it: kept, and logged once."""
+        if (command_id, row.mechanism, row.key) not in self._unknown:
+            self._unknown.add((command_id, row.mechanism, row.key))
+            log.warning("leftover.unknown", command_id=command_id, step=row.mechanism, key=row.key)
 
     async def _sweep(self, row: StepRow) -> bool:
         """Remove the resource of one row, unless it existed before or an instance or network of
@@ -190,7 +205,7 @@ class Reconciler:
             await mechanism.remove(row.key)
         return True
 
-    def _finish_stops(self) -> None:
+    async def _finish_stops(self) -> None:
         """Complete each Stop that failed partway, in the lane of its instance."""
         for record in self._journal.records.instances():
             if record.status is not Status.STOPPING or self._has_command(record):

@@ -13,7 +13,6 @@ from typing import TypeVar
 import structlog
 from msgspec.structs import replace
 
-from handlers.errors import Failure
 from handlers.instance.release import release
 from handlers.instance.sleep import announce_hash
 from handlers.instance.state import InstanceState, final_record
@@ -23,7 +22,7 @@ from handlers.steps import Steps
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status
 from worker.journal.journal import Journal
-from worker.reconcile.adoption import Adoption
+from worker.reconcile.adoption import Adoption, note_failed_item
 from worker.reconcile.vmm_watch import VmmWatch
 
 BOOT_ID = "boot_id"
@@ -68,6 +67,7 @@ class Recovery:
         await self._adoption.run()
         self._counts.adopted += self._adoption.adopted
         self._counts.quarantined += self._adoption.quarantined
+        self._counts.failed += self._adoption.failed
         asleep = [r for r in self._journal.records.instances() if r.status is Status.SLEEPING]
         await self._each(asleep, self._hash_memory)
         await self._journal.store.put_meta(BOOT_ID, boot_id)
@@ -87,9 +87,9 @@ class Recovery:
             try:
                 async with asyncio.timeout(INSTANCE_DEADLINE_S):
                     await one(item)
-            except (Failure, OSError, TimeoutError) as error:
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 self._counts.failed += 1
-                log.warning("recovery.item_failed", item=str(item), error=repr(error))
+                note_failed_item(str(item), error)
 
         await asyncio.gather(*(guarded(item) for item in items))
 
@@ -157,8 +157,8 @@ class Recovery:
             return  # a command that waited in the lane came first
         try:
             await self._resume_paused(record)
-        except (Failure, OSError) as error:
-            log.warning("recovery.item_failed", item=str(record.ref), error=repr(error))
+        except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+            note_failed_item(str(record.ref), error)
 
     async def _resume_paused(self, record: InstanceRecord) -> None:
         info = await self._host.snapshots.read(record.ref)

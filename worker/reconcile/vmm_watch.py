@@ -11,7 +11,7 @@ from typing import Protocol
 import structlog
 from msgspec.structs import replace
 
-from handlers.errors import Failure
+from handlers.errors import Failure, HostFault
 from handlers.instance.vmm_exit import vmm_exited
 from handlers.interfaces import Host
 from handlers.steps import Steps
@@ -20,6 +20,7 @@ from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.lanes import Lanes, MaintenanceTask, Runner, Work
+from worker.logs import facts_of
 from worker.metrics import Metrics
 
 RETRY_S = 2.0
@@ -36,7 +37,12 @@ class Exit(Protocol):
 
 class ExitWatch(Protocol):
     async def watch(self, identity: VmmIdentity) -> Exit:
-        """Return once the process has ended. Raises HostFault: it is not the VMM launched."""
+        """Return once the process has ended.
+
+        Raises:
+            HostFault: it is not the VMM launched.
+            OSError: it cannot be watched now, e.g. without a free descriptor.
+        """
         ...
 
 
@@ -88,8 +94,8 @@ class VmmWatch:
             steps = Steps(f"exit-{record.jail_id}", self._journal.steps, {})
             try:
                 handled = await vmm_exited(record.ref, record.launch, steps, self._host)
-            except (Failure, OSError) as error:
-                log.warning("vmm.cleanup_failed", instance=str(record.ref), error=repr(error))
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+                log.warning("vmm.cleanup_failed", instance=str(record.ref), **facts_of(error))
                 self._tasks[record.jail_id] = asyncio.create_task(self._retry(record, reason))
                 return
             if handled:
@@ -118,16 +124,30 @@ class VmmWatch:
         self.exited(record, reason)
 
     async def _until_exit(self, record: InstanceRecord) -> None:
-        if record.vmm is None:
-            return
+        """Whatever fails, the VMM is watched again: nothing else would see its exit."""
+        while record.vmm is not None:
+            try:
+                end = await self._exits.watch(record.vmm)
+            except HostFault as failure:
+                # A live process that is not the VMM launched: it is not killed.
+                log.error("vmm.quarantined", instance=str(record.ref), reason=failure.message)  # noqa: TRY400
+                if await self._quarantined(record, failure.message):
+                    return
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+                log.warning("vmm.watch_failed", instance=str(record.ref), **facts_of(error))
+            else:
+                self.exited(record, end.reason)
+                return
+            await self._sleep(RETRY_S)
+
+    async def _quarantined(self, record: InstanceRecord, reason: str) -> bool:
+        """False if the journal cannot commit it now."""
         try:
-            end = await self._exits.watch(record.vmm)
+            await self._quarantine(record, reason)
         except Failure as failure:
-            # A live process that is not the VMM launched: it is not killed.
-            log.error("vmm.quarantined", instance=str(record.ref), reason=failure.message)  # noqa: TRY400
-            await self._quarantine(record, failure.message)
-        else:
-            self.exited(record, end.reason)
+            log.warning("vmm.watch_failed", instance=str(record.ref), **facts_of(failure))
+            return False
+        return True
 
     async def _quarantine(self, record: InstanceRecord, reason: str) -> None:
         now = self._journal.records.instance(record.ref)

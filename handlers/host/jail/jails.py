@@ -80,6 +80,9 @@ class Jails:
         """Remove the jail; its VMM must be gone. Keeps the log; the data disk is root's again."""
         await run_in_thread(self._remove, key)
 
+    async def launches(self, ref: InstanceRef) -> list[int]:
+        return await run_in_thread(self._logs.launches, ref)
+
     async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
         return await run_in_thread(self._logs.read, ref, launch)
 

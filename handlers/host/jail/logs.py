@@ -7,6 +7,7 @@ whatever offset the VMM writes. While the worker is down nothing bounds them.
 
 import contextlib
 import os
+import re
 
 from handlers.host.jail.layout import JailLayout, JailMetadata, launch_of
 from handlers.host.linux.file_id import FileId
@@ -17,6 +18,7 @@ from schemas import naming
 from schemas.requests import InstanceRef
 
 KEPT_LAUNCHES = 3
+KEPT_NAME = re.compile(r"([0-9]{1,18})\.(log|serial)")
 BLOCK = 4096
 
 
@@ -62,8 +64,7 @@ class JailLogs:
 
     def read(self, ref: InstanceRef, launch: int | None) -> bytes:
         """The VMM's log of a launch, or of the last launch with a log; empty if there is none."""
-        live = [launch_of(each) for each in self._layout.ids_of(ref)]
-        launches = sorted({*live, *self._kept(ref)}, reverse=True) if launch is None else [launch]
+        launches = self.launches(ref) if launch is None else [launch]
         for each in launches:
             jail_id = naming.jail_id(ref, each)
             metadata = self._layout.read_metadata(jail_id)
@@ -78,12 +79,17 @@ class JailLogs:
                 return data
         return b""
 
+    def launches(self, ref: InstanceRef) -> list[int]:
+        """Launches with a jail or a kept log, the newest first."""
+        live = [launch_of(each) for each in self._layout.ids_of(ref)]
+        return sorted({*live, *self._kept(ref)}, reverse=True)
+
     def _kept(self, ref: InstanceRef) -> list[int]:
         try:
             names = os.listdir(f"{self._base}/{ref}")
         except FileNotFoundError:
             return []
-        launches = {int(name.partition(".")[0]) for name in names if name[0].isdigit()}
+        launches = {int(found[1]) for name in names if (found := KEPT_NAME.fullmatch(name))}
         return sorted(launches, reverse=True)
 
     def _read_live(self, jail_id: str, metadata: JailMetadata, name: str) -> bytes:

@@ -48,12 +48,12 @@ def read_sealed(path: str, kind: type[T]) -> T | None:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         sealed = msgspec.json.decode(data, type=Sealed)
         if hashlib.sha256(sealed.facts).hexdigest() == sealed.sha256:
             return msgspec.json.decode(sealed.facts, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise HostFault(f"{path} is damaged: not a checksummed JSON object", path=path) from error
     raise HostFault(f"{path} is damaged: the checksum of its facts does not match", path=path)

@@ -18,5 +18,5 @@ class FileId(msgspec.Struct, frozen=True):
         """The file that a path or magic link of /proc resolves to; None if there is none."""
         try:
             return cls.of(os.stat(path))
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
             return None

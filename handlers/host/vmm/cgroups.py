@@ -23,6 +23,7 @@ from handlers.interfaces import CPU_PERIOD_US
 from handlers.mechanism import Durability
 from handlers.specs import CgroupSpec
 from schemas import naming
+from schemas.requests import InstanceRef
 from schemas.settings import Settings
 
 CONTROLLERS = ("cpu", "memory", "pids")
@@ -78,6 +79,19 @@ class CgroupTree:
             name = self.name(tenant, jail_id)
             if os.path.isdir(self.path(name)):
                 yield name
+
+    def launches(self, ref: InstanceRef) -> list[int]:
+        """Launch numbers of an instance that have a leaf in its tenant's cgroup."""
+        try:
+            names = os.listdir(self.path(f"{self.base}/{ref.tenant_id}"))
+        except FileNotFoundError:
+            return []
+        prefix = naming.jail_id_prefix(ref)
+        return [
+            int(name.removeprefix(prefix))
+            for name in names
+            if name.startswith(prefix) and naming.JAIL_ID_PATTERN.fullmatch(name)
+        ]
 
     def pids(self, name: str) -> list[int]:
         """Live processes in a cgroup; empty if it does not exist.

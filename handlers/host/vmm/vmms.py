@@ -28,6 +28,7 @@ from handlers.jail_names import API_SOCKET, FIRECRACKER, LOG, PID_FILE
 from handlers.mechanism import Durability
 from handlers.specs import LaunchSpec
 from schemas.records import VmmIdentity
+from schemas.requests import InstanceRef
 from schemas.settings import Settings
 
 LOG_TAIL_BYTES = 4096
@@ -113,6 +114,9 @@ class Vmms:
             ) from error
 
     # -- reading and signals -------------------------------------------------------------------
+
+    async def launches(self, ref: InstanceRef) -> list[int]:
+        return await asyncio.to_thread(self._tree.launches, ref)
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         self._layout.root(jail_id)
@@ -203,7 +207,7 @@ class Vmms:
         if not pids:
             raise HostFault(f"VMM of jail {spec.jail_id} exited during startup")
         written = read_tail(root, PID_FILE, 16)
-        if not written.isdigit() or int(written) not in pids:
+        if not (written.isascii() and written.isdigit()) or int(written) not in pids:
             return None
         try:
             with connect(root, API_SOCKET) as api:

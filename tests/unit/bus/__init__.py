@@ -1,1 +1,1 @@
-"""Unit tests of worker/bus."""
+"""Unit tests of the lease and of what the bus reports, without a server."""

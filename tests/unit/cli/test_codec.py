@@ -155,7 +155,8 @@ def test_lines_of_encode_are_those_of_decode() -> None:
         ),
         ('{"v":1,"id":"a","request":"Reboot"}', "unsupported", "$.request"),
         ('{"v":1,"id":"a","request":{"Ping":{}}}', "invalid", "$.request.Ping"),
-        ('{"v":1,"id":"a","request":"Ping","k":99999999999999999999999}', None, None),
+        ('{"v":1,"id":"a","request":"Ping","k":18446744073709551615}', None, None),
+        ('{"v":1,"id":"a","request":"Ping","k":18446744073709551616}', "invalid", "$.k"),
         ('{"v":1,"id":"a","request":"Ping","k":[[[[[[[[[]]]]]]]]]}', "invalid", "$.k" + "[0]" * 7),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from handlers.clock import now_ms
 from handlers.errors import HostFault, Invalid, Unavailable
 from handlers.registry import HANDLERS
-from schemas import codec
+from schemas import codec, naming
 from schemas.codes import Code
 from schemas.envelopes import Reply
 from schemas.files import InstanceResources, PoolSpec, TenantConfig
@@ -673,6 +673,37 @@ async def test_a_wake_is_new_in_pid_and_launch_and_keeps_its_place(tmp_path: Pat
         assert second.launch == first.launch + 1
         assert machine.guests[second.jail_id].counter == 41
         assert (second.offset, second.net) == (first.offset, first.net)
+
+
+async def test_launch_numbers_go_on_after_those_that_the_host_has_a_trace_of(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    machine.resources["jail", naming.jail_id(REF, 7)] = None
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+
+        reply = await worker.run(START)
+
+        assert (reply.code, reply.detail["launch"]) == (Code.OK, 8)
+
+
+async def test_a_start_never_touches_a_live_vmm_that_the_journal_does_not_know(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "lost", machine) as worker:
+        await prepare(worker, "StopInstance")
+        jail_id = worker.record().jail_id
+    before = dict(machine.resources)
+    async with memory_worker(tmp_path / "new", machine) as worker:
+        await worker.run(UP)
+
+        reply = await worker.run(START)
+
+        assert (reply.code, reply.detail["jail"]) == (Code.CONFLICT, jail_id)
+        assert machine.resources == before
+        assert machine.guests[jail_id].state == "Running"
 
 
 async def failed_once(machine: FakeHost, effect: str) -> None:

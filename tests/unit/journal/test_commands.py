@@ -139,7 +139,8 @@ async def test_result_returns_the_state_of_a_command(tmp_path: Path) -> None:
 
 async def test_finished_commands_are_kept_a_day_and_pruned_in_batches(tmp_path: Path) -> None:
     now = 0
-    async with opened(tmp_path, clock_ms=lambda: now) as journal:
+    clocks = {"clock_ms": lambda: now, "monotonic_s": lambda: now / 1000}
+    async with opened(tmp_path, **clocks) as journal:
         for n in range(5):
             await accept(journal, command(start(), f"c{n}"))
             await finish(journal, ok(f"c{n}", finished_at_ms=n))

@@ -6,6 +6,7 @@ import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from schemas import codec
 from schemas.codes import Code
 from schemas.envelopes import Command, Event, EventKind, Form, Reply, StepTaken
 from schemas.naming import COMMAND_ID_PATTERN, ID_PATTERN
@@ -37,6 +38,7 @@ BOUNDED = settings(
 ids = st.from_regex(ID_PATTERN, fullmatch=True)
 command_ids = st.from_regex(COMMAND_ID_PATTERN, fullmatch=True)
 u64 = st.integers(0, 2**64 - 1)
+times = st.integers(0, codec.TIME_MAX_MS)
 text = st.text(max_size=40)
 workspaces = st.none() | text
 nets = st.builds(
@@ -79,8 +81,8 @@ def commands(draw: st.DrawFn) -> Command:
         id=draw(command_ids),
         request=request,
         form=Form.NAMED if units else draw(st.sampled_from(Form)),
-        issued_at_ms=draw(st.none() | u64),
-        deadline_ms=draw(st.none() | u64),
+        issued_at_ms=draw(st.none() | times),
+        deadline_ms=draw(st.none() | times),
         reply_to=draw(workspaces),
         issuer=draw(workspaces),
         traceparent=draw(workspaces),
@@ -100,8 +102,8 @@ replies = st.builds(
     status=workspaces,
     attempts=st.integers(0, 2**32 - 1),
     replayed=st.booleans(),
-    received_at_ms=u64,
-    finished_at_ms=u64,
+    received_at_ms=times,
+    finished_at_ms=times,
     steps=st.lists(st.builds(StepTaken, text, u64, text), max_size=4).map(tuple),
     left_behind=st.lists(text, max_size=3).map(tuple),
     supported=st.lists(text, max_size=3).map(tuple),

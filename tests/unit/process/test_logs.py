@@ -13,7 +13,7 @@ from handlers.errors import Unavailable
 from worker import logs
 
 Lines = pytest.CaptureFixture[str]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LEVELS = ("debug", "info", "warning", "error", "exception")
 
 

@@ -1,0 +1,1 @@
+"""Unit tests of the worker process: its log, descriptors and signals."""
