@@ -77,7 +77,9 @@ class LiveHost:
         self.directory = tempfile.mkdtemp(prefix="hostd-live-", dir="/var/tmp")
         own_directory(self.directory)
         self.guest = guest
-        self.nats = EmbeddedNats(f"{self.directory}/nats")
+        # A production host connects only with a credential.
+        users = "authorization { user: live, password: host }" if production else ""
+        self.nats = EmbeddedNats(f"{self.directory}/nats", config=users)
         self.boot_args = boot_args
         self.production = production
         self.limits = limits
@@ -90,9 +92,10 @@ class LiveHost:
     def _settings(self) -> Settings:
         controllers = Path(find_mount(), "cgroup.controllers").read_text(encoding="ascii")
         unique = f"{os.getpid()}-{os.path.basename(self.directory)[-8:].lower()}"
+        user = "live:host@" if self.production else ""
         return Settings(
             host=HostSettings(id=f"test-{os.getpid()}", cell="test", production=self.production),
-            nats=NatsSettings(url=self.nats.url),
+            nats=NatsSettings(url=f"nats://{user}127.0.0.1:{self.nats.port}"),
             paths=PathSettings(
                 data=f"{self.directory}/disk/mvm",
                 state=f"{self.directory}/disk/state",
@@ -121,10 +124,14 @@ class LiveHost:
     # -- worker --------------------------------------------------------------------------------
 
     async def start_worker(
-        self, *, ready: bool = True, environment: Mapping[str, str] | None = None
+        self, *, ready: bool = True, environment: Mapping[str, str | None] | None = None
     ) -> None:
-        """Start it; with `ready` wait until it takes commands. Its log is `worker.log`."""
-        variables = os.environ | environment_of(self.settings) | dict(environment or {})
+        """Start it; with `ready` wait until it takes commands. Its log is `worker.log`.
+
+        A variable of `environment` that is None is not set.
+        """
+        wanted = os.environ | environment_of(self.settings) | dict(environment or {})
+        variables = {name: value for name, value in wanted.items() if value is not None}
         with open(f"{self.directory}/worker.log", "ab") as log:
             self.worker = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "worker", stdout=log, stderr=log, env=variables

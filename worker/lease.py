@@ -1,14 +1,19 @@
 """The lease of a host ID: the host's key in the state bucket, renewed while the worker runs.
 
-Readers rely on `lease_until_ms`. A valid lease of another machine stops the start; losing the
-lease later stops no VM, only the writing of state (`state_writer.py`), until it is held again.
+Readers rely on `lease_until_ms`. A valid lease of another host stops the start; losing the lease
+later stops no VM, only the writing of state (`state_writer.py`), until it is held again.
+
+A cloned disk has the same machine ID, host ID and journal. So the lease carries also what a clone
+does not share: boot ID, product UUID and MAC addresses, and an ID of this worker's own: once it had
+the lease, a valid value with another one was written by another worker.
 """
 
 import asyncio
 import contextlib
 import random
+import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import cast
 
 import structlog
@@ -18,20 +23,52 @@ from schemas import unpack
 from schemas.decode_error import DecodeError
 from worker.bus.protocol import Bus, BusError, StateConflict
 
+# Of a value, what tells an operator which host wrote it.
+SHOWN = ("hostname", "macs", "product_uuid", "machine_id", "boot_id", "journal_id")
+
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 
 class LeaseHeld(Exception):
-    """Another machine uses this host ID now: change the `[host] id` of one of them."""
+    """Another host uses this host ID now: change the `[host] id` of one of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Identity of this worker."""
+    """Identity of this worker and its host; empty is what the host does not have."""
 
     machine_id: str
     boot_id: str
     journal_id: str
+    product_uuid: str = ""
+    macs: tuple[str, ...] = ()
+    hostname: str = ""
+    worker_id: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    def wrote(self, value: Mapping[str, object]) -> bool:
+        """Whether a value is this very worker's."""
+        return value.get("worker_id") == self.worker_id
+
+    def differs_in(self, value: Mapping[str, object]) -> str:
+        """What shows that a value is of another host than this worker's; empty if nothing does.
+
+        A value of an older version has fewer facts. In the same boot, no other host wrote it; after
+        a reboot, the journal and the hardware are still this host's.
+        """
+        if value.get("machine_id") != self.machine_id:
+            return "machine_id"
+        if value.get("boot_id") == self.boot_id:
+            return ""
+        if value.get("journal_id") != self.journal_id:
+            return "journal_id"
+        there = value.get("product_uuid")
+        if there and self.product_uuid and there != self.product_uuid:
+            return "product_uuid"
+        macs = value.get("macs")
+        if isinstance(macs, list) and macs and self.macs:
+            shared = set(self.macs).intersection(str(mac) for mac in cast("list[object]", macs))
+            return "" if shared else "macs"
+        return ""
 
 
 class Lease:
@@ -65,6 +102,7 @@ class Lease:
         self._held = asyncio.Event()
         self._renewal = asyncio.Event()
         self._logged = ""
+        self._had = False
         self.generation = 0
 
     @property
@@ -88,7 +126,7 @@ class Lease:
         """Take the lease; waits until the bus answers.
 
         Raises:
-            LeaseHeld: another machine has a valid lease.
+            LeaseHeld: another host has a valid lease.
         """
         while True:
             try:
@@ -149,6 +187,7 @@ class Lease:
         self._renewal = asyncio.Event()
         self._logged = ""
         self._held.set()
+        self._had = True
 
     async def _revision_to_take(self) -> int:
         """The revision to write upon, if the key is absent, expired, or this machine's."""
@@ -160,16 +199,28 @@ class Lease:
             value = unpack.unpack_map(data)
         except DecodeError:
             return revision
-        machine_id, until_ms = value.get("machine_id"), value.get("lease_until_ms")
-        valid = isinstance(until_ms, int) and until_ms > self._clock()
-        if valid and machine_id != self._holder.machine_id:
-            seconds = (cast("int", until_ms) - self._clock()) / 1000
-            raise LeaseHeld(
-                f"{self.key}: machine {machine_id!a} has the lease of this host ID for another"
-                f" {seconds:.0f} s; this machine is {self._holder.machine_id!r}. Change the [host]"
-                " id of one of them, or stop the other worker and wait"
-            )
+        until_ms = value.get("lease_until_ms")
+        if not isinstance(until_ms, int) or until_ms <= self._clock():
+            return revision
+        if self._had:
+            other = "" if self._holder.wrote(value) else "worker_id"
+        else:
+            other = self._holder.differs_in(value)
+        if other:
+            raise LeaseHeld(self._held_by(value, other, (until_ms - self._clock()) / 1000))
         return revision
+
+    def _held_by(self, value: Mapping[str, object], differs: str, left_s: float) -> str:
+        mine = asdict(self._holder)
+        here = ", ".join(f"{name} {_shown(mine.get(name))}" for name in SHOWN)
+        there = ", ".join(f"{name} {_shown(value.get(name))}" for name in SHOWN)
+        clone = value.get("machine_id") == self._holder.machine_id
+        return (
+            f"{self.key}: another host has the lease of this host ID for another {left_s:.0f} s"
+            f" (it differs in {differs}): {there}; this host: {here}."
+            + (" One is a clone of the other: it needs its own /etc/machine-id." if clone else "")
+            + " Change the [host] id of one of them, or stop the other worker and wait"
+        )
 
     def _value(self, for_ms: int) -> bytes:
         at_ms = self._clock()
@@ -180,6 +231,10 @@ class Lease:
             "machine_id": self._holder.machine_id,
             "boot_id": self._holder.boot_id,
             "journal_id": self._holder.journal_id,
+            "product_uuid": self._holder.product_uuid,
+            "macs": list(self._holder.macs),
+            "hostname": self._holder.hostname,
+            "worker_id": self._holder.worker_id,
             "at_ms": at_ms,
             "lease_until_ms": at_ms + for_ms,
         }
@@ -189,3 +244,8 @@ class Lease:
         """Whether this text differs from the last one logged: each is logged once."""
         new, self._logged = text != self._logged, text
         return new
+
+
+def _shown(value: object) -> str:
+    """A value of another host's, bounded and printable."""
+    return f"{value!a}"[:200]

@@ -7,9 +7,8 @@ and only then the lanes. Stop (SIGTERM): `Worker._shut_down`. VMs keep running t
 import asyncio
 import contextlib
 import os
-import signal
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from typing import Any
@@ -43,7 +42,9 @@ from worker.reconcile.adoption import Adoption
 from worker.reconcile.reconciler import Reconciler
 from worker.reconcile.recovery import Recovery
 from worker.reconcile.vmm_watch import NotifyingRunner, VmmWatch
+from worker.reload import Reload
 from worker.settings import machine_id
+from worker.signals import WorkerSignals
 from worker.state_writer import StateWriter
 
 OUTBOX_S = 5.0
@@ -53,10 +54,18 @@ PRUNE_EVERY_S = 600.0
 log = structlog.get_logger()
 
 
-def run(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT. Returns the exit code: 0, or the one of the failure's code."""
+def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
+    """Run until SIGTERM or SIGINT.
+
+    Args:
+        settings: those in effect.
+        read: reads them again, for SIGHUP; may raise SettingsError.
+
+    Returns:
+        The exit code: 0, or the one of the failure's code.
+    """
     try:
-        asyncio.run(_until_stopped(settings))
+        asyncio.run(_until_stopped(settings, read or (lambda: settings)))
     except Failure as failure:
         return _start_failed(failure.code, failure.message)
     except LeaseHeld as error:
@@ -72,10 +81,13 @@ def _start_failed(code: Code, reason: str) -> int:
     return EXIT_CODES[code]
 
 
-async def _until_stopped(settings: Settings) -> None:
+async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> None:
+    signals = WorkerSignals()
+    signals.install()
     prepare_dirs(settings)
     async with AsyncExitStack() as stack:
-        stack.enter_context(HostLock(settings.paths.run))
+        owned = (settings.paths.state, settings.jail_base)
+        stack.enter_context(HostLock(settings.paths.run, *owned))
         await check_versions(settings)
         metrics = Metrics(version("hostd"))
         subjects = Subjects(settings.root, settings.host.id, settings.host.cell)
@@ -99,7 +111,7 @@ async def _until_stopped(settings: Settings) -> None:
             await stack.enter_async_context(
                 HealthServer(settings.metrics.listen, metrics, worker.checks)
             )
-        await worker.run()
+        await worker.run(signals, Reload(settings, read, bus.connection))
 
 
 class Worker:
@@ -141,7 +153,14 @@ class Worker:
         self.lease = Lease(
             bus,
             subjects.host_key,
-            Holder(machine_id(), real.facts.boot_id(), journal.store.journal_id),
+            Holder(
+                machine_id(),
+                real.facts.boot_id(),
+                journal.store.journal_id,
+                product_uuid=real.facts.product_uuid(),
+                macs=real.facts.macs(),
+                hostname=real.facts.hostname(),
+            ),
             lambda: {**self.facts(), "seq": journal.store.seq},
         )
         self.state = StateWriter(bus, journal.outbox, journal.store.journal_id, self.lease)
@@ -202,12 +221,14 @@ class Worker:
             "connected": self.bus.connected,
             "can_commit": self.journal.store.writable,
             "provisioned": not self.bus.trouble,
+            "leased": self.lease.held,
         }
 
     def _collect(self) -> None:
         self.metrics.lanes(**self.lanes.counts())
         self.metrics.unfinished(len(self.journal.commands.unfinished()))
-        self.metrics.outbox_rows(self.journal.outbox.depth)
+        outbox = self.journal.outbox
+        self.metrics.outbox_rows(outbox.depth, held=outbox.held)
         self.metrics.bus_connected(self.bus.connected)
         self.metrics.bus_totals(
             reconnects=self.bus.reconnects,
@@ -222,12 +243,8 @@ class Worker:
 
     # -- start and stop ------------------------------------------------------------------------
 
-    async def run(self) -> None:
+    async def run(self, signals: WorkerSignals, reload: Reload) -> None:
         """Run until SIGTERM or SIGINT, or until a part raises."""
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
         # Unfinished commands are queued before the bus delivers new ones; the lanes start after
         # recovery (`_recover`).
         for row in self.journal.commands.unfinished():
@@ -243,9 +260,10 @@ class Worker:
                 self._recover(),
                 sample_loop_lag(self.metrics),
                 prune(self.journal),
+                reload.run(signals.reload),
             )
         ]
-        stopping = asyncio.create_task(stop.wait())
+        stopping = asyncio.create_task(signals.stop.wait())
         try:
             done, _ = await asyncio.wait(
                 [*working, sending, stopping], return_when=asyncio.FIRST_COMPLETED

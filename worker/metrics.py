@@ -84,6 +84,11 @@ class Metrics:
             buckets=_FAST,
             registry=registry,
         )
+        self._outbox_held = Gauge(
+            "hostd_outbox_held_rows",
+            "Rows that NATS does not accept as they are; held until the next connection.",
+            registry=registry,
+        )
         self._outbox = Gauge(
             "hostd_outbox_rows", "Replies, events and state rows not yet sent.", registry=registry
         )
@@ -210,8 +215,9 @@ class Metrics:
     def unfinished(self, count: int) -> None:
         self._unfinished.set(count)
 
-    def outbox_rows(self, count: int) -> None:
+    def outbox_rows(self, count: int, *, held: int) -> None:
         self._outbox.set(count)
+        self._outbox_held.set(held)
 
     def bus_connected(self, connected: bool) -> None:
         self._connected.set(int(connected))

@@ -2,6 +2,9 @@
 
 Each kind has its own task, so replies wait for no event. Replies and dead letters go several at
 once; events one in flight in the order of `seq`, resent with the same ID until confirmed.
+
+A row that the bus does not accept as it is does not hold up the others: a dead letter is shortened,
+any other row is held back in the journal until the next connection.
 """
 
 import asyncio
@@ -12,13 +15,15 @@ from typing import Final
 import msgspec
 import structlog
 
-from worker.bus.protocol import Bus, BusError
+from worker.bus.protocol import Bus, BusError, Unsendable
 from worker.journal.journal import Journal
 from worker.journal.memory import OUT_KINDS
 from worker.journal.transaction import OutRow
 from worker.journal.writer import JournalFault
 
 WINDOWS: Final = {"reply": 64, "direct": 64, "dead": 8, "event": 1}
+# Room for the headers that publishing adds, and for the protocol.
+RESERVE_BYTES: Final = 1024
 BACKOFF_S: Final = 0.05
 BACKOFF_MAX_S: Final = 2.0
 
@@ -42,13 +47,14 @@ class Outbox:
                 group.create_task(self._send_kind(kind), name=f"outbox {kind}")
 
     def wake(self) -> None:
-        """Try again now; the bus is connected again."""
+        """Try again now, held rows too; the bus is connected again."""
+        self._outbox.release()
         for woken in self._woken.values():
             woken.set()
 
     async def drained(self) -> None:
-        """Return when everything is sent; for the shutdown, with a timeout."""
-        while any(self._outbox.count(kind) for kind in OUT_KINDS):
+        """Return when everything is sent that can be; for the shutdown, with a timeout."""
+        while any(self._outbox.sendable(kind) for kind in OUT_KINDS):
             await self._outbox.wait_sent()
 
     async def _send_kind(self, kind: str) -> None:
@@ -61,41 +67,73 @@ class Outbox:
                 await self._store.until_writable()
                 continue
             self._woken[kind].clear()
-            sent = await self._send(rows)
+            sent, held = await self._send(rows)
             if sent:
                 self._outbox.sent(sent)
-            if len(sent) == len(rows):
+            if len(sent) == len(rows) - held:
                 failures = 0
             else:
                 failures += 1
                 await self._back_off(kind, failures)
 
-    async def _send(self, rows: Sequence[OutRow]) -> list[OutRow]:
-        """Returns the rows that the bus confirmed."""
+    async def _send(self, rows: Sequence[OutRow]) -> tuple[list[OutRow], int]:
+        """The rows that the bus confirmed, and how many are held back from now on."""
         if len(rows) == 1:
             results: list[BusError | None] = [await self._send_one(rows[0])]
         else:
             results = await asyncio.gather(*(self._send_one(row) for row in rows))
+        held, logged = 0, False
         for row, error in zip(rows, results, strict=True):
-            if error is not None:
+            if isinstance(error, Unsendable):
+                held += 1
+                self._outbox.hold(row)
+                log.error("outbox.row_held", kind=row.kind, msg_id=row.msg_id, error=str(error))
+            elif error is not None and not logged:
+                logged = True
                 log.warning(
                     "outbox.send_failed", kind=row.kind, msg_id=row.msg_id, error=str(error)
                 )
-                break
-        return [row for row, error in zip(rows, results, strict=True) if error is None]
+        return [row for row, error in zip(rows, results, strict=True) if error is None], held
 
     async def _send_one(self, row: OutRow) -> BusError | None:
         try:
-            if row.kind == "direct":
-                await self._bus.send(row.subject, row.payload)
-            else:
-                headers = HEADERS.decode(row.headers) if row.kind == "dead" else None
-                await self._bus.publish(
-                    row.subject, row.payload, msg_id=row.msg_id, headers=headers
-                )
+            match row.kind:
+                case "direct":
+                    await self._bus.send(row.subject, row.payload)
+                case "dead":
+                    await self._send_dead(row)
+                case _:
+                    await self._bus.publish(row.subject, row.payload, msg_id=row.msg_id)
         except BusError as error:
             return error
+        except Exception as error:
+            # Of this row only: an exception here would end the worker, and again at each start.
+            log.exception("outbox.send_crashed", kind=row.kind, msg_id=row.msg_id)
+            return Unsendable(f"{type(error).__name__}: {error}")
         return None
+
+    async def _send_dead(self, row: OutRow) -> None:
+        """Publish a dead letter; what is too large for the bus is cut and marked as cut."""
+        headers, payload = HEADERS.decode(row.headers), row.payload
+        while True:
+            try:
+                await self._bus.publish(row.subject, payload, msg_id=row.msg_id, headers=headers)
+            except Unsendable as error:
+                if not error.limit_bytes or not payload:
+                    raise
+                names = sum(len(name) + len(value) + 4 for name, value in headers.items())
+                left = max(0, min(error.limit_bytes - names - RESERVE_BYTES, len(payload) - 1))
+                payload = payload[:left]
+                headers["Hostd-Truncated"] = str(len(row.payload))
+            else:
+                break
+        if len(payload) < len(row.payload):
+            log.warning(
+                "outbox.dead_letter_truncated",
+                msg_id=row.msg_id,
+                size_bytes=len(row.payload),
+                kept_bytes=len(payload),
+            )
 
     async def _back_off(self, kind: str, failures: int) -> None:
         """Wait with full jitter; a `wake`, also one during the send, ends it."""

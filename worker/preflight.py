@@ -4,9 +4,11 @@
 Firecracker and the jailer; `hostd run` calls `find_uid_overlap` before all of these.
 """
 
+import ipaddress
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from handlers.errors import HostFault
 from handlers.host.facts import file_system
@@ -63,14 +65,15 @@ def prepare_dirs(settings: Settings) -> None:
 
     Raises:
         HostFault: a directory is on the wrong file system, or mounted `nodev` or `noexec`, or in
-            memory while limits are enforced; a program is missing; limits are not enforced on a
-            production host.
+            memory while limits are enforced; a program is missing; a production host enforces no
+            limits, or would connect to NATS without TLS or a credential.
     """
     if settings.host.production and not settings.limits.enforce:
         raise HostFault(
             "[limits] enforce = false is for development only: set [host] production = false too, "
             "or enforce limits"
         )
+    check_connection(settings)
     check_controllers(settings)
     for directory in (settings.paths.state, settings.jail_base, settings.paths.run):
         os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -99,6 +102,42 @@ def prepare_dirs(settings: Settings) -> None:
     ):
         if not os.access(program, os.X_OK):
             raise HostFault(f"[vmm] {key}: {program} is missing or not executable")
+
+
+def check_connection(settings: Settings) -> None:
+    """Check that a production host connects to NATS with TLS, except by loopback, and signs in.
+
+    Raises:
+        HostFault: names the URL, without its password, and what to set.
+    """
+    if not settings.host.production:
+        return
+    encrypted = bool(settings.nats.tls)
+    urls = [urlsplit(url.strip()) for url in settings.nats.url.split(",")]
+    encrypted = encrypted or any(url.scheme in {"tls", "wss"} for url in urls)
+    for url in urls:
+        shown = f"{url.scheme}://{url.netloc.rpartition('@')[2]}"
+        if not encrypted and not is_loopback(url.hostname or ""):
+            raise HostFault(
+                f"[nats] url {shown} is beyond loopback and without TLS: commands and credentials"
+                " could be read and forged on the way; use tls:// or set [nats] tls (or [host]"
+                " production = false for development)"
+            )
+        if not settings.nats.creds and not url.username:
+            raise HostFault(
+                f"[nats] url {shown} is used without a credential: any local user could command"
+                " this host; set [nats] creds (or [host] production = false for development)"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name in a URL means this host without asking a name server."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_on_disk(settings: Settings) -> None:

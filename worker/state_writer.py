@@ -14,7 +14,7 @@ import structlog
 
 from schemas import unpack
 from schemas.decode_error import DecodeError
-from worker.bus.protocol import Bus, BusError, StateConflict
+from worker.bus.protocol import Bus, BusError, StateConflict, Unsendable
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -77,6 +77,7 @@ class StateWriter:
         self._bus, self._source, self._lease = bus, source, lease
         self._journal_id = journal_id
         self._revisions: dict[str, int] = {}
+        self._unsendable: dict[str, int] = {}
         self._fenced_at: int | None = None
         self.fenced = False
 
@@ -85,7 +86,10 @@ class StateWriter:
         while True:
             await self._source.wait_dirty()
             await self._wait_allowed()
-            rows = list(self._source.dirty())
+            # One that the bus does not accept as it is comes last and holds up no other.
+            rows = sorted(
+                self._source.dirty(), key=lambda row: self._unsendable.get(row.key) == row.seq
+            )
             results = await asyncio.gather(
                 *(self._put(row) for row in rows[:CONCURRENT_MAX]), return_exceptions=True
             )
@@ -118,7 +122,12 @@ class StateWriter:
             # The lease writes the host's key, with the current facts.
             self._lease.touch()
         elif not await self._done_already(row):
-            await self._set(row, self._revisions[row.key])
+            try:
+                await self._set(row, self._revisions[row.key])
+            except Unsendable:
+                self._unsendable[row.key] = row.seq
+                raise
+        self._unsendable.pop(row.key, None)
         self._source.written(row.key, row.seq)
 
     async def _done_already(self, row: StateRow) -> bool:

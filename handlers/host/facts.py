@@ -1,11 +1,14 @@
 """Facts about this host as a whole, read from /proc and the file systems."""
 
+import contextlib
 import os
 from functools import cached_property
 
 from handlers.clock import now_ms
 from handlers.host.linux import procfs
 
+PRODUCT_UUID = "/sys/class/dmi/id/product_uuid"
+NET = "/sys/class/net"
 CPU_FIELDS = ("vendor_id", "cpu family", "model", "stepping", "model name")
 
 
@@ -35,6 +38,33 @@ class HostFacts:
         out: an update of it would invalidate every sleeping instance. Source: proc_cpuinfo(5).
         """
         return self._cpu_model
+
+    def hostname(self) -> str:
+        """The same as `uname -n`."""
+        return os.uname().nodename
+
+    def product_uuid(self) -> str:
+        """Of the machine's firmware; empty without one, or if it is all of the same digit.
+
+        A copied disk does not contain it. Source: sysfs, /sys/class/dmi/id. Needs: root.
+        """
+        with contextlib.suppress(OSError), open(PRODUCT_UUID, encoding="ascii") as file:
+            text = file.read(64).strip().lower()
+            return text if len(set(text) - {"-"}) > 1 else ""
+        return ""
+
+    def macs(self) -> tuple[str, ...]:
+        """Addresses of the physical interfaces, in order; of none that hostd or a bridge made.
+
+        Source: sysfs, /sys/class/net: only an interface of a device has the symlink `device`.
+        """
+        found: set[str] = set()
+        for name in os.listdir(NET):
+            with contextlib.suppress(OSError):
+                if os.path.exists(f"{NET}/{name}/device"):
+                    with open(f"{NET}/{name}/address", encoding="ascii") as file:
+                        found.add(file.read(64).strip())
+        return tuple(sorted(found - {"", "00:00:00:00:00:00"}))
 
     @cached_property
     def _memory_mib(self) -> int:

@@ -1,10 +1,13 @@
-"""A TCP proxy in front of a nats-server that can stall, mute, cut and falsify connections."""
+"""A TCP proxy in front of a nats-server that can stall, mute, cut and falsify connections.
+
+`sent` is what clients sent; `rewrite` changes what the server sends, as a man in the middle can.
+"""
 
 import asyncio
 import contextlib
 import re
 import socket
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
 PULL = re.compile(rb"PUB \$JS\.API\.CONSUMER\.MSG\.NEXT\S* \S+ \d+\r\n[^\r]*\r\n")
@@ -23,6 +26,8 @@ class Proxy:
         self.connections = 0
         self.swallow_pulls = 0
         self.mute = False
+        self.rewrite: Callable[[bytes], bytes] = lambda data: data
+        self.sent = b""
         self.port = 0
 
     @property
@@ -55,6 +60,9 @@ class Proxy:
         await self._server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving = asyncio.current_task()
+        assert serving is not None
+        self._pumps.add(serving)
         self.connections += 1
         number = self.connections
         self._writers.append(writer)
@@ -89,6 +97,10 @@ class Proxy:
                     self.swallow_pulls -= dropped
                 if self.mute and not to_server:
                     continue
+                if to_server:
+                    self.sent += data
+                else:
+                    data = self.rewrite(data)
                 writer.write(data)
                 await writer.drain()
             writer.close()

@@ -74,7 +74,9 @@ async def test_an_exception_in_the_parser(
         assert host.bus.connected
 
 
-@pytest.mark.parametrize(("guards", "heals"), guard_cases(Guard.DEAD_READER))
+@pytest.mark.parametrize(
+    ("guards", "heals"), guard_cases(Guard.DEAD_READER, also_off=(Guard.PARSER,))
+)
 async def test_an_error_line_that_the_parser_cannot_read(
     server: Server, guards: frozenset[Guard], heals: bool
 ) -> None:

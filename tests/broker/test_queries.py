@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -12,7 +13,15 @@ from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
 from handlers.errors import NotFound
 from schemas.settings import NatsSettings
-from tests.broker.server import HOST, QUICK, SUBJECTS, Server, connection_to, eventually
+from tests.broker.server import (
+    HOST,
+    QUICK,
+    SUBJECTS,
+    Server,
+    connection_to,
+    eventually,
+    running_server,
+)
 from tests.plain import unpacked
 from worker.bus.connection import Connection
 from worker.bus.message import Message
@@ -27,10 +36,10 @@ class Answers:
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
-        self.huge = False
+        self.size = 0
 
     async def ping(self) -> Mapping[str, object]:
-        filling = "x" * (ANSWER_BYTES + 1) if self.huge else ""
+        filling = "x" * self.size
         return {"v": 1, "host_id": "h1", "host_state": "ready", "uptime_s": 5, "x": filling}
 
     async def status(self) -> Mapping[str, object]:
@@ -133,11 +142,27 @@ async def test_a_query_that_is_not_msgpack_is_answered_with_an_error(server: Ser
         assert unpacked(answer.data)["error"]["code"] == "invalid"
 
 
-async def test_an_answer_above_the_payload_limit_is_an_error(server: Server) -> None:
-    async with asked(server) as to:
-        to.source.huge = True
+@pytest.mark.parametrize(
+    ("size", "config"), [(ANSWER_BYTES + 1, ""), (60_000, "max_payload: 50000")]
+)
+async def test_an_answer_above_the_payload_limit_is_an_error(
+    tmp_path: Path, size: int, config: str
+) -> None:
+    async with running_server(tmp_path / "nats", config=config) as server, asked(server) as to:
+        to.source.size = size
 
         assert (await to.ask("ping"))["error"]["code"] == "exhausted"
+        assert to.bus.reconnects == 0
+
+
+async def test_a_flood_of_one_asker_is_dropped_and_another_is_answered(server: Server) -> None:
+    async with asked(server) as to, connection_to(server.url) as flooder:
+        for n in range(2000):
+            await flooder.send(SUBJECTS.ask("status"), b"", reply=f"_INBOX.flood.{n}")
+        assert await eventually(lambda: to.service.dropped > 1000, 10)
+
+        # None of the flooder's questions has ended: the source waits for its gate.
+        assert (await to.ask("ping"))["host_id"] == "h1"
 
 
 async def test_a_slow_query_does_not_delay_others(server: Server) -> None:
@@ -206,7 +231,7 @@ async def test_queries_are_answered_again_after(server: Server, how: str) -> Non
 async def test_closing_answers_the_requests_already_received(server: Server) -> None:
     async with asked(server) as to:
         waiting = asyncio.create_task(to.ask("status"))
-        assert await eventually(lambda: bool(to.service._tasks), 5)
+        assert await eventually(lambda: to.service._queue.busy, 5)
         closing = asyncio.create_task(to.service.close())
         await asyncio.sleep(0)
         to.source.gate.set()

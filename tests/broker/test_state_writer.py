@@ -242,7 +242,7 @@ async def test_a_valid_lease_of_another_machine_stops_the_start(server: Server) 
         await first.acquire()
 
         with pytest.raises(
-            LeaseHeld, match=r"machine 'm1' has the lease of this host ID.*\[host\] id"
+            LeaseHeld, match=r"another host has the lease of this host ID.*'m1'.*\[host\] id"
         ):
             await lease_of(host.bus, "m2").acquire()
 

@@ -6,19 +6,22 @@ after it was closed twice, as nats-py does.
 
 import asyncio
 import subprocess
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from nats.aio.transport import TcpTransport
 
-from schemas.settings import NatsSettings
+from schemas.settings import NatsSettings, Settings
 from tests.broker.proxy import Proxy, proxied
 from tests.broker.server import QUICK, Server, eventually, running_server
 from tests.broker.test_guarded_client import DEAF_S, HEALS_S, guard_cases
 from worker.bus.connection import Connection
 from worker.bus.guarded_client import ALL_GUARDS, Guard, GuardedClient
+from worker.cli.client import connect
+from worker.cli.context import NoAnswer
 
 BLOCK = b"x" * 1_000_000
 
@@ -154,3 +157,94 @@ async def test_an_aborted_connection_is_let_go_though_it_was_closed_twice(
         gone = await eventually(lambda: socket.fileno() == -1, HEALS_S if let_go else DEAF_S)
         assert gone == let_go
         transport._bare_io_writer.transport.abort()
+
+
+SECRET = "hunter2"
+USER = f"authorization {{ user: host, password: {SECRET} }}"
+
+
+def without_tls(data: bytes) -> bytes:
+    """INFO as a man in the middle rewrites it; the rest as it is."""
+    if not data.startswith(b"INFO "):
+        return data
+    return data.replace(b'"tls_required":true', b'"tls_required":false').replace(
+        b'"tls_verify":true', b'"tls_verify":false'
+    )
+
+
+async def sign_in_of_worker(settings: NatsSettings, attempts: Callable[[], int]) -> str:
+    """What the worker's connection reports after some attempts to connect."""
+    connection = Connection(settings, name="tls", inbox="_INBOX.tls", tuning=QUICK)
+    await connection.start()
+    try:
+        assert await eventually(lambda: connection.connected or attempts() > 3, 20)
+        assert not connection.connected
+        return connection.last_error
+    finally:
+        await connection.close()
+
+
+async def sign_in_of_cli(settings: NatsSettings, attempts: Callable[[], int]) -> str:
+    """What the command line reports."""
+    url = settings.url.replace("://", f"://host:{SECRET}@")
+    with pytest.raises(NoAnswer) as raised:
+        async with connect(Settings(nats=replace(settings, url=url, creds=""))):
+            pass
+    assert attempts() >= 1
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("how", ["tls://", "[nats] tls"])
+@pytest.mark.parametrize("sign_in", [sign_in_of_worker, sign_in_of_cli])
+async def test_a_server_that_does_without_tls_gets_no_credential(
+    tmp_path: Path, how: str, sign_in: Callable[[NatsSettings, Callable[[], int]], Awaitable[str]]
+) -> None:
+    cert = authority(tmp_path, "server")
+    creds = tmp_path / "creds"
+    creds.write_text(f"host:{SECRET}")
+    creds.chmod(0o600)
+    async with (
+        running_server(tmp_path / "nats", config=f"{tls_config(cert)}\n{USER}") as server,
+        proxied(server.port) as proxy,
+    ):
+        proxy.rewrite = without_tls
+        settings = NatsSettings(url=proxy.url, tls=str(cert), creds=str(creds))
+        if how == "tls://":
+            settings = replace(settings, url=proxy.url.replace("nats:", "tls:"), tls="")
+
+        error = await sign_in(settings, lambda: proxy.connections)
+
+        assert "did not offer TLS" in error
+        assert b"CONNECT" not in proxy.sent
+        assert SECRET.encode() not in proxy.sent
+
+
+async def test_a_server_learnt_from_another_gets_no_credential(tmp_path: Path) -> None:
+    creds = tmp_path / "creds"
+    creds.write_text(f"host:{SECRET}")
+    creds.chmod(0o600)
+    async with (
+        running_server(tmp_path / "nats", config=USER) as server,
+        proxied(server.port) as named,
+        proxied(server.port) as learnt,
+    ):
+        advert = f'INFO {{"connect_urls":["127.0.0.1:{learnt.port}"],'.encode()
+        named.rewrite = lambda data: (
+            data.replace(b"INFO {", advert, 1) if data.startswith(b"INFO {") else data
+        )
+        settings = NatsSettings(url=named.url, creds=str(creds))
+        connection = Connection(settings, name="gossip", inbox="_INBOX.g", tuning=QUICK)
+        await connection.start()
+        try:
+            await asyncio.wait_for(connection.wait_connected(), 10)
+            named.inject(b'INFO {"connect_urls":["127.0.0.1:%d"]}\r\n' % learnt.port)
+            await server.crash()
+            assert await eventually(lambda: connection.reconnects == 1, 10)
+            before = named.connections
+            await server.stop()
+            assert await eventually(lambda: named.connections > before + 5, 20)
+        finally:
+            await connection.close()
+
+    assert learnt.connections == 0
+    assert SECRET.encode() in named.sent

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from worker.bus.protocol import BusError, Delivery, Receive, StateConflict
+from worker.bus.protocol import BusError, Delivery, Receive, StateConflict, Unsendable
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class FakeBus:
 
     A command stays in its stream until it is acknowledged and is delivered again by `redeliver`.
     The streams for published messages drop a known `msg_id`, however old. With `lose_next_ack` the
-    stream keeps the next message, but its confirmation is lost.
+    stream keeps the next message, but its confirmation is lost. `max_payload` is the size of the
+    largest message that the broker accepts.
     """
 
     commands: dict[int, _Command] = field(default_factory=dict[int, _Command])
@@ -40,6 +41,7 @@ class FakeBus:
     sent: list[tuple[str, bytes]] = field(default_factory=list[tuple[str, bytes]])
     state: dict[str, tuple[bytes, int]] = field(default_factory=dict[str, tuple[bytes, int]])
     up: bool = True
+    max_payload: int = 1_048_576
     lose_next_ack: bool = False
     paused: bool = False
     dedupe_commands: bool = True
@@ -153,6 +155,7 @@ class FakeBus:
         self.changed.set()
         await asyncio.sleep(0)
         self._check_up()
+        self._check_size(payload)
         stream = next(kind for kind in ("reply", "evt", "dead") if f".{kind}." in subject)
         key = f"{stream}:{msg_id}"
         if key not in self._known:
@@ -166,6 +169,7 @@ class FakeBus:
     async def send(self, subject: str, payload: bytes) -> None:
         await asyncio.sleep(0)
         self._check_up()
+        self._check_size(payload)
         self.sent.append((subject, payload))
         self.changed.set()
 
@@ -188,6 +192,10 @@ class FakeBus:
     def _compare(self, key: str, revision: int | None) -> None:
         if revision is not None and self.state.get(key, (b"", 0))[1] != revision:
             raise StateConflict(f"{key} has another revision")
+
+    def _check_size(self, payload: bytes) -> None:
+        if len(payload) > self.max_payload:
+            raise Unsendable("too large", limit_bytes=self.max_payload)
 
     def _check_up(self) -> None:
         if not self.up:

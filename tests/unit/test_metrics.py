@@ -21,6 +21,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_commands_unfinished": ("gauge", set()),
     "hostd_journal_commit_seconds": ("histogram", set()),
     "hostd_outbox_rows": ("gauge", set()),
+    "hostd_outbox_held_rows": ("gauge", set()),
     "hostd_bus_connected": ("gauge", set()),
     "hostd_bus_reconnects": ("counter", set()),
     "hostd_bus_permission_errors": ("counter", set()),
@@ -55,7 +56,7 @@ def used() -> Metrics:
     metrics.loop_lag(0.0001)
     metrics.lanes(busy=2, waiting=1)
     metrics.unfinished(3)
-    metrics.outbox_rows(4)
+    metrics.outbox_rows(4, held=1)
     metrics.bus_connected(True)
     metrics.instances({Status.RUNNING: 5})
     metrics.orphans({"taps": 1})
@@ -129,7 +130,7 @@ def test_each_public_counter_of_a_part_is_read_by_the_worker() -> None:
 
 def test_gauges_are_set_when_scraped() -> None:
     metrics = Metrics("0.1.0")
-    metrics.on_collect(lambda: metrics.outbox_rows(7))
+    metrics.on_collect(lambda: metrics.outbox_rows(7, held=0))
 
     assert b"hostd_outbox_rows 7.0" in metrics.render()
 

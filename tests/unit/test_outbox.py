@@ -3,6 +3,7 @@
 import asyncio
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,9 @@ from schemas.envelopes import EventKind
 from tests.fakes.bus import FakeBus
 from tests.fakes.shell_worker import ShellWorker, shell_worker, start
 from worker import outbox
+from worker.bus.protocol import Unsendable
+from worker.journal.transaction import Transaction
+from worker.outbox import Outbox
 
 
 @pytest.fixture(autouse=True)
@@ -108,3 +112,79 @@ async def test_unconfirmed_messages_are_sent_by_the_next_worker(tmp_path: Path) 
         assert codec.decode_reply(bus.sent[0][1]).id == "c1"
     async with shell_worker(tmp_path / "j", bus, machine) as worker:
         assert worker.journal.outbox.depth == 0
+
+
+@pytest.mark.parametrize("kind", ["reply", "direct", "dead", "event"])
+async def test_a_row_that_the_bus_never_accepts_holds_up_no_other(
+    tmp_path: Path, kind: str
+) -> None:
+    async with shell_worker(tmp_path / "j", send=False, consume=False) as worker:
+        bad = {"reply": "r.reply.bad", "direct": "bad", "dead": "r.dead.bad", "event": "r.evt.bad"}
+
+        class Picky(FakeBus):
+            async def publish(self, subject: str, payload: bytes, **more: Any) -> None:
+                if subject.endswith("bad"):
+                    raise Unsendable("never") if self.up else RuntimeError("a bug")
+                await super().publish(subject, payload, **more)
+
+            async def send(self, subject: str, payload: bytes) -> None:
+                if subject == "bad":
+                    raise Unsendable("never")
+                await super().send(subject, payload)
+
+        bus = Picky()
+
+        def queue_three(tx: Transaction) -> None:
+            for n, name in enumerate(("bad", "bad", "ok")):
+                subject = bad[kind].replace("bad", name)
+                worker.journal.store.source.queue(tx, kind, subject, b"x", msg_id=str(n))
+
+        await worker.journal.store.writer.submit(queue_three)
+        sending = asyncio.create_task(Outbox(bus, worker.journal).run())
+        try:
+            async with asyncio.timeout(20):
+                while not (bus.published or bus.sent):
+                    bus.changed.clear()
+                    await bus.changed.wait()
+                while worker.journal.outbox.depth != 2:
+                    await worker.journal.outbox.wait_sent()
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+        assert worker.journal.outbox.held == 2
+        worker.journal.outbox.release()
+        assert [row.subject for row in await worker.journal.outbox.pending(kind, 9)] == [
+            bad[kind]
+        ] * 2
+
+
+async def test_a_held_row_is_sent_once_the_bus_accepts_it(tmp_path: Path) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        worker.bus.max_payload = 10
+        worker.send(start())
+        await worker.bus.until_acked()
+        async with asyncio.timeout(20):
+            while worker.journal.outbox.held != 2:  # the reply and the event
+                await worker.journal.outbox.wait_sent()
+        await worker.outbox.drained()  # a shutdown does not wait for them
+        worker.bus.max_payload = 1_000_000
+        worker.outbox.wake()
+
+        await worker.bus.until(replies=1, events=1)
+        assert worker.journal.outbox.held == 0
+
+
+@pytest.mark.parametrize("size", [1_048_577, 2_000_000])
+async def test_a_dead_letter_larger_than_the_bus_accepts_is_cut_and_marked(
+    tmp_path: Path, size: int
+) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        worker.bus.command("hostd.v1.test.h1.cmd.host", b"\xc1" * size)
+        await worker.bus.until_acked()
+        await worker.bus.until(replies=1)
+        await worker.outbox.drained()
+
+        (dead,) = worker.bus.dead()
+        assert worker.bus.max_payload - 2048 < len(dead.payload) < worker.bus.max_payload
+        assert dead.headers["Hostd-Truncated"] == str(size)

@@ -1,16 +1,25 @@
 """Checks before a start: ids of the jails that are in use, directories, file systems, programs."""
 
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 from handlers.errors import Failure
-from schemas.settings import HostSettings, LimitSettings, PathSettings, Settings, VmmSettings
+from schemas.settings import (
+    HostSettings,
+    LimitSettings,
+    NatsSettings,
+    PathSettings,
+    Settings,
+    VmmSettings,
+)
 from worker.cli import run
 from worker.cli.context import CliError
 from worker.cli.run import check_uids
-from worker.preflight import IdRange, find_uid_overlap, prepare_dirs
+from worker.preflight import IdRange, check_connection, find_uid_overlap, prepare_dirs
 
 BASE, COUNT = 1000, 10
 
@@ -107,6 +116,35 @@ def test_a_production_host_does_not_run_without_limits(tmp_path: Path) -> None:
 
     with pytest.raises(Failure, match="enforce = false is for development"):
         prepare_dirs(settings)
+
+
+@pytest.mark.parametrize(
+    ("url", "tls", "creds", "problem"),
+    [
+        ("nats://10.0.0.1:4222", "", "/c", "nats://10.0.0.1:4222 is beyond loopback"),
+        ("nats://nats.example:4222", "", "/c", "beyond loopback"),
+        ("ws://10.0.0.1:4222", "", "/c", "beyond loopback"),
+        ("nats://127.0.0.1:4222,nats://u:p@10.0.0.1:4222", "", "/c", "beyond loopback"),
+        ("nats://127.0.0.1:4222", "", "", "without a credential"),
+        ("tls://nats.example:4222", "", "", "without a credential"),
+        ("nats://u:p@127.0.0.1:4222,nats://127.0.0.1:4223", "", "", "4223 is used without"),
+        ("nats://127.0.0.1:4222", "", "/c", ""),
+        ("nats://[::1]:4222,nats://localhost:4222", "", "/c", ""),
+        ("nats://u:p@127.0.0.1:4222", "", "", ""),
+        ("tls://nats.example:4222", "", "/c", ""),
+        ("nats://nats.example:4222", "/ca.pem", "/c", ""),
+    ],
+)
+def test_a_production_host_connects_with_tls_and_a_credential(
+    url: str, tls: str, creds: str, problem: str
+) -> None:
+    production = Settings(nats=NatsSettings(url=url, tls=tls, creds=creds))
+
+    with pytest.raises(Failure, match=re.escape(problem)) if problem else nullcontext() as raised:
+        check_connection(production)
+
+    assert raised is None or "u:p" not in str(raised.value)
+    check_connection(replace(production, host=HostSettings(production=False)))
 
 
 def test_a_jail_base_on_another_file_system_is_rejected(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ and `BusError`, and are notified of each new connection. Knows no streams and no
 
 import asyncio
 import contextlib
-import re
+import hashlib
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -33,12 +34,19 @@ from worker.bus.guarded_client import (
     check_library,
 )
 from worker.bus.message import Message, NoResponder, Subscription, to_message
-from worker.bus.protocol import BusError
+from worker.bus.protocol import BusError, Unsendable
+from worker.bus.strict_client import requires_tls, without_password
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 # After a connection that lasted this long, the backoff starts from its base again.
 STEADY_S = 5.0
+UNSENDABLE = (
+    errors.MaxPayloadError,
+    errors.BadSubjectError,
+    errors.BadHeaderError,
+    UnicodeError,
+)
 
 
 class Connection:
@@ -65,14 +73,8 @@ class Connection:
         check_library()
         self.tuning = tuning
         self.guards = guards
-        self._settings = settings
-        self._url = re.sub(r"//[^/@,]*@", "//", settings.url)  # without a password
         self._name, self._inbox = name, inbox
-        self._creds = (
-            CredentialsFile(settings.creds, reread=Guard.REREAD_CREDS in guards)
-            if settings.creds
-            else None
-        )
+        self._use(settings)
         self._client: GuardedClient | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._listeners: list[Callable[[bool], None]] = []
@@ -96,6 +98,43 @@ class Connection:
         if self._keeper is None:
             self._keeper = asyncio.create_task(self._keep_connected(), name="nats-connection")
 
+    def _use(self, settings: NatsSettings) -> None:
+        self._settings = settings
+        self._url = without_password(settings.url)
+        self._servers = [url.strip() for url in settings.url.split(",")]
+        self._tls = requires_tls(self._servers, settings.tls)
+        self._creds = (
+            CredentialsFile(settings.creds, reread=Guard.REREAD_CREDS in self.guards)
+            if settings.creds
+            else None
+        )
+        self._in_use: tuple[object, ...] = ()
+
+    async def reload(self, settings: NatsSettings) -> bool:
+        """Use other servers, credentials or a CA file; connect anew if any of them changed.
+
+        Returns whether it connects anew. Requests that wait for an answer fail and are repeated by
+        their callers.
+
+        Raises:
+            BusError: one of the files cannot be used; the connection stays as it is.
+        """
+        try:
+            if settings.creds:
+                CredentialsFile(settings.creds).check()
+            if settings.tls:
+                await asyncio.to_thread(ssl.create_default_context, cafile=settings.tls)
+            if _contents(settings) == self._in_use:
+                return False
+        except (OSError, errors.Error) as error:
+            raise BusError(f"cannot reload [nats]: {_text(error)}") from error
+        await (
+            self.close()
+        )  # also an attempt to connect with the old settings, which goes on forever
+        self._use(settings)
+        await self.start()
+        return True
+
     async def close(self) -> None:
         """Send what is buffered, for up to two seconds, and disconnect."""
         keeper, self._keeper = self._keeper, None
@@ -107,7 +146,7 @@ class Connection:
     async def _keep_connected(self) -> None:
         while True:
             self._dead.clear()
-            client = GuardedClient(self.guards, self._backoff, self._on_dead)
+            client = GuardedClient(self.guards, self._backoff, self._on_dead, tls=self._tls)
             try:
                 await self._connect(client)
                 if client.is_connected:
@@ -123,6 +162,8 @@ class Connection:
             await asyncio.sleep(self._backoff.next_s())
 
     async def _connect(self, client: GuardedClient) -> None:
+        with contextlib.suppress(OSError):  # the attempt itself reports a file that is missing
+            self._in_use = _contents(self._settings)
         options: dict[str, Any] = {"connect_timeout": self.tuning.connect_timeout_s}
         if Guard.PING in self.guards:  # the default finds a stalled connection after six minutes
             options["ping_interval"] = self.tuning.ping_s
@@ -135,7 +176,7 @@ class Connection:
         if self._settings.tls:
             options["tls"] = ssl.create_default_context(cafile=self._settings.tls)
         await client.connect(
-            self._settings.url.split(","),
+            self._servers,
             name=self._name,
             inbox_prefix=self._inbox,
             error_cb=self._safe(self._on_error),
@@ -271,12 +312,16 @@ class Connection:
         """Write to the socket: at most once, and not at all without a connection.
 
         Raises:
-            BusError: not connected, or the payload is too large for the server.
+            Unsendable: too large for the server, or an invalid subject or header.
+            BusError: not connected.
         """
         try:
             client = self._current()
+            _check_sendable(client, subject, payload, headers)
             with self._cancellable():
                 await client.publish(subject, payload, reply, dict(headers) if headers else None)
+        except UNSENDABLE as error:
+            raise Unsendable(f"{subject!a}: {_text(error)}") from error
         except (OSError, errors.Error) as error:
             raise BusError(f"{subject}: {_text(error)}") from error
 
@@ -292,17 +337,22 @@ class Connection:
 
         Raises:
             NoResponder: no stream or service has that subject.
+            Unsendable: too large for the server, or an invalid subject or header.
             BusError: no answer in time, or the connection was lost.
         """
         limit_s = self.tuning.request_timeout_s if timeout_s is None else timeout_s
         try:
+            client = self._current()
+            _check_sendable(client, subject, payload, headers)
             # A copy: nats-py adds to the headers that it gets.
             with self._cancellable():
-                answer = await self._current().request(
+                answer = await client.request(
                     subject, payload, limit_s, headers=dict(headers) if headers else None
                 )
         except errors.NoRespondersError as error:
             raise NoResponder(f"{subject}: no responders") from error
+        except UNSENDABLE as error:
+            raise Unsendable(f"{subject!a}: {_text(error)}") from error
         except (TimeoutError, OSError, errors.Error) as error:
             raise BusError(f"{subject}: {_text(error)}") from error
         return to_message(answer)
@@ -342,6 +392,44 @@ class Connection:
         if client is None or not client.is_connected:
             raise BusError(f"not connected to {self._url}: {self.last_error or 'starting'}")
         return client
+
+
+def _contents(settings: NatsSettings) -> tuple[object, ...]:
+    """What a connection is made from, files by their content's hash. Raises OSError."""
+    paths = [path for path in (settings.creds, settings.tls) if path]
+    hashes = [hashlib.sha256(Path(path).read_bytes()).digest() for path in paths]
+    return settings.url, settings.creds, settings.tls, *hashes
+
+
+def _check_sendable(
+    client: Client, subject: str, payload: bytes, headers: Mapping[str, str] | None
+) -> None:
+    """Refuse what the server would answer with -ERR and the end of the connection.
+
+    nats-py compares the payload alone; the server counts the headers too.
+
+    Raises:
+        Unsendable: what is too large, or cannot be encoded.
+    """
+    try:
+        subject.encode("ascii")
+        size = len(payload) + headers_size(headers)
+    except UnicodeEncodeError as error:
+        raise Unsendable(f"{subject!a}: subject or header cannot be encoded") from error
+    if size > client.max_payload:
+        raise Unsendable(
+            f"{subject}: {size} bytes with headers, the server's max_payload is"
+            f" {client.max_payload}",
+            limit_bytes=client.max_payload,
+        )
+
+
+def headers_size(headers: Mapping[str, str] | None) -> int:
+    """What these headers add to a message, in bytes."""
+    if not headers:
+        return 0
+    lines = sum(len(name.encode()) + len(value.encode()) + 4 for name, value in headers.items())
+    return lines + len(b"NATS/1.0\r\n\r\n")
 
 
 def _text(error: BaseException) -> str:

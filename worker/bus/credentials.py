@@ -19,6 +19,16 @@ class CredentialsFile:
         self._reread = reread
         self._pair: tuple[str, str] | None = None
 
+    def check(self) -> None:
+        """Read it in either form.
+
+        Raises:
+            OSError: it cannot be read.
+            errors.Error: it is readable by others, or in neither form.
+        """
+        if JWT_MARK not in self._read():
+            self.user()
+
     def is_jwt(self) -> bool:
         """Whether it is a NATS credentials file; false while it cannot be read."""
         try:

@@ -24,6 +24,8 @@ from nats.aio.client import Client, Srv
 from nats.aio.transport import TcpTransport
 from nats.protocol.parser import PERMISSIONS_ERR
 
+from worker.bus.strict_client import StrictClient
+
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 
@@ -48,11 +50,14 @@ class Guard(StrEnum):
     CANCEL = "cancel"
     RAW_ABORT = "raw_abort"
     DISCARD = "discard"
+    PARSER = "parser"
 
 
 ALL_GUARDS = frozenset(Guard)
 
 _OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "_process_info": ("self", "info", "initial_connection"),
+    "_process_headers": ("self", "headers"),
     "_process_pong": ("self",),
     "_read_loop": ("self",),
     "_process_err": ("self", "err_msg"),
@@ -61,7 +66,13 @@ _OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_connect_to_server": ("self", "s"),
     "_select_next_server": ("self",),
 }
+_OVERRIDDEN_PLAIN: dict[str, tuple[str, ...]] = {
+    "_connect_command": ("self",),
+    "_build_message": ("self", "sid", "subject", "reply", "data", "headers"),
+}
 _READ = (
+    "_ps",
+    "_max_payload",
     "_pongs",
     "_pongs_received",
     "_pings_outstanding",
@@ -103,9 +114,9 @@ def check_library() -> None:
         LibraryMismatch: install the nats-py of the lock file.
     """
     wrong: list[str] = []
-    for name, parameters in _OVERRIDDEN.items():
+    for name, parameters in {**_OVERRIDDEN, **_OVERRIDDEN_PLAIN}.items():
         method = getattr(Client, name, None)
-        if not inspect.iscoroutinefunction(method):
+        if method is None or inspect.iscoroutinefunction(method) != (name in _OVERRIDDEN):
             wrong.append(name)
         elif tuple(inspect.signature(method).parameters) != parameters:
             wrong.append(f"{name}{inspect.signature(method)}")
@@ -136,19 +147,25 @@ class Backoff:
         self._attempt = 0
 
 
-class GuardedClient(Client):
+class GuardedClient(StrictClient):
     """One connection, used once: when `dead` is called, build another.
 
     Args:
         guards: those in effect.
         backoff: the wait before each attempt to connect.
         dead: called at most once, when this object cannot reconnect any more; must not raise.
+        tls: send CONNECT only over TLS.
     """
 
     def __init__(
-        self, guards: frozenset[Guard], backoff: Backoff, dead: Callable[[str], None]
+        self,
+        guards: frozenset[Guard],
+        backoff: Backoff,
+        dead: Callable[[str], None],
+        *,
+        tls: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(tls=tls, own_parser=Guard.PARSER in guards)
         self._guards = guards
         self._backoff = backoff
         self._dead = dead

@@ -15,15 +15,16 @@ import structlog
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
 from worker.bus import streams, verify
-from worker.bus.connection import Connection
+from worker.bus.connection import Connection, headers_size
 from worker.bus.guarded_client import ALL_GUARDS, STANDARD, Guard, Tuning
 from worker.bus.message import NoResponder
-from worker.bus.protocol import BusError, NotProvisioned, Receive, StateConflict
+from worker.bus.protocol import BusError, NotProvisioned, Receive, StateConflict, Unsendable
 from worker.bus.pull_consumer import PullLoop
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 WRONG_LAST_SEQUENCE = (10071, 10164)
+MESSAGE_TOO_LARGE = 10054
 
 
 class NatsBus:
@@ -200,6 +201,10 @@ class NatsBus:
             raise BusError(f"{subject}: invalid PubAck") from error
         if code in WRONG_LAST_SEQUENCE:
             raise StateConflict(f"{subject}: {text}")
+        if code == MESSAGE_TOO_LARGE:
+            # The stream's limit is not in the answer: half of what was too much.
+            size = len(payload) + headers_size(headers)
+            raise Unsendable(f"{subject}: {text} (error {code})", limit_bytes=size // 2)
         raise BusError(f"{subject}: {text} (error {code})")
 
     # -- state -------------------------------------------------------------------------------------

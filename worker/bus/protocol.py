@@ -9,6 +9,17 @@ class BusError(Exception):
     """The bus did not accept or return something now; the caller keeps it and tries again."""
 
 
+class Unsendable(BusError):
+    """The bus will not accept this message as it is: too large, or an invalid subject or header.
+
+    `limit_bytes` is what headers and payload may have together; 0 if size is not the reason.
+    """
+
+    def __init__(self, message: str, *, limit_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.limit_bytes = limit_bytes
+
+
 class StateConflict(BusError):
     """A compare-and-set failed: the key has another revision. Read it back."""
 
@@ -56,11 +67,16 @@ class Bus(Protocol):
     async def publish(
         self, subject: str, payload: bytes, *, msg_id: str, headers: Mapping[str, str] | None = None
     ) -> None:
-        """Publish to a stream, acknowledged; a duplicate is success. Raises BusError."""
+        """Publish to a stream, acknowledged; a duplicate is success.
+
+        Raises:
+            Unsendable: not as it is; the same message fails again on this connection.
+            BusError: try again.
+        """
         ...
 
     async def send(self, subject: str, payload: bytes) -> None:
-        """Publish with core NATS, at most once; for `reply_to`."""
+        """Publish with core NATS, at most once; for `reply_to`. Raises as `publish`."""
         ...
 
     async def read_state(self, key: str) -> tuple[bytes, int] | None:

@@ -1,7 +1,7 @@
 """A client of the wire protocol: plain nats-py with short timeouts.
 
-It imports nothing of the worker, only `schemas`: it doubles as the reference client for authors of
-an agentd in any language.
+Of the worker it imports only the client class that connects as the settings say or not at all, so
+that it doubles as the reference client for authors of an agentd in any language.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, cast
 
-import nats
 import nats.errors
 import nats.js.errors
 from nats.aio.client import Client as Nats
@@ -27,6 +26,7 @@ from schemas.requests import Request
 from schemas.settings import Settings
 from schemas.subjects import Lane, Subjects
 from schemas.unpack import Limits, pack, unpack_map
+from worker.bus.strict_client import StrictClient, requires_tls, without_password
 from worker.cli.context import CliError, NoAnswer
 
 CONNECT_TIMEOUT_S: Final = 3
@@ -186,6 +186,7 @@ async def connect(
         CliError: `invalid` CA file.
     """
     target = url or settings.nats.url
+    servers = [server.strip() for server in target.split(",")]
     options: dict[str, Any] = {}
     if path := creds or settings.nats.creds:
         options["user_credentials"] = path
@@ -198,13 +199,14 @@ async def connect(
 
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            connection = await nats.connect(
-                [server.strip() for server in target.split(",")],
+            connection = StrictClient(tls=requires_tls(servers, settings.nats.tls))
+            await connection.connect(
+                servers,
                 name="hostd-cli",
                 connect_timeout=CONNECT_TIMEOUT_S,
                 allow_reconnect=False,
                 max_reconnect_attempts=1,  # 0 means unlimited
-                reconnect_time_wait=0.1,
+                reconnect_time_wait=0,
                 error_cb=note,
                 inbox_prefix=settings.nats.inbox_prefixes[0].removesuffix("."),
                 **options,
@@ -212,7 +214,8 @@ async def connect(
     except (OSError, nats.errors.Error, TimeoutError) as error:
         why = seen[0] if seen else error
         raise NoAnswer(
-            f"cannot connect to NATS at {target}: {str(why) or type(why).__name__}"
+            f"cannot connect to NATS at {without_password(target)}:"
+            f" {str(why) or type(why).__name__}"
         ) from error
     try:
         yield Client(connection, settings.root, settings.host.cell)

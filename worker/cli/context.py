@@ -65,15 +65,20 @@ def load(config: str | None) -> Loaded:
     Raises:
         CliError: `invalid`; the message names the file and the key.
     """
+    try:
+        return load_with_origins(path_of(config), os.environ)
+    except SettingsError as error:
+        raise CliError(Code.INVALID, str(error)) from error
+
+
+def path_of(config: str | None) -> str | None:
+    """The settings file: `--config`, else `$HOSTD_CONFIG`, else the default if it exists."""
     context = click.get_current_context(silent=True)
     path = config or (context.find_root().params.get("config") if context else None)
     path = path or os.environ.get("HOSTD_CONFIG")
     if not path and os.path.exists(DEFAULT_FILE):
         path = DEFAULT_FILE
-    try:
-        return load_with_origins(path or None, os.environ)
-    except SettingsError as error:
-        raise CliError(Code.INVALID, str(error)) from error
+    return path or None
 
 
 def settings_of(config: str | None) -> Settings:

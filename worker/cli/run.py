@@ -1,24 +1,29 @@
 """`hostd run`: the worker process."""
 
+import os
+from functools import partial
+
 import click
 
 from schemas.settings import Settings
 from worker import logs
 from worker import main as worker_main
-from worker.cli.context import CliError, config_option, settings_of
+from worker.cli.context import CliError, config_option, path_of, settings_of
 from worker.preflight import find_uid_overlap
+from worker.settings import load
 
 
 @click.command()
 @config_option
 @click.option("--json", is_flag=True, help="Accepted for consistency; logs are always JSON.")
 def run(config: str | None, json: bool) -> None:
-    """Run the worker until SIGTERM or SIGINT. VMs outlive it."""
+    """Run the worker until SIGTERM or SIGINT. VMs outlive it. SIGHUP reloads settings."""
     del json
     settings = settings_of(config)
     check_uids(settings)
     logs.configure(settings.log.level)
-    raise SystemExit(worker_main.run(settings))
+    read = partial(load, path_of(config), os.environ)
+    raise SystemExit(worker_main.run(settings, read))
 
 
 def check_uids(settings: Settings) -> None:

@@ -248,10 +248,8 @@ class JournalCommands:
         row = self._store.mirror.commands.get(command_id)
         if row is not None:
             return CommandState("running" if row.attempts else "waiting")
-        stored = await self._store.writer.read(
-            lambda tx: tx.execute(
-                "SELECT reply FROM command WHERE id = ?", (command_id,)
-            ).fetchone()
+        stored = await self._store.questions.first(
+            "SELECT reply FROM command WHERE id = ?", (command_id,)
         )
         return None if stored is None else CommandState("done", stored[0])
 

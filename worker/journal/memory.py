@@ -60,9 +60,13 @@ class CommandRow:
 
 @dataclass(slots=True)
 class OutQueue:
-    """Unsent rows of one kind in order; those beyond `OUT_CACHE` are in the file only."""
+    """Unsent rows of one kind in order; those beyond `OUT_CACHE` are in the file only.
+
+    `held` are rows that the bus does not accept as they are; they are part of `count`.
+    """
 
     rows: dict[int, OutRow] = field(default_factory=dict[int, OutRow])
+    held: dict[int, OutRow] = field(default_factory=dict[int, OutRow])
     count: int = 0
     last: int = 0
     spilled: bool = False

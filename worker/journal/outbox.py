@@ -39,6 +39,16 @@ class JournalOutbox:
         """Unsent rows of a kind."""
         return self._store.mirror.out[kind].count
 
+    @property
+    def held(self) -> int:
+        """Rows of all kinds that the bus does not accept as they are."""
+        return sum(len(queue.held) for queue in self._store.mirror.out.values())
+
+    def sendable(self, kind: str) -> int:
+        """Unsent rows of a kind that are not held."""
+        queue = self._store.mirror.out[kind]
+        return queue.count - len(queue.held)
+
     async def wait_sent(self) -> None:
         """Return after the next `sent`."""
         arrival = self._arrival("sent")
@@ -64,15 +74,31 @@ class JournalOutbox:
     async def wait_pending(self, kind: str) -> None:
         """Return once there is a row of this kind to send."""
         arrival = self._arrival(kind)
-        while not self._store.mirror.out[kind].count:
+        while not self.sendable(kind):
             arrival.clear()
             await arrival.wait()
+
+    def hold(self, row: OutRow) -> None:
+        """Keep a row back, so that the next ones are sent, until `release`."""
+        queue = self._store.mirror.out[row.kind]
+        if queue.rows.pop(row.n, None) is not None:
+            queue.held[row.n] = row
+        self._arrival("sent").set()
+
+    def release(self) -> None:
+        """Try the held rows again, each in its place; the bus may accept them now."""
+        for kind, queue in self._store.mirror.out.items():
+            if queue.held:
+                queue.rows = dict(sorted((queue.rows | queue.held).items()))
+                queue.held = {}
+                self._arrival(kind).set()
 
     def sent(self, rows: Sequence[OutRow]) -> None:
         """Delete rows that the bus confirmed; on disk within some 20 ms."""
         for row in rows:
             queue = self._store.mirror.out[row.kind]
-            if queue.rows.pop(row.n, None) is not None:
+            known = queue.rows.pop(row.n, None) or queue.held.pop(row.n, None)
+            if known is not None:
                 queue.count -= 1
                 self._gone.add(row.n)
         self._arrival("sent").set()

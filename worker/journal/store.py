@@ -14,6 +14,7 @@ from handlers.errors import HostFault
 from schemas.subjects import Subjects
 from worker.journal import memory, schema
 from worker.journal.memory import Mirror
+from worker.journal.reader import JournalReader
 from worker.journal.transaction import EventSource, Transaction
 from worker.journal.writer import Writer
 
@@ -26,6 +27,7 @@ class Store:
     Attributes:
         mirror: the file as of the last commit; replaced after a fault, so never kept by a part.
         reader: a second connection, for short reads on the loop.
+        questions: a third one with its own thread, for reads that no command waits for.
         now_ms: Unix time in milliseconds.
     """
 
@@ -43,6 +45,7 @@ class Store:
         self.source = source
         self.mirror = mirror
         self.reader = reader
+        self.questions = JournalReader(path)
         self.now_ms = clock_ms
         self.writer = Writer(
             path,
@@ -98,6 +101,7 @@ class Store:
     async def close(self) -> None:
         """Commit what was submitted and close the file."""
         await self.writer.close()
+        await self.questions.close()
         self.reader.close()
 
     @property

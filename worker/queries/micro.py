@@ -20,22 +20,25 @@ from schemas.decode_error import DecodeError
 from schemas.subjects import check_reply_to
 from worker.bus.connection import Connection
 from worker.bus.message import Message, Subscription
-from worker.bus.protocol import BusError
+from worker.bus.protocol import BusError, Unsendable
+from worker.queries.fair_queue import FairQueue
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 TYPE = "io.nats.micro.v1"
-CONCURRENT_MAX = 64
-PENDING_MAX = 256
 
 
 @dataclass(slots=True)
 class Endpoint:
-    """One query. `handle` answers any bytes with bytes; True beside them means an error."""
+    """One query. `handle` answers any bytes with bytes; True beside them means an error.
+
+    `refuse` makes the answer of an error that prevents the real one, from its message.
+    """
 
     name: str
     subject: str
     handle: Callable[[bytes], Awaitable[tuple[bytes, bool]]]
+    refuse: Callable[[str], bytes]
     requests: int = field(default=0, init=False)
     errors: int = field(default=0, init=False)
     took_ns: int = field(default=0, init=False)
@@ -75,12 +78,16 @@ class MicroService:
         self._endpoints = endpoints
         self._prefixes = tuple(inbox_prefixes)
         self._started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
-        self._slots = asyncio.Semaphore(CONCURRENT_MAX)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._queue = FairQueue()
         self._subscriptions: list[Subscription] = []
         self._fresh = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
-        self.dropped = 0
+        self._invalid = 0
+
+    @property
+    def dropped(self) -> int:
+        """Requests without an allowed reply subject, and those beyond their asker's share."""
+        return self._invalid + self._queue.dropped
 
     async def start(self) -> None:
         """Start serving; returns at once, with or without a connection."""
@@ -100,8 +107,7 @@ class MicroService:
             except Exception as error:  # noqa: BLE001 (of a client that is gone)
                 log.debug("query.unsubscribe_failed", error=str(error))
         self._subscriptions = []
-        if self._tasks:
-            await asyncio.wait(set(self._tasks))
+        await self._queue.close()
 
     async def _keep(self) -> None:
         """nats-py repeats subscriptions after a reconnect, but not in a new client."""
@@ -135,23 +141,19 @@ class MicroService:
             # hostd publishes to this subject with its own permissions, not with the caller's.
             check_reply_to(message.reply, self._prefixes)
         except DecodeError:
-            self.dropped += 1
+            self._invalid += 1
             return
-        if len(self._tasks) >= PENDING_MAX:
-            self.dropped += 1
-            return
-        task = asyncio.create_task(self._run(work, message), name="query")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        # An asker's inbox, without the last token, which client libraries change at each request.
+        asker = message.reply.rpartition(".")[0]
+        self._queue.put(asker, partial(self._run, work, message))
 
     async def _run(self, work: Callable[[Message], Awaitable[None]], message: Message) -> None:
-        async with self._slots:
-            try:
-                await work(message)
-            except BusError as error:
-                log.debug("query.answer_lost", subject=message.subject, error=str(error))
-            except Exception:
-                log.exception("query.crashed", subject=message.subject)
+        try:
+            await work(message)
+        except BusError as error:
+            log.debug("query.answer_lost", subject=message.subject, error=str(error))
+        except Exception:
+            log.exception("query.crashed", subject=message.subject)
 
     async def _serve(self, endpoint: Endpoint, message: Message) -> None:
         began_ns = time.perf_counter_ns()
@@ -159,7 +161,11 @@ class MicroService:
         answer, failed = await endpoint.handle(message.data)
         endpoint.errors += failed
         endpoint.took_ns += time.perf_counter_ns() - began_ns
-        await self._connection.send(message.reply, answer)
+        try:
+            await self._connection.send(message.reply, answer)
+        except Unsendable as error:
+            endpoint.errors += not failed
+            await self._connection.send(message.reply, endpoint.refuse(str(error)))
 
     async def _discover(self, describe: Callable[[], dict[str, Any]], message: Message) -> None:
         await self._connection.send(message.reply, json.dumps(describe()).encode())

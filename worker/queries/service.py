@@ -91,7 +91,12 @@ def query_service(
         "result": partial(_result, source),
     }
     endpoints = [
-        Endpoint(verb, subjects.ask(verb), partial(answer, verb, query))
+        Endpoint(
+            verb,
+            subjects.ask(verb),
+            partial(answer, verb, query),
+            refuse=partial(_error, Code.EXHAUSTED),
+        )
         for verb, query in queries.items()
     ]
     metadata = {

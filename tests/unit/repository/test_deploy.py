@@ -50,6 +50,13 @@ def test_vms_outlive_the_unit_and_its_python_is_isolated() -> None:
     assert int(unit["TimeoutStopSec"].rstrip("s")) > Settings().limits.shutdown_s
 
 
+def test_a_reload_sends_sighup_and_finds_rotated_credentials() -> None:
+    unit = dict(directives())
+
+    assert unit["ExecReload"] == "/bin/kill -HUP $MAINPID"
+    assert "LoadCredential" not in unit
+
+
 def test_the_unit_has_no_mount_namespace_and_no_filter_that_vmms_would_inherit() -> None:
     prefixes = ("Protect", "Private", "ReadOnly", "ReadWrite", "Inaccessible", "Bind", "Temporary")
     filters = ("SystemCall", "Restrict", "LockPersonality", "NoNewPrivileges", "MemoryDeny")

@@ -1,0 +1,68 @@
+"""Answers to questions come from memory or a reader of their own, never through the writer."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from handlers.errors import NotFound
+from tests.fakes.shell_worker import shell_worker, start
+from worker.journal.journal import Journal
+from worker.queries.answers import Answer, Answers
+
+QUESTIONS: dict[str, Callable[[Answers], Awaitable[Answer]]] = {
+    "ping": lambda answers: answers.ping(),
+    "status": lambda answers: answers.status(),
+    "list": lambda answers: answers.list(),
+    "describe": lambda answers: answers.describe("none", None, None),
+    "result": lambda answers: answers.result("c1"),
+    "result of an unknown command": lambda answers: answers.result("c9"),
+}
+
+
+async def blocked(journal: Journal) -> tuple[asyncio.Future[bool], threading.Event]:
+    """A writer whose thread is in the midst of a part until the event is set."""
+    entered, gate = threading.Event(), threading.Event()
+
+    def wait(_: object) -> bool:
+        entered.set()
+        return gate.wait(30)
+
+    future = journal.store.writer.submit(wait)
+    await asyncio.to_thread(entered.wait, 30)
+    return future, gate
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+async def test_a_question_is_answered_while_the_writer_is_busy(
+    tmp_path: Path, question: str
+) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        worker.send(start())
+        await worker.reply()
+        await worker.outbox.drained()
+        answers = Answers(worker.journal, "b1", lambda: "ready")
+        writing, gate = await blocked(worker.journal)
+        try:
+            async with asyncio.timeout(10):
+                if question in ("describe", "result of an unknown command"):
+                    with pytest.raises(NotFound):
+                        await QUESTIONS[question](answers)
+                else:
+                    assert (await QUESTIONS[question](answers))["v"] == 1
+            assert not writing.done()
+        finally:
+            gate.set()
+            assert await writing
+
+
+async def test_a_finished_command_has_its_result_at_once(tmp_path: Path) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        answers = Answers(worker.journal, "b1", lambda: "ready")
+        for n in range(20):
+            worker.send(start(f"a{n}"), f"c{n}")
+            await worker.reply(f"c{n}")
+
+            assert (await answers.result(f"c{n}"))["state"] == "done"

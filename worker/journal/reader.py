@@ -1,0 +1,56 @@
+"""Reads for questions: a thread and a read-only connection of their own, beside the writer.
+
+A question that waited in the writer's queue would delay the commits behind it. In WAL mode a reader
+sees what is committed, and neither waits for a writer nor holds one up (sqlite.org/wal.html).
+"""
+
+import asyncio
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from worker.journal import schema
+from worker.journal.writer import JournalFault
+
+
+class JournalReader:
+    """One read at a time, in order. All methods are for the event loop's thread."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._connection: sqlite3.Connection | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal-reader")
+
+    async def first(self, query: str, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The first row of a query, or None.
+
+        Raises:
+            JournalFault: the file cannot be read now; ask again.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._thread, self._first, query, arguments)
+        except sqlite3.Error as error:
+            raise JournalFault(f"cannot read the journal {self._path}: {error}") from error
+
+    async def close(self) -> None:
+        """After the last read."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._drop)
+        self._thread.shutdown()
+
+    # -- in the thread -------------------------------------------------------------------------
+
+    def _first(self, query: str, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._connection is None:
+            self._connection = schema.open_reader(self._path)
+        try:
+            row: tuple[Any, ...] | None = self._connection.execute(query, arguments).fetchone()
+        except sqlite3.Error:
+            self._drop()
+            raise
+        return row
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
