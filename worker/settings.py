@@ -4,11 +4,12 @@ Types, defaults and units are in `schemas/settings.py`. An unknown key, a wrong 
 breaks a rule stops the start with an error that names the file and the key.
 """
 
+import difflib
 import ipaddress
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,10 @@ MACHINE_ID_FILE = "/etc/machine-id"
 DEFAULT_FILE = "/etc/hostd/hostd.toml"
 ENV_PREFIX = "HOSTD_"
 DEFAULT = "default"
+# Of this prefix, but not settings: the settings file, `worker/failpoints.py`, and the lab's mark.
+OTHER_VARIABLES = frozenset(
+    {"HOSTD_CONFIG", "HOSTD_FAILPOINT", "HOSTD_FAILPOINT_FILE", "HOSTD_LAB"}
+)
 
 _SERVICE = re.compile(r"(tcp|udp)/([0-9]{1,5})")
 _URL = re.compile(r"(nats|tls|ws|wss)://[^\s,]+")
@@ -107,7 +112,7 @@ def load_with_origins(path: str | None, environ: Mapping[str, str]) -> Loaded:
     origins: dict[str, str] = dict.fromkeys(known, DEFAULT)
     for dotted, value in _read_file(path).items() if path is not None else ():
         if dotted not in known:
-            raise SettingsError(str(path), dotted, "no such setting")
+            raise SettingsError(str(path), dotted, f"no such setting{nearest(dotted, known)}")
         values[dotted] = _convert(str(path), known[dotted], value)
         origins[dotted] = str(path)
     for dotted, (name, text) in _read_environ(known, environ).items():
@@ -140,8 +145,8 @@ def _read_file(path: str) -> dict[str, Any]:
         raise SettingsError(path, "", f"not TOML: {error}") from error
     found: dict[str, Any] = {}
     for table, content in tables.items():
-        if table not in {key.table for key in keys()}:
-            raise SettingsError(path, table, "no such table")
+        if table not in (known := {key.table for key in keys()}):
+            raise SettingsError(path, table, f"no such table{nearest(table, sorted(known))}")
         try:
             pairs = msgspec.convert(content, dict[str, Any])
         except msgspec.ValidationError as error:
@@ -154,13 +159,12 @@ def _read_environ(
     known: Mapping[str, Key], environ: Mapping[str, str]
 ) -> dict[str, tuple[str, str]]:
     by_env = {key.env: key for key in known.values()}
-    tables = {f"{ENV_PREFIX}{key.table}_".upper() for key in known.values()}
     found: dict[str, tuple[str, str]] = {}
     for name, text in sorted(environ.items()):
         if key := by_env.get(name):
             found[key.dotted] = (name, text)
-        elif any(name.startswith(table) for table in tables):
-            raise SettingsError(name, "", "no such setting")
+        elif name.startswith(ENV_PREFIX) and name not in OTHER_VARIABLES:
+            raise SettingsError(name, "", f"no such setting{nearest(name, by_env)}")
     return found
 
 
@@ -188,6 +192,12 @@ def _convert(source: str, key: Key, value: object) -> object:
         raise SettingsError(source, key.dotted, f"{error}") from error
 
 
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean <name>?` for the most similar of these names, or nothing."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.7)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
 def machine_id() -> str:
     """The ID of this installation, 32 hex digits; empty if it has none. Source: machine-id(5)."""
     try:
@@ -207,6 +217,12 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
         value = getattr(getattr(settings, table), name)
         if wrong := rule(value):
             raise SettingsError(origins[dotted], dotted, wrong)
+    if settings.host.production and not settings.limits.enforce:
+        raise SettingsError(
+            origins["limits.enforce"],
+            "limits.enforce",
+            "false is for development only: also set [host] production = false, or enforce limits",
+        )
     if settings.vmm.uid_base + settings.vmm.uid_count - 1 > _UID_MAX:
         raise SettingsError(
             origins["vmm.uid_count"], "vmm.uid_count", f"uid_base + uid_count exceeds {_UID_MAX}"

@@ -186,28 +186,6 @@ async def test_json_is_the_reply_envelope(server: Server, worker: StandIn) -> No
     assert 50_000 < command.deadline_ms - time.time() * 1000 < 60_000
 
 
-async def test_the_outcome_of_a_command_that_the_server_drops_as_a_duplicate_is_queried(
-    server: Server, worker: StandIn
-) -> None:
-    await hostd(server, "start", *REF, "--id", "again")
-    stored = codec.write_reply(worker.reply_to(worker.commands[0][1]))
-    worker.answers["result"] = {
-        "v": 1,
-        "id": "again",
-        "state": "done",
-        "reply": {**stored, "replayed": True},
-    }
-    worker.commands.clear()
-
-    # the stand-in took no message off the stream, so it hears of the second one, too
-    worker.silent = True
-    result = await hostd(server, "start", *REF, "--id", "again")
-
-    assert result.exit_code == 0, result.output
-    assert "(replayed)" in result.output
-    assert worker.questions == [("result", {"id": "again"})]
-
-
 async def test_without_a_reply_the_command_line_exits_with_no_answer(
     server: Server, worker: StandIn
 ) -> None:

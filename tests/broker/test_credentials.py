@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import nkeys
+from click.testing import CliRunner, Result
 
 from schemas.settings import NatsSettings
-from tests.broker.server import Server
+from tests.broker.server import Server, running_server
 from worker.bus.connection import Connection
+from worker.cli.main import main
 
 
 def new_key(prefix: int) -> nkeys.KeyPair:
@@ -88,3 +90,22 @@ async def test_the_connection_authenticates_with_a_jwt_credentials_file(tmp_path
     finally:
         await connection.close()
         await server.stop()
+
+
+async def test_the_cli_signs_in_with_a_file_of_user_and_password(tmp_path: Path) -> None:
+    creds = tmp_path / "host.creds"
+    creds.write_text("admin:secret\n")
+    creds.chmod(0o600)
+    settings = {"HOSTD_CONFIG": None, "HOSTD_HOST_ID": "h1"}
+
+    async def hostd(url: str, *options: str) -> Result:
+        args = ("ls", "--url", url, *options)
+        return await asyncio.to_thread(CliRunner().invoke, main, args, env=settings)
+
+    users = "authorization { user: admin, password: secret }"
+    async with running_server(tmp_path / "nats", config=users) as server:
+        signed_in = await hostd(server.url, "--creds", str(creds))
+        without = await hostd(server.url)
+
+    assert "no worker is running for host h1" in signed_in.output
+    assert "cannot connect to NATS" in without.output

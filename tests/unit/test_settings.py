@@ -185,7 +185,36 @@ def test_a_wrong_variable_names_itself(name: str, text: str, says: str) -> None:
 
 
 def test_other_variables_are_ignored() -> None:
-    assert load(None, {**HOST, "HOSTD_CONFIG": "/x", "HOSTDISH": "1"}).host.id == "h1"
+    others = dict.fromkeys([*settings_module.OTHER_VARIABLES, "HOSTDISH"], "1")
+
+    assert load(None, {**HOST, **others}).host.id == "h1"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("HOSTD_LIMIT_BOOTS", "no such setting; did you mean HOSTD_LIMITS_BOOTS?"),
+        ("HOSTD_XYZ", "no such setting"),
+    ],
+)
+def test_a_variable_of_a_mistyped_table_is_refused(name: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{name}: {re.escape(says)}$"):
+        load(None, {**HOST, name: "1"})
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"limits\.boot: no such setting; .* limits\.boots\?"):
+        load(write(tmp_path, "[limits]\nboot = 1\n"), HOST)
+    with pytest.raises(SettingsError, match=r"limit: no such table; did you mean limits\?"):
+        load(write(tmp_path, "[limit]\nboots = 1\n"), HOST)
+
+
+def test_a_production_host_without_limits_is_refused_by_the_settings() -> None:
+    off = {**HOST, "HOSTD_LIMITS_ENFORCE": "false"}
+    with pytest.raises(SettingsError, match=r"HOSTD_LIMITS_ENFORCE: limits.enforce: false is for"):
+        load(None, off)
+
+    assert not load(None, {**off, "HOSTD_HOST_PRODUCTION": "false"}).limits.enforce
 
 
 def test_every_setting_but_true_or_false_has_a_rule() -> None:

@@ -35,7 +35,7 @@ def test_wrong_settings_are_invalid_and_name_file_and_key(tmp_path: Path) -> Non
     result = hostd("check-config", "--config", str(file))
 
     assert result.exit_code == 10
-    assert result.stderr == f"invalid: {file}: host.cel: no such setting\n"
+    assert result.stderr == f"invalid: {file}: host.cel: no such setting; did you mean host.cell?\n"
     assert result.stdout == ""
 
 
@@ -79,3 +79,14 @@ def test_the_help_lists_every_subcommand_with_its_summary_in_full() -> None:
 def test_every_code_has_its_exit_code_and_an_unknown_one_counts_as_internal() -> None:
     assert {exit_code(code.value) for code in Code} == set(EXIT_CODES.values())
     assert exit_code("from_the_future") == EXIT_CODES[Code.INTERNAL]
+
+
+def test_a_credentials_file_that_is_missing_or_open_to_others_is_invalid(tmp_path: Path) -> None:
+    missing = hostd("ls", "--creds", str(tmp_path / "none"), "--url", "nats://127.0.0.1:1")
+    (tmp_path / "open").write_text("a:b")
+    (tmp_path / "open").chmod(0o644)
+    readable = hostd("ls", "--creds", str(tmp_path / "open"), "--url", "nats://127.0.0.1:1")
+
+    assert (missing.exit_code, readable.exit_code) == (10, 10)
+    assert f"cannot read NATS credentials file {tmp_path}/none: No such file" in missing.stderr
+    assert "chmod 600" in readable.stderr
