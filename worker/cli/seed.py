@@ -244,8 +244,8 @@ def _read(path: str) -> dict[str, Any] | None:
             return dict(json.load(file))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise CliError("invalid", f"{path}: {error}") from error
+    except ValueError as error:
+        raise CliError("invalid", f"{path}: not JSON: {error}") from error
 
 
 def _write_json(path: str, value: dict[str, Any]) -> None:
@@ -331,16 +331,21 @@ def seed(
     files = {"vmlinux": vmlinux, "rootfs.ext4": rootfs, "initrd": initrd}
     ref = InstanceRef(tenant_id, pool_id, instance_id)
     root = settings_of(config).paths.data
-    seeded = write_seed(
-        root,
-        Seed(
-            ref,
-            net_id,
-            artifacts={name: path for name, path in files.items() if path is not None},
-            secrets=secrets.read() if secrets is not None else None,
-            **values,
-        ),
+    wanted = Seed(
+        ref,
+        net_id,
+        artifacts={name: path for name, path in files.items() if path is not None},
+        secrets=secrets.read() if secrets is not None else None,
+        **values,
     )
+    try:
+        seeded = write_seed(root, wanted)
+    except OSError as error:
+        raise CliError(
+            "host_fault",
+            f"cannot write {error.filename or root}: {error.strerror or error}; "
+            "run as root, or set [paths] data to a directory that you can write to",
+        ) from error
     if as_json:
         print_json({"guest_ip": seeded.guest_ip, "tap": seeded.tap, "revision": seeded.revision})
     else:

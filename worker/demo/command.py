@@ -85,10 +85,14 @@ def demo(*, build: str, here: bool, guest: str, as_json: bool) -> None:
     root and the guests that `make setup` builds.
     """
     logs.configure("error", stream="stderr")
+    if os.geteuid() != 0:
+        raise CliError(
+            "host_fault",
+            "cannot run the demo as an ordinary user: it creates interfaces, cgroups and jails; "
+            "run it as root",
+        )
     if guest == "linux" and not here and not linux_runs_here():
         hand_over_to_lab(os.path.dirname(os.path.abspath(build)), as_json=as_json)
-    if os.geteuid() != 0:
-        raise click.ClickException("the demo creates interfaces, cgroups and jails: run it as root")
     enter_new_network()
     progress = Progress(lambda text, ends: click.echo(text, nl=ends, err=as_json))
     where = "in the lab" if os.environ.get("HOSTD_LAB") else "on this machine's KVM"

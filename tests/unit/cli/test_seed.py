@@ -12,8 +12,11 @@ from schemas import naming
 from schemas.files import InstanceFile, PoolSpec, TenantConfig
 from schemas.requests import InstanceRef, TenantNet
 from tests.constants import REF
+from tests.unit.cli.hostd import hostd
 from worker.cli.context import CliError
 from worker.cli.seed import Seed, net_of, write_seed
+
+REF_WORDS = ("acme", "web", "i-1")
 
 
 def read(path: Path) -> Any:
@@ -129,3 +132,13 @@ def test_no_half_written_file_stays(tmp_path: Path, images: dict[str, str]) -> N
     write_seed(str(root), Seed(REF, 7, artifacts=images))
 
     assert [path for path in root.rglob("*") if ".new" in path.name] == []
+
+
+def test_a_directory_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "tenants").write_text("a file where a directory is expected")
+
+    result = hostd("seed", *REF_WORDS, "--net-id", "7", HOSTD_PATHS_DATA=str(tmp_path))
+
+    assert result.exit_code == 20
+    assert result.stderr.startswith(f"host_fault: cannot write {tmp_path}/tenants")
+    assert "run as root, or set [paths] data" in result.stderr
