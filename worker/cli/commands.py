@@ -60,7 +60,7 @@ def send_options(command: F) -> F:
     for add in (
         click.option(
             "--deadline",
-            type=float,
+            type=click.FloatRange(min=0, min_open=True),
             metavar="S",
             help="Reject the command if it has not started within S seconds.",
         ),
@@ -68,7 +68,7 @@ def send_options(command: F) -> F:
             "--id",
             "command_id",
             metavar="ID",
-            help="Command ID (idempotency key). Reusing one returns the stored reply.",
+            help="Command ID (idempotency key). The same command again returns its stored reply.",
         ),
         click.option(
             "--timeout",

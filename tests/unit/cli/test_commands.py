@@ -68,3 +68,11 @@ def test_a_missing_tenant_file_is_not_found_and_named(tmp_path: Path) -> None:
 
     assert result.exit_code == 13
     assert f"{tmp_path}/tenants/acme/tenant.json: no such file" in result.stderr
+
+
+@pytest.mark.parametrize("deadline", ["-1", "0"])
+def test_a_deadline_that_has_passed_is_a_usage_error(deadline: str) -> None:
+    result = hostd("start", "acme", "web", "i-1", f"--deadline={deadline}")
+
+    assert result.exit_code == 2
+    assert "--deadline" in result.stderr
