@@ -33,7 +33,12 @@ _URL = re.compile(r"(nats|tls|ws|wss)://[^\s,]+")
 _UID_MIN, _UID_MAX = 65_536, 2**32 - 2
 _INTERFACE = re.compile(r"[^\s/:]{1,15}")
 _BOOT_ARGS_MAX = 1024
-_WANTED: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+_WANTED: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+}
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -140,7 +145,8 @@ def _read_file(path: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             tables = tomllib.load(file)
     except OSError as error:
-        raise SettingsError(path, "", error.strerror or "cannot be read") from error
+        why = error.strerror or "unknown error"
+        raise SettingsError(path, "", f"cannot read the settings file: {why}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(path, "", f"not TOML: {error}") from error
     found: dict[str, Any] = {}
@@ -189,7 +195,11 @@ def _convert(source: str, key: Key, value: object) -> object:
     try:
         return msgspec.convert(value, key.type, strict=True)
     except msgspec.ValidationError as error:
-        raise SettingsError(source, key.dotted, f"{error}") from error
+        wanted = _WANTED.get(key.type, "a list of strings")
+        found = json.dumps(value, ensure_ascii=False, default=str)
+        raise SettingsError(
+            source, key.dotted, f"expected {wanted}, found {found[:100]}"
+        ) from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -247,14 +257,16 @@ def _each(rule: Callable[[str], str]) -> Callable[[tuple[str, ...]], str]:
 
 
 def _between(low: float, high: float) -> Callable[[float], str]:
-    return lambda value: "" if low <= value <= high else f"{value} is not in {low:g}..{high:g}"
+    return lambda value: "" if low <= value <= high else f"{value} is not in {low}..{high}"
 
 
 def _cidr(value: str) -> str:
     try:
-        ipaddress.IPv4Network(value, strict=True)
+        network = ipaddress.IPv4Network(value, strict=False)
     except ValueError:
         return f"{value!r} is not an IPv4 network, e.g. 10.240.0.0/12"
+    if str(network.network_address) != value.partition("/")[0]:
+        return f"{value!r} has host bits set: the network is {network}"
     return ""
 
 
@@ -339,5 +351,7 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "limits.vmm_overhead_mib": _between(0, 2**20),
     "limits.shutdown_s": _SECONDS,
     "limits.retry_budget_s": _SECONDS,
-    "log.level": lambda value: "" if value in LEVELS else f"{value!r} is not one of {LEVELS}",
+    "log.level": lambda value: (
+        "" if value in LEVELS else f"{value!r} is not one of {', '.join(LEVELS)}"
+    ),
 }

@@ -71,7 +71,7 @@ async def provision(
 
 async def _stream(api: "_Api", config: Mapping[str, Any]) -> Made:
     name = str(config["name"])
-    what = f"stream {name}"
+    what = f"bucket {name.removeprefix('KV_')}" if name.startswith("KV_") else f"stream {name}"
     found = await api.config(f"STREAM.INFO.{name}")
     if found is None:
         got = await api.make(f"STREAM.CREATE.{name}", config, what)

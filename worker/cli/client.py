@@ -29,7 +29,7 @@ from schemas.subjects import Lane, Subjects
 from schemas.unpack import Limits, pack, unpack_map
 from worker.bus.credentials import CredentialsFile
 from worker.bus.strict_client import StrictClient, requires_tls, without_password
-from worker.cli.context import CliError, NoAnswer
+from worker.cli.context import CliError, NoAnswer, NoWorker
 
 CONNECT_TIMEOUT_S: Final = 3
 PUBLISH_TIMEOUT_S: Final = 5.0
@@ -132,7 +132,7 @@ class Client:
                 subject, pack(dict(body or {})), timeout=ASK_TIMEOUT_S
             )
         except nats.errors.NoRespondersError as error:
-            raise NoAnswer(f"no worker is running for host {host} (no responders)") from error
+            raise NoWorker(f"no worker is running for host {host} (no responders)") from error
         except nats.errors.TimeoutError as error:
             raise NoAnswer(
                 f"no answer from host {host} to query {question!r} within {ASK_TIMEOUT_S:g} s"

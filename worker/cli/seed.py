@@ -27,6 +27,7 @@ from worker.cli.context import (
     json_option,
     print_json,
     settings_of,
+    text_of,
 )
 
 NET_IDS: Final = (1, 4095)
@@ -98,10 +99,12 @@ def _write_tenant(directory: str, seed: Seed) -> TenantNet:
     path = os.path.join(directory, "tenant.json")
     net = net_of(seed.net_id)
     if (there := _read(path)) is not None:
-        if there.get("net", {}).get("tenant_net_id") != seed.net_id:
+        found = there.get("net", {}).get("tenant_net_id")
+        if found != seed.net_id:
             raise CliError(
                 "conflict",
-                f"{path}: net mismatch: found {there.get('net')}, want tenant_net_id {seed.net_id}",
+                f"{path}: the tenant has net ID {text_of(found)}: use --net-id {text_of(found)}, "
+                f"or remove the tenant to give it {seed.net_id}",
             )
         return TenantNet(**there["net"])
     _write_json(

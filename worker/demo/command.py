@@ -225,7 +225,8 @@ async def life(driver: Driver, build: str, guest: str) -> None:
     awake = await driver.stat(launch=1)
     await driver.owned()
     await driver.send("sleep", SleepInstance(*NAMES, force=False), "drain", "size_bytes")
-    with driver.progress.step("asleep"):
+    with driver.progress.step("asleep") as facts:
+        facts.append("no VMM, no TAP; the snapshot is on disk")
         await asyncio.sleep(ASLEEP_S)
     reply = await driver.send("wake", WakeInstance(*NAMES), "pid")
     woken = await driver.stat(launch=2)

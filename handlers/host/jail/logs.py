@@ -62,8 +62,7 @@ class JailLogs:
 
     def read(self, ref: InstanceRef, launch: int | None) -> bytes:
         """The VMM's log of a launch, or of the last launch with a log; empty if there is none."""
-        live = [launch_of(each) for each in self._layout.ids_of(ref)]
-        launches = sorted({*live, *self._kept(ref)}, reverse=True) if launch is None else [launch]
+        launches = self.launches(ref) if launch is None else [launch]
         for each in launches:
             jail_id = naming.jail_id(ref, each)
             metadata = self._layout.read_metadata(jail_id)
@@ -77,6 +76,11 @@ class JailLogs:
             if data:
                 return data
         return b""
+
+    def launches(self, ref: InstanceRef) -> list[int]:
+        """The launches with a live jail or a kept log, newest first."""
+        live = [launch_of(each) for each in self._layout.ids_of(ref)]
+        return sorted({*live, *self._kept(ref)}, reverse=True)
 
     def _kept(self, ref: InstanceRef) -> list[int]:
         try:

@@ -7,9 +7,18 @@ import pytest
 
 from schemas.codes import Code
 from schemas.envelopes import Reply
-from schemas.requests import Error, Ok, Ping, Pong, StopInstance
+from schemas.requests import (
+    Error,
+    Ok,
+    Ping,
+    Pong,
+    SetupNetwork,
+    StopInstance,
+    TeardownNetwork,
+)
 from tests.unit.cli.hostd import hostd
 from worker.cli.commands import describe_reply
+from worker.cli.seed import net_of
 
 STOP = StopInstance("acme", "web", "i-1")
 
@@ -47,6 +56,40 @@ def reply(**facts: Any) -> Reply:
 )
 def test_a_reply_is_printed_with_its_outcome_first(facts: dict[str, Any], text: str) -> None:
     assert describe_reply(STOP, reply(**facts)) == text
+
+
+@pytest.mark.parametrize(
+    ("detail", "text"),
+    [
+        ({"protocol": {"min": 1, "max": 2}}, "protocol: min 1, max 2"),
+        ({"limits_enforced": True}, "limits_enforced: true"),
+        ({"taps": ["tn7i3", "tn7i4"], "left": []}, "taps: tn7i3, tn7i4\n  left: none"),
+    ],
+)
+def test_detail_is_text_not_python(detail: dict[str, Any], text: str) -> None:
+    assert describe_reply(STOP, reply(detail=detail)).endswith(f"ms\n  {text}")
+
+
+def test_a_network_is_up_or_down() -> None:
+    up, down = SetupNetwork("acme", net_of(7)), TeardownNetwork("acme", net_of(7))
+
+    assert describe_reply(up, reply()) == "ok: network of acme is up, 42 ms"
+    assert describe_reply(down, reply()) == "ok: network of acme is down, 42 ms"
+
+
+@pytest.mark.parametrize("verb", ["start", "stop", "sleep", "wake", "destroy", "show", "logs"])
+def test_an_invalid_instance_id_is_refused_before_it_is_sent(verb: str) -> None:
+    result = hostd(verb, "acme", "web", "I_1")
+
+    assert result.exit_code == 10
+    assert result.stderr.startswith("invalid: instance ID 'I_1': use 1-63 characters")
+
+
+def test_an_invalid_command_id_is_named_with_its_option() -> None:
+    result = hostd("ping", "--id", "a b")
+
+    assert result.exit_code == 10
+    assert result.stderr.startswith("invalid: --id 'a b': use 1 to 64 characters")
 
 
 def test_a_ping_is_not_reported_as_unchanged() -> None:

@@ -1,14 +1,17 @@
 """The command line as a whole: settings file, exit codes, help."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from schemas.codes import EXIT_CODES, EXIT_NO_ANSWER, Code
+from schemas.settings import HostSettings, Settings
 from tests.unit.cli.hostd import hostd
-from worker.cli.context import exit_code
+from worker.cli.context import NoAnswer, exit_code, explained_host
 from worker.cli.main import COMMANDS
+from worker.settings import MACHINE_ID_FILE, Loaded
 
 
 @pytest.mark.parametrize("place", ["before", "after", "environment"])
@@ -90,3 +93,42 @@ def test_a_credentials_file_that_is_missing_or_open_to_others_is_invalid(tmp_pat
     assert (missing.exit_code, readable.exit_code) == (10, 10)
     assert f"cannot read NATS credentials file {tmp_path}/none: No such file" in missing.stderr
     assert "chmod 600" in readable.stderr
+
+
+def test_a_mistyped_subcommand_gets_the_nearest_one() -> None:
+    result = hostd("strat", "t", "p", "i")
+
+    assert result.exit_code == 2
+    assert "no such command 'strat'; did you mean start?" in result.stderr
+
+
+def test_a_missing_settings_file_is_named_with_where_its_path_is_from(tmp_path: Path) -> None:
+    file = str(tmp_path / "none")
+
+    by_variable = hostd("check-config", HOSTD_CONFIG=file)
+    by_option = hostd("check-config", "--config", file)
+
+    complaint = f"invalid: {file}: cannot read the settings file: No such file or directory"
+    assert by_variable.stderr == f"{complaint} (named by $HOSTD_CONFIG)\n"
+    assert by_option.stderr == f"{complaint}\n"
+
+
+def test_the_worker_requires_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+
+    result = hostd("run")
+
+    assert result.exit_code == 20
+    assert "run it as root" in result.stderr
+
+
+def test_without_an_answer_a_host_id_from_the_machine_is_explained() -> None:
+    settings = Settings(host=HostSettings(id=32 * "a"))
+    machine = Loaded(settings, {"host.id": MACHINE_ID_FILE})
+    silence = NoAnswer(f"no worker is running for host {32 * 'a'}")
+    explained = f"host a+; the host ID is from {MACHINE_ID_FILE}"
+
+    with pytest.raises(NoAnswer, match=explained), explained_host(machine, None):
+        raise silence
+    with pytest.raises(NoAnswer, match=r"host a+$"), explained_host(machine, "h2"):
+        raise silence

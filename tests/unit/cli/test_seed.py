@@ -107,7 +107,9 @@ def test_existing_files_are_kept(tmp_path: Path) -> None:
 def test_another_net_for_a_tenant_is_a_conflict(tmp_path: Path) -> None:
     write_seed(str(tmp_path), Seed(REF, 7))
 
-    with pytest.raises(CliError, match=r"tenant\.json: net mismatch") as caught:
+    with pytest.raises(
+        CliError, match=r"tenant\.json: the tenant has net ID 7: use --net-id 7"
+    ) as caught:
         write_seed(str(tmp_path), Seed(REF, 8))
     assert caught.value.code == "conflict"
 
