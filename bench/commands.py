@@ -1,6 +1,7 @@
 """hostd's own cost per command, against a raw pull-reply-ack loop on the same server."""
 
 import asyncio
+import contextlib
 import sys
 import timeit
 from collections.abc import AsyncGenerator
@@ -19,6 +20,7 @@ from schemas.settings import HostSettings
 from schemas.subjects import Subjects
 from tests.live_host import LiveHost
 from worker.cli.client import connect, new_id
+from worker.cli.context import CliError
 from worker.demo.host import provision_cell
 
 ROUNDS = 300
@@ -30,6 +32,7 @@ REPEATS = 3
 MEM_MIB, AT_ONCE = 8, 4
 NOTHING_CHANGED_MS, CHANGED_MS = 0.5, 1.0
 PER_SECOND = 2000
+ASKING = 64
 
 
 @asynccontextmanager
@@ -62,6 +65,7 @@ async def measure(bench: BenchHost) -> list[Row]:
     async with raw_sender(bench.host) as raw:
         rows = await latencies(bench.sender, raw, net)
         rows += await throughput(bench.sender, raw)
+        rows += await beside_queries(bench, raw)
     return rows
 
 
@@ -104,6 +108,32 @@ async def latencies(sender: Sender, raw: Sender, net: TenantNet) -> list[Row]:
         own_cost(
             "command that changes something, steps aside, p50", changed, base_of_changed, CHANGED_MS
         ),
+    ]
+
+
+async def beside_queries(bench: BenchHost, raw: Sender) -> list[Row]:
+    """Commands that change nothing while somebody asks for results as fast as it gets answers."""
+    host, stop = bench.host.settings.host.id, StopInstance("acme", "web", "i-0")
+    quiet = [(await bench.sender.send(stop)).took_s * 1e3 for _ in range(ROUNDS)]
+    async with connect(bench.host.settings) as client:
+
+        async def ask() -> None:
+            while True:
+                await client.ask(host, "status")
+                with contextlib.suppress(CliError):  # an unknown command, looked up in the file
+                    await client.ask(host, "result", {"id": "unknown"})
+
+        flood = [asyncio.create_task(ask()) for _ in range(ASKING)]
+        try:
+            flooded = [(await bench.sender.send(stop)).took_s * 1e3 for _ in range(ROUNDS)]
+            base = [(await raw.send(stop)).took_s * 1e3 for _ in range(ROUNDS)]
+        finally:
+            for task in flood:
+                task.cancel()
+            await asyncio.gather(*flood, return_exceptions=True)
+    return [
+        row("command that changes nothing, nobody asks, p50", "ms", median(quiet)),
+        row("the same during a flood of queries, p50", "ms", median(flooded), median(base)),
     ]
 
 

@@ -7,7 +7,7 @@ import time
 from bench.bench_host import BenchHost
 from bench.rows import Row, median, p99, row
 from handlers.host.net.bridges import GATEWAY_OFFSET, SYSCTLS
-from handlers.host.net.ruleset import base_script
+from handlers.host.net.chains import base_script
 from handlers.host.net.tenant_rules import tenant_members
 from handlers.specs import TenantRulesSpec
 from schemas import naming

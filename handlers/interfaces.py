@@ -52,6 +52,15 @@ class Networks(Protocol):
         """Names of the interfaces attached to the bridge."""
         ...
 
+    async def warnings(self, tenants: int) -> Sequence[str]:
+        """What other programs and the kernel's settings keep from the guests of so many tenants:
+        one sentence each, with what to do."""
+        ...
+
+    async def flush_conntrack(self, address: str) -> None:
+        """End all tracked connections from or to this address, on either side of NAT."""
+        ...
+
     async def prepare(self) -> bool:
         """Put base table, uplinks, `ip_forward`, `bridge-nf-call-*` in effect; true if changed."""
         ...

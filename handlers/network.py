@@ -16,6 +16,7 @@ from handlers.interfaces import Host
 from handlers.network_names import network_specs, port_specs
 from handlers.steps import Done, Steps
 from schemas.decode_error import DecodeError
+from schemas.envelopes import EventKind
 from schemas.files import TenantConfig
 from schemas.records import NetworkRecord
 from schemas.requests import NetworkRequest, SetupNetwork, TeardownNetwork, TenantNet
@@ -35,7 +36,8 @@ async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
     """Put a tenant's network in effect: rules first, then the bridge, both read back.
 
     Idempotent: what matches is left unchanged, a partly made network is completed. On failure
-    everything that this command made, in any of its runs, is removed.
+    everything that this command made, in any of its runs, is removed. What other programs' rules
+    or the kernel's settings keep from the guests is in `detail.warnings` and an event.
 
     Raises:
         Invalid: the net is malformed or outside `[network] allowed`.
@@ -57,10 +59,21 @@ async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
         if recorded is None or recorded.status != "up":
             await host.records.put_network(record_of(cmd, "up", host))
             changed = True
+        warnings = list(await host.networks.warnings(len(host.records.networks())))
     # `changed` covers all runs of the command: a step that an earlier run made has outcome `done`.
     ours = {host.tenant_rules.name, host.bridges.name}
     changed = changed or any(s.outcome == "done" and s.name in ours for s in steps.taken)
-    return Done(changed=changed, status=None, detail={"bridge_name": cmd.net.bridge_name})
+    detail: dict[str, object] = {"bridge_name": cmd.net.bridge_name}
+    if warnings:
+        detail["warnings"] = warnings
+        await host.records.event(
+            EventKind.NETWORK,
+            tenant_id=cmd.tenant_id,
+            reason="set up, but guests may not work",
+            detail={"warnings": warnings},
+            command_id=steps.command_id,
+        )
+    return Done(changed=changed, status=None, detail=detail)
 
 
 async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Done:

@@ -12,12 +12,16 @@ class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NatsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[nats]`. `root` empty means `hostd.v1.<cell>`; `creds` and `tls` (a CA file) are paths."""
+    """`[nats]`. `root` empty means `hostd.v1.<cell>`; `creds` and `tls` (a CA file) are paths.
+
+    `js_domain` names the imported JetStream API `$JS.<js_domain>.API`; empty means `$JS.API`.
+    """
 
     url: str = "nats://127.0.0.1:4222"
     creds: str = ""
     tls: str = ""
     root: str = ""
+    js_domain: str = ""
     inbox_prefixes: tuple[str, ...] = ("_INBOX.",)
 
 
@@ -42,6 +46,7 @@ class VmmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     api_timeout_s: float = 10.0
     snapshot_timeout_s: float = 300.0
     log_bytes: int = 1_048_576
+    max_file_mib: int = 1_048_576
 
 
 class MetricsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,6 +59,9 @@ class NetworkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[network]`. `uplinks` empty means the interfaces of the default routes.
 
     `host_services` are `tcp/<port>` or `udp/<port>` that guests may reach on their gateway.
+    `denied` are CIDRs that no guest reaches, in addition to `allowed` and 169.254.0.0/16; by
+    default the metadata services of Azure, Alibaba Cloud and Oracle Cloud. `policy` is a file with
+    exceptions of single tenants.
     `exempt_routes` are CIDRs of host routes that a tenant's subnet may overlap. `max_flows` is the
     maximum of a tenant's flows to the outside, so that one cannot fill the host's conntrack table.
     """
@@ -62,6 +70,8 @@ class NetworkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uplinks: tuple[str, ...] = ()
     host_services: tuple[str, ...] = ()
     isolate_guests: bool = False
+    denied: tuple[str, ...] = ("168.63.129.16/32", "100.100.100.200/32", "192.0.0.192/32")
+    policy: str = ""
     exempt_routes: tuple[str, ...] = ()
     max_flows: int = 16_384
 

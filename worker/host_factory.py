@@ -55,6 +55,7 @@ def open_real_host(settings: Settings, records: Records, later: Later) -> RealHo
     """
     facts = HostFacts()
     network = open_network_mechanisms(settings.network)
+    network.base.policy.refresh()
     pending_reservations: dict[InstanceRef, InstanceRecord] = {}
 
     def in_use(key: str) -> bool:

@@ -128,6 +128,9 @@ class Intake:
                 lane.check(decoded.request)
         except DecodeError as refused:
             error = refused
+        if delivery.server_headers:
+            found = ", ".join(delivery.server_headers)
+            error = DecodeError("headers", f"got {found}, want a command that no server copied")
         message_id = decoded.id or _fallback_id(delivery)
         if isinstance(decoded, Undecodable) or error is not None:
             content: Command | DecodeError = error or DecodeError("$", "does not decode")

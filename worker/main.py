@@ -234,6 +234,7 @@ class Worker:
             reconnects=self.bus.reconnects,
             permission_errors=self.bus.permission_errors,
             pulls=self.bus.pulls,
+            taken_msg_ids=self.bus.taken_msg_ids,
         )
         self.metrics.queries_dropped(self.service.dropped)
         self.metrics.limits_enforced(self.settings.limits.enforce)

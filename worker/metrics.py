@@ -104,6 +104,11 @@ class Metrics:
         self._pulls = _Total(
             "hostd_bus_pulls_total", "Pull requests sent to the command consumer.", registry
         )
+        self._taken_msg_ids = _Total(
+            "hostd_bus_taken_msg_ids_total",
+            "Publications that the server took for copies of another sender's message.",
+            registry,
+        )
         self._redeliveries = Counter(
             "hostd_redeliveries_total",
             "Command messages that NATS delivered more than once.",
@@ -138,6 +143,11 @@ class Metrics:
             "hostd_snapshot_bytes",
             "Size of one snapshot, state and memory.",
             buckets=_BYTES,
+            registry=registry,
+        )
+        self._network_warnings = Gauge(
+            "hostd_network_warnings",
+            "Facts outside of hostd that keep guests from the network: see the network event.",
             registry=registry,
         )
         self._orphans = Gauge(
@@ -222,11 +232,14 @@ class Metrics:
     def bus_connected(self, connected: bool) -> None:
         self._connected.set(int(connected))
 
-    def bus_totals(self, *, reconnects: int, permission_errors: int, pulls: int) -> None:
+    def bus_totals(
+        self, *, reconnects: int, permission_errors: int, pulls: int, taken_msg_ids: int
+    ) -> None:
         """Totals since the worker started."""
         self._reconnects.set(reconnects)
         self._permission_errors.set(permission_errors)
         self._pulls.set(pulls)
+        self._taken_msg_ids.set(taken_msg_ids)
 
     def queries_dropped(self, total: int) -> None:
         self._queries_dropped.set(total)
@@ -239,6 +252,9 @@ class Metrics:
         for status in Status:
             if status is not Status.DESTROYED:
                 self._instances.labels(status.value).set(counts.get(status, 0))
+
+    def network_warnings(self, count: int) -> None:
+        self._network_warnings.set(count)
 
     def orphans(self, counts: Mapping[str, int]) -> None:
         """By kind of the inventory; a kind that is left out has no series."""

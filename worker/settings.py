@@ -317,6 +317,7 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "nats.creds": _or_empty(_absolute),
     "nats.tls": _or_empty(_absolute),
     "nats.root": _or_empty(_matches(ROOT_PATTERN, "a subject without wildcards")),
+    "nats.js_domain": _or_empty(_matches(CELL_PATTERN, "1 to 32 of A-Z a-z 0-9 _ -")),
     "nats.inbox_prefixes": _each(_inbox),
     "paths.data": _absolute,
     "paths.state": _absolute,
@@ -331,12 +332,15 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "vmm.api_timeout_s": _SECONDS,
     "vmm.snapshot_timeout_s": _SECONDS,
     "vmm.log_bytes": _between(4096, 2**30),
+    "vmm.max_file_mib": _between(64, 2**24),
     "metrics.listen": _or_empty(_listen),
     "network.allowed": lambda value: (
         _each(_cidr)(value) if value else "is empty: list at least one IPv4 network"
     ),
     "network.uplinks": _each(_interface),
     "network.host_services": _each(_service),
+    "network.denied": _each(_cidr),
+    "network.policy": _or_empty(_absolute),
     "network.exempt_routes": _each(_cidr),
     "network.max_flows": _between(1, 2**31),
     "limits.cgroup": _cgroup,

@@ -59,7 +59,8 @@ class HostFacts:
         Source: sysfs, /sys/class/net: only an interface of a device has the symlink `device`.
         """
         found: set[str] = set()
-        for name in os.listdir(NET):
+        names = os.listdir(NET) if os.path.isdir(NET) else []
+        for name in names:
             with contextlib.suppress(OSError):
                 if os.path.exists(f"{NET}/{name}/device"):
                     with open(f"{NET}/{name}/address", encoding="ascii") as file:

@@ -20,8 +20,8 @@ import msgspec
 from handlers.host.jail.layout import JailLayout
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.kernel_thread import no_namespace
+from handlers.host.net.chains import CARRIED
 from handlers.host.net.host_network import open_network_mechanisms
-from handlers.host.net.ruleset import CARRIED
 from handlers.host.snapshot.manifest import CONSUMED, MANIFEST
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.processes import read_cgroup, read_stat

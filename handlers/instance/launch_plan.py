@@ -87,6 +87,7 @@ async def read_launch_files(ref: InstanceRef, record: InstanceRecord, host: Host
         check_instance_net(file, tenant.net, offset)
     except DecodeError as error:
         raise Invalid(error.message, path=error.path) from error
+    check_file_sizes(pool, host.settings.vmm.max_file_mib)
     if record.offset is not None and record.offset != offset:
         raise Conflict(
             f"address offset of instance {ref} changed: instance.json has {offset}, "
@@ -100,6 +101,25 @@ async def read_launch_files(ref: InstanceRef, record: InstanceRecord, host: Host
             f"first (hostd net-up {ref.tenant_id})"
         )
     return LaunchFiles(tenant, pool, file, offset)
+
+
+def check_file_sizes(pool: PoolSpec, max_file_mib: int) -> None:
+    """The VMM is killed when it writes a file past its limit: its data disk, or its snapshot.
+
+    Raises:
+        Invalid: names the field.
+    """
+    resources = pool.instance_resources
+    for name, size_mib in (
+        ("mem_mib", resources.mem_mib),
+        ("data_disk_mib", resources.data_disk_mib),
+    ):
+        if size_mib > max_file_mib:
+            raise Invalid(
+                f"got {size_mib} MiB, but a VMM of this host writes files of at most "
+                f"{max_file_mib} MiB ([vmm] max_file_mib)",
+                path=f"pool.json: $.instance_resources.{name}",
+            )
 
 
 def reservation_spec(

@@ -85,7 +85,7 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
         state.refuse_incomplete(steps.command_id)
         info, outcome = await take_snapshot(cmd, record, steps, host)
     steps.finalize()
-    await release(record, steps, host)
+    await release(record, steps, host, keep_flows=True)
     await host.snapshots.delete_older(record.ref, info.number)
     number = info.number
     host.later("hash_memory", lambda: announce_hash(record.ref, number, host))

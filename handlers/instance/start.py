@@ -15,6 +15,7 @@ from handlers.instance.launch_plan import (
     read_launch_files,
     reservation_spec,
 )
+from handlers.instance.release import flush_conntrack
 from handlers.instance.reservations import Reservations
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host
@@ -68,6 +69,9 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
             record.revision or "",
             may_have_booted=steps.marked(BOOT),
         )
+        if not plan.may_have_booted:
+            # What a failed start at this address left: its undo removes the TAP, not the flows.
+            await flush_conntrack(record, steps, host)
         async with launched(plan, steps, host) as vm:
             if vm.state == "Not started":
                 await configure_and_boot(vm, steps, host)

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from handlers.errors import Failure
 from handlers.instance.instance_file import write_at_rest
-from handlers.instance.release import release
+from handlers.instance.release import flush_conntrack, release
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host
 from handlers.steps import Done, Steps
@@ -44,6 +44,7 @@ async def stop_instance(cmd: StopInstance, steps: Steps, host: Host) -> Done:
         return Done(changed=False, status=str(state.status))
     steps.finalize()
     if state.status is Status.SLEEPING:
+        await flush_conntrack(record, steps, host)
         await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
         return await stopped(record, None, host)
     budget_s = await stop_budget_s(record, steps, host)

@@ -33,6 +33,7 @@ QUICK = Tuning(
     heartbeat_s=0.5,
     pull_expires_s=3.0,
     missing_retry_s=0.2,
+    check_s=0.3,
 )
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import nkeys
-from click.testing import CliRunner, Result
+import pytest
 
-from schemas.settings import NatsSettings
+from schemas.settings import NatsSettings, Settings
 from tests.broker.server import Server, running_server
 from worker.bus.connection import Connection
-from worker.cli.main import main
+from worker.cli.client import connect
+from worker.cli.context import CliError
 
 
 def new_key(prefix: int) -> nkeys.KeyPair:
@@ -92,20 +93,18 @@ async def test_the_connection_authenticates_with_a_jwt_credentials_file(tmp_path
         await server.stop()
 
 
-async def test_the_cli_signs_in_with_a_file_of_user_and_password(tmp_path: Path) -> None:
-    creds = tmp_path / "host.creds"
-    creds.write_text("admin:secret\n")
+async def test_the_command_line_signs_in_with_the_same_file_as_the_worker(tmp_path: Path) -> None:
+    creds = tmp_path / "creds"
+    creds.write_text("host:one")
     creds.chmod(0o600)
-    settings = {"HOSTD_CONFIG": None, "HOSTD_HOST_ID": "h1"}
+    async with running_server(
+        tmp_path / "nats", config="authorization { user: host, password: one }"
+    ) as server:
+        settings = Settings(nats=NatsSettings(url=server.url, creds=str(creds)))
+        async with connect(settings) as client:
+            assert client.nats.is_connected
 
-    async def hostd(url: str, *options: str) -> Result:
-        args = ("ls", "--url", url, *options)
-        return await asyncio.to_thread(CliRunner().invoke, main, args, env=settings)
-
-    users = "authorization { user: admin, password: secret }"
-    async with running_server(tmp_path / "nats", config=users) as server:
-        signed_in = await hostd(server.url, "--creds", str(creds))
-        without = await hostd(server.url)
-
-    assert "no worker is running for host h1" in signed_in.output
-    assert "cannot connect to NATS" in without.output
+        creds.chmod(0o644)
+        with pytest.raises(CliError, match="readable by group or others; chmod 600"):
+            async with connect(settings):
+                pass

@@ -24,6 +24,7 @@ class _Command:
     msg_id: str | None
     seq: int
     delivered: int = 0
+    server_headers: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -55,14 +56,22 @@ class FakeBus:
 
     # -- the sender's side ---------------------------------------------------------------------
 
-    def command(self, subject: str, data: bytes, msg_id: str | None = None) -> int | None:
+    def command(
+        self,
+        subject: str,
+        data: bytes,
+        msg_id: str | None = None,
+        server_headers: tuple[str, ...] = (),
+    ) -> int | None:
         """Put a command into the stream; None if the stream dropped a duplicate `msg_id`."""
         if msg_id is not None and self.dedupe_commands:
             if msg_id in self._known_commands:
                 return None
             self._known_commands.add(msg_id)
         self._seq += 1
-        self.commands[self._seq] = _Command(subject, data, msg_id, self._seq)
+        self.commands[self._seq] = _Command(
+            subject, data, msg_id, self._seq, server_headers=server_headers
+        )
         self._due.put_nowait(self._seq)
         return self._seq
 
@@ -138,6 +147,7 @@ class FakeBus:
             stream_seq=command.seq,
             delivered=command.delivered,
             ack=ack,
+            server_headers=command.server_headers,
         )
 
     def pause(self) -> None:

@@ -83,6 +83,8 @@ class FakeHost:
     secrets: dict[str, bytes] = field(default_factory=dict[str, bytes])
     routes: list[str] = field(default_factory=list[str])
     foreign_links: set[str] = field(default_factory=set[str])
+    flows: set[str] = field(default_factory=set[str])
+    network_warnings: tuple[str, ...] = ()
     prepared: bool = False
     boot_id: str = BOOT_ID
     memory_mib: int = 16_384
@@ -266,6 +268,12 @@ class FakeNetworks:
             for (kind, _), spec in self.machine.resources.items()
             if kind == "tap" and spec.bridge == bridge
         ]
+
+    async def warnings(self, tenants: int) -> Sequence[str]:
+        return self.machine.network_warnings if tenants else ()
+
+    async def flush_conntrack(self, address: str) -> None:
+        await self.machine.effect("flush_conntrack", lambda: self.machine.flows.discard(address))
 
     async def prepare(self) -> bool:
         def put() -> bool:

@@ -216,6 +216,19 @@ async def test_an_invalid_message_is_answered_kept_as_dead_letter_and_has_no_eff
         assert worker.machine.runs == []
 
 
+async def test_a_command_that_a_server_copied_is_refused(tmp_path: Path) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        data = msgpack.packb(envelope())
+        worker.bus.command(CMD, data, None, ("nats-sequence", "nats-stream"))
+        reply = await only_reply(worker)
+
+        assert (reply.code, reply.detail["path"]) == (Code.INVALID, "headers")
+        assert isinstance(reply.response, Error)
+        assert "nats-sequence, nats-stream" in reply.response.message
+        assert [letter.payload for letter in worker.bus.dead()] == [data]
+        assert worker.machine.runs == []
+
+
 @pytest.mark.parametrize("reply_to", ["hostd.v1.test.h2.cmd.host", "_INBOX.*", "_INBOX.>", "a b"])
 async def test_hostd_publishes_only_to_allowed_inboxes(tmp_path: Path, reply_to: str) -> None:
     async with shell_worker(tmp_path / "j") as worker:

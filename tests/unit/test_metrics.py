@@ -26,6 +26,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_bus_reconnects": ("counter", set()),
     "hostd_bus_permission_errors": ("counter", set()),
     "hostd_bus_pulls": ("counter", set()),
+    "hostd_bus_taken_msg_ids": ("counter", set()),
     "hostd_redeliveries": ("counter", set()),
     "hostd_queries_dropped": ("counter", set()),
     "hostd_envelope_keys_ignored": ("counter", set()),
@@ -33,6 +34,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_vmm_exits": ("counter", {"reason"}),
     "hostd_snapshot_duration_seconds": ("histogram", set()),
     "hostd_snapshot_bytes": ("histogram", set()),
+    "hostd_network_warnings": ("gauge", set()),
     "hostd_orphans": ("gauge", {"kind"}),
     "hostd_loop_lag_seconds": ("histogram", set()),
     "hostd_build_info": ("gauge", {"version"}),
@@ -47,7 +49,7 @@ def used() -> Metrics:
     metrics.step("tap", 0.003)
     metrics.retry("StartInstance", Code.UNAVAILABLE)
     metrics.commit(0.0015)
-    metrics.bus_totals(reconnects=1, permission_errors=2, pulls=30)
+    metrics.bus_totals(reconnects=1, permission_errors=2, pulls=30, taken_msg_ids=0)
     metrics.queries_dropped(1)
     metrics.redelivered()
     metrics.keys_ignored(2)
@@ -106,7 +108,7 @@ def test_values_are_what_was_counted() -> None:
 
 def test_a_total_that_another_part_keeps_is_followed_not_added_up() -> None:
     metrics = used()
-    metrics.bus_totals(reconnects=1, permission_errors=5, pulls=31)
+    metrics.bus_totals(reconnects=1, permission_errors=5, pulls=31, taken_msg_ids=4)
 
     assert metrics.registry.get_sample_value("hostd_bus_reconnects_total") == 1
     assert metrics.registry.get_sample_value("hostd_bus_permission_errors_total") == 5

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -74,6 +75,10 @@ async def test_a_started_vmm_is_confined_and_its_removal_leaves_no_process(rig: 
     await api.close()
 
     await rig.vmms.check_confinement(identity, spec)
+    limits = Path(f"/proc/{identity.pid}/limits").read_text()
+    size = str(rig.settings.vmm.max_file_mib << 20)
+    assert re.search(rf"^Max file size +{size} +{size} ", limits, re.MULTILINE)
+    assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
     await rig.vmms.remove(spec.jail_id)
     await rig.vmms.remove(spec.jail_id)
 

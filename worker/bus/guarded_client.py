@@ -98,6 +98,7 @@ class Tuning:
     heartbeat_s: float = 4.0
     pull_expires_s: float = 30.0
     missing_retry_s: float = 1.0
+    check_s: float = 60.0
 
 
 STANDARD = Tuning()

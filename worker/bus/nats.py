@@ -6,6 +6,8 @@ subjects they end nats-py's reader.
 """
 
 import asyncio
+import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,15 +16,16 @@ import structlog
 
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
-from worker.bus import streams, verify
+from worker.bus import accounts, streams, verify
 from worker.bus.connection import Connection, headers_size
 from worker.bus.guarded_client import ALL_GUARDS, STANDARD, Guard, Tuning
-from worker.bus.message import NoResponder
+from worker.bus.message import Message, NoResponder
 from worker.bus.protocol import BusError, NotProvisioned, Receive, StateConflict, Unsendable
 from worker.bus.pull_consumer import PullLoop
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
+MAX_TRIED = 20_000
 WRONG_LAST_SEQUENCE = (10071, 10164)
 MESSAGE_TOO_LARGE = 10054
 
@@ -31,7 +34,7 @@ class NatsBus:
     """One host's bus; implements `worker.bus.protocol.Bus`.
 
     `trouble` is "" or the reason why no commands arrive although the server is reachable;
-    `connected`, `reconnects`, `permission_errors` and `pulls` are for metrics.
+    `connected`, `reconnects`, `permission_errors`, `pulls` and `taken_msg_ids` are for metrics.
 
     Args:
         settings: `[nats]`.
@@ -59,10 +62,15 @@ class NatsBus:
             guards=guards,
             tuning=tuning,
         )
+        self._js_domain = settings.js_domain
+        self._api = streams.js_api(settings.js_domain)
         self._window = window
         self._loop: PullLoop | None = None
         self._paused = False
         self._pulls_before = 0
+        self._last_before: dict[str, int] = {}
+        self._tried: dict[bytes, bool] = {}  # IDs published since the start: taken by another?
+        self.taken_msg_ids = 0
         self.trouble = ""
 
     # -- life ------------------------------------------------------------------------------------
@@ -106,7 +114,9 @@ class NatsBus:
             NotProvisioned: what is missing or wrong, and what to run.
             BusError: no answer now; try again.
         """
-        await verify.verify(self.connection, self.subjects)
+        last = await verify.verify(self.connection, self.subjects, self._js_domain)
+        if not self._last_before:
+            self._last_before = last
 
     async def wait_provisioned(self) -> None:
         """Return when `verify` succeeds; log what is wrong each time that it changes."""
@@ -140,6 +150,7 @@ class NatsBus:
             self.subjects.consumer,
             receive,
             check=self.verify,
+            api=self._api,
             window=self._window,
             trouble=self._set_trouble,
         )
@@ -150,7 +161,48 @@ class NatsBus:
         else:
             self._pulls_before += self._loop.pulls
         self._loop = loop
-        await loop.run()
+        watch = asyncio.create_task(self._watch(loop), name="configuration")
+        if Guard.STATUS not in self.connection.guards:
+            watch.cancel()
+        try:
+            await loop.run()
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+
+    async def _watch(self, loop: PullLoop) -> None:
+        """Compare the configuration from time to time, after each connect and on advisories."""
+        changed = asyncio.Event()
+        fresh = asyncio.Event()
+        fresh.set()
+
+        def on_up(is_fresh: bool) -> None:
+            changed.set()
+            if is_fresh:
+                fresh.set()
+
+        async def on_advisory(_: Message) -> None:
+            changed.set()
+
+        self.connection.on_up(on_up)
+        while True:
+            await self.connection.wait_connected()
+            try:
+                if fresh.is_set():
+                    for subject in accounts.advisory_subjects(self.subjects):
+                        await self.connection.subscribe(subject, on_advisory)
+                    fresh.clear()
+                if not self.trouble:
+                    await self.verify()
+            except NotProvisioned as error:
+                self._set_trouble(str(error))
+                loop.check_now()
+            except BusError as error:
+                log.warning("bus.check_failed", error=str(error))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.connection.tuning.check_s):
+                    await changed.wait()
+            changed.clear()
 
     def pause(self) -> None:
         self._paused = True
@@ -167,24 +219,82 @@ class NatsBus:
     async def publish(
         self, subject: str, payload: bytes, *, msg_id: str, headers: Mapping[str, str] | None = None
     ) -> None:
-        """Publish to the stream of this subject, acknowledged; a duplicate is success.
+        """Publish to the stream of this subject, acknowledged; a duplicate of our own is success.
 
         Raises:
             NotProvisioned: no stream is bound to that subject.
             BusError: not stored now; publish again with the same `msg_id`.
         """
         sent = {**(headers or {})}
-        if Guard.MSG_ID in self.connection.guards:
-            sent["Nats-Msg-Id"] = msg_id
-        if stream := streams.stream_of(self.subjects, subject):
+        stream = streams.stream_of(self.subjects, subject)
+        if stream:
             sent["Nats-Expected-Stream"] = stream
+        if Guard.MSG_ID not in self.connection.guards:
+            await self._store(subject, payload, sent)
+            return
+        digest = hashlib.sha256(subject.encode() + payload).hexdigest()[:32]
+        for own_id in (msg_id, f"{msg_id}:{digest}"):
+            sent["Nats-Msg-Id"] = own_id
+            if await self._published(subject, payload, sent, stream):
+                return
+        del sent["Nats-Msg-Id"]  # stored in any case
         await self._store(subject, payload, sent)
+
+    async def _published(
+        self, subject: str, payload: bytes, headers: Mapping[str, str], stream: str | None
+    ) -> bool:
+        """Publish; false if the server drops it as a copy of somebody else's message.
+
+        An ID is taken in the whole stream, so a message of another host can have it. The position
+        of the message that has it tells whose it is (ADR 0209).
+        """
+        if stream not in (self.subjects.replies_stream, self.subjects.dead_stream):
+            await self._store(subject, payload, headers)  # IDs of events cannot be guessed
+            return True
+        text = f"{subject} {headers['Nats-Msg-Id']}"
+        key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        taken = self._tried.get(key)
+        if taken:
+            return False
+        self._tried[key] = False
+        while len(self._tried) > MAX_TRIED:
+            self._tried.pop(next(iter(self._tried)))
+        ack = await self._store_acked(subject, payload, headers)
+        if not ack.get("duplicate"):
+            return True
+        first = int(ack["seq"])
+        since_start = first > self._last_before.get(stream, first)
+        if first <= await self._last_sequence(stream, subject) and not (
+            since_start and taken is None
+        ):
+            return True
+        self._tried[key] = True
+        self.taken_msg_ids += 1
+        log.warning("bus.msg_id_rejected", subject=subject, msg_id=headers["Nats-Msg-Id"])
+        return False
+
+    async def _last_sequence(self, stream: str, subject: str) -> int:
+        """Of the last message on that subject; 0 if there is none."""
+        answer = await self.connection.request(f"{self._api}DIRECT.GET.{stream}.{subject}", b"")
+        sequence = answer.headers.get("Nats-Sequence", "")
+        if answer.headers.get("Status") == "404":
+            return 0
+        if not sequence.isdigit():
+            raise BusError(f"{subject}: cannot read the last message of {stream}")
+        return int(sequence)
 
     async def send(self, subject: str, payload: bytes) -> None:
         """Publish with core NATS, at most once. Raises BusError without a connection."""
         await self.connection.send(subject, payload)
 
     async def _store(self, subject: str, payload: bytes, headers: Mapping[str, str]) -> int:
+        """The sequence number of the stored message."""
+        return int((await self._store_acked(subject, payload, headers))["seq"])
+
+    async def _store_acked(
+        self, subject: str, payload: bytes, headers: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """The PubAck, with an integer `seq`."""
         try:
             answer = await self.connection.request(subject, payload, headers=headers)
         except NoResponder as error:
@@ -195,7 +305,7 @@ class NatsBus:
         try:
             found: dict[str, Any] = json.loads(answer.data)
             if "error" not in found:
-                return int(found["seq"])
+                return {**found, "seq": int(found["seq"])}
             code, text = found["error"].get("err_code"), found["error"].get("description")
         except (ValueError, KeyError, AttributeError) as error:
             raise BusError(f"{subject}: invalid PubAck") from error
@@ -253,7 +363,7 @@ class NatsBus:
         stream = streams.bucket_stream(self.subjects)
         subject = streams.state_subject(self.subjects, key)
         try:
-            answer = await self.connection.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"")
+            answer = await self.connection.request(f"{self._api}DIRECT.GET.{stream}.{subject}", b"")
         except NoResponder as error:
             raise NotProvisioned(
                 f"no bucket {self.subjects.state_bucket}: run `hostd provision` for cell"

@@ -33,7 +33,8 @@ class Delivery:
     """One command message as received. `ack` returns once the server confirmed it.
 
     `delivered` counts from 1, but a server that crashed may restart the count: 1 does not prove a
-    first delivery.
+    first delivery. `server_headers` are headers that only a server adds: the message is a copy that
+    a server made of another one (ADR 0208).
     """
 
     subject: str
@@ -42,6 +43,7 @@ class Delivery:
     stream_seq: int
     delivered: int
     ack: Callable[[], Awaitable[None]]
+    server_headers: tuple[str, ...] = ()
 
 
 Receive = Callable[[Delivery], Awaitable[None]]

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from schemas.subjects import Subjects
-from worker.bus import streams
+from worker.bus import accounts, streams
 from worker.bus.connection import Connection
 from worker.bus.message import Message, NoResponder
 from worker.bus.protocol import BusError, NotProvisioned
 
 NOT_FOUND = (10014, 10059)
-FIXED = ("retention", "storage", "max_consumers", "deny_delete", "name")
+FIXED = ("retention", "storage", "max_consumers", "deny_delete", "deny_purge", "name", "sealed")
+_STREAM_KEPT = streams.STREAM_NEUTRAL - {"num_replicas"}
 
 
 class Requester(Protocol):
@@ -28,7 +29,7 @@ class Requester(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """One object of the cell: `what`, and `how`: made, changed, or found as needed."""
+    """One object of the cell: `what`, and `how`: made, changed, remade, or found as needed."""
 
     what: str
     how: str
@@ -44,6 +45,7 @@ async def provision(
     hosts: Sequence[str],
     *,
     replicas: int = 1,
+    sizes_mib: Mapping[str, int] = streams.SIZES_MIB,
     ack_wait_ns: int = streams.ACK_WAIT_NS,
 ) -> list[Made]:
     """Create or correct all of the cell, and a consumer for each of `hosts`.
@@ -55,6 +57,7 @@ async def provision(
         subjects: of the cell; their host is not used.
         hosts: IDs of the hosts that get a consumer.
         replicas: of the streams.
+        sizes_mib: of the streams and the bucket, by kind.
         ack_wait_ns: when a command that was not acknowledged is delivered again.
 
     Raises:
@@ -63,7 +66,7 @@ async def provision(
         BusError: no answer; run it again.
     """
     api = _Api(connection)
-    wanted = streams.stream_configs(subjects, replicas=replicas)
+    wanted = streams.stream_configs(subjects, replicas=replicas, sizes_mib=sizes_mib)
     made = [await _stream(api, config) for config in wanted]
     made += [await _consumer(api, replace(subjects, host_id=host), ack_wait_ns) for host in hosts]
     return made
@@ -72,11 +75,12 @@ async def provision(
 async def _stream(api: "_Api", config: Mapping[str, Any]) -> Made:
     name = str(config["name"])
     what = f"bucket {name.removeprefix('KV_')}" if name.startswith("KV_") else f"stream {name}"
-    found = await api.config(f"STREAM.INFO.{name}")
-    if found is None:
+    info = await api.info(f"STREAM.INFO.{name}")
+    if info is None:
         got = await api.make(f"STREAM.CREATE.{name}", config, what)
         return Made(what, "made", _short_of(config, got, what))
-    wrong = streams.differences(config, found)
+    found = info["config"]
+    wrong = streams.differences(config, found, _STREAM_KEPT)
     if not wrong:
         return Made(what, "found")
     fixed = [text for text in wrong if text.split(":")[0] in FIXED]
@@ -84,32 +88,63 @@ async def _stream(api: "_Api", config: Mapping[str, Any]) -> Made:
         raise NotProvisioned(
             f"{what} exists with {'; '.join(fixed)}, which cannot be changed: remove it first"
         )
-    got = await api.make(f"STREAM.UPDATE.{name}", {**found, **config}, what)
+    kept = {field: value for field, value in found.items() if field in _STREAM_KEPT}
+    try:
+        got = await api.make(f"STREAM.UPDATE.{name}", {**kept, **config}, what)
+    except NotProvisioned as error:
+        raise NotProvisioned(
+            f"{error}: cannot change {'; '.join(wrong)}: remove the stream first"
+        ) from error
     return Made(what, "changed", "; ".join(wrong) + _short_of(config, got, what))
 
 
 async def _consumer(api: "_Api", subjects: Subjects, ack_wait_ns: int) -> Made:
+    """A consumer that cannot be changed is made anew: the stream has what was not acknowledged."""
     stream, name = subjects.commands_stream, subjects.consumer
     what = f"consumer {name} of {stream}"
     config = streams.consumer_config(subjects, ack_wait_ns=ack_wait_ns)
-    found = await api.config(f"CONSUMER.INFO.{stream}.{name}")
-    wrong = streams.differences(config, found) if found is not None else []
-    if found is not None and not wrong:
+    create = f"CONSUMER.DURABLE.CREATE.{stream}.{name}"
+    info = await api.info(f"CONSUMER.INFO.{stream}.{name}")
+    if info is None:
+        got = await api.make(create, {"stream_name": stream, "config": config}, what)
+        return Made(what, "made", _short_of(config, got, what))
+    found = streams.consumer_found(info)
+    wrong = streams.differences(config, found, streams.NEUTRAL)
+    if not wrong:
         return Made(what, "found")
-    body = {"stream_name": stream, "config": {**(found or {}), **config}}
-    got = await api.make(f"CONSUMER.DURABLE.CREATE.{stream}.{name}", body, what)
-    how = "made" if found is None else "changed"
-    return Made(what, how, "; ".join(wrong) + _short_of(config, got, what))
+    kept = {field: value for field, value in found.items() if field in streams.NEUTRAL}
+    body = {"stream_name": stream, "config": {**kept, **config}}
+    how = "changed"
+    try:
+        await api.make(create, body, what)
+        left = await _left_of_consumer(api, stream, name, config)
+    except NotProvisioned:
+        left = wrong
+    if left:
+        how = "remade"
+        await api.remove(f"CONSUMER.DELETE.{stream}.{name}", what)
+        await api.make(create, body, what)
+        left = await _left_of_consumer(api, stream, name, config)
+    if left:
+        raise NotProvisioned(f"{what}: the server did not store {'; '.join(left)}: upgrade it")
+    return Made(what, how, "; ".join(wrong))
+
+
+async def _left_of_consumer(
+    api: "_Api", stream: str, name: str, config: Mapping[str, Any]
+) -> list[str]:
+    """What is still wrong after a change."""
+    info = await api.info(f"CONSUMER.INFO.{stream}.{name}")
+    found = streams.consumer_found(info) if info is not None else {}
+    return streams.differences(config, found, streams.NEUTRAL)
 
 
 def _short_of(config: Mapping[str, Any], got: Mapping[str, Any], what: str) -> str:
     """What the server did not store, as a text; raises if the worker cannot work without it."""
-    short = streams.differences(config, got)
-    needed = {
-        *streams.needed_of_stream(config),
-        *streams.needed_of_consumer(config),
-    }
-    fatal = [text for text in short if text.split(":")[0] in needed]
+    got = streams.consumer_found({"config": got}) if "durable_name" in got else got
+    short = streams.differences(config, got, _STREAM_KEPT)
+    tunable = streams.STREAM_TUNABLE | streams.CONSUMER_TUNABLE
+    fatal = [text for text in short if text.split(":")[0] not in tunable]
     if fatal:
         raise NotProvisioned(f"{what}: the server did not store {'; '.join(fatal)}: upgrade it")
     return f"not supported by this server: {'; '.join(short)}" if short else ""
@@ -119,14 +154,18 @@ class _Api:
     def __init__(self, connection: Requester) -> None:
         self._connection = connection
 
-    async def config(self, endpoint: str) -> dict[str, Any] | None:
+    async def info(self, endpoint: str) -> dict[str, Any] | None:
         answer = await self._call(endpoint, None)
         if "error" in answer:
             if answer["error"].get("err_code") in NOT_FOUND:
                 return None
             raise BusError(f"{endpoint}: {answer['error'].get('description')}")
-        found: dict[str, Any] = answer["config"]
-        return found
+        return answer
+
+    async def remove(self, endpoint: str, what: str) -> None:
+        answer = await self._call(endpoint, None)
+        if "error" in answer:
+            raise NotProvisioned(f"cannot remove {what}: {answer['error'].get('description')}")
 
     async def make(self, endpoint: str, body: Mapping[str, Any], what: str) -> dict[str, Any]:
         answer = await self._call(endpoint, body)
@@ -140,6 +179,10 @@ class _Api:
         try:
             answer = await self._connection.request(f"$JS.API.{endpoint}", payload)
         except NoResponder as error:
-            raise NotProvisioned("JetStream is not enabled for this NATS account") from error
+            raise NotProvisioned(
+                f"nothing answers $JS.API.{endpoint}: enable JetStream for this NATS account, or"
+                f" use {accounts.ADMIN} of `hostd provision --server-config`, the account that"
+                f" imports $JS.API.> of {accounts.OWNER}"
+            ) from error
         found: dict[str, Any] = json.loads(answer.data)
         return found

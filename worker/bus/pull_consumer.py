@@ -25,6 +25,26 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 ACK = b"+ACK"
 GRACE_S = 5.0
+MSG_SIZE = "Nats-Msg-Size"  # of a consumer with `headers_only`
+MAX_BARE = 1024
+UNANSWERED_MAX = 3  # in a row: a consumer that is just being created or moved is no trouble
+# What a server writes into a message that it publishes: by `republish`, for a direct get, by a
+# source or a mirror, by a schedule, or in place of an expired one. Commands come from agentd.
+SERVER_HEADERS = frozenset(
+    {
+        "nats-stream",
+        "nats-subject",
+        "nats-sequence",
+        "nats-last-sequence",
+        "nats-time-stamp",
+        "nats-num-pending",
+        "nats-upto-sequence",
+        "nats-stream-source",
+        "nats-msg-size",
+        "nats-marker-reason",
+        "nats-scheduler",
+    }
+)
 GONE = ("consumer deleted", "stream deleted", "consumer is push based")
 
 
@@ -37,6 +57,7 @@ class PullLoop:
         consumer: its durable name.
         receive: handles one delivery; at most `window` of them run at once.
         check: raises NotProvisioned with what is wrong, or BusError without an answer.
+        api: prefix of the JetStream API.
         window: maximum of deliveries being received or still expected.
         trouble: called with a text when no commands can arrive, with "" when they can again.
     """
@@ -49,11 +70,12 @@ class PullLoop:
         receive: Receive,
         *,
         check: Callable[[], Awaitable[None]],
+        api: str = "$JS.API.",
         window: int = 64,
         trouble: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._connection = connection
-        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
+        self._next = f"{api}CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._receive = receive
         self._check = check
         self._trouble = trouble
@@ -65,6 +87,9 @@ class PullLoop:
         self._generation = 0
         self._stale = True
         self._missing = False
+        self._checks = 0
+        self._unanswered = 0
+        self._bare: dict[int, int] = {}
         self._not_before = 0.0
         self._heard_at = 0.0
         self._paused = False
@@ -90,6 +115,12 @@ class PullLoop:
             self._stale = True
             self._not_before = 0.0
             self._wake.set()
+
+    def check_now(self) -> None:
+        """Stop pulling until `check` succeeds."""
+        self._missing = True
+        self._stale = True
+        self._wake.set()
 
     async def run(self) -> None:
         """Pull until cancelled, then wait for the deliveries being received."""
@@ -139,9 +170,17 @@ class PullLoop:
                 self._trouble(str(error))
 
     async def _check_again(self) -> None:
+        await self._unsubscribe()  # or an earlier pull would go on delivering
         await self._check()
+        self._checks += 1
         self._missing = False
-        self._trouble("")
+        if self._unanswered > UNANSWERED_MAX:
+            self._trouble(
+                f"nothing answers {self._next}, although the consumer exists: import it in the"
+                " account of this host as `hostd provision --server-config` prints it"
+            )
+        else:
+            self._trouble("")
 
     # -- pulls -------------------------------------------------------------------------------------
 
@@ -188,6 +227,8 @@ class PullLoop:
             if generation == self._generation:
                 self._on_status(message)
             return
+        if self._unanswered:
+            self._answered()
         if generation == self._generation:
             self.credit = max(0, self.credit - 1)
         task = asyncio.create_task(self._handle(message), name="receive")
@@ -202,15 +243,40 @@ class PullLoop:
     async def _handle(self, message: Message) -> None:
         async with self._slots:
             try:
-                await self._receive(to_delivery(message, self._connection))
+                delivery = to_delivery(message, self._connection)
+                if self._headers_only(message, delivery.stream_seq):
+                    self.check_now()
+                else:
+                    await self._receive(delivery)
             except BusError as error:
                 log.warning("bus.ack_failed", subject=message.subject, error=str(error))
             except Exception:
                 # Not acknowledged, so it is delivered again after ack_wait.
                 log.exception("bus.receive_failed", subject=message.subject)
 
+    def _headers_only(self, message: Message, stream_seq: int) -> bool:
+        """Whether the consumer may have become one that delivers no payloads.
+
+        Such a message must not be acknowledged: the command would be lost. It comes again; if it
+        is still empty although the consumer was found right in between, its sender made it so.
+        """
+        if message.data or MSG_SIZE not in message.headers:
+            return False
+        if len(self._bare) > MAX_BARE:
+            self._bare.clear()
+        return self._checks == self._bare.setdefault(stream_seq, self._checks)
+
+    def _answered(self) -> None:
+        if self._unanswered > UNANSWERED_MAX:
+            self._trouble("")
+        self._unanswered = 0
+
     def _on_status(self, message: Message) -> None:
         status = message.headers.get("Status", "")
+        if status == "503":
+            self._unanswered += 1
+        elif self._unanswered:
+            self._answered()
         if status == "100":
             return
         text = message.headers.get("Description", "")
@@ -227,6 +293,8 @@ class PullLoop:
             self._not_before = time.monotonic() + 0.1
         elif status == "503" or text.lower() in GONE:
             self._missing = True
+            if self._unanswered > UNANSWERED_MAX:
+                self._not_before = time.monotonic() + self._connection.tuning.missing_retry_s
         elif status == "409" and not text.startswith("Exceeded"):
             # The consumer has a new leader, or the server shuts down.
             self._not_before = time.monotonic() + 0.1
@@ -257,4 +325,5 @@ def to_delivery(message: Message, connection: Connection) -> Delivery:
         stream_seq=stream_seq,
         delivered=delivered,
         ack=ack,
+        server_headers=tuple(sorted(SERVER_HEADERS & headers.keys())),
     )

@@ -5,7 +5,7 @@ server returns can be compared field by field: a server older than a field drops
 error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from schemas.subjects import Subjects
@@ -13,7 +13,11 @@ from schemas.subjects import Subjects
 NS = 1_000_000_000
 DAY_NS = 86_400 * NS
 MESSAGE_BYTES = 65_536
-REPLY_BYTES = 1 << 30
+MIB = 1 << 20
+# The sizes of a cell, by kind; at the bound, `cmd` and `state` refuse new messages, the others drop
+# the oldest. `LANE_MESSAGES` is the largest backlog of one lane.
+SIZES_MIB = {"cmd": 512, "evt": 1024, "reply": 1024, "dead": 256, "state": 512}
+LANE_MESSAGES = 5000
 DEDUPE_NS = 600 * NS
 # Commands are acknowledged as soon as they are journalled, in milliseconds. A command
 # delivered into a connection that died is delivered again only after this time, however soon the
@@ -34,6 +38,15 @@ def state_subject(subjects: Subjects, key: str) -> str:
     return f"$KV.{subjects.state_bucket}.{key}"
 
 
+def js_api(domain: str) -> str:
+    """The prefix of JetStream's API: under the name of a domain, or of the own account (ADR 0206).
+
+    An account without JetStream has a `$JS.API.>` of its own that answers "not enabled", so one
+    that uses another account's JetStream imports it under another name.
+    """
+    return f"$JS.{domain}.API." if domain else "$JS.API."
+
+
 def inbox_prefix(host_id: str) -> str:
     """Prefix of a host's own inboxes: outside `_INBOX.`, to which hosts may reply (ADR 0201)."""
     return f"_INBOX_HOSTD.{host_id}"
@@ -49,7 +62,9 @@ def stream_of(subjects: Subjects, subject: str) -> str | None:
     }.get(kind)
 
 
-def stream_configs(subjects: Subjects, *, replicas: int = 1) -> tuple[dict[str, Any], ...]:
+def stream_configs(
+    subjects: Subjects, *, replicas: int = 1, sizes_mib: Mapping[str, int] = SIZES_MIB
+) -> tuple[dict[str, Any], ...]:
     """The four streams and the bucket of a cell. `max_consumers` is explicit: servers differ."""
 
     def stream(name: str, kind: str, **more: Any) -> dict[str, Any]:
@@ -61,6 +76,7 @@ def stream_configs(subjects: Subjects, *, replicas: int = 1) -> tuple[dict[str, 
             "discard": "old",
             "num_replicas": replicas,
             "max_consumers": MAX_CONSUMERS,
+            "max_bytes": sizes_mib[kind] * MIB,
             "duplicate_window": DEDUPE_NS,
             **more,
         }
@@ -73,13 +89,14 @@ def stream_configs(subjects: Subjects, *, replicas: int = 1) -> tuple[dict[str, 
             discard="new",
             max_age=7 * DAY_NS,
             max_msg_size=MESSAGE_BYTES,
+            max_msgs_per_subject=LANE_MESSAGES,
+            discard_new_per_subject=True,
         ),
         stream(subjects.events_stream, "evt", max_age=7 * DAY_NS, allow_direct=True),
         stream(
             subjects.replies_stream,
             "reply",
             max_age=DAY_NS,
-            max_bytes=REPLY_BYTES,
             allow_direct=True,
         ),
         stream(subjects.dead_stream, "dead", max_age=30 * DAY_NS, allow_direct=True),
@@ -91,10 +108,12 @@ def stream_configs(subjects: Subjects, *, replicas: int = 1) -> tuple[dict[str, 
             "discard": "new",
             "num_replicas": replicas,
             "max_consumers": MAX_CONSUMERS,
+            "max_bytes": sizes_mib["state"] * MIB,
             "duplicate_window": 120 * NS,
             "max_msgs_per_subject": 1,
             "max_msg_size": MESSAGE_BYTES,
-            "allow_rollup_hdrs": True,
+            # A rollup header deletes all messages of the stream, those of other hosts too.
+            "allow_rollup_hdrs": False,
             "deny_delete": True,
             "allow_direct": True,
         },
@@ -116,23 +135,44 @@ def consumer_config(subjects: Subjects, *, ack_wait_ns: int = ACK_WAIT_NS) -> di
     }
 
 
-def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Fields with another value, e.g. `max_age: is 0, must be 86400000000000`."""
+# Fields that change nothing for the worker: those of a stream or consumer that an administrator may
+# set, and those that servers add.
+NEUTRAL = frozenset({"description", "metadata", "created", "num_replicas", "sample_freq"})
+STREAM_NEUTRAL = NEUTRAL | {"placement", "compression"}
+# What an administrator may tune; `hostd provision` resets it, the worker does not ask for it.
+STREAM_TUNABLE = frozenset(
+    {"storage", "max_age", "max_bytes", "max_msgs", "max_msg_size", "max_consumers"}
+) | {"duplicate_window", "consumer_limits"}
+CONSUMER_TUNABLE = frozenset({"ack_wait", "max_ack_pending", "max_waiting", "mem_storage"})
+UNSET: tuple[object, ...] = (0, -1, False, "", [], {}, None)
+
+
+def differences(
+    wanted: Mapping[str, Any], found: Mapping[str, Any], ignored: Set[str] = frozenset()
+) -> list[str]:
+    """Fields with another value, e.g. `max_age: is 0, must be 86400000000000`.
+
+    Any field that is not `wanted` must be unset: a field such as `headers_only` or `republish`
+    changes what the wanted ones mean, and a later server may have more of them.
+    """
     wrong: list[str] = []
     for field, value in wanted.items():
         # The server omits what is zero or false.
         is_value = found.get(field, type(value)())
-        if is_value != value:
+        if field not in ignored and is_value != value:
             wrong.append(f"{field}: is {is_value!r}, must be {value!r}")
+    wrong += [
+        f"{field}: is {value!r}, must be unset"
+        for field, value in sorted(found.items())
+        if field not in wanted and field not in ignored and value not in UNSET
+    ]
     return wrong
 
 
-def needed_of_stream(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the worker requires; operators may change sizes, ages and replicas."""
-    keep = ("name", "retention", "allow_direct", "max_msgs_per_subject", "allow_rollup_hdrs")
-    return {field: config[field] for field in keep if field in config}
-
-
-def needed_of_consumer(config: Mapping[str, Any]) -> dict[str, Any]:
-    keep = ("durable_name", "filter_subject", "ack_policy", "max_deliver", "deliver_policy")
-    return {field: config[field] for field in keep if field in config}
+def consumer_found(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in the answer to CONSUMER.INFO; the end of a past pause is left out."""
+    config = dict(info["config"])
+    config.pop("name", None)  # beside durable_name, since 2.9
+    if not info.get("paused", True):
+        config.pop("pause_until", None)
+    return config

@@ -13,6 +13,7 @@ The worker's client (`guarded_client.py`) and that of the command line are both 
 # pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
 # pyright: reportMissingTypeArgument=false, reportPrivateUsage=false
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -58,6 +59,13 @@ class StrictClient(Client):
                 " rewrites its INFO"
             )
         return super()._connect_command()
+
+    async def drop(self) -> None:
+        """Close the socket of an attempt to connect that failed; upstream leaves it open."""
+        writer: Any = getattr(self._transport, "_bare_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+            await asyncio.sleep(0)  # the transport closes its socket in the next turn of the loop
 
     def _encrypted(self) -> bool:
         transport: Any = self._transport

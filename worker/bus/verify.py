@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from schemas.subjects import Subjects
-from worker.bus import streams
+from worker.bus import accounts, imports, streams
 from worker.bus.connection import Connection
 from worker.bus.message import NoResponder
 from worker.bus.protocol import BusError, NotProvisioned
@@ -15,56 +15,78 @@ from worker.bus.protocol import BusError, NotProvisioned
 NOT_FOUND = (10014, 10059)
 
 
-async def verify(connection: Connection, subjects: Subjects) -> None:
-    """Check streams, consumer and bucket.
+async def verify(connection: Connection, subjects: Subjects, js_domain: str = "") -> dict[str, int]:
+    """Check streams, consumer and bucket, and with accounts what this host's account imports.
+
+    Returns:
+        The last sequence number of each stream.
 
     Raises:
         NotProvisioned: what is missing or wrong, and what to run.
         BusError: no answer now; try again.
     """
+    api = streams.js_api(js_domain)
+    if js_domain:
+        await _check_imports(connection, subjects, js_domain)
     wrong: list[str] = []
+    last: dict[str, int] = {}
     for config in streams.stream_configs(subjects):
         name = str(config["name"])
-        found = await _info(connection, f"STREAM.INFO.{name}", f"stream {name}")
+        found = await _info(connection, f"{api}STREAM.INFO.{name}", f"stream {name}")
         if found is None:
             wrong.append(f"stream {name} is missing")
             continue
-        needed = streams.needed_of_stream(config)
-        wrong += [f"stream {name}: {text}" for text in streams.differences(needed, found)]
-        if not set(config["subjects"]) <= set(found.get("subjects", ())):
-            wrong.append(f"stream {name}: is not bound to {', '.join(config['subjects'])}")
+        last[name] = int(found.get("state", {}).get("last_seq", 0))
+        ignored = streams.STREAM_NEUTRAL | streams.STREAM_TUNABLE
+        different = streams.differences(config, found["config"], ignored)
+        wrong += [f"stream {name}: {text}" for text in different]
     stream, consumer = subjects.commands_stream, subjects.consumer
     what = f"consumer {consumer} of {stream}"
-    found = await _info(connection, f"CONSUMER.INFO.{stream}.{consumer}", what)
+    found = await _info(connection, f"{api}CONSUMER.INFO.{stream}.{consumer}", what)
     if found is None:
         wrong.append(f"{what} is missing")
     else:
-        needed = streams.needed_of_consumer(streams.consumer_config(subjects))
-        wrong += [f"{what}: {text}" for text in streams.differences(needed, found)]
+        ignored = streams.NEUTRAL | streams.CONSUMER_TUNABLE
+        config = streams.consumer_config(subjects)
+        different = streams.differences(config, streams.consumer_found(found), ignored)
+        wrong += [f"{what}: {text}" for text in different]
     if wrong:
         raise NotProvisioned(
             f"{'; '.join(wrong)}. Run `hostd provision` with an admin's credentials"
             f" for cell {subjects.cell} and host {subjects.host_id}"
         )
+    return last
+
+
+async def _check_imports(connection: Connection, subjects: Subjects, js_domain: str) -> None:
+    account = accounts.host_account(subjects.host_id)
+    lacking = await imports.missing(connection, account, subjects, [subjects.host_id], js_domain)
+    if lacking:
+        raise NotProvisioned(
+            f"the NATS server's configuration is incomplete: {'; '.join(lacking)}. Add what"
+            f" `hostd provision --server-config` prints, and reload the server; [nats] js_domain is"
+            f" {js_domain!r}"
+        )
 
 
 async def _info(connection: Connection, endpoint: str, what: str) -> dict[str, Any] | None:
-    """The configuration of a stream or consumer; None if it does not exist."""
+    """The description of a stream or consumer; None if it does not exist."""
     try:
-        answer = await connection.request(f"$JS.API.{endpoint}", b"")
+        answer = await connection.request(endpoint, b"")
     except NoResponder as error:
         raise NotProvisioned(
-            "JetStream is not enabled for this NATS account: see deploy/nats/hostd.conf"
+            f"cannot read {what}: nothing answers {endpoint}. Enable JetStream for this NATS"
+            " account, or use the accounts of deploy/nats/hostd.conf and set [nats] js_domain"
         ) from error
     except BusError as error:
         raise BusError(
-            f"cannot read {what}: {error} (JetStream not ready, or no permission for"
-            f" $JS.API.{endpoint})"
+            f"cannot read {what}: {error} (JetStream not ready, or no permission for {endpoint})"
         ) from error
     found: dict[str, Any] = json.loads(answer.data)
     if "error" in found:
         if found["error"].get("err_code") in NOT_FOUND:
             return None
         raise BusError(f"{what}: {found['error'].get('description')}")
-    config: dict[str, Any] = found.get("config", {})
-    return config
+    if not isinstance(found.get("config"), dict):
+        raise BusError(f"{what}: invalid answer to {endpoint}")
+    return found

@@ -5,7 +5,9 @@ from typing import Any
 
 import click
 
-from schemas.settings import Settings
+from schemas.decode_error import DecodeError
+from schemas.network_policy import POLICY_BYTES, NetworkPolicy, decode_policy, denied_networks
+from schemas.settings import NetworkSettings, Settings
 from worker.cli.context import config_option, json_option, load, print_json
 from worker.settings import DEFAULT, Key, Loaded, keys
 
@@ -14,8 +16,9 @@ from worker.settings import DEFAULT, Key, Loaded, keys
 @config_option
 @json_option
 def check_config(config: str | None, as_json: bool) -> None:
-    """Validate the settings and print each with its unit and origin."""
+    """Validate and print the settings, and show what guests reach."""
     loaded = load(config)
+    policy = load_policy(loaded.settings.network.policy)
     if as_json:
         print_json(
             {
@@ -29,7 +32,42 @@ def check_config(config: str | None, as_json: bool) -> None:
             }
         )
         return
-    click.echo("\n".join(describe(loaded)))
+    click.echo("\n".join([*describe(loaded), "", *reachable(loaded.settings.network, policy)]))
+
+
+def reachable(settings: NetworkSettings, policy: NetworkPolicy) -> list[str]:
+    """What guests can reach, as comments: all but the denied networks, and tenants' exceptions."""
+    lines = [
+        "# Guests reach every IPv4 network that this host reaches, masqueraded as the host, except",
+        f"#   {', '.join(denied_networks(settings))}",
+    ]
+    if not policy.allowed:
+        return [*lines, "# No tenant has a policy of its own ([network] policy)."]
+    lines.append("# and what [network] policy changes for these tenants:")
+    for tenant in sorted(policy.allowed):
+        also = ", ".join(policy.allowed[tenant]) or "nothing"
+        less = ", ".join(policy.denied[tenant]) or "nothing"
+        lines.append(f"#   {tenant}: also allowed {also}; also denied {less}")
+    return lines
+
+
+def load_policy(path: str) -> NetworkPolicy:
+    """The policy file's content; of no file, an empty one.
+
+    Raises:
+        click.ClickException: it cannot be read or is invalid.
+    """
+    if not path:
+        return NetworkPolicy()
+    try:
+        with open(path, encoding="utf-8") as file:
+            return decode_policy(file.read(POLICY_BYTES + 1))
+    except OSError as error:
+        raise click.ClickException(
+            f"cannot read [network] policy {path}: {error.strerror}"
+        ) from error
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise click.ClickException(f"invalid [network] policy {path}: {error}") from error
 
 
 def value_of(settings: Settings, key: Key) -> Any:

@@ -1,14 +1,14 @@
 """A client of the wire protocol: plain nats-py with short timeouts.
 
-Of the worker it imports only the client class that connects as the settings say or not at all, and
-the reader of the credentials file, so that it doubles as the reference client for authors of an
-agentd in any language.
+Of the worker it imports only how to connect and sign in, so that it doubles as the reference client
+for authors of an agentd in any language.
 """
 
 # pyright: reportUnknownMemberType=false
 # (nats-py has untyped parameters)
 
 import asyncio
+import json
 import os
 import ssl
 import time
@@ -19,6 +19,7 @@ from typing import Any, Final
 import nats.errors
 import nats.js.errors
 from nats.aio.client import Client as Nats
+from nats.aio.msg import Msg
 
 from schemas import codec
 from schemas.decode_error import DecodeError
@@ -51,8 +52,9 @@ def new_id() -> str:
 class Client:
     """One NATS connection, opened by `connect`. Raises only NoAnswer and CliError."""
 
-    def __init__(self, connection: Nats, root: str, cell: str) -> None:
+    def __init__(self, connection: Nats, root: str, cell: str, js_domain: str = "") -> None:
         self.nats = connection
+        self._api = f"$JS.{js_domain}.API." if js_domain else "$JS.API."
         self._root = root
         self._cell = cell
 
@@ -154,19 +156,44 @@ class Client:
         return each()
 
     async def kept_events(self, stream: str, host: str) -> AsyncIterator[dict[str, Any]]:
-        """Retained events of the stream, oldest first, up to now."""
-        context = self.nats.jetstream()
-        try:
-            subscription = await context.pull_subscribe(f"{self._root}.{host}.evt.>", stream=stream)
-        except nats.js.errors.Error as error:
-            raise NoAnswer(f"cannot read stream {stream}: {error}") from error
-        pending = (await subscription.consumer_info()).num_pending or 0
-        while pending > 0:
-            for message in await subscription.fetch(min(pending, 256), timeout=ASK_TIMEOUT_S):
-                pending -= 1
-                await message.ack()
+        """Retained events of the stream, oldest first, up to now.
+
+        Read message by message: a consumer would need the right to make the server publish.
+        """
+        info = json.loads((await self._read(f"STREAM.INFO.{stream}", {}, stream)).data)
+        if "error" in info:
+            raise NoAnswer(f"cannot read stream {stream}: {info['error'].get('description')}")
+        sequence, last = 0, int(info["state"]["last_seq"])
+        subjects = f"{self._root}.{host}.evt.>"
+        while sequence < last:
+            body = {"seq": sequence + 1, "next_by_subj": subjects}
+            message = await self._read(f"DIRECT.GET.{stream}", body, stream)
+            headers = message.headers or {}
+            if headers.get("Status") == "404":
+                return
+            if not (found := headers.get("Nats-Sequence", "")).isdigit():
+                why = headers.get("Description", "no sequence")
+                raise NoAnswer(f"cannot read stream {stream} after message {sequence}: {why}")
+            sequence = int(found)
+            if sequence <= last:
                 yield _map(message.data)
-        await subscription.unsubscribe()
+
+    async def _read(self, endpoint: str, body: Mapping[str, Any], stream: str) -> Msg:
+        """One answer of the JetStream API."""
+        payload = json.dumps(body).encode() if body else b""
+        try:
+            return await self.nats.request(f"{self._api}{endpoint}", payload, timeout=ASK_TIMEOUT_S)
+        except nats.errors.NoRespondersError as error:
+            raise NoAnswer(
+                f"cannot read stream {stream}: nothing answers {self._api}{endpoint}; check that "
+                "`hostd provision` was run, that this account imports that subject, and "
+                "[nats] js_domain"
+            ) from error
+        except nats.errors.TimeoutError as error:
+            raise NoAnswer(
+                f"cannot read stream {stream}: no answer to {self._api}{endpoint} within "
+                f"{ASK_TIMEOUT_S:g} s"
+            ) from error
 
 
 @asynccontextmanager
@@ -206,14 +233,14 @@ async def connect(
                 **options,
             )
     except (OSError, nats.errors.Error, TimeoutError) as error:
-        await connection.close()
+        await connection.drop()
         why = seen[0] if seen else error
         raise NoAnswer(
             f"cannot connect to NATS at {without_password(target)}:"
             f" {str(why) or type(why).__name__}"
         ) from error
     try:
-        yield Client(connection, settings.root, settings.host.cell)
+        yield Client(connection, settings.root, settings.host.cell, settings.nats.js_domain)
     finally:
         await connection.close()
 

@@ -1,14 +1,18 @@
 """`hostd provision`: streams, KV bucket and consumers of a cell, with an admin credential."""
 
 import asyncio
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
 import msgspec
 
 from schemas.naming import HOST_ID_PATTERN
+from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
 from worker import logs
+from worker.bus import accounts, imports, streams
 from worker.bus.connection import Connection
 from worker.bus.protocol import BusError, NotProvisioned
 from worker.bus.provision import Made
@@ -26,6 +30,8 @@ from worker.cli.context import (
 )
 
 CONNECT_TIMEOUT_S = 10.0
+LACKING = "lacking"
+JS_DOMAIN = "hostd"  # in the printed accounts, if [nats] js_domain is empty
 
 
 @click.command()
@@ -43,35 +49,74 @@ CONNECT_TIMEOUT_S = 10.0
     show_default=True,
     help="Replicas of each stream and the bucket.",
 )
+@click.option(
+    "--size",
+    "sizes",
+    metavar="KIND=MIB",
+    multiple=True,
+    help="Size of a stream or the bucket, KIND one of cmd, evt, reply, dead, state; repeatable. "
+    f"Default: {' '.join(f'{kind}={mib}' for kind, mib in streams.SIZES_MIB.items())}.",
+)
+@click.option(
+    "--check-creds",
+    "checks",
+    metavar="ACCOUNT=FILE",
+    multiple=True,
+    help="Check what the server's configuration lacks for an account, with the credentials of one "
+    "of its users; e.g. HOST_h1=h1.creds; repeatable.",
+)
+@click.option(
+    "--server-config",
+    is_flag=True,
+    help="Print the accounts of nats-server.conf for the cell and its hosts; change nothing.",
+)
 @config_option
 @json_option
 def provision(
+    *,
     url: str | None,
     creds: str | None,
     hosts: tuple[str, ...],
     replicas: int,
+    sizes: tuple[str, ...],
+    checks: tuple[str, ...],
+    server_config: bool,
     config: str | None,
     as_json: bool,
 ) -> None:
-    """Create a cell's streams, KV bucket and one consumer per host. Idempotent."""
+    """Create a cell's streams, KV bucket and one consumer per host. Idempotent.
+
+    With --server-config: print the NATS accounts that give each role exactly what it needs.
+    """
     settings = settings_of(config)
     hosts = hosts or (settings.host.id,)
     if bad := [host for host in hosts if not HOST_ID_PATTERN.fullmatch(host)]:
         raise click.UsageError(
             f"invalid host ID {bad[0]!r}: use 1-63 characters A-Z, a-z, 0-9, '_' or '-'"
         )
+    sizes_mib = {**streams.SIZES_MIB, **dict(map(_size, sizes))}
+    accounts_to_check = [_account(text, hosts) for text in checks]
     nats = msgspec.structs.replace(
         settings.nats, url=url or settings.nats.url, creds=creds or settings.nats.creds
     )
     shown = without_password(nats.url)
     subjects = Subjects(settings.root, hosts[0], settings.host.cell)
+    if server_config:
+        domain = settings.nats.js_domain or JS_DOMAIN
+        click.echo(accounts.server_config(subjects, hosts, domain), nl=False)
+        return
 
     async def work() -> list[Made]:
         connection = Connection(nats, name="hostd-provision", inbox="_INBOX.hostd-provision")
         await connection.start()
         try:
             await asyncio.wait_for(connection.wait_connected(), CONNECT_TIMEOUT_S)
-            return await provision_cell(connection, subjects, hosts, replicas=replicas)
+            made = await provision_cell(
+                connection, subjects, hosts, replicas=replicas, sizes_mib=sizes_mib
+            )
+            for account, path in accounts_to_check:
+                made.append(await _check(nats, account, path, subjects, hosts))
+            return made
         except TimeoutError as error:
             raise NoAnswer(
                 f"cannot connect to NATS at {shown} within {CONNECT_TIMEOUT_S:g} s: "
@@ -94,3 +139,51 @@ def provision(
         print_json([asdict(one) for one in made])
     else:
         click.echo("\n".join(str(one) for one in made))
+    if any(one.how == LACKING for one in made):
+        raise CliError("conflict", "the NATS server's configuration is incomplete, see above")
+
+
+async def _check(
+    nats: NatsSettings, account: str, path: str, subjects: Subjects, hosts: Sequence[str]
+) -> Made:
+    """Whether the account has what its role needs, with a connection of its own."""
+    settings = msgspec.structs.replace(nats, creds=path)
+    host_id = account.partition("_")[2] or hosts[0]
+    inbox = streams.inbox_prefix(host_id) if account.startswith("HOST_") else "_INBOX.hostd-check"
+    connection = Connection(settings, name="hostd-provision", inbox=inbox)
+    await connection.start()
+    try:
+        await asyncio.wait_for(connection.wait_connected(), CONNECT_TIMEOUT_S)
+        domain = nats.js_domain or JS_DOMAIN
+        text = await imports.check(connection, account, subjects, hosts, domain)
+    except TimeoutError as error:
+        raise NoAnswer(
+            f"cannot connect to NATS with {path} for account {account} within "
+            f"{CONNECT_TIMEOUT_S:g} s: {connection.last_error or 'no connection'}"
+        ) from error
+    finally:
+        await connection.close()
+    what = f"account {account}"
+    return Made(what, "found") if text == "ok" else Made(what, LACKING, text)
+
+
+def _account(text: str, hosts: Sequence[str]) -> tuple[str, str]:
+    """`ACCOUNT=FILE`."""
+    account, _, path = text.partition("=")
+    known = [name for name in accounts.users(hosts) if name != accounts.SYSTEM]
+    if account not in known or not path:
+        raise click.UsageError(
+            f"invalid --check-creds {text!r}: use ACCOUNT=FILE with ACCOUNT {', '.join(known)}"
+        )
+    return account, os.path.abspath(path)
+
+
+def _size(text: str) -> tuple[str, int]:
+    """`KIND=MIB`, from 1 MiB to 1 PiB."""
+    kind, _, mib = text.partition("=")
+    if kind not in streams.SIZES_MIB or not mib.isdecimal() or not 1 <= int(mib[:11]) <= 1 << 30:
+        raise click.UsageError(
+            f"invalid --size {text!r}: use KIND=MIB with KIND {', '.join(streams.SIZES_MIB)} "
+            "and 1 to 1073741824 MiB"
+        )
+    return kind, int(mib)

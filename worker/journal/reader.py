@@ -18,6 +18,7 @@ class JournalReader:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._closed = False
         self._connection: sqlite3.Connection | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal-reader")
 
@@ -27,6 +28,8 @@ class JournalReader:
         Raises:
             JournalFault: the file cannot be read now; ask again.
         """
+        if self._closed:
+            raise JournalFault(f"the journal {self._path} is closed")
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._thread, self._first, query, arguments)
@@ -34,7 +37,10 @@ class JournalReader:
             raise JournalFault(f"cannot read the journal {self._path}: {error}") from error
 
     async def close(self) -> None:
-        """After the last read."""
+        """After the last read. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         await asyncio.get_running_loop().run_in_executor(self._thread, self._drop)
         self._thread.shutdown()
 

@@ -26,6 +26,9 @@ from worker.queries.fair_queue import FairQueue
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 TYPE = "io.nats.micro.v1"
+# Reply subjects of requests from other accounts, made and routed by the server to the requester of
+# that request only. A client of the same account would have to guess 14 random characters of one.
+CROSS_ACCOUNT = "_R_."
 
 
 @dataclass(slots=True)
@@ -76,7 +79,7 @@ class MicroService:
             "metadata": dict(metadata),
         }
         self._endpoints = endpoints
-        self._prefixes = tuple(inbox_prefixes)
+        self._prefixes = (*inbox_prefixes, CROSS_ACCOUNT)
         self._started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
         self._queue = FairQueue()
         self._subscriptions: list[Subscription] = []

@@ -85,6 +85,7 @@ class Reconciler:
         self._take_inventory = take_inventory
         self._clock = clock
         self._unowned: Resources = set()
+        self._warnings: set[str] = set()
         self._counted_at: float | None = None
 
     async def run(self) -> None:
@@ -120,6 +121,7 @@ class Reconciler:
         """One pass; a failure is logged, and the next pass tries again."""
         try:
             await self.repair_networks()
+            await self._report_warnings()
             await self.sweep_leftovers()
             self._finish_stops()
             await self._bound_logs()
@@ -144,6 +146,18 @@ class Reconciler:
                     reason="changed out of band",
                     detail={"repaired": list(restored.repaired), "lost": list(restored.lost)},
                 )
+
+    async def _report_warnings(self) -> None:
+        """Count what keeps guests from the network; an event has what is new since last time."""
+        warnings = set(await self._host.networks.warnings(len(self._journal.records.networks())))
+        self._metrics.network_warnings(len(warnings))
+        if new := sorted(warnings - self._warnings):
+            await self._journal.records.event(
+                EventKind.NETWORK,
+                reason="guests may not work",
+                detail={"warnings": new},
+            )
+        self._warnings = warnings
 
     async def sweep_leftovers(self) -> None:
         """Remove what finished commands left behind; what stays is tried again."""

@@ -45,6 +45,7 @@ class Pins:
         def remove_members(tables: Tables) -> None:
             doomed = [m for m in pin_members(key) if m[1] in tables.members(m[0])]
             if doomed:
+                self._base.ensure_in(tables)
                 tables.change(remove=doomed)
 
         await self._nft.run(remove_members)

@@ -38,14 +38,16 @@ def flush_conntrack(subnet: IPv4Network) -> int:
     Source: nfnetlink(7), nf_conntrack_netlink.c. Needs: CAP_NET_ADMIN. Blocks: one table walk.
     """
     with open_socket() as ctnetlink:
-        doomed = [entry for entry in read_entries(ctnetlink) if touches_subnet(entry, subnet)]
+        doomed = [
+            entry for entry in read_entries(ctnetlink, subnet) if touches_subnet(entry, subnet)
+        ]
         return sum(delete_entry(ctnetlink, entry) for entry in doomed)
 
 
 def count_conntrack(subnet: IPv4Network) -> int:
     """How many entries have an address of the subnet on any side."""
     with open_socket() as ctnetlink:
-        return sum(touches_subnet(entry, subnet) for entry in read_entries(ctnetlink))
+        return sum(touches_subnet(entry, subnet) for entry in read_entries(ctnetlink, subnet))
 
 
 def open_socket() -> socket.socket:
@@ -54,13 +56,19 @@ def open_socket() -> socket.socket:
     return ctnetlink
 
 
-def read_entries(ctnetlink: socket.socket) -> Iterator[Attributes]:
-    """All IPv4 entries of the namespace."""
+def read_entries(ctnetlink: socket.socket, subnet: IPv4Network) -> Iterator[Attributes]:
+    """The IPv4 entries of the namespace that may touch the subnet.
+
+    Entries that cannot are left out by the bytes that all its addresses begin with: decoding a
+    full table of 200,000 takes over a second.
+    """
+    prefix = subnet.network_address.packed[: subnet.prefixlen // 8]
     send_request(ctnetlink, CT_GET, NLM_F_REQUEST | NLM_F_DUMP, b"")
     for kind, body in replies(ctnetlink):
         if kind == NLMSG_DONE:
             return
-        yield attributes(body[len(FAMILY) :])
+        if prefix in body:
+            yield attributes(body[len(FAMILY) :])
 
 
 def touches_subnet(entry: Attributes, subnet: IPv4Network) -> bool:

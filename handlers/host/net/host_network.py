@@ -1,5 +1,6 @@
 """Questions about the host's network, what no single resource owns, and how the parts are wired."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network
@@ -7,18 +8,21 @@ from ipaddress import IPv4Network
 from handlers.host.linux.kernel_thread import no_namespace
 from handlers.host.net.antispoof import Pins
 from handlers.host.net.bridges import Bridges
+from handlers.host.net.conntrack import flush_conntrack
 from handlers.host.net.drift_watch import HostWatch
+from handlers.host.net.foreign_chains import foreign_drops
 from handlers.host.net.nftables import Nft
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN
 from handlers.host.net.ruleset import BaseRules
-from handlers.host.net.sysctl import ensure_sysctl
+from handlers.host.net.sysctl import ensure_sysctl, read_sysctl
 from handlers.host.net.taps import Taps
 from handlers.host.net.tenant_rules import TenantRules
 from schemas import naming
 from schemas.settings import NetworkSettings
 
 DEFAULT_ROUTE = "0.0.0.0/0"
+CONNTRACK_MAX = "netfilter/nf_conntrack_max"
 # Frames between guests of one bridge are the bridge table's business, not the forward chain's.
 SYSCTLS = {
     "ipv4/ip_forward": "1",
@@ -34,6 +38,7 @@ class Networks:
     def __init__(self, netlink: Netlink, base: BaseRules, settings: NetworkSettings) -> None:
         self._netlink = netlink
         self._base = base
+        self._max_flows = settings.max_flows
         self._uplinks = settings.uplinks
         self._exempt = [IPv4Network(route) for route in settings.exempt_routes]
 
@@ -45,7 +50,45 @@ class Networks:
             return any(changed), self._uplinks or default_links(kernel)
 
         changed, uplinks = await self._netlink.run(prepared)
+        if await asyncio.to_thread(self._base.policy.refresh):
+            # What the operator changed is no drift.
+            await self._base.ensure(uplinks)
         return await self._base.ensure(uplinks) or changed
+
+    async def reload(self, settings: NetworkSettings) -> None:
+        """Take changed settings while guests run, in one transaction of nftables.
+
+        Not `isolate_guests` and `max_flows`, which a restart applies.
+
+        Raises:
+            HostFault, Invalid: the policy file is invalid; the settings in effect stay.
+        """
+        policy = self._base.policy.at(settings.policy)
+        await asyncio.to_thread(policy.refresh)
+        self._base.reload(settings, policy)
+        self._uplinks = settings.uplinks
+        self._exempt = [IPv4Network(route) for route in settings.exempt_routes]
+        await self.prepare()
+
+    async def warnings(self, tenants: int) -> tuple[str, ...]:
+        """What outside of hostd keeps the guests of so many tenants from working."""
+        if not tenants:
+            return ()
+        drops = await self._base.nft.run(foreign_drops)
+        found = [
+            f"nftables chain {chain} of another program drops guests' packets by its policy: add "
+            'rules to its table that accept iifname and oifname "br-tenant-*"'
+            for chain in drops
+        ]
+        needed = tenants * self._max_flows
+        maximum = await self._netlink.run(lambda _: read_sysctl(CONNTRACK_MAX))
+        if maximum is not None and int(maximum) < needed:
+            found.append(
+                f"net.{CONNTRACK_MAX.replace('/', '.')} is {maximum}, but {tenants} tenants may "
+                f"track {self._max_flows} connections each: set it to {needed} or more, or lower "
+                "[network] max_flows"
+            )
+        return tuple(found)
 
     async def overlapping_route(self, subnet: str, *, except_bridge: str) -> str | None:
         """The first host route that overlaps the subnet, or None.
@@ -78,6 +121,10 @@ class Networks:
             return sorted(port.name for port in kernel.links(master=link.index))
 
         return await self._netlink.run(ports)
+
+    async def flush_conntrack(self, address: str) -> None:
+        """Delete the address's conntrack entries, of either direction and side of NAT."""
+        await self._netlink.run(lambda _: flush_conntrack(IPv4Network(address)))
 
     async def owned_links(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the bridges and of the TAPs in this namespace that carry hostd's alias."""

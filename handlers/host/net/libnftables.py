@@ -5,7 +5,7 @@ Each call is one batch: all of it takes effect or none. pyroute2's nftables cann
 
 import ctypes
 import subprocess
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from handlers.errors import Exhausted, Failure, HostFault, Unavailable
 
@@ -22,7 +22,12 @@ class Absent(HostFault):
 
 
 class Engine(Protocol):
-    """What runs nft's language: the output and error text, or raises NftRefusal."""
+    """What runs nft's language: the output and error text, or raises NftRefusal.
+
+    `one_socket`: all its transactions are sent on one netlink socket, so that it can own tables.
+    """
+
+    one_socket: ClassVar[bool]
 
     def run(self, text: str, flags: int) -> str: ...
 
@@ -37,8 +42,10 @@ class Library:
     """libnftables by ctypes; one context, not shared between threads.
 
     Source: libnftables(3). Needs: CAP_NET_ADMIN. The netlink socket is made with the context, so
-    it is of the namespace that the thread is in then.
+    it is of the namespace that the thread is in then, and owns the tables with `flags owner`.
     """
+
+    one_socket: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._lib = ctypes.CDLL(LIBRARY)
@@ -66,6 +73,8 @@ class Library:
 
 class Program:
     """The `nft` program, one process per call. Source: nft(8). Needs: CAP_NET_ADMIN."""
+
+    one_socket: ClassVar[bool] = False
 
     def run(self, text: str, flags: int) -> str:
         options = [o for f, o in ((STATELESS, "-s"), (JSON, "-j"), (TERSE, "-t")) if flags & f]

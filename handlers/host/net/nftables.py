@@ -3,7 +3,9 @@
 import json
 import socket
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from ipaddress import IPv4Network
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from handlers.errors import Failure, HostFault, Unavailable, of_os_error
@@ -30,6 +32,7 @@ NFTA_GEN_ID = 1
 Element = tuple[str, ...]
 # A set's family, table and name, and one element of it.
 Member = tuple[str, Element]
+TABLE, GUARD = "hostd", "hostd_guard"
 
 
 class Tables:
@@ -38,6 +41,8 @@ class Tables:
     Keeps what it read of a set until another program changes any ruleset: the kernel counts
     the commits of a namespace, and this object knows its own. So a set of 1,000 elements is not
     read for each change, and yet an out-of-band change is never missed.
+
+    While `guarded`, each set of hostd's tables exists twice, and both copies are read and changed.
 
     Source: nft(8), nf_tables' NFT_MSG_GETGEN. Needs: CAP_NET_ADMIN.
     """
@@ -49,6 +54,12 @@ class Tables:
         self._generation = -1
         self._changes = 0
         self._members: dict[str, set[Element]] = {}
+        self.guarded = False
+
+    @property
+    def can_own(self) -> bool:
+        """Whether a table can be owned: the engine has one socket for as long as it is open."""
+        return self._engine.one_socket
 
     def close(self) -> None:
         self._engine.close()
@@ -66,20 +77,27 @@ class Tables:
         return self._changes
 
     def members(self, name: str) -> set[Element]:
-        """The elements of a set, e.g. of `inet hostd tenants`; of none if it is absent."""
+        """The elements of a set, e.g. of `inet hostd tenants`; of none if it is absent.
+
+        While guarded, those of either copy.
+        """
         self.outside_changes()
-        if name not in self._members:
-            self._members[name] = set(elements_of(self.read(f"set {name}")))
-        return self._members[name]
+        return {element for copy in self._copies(name) for element in self._elements(copy)}
 
     def missing(self, members: Iterable[Member]) -> list[Member]:
-        """Those that are not there."""
-        return [member for member in members if member[1] not in self.members(member[0])]
+        """Those that are not there; while guarded, not in both copies."""
+        self.outside_changes()
+        return [
+            (name, element)
+            for name, element in members
+            if any(element not in self._elements(copy) for copy in self._copies(name))
+        ]
 
     def has(self, members: Iterable[Member]) -> bool:
         """Whether all of these are there; read from the kernel, not from the cache."""
+        copies = self._in_copies(members)
         try:
-            self._run("".join(f"get element {spelled(member)}\n" for member in members), 0)
+            self._run("".join(f"get element {spelled(member)}\n" for member in copies), 0)
         except Absent:
             return False
         return True
@@ -105,21 +123,46 @@ class Tables:
         self._commit(text)
         self._members.clear()
 
-    def change(self, *, remove: Iterable[Member] = (), add: Iterable[Member] = ()) -> None:
+    def change(
+        self,
+        *,
+        remove: Iterable[Member] = (),
+        add: Iterable[Member] = (),
+        replace: Mapping[str, set[Element]] = MappingProxyType({}),
+    ) -> None:
         """Take elements out of sets and put others in, in one transaction.
 
-        One to remove may be absent, one to add may be there. Raises as `apply`.
+        One to remove may be absent, one to add may be there. `replace` gives sets a new content: in
+        a set of intervals, nft 1.0.6 does not replace an element by one that overlaps it.
+
+        Raises as `apply`.
         """
-        gone, come = list(remove), list(add)
+        gone, come = self._in_copies(remove), self._in_copies(add)
         # Adding first makes deleting one that is absent succeed, in the same transaction.
         lines = [f"{do} element {spelled(m)}" for m in gone for do in ("add", "delete")]
+        filled = {copy: new for name, new in replace.items() for copy in self._copies(name)}
+        lines += [f"flush set {name}" for name in filled]
+        come += [(name, element) for name, elements in filled.items() for element in elements]
         lines += [f"add element {spelled(member)}" for member in come]
         self._commit("\n".join(lines) + "\n")
         for name, element in gone:
             self._members.get(name, set()).discard(element)
+        self._members.update((name, set(elements)) for name, elements in filled.items())
         for name, element in come:
             if name in self._members:
                 self._members[name].add(element)
+
+    def _copies(self, name: str) -> tuple[str, ...]:
+        """The names of a set's copies: the set itself and, while guarded, that of the guard."""
+        return (name, guard_of(name)) if self.guarded else (name,)
+
+    def _in_copies(self, members: Iterable[Member]) -> list[Member]:
+        return [(copy, element) for name, element in members for copy in self._copies(name)]
+
+    def _elements(self, name: str) -> set[Element]:
+        if name not in self._members:
+            self._members[name] = set(elements_of(self.read(f"set {name}")))
+        return self._members[name]
 
     def _commit(self, text: str) -> None:
         self.outside_changes()
@@ -192,6 +235,12 @@ class Nft:
         return self._tables
 
 
+def guard_of(name: str) -> str:
+    """`inet hostd_guard tenants` for `inet hostd tenants`."""
+    family, _, rest = name.split(" ", 2)
+    return f"{family} {GUARD} {rest}"
+
+
 def next_generation(generation: int) -> int:
     """32 bits, and 0 is left out."""
     return (generation + 1) & 0xFFFFFFFF or 1
@@ -209,11 +258,30 @@ def parts_of(element: Any) -> Element:
         return (str(element),)
     if "elem" in element:
         return parts_of(element["elem"]["val"])
-    return tuple(str(part) for part in element["concat"])
+    return tuple(part_of(part) for part in element.get("concat", (element,)))
+
+
+def part_of(part: Any) -> str:
+    """A network as `10.0.0.0/8`, any other range as `10.0.0.1-10.0.0.9`."""
+    if isinstance(part, str | int):
+        return str(part)
+    if "prefix" in part:
+        return f"{part['prefix']['addr']}/{part['prefix']['len']}"
+    return "-".join(str(end) for end in part["range"])
 
 
 def spelled(member: Member) -> str:
     """A member in nft's language: `inet hostd services { tcp . 53 }`, names of links quoted."""
     name, (first, *rest) = member
-    head = first if first in {"tcp", "udp"} else f'"{first}"'
+    head = first if first in {"tcp", "udp"} or is_network(first) else f'"{first}"'
     return f"{name} {{ {' . '.join([head, *rest])} }}"
+
+
+def is_network(text: str) -> bool:
+    """Whether nft takes this as addresses and not as the name of a link."""
+    try:
+        for end in text.split("-"):
+            IPv4Network(end)
+    except ValueError:
+        return False
+    return True

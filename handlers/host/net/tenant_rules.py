@@ -12,7 +12,7 @@ from handlers.host.net.antispoof import GUESTS, PINS
 from handlers.host.net.conntrack import flush_conntrack
 from handlers.host.net.nftables import Member, Nft, Tables
 from handlers.host.net.rtnetlink import Netlink
-from handlers.host.net.ruleset import BaseRules
+from handlers.host.net.ruleset import TENANT_ALLOWED, TENANT_DENIED, BaseRules
 from handlers.mechanism import Durability
 from handlers.specs import TenantRulesKey, TenantRulesSpec
 from schemas import naming
@@ -57,13 +57,19 @@ class TenantRules:
             for name in (PINS, GUESTS):
                 found = tables.members(name)
                 doomed += [(name, e) for e in found if e[0].startswith(taps)]
+            bridge = naming.bridge_name(rules.tenant_net_id)
+            self._base.tenants.pop(bridge, None)
+            for name in (TENANT_ALLOWED, TENANT_DENIED):
+                doomed += [(name, e) for e in tables.members(name) if e[0] == bridge]
             if doomed:
+                self._base.ensure_in(tables)
                 tables.change(remove=doomed)
 
         await self._nft.run(remove_members)
         await self._netlink.run(lambda _: flush_conntrack(IPv4Network(rules.ipv4_subnet)))
 
     def _ensure_in(self, tables: Tables, spec: TenantRulesSpec) -> bool:
+        self._base.tenants[spec.net.bridge_name] = spec.tenant_id
         changed = self._base.ensure_in(tables)
         wanted = tenant_members(spec.key)
         stray = [

@@ -33,8 +33,8 @@ def read_uid(pid: int) -> int | None:
         return None
 
 
-def check_process(pid: int, *, uid: int, cgroup: str, root: str) -> None:
-    """Check what the jailer set before it executed the VMM.
+def check_process(pid: int, *, uid: int, cgroup: str, root: str, file_bytes: int) -> None:
+    """Check what the jailer, and hostd before it, set before the VMM was executed.
 
     Raises:
         HostFault: names the first property that differs, the expected and the found value.
@@ -51,6 +51,8 @@ def check_process(pid: int, *, uid: int, cgroup: str, root: str) -> None:
         ("cgroup", cgroup, read_cgroup(pid)),
         ("root", FileId.at(root), FileId.at(f"/proc/{pid}/root")),
         ("open files limit", str(NO_FILE), _limit(pid, "Max open files")),
+        ("file size limit", str(file_bytes), _limit(pid, "Max file size")),
+        ("core file limit", "0", _limit(pid, "Max core file size")),
     ]
     _require(pid, facts)
 

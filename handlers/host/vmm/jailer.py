@@ -7,6 +7,7 @@ Source: docs/jailer.md of Firecracker; proven in tests/contract/test_jailer.py.
 """
 
 import os
+import resource
 import shutil
 import time
 
@@ -41,6 +42,7 @@ class Jailer:
     def __init__(self, settings: Settings) -> None:
         self.path = settings.vmm.jailer
         self.firecracker = settings.vmm.firecracker
+        self._file_bytes = settings.vmm.max_file_mib << 20
         self._jail_base = settings.jail_base
         self._tree = CgroupTree.of(settings)
         self._launches = LaunchLog(settings.paths.state)
@@ -85,6 +87,7 @@ class Jailer:
             *("--cgroup-version", "2"),
             *("--parent-cgroup", spec.cgroup),
             *("--resource-limit", f"no-file={NO_FILE}"),
+            *("--resource-limit", f"fsize={self._file_bytes}"),
             "--new-pid-ns",
             "--daemonize",
             "--",
@@ -102,6 +105,8 @@ class Jailer:
             HostFault: it cannot be executed, or failed; its output is in the detail.
         """
         try:
+            # The jailer has no option for it; the VMM inherits it. A core has the guest's memory.
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             code = await spawn.run(self.arguments(spec), output)
         except OSError as error:
             raise of_os_error(error, f"cannot execute {self.path}") from error

@@ -138,6 +138,7 @@ class Vmms:
                     uid=spec.uid,
                     cgroup=spec.cgroup,
                     root=root,
+                    file_bytes=self._settings.max_file_mib << 20,
                 )
                 await self._check_threads(identity.pid)
             except (OSError, KeyError) as error:

@@ -7,6 +7,7 @@ it is gone with the test even if that is killed. `HostNet` is a host with an upl
 
 import ctypes
 import os
+import re
 import select
 import socket
 import subprocess
@@ -82,8 +83,12 @@ class Namespace:
     def nft(self, text: str) -> None:
         self.command("nft", "-f", "-", text=text)
 
-    def ruleset(self) -> str:
-        return self.command("nft", "-s", "list", "ruleset")
+    def ruleset(self, *options: str) -> str:
+        """All tables in the order of their names, without the name of the program that owns one."""
+        listed = re.sub(
+            r" # progname .*", "", self.command("nft", "-s", *options, "list", "ruleset")
+        )
+        return "".join(sorted(re.findall(r"^table .*?^}\n", listed, re.DOTALL | re.MULTILINE)))
 
     def sysctl(self, name: str, value: str | None = None) -> str:
         def access() -> str:

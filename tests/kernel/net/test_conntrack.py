@@ -67,6 +67,25 @@ async def test_teardown_flushes_the_tenants_entries_of_all_protocols_and_no_othe
     b1.close()
 
 
+async def test_the_flush_of_one_address_spares_its_neighbours(net: HostNet) -> None:
+    """All four kinds of entries: the guest's own by NAT, and those of the host to the guest."""
+    a2 = GuestPlan("acme", ACME, 50)
+    await plug_in(net, a2)
+    guests = [(TapGuest(net, plan.tap), plan) for plan in (A1, a2)]
+    with udp_socket(net.outside, 7000, INTERNET) as server, udp_socket(net.host, 6100) as client:
+        for guest, plan in guests:
+            say(guest, plan, udp(plan.ip, INTERNET, 6000, 7000, b"a"))
+            server.recv(2048)
+            client.sendto(b"from-the-host", (plan.ip, 6200))
+            assert guest.wait_for(b"from-the-host")
+            guest.close()
+    assert (tracked(net, f"{A1.ip}/32"), tracked(net, f"{a2.ip}/32")) == (2, 2)
+
+    await net.mechanisms.networks.flush_conntrack(A1.ip)
+
+    assert (tracked(net, f"{A1.ip}/32"), tracked(net, f"{a2.ip}/32")) == (0, 2)
+
+
 @pytest.mark.parametrize("flushed", [True, False])
 async def test_an_established_flow_does_not_reach_who_has_the_address_next(
     net: HostNet, *, flushed: bool

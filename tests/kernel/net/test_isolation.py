@@ -289,7 +289,8 @@ async def stage() -> AsyncIterator[Stage]:
 
 
 def unprotected(net: HostNet) -> None:
-    """The control: no rules, and without the settings that would hide that there are none."""
+    """The control: no worker, no rules, no settings that would hide that there are none."""
+    net.reopen(NetworkSettings())
     net.host.nft("flush ruleset")
     for link in ("all", A1.net.bridge_name, B1.net.bridge_name):
         net.host.sysctl(f"ipv4/conf/{link}/rp_filter", "0")

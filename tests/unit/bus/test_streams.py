@@ -1,5 +1,10 @@
 """The configurations of streams: compared field by field, and found by subject."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
 from schemas.subjects import Subjects
 from worker.bus import streams
 
@@ -12,6 +17,17 @@ def test_differences_name_the_field_and_both_values() -> None:
     assert streams.differences(wanted, {"a": 2, "b": "x"}) == [
         "a: is 2, must be 1",
         "c: is False, must be True",
+    ]
+
+
+@pytest.mark.parametrize(
+    "config", [*streams.stream_configs(SUBJECTS), streams.consumer_config(SUBJECTS)]
+)
+def test_a_field_of_a_later_server_must_be_unset(config: Mapping[str, Any]) -> None:
+    found = {**config, "later": {"field": 1}, "unset": False, "none": -1, "metadata": {"a": "b"}}
+
+    assert streams.differences(config, found, streams.NEUTRAL) == [
+        "later: is {'field': 1}, must be unset"
     ]
 
 

@@ -33,3 +33,27 @@ def test_check_config_prints_unit_and_origin_of_each_setting() -> None:
         "default": 20.0,
     }
     assert shown["limits.mem_reserve_mib"]["unit"] == "MiB"
+
+
+def test_check_config_shows_what_guests_reach(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[acme]\nallowed = ['192.168.7.9']\ndenied = ['192.0.2.0/24']\n")
+
+    result = hostd(
+        "check-config",
+        HOSTD_NETWORK_DENIED='["192.168.7.0/24"]',
+        HOSTD_NETWORK_POLICY=str(policy),
+    )
+
+    assert "#   10.240.0.0/12, 169.254.0.0/16, 192.168.7.0/24\n" in result.stdout
+    assert "acme: also allowed 192.168.7.9; also denied 192.0.2.0/24\n" in result.stdout
+
+
+def test_check_config_refuses_an_invalid_policy(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[acme]\nallowed = ['all']\n")
+
+    result = hostd("check-config", HOSTD_NETWORK_POLICY=str(policy))
+
+    assert result.exit_code == 1
+    assert f"invalid [network] policy {policy}: $.acme.allowed[0]" in result.stderr

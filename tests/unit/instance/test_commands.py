@@ -8,6 +8,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from handlers.clock import now_ms
 from handlers.errors import HostFault, Invalid, Unavailable
@@ -23,7 +24,7 @@ from schemas.requests import (
     StartInstance,
     TeardownNetwork,
 )
-from schemas.settings import LimitSettings
+from schemas.settings import LimitSettings, VmmSettings
 from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
@@ -46,6 +47,7 @@ COMMANDS = {request.kind: request for request in (UP, DOWN, START, STOP, SLEEP, 
 UNDONE: dict[str, tuple[str, ...]] = {
     "SetupNetwork": ("prepare_network", "tenant_rules", "bridge"),
     "StartInstance": (
+        "flush_conntrack",
         "artifact",
         "cgroup",
         "pin",
@@ -78,6 +80,7 @@ COMPLETED: dict[str, tuple[str, ...]] = {
     "StopInstance": (
         "remove_vmm",
         "remove_tap",
+        "flush_conntrack",
         "remove_pin",
         "remove_jail",
         "remove_cgroup",
@@ -95,6 +98,7 @@ COMPLETED: dict[str, tuple[str, ...]] = {
     "DestroyInstance": (
         "remove_vmm",
         "remove_tap",
+        "flush_conntrack",
         "remove_pin",
         "remove_jail",
         "remove_cgroup",
@@ -687,3 +691,83 @@ def shape(machine: FakeHost) -> dict[str, int]:
     for guest in machine.guests.values():
         counts[f"guest {guest.state}"] = counts.get(f"guest {guest.state}", 0) + 1
     return counts
+
+
+GUEST_IP = "10.240.3.5"
+
+
+@pytest.mark.parametrize(
+    ("before", "command"),
+    [
+        ((UP, START), STOP),
+        ((UP, START), DESTROY),
+        ((UP, START), KEEP),
+        ((UP, START, SLEEP), STOP),
+        ((UP, START, SLEEP), DESTROY),
+        ((UP,), START),
+    ],
+    ids=["stop", "destroy", "destroy, kept", "stop asleep", "destroy asleep", "start"],
+)
+async def test_a_released_address_has_no_flows(
+    before: tuple[Request, ...], command: Request, tmp_path: Path
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        for request in before:
+            assert (await worker.run(request)).code is Code.OK
+        machine.flows |= {GUEST_IP, "10.240.3.6"}
+
+        assert (await worker.run(command)).code is Code.OK
+
+        assert machine.flows == {"10.240.3.6"}, "the address's own, and no other's"
+
+
+async def test_a_sleeping_guest_finds_its_flows_at_its_wake(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "SleepInstance")
+        machine.flows.add(GUEST_IP)
+
+        assert (await worker.run(SLEEP)).code is Code.OK
+        assert (await worker.run(WAKE)).code is Code.OK
+
+        assert machine.flows == {GUEST_IP}
+
+
+async def test_a_guest_that_may_have_booted_keeps_its_flows(tmp_path: Path) -> None:
+    machine = seeded()
+    reached = asyncio.Event()
+
+    async def stop_there(moment: str) -> None:
+        if moment == "after:start_vm":
+            reached.set()
+            await asyncio.Event().wait()
+
+    async with memory_worker(tmp_path / "j", machine, failpoint=stop_there) as worker:
+        await prepare(worker, "StartInstance")
+        command_id = await worker.send(START)
+        await asyncio.wait_for(reached.wait(), 10)
+        await worker.kill()
+    machine.flows.add(GUEST_IP)
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        assert (await worker.reply(command_id)).code is Code.OK
+
+    assert machine.flows == {GUEST_IP}
+
+
+@pytest.mark.parametrize("field", ["mem_mib", "data_disk_mib"])
+async def test_what_the_vmm_could_not_write_is_refused_at_the_start(
+    field: str, tmp_path: Path
+) -> None:
+    machine = seeded()
+    pool = machine.pools["acme", "web"]
+    sizes = replace(pool.instance_resources, **{field: VmmSettings().max_file_mib + 1})
+    machine.pools["acme", "web"] = replace(pool, instance_resources=sizes)
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "StartInstance")
+
+        reply = await worker.run(START)
+
+        assert reply.code is Code.INVALID
+        assert reply.detail["path"] == f"pool.json: $.instance_resources.{field}"

@@ -1,11 +1,13 @@
 """What the reconciler restores, completes, removes and counts."""
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from handlers.errors import HostFault, Unavailable
+from schemas import codec
 from schemas.codes import Code
 from schemas.records import Status
 from schemas.requests import SetupNetwork
@@ -113,6 +115,31 @@ async def test_a_watch_that_fails_is_started_again_after_a_pass_interval(
         assert not running.done()
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_what_keeps_guests_from_the_network_is_counted_and_reported_once(
+    tmp_path: Path,
+) -> None:
+    machine: FakeHost = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        made = reconciled(worker)
+        assert (await worker.run(SetupNetwork("acme", NET))).code is Code.OK
+        count = partial(made.metrics.registry.get_sample_value, "hostd_network_warnings")
+        await made.reconciler.once()
+        assert count() == 0
+
+        machine.network_warnings = ("chain ip filter FORWARD drops all",)
+        for _ in range(2):
+            await made.reconciler.once()
+
+        assert count() == 1
+        sent = [
+            codec.decode_event(row.payload).detail
+            for row in await worker.journal.outbox.pending("event", 100)
+        ]
+        assert [detail["warnings"] for detail in sent if "warnings" in detail] == [
+            ["chain ip filter FORWARD drops all"]
+        ]
 
 
 async def test_what_two_passes_find_without_a_record_is_counted_as_an_orphan(

@@ -37,9 +37,11 @@ async def test_an_exit_is_cleaned_up_and_the_instance_is_failed(tmp_path: Path) 
         watch = vmm_watch(worker)
         watch.sync()
 
+        machine.flows = {"10.240.3.5", "10.240.3.6"}
         machine.kill(record.jail_id)
         await until(lambda: worker.record().status is Status.FAILED)
 
+        assert machine.flows == {"10.240.3.6"}
         assert not [key for kind, key in machine.resources if kind in ("jail", "tap", "cgroups")]
         await watch.close()
 

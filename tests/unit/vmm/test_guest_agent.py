@@ -132,7 +132,7 @@ async def test_a_connection_that_is_cut_or_silent_is_retried(tmp_path: Path) -> 
 async def test_a_slow_drain_is_awaited_and_not_requested_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FIRST_SILENCE_S", 0.01)
+    monkeypatch.setattr(module, "FIRST_SILENCE_S", 0.5)
 
     async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
@@ -141,7 +141,7 @@ async def test_a_slow_drain_is_awaited_and_not_requested_twice(
         await reader.readexactly(length)
         # The guest's work takes longer than a silence that ends an attempt.
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(reader.read(1), 5 * module.FIRST_SILENCE_S)
+            await asyncio.wait_for(reader.read(1), 2 * module.FIRST_SILENCE_S)
         await frame(writer, {"SleepPrepAck": {"success": True, "detail": None}})
 
     guest = Guest(tmp_path, slow)
