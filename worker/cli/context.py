@@ -85,8 +85,8 @@ def _option(config: str | None) -> str | None:
     return config or (context.find_root().params.get("config") if context else None)
 
 
-def _origin(path: str) -> str:
-    return " (named by $HOSTD_CONFIG)" if path == os.environ.get("HOSTD_CONFIG") else ""
+def _origin(path: str | None) -> str:
+    return " (named by $HOSTD_CONFIG)" if path and path == os.environ.get("HOSTD_CONFIG") else ""
 
 
 @contextmanager

@@ -178,7 +178,7 @@ def describe_event(event: dict[str, Any]) -> str:
     before = f"{event['from']} " if event.get("from") else ""
     change = f" {before}-> {event['to']}" if event.get("to") else ""
     reason = f" ({event['reason']})" if event.get("reason") else ""
-    detail = event.get("detail") or {}
+    detail: dict[str, Any] = event.get("detail") or {}
     if event["kind"] == "command":  # its type and the code of its reply
         change += "".join(f" {detail[key]}" for key in ("type", "code") if key in detail)
     return f"{clock(event['at_ms'])} {event['seq']} {event['kind']} {about}{change}{reason}"

@@ -17,6 +17,7 @@ from schemas.requests import (
     TeardownNetwork,
 )
 from tests.unit.cli.hostd import hostd
+from worker.cli import provision
 from worker.cli.commands import describe_reply
 from worker.cli.seed import net_of
 
@@ -119,3 +120,17 @@ def test_a_deadline_that_has_passed_is_a_usage_error(deadline: str) -> None:
 
     assert result.exit_code == 2
     assert "--deadline" in result.stderr
+
+
+def test_provision_without_a_server_reports_one_sentence_and_no_log_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(provision, "CONNECT_TIMEOUT_S", 0.2)
+
+    result = hostd("provision", "--url", "nats://user:secret@127.0.0.1:1")
+
+    assert result.exit_code == 30
+    first, second = result.stderr.splitlines()
+    assert first.startswith("provisioning cell default at nats://127.0.0.1:1, hosts: h1")
+    assert second.startswith("no_answer: cannot connect to NATS at nats://127.0.0.1:1 within 0.2 s")
+    assert "secret" not in result.output

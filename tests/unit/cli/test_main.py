@@ -96,10 +96,10 @@ def test_a_credentials_file_that_is_missing_or_open_to_others_is_invalid(tmp_pat
 
 
 def test_a_mistyped_subcommand_gets_the_nearest_one() -> None:
-    result = hostd("strat", "t", "p", "i")
+    result = hostd("net_up", "t")
 
     assert result.exit_code == 2
-    assert "no such command 'strat'; did you mean start?" in result.stderr
+    assert "no such command 'net_up'; did you mean net-up?" in result.stderr
 
 
 def test_a_missing_settings_file_is_named_with_where_its_path_is_from(tmp_path: Path) -> None:
