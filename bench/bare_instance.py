@@ -120,7 +120,7 @@ class BareInstance:
             disks = DataDisks(data=self._paths.data, jail_base=self.host.settings.jail_base)
             disk = await disks.ensure(DataDiskSpec(self.ref, self.data_disk_mib, self._disk))
             self._disk = disk.identity
-            files.append(JailFile(DATA_DISK, disk.path, writable=True))
+            files.append(JailFile(DATA_DISK, disk.path, disk.identity))
         overhead = self.host.settings.limits.vmm_overhead_mib
         await self._cgroups.ensure(
             CgroupSpec(

@@ -38,6 +38,7 @@ class Control:
         self._deadline_ms = deadline_ms
         self._clock_ms = clock_ms
         self._interrupt = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._superseded_by = ""
         self._halted = False
         self.final = False
@@ -50,6 +51,17 @@ class Control:
         """End the command at its next safe point; past its point of no return it continues."""
         self._superseded_by = by
         self._interrupt.set()
+
+    def hurry(self) -> None:
+        """End the waits that only spare the guest; the command goes on with its next step."""
+        self._hurry.set()
+
+    async def unhurried(self, do: Coroutine[Any, Any, bool]) -> bool:
+        """Wait for `do`, which gives a guest time, until `hurry`; false if that ended it."""
+        try:
+            return await race(do, self._hurry.wait())
+        except Interrupted:
+            return False
 
     def halt(self) -> None:
         """Stop the command at its next safe point, to be continued by the next worker."""

@@ -20,6 +20,7 @@ from handlers.specs import (
     CgroupSpec,
     DataDisk,
     DataDiskSpec,
+    DiskUsage,
     Jail,
     JailSpec,
     LaunchSpec,
@@ -111,6 +112,14 @@ class SharedFiles(Protocol):
         ...
 
 
+class Artifacts(Mechanism[ArtifactSpec, Artifact], Protocol):
+    """Imported revisions; the key is `<tenant>/<pool>/<revision>`. `ensure` can be cancelled."""
+
+    async def size_of_import(self, spec: ArtifactSpec) -> int:
+        """The disk space in bytes that the import needs; raises as `ensure`. No effect."""
+        ...
+
+
 class DataDisks(Mechanism[DataDiskSpec, DataDisk], Protocol):
     """`volumes/data.ext4` of instances; the key is `<tenant>/<pool>/<instance>`.
 
@@ -122,12 +131,20 @@ class DataDisks(Mechanism[DataDiskSpec, DataDisk], Protocol):
         """The path of the instance's data disk, whether it exists or not."""
         ...
 
+    async def unallocated_bytes(self, ref: InstanceRef) -> int:
+        """The space that the disk does not have yet of its nominal size; 0 if there is none."""
+        ...
+
     async def check_wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
-        """Raise Invalid if `wipe` would, because the disk is not hostd's. No effect."""
+        """Raise Invalid if `wipe` would fail: the disk is not hostd's, or missing. No effect."""
         ...
 
     async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
-        """Overwrite or discard the blocks, verify, unlink; success if absent already."""
+        """Overwrite the blocks, verify, free them; the empty file stays until `remove_instance`.
+
+        Raises:
+            HostFault: the recorded disk `known` is missing: its data is not wiped.
+        """
         ...
 
 
@@ -329,6 +346,41 @@ class Snapshots(Protocol):
         ...
 
 
+# -- disk space ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DiskClaim:
+    """Space that was admitted for something that may not exist yet; see `disk_admission.py`."""
+
+    tenant_id: str
+    size_bytes: int
+    host_bytes: int
+    exists: Callable[[], bool]
+
+
+class DiskSpace(Protocol):
+    """The one file system of `[paths] state`, `[paths] data` and the jails."""
+
+    @property
+    def path(self) -> str:
+        """`[paths] state`, for messages."""
+        ...
+
+    @property
+    def low(self) -> bool:
+        """Whether it was full and the ballast is released."""
+        ...
+
+    def free_bytes(self) -> int:
+        """What is free, the ballast included."""
+        ...
+
+    async def usage(self, tenant_id: str, *, without: InstanceRef | None = None) -> DiskUsage:
+        """What the tenant's files take up, except the snapshots of the instance `without`."""
+        ...
+
+
 # -- the whole -------------------------------------------------------------------------------------
 
 
@@ -368,6 +420,10 @@ class Records(Protocol):
 
     def tombstone(self, ref: InstanceRef) -> Tombstone | None:
         """What remains of a destroyed instance."""
+        ...
+
+    def kept_volumes(self, tenant_id: str) -> Sequence[Tombstone]:
+        """The tenant's destroyed instances whose volumes were kept."""
         ...
 
     def network(self, tenant_id: str) -> NetworkRecord | None:
@@ -433,7 +489,8 @@ class Later(Protocol):
 class Host:
     """Everything that a handler uses. The worker has one, each test makes one.
 
-    `pending_reservations` are the records of launches whose reservation is being committed.
+    `pending_reservations` are the records of launches whose reservation is being committed;
+    `disk_claims` the disk space of what is being made.
     """
 
     settings: Settings
@@ -446,13 +503,15 @@ class Host:
     tenant_rules: Mechanism[TenantRulesSpec, bool]
     pins: Mechanism[PinSpec, bool]
     taps: Mechanism[TapSpec, bool]
-    artifacts: Mechanism[ArtifactSpec, Artifact]
+    artifacts: Artifacts
     data_disks: DataDisks
     cgroups: Mechanism[CgroupSpec, None]
     jails: Jails
     vmms: Vmms
     agents: GuestAgents
     snapshots: Snapshots
+    disk: DiskSpace
     slots: Slots
     later: Later
     pending_reservations: dict[InstanceRef, InstanceRecord]
+    disk_claims: set[DiskClaim]

@@ -11,6 +11,7 @@ from ipaddress import IPv4Network
 
 from handlers.cancellation import together
 from handlers.concurrency import limited
+from handlers.disk_admission import refuse_low_disk
 from handlers.errors import Conflict, Invalid, NotFound
 from handlers.interfaces import Host
 from handlers.network_names import network_specs, port_specs
@@ -45,8 +46,10 @@ async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
         Conflict: `tenant.json` or the journal has another net; net id or subnet belong to another
             tenant; a route of the host overlaps; an interface of another owner has the bridge's
             name.
+        Exhausted: the host's disk is full.
         HostFault: the kernel's read-back differs from what was set.
     """
+    refuse_low_disk(host)
     async with network_lock(cmd.tenant_id, steps, host):
         recorded = await validate_setup(cmd, host)
         rules, bridge = network_specs(cmd.tenant_id, cmd.net)
@@ -104,7 +107,7 @@ async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Do
 async def network_lock(tenant_id: str, steps: Steps, host: Host) -> AsyncGenerator[None]:
     """Exclusive: the tenant's network, and the allocation of net ids and subnets to tenants."""
     async with (
-        limited(host.slots.networks, "wait_network_slot", steps),
+        limited(host.slots.networks, tenant_id, "wait_network_slot", steps),
         host.locks.exclusive(tenant_id),
         host.locks.subnets(),
     ):

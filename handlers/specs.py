@@ -100,11 +100,15 @@ class TapSpec:
 
 @dataclass(frozen=True, slots=True)
 class ArtifactSpec:
-    """One revision of a pool's artifacts. `key` is `<tenant>/<pool>/<revision>`."""
+    """One revision of a pool's artifacts. `key` is `<tenant>/<pool>/<revision>`.
+
+    `admitted_bytes` is the disk space that an import may take; None: as much as it needs.
+    """
 
     tenant_id: str
     pool_id: str
     revision: str
+    admitted_bytes: int | None = None
 
     @property
     def key(self) -> str:
@@ -128,13 +132,30 @@ class Artifact:
     sha256: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskUsage:
+    """The disk space of one tenant's files below `<state>`."""
+
+    artifacts_bytes: int
+    snapshots_bytes: int
+    logs_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.artifacts_bytes + self.snapshots_bytes + self.logs_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class DataDiskSpec:
-    """`volumes/data.ext4` of an instance. `known` is the disk in the journal, if any."""
+    """`volumes/data.ext4` of an instance. `known` is the disk in the journal, if any.
+
+    With `asleep` nothing of it is changed: a snapshot belongs to it.
+    """
 
     ref: InstanceRef
     size_mib: int
     known: DiskIdentity | None
+    asleep: bool = False
 
     @property
     def key(self) -> str:
@@ -166,11 +187,18 @@ class CgroupSpec:
 
 @dataclass(frozen=True, slots=True)
 class JailFile:
-    """A hard link to make in the jail. Writable files belong to the jail's uid while in use."""
+    """A hard link to make in the jail, read-only unless it is the recorded data disk `disk`.
+
+    A data disk belongs to the jail's uid while in use.
+    """
 
     name: str
     source: str
-    writable: bool = False
+    disk: DiskIdentity | None = None
+
+    @property
+    def writable(self) -> bool:
+        return self.disk is not None
 
 
 @dataclass(frozen=True, slots=True)

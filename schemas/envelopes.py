@@ -75,6 +75,7 @@ class EventKind(StrEnum):
     QUARANTINED = "quarantined"
     SNAPSHOT = "snapshot"
     RECOVERED = "recovered"
+    DISK = "disk"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

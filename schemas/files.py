@@ -22,8 +22,12 @@ from schemas.unpack import FILE, convert, read_json
 PORT_PATTERN = re.compile(r"[1-9][0-9]{0,4}")
 U8 = Annotated[int, msgspec.Meta(ge=0, le=2**8 - 1)]
 U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-U64 = Annotated[int, msgspec.Meta(ge=0)]
-Some32 = Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
+U64 = Annotated[int, msgspec.Meta(ge=0)]  # at most U64_MAX: msgspec cannot say so
+U64_MAX = 2**64 - 1
+U63 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # an i64 of the journal or of a reader
+Seconds = Annotated[int, msgspec.Meta(ge=0, le=86_400)]  # of a wait
+MemMib = Annotated[int, msgspec.Meta(ge=1, le=2**24)]  # 16 TiB, beyond any host
+DiskMib = Annotated[int, msgspec.Meta(ge=0, le=2**24 - 1)]  # ext4 of 4 KiB blocks: below 16 TiB
 Vcpus = Annotated[int, msgspec.Meta(ge=1, le=32)]  # Firecracker's own limit
 FileT = TypeVar("FileT", bound="TenantConfig | PoolSpec | InstanceFile")
 
@@ -44,8 +48,8 @@ class TenantConfig(msgspec.Struct, frozen=True):
     tenant_id: str
     quotas: TenantQuota
     net: TenantNet
-    secrets_epoch: U64 = 0
-    config_version: U64 = 1
+    secrets_epoch: U63 = 0
+    config_version: U63 = 1
     pinned: bool = False
     audit_retention_days: U32 = 0
     created_at: str = ""
@@ -53,17 +57,17 @@ class TenantConfig(msgspec.Struct, frozen=True):
 
 class InstanceResources(msgspec.Struct, frozen=True):
     vcpus: Vcpus
-    mem_mib: Some32
-    data_disk_mib: U32 = 0
+    mem_mib: MemMib
+    data_disk_mib: DiskMib = 0
 
 
 class RuntimePolicy(msgspec.Struct, frozen=True):
     """All in seconds."""
 
-    min_running_seconds: U64 = 60
-    min_warm_seconds: U64 = 30
-    drain_timeout_seconds: U64 = 30
-    graceful_shutdown_seconds: U64 = 15
+    min_running_seconds: U32 = 60
+    min_warm_seconds: U32 = 30
+    drain_timeout_seconds: Seconds = 30
+    graceful_shutdown_seconds: Seconds = 15
 
 
 class PoolMetadata(msgspec.Struct, frozen=True):
@@ -127,6 +131,9 @@ def parse_tenant(data: bytes, file: str, tenant_id: str) -> TenantConfig:
         DecodeError: the path names `file` and the field, e.g. `tenant.json: $.quotas.max_vcpus`.
     """
     tenant = _parse(data, file, TenantConfig, {"tenant_id": tenant_id})
+    for name in ("max_mem_mib", "max_disk_gib"):
+        if getattr(tenant.quotas, name) > U64_MAX:
+            raise DecodeError(f"{file}: $.quotas.{name}", f"Expected `int` <= {U64_MAX}")
     check_net(tenant.net, ("0.0.0.0/0",), f"{file}: $.net")
     return tenant
 

@@ -1,6 +1,10 @@
 """All settings of hostd with defaults and units. Types only; `worker/settings.py` reads them."""
 
+from typing import Final
+
 import msgspec
+
+IMPORTS_MAX: Final = 16  # as many threads as there are for imports
 
 
 class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,18 +81,26 @@ class NetworkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[limits]`: concurrency and quotas. `mem_reserve_mib` is kept free for the host."""
+    """`[limits]`: concurrency and quotas.
+
+    Of each kind of slot one tenant holds at most half. `mem_reserve_mib` and `disk_reserve_mib` are
+    kept free for the host; a part of the latter is the ballast file.
+    """
 
     enforce: bool = True
     cgroup: str = "hostd"
     max_drain_s: int = 3600
+    max_stop_s: int = 300
     lane_depth: int = 100
     host_depth: int = 5000
+    imports: int = 4
     boots: int = 8
     restores: int = 16
     snapshots: int = 2
     networks: int = 4
+    max_artifact_mib: int = 65_536
     mem_reserve_mib: int = 512
+    disk_reserve_mib: int = 1024
     vmm_overhead_mib: int = 64
     shutdown_s: float = 20.0
     retry_budget_s: float = 30.0

@@ -82,7 +82,7 @@ class LiveHost:
         self.nats = EmbeddedNats(f"{self.directory}/nats", config=users)
         self.boot_args = boot_args
         self.production = production
-        self.limits = limits
+        self.limits = {"disk_reserve_mib": 16 if disk_mib else 256} | limits
         self.worker: asyncio.subprocess.Process | None = None
         self.settings = self._settings()
         if disk_mib:

@@ -13,6 +13,7 @@ from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.agentd_files import SharedFiles
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
+from handlers.host.storage.disk_space import DiskSpace
 from handlers.host.vmm.cgroups import Cgroups
 from handlers.host.vmm.guest_agent import GuestAgents
 from handlers.host.vmm.processes import ExitWatch
@@ -30,6 +31,8 @@ class RealHost:
     """The host, what reconciliation reads of it, and what must be closed with it."""
 
     host: Host
+    artifacts: Artifacts
+    disk: DiskSpace
     facts: HostFacts
     network: NetworkMechanisms
     snapshots: Snapshots
@@ -47,7 +50,7 @@ class RealHost:
         self.network.close()
 
 
-def open_real_host(settings: Settings, records: Records, later: Later) -> RealHost:
+def open_real_host(settings: Settings, records: Records, later: Later, disk: DiskSpace) -> RealHost:
     """Connect the mechanisms of this host.
 
     Raises:
@@ -76,6 +79,12 @@ def open_real_host(settings: Settings, records: Records, later: Later) -> RealHo
         cpu_model=facts.cpu_model(),
         kernel_release=facts.kernel_release(),
     )
+    artifacts = Artifacts(
+        data=paths.data,
+        state=paths.state,
+        in_use=in_use,
+        max_mib=settings.limits.max_artifact_mib,
+    )
     host = Host(
         settings=settings,
         locks=TenantLocks(),
@@ -87,19 +96,23 @@ def open_real_host(settings: Settings, records: Records, later: Later) -> RealHo
         tenant_rules=network.tenant_rules,
         pins=network.pins,
         taps=network.taps,
-        artifacts=Artifacts(data=paths.data, state=paths.state, in_use=in_use),
+        artifacts=artifacts,
         data_disks=DataDisks(data=paths.data, jail_base=settings.jail_base),
         cgroups=Cgroups(settings),
         jails=jails,
         vmms=Vmms(settings),
         agents=GuestAgents(settings),
         snapshots=snapshots,
+        disk=disk,
         slots=Slots.of(settings.limits),
         later=later,
         pending_reservations=pending_reservations,
+        disk_claims=set(),
     )
     return RealHost(
         host=host,
+        artifacts=artifacts,
+        disk=disk,
         facts=facts,
         network=network,
         snapshots=snapshots,

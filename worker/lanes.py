@@ -37,6 +37,7 @@ class Work:
     row: CommandRow
     superseded_by: str | None = None
     halted: bool = False
+    hurried: bool = False
     steps: Steps | None = None
 
     def supersede(self, by: str) -> None:
@@ -44,6 +45,12 @@ class Work:
         self.superseded_by = by
         if self.steps is not None:
             self.steps.control.supersede(by)
+
+    def hurry(self) -> None:
+        """A Destroy is next: give the guest no more time."""
+        self.hurried = True
+        if self.steps is not None:
+            self.steps.control.hurry()
 
     def halt(self) -> None:
         self.halted = True
@@ -55,6 +62,8 @@ class Work:
         self.steps = steps
         if self.superseded_by is not None:
             steps.control.supersede(self.superseded_by)
+        if self.hurried:
+            steps.control.hurry()
         if self.halted:
             steps.control.halt()
 
@@ -105,6 +114,10 @@ class Lanes:
         line = self._lines.setdefault(row.lane, _Line())
         if isinstance(row.command.request, SUPERSEDING):
             self._supersede(line, row.id)
+        if isinstance(row.command.request, DestroyInstance):
+            for work in (line.running, *line.waiting):
+                if isinstance(work, Work):
+                    work.hurry()
         line.waiting.append(Work(row))
         if self._started:
             self._wake(row.lane, line)

@@ -18,9 +18,11 @@ import structlog
 from handlers.errors import Failure, of_os_error
 from handlers.host.facts import HostFacts
 from handlers.host.lock import HostLock
+from handlers.host.storage.disk_space import DiskSpace
 from handlers.host.vmm.versions import check_versions
 from handlers.registry import HANDLERS, mechanisms
 from schemas.codes import EXIT_CODES, Code
+from schemas.envelopes import EventKind
 from schemas.settings import Settings
 from schemas.subjects import Subjects
 from worker.background import BackgroundTasks
@@ -50,6 +52,7 @@ from worker.state_writer import StateWriter
 OUTBOX_S = 5.0
 LEASE_PATIENCE_S = 2.0
 PRUNE_EVERY_S = 600.0
+DISK_CHECK_S = 1.0
 
 log = structlog.get_logger()
 
@@ -90,6 +93,9 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
         stack.enter_context(HostLock(settings.paths.run, *owned))
         await check_versions(settings)
         metrics = Metrics(version("hostd"))
+        # Before the journal, which cannot be opened on a full file system.
+        disk = DiskSpace(state=settings.paths.state, reserve_mib=settings.limits.disk_reserve_mib)
+        await asyncio.to_thread(disk.check)
         subjects = Subjects(settings.root, settings.host.id, settings.host.cell)
         journal = await Journal.open(
             f"{settings.paths.state}/journal.db",
@@ -98,10 +104,11 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
             lane_depth=settings.limits.lane_depth,
             host_depth=settings.limits.host_depth,
             observe_commit=metrics.commit,
+            relieve=disk.relieve,
         )
         stack.push_async_callback(journal.close)
         background = BackgroundTasks()
-        real = open_real_host(settings, journal.records, background.start)
+        real = open_real_host(settings, journal.records, background.start, disk)
         stack.callback(real.close)
         bus = NatsBus(settings.nats, subjects)
         stack.push_async_callback(bus.close)
@@ -191,8 +198,9 @@ class Worker:
 
     @property
     def host_state(self) -> str:
-        """`recovering`, `ready`, `draining`; `degraded`: ready, but the journal cannot commit."""
-        if self._phase == "ready" and not self.journal.store.writable:
+        """`recovering`, `ready`, `draining`; `degraded`: ready, but the disk is full or the journal
+        cannot commit."""
+        if self._phase == "ready" and (not self.journal.store.writable or self._real.disk.low):
             return "degraded"
         return self._phase
 
@@ -220,6 +228,7 @@ class Worker:
             "recovered": self.host_state != "recovering",
             "connected": self.bus.connected,
             "can_commit": self.journal.store.writable,
+            "has_disk_space": not self._real.disk.low,
             "provisioned": not self.bus.trouble,
             "leased": self.lease.held,
         }
@@ -237,6 +246,8 @@ class Worker:
             taken_msg_ids=self.bus.taken_msg_ids,
         )
         self.metrics.queries_dropped(self.service.dropped)
+        self.metrics.artifact_copied_bytes(self._real.artifacts.copied_bytes)
+        self.metrics.disk(self._real.disk.free_bytes(), low=self._real.disk.low)
         self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(
             Counter(record.status for record in self.journal.records.instances())
@@ -262,6 +273,7 @@ class Worker:
                 sample_loop_lag(self.metrics),
                 prune(self.journal),
                 reload.run(signals.reload),
+                watch_disk(self._real.disk, self.journal, self.lease.touch),
             )
         ]
         stopping = asyncio.create_task(signals.stop.wait())
@@ -334,6 +346,24 @@ async def prune(journal: Journal) -> None:
             if await journal.commands.prune():
                 continue
         await asyncio.sleep(PRUNE_EVERY_S)
+
+
+async def watch_disk(disk: DiskSpace, journal: Journal, changed: Callable[[], None]) -> None:
+    """Release and make the ballast as the free space requires; publish each change."""
+    reported = False
+    while True:
+        await asyncio.to_thread(disk.check)
+        low = disk.low
+        if low != reported:
+            with contextlib.suppress(Failure):  # cannot commit yet: reported later
+                await journal.records.event(
+                    EventKind.DISK,
+                    reason="the disk is full" if low else "the disk has space again",
+                    detail={"low": low, "free_bytes": disk.free_bytes()},
+                )
+                reported = low
+                changed()
+        await asyncio.sleep(DISK_CHECK_S)
 
 
 async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:

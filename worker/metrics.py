@@ -156,6 +156,21 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self._disk_free = Gauge(
+            "hostd_disk_free_bytes",
+            "Free space on the file system of the state directory, the ballast included.",
+            registry=registry,
+        )
+        self._disk_full = Gauge(
+            "hostd_disk_full",
+            "1 while the ballast is released because the file system was full, else 0.",
+            registry=registry,
+        )
+        self._copied = _Total(
+            "hostd_artifact_copied_bytes_total",
+            "Bytes that imports of artifacts have copied.",
+            registry,
+        )
         self._lag = Histogram(
             "hostd_loop_lag_seconds",
             "How late the event loop ran a timer.",
@@ -243,6 +258,15 @@ class Metrics:
 
     def queries_dropped(self, total: int) -> None:
         self._queries_dropped.set(total)
+
+    def disk(self, free_bytes: int, *, low: bool) -> None:
+        """`low`: the ballast is released."""
+        self._disk_free.set(free_bytes)
+        self._disk_full.set(int(low))
+
+    def artifact_copied_bytes(self, total: int) -> None:
+        """Of all imports since the worker started, running ones included."""
+        self._copied.set(total)
 
     def limits_enforced(self, enforced: bool) -> None:
         self._enforced.set(int(enforced))

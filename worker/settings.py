@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from schemas.naming import HOST_ID_PATTERN
-from schemas.settings import Settings
+from schemas.settings import IMPORTS_MAX, Settings
 from schemas.subjects import CELL_PATTERN, ROOT_PATTERN
 
 MACHINE_ID_FILE = "/etc/machine-id"
@@ -345,13 +345,17 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "network.max_flows": _between(1, 2**31),
     "limits.cgroup": _cgroup,
     "limits.max_drain_s": _between(0, 86_400),
+    "limits.max_stop_s": _between(0, 86_400),
     "limits.lane_depth": _COUNT,
     "limits.host_depth": _COUNT,
+    "limits.imports": _between(1, IMPORTS_MAX),
     "limits.boots": _COUNT,
     "limits.restores": _COUNT,
     "limits.snapshots": _COUNT,
     "limits.networks": _COUNT,
+    "limits.max_artifact_mib": _between(1, 2**24),
     "limits.mem_reserve_mib": _between(0, 2**30),
+    "limits.disk_reserve_mib": _between(0, 2**30),
     "limits.vmm_overhead_mib": _between(0, 2**20),
     "limits.shutdown_s": _SECONDS,
     "limits.retry_budget_s": _SECONDS,

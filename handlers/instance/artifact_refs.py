@@ -4,18 +4,43 @@ An instance refers to its revision from its reservation on, running, sleeping or
 is destroyed or started with another one (docs/adr/0003).
 """
 
+from dataclasses import replace
+
+from handlers.concurrency import limited
+from handlers.disk_admission import DiskNeed, admitted
 from handlers.errors import Failure
 from handlers.interfaces import Host
 from handlers.specs import Artifact, ArtifactSpec
 from handlers.steps import Steps
+from schemas.files import TenantQuota
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef
 
 
-async def ensure_revision(ref: InstanceRef, revision: str, steps: Steps, host: Host) -> Artifact:
-    """Import the revision's files; not undone, since another instance may use them by then."""
+async def ensure_revision(
+    ref: InstanceRef, revision: str, quota: TenantQuota, steps: Steps, host: Host
+) -> Artifact:
+    """Import the revision's files; not undone, since another instance may use them by then.
+
+    An import holds no slot of a launch, and ends at its next chunk if the command has to end.
+
+    Raises:
+        Exhausted: the tenant's disk quota, or the host's disk space, is used up.
+        Superseded, Expired, Halted: the wait for a slot, or the import, was interrupted.
+    """
     spec = ArtifactSpec(ref.tenant_id, ref.pool_id, revision)
-    return await steps.ensure_kept(host.artifacts, spec)
+    if await host.artifacts.exists(spec.key):
+        return await steps.ensure_kept(host.artifacts, spec)
+    async with limited(host.slots.imports, ref.tenant_id, "wait_import_slot", steps):
+        if await host.artifacts.exists(spec.key):  # another instance's, while this one waited
+            return await steps.ensure_kept(host.artifacts, spec)
+        size_bytes = await host.artifacts.size_of_import(spec)
+        need = DiskNeed(tenant_id=ref.tenant_id, what=f"artifact {spec.key}", size_bytes=size_bytes)
+        async with admitted(need, quota, host):
+            bounded = replace(spec, admitted_bytes=size_bytes)
+            return await steps.interruptible(
+                host.artifacts.name, lambda: host.artifacts.ensure(bounded)
+            )
 
 
 async def collect_revision(ref: InstanceRef, revision: str | None, host: Host) -> None:

@@ -2,6 +2,7 @@
 
 from msgspec.structs import replace
 
+from handlers.concurrency import limited
 from handlers.errors import NotFound
 from handlers.instance.artifact_refs import collect_revision
 from handlers.instance.release import release
@@ -21,8 +22,9 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
 
     Raises:
         Conflict: the instance is quarantined: see docs/operations.md#unknown.
-        Invalid: its data disk was not made by hostd; nothing was changed.
-        HostFault: a volume could not be wiped and verified; send the command again, with a new id.
+        Invalid: its recorded data disk is missing or another file; nothing was changed.
+        HostFault: a volume could not be wiped and verified, or vanished meanwhile; send the command
+            again, with a new id.
     """
     try:
         state = await read_state(cmd.ref, host, host.facts.now_ms())
@@ -45,7 +47,12 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
     if record.launch:
         await release(record, steps, host)
     await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
-    await remove_files(record.ref, record.disk, cmd, steps, host)
+    if cmd.wipe_volumes:
+        await wipe_volumes(record.ref, record.disk, steps, host)
+        # Journalled before its name goes: from here on, a disk that is missing was wiped.
+        record = replace(record, disk=None)
+        await host.records.put_instance(record, durable=True)
+    await remove_files(record.ref, cmd, steps, host)
     await collect_revision(record.ref, record.revision, host)
     return Done(
         changed=True,
@@ -64,17 +71,23 @@ async def destroy_kept(cmd: DestroyInstance, steps: Steps, host: Host) -> Done:
     if not (cmd.wipe_volumes and tombstone.kept_volumes):
         return Done(changed=False, status=str(Status.DESTROYED))
     steps.finalize()
-    await remove_files(cmd.ref, tombstone.disk, cmd, steps, host)
-    wiped = replace(tombstone, kept_volumes=False, at_ms=host.facts.now_ms())
+    await wipe_volumes(cmd.ref, tombstone.disk, steps, host)
+    wiped = replace(tombstone, disk=None, at_ms=host.facts.now_ms())
+    await host.records.drop_instance(cmd.ref, wiped)
+    await remove_files(cmd.ref, cmd, steps, host)
+    wiped = replace(wiped, kept_volumes=False, at_ms=host.facts.now_ms())
     await host.records.drop_instance(cmd.ref, wiped)
     return Done(changed=True, status=str(Status.DESTROYED), detail={"volumes": "wiped"})
 
 
-async def remove_files(
-    ref: InstanceRef, disk: DiskIdentity | None, cmd: DestroyInstance, steps: Steps, host: Host
+async def wipe_volumes(
+    ref: InstanceRef, disk: DiskIdentity | None, steps: Steps, host: Host
 ) -> None:
-    if cmd.wipe_volumes:
+    async with limited(host.slots.wipes, ref.tenant_id, "wait_wipe_slot", steps):
         await steps.act("wipe_volumes", lambda: host.data_disks.wipe(ref, disk))
+
+
+async def remove_files(ref: InstanceRef, cmd: DestroyInstance, steps: Steps, host: Host) -> None:
     keep = not cmd.wipe_volumes
     await steps.act("remove_files", lambda: host.shared.remove_instance(ref, keep_volumes=keep))
 

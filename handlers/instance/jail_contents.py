@@ -18,7 +18,16 @@ from handlers.jail_names import (
     VSOCK_SOCKET,
     in_jail,
 )
-from handlers.specs import Artifact, BootConfig, DriveConfig, Jail, JailFile, JailSpec, NicConfig
+from handlers.specs import (
+    Artifact,
+    BootConfig,
+    DataDisk,
+    DriveConfig,
+    Jail,
+    JailFile,
+    JailSpec,
+    NicConfig,
+)
 from schemas import naming
 
 
@@ -39,7 +48,7 @@ def config_json(launch: Launch) -> bytes:
 def jail_spec(
     launch: Launch,
     artifact: Artifact,
-    data_path: str | None,
+    disk: DataDisk | None,
     *,
     secrets: bytes | None,
     kept_config: str | None = None,
@@ -52,8 +61,8 @@ def jail_spec(
     ]
     if artifact.initrd is not None:
         files.append(JailFile(INITRD, artifact.initrd))
-    if data_path is not None:
-        files.append(JailFile(DATA_DISK, data_path, writable=True))
+    if disk is not None:
+        files.append(JailFile(DATA_DISK, disk.path, disk.identity))
     return JailSpec(
         ref=launch.ref,
         jail_id=launch.jail_id,

@@ -19,14 +19,13 @@ from msgspec.structs import replace
 
 from handlers.cancellation import together
 from handlers.errors import Conflict, Failure
-from handlers.instance.artifact_refs import ensure_revision
 from handlers.instance.jail_contents import jail_spec
 from handlers.instance.launch_plan import Launch, LaunchPlan
 from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
 from handlers.instance.vmm_log import add_log
 from handlers.interfaces import CPU_PERIOD_US, Host, VmmApi
 from handlers.mechanism import Removable
-from handlers.specs import MIB, Artifact, CgroupSpec, DataDiskSpec, Jail, SnapshotKey
+from handlers.specs import MIB, Artifact, CgroupSpec, DataDisk, DataDiskSpec, Jail, SnapshotKey
 from handlers.steps import Steps
 from schemas.records import DiskIdentity, InstanceRecord, VmmIdentity
 
@@ -55,10 +54,9 @@ async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator
     closed at the end of the context; the VMM stays.
     """
     await remove_stale_jail(plan, host)
-    artifact = await ensure_revision(plan.launch.ref, plan.revision, steps, host)
     await steps.announce(*planned_steps(plan, host))
     _, (launch, jail) = await together(
-        ensure_port(plan.launch, steps, host), ensure_files(plan, artifact, steps, host)
+        ensure_port(plan.launch, steps, host), ensure_files(plan, steps, host)
     )
     identity = await steps.ensure(host.vmms, launch.vmm)
     api = host.vmms.api(launch.jail_id)
@@ -70,7 +68,7 @@ async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator
             identity=identity,
             api=api,
             state=state,
-            artifact=artifact,
+            artifact=plan.artifact,
             jail=jail,
             has_data_disk=makes_data_disk(plan),
         )
@@ -125,16 +123,14 @@ async def ensure_port(launch: Launch, steps: Steps, host: Host) -> None:
         await steps.ensure(host.taps, launch.names.tap_spec(launch.ref, launch.vmm.uid))
 
 
-async def ensure_files(
-    plan: LaunchPlan, artifact: Artifact, steps: Steps, host: Host
-) -> tuple[Launch, Jail]:
+async def ensure_files(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[Launch, Jail]:
     """Everything the jailer needs: cgroup, data disk and jail."""
     await ensure_cgroup(plan.launch, steps, host)
-    launch, data_path = await ensure_data_disk(plan, steps, host)
+    launch, disk = await ensure_data_disk(plan, steps, host)
     snapshot = plan.snapshot
     if snapshot is None:
         secrets = await host.shared.secrets(launch.ref.tenant_id)
-        spec = jail_spec(launch, artifact, data_path, secrets=secrets)
+        spec = jail_spec(launch, plan.artifact, disk, secrets=secrets)
     else:
         use = SnapshotUseSpec(SnapshotKey(launch.ref, snapshot.number))
         await steps.ensure(SnapshotUses(host), use)
@@ -144,8 +140,8 @@ async def ensure_files(
             secrets = b"{}\n"
         spec = jail_spec(
             launch,
-            artifact,
-            data_path,
+            plan.artifact,
+            disk,
             secrets=secrets,
             kept_config=snapshot.kept_config,
             kept_secrets=snapshot.kept_secrets,
@@ -167,14 +163,19 @@ async def ensure_cgroup(launch: Launch, steps: Steps, host: Host) -> None:
     )
 
 
-async def ensure_data_disk(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[Launch, str | None]:
+async def ensure_data_disk(
+    plan: LaunchPlan, steps: Steps, host: Host
+) -> tuple[Launch, DataDisk | None]:
     """The data disk, if the instance has one: its identity is journalled before it is used.
 
     The first start makes it. A wake takes the disk that slept with the instance, never a new one.
     """
     launch = plan.launch
     spec = DataDiskSpec(
-        launch.ref, launch.pool.instance_resources.data_disk_mib, launch.record.disk
+        launch.ref,
+        launch.pool.instance_resources.data_disk_mib,
+        launch.record.disk,
+        asleep=plan.snapshot is not None,
     )
     if plan.snapshot is None:
         if not makes_data_disk(plan):
@@ -184,7 +185,7 @@ async def ensure_data_disk(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[
         if launch.record.disk is None:
             return launch, None
         disk = await steps.ensure_kept(host.data_disks, spec)
-    return await record_disk(launch, disk.identity, host), disk.path
+    return await record_disk(launch, disk.identity, host), disk
 
 
 async def record_vmm(launch: Launch, identity: VmmIdentity, host: Host) -> InstanceRecord:

@@ -6,7 +6,7 @@ from handlers.errors import Conflict, Invalid
 from handlers.instance.reservations import ReservationSpec
 from handlers.interfaces import Host
 from handlers.network_names import Names, names_of
-from handlers.specs import LaunchSpec, SnapshotInfo
+from handlers.specs import Artifact, LaunchSpec, SnapshotInfo
 from handlers.steps import Steps
 from schemas import naming
 from schemas.decode_error import DecodeError
@@ -69,7 +69,7 @@ class LaunchPlan:
     """
 
     launch: Launch
-    revision: str
+    artifact: Artifact
     snapshot: SnapshotInfo | None = None
     may_have_booted: bool = False
 

@@ -10,6 +10,7 @@ from enum import StrEnum
 from msgspec.structs import replace
 
 from handlers.concurrency import limited
+from handlers.disk_admission import SNAPSHOT_STATE_BYTES, DiskNeed, admitted, quota_of
 from handlers.errors import Conflict, Failure, Unavailable
 from handlers.instance.instance_file import write_at_rest
 from handlers.instance.release import release
@@ -23,7 +24,7 @@ from handlers.instance.snapshot_steps import (
 )
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host, VmmApi
-from handlers.specs import SnapshotFacts, SnapshotInfo, SnapshotKey
+from handlers.specs import MIB, SnapshotFacts, SnapshotInfo, SnapshotKey
 from handlers.steps import Done, SnapshotMeasure, Steps
 from schemas.envelopes import EventKind
 from schemas.files import RuntimePolicy
@@ -66,7 +67,7 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
 
     Raises:
         NotFound, Conflict: unknown here; not running; quarantined.
-        Exhausted: not enough disk space for the snapshot.
+        Exhausted: the tenant's disk quota or this host's disk has no space for the snapshot.
         Unavailable: the VMM exited or did not answer.
         Superseded, Expired: only before the manifest is published.
     """
@@ -115,18 +116,32 @@ async def take_snapshot(
         if await vmm.state() == "Paused":
             # An earlier run was cut between its pause and its manifest.
             await vmm.resume()
-        now_ms = host.facts.now_ms()
-        transition = TransitionSpec(steps.command_id, record, Status.DRAINING, now_ms)
-        record = await steps.ensure(Transitions(host), transition)
-        outcome = await drain_guest(cmd, record, steps, host)
-        async with limited(host.slots.snapshots, "wait_snapshot_slot", steps):
-            transition = TransitionSpec(
-                steps.command_id, record, Status.SNAPSHOTTING, host.facts.now_ms()
-            )
-            record = await steps.ensure(Transitions(host), transition)
-            info = await write_snapshot(record, outcome.drain, vmm, steps, host)
+        need = DiskNeed(
+            tenant_id=cmd.tenant_id,
+            what=f"a snapshot of {record.ref}",
+            size_bytes=record.mem_mib * MIB + SNAPSHOT_STATE_BYTES,
+            replaces=record.ref,
+        )
+        async with admitted(need, await quota_of(cmd.tenant_id, host), host):
+            return await drain_and_snapshot(cmd, record, vmm, steps, host)
     finally:
         await vmm.close()
+
+
+async def drain_and_snapshot(
+    cmd: SleepInstance, record: InstanceRecord, vmm: VmmApi, steps: Steps, host: Host
+) -> tuple[SnapshotInfo, DrainOutcome]:
+    """From running to a published snapshot; its disk space is claimed."""
+    now_ms = host.facts.now_ms()
+    transition = TransitionSpec(steps.command_id, record, Status.DRAINING, now_ms)
+    record = await steps.ensure(Transitions(host), transition)
+    outcome = await drain_guest(cmd, record, steps, host)
+    async with limited(host.slots.snapshots, record.ref.tenant_id, "wait_snapshot_slot", steps):
+        transition = TransitionSpec(
+            steps.command_id, record, Status.SNAPSHOTTING, host.facts.now_ms()
+        )
+        record = await steps.ensure(Transitions(host), transition)
+        info = await write_snapshot(record, outcome.drain, vmm, steps, host)
     return info, outcome
 
 

@@ -1,15 +1,18 @@
 """StartInstance: from not running to a confined VMM whose guest agent answers."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager
 
 from handlers.cancellation import Interrupted, race, together
 from handlers.concurrency import limited
+from handlers.disk_admission import JAIL_BYTES, DiskNeed, admitted
 from handlers.errors import Unavailable
-from handlers.instance.artifact_refs import release_revision
+from handlers.instance.artifact_refs import ensure_revision, release_revision
 from handlers.instance.instance_file import write_running
 from handlers.instance.jail_contents import boot_config
 from handlers.instance.launch import LaunchedVmm, launched
 from handlers.instance.launch_plan import (
+    LaunchFiles,
     LaunchPlan,
     launch_of,
     read_launch_files,
@@ -19,6 +22,7 @@ from handlers.instance.release import flush_conntrack
 from handlers.instance.reservations import Reservations
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host
+from handlers.specs import MIB
 from handlers.steps import Done, Steps
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import StartInstance
@@ -51,38 +55,43 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
     await refuse_second_boot(state.record, steps, host)
     files = await read_launch_files(cmd.ref, state.record, host)
     revision = await host.shared.current_revision(cmd.tenant_id, cmd.pool_id)
-    record = await steps.ensure(
-        Reservations(host),
-        reservation_spec(
-            files,
-            state.record,
-            steps,
-            status=Status.STARTING,
-            revision=revision,
-            now_ms=host.facts.now_ms(),
-        ),
-    )
-    before = record.before.revision if record.before is not None else None
-    async with limited(host.slots.boots, "wait_boot_slot", steps):
-        plan = LaunchPlan(
-            launch_of(record, files.pool, host),
-            record.revision or "",
-            may_have_booted=steps.marked(BOOT),
+    async with admitted_launch(files, state.record, steps, host):
+        record = await steps.ensure(
+            Reservations(host),
+            reservation_spec(
+                files,
+                state.record,
+                steps,
+                status=Status.STARTING,
+                revision=revision,
+                now_ms=host.facts.now_ms(),
+            ),
         )
-        if not plan.may_have_booted:
-            # What a failed start at this address left: its undo removes the TAP, not the flows.
-            await flush_conntrack(record, steps, host)
-        async with launched(plan, steps, host) as vm:
-            if vm.state == "Not started":
-                await configure_and_boot(vm, steps, host)
-            # Not concurrently: the guest boots meanwhile, and each would slow the other down.
-            await steps.act(
-                "check_confinement",
-                lambda: host.vmms.check_confinement(vm.identity, vm.launch.vmm),
+        before = record.before.revision if record.before is not None else None
+        # Before the slot: agentd's files decide how long an import takes.
+        artifact = await ensure_revision(
+            cmd.ref, record.revision or "", files.tenant.quotas, steps, host
+        )
+        async with limited(host.slots.boots, cmd.tenant_id, "wait_boot_slot", steps):
+            plan = LaunchPlan(
+                launch_of(record, files.pool, host),
+                artifact,
+                may_have_booted=steps.marked(BOOT),
             )
-            await wait_for_agent(vm, steps, host)
-            record = vm.record
-        left_behind = await write_running(record, host, host.facts.now_ms())
+            if not plan.may_have_booted:
+                # What a failed start at this address left: its undo removes the TAP, not the flows.
+                await flush_conntrack(record, steps, host)
+            async with launched(plan, steps, host) as vm:
+                if vm.state == "Not started":
+                    await configure_and_boot(vm, steps, host)
+                # Not concurrently: the guest boots meanwhile, and each would slow the other down.
+                await steps.act(
+                    "check_confinement",
+                    lambda: host.vmms.check_confinement(vm.identity, vm.launch.vmm),
+                )
+                await wait_for_agent(vm, steps, host)
+                record = vm.record
+            left_behind = await write_running(record, host, host.facts.now_ms())
     final = final_record(record, Status.RUNNING, host.facts.now_ms())
     if before != record.revision:
         left_behind += await release_revision(cmd.ref, before, host)
@@ -93,6 +102,40 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
         left_behind=left_behind,
         record=final,
     )
+
+
+@asynccontextmanager
+async def admitted_launch(
+    files: LaunchFiles, record: InstanceRecord, steps: Steps, host: Host
+) -> AsyncGenerator[None]:
+    """Claim the space of the data disk, at its nominal size, and of the jail.
+
+    A guest that may have booted is not given up for want of space: it has what it needs.
+    """
+    if steps.marked(BOOT):
+        yield
+        return
+    ref = record.ref
+    if record.disk is None:
+        size_bytes = files.pool.instance_resources.data_disk_mib * MIB
+        host_bytes = JAIL_BYTES
+    else:
+        size_bytes = 0
+        host_bytes = JAIL_BYTES + await host.data_disks.unallocated_bytes(ref)
+
+    def exists() -> bool:
+        now = host.records.instance(ref)
+        return now is not None and now.disk is not None and record.disk is None
+
+    need = DiskNeed(
+        tenant_id=ref.tenant_id,
+        what=f"instance {ref} with its data disk",
+        size_bytes=size_bytes,
+        host_bytes=host_bytes,
+        exists=exists,
+    )
+    async with admitted(need, files.tenant.quotas, host):
+        yield
 
 
 async def refuse_second_boot(record: InstanceRecord, steps: Steps, host: Host) -> None:

@@ -57,7 +57,7 @@ async def stop_instance(cmd: StopInstance, steps: Steps, host: Host) -> Done:
             before=replace(record, before=None),
         )
         await host.records.put_instance(record)
-    method = await steps.act("stop_vmm", lambda: ask_then_kill(record, budget_s, host))
+    method = await steps.act("stop_vmm", lambda: ask_then_kill(record, budget_s, steps, host))
     return await finish_stop(record, steps, host, method=method)
 
 
@@ -90,19 +90,28 @@ async def stopped(record: InstanceRecord, method: StopMethod | None, host: Host)
 
 
 async def stop_budget_s(record: InstanceRecord, steps: Steps, host: Host) -> float:
-    """The pool's grace period, at most until the command's deadline; a default without a file."""
+    """The pool's grace period, at most `[limits] max_stop_s` and until the command's deadline.
+
+    A default without a file.
+    """
     try:
         pool = await host.shared.pool(record.ref.tenant_id, record.ref.pool_id)
     except Failure:
         budget_s = DEFAULT_BUDGET_S
     else:
         budget_s = float(pool.runtime_policy.graceful_shutdown_seconds)
+    budget_s = min(budget_s, host.settings.limits.max_stop_s)
     left_s = steps.control.left_s()
     return budget_s if left_s is None else max(0.0, min(budget_s, left_s))
 
 
-async def ask_then_kill(record: InstanceRecord, budget_s: float, host: Host) -> StopMethod:
-    """Ask the guest and wait; `release` sends the SIGKILL. Returns the method that applies."""
+async def ask_then_kill(
+    record: InstanceRecord, budget_s: float, steps: Steps, host: Host
+) -> StopMethod:
+    """Ask the guest and wait, unless a Destroy is next; `release` sends the SIGKILL.
+
+    Returns the method that applies.
+    """
     identity = record.vmm
     if identity is None or not await host.vmms.alive(identity):
         return StopMethod.ALREADY_EXITED
@@ -115,6 +124,6 @@ async def ask_then_kill(record: InstanceRecord, budget_s: float, host: Host) -> 
     finally:
         await vmm.close()
     left_s = max(0.0, until - time.monotonic() - min(KILL_RESERVE_S, budget_s / 4))
-    if await host.vmms.wait_exit(identity, left_s):
+    if await steps.control.unhurried(host.vmms.wait_exit(identity, left_s)):
         return StopMethod.GRACEFUL
     return StopMethod.SIGKILL

@@ -11,7 +11,9 @@ from msgspec.structs import replace
 
 from handlers.cancellation import together
 from handlers.concurrency import limited
+from handlers.disk_admission import JAIL_BYTES, DiskNeed, admitted
 from handlers.errors import Failure, HostFault, Unavailable
+from handlers.instance.artifact_refs import ensure_revision
 from handlers.instance.instance_file import write_at_rest, write_running
 from handlers.instance.launch import LaunchedVmm, launched
 from handlers.instance.launch_plan import (
@@ -40,7 +42,7 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
 
     Raises:
         NotFound, Conflict: unknown here; not asleep; network not set up; quarantined.
-        Exhausted: quota, memory or uids are used up on this host.
+        Exhausted: quota, memory, disk or uids are used up on this host.
         HostFault: the snapshot, its disks, the VMM or the CPU do not match; it stays asleep.
         Unavailable: the VMM exited; past the point of no return the instance then is `failed`.
     """
@@ -67,25 +69,28 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
         revision=info.revision,
         now_ms=host.facts.now_ms(),
     )
-    record = await steps.ensure(
-        # The size is that of the sleeping memory, whatever the pool says by now.
-        Reservations(host),
-        dataclasses.replace(spec, vcpus=info.vcpus, mem_mib=info.mem_mib),
-    )
-    async with limited(host.slots.restores, "wait_restore_slot", steps):
-        plan = LaunchPlan(launch_of(record, files.pool, host), info.revision, snapshot=info)
-        async with launched(plan, steps, host) as vm:
-            if vm.state == "Not started":
-                await load_snapshot(vm, info, steps, host)
-            await steps.act(
-                "check_confinement",
-                lambda: host.vmms.check_confinement(vm.identity, vm.launch.vmm),
-            )
-            steps.control.safe_point()
-            record = replace(vm.record, consumed=True)
-            # The point of no return, committed with `synchronous=FULL`: part of the record, so
-            # that a later command knows it too.
-            await steps.reach(CONSUMED, lambda: host.records.put_instance(record, durable=True))
+    need = DiskNeed(tenant_id=cmd.tenant_id, what=f"instance {record.ref}", host_bytes=JAIL_BYTES)
+    async with admitted(need, files.tenant.quotas, host):
+        record = await steps.ensure(
+            # The size is that of the sleeping memory, whatever the pool says by now.
+            Reservations(host),
+            dataclasses.replace(spec, vcpus=info.vcpus, mem_mib=info.mem_mib),
+        )
+        artifact = await ensure_revision(cmd.ref, info.revision, files.tenant.quotas, steps, host)
+        async with limited(host.slots.restores, cmd.tenant_id, "wait_restore_slot", steps):
+            plan = LaunchPlan(launch_of(record, files.pool, host), artifact, snapshot=info)
+            async with launched(plan, steps, host) as vm:
+                if vm.state == "Not started":
+                    await load_snapshot(vm, info, steps, host)
+                await steps.act(
+                    "check_confinement",
+                    lambda: host.vmms.check_confinement(vm.identity, vm.launch.vmm),
+                )
+                steps.control.safe_point()
+                record = replace(vm.record, consumed=True)
+                # The point of no return, committed with `synchronous=FULL`: part of the record, so
+                # that a later command knows it too.
+                await steps.reach(CONSUMED, lambda: host.records.put_instance(record, durable=True))
     return await complete_wake(record, record.vmm, steps, host, loaded=True)
 
 

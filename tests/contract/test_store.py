@@ -161,15 +161,27 @@ async def test_a_disk_is_found_again_by_its_identity(store: Store) -> None:
         await store.data_disks.ensure(replace(DISK_SPEC, known=other))
 
 
-async def test_a_removed_or_wiped_disk_is_gone_and_absent_is_success(store: Store) -> None:
-    for how in ("remove", "wipe"):
-        disk = await store.data_disks.ensure(DISK_SPEC)
-        for _ in range(2):
-            if how == "remove":
-                await store.data_disks.remove(DISK_SPEC.key)
-            else:
-                await store.data_disks.wipe(REF, disk.identity)
-            assert not await store.data_disks.exists(DISK_SPEC.key)
+async def test_a_removed_disk_is_gone_and_absent_is_success(store: Store) -> None:
+    await store.data_disks.ensure(DISK_SPEC)
+
+    for _ in range(2):
+        await store.data_disks.remove(DISK_SPEC.key)
+        assert not await store.data_disks.exists(DISK_SPEC.key)
+
+
+async def test_a_recorded_disk_that_is_missing_is_not_wiped(store: Store) -> None:
+    disk = await store.data_disks.ensure(DISK_SPEC)
+    for _ in range(2):
+        await store.data_disks.check_wipe(REF, disk.identity)
+        await store.data_disks.wipe(REF, disk.identity)
+    await store.data_disks.remove(DISK_SPEC.key)
+
+    with pytest.raises(Invalid, match="is missing"):
+        await store.data_disks.check_wipe(REF, disk.identity)
+    with pytest.raises(HostFault, match="not wiped"):
+        await store.data_disks.wipe(REF, disk.identity)
+    await store.data_disks.check_wipe(REF, None)
+    await store.data_disks.wipe(REF, None)
 
 
 @pytest.mark.parametrize("secrets", [None, b"{}"])

@@ -24,9 +24,11 @@ from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.agentd_files import SharedFiles
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
+from handlers.host.storage.disk_ownership import identity_of
 from handlers.host.storage.drive_images import CONFIG, SECRETS, SmallDrives
 from handlers.specs import ArtifactSpec, DataDiskSpec, JailFile, JailSpec, SnapshotFacts
 from schemas import naming
+from schemas.records import DiskIdentity
 from tests.kernel.storage.store_host import REF, REVISION, StoreHost, make_world
 
 UID = 2_000_000_007
@@ -84,7 +86,7 @@ class Worker:
 
     def jail(self, launch: int) -> str:
         jail_id = naming.jail_id(REF, launch)
-        files = (JailFile("data.ext4", str(self.disk), writable=True),)
+        files = (JailFile("data.ext4", str(self.disk), identity_of(self.disk.stat())),)
         self.jails._ensure(JailSpec(REF, jail_id, UID, files, config=b"{}", secrets=b"{}"))
         return jail_id
 
@@ -170,17 +172,25 @@ async def test_a_disk_being_made(worlds: Callable[[int], Worker]) -> None:
     assert n > 5
 
 
-async def test_a_wipe(worlds: Callable[[int], Worker]) -> None:
+async def test_a_wipe_and_the_removal_of_the_disk(worlds: Callable[[int], Worker]) -> None:
     n = 0
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         first.make_disk()
-        killed = killed_at(n, partial(first.disks._wipe, REF, None, CancelToken()))
+        recorded = identity_of(first.disk.stat())
 
-        second = Worker(first.world)
-        await second.disks.wipe(REF, None)
+        def wipe(worker: Worker, recorded: DiskIdentity = recorded) -> None:
+            journal = worker.world.top / "wiped"
+            known = None if journal.exists() else recorded
+            worker.disks._wipe(REF, known, CancelToken())
+            journal.touch()  # as Destroy does, before the name goes
+            worker.disks._remove(REF)
 
-        assert not await second.disks.exists(KEY)
+        killed = killed_at(n, partial(wipe, first))
+
+        wipe(Worker(first.world))
+
+        assert not first.disk.exists()
         if not killed:
             break
     assert n > 2

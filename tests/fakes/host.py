@@ -7,7 +7,7 @@ It passes the same contract tests as the real mechanisms (`tests/contract`).
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -24,6 +24,7 @@ from handlers.specs import (
     CgroupSpec,
     DataDisk,
     DataDiskSpec,
+    DiskUsage,
     Jail,
     JailSpec,
     LaunchSpec,
@@ -51,6 +52,7 @@ T = TypeVar("T")
 K = TypeVar("K")
 SpecT = TypeVar("SpecT", bound=Keyed)
 
+NO_USAGE = DiskUsage(artifacts_bytes=0, snapshots_bytes=0, logs_bytes=0)
 BOOT_ID = "00000000-0000-4000-8000-000000000001"
 
 
@@ -90,6 +92,11 @@ class FakeHost:
     memory_mib: int = 16_384
     agent_answers: bool = True
     drain_ack: bool = True
+    disk_low: bool = False
+    disk_free_bytes: int = 1 << 40
+    usage: DiskUsage = NO_USAGE
+    stuck_imports: set[str] = field(default_factory=set[str])
+    import_bytes: int = 0
     drain_gate: asyncio.Event | None = None
     exits_on_request: bool = True
     exited: dict[int, asyncio.Event] = field(default_factory=dict[int, asyncio.Event])
@@ -161,6 +168,8 @@ class FakeHost:
             vmms=FakeVmms(self),
             agents=FakeAgents(self),
             snapshots=FakeSnapshots(self),
+            disk=FakeDisk(self),
+            disk_claims=set(),
             slots=Slots.of(settings.limits),
             locks=TenantLocks(),
             later=lambda name, work: self.later.append(work),
@@ -333,8 +342,14 @@ class FakeArtifacts(Plain[ArtifactSpec]):
     name: ClassVar[str] = "artifact"
     durability: ClassVar[Durability] = Durability.DURABLE
 
+    async def size_of_import(self, spec: ArtifactSpec) -> int:
+        return self.machine.import_bytes
+
     async def ensure(self, spec: ArtifactSpec) -> Artifact:
-        await super().ensure(spec)
+        """Never ends for a tenant in `stuck_imports`, but can be cancelled."""
+        if spec.tenant_id in self.machine.stuck_imports:
+            await asyncio.Event().wait()
+        await super().ensure(replace(spec, admitted_bytes=None))
         return Artifact("/a/vmlinux", "/a/rootfs.ext4", None, {})
 
 
@@ -351,21 +366,47 @@ class FakeDataDisks(Plain[DataDiskSpec]):
             raise Invalid("data.ext4 was not made by hostd", path="volumes/data.ext4")
 
         def put() -> DiskIdentity:
-            made = spec.known or DiskIdentity(1, len(self.machine.resources) + 1, spec.size_mib)
+            size_bytes = spec.size_mib << 20
+            made = spec.known or DiskIdentity(1, len(self.machine.resources) + 1, size_bytes)
             identity: DiskIdentity = self.machine.resources.setdefault((self.name, spec.key), made)
             return identity
 
         identity = await self.machine.effect(self.name, put)
         return DataDisk(self.path(spec.ref), identity)
 
+    async def unallocated_bytes(self, ref: InstanceRef) -> int:
+        return 0
+
     async def check_wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
         if "check_wipe" in self.machine.fail:
             raise self.machine.fail["check_wipe"]
+        if known is not None and (self.name, str(ref)) not in self.machine.resources:
+            raise Invalid("the recorded data disk is missing", path=self.path(ref))
 
     async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
-        await self.machine.effect(
-            "wipe_volumes", lambda: self.machine.resources.pop((self.name, str(ref)), None)
-        )
+        def wipe() -> None:
+            if known is not None and (self.name, str(ref)) not in self.machine.resources:
+                raise HostFault("not wiped: the recorded data disk is missing")
+
+        await self.machine.effect("wipe_volumes", wipe)
+
+
+class FakeDisk:
+    def __init__(self, machine: FakeHost) -> None:
+        self.machine = machine
+
+    path = "/state"
+
+    @property
+    def low(self) -> bool:
+        return self.machine.disk_low
+
+    def free_bytes(self) -> int:
+        return self.machine.disk_free_bytes
+
+    async def usage(self, tenant_id: str, *, without: InstanceRef | None = None) -> DiskUsage:
+        await asyncio.sleep(0)
+        return self.machine.usage
 
 
 class FakeJails(Plain[JailSpec]):

@@ -121,3 +121,20 @@ async def test_supersede_ends_the_pause_between_two_attempts() -> None:
 
     with pytest.raises(Superseded):
         await control.pause(3_600)
+
+
+async def test_a_hurried_command_gives_a_guest_no_more_time_and_goes_on() -> None:
+    control = Control()
+    control.finalize()
+    begun = asyncio.Event()
+
+    async def wait() -> bool:
+        begun.set()
+        return await asyncio.Event().wait()
+
+    waiting = asyncio.create_task(control.unhurried(wait()))
+    await begun.wait()
+    control.hurry()
+
+    assert await waiting is False
+    control.safe_point()

@@ -160,6 +160,31 @@ async def test_a_command_past_its_point_of_no_return_is_not_superseded(tmp_path:
         assert (await worker.reply("stop")).code is Code.OK
 
 
+@pytest.mark.parametrize("order", ["stop first", "destroy waits"])
+async def test_a_destroy_cuts_the_grace_period_of_a_stop(tmp_path: Path, order: str) -> None:
+    reached = asyncio.Event()
+
+    async def never() -> bool:
+        reached.set()
+        return await asyncio.Event().wait()
+
+    async def stopping(request: Request, steps: Steps) -> Done | None:
+        if not isinstance(request, StopInstance):
+            return None
+        steps.finalize()
+        exited = await steps.control.unhurried(never())
+        return Done(changed=True, status="stopped", detail={"exited": exited})
+
+    async with shell_worker(tmp_path / "j", machine=FakeHandlers(behave=stopping)) as worker:
+        worker.send(stop(), "stop")
+        if order == "stop first":
+            await reached.wait()
+        worker.send(DESTROY, "destroy")
+
+        assert (await worker.reply("stop")).detail == {"exited": False}
+        assert (await worker.reply("destroy")).code is Code.OK
+
+
 async def test_after_a_restart_an_earlier_run_is_undone_before_the_superseded_reply(
     tmp_path: Path,
 ) -> None:

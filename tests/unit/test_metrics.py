@@ -36,6 +36,9 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_snapshot_bytes": ("histogram", set()),
     "hostd_network_warnings": ("gauge", set()),
     "hostd_orphans": ("gauge", {"kind"}),
+    "hostd_artifact_copied_bytes": ("counter", set()),
+    "hostd_disk_free_bytes": ("gauge", set()),
+    "hostd_disk_full": ("gauge", set()),
     "hostd_loop_lag_seconds": ("histogram", set()),
     "hostd_build_info": ("gauge", {"version"}),
     "hostd_limits_enforced": ("gauge", set()),
@@ -55,6 +58,8 @@ def used() -> Metrics:
     metrics.keys_ignored(2)
     metrics.vmm_exited("exited")
     metrics.snapshot(0.4, 512 << 20)
+    metrics.artifact_copied_bytes(4096)
+    metrics.disk(1 << 30, low=False)
     metrics.loop_lag(0.0001)
     metrics.lanes(busy=2, waiting=1)
     metrics.unfinished(3)

@@ -67,7 +67,7 @@ class StoreRig:
                 files=(
                     JailFile("vmlinux", self.artifact.vmlinux),
                     JailFile("rootfs.ext4", self.artifact.rootfs),
-                    JailFile("data.ext4", self.disk.path, writable=True),
+                    JailFile("data.ext4", self.disk.path, self.disk.identity),
                 ),
                 config=b'{"vcpus": 1}',
                 secrets=b'{"key": "hush"}',

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
-import msgspec
 
+from handlers.host.storage.agentd_files import SharedFiles
 from schemas import codec
+from schemas.codes import Code
 from schemas.decode_error import DecodeError
 from schemas.envelopes import Reply
-from schemas.files import TenantConfig
 from schemas.naming import COMMAND_ID_PATTERN
 from schemas.requests import (
     DestroyInstance,
@@ -32,6 +32,7 @@ from worker.cli.context import (
     check_id,
     config_option,
     explained_host,
+    failures,
     json_option,
     leave,
     load,
@@ -199,16 +200,17 @@ def tenant_net(config: str | None, tenant_id: str) -> TenantNet:
         CliError: `not_found` or `invalid`, naming the file.
     """
     check_id("tenant", tenant_id)
-    path = f"{settings_of(config).paths.data}/tenants/{tenant_id}/tenant.json"
+    shared = SharedFiles(settings_of(config).paths.data)
     try:
-        with open(path, "rb") as file:
-            return msgspec.json.decode(file.read(), type=TenantConfig).net
-    except FileNotFoundError as error:
+        with failures():
+            return asyncio.run(shared.tenant(tenant_id)).net
+    except CliError as error:
+        if error.code != Code.NOT_FOUND:
+            raise
+        path = f"{settings_of(config).paths.data}/tenants/{tenant_id}/tenant.json"
         raise CliError(
             "not_found", f"{path}: no such file; check the tenant ID and [paths] data"
         ) from error
-    except (OSError, msgspec.MsgspecError) as error:
-        raise CliError("invalid", f"{path}: {error}") from error
 
 
 @click.command()

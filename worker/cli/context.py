@@ -1,14 +1,15 @@
 """Shared by all subcommands: settings, output, and the mapping of failures to exit codes."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn, TypeVar, cast
 
 import click
 
+from handlers.errors import Failure
 from schemas.codes import EXIT_CODES, EXIT_NO_ANSWER, Code
 from schemas.naming import ID_PATTERN
 from schemas.settings import Settings
@@ -46,6 +47,15 @@ def exit_code(code: str) -> int:
         return EXIT_CODES[Code(code)]
     except ValueError:
         return EXIT_CODES[Code.INTERNAL]
+
+
+@contextlib.contextmanager
+def failures() -> Generator[None, None, None]:
+    """Reports what a mechanism refuses under the same code as the worker would."""
+    try:
+        yield
+    except Failure as error:
+        raise CliError(error.code, error.message) from error
 
 
 def config_option(command: F) -> F:
@@ -89,7 +99,7 @@ def _origin(path: str | None) -> str:
     return " (named by $HOSTD_CONFIG)" if path and path == os.environ.get("HOSTD_CONFIG") else ""
 
 
-@contextmanager
+@contextlib.contextmanager
 def explained_host(loaded: Loaded, host: str | None) -> Generator[None]:
     """Add to a missing answer where the host ID is from, if it is the machine's."""
     own = loaded.settings.host.id

@@ -4,26 +4,25 @@ For trials and tests. Existing tenant and instance files are never rewritten; an
 the resources and tags that are given. All writes are atomic.
 """
 
-import contextlib
 import hashlib
 import ipaddress
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import click
 
+from handlers.host.storage.tenant_writer import TenantWriter
 from schemas import naming
+from schemas.codes import Code
 from schemas.requests import InstanceRef, TenantNet
 from worker.cli.commands import instance_arguments
 from worker.cli.context import (
     CliError,
     check_id,
     config_option,
+    failures,
     json_option,
     print_json,
     settings_of,
@@ -84,31 +83,31 @@ def write_seed(data_root: str, seed: Seed) -> Seeded:
     check_id("instance", seed.ref.instance_id)
     if not NET_IDS[0] <= seed.net_id <= NET_IDS[1]:
         raise CliError("invalid", f"tenant net ID {seed.net_id}: want {NET_IDS[0]}..{NET_IDS[1]}")
-    tenant = os.path.join(data_root, "tenants", seed.ref.tenant_id)
-    pool = os.path.join(tenant, "pools", seed.ref.pool_id)
-    net = _write_tenant(tenant, seed)
-    if seed.secrets is not None:
-        write_atomic(os.path.join(tenant, "secrets.json"), seed.secrets, mode=0o600)
-    _write_pool(pool, seed)
-    revision = _write_artifacts(os.path.join(pool, "artifacts"), seed.artifacts)
-    instance = _write_instance(tenant, pool, seed, net)
+    pool = f"pools/{seed.ref.pool_id}"
+    with failures(), TenantWriter(data_root, seed.ref.tenant_id) as files:
+        net = _write_tenant(files, seed)
+        if seed.secrets is not None:
+            files.write("secrets.json", seed.secrets, mode=0o600)
+        _write_pool(files, pool, seed)
+        revision = _write_artifacts(files, f"{pool}/artifacts", seed.artifacts)
+        instance = _write_instance(files, pool, seed, net)
     return Seeded(net, instance["guest_ip"], instance["tap_dev"], revision)
 
 
-def _write_tenant(directory: str, seed: Seed) -> TenantNet:
-    path = os.path.join(directory, "tenant.json")
+def _write_tenant(files: TenantWriter, seed: Seed) -> TenantNet:
     net = net_of(seed.net_id)
-    if (there := _read(path)) is not None:
+    if (there := _read(files, "tenant.json")) is not None:
         found = there.get("net", {}).get("tenant_net_id")
         if found != seed.net_id:
             raise CliError(
                 "conflict",
-                f"{path}: the tenant has net ID {text_of(found)}: use --net-id {text_of(found)}, "
-                f"or remove the tenant to give it {seed.net_id}",
+                f"{files.named('tenant.json')}: the tenant has net ID {text_of(found)}: use "
+                f"--net-id {text_of(found)}, or remove the tenant to give it {seed.net_id}",
             )
         return TenantNet(**there["net"])
     _write_json(
-        path,
+        files,
+        "tenant.json",
         {
             "tenant_id": seed.ref.tenant_id,
             "quotas": _QUOTAS,
@@ -123,9 +122,9 @@ def _write_tenant(directory: str, seed: Seed) -> TenantNet:
     return net
 
 
-def _write_pool(directory: str, seed: Seed) -> None:
-    path = os.path.join(directory, "pool.json")
-    spec = _read(path) or {
+def _write_pool(files: TenantWriter, pool: str, seed: Seed) -> None:
+    name = f"{pool}/pool.json"
+    spec = _read(files, name) or {
         "pool_id": seed.ref.pool_id,
         "tenant_id": seed.ref.tenant_id,
         "flake_ref": "",
@@ -142,34 +141,18 @@ def _write_pool(directory: str, seed: Seed) -> None:
     }
     metadata = spec.setdefault("metadata", {})
     metadata["tags"] = {**metadata.get("tags", {}), **seed.tags}
-    _write_json(path, spec)
+    _write_json(files, name, spec)
 
 
-def _write_artifacts(directory: str, artifacts: dict[str, str]) -> str | None:
+def _write_artifacts(files: TenantWriter, name: str, artifacts: dict[str, str]) -> str | None:
     """Copy into `revisions/<hash of the content>` and point the `current` symlink at it."""
-    current = os.path.join(directory, "current")
+    current = f"{name}/current"
     if not artifacts:
-        there = os.readlink(current) if os.path.islink(current) else None
-        return there.removeprefix("revisions/") if there else None
+        target = files.link_target(current)
+        return target.removeprefix("revisions/") if target else None
     revision = _hash(artifacts)
-    revisions = os.path.join(directory, "revisions")
-    os.makedirs(revisions, exist_ok=True)
-    target = os.path.join(revisions, revision)
-    if not os.path.isdir(target):
-        partial = tempfile.mkdtemp(prefix=".new-", dir=revisions)
-        try:
-            os.chmod(partial, 0o755)  # noqa: S103 # hostd and agentd run as different users
-            for name, source in artifacts.items():
-                shutil.copyfile(source, os.path.join(partial, name))
-            os.rename(partial, target)
-        except OSError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    symlink = f"{current}.new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(symlink)
-    os.symlink(f"revisions/{revision}", symlink)
-    os.rename(symlink, current)
+    files.copy(f"{name}/revisions/{revision}", artifacts)
+    files.link(current, f"revisions/{revision}")
     return revision
 
 
@@ -185,13 +168,13 @@ def _hash(artifacts: dict[str, str]) -> str:
     return whole.hexdigest()[:32]
 
 
-def _write_instance(tenant: str, pool: str, seed: Seed, net: TenantNet) -> dict[str, Any]:
-    directory = os.path.join(pool, "instances", seed.ref.instance_id)
-    os.makedirs(os.path.join(directory, "volumes"), exist_ok=True)
-    path = os.path.join(directory, "instance.json")
-    if (there := _read(path)) is not None:
+def _write_instance(files: TenantWriter, pool: str, seed: Seed, net: TenantNet) -> dict[str, Any]:
+    directory = f"{pool}/instances/{seed.ref.instance_id}"
+    files.make(f"{directory}/volumes")
+    name = f"{directory}/instance.json"
+    if (there := _read(files, name)) is not None:
         return dict(there["net"])
-    offset = seed.offset or _free_offset(tenant, net)
+    offset = seed.offset or _free_offset(files, net)
     instance_net = {
         "tap_dev": naming.tap_name(net.tenant_net_id, offset),
         "mac": naming.mac_address(net.tenant_net_id, offset),
@@ -200,7 +183,8 @@ def _write_instance(tenant: str, pool: str, seed: Seed, net: TenantNet) -> dict[
         "cidr": naming.prefix_len(net),
     }
     _write_json(
-        path,
+        files,
+        name,
         {
             "instance_id": seed.ref.instance_id,
             "pool_id": seed.ref.pool_id,
@@ -220,56 +204,47 @@ def _write_instance(tenant: str, pool: str, seed: Seed, net: TenantNet) -> dict[
     return instance_net
 
 
-def _free_offset(tenant: str, net: TenantNet) -> int:
+def _free_offset(files: TenantWriter, net: TenantNet) -> int:
     """The lowest address offset that no instance of the tenant uses, as agentd allocates it."""
     base = ipaddress.IPv4Network(net.ipv4_subnet).network_address
     taken: set[int] = set()
-    pools = os.path.join(tenant, "pools")
-    for pool in os.listdir(pools):
-        instances = os.path.join(pools, pool, "instances")
-        for instance in os.listdir(instances) if os.path.isdir(instances) else ():
-            there = _read(os.path.join(instances, instance, "instance.json"))
-            if there is not None:
+    for pool in files.names("pools"):
+        instances = f"pools/{pool}/instances"
+        for instance in files.names(instances):
+            name = f"{instances}/{instance}/instance.json"
+            there = _read(files, name)
+            if there is None:
+                continue
+            try:
                 taken.add(int(ipaddress.IPv4Address(there["net"]["guest_ip"])) - int(base))
+            except (KeyError, TypeError, ValueError) as error:
+                raise CliError(
+                    "invalid", f"{files.named(name)}: $.net.guest_ip: expected an IPv4 address"
+                ) from error
     for offset in range(naming.OFFSET_MIN, naming.OFFSET_MAX + 1):
         if offset not in taken:
             return offset
-    raise CliError("exhausted", f"{tenant}: all addresses of {net.ipv4_subnet} are in use")
+    raise CliError(
+        "exhausted", f"{files.named('pools')}: all addresses of {net.ipv4_subnet} are in use"
+    )
 
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _read(path: str) -> dict[str, Any] | None:
-    try:
-        with open(path, "rb") as file:
-            return dict(json.load(file))
-    except FileNotFoundError:
+def _read(files: TenantWriter, name: str) -> dict[str, Any] | None:
+    content = files.read(name)
+    if content is None:
         return None
-    except ValueError as error:
-        raise CliError("invalid", f"{path}: not JSON: {error}") from error
-
-
-def _write_json(path: str, value: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps(value, indent=2).encode() + b"\n", mode=0o644)
-
-
-def write_atomic(path: str, content: bytes, *, mode: int) -> None:
-    """Replace the file atomically: written and synced under a temporary name, then renamed."""
-    directory = os.path.dirname(path)
-    os.makedirs(directory, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=".new-", dir=directory)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        os.rename(partial, path)
-    except OSError:
-        os.unlink(partial)
-        raise
+        return dict(json.loads(content))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CliError("invalid", f"{files.named(name)} is not a JSON object: {error}") from error
+
+
+def _write_json(files: TenantWriter, name: str, value: dict[str, Any]) -> None:
+    files.write(name, json.dumps(value, indent=2).encode() + b"\n", mode=0o644)
 
 
 def _tags(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> object:
@@ -343,11 +318,13 @@ def seed(
     )
     try:
         seeded = write_seed(root, wanted)
-    except OSError as error:
+    except CliError as error:
+        if error.code != Code.HOST_FAULT:
+            raise
         raise CliError(
-            "host_fault",
-            f"cannot write {error.filename or root}: {error.strerror or error}; "
-            "run as root, or set [paths] data to a directory that you can write to",
+            error.code,
+            f"{error.message}; run as root, or set [paths] data to a directory that you can "
+            "write to",
         ) from error
     if as_json:
         print_json({"guest_ip": seeded.guest_ip, "tap": seeded.tap, "revision": seeded.revision})

@@ -15,6 +15,7 @@ from worker.journal.outbox import JournalOutbox
 from worker.journal.records import JournalRecords
 from worker.journal.step_log import JournalSteps
 from worker.journal.store import Store
+from worker.journal.writer import Relieve, keep_space
 
 
 class Journal:
@@ -43,6 +44,7 @@ class Journal:
         lane_depth: int = 100,
         host_depth: int = 5000,
         observe_commit: Callable[[float], None] = lambda seconds: None,
+        relieve: Relieve = keep_space,
         clock_ms: Callable[[], int] = now_ms,
     ) -> Self:
         """Open the file, or make it. Raises as `Store.open` does."""
@@ -51,6 +53,7 @@ class Journal:
             subjects=subjects,
             boot_id=boot_id,
             observe_commit=observe_commit,
+            relieve=relieve,
             clock_ms=clock_ms,
         )
         return cls(store, lane_depth=lane_depth, host_depth=host_depth)

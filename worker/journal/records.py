@@ -160,6 +160,13 @@ class JournalRecords:
     def tombstone(self, ref: InstanceRef) -> Tombstone | None:
         return self._store.mirror.tombstones.get(ref)
 
+    def kept_volumes(self, tenant_id: str) -> Sequence[Tombstone]:
+        return [
+            tombstone
+            for ref, tombstone in self._store.mirror.tombstones.items()
+            if ref.tenant_id == tenant_id and tombstone.kept_volumes
+        ]
+
     # -- networks ------------------------------------------------------------------------------
 
     def network(self, tenant_id: str) -> NetworkRecord | None:

@@ -16,7 +16,7 @@ from worker.journal import memory, schema
 from worker.journal.memory import Mirror
 from worker.journal.reader import JournalReader
 from worker.journal.transaction import EventSource, Transaction
-from worker.journal.writer import Writer
+from worker.journal.writer import Relieve, Writer, keep_space
 
 JOURNAL_ID: Final = "journal_id"
 
@@ -39,6 +39,7 @@ class Store:
         reader: sqlite3.Connection,
         *,
         observe_commit: Callable[[float], None],
+        relieve: Relieve,
         clock_ms: Callable[[], int],
     ) -> None:
         self.path = path
@@ -54,6 +55,7 @@ class Store:
             reopened=self._reopened,
             changed=self._writable_changed,
             observe=observe_commit,
+            relieve=relieve,
         )
         self._watchers: list[Callable[[], None]] = []
         self._commit_hooks: list[Callable[[Transaction], None]] = []
@@ -69,6 +71,7 @@ class Store:
         subjects: Subjects,
         boot_id: str,
         observe_commit: Callable[[float], None] = lambda seconds: None,
+        relieve: Relieve = keep_space,
         clock_ms: Callable[[], int] = now_ms,
     ) -> Self:
         """Open the file, or make it with a new `journal_id`. One process at a time.
@@ -90,6 +93,7 @@ class Store:
                 EventSource(subjects, boot_id, mirror.meta[JOURNAL_ID]),
                 schema.open_reader(path),
                 observe_commit=observe_commit,
+                relieve=relieve,
                 clock_ms=clock_ms,
             )
         except BaseException:

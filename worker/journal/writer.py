@@ -29,13 +29,13 @@ After a commit. `committed` brings memory up to date, then each part's `apply`, 
 future: on the loop, in one callback, in the order of the file. So no task sees memory ahead of
 the file, or half of a commit.
 
-On a fault (disk full, I/O error) the transaction is rolled back and all its parts fail with
-`JournalFault`; `writable` becomes false and intake stops. The connection is closed and the file is
-opened again: after a failed fsync the pages that SQLite has in memory prove nothing (the kernel may
-drop dirty pages that it could not write). A probe, a row in `meta`, is written with FULL every
-`PROBE_S` until a commit succeeds. Then the whole file is read again, since the failed commit may be
-in it or not, and `reopened` replaces memory with it before `writable` becomes true. Reads work
-throughout, as far as the file can be opened.
+On a fault (disk full, I/O error) `relieve` is called, which may free space, and the transaction is
+rolled back and all its parts fail with `JournalFault`; `writable` becomes false and intake stops.
+The connection is closed and the file is opened again: after a failed fsync the pages that SQLite
+has in memory prove nothing (the kernel may drop dirty pages that it could not write). A probe, a
+row in `meta`, is written with FULL every `PROBE_S` until a commit succeeds. Then the whole file is
+read again, since the failed commit may be in it or not, and `reopened` replaces memory with it
+before `writable` becomes true. Reads work throughout, as far as the file can be opened.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import structlog
 
@@ -64,6 +64,14 @@ log = structlog.get_logger()
 
 class JournalFault(HostFault):
     """The journal cannot commit now: nothing was written. It retries until the disk works."""
+
+
+class Relieve(Protocol):
+    def __call__(self, *, full: bool) -> None: ...
+
+
+def keep_space(*, full: bool) -> None:
+    """The `relieve` of a journal beside which nothing can be freed."""
 
 
 @dataclass(slots=True)
@@ -101,6 +109,7 @@ class Writer:
             whole file goes to `reopened` on the loop.
         changed: called on the loop when `writable` changed.
         observe: seconds of each commit.
+        relieve: called in the thread after a failed commit, with `full` true if there was no space.
     """
 
     def __init__(
@@ -112,6 +121,7 @@ class Writer:
         reopened: Callable[[T], None],
         changed: Callable[[bool], None],
         observe: Callable[[float], None],
+        relieve: Relieve = keep_space,
     ) -> None:
         self.writable = True
         self._path = path
@@ -120,6 +130,7 @@ class Writer:
         self._reopened: Callable[[Any], None] = reopened
         self._changed = changed
         self._observe = observe
+        self._relieve = relieve
         self._queue: queue.SimpleQueue[list[_Part[Any]] | None] = queue.SimpleQueue()
         self._later: list[_Part[Any]] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -328,6 +339,7 @@ class Writer:
         if self._connection is not None:
             self._connection.close()  # rolls back
         self._connection = None
+        self._relieve(full=getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL)
         with contextlib.suppress(sqlite3.Error, HostFault):
             self._adopt(schema.open_file(self._path))
         for part in batch:

@@ -160,14 +160,16 @@ class Jails:
         return Jail(root, has_config=has_config, has_secrets=has_secrets)
 
     def _link(self, spec: JailSpec, file: JailFile, root: int) -> None:
-        with self._source(file) as fd:
-            if file.writable:
+        with self._source(file.source, writable=file.writable) as fd:
+            if file.disk is not None:
+                disk_ownership.check_identity(fd, file.disk, file.source)
                 disk_ownership.check_mark(fd, spec.ref, file.source)
                 disk_ownership.write_mark(fd, spec.ref, new=False)
                 os.fchmod(fd, 0o600)
                 os.fchown(fd, spec.uid, spec.uid)
             try:
                 link_open(fd, root, file.name)
+                linked = os.stat(file.name, dir_fd=root, follow_symlinks=False)
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
@@ -176,18 +178,24 @@ class Jails:
                     "file systems; put [vmm] jail_base, [paths] state and data on one",
                     path=file.source,
                 ) from error
+            if not os.path.samestat(linked, os.fstat(fd)):
+                raise HostFault(f"{root}/{file.name} is not the file that was linked there")
 
     @contextlib.contextmanager
-    def _source(self, file: JailFile) -> Generator[int, None, None]:
+    def _source(self, source: str, *, writable: bool) -> Generator[int, None, None]:
         """Open what is to be linked; below the data root through `openat2`, as anything there."""
-        shared = split_tenant_path(self._data, file.source)
+        shared = split_tenant_path(self._data, source)
         if shared is not None:
             tenant_id, below = shared
-            flags = os.O_RDWR if file.writable else os.O_RDONLY
-            with open_tenant(self._data, tenant_id) as tenant, tenant.file(below, flags) as fd:
-                yield fd
+            with open_tenant(self._data, tenant_id) as tenant:
+                if writable:
+                    with tenant.marked_file(below, os.O_RDWR) as fd:
+                        yield fd
+                else:
+                    with tenant.file(below) as fd:
+                        yield fd
             return
-        fd = os.open(file.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             yield fd
         finally:
@@ -242,7 +250,7 @@ class Jails:
         for source in sources:
             with (
                 contextlib.suppress(Failure),
-                self._source(JailFile(DATA_DISK, source, True)) as fd,
+                self._source(source, writable=True) as fd,
             ):
                 self._release(jail_id, fd)
 

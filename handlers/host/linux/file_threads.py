@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 
 from handlers.cancellation import run_shielded
 from handlers.errors import Unavailable
+from schemas.settings import IMPORTS_MAX
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -16,9 +17,11 @@ T = TypeVar("T")
 QUICK_THREADS = 16
 SLOW_THREADS = 4
 
-# Two pools: what takes long, such as wiping a large disk, must not hold up the many short steps.
+# What takes long must not hold up the many short steps, and the files that agentd offers for an
+# import must not hold up the wipes of a Destroy.
 _quick = ThreadPoolExecutor(QUICK_THREADS, "files")
 _slow = ThreadPoolExecutor(SLOW_THREADS, "slow-files")
+_imports = ThreadPoolExecutor(IMPORTS_MAX, "imports")
 
 
 class CancelToken:
@@ -33,7 +36,7 @@ class CancelToken:
     def check(self) -> None:
         """Raises Unavailable once the caller was cancelled; nobody waits for the result then."""
         if self._stop.is_set():
-            raise Unavailable("file work interrupted: the worker is shutting down")
+            raise Unavailable("file work interrupted: nobody waits for it any more")
 
 
 async def run_in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -50,8 +53,21 @@ async def run_in_slow_thread(work: Callable[[CancelToken], T]) -> T:
     return await _run_in_pool(_slow, partial(work, token), token)
 
 
+async def run_in_import_thread(work: Callable[[CancelToken], T]) -> T:
+    """As `run_in_slow_thread`, in a thread for imports."""
+    token = CancelToken()
+    return await _run_in_pool(_imports, partial(work, token), token)
+
+
 async def _run_in_pool(
     pool: ThreadPoolExecutor, work: Callable[[], T], token: CancelToken | None
 ) -> T:
-    running = asyncio.get_running_loop().run_in_executor(pool, work)
-    return await run_shielded(running, on_cancel=None if token is None else token.stop)
+    submitted = pool.submit(work)
+    if token is None:
+        return await run_shielded(asyncio.wrap_future(submitted))
+
+    def stop() -> None:
+        token.stop()
+        submitted.cancel()  # if it has no thread yet, it never gets one
+
+    return await run_shielded(asyncio.wrap_future(submitted), on_cancel=stop)

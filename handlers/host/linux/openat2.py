@@ -1,9 +1,10 @@
 """Files below a directory that others can write to, opened so that nothing leads out of it.
 
 hostd runs as root and agentd's directories are not root's: a name in them may become a symlink, a
-FIFO or a hard link to another user's file at any moment. Every open goes through `openat2`, stays
-beneath one directory, follows no symlink, does not block, and is judged by what was opened, never
-by its name.
+FIFO or another user's file at any moment: a link or a rename needs no rights on the file itself.
+Every open goes through `openat2`, stays beneath one directory, follows no symlink, does not block,
+and is judged by what was opened, never by its name. Below a tenant's directory only its owner's
+files are taken (docs/adr/0706).
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from handlers.errors import Failure, Invalid, NotFound, Unavailable, of_os_error
 from handlers.host.linux.syscalls import openat2
 
 RACES = 16
+MARK = "trusted.hostd.disk"  # on every file that hostd keeps in another's directory: a data disk
+NO_MARK = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
 PATH_ERRORS = {
     errno.ELOOP: "is a symlink, or its path contains one",
     errno.EXDEV: "leads out of its directory",
@@ -37,18 +40,33 @@ def refused(error: OSError, path: str) -> Failure:
     return of_os_error(error, f"cannot open {path}")
 
 
+def has_mark(fd: int) -> bool:
+    """Whether hostd marked the open file as a data disk. Source: xattr(7). Needs: CAP_SYS_ADMIN."""
+    try:
+        os.getxattr(fd, MARK)
+    except OSError as error:
+        if error.errno in NO_MARK:
+            return False
+        raise of_os_error(error, "cannot read the mark of a file") from error
+    return True
+
+
 class Directory:
     """An open directory; `path` is only for messages. Names given to it may hold slashes.
 
+    `owner` is the uid that must own the files below it; None in a directory that is root's.
+
     Raises (all methods):
         NotFound: there is no such file.
-        Invalid: a symlink, a path that leaves the directory, or another kind of file.
+        Invalid: a symlink, a path that leaves the directory, another kind of file, or another
+            user's.
         Unavailable: the path changed while it was opened; try again.
     """
 
-    def __init__(self, fd: int, path: str) -> None:
+    def __init__(self, fd: int, path: str, owner: int | None = None) -> None:
         self.fd = fd
         self.path = path
+        self.owner = owner
 
     @classmethod
     def trusted(cls, path: str) -> "Directory":
@@ -78,7 +96,14 @@ class Directory:
 
     def directory(self, name: str) -> "Directory":
         """Open a directory beneath this one."""
-        return Directory(self._open(name, os.O_RDONLY | os.O_DIRECTORY), self.named(name))
+        fd = self._open(name, os.O_RDONLY | os.O_DIRECTORY)
+        return Directory(fd, self.named(name), self.owner)
+
+    def shared(self, name: str) -> "Directory":
+        """Open a directory that another user fills: only files of its owner are taken below it."""
+        directory = self.directory(name)
+        directory.owner = os.fstat(directory.fd).st_uid
+        return directory
 
     def stat(self, name: str) -> os.stat_result | None:
         """lstat(2) of `name`, which has no slash; None if it does not exist."""
@@ -91,7 +116,14 @@ class Directory:
 
     @contextlib.contextmanager
     def file(self, name: str, flags: int = os.O_RDONLY) -> Generator[int, None, None]:
-        """Open a regular file; the descriptor is closed at the end of the block."""
+        """Open a regular file of the directory's owner; closed at the end of the block."""
+        with self.marked_file(name, flags) as fd:
+            self._check_owner(fd, self.named(name))
+            yield fd
+
+    @contextlib.contextmanager
+    def marked_file(self, name: str, flags: int = os.O_RDONLY) -> Generator[int, None, None]:
+        """Open a regular file whoever owns it. Only for a data disk, whose mark must be checked."""
         fd = self._open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -104,8 +136,7 @@ class Directory:
         """The content of a small file, and its status when it was read.
 
         Raises:
-            Invalid: also if it has more than one hard link, as it may be another user's file, or is
-                larger than the limit.
+            Invalid: also if it has more than one hard link or is larger than the limit.
         """
         with self.file(name) as fd:
             found = os.fstat(fd)
@@ -119,20 +150,41 @@ class Directory:
         return data, found
 
     def link_target(self, name: str) -> str:
-        """The target of a symlink, not resolved; the caller must check it."""
-        parent, _, last = name.rpartition("/")
-        path = self.named(name)
-        with contextlib.ExitStack() as opened:
-            at = opened.enter_context(self.directory(parent)) if parent else self
-            try:
-                return os.readlink(last, dir_fd=at.fd)
-            except OSError as error:
-                if error.errno == errno.EINVAL:
-                    raise Invalid(f"{path} is not a symlink", path=path) from error
-                raise refused(error, path) from error
+        """The target of a symlink of the directory's owner, not resolved; the caller must check it.
 
-    def replace(self, name: str, data: bytes, like: os.stat_result) -> None:
-        """Replace the file `name` by one with new content and the old owner, group and mode.
+        Source: openat2(2), O_PATH and O_NOFOLLOW with RESOLVE_NO_SYMLINKS; readlinkat(2).
+        """
+        path = self.named(name)
+        fd = self._open(name, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            if not stat.S_ISLNK(os.fstat(fd).st_mode):
+                raise Invalid(f"{path} is not a symlink", path=path)
+            self._check_owner(fd, path, marks=False)  # a symlink has no `trusted.` attribute
+            return os.readlink("", dir_fd=fd)
+        except OSError as error:
+            raise refused(error, path) from error
+        finally:
+            os.close(fd)
+
+    def names(self, limit: int) -> list[str]:
+        """The names in it, read one by one up to the limit: another user may have made millions.
+
+        Raises:
+            Invalid: there are more.
+        """
+        found: list[str] = []
+        with os.scandir(self.fd) as entries:
+            for entry in entries:
+                if len(found) == limit:
+                    raise Invalid(
+                        f"{self.path} has more than {limit} entries: remove what is not needed",
+                        path=self.path,
+                    )
+                found.append(entry.name)
+        return found
+
+    def replace(self, name: str, data: bytes, *, uid: int, gid: int, mode: int) -> None:
+        """Replace the file `name`, or make it, with this content, owner, group and mode.
 
         Atomic: written beside it, synced and renamed, so after a power loss it is either the old
         file or the new one. `name` has no slash; one writer per name.
@@ -141,10 +193,9 @@ class Directory:
         path = self.named(name)
         try:
             self.unlink(beside)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with self._created(beside, flags) as fd:
-                os.fchown(fd, like.st_uid, like.st_gid)
-                os.fchmod(fd, stat.S_IMODE(like.st_mode) & 0o777)
+            with self.created(beside) as fd:
+                os.fchown(fd, uid, gid)
+                os.fchmod(fd, mode)
                 with open(fd, "wb", closefd=False) as file:
                     file.write(data)
                 os.fsync(fd)
@@ -160,12 +211,27 @@ class Directory:
             os.unlink(name, dir_fd=self.fd)
 
     @contextlib.contextmanager
-    def _created(self, name: str, flags: int) -> Generator[int, None, None]:
-        fd = openat2(self.fd, name, flags, mode=0o600)
+    def created(self, name: str) -> Generator[int, None, None]:
+        """Create a file for writing, 0600; closed at the end of the block. It must not exist."""
+        fd = openat2(self.fd, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600)
         try:
             yield fd
         finally:
             os.close(fd)
+
+    def _check_owner(self, fd: int, path: str, *, marks: bool = True) -> None:
+        """Refuse what its owner did not put there. A rename gives a file another name, no owner."""
+        if self.owner is None:
+            return
+        found = os.fstat(fd).st_uid
+        if found != self.owner:
+            raise Invalid(
+                f"{path} belongs to uid {found}, expected uid {self.owner}, the owner of the"
+                " tenant's directory: copy it as that user",
+                path=path,
+            )
+        if marks and has_mark(fd):
+            raise Invalid(f"{path} is a data disk of hostd's: move it back", path=path)
 
     def _open(self, name: str, flags: int) -> int:
         for _ in range(RACES):

@@ -1,7 +1,8 @@
 """Removal of a directory tree whose content is untrusted.
 
 No symlink is followed, and neither depth nor number of files matters: a directory that is not empty
-is moved up to the top and emptied there, so two descriptors are enough for any depth.
+is moved up to the top and emptied there, so two descriptors are enough for any depth. Names are
+read as they are removed, never all at once: somebody else may have made millions.
 """
 
 import contextlib
@@ -12,6 +13,8 @@ import stat
 from collections.abc import Callable
 
 REFILLS = 64
+MOVED_MAX = 256  # directories that wait at the top
+ROUNDS_MAX = 100_000
 Last = Callable[[int, str], None]
 
 
@@ -25,6 +28,7 @@ def remove_tree(parent: int, name: str, *, before_unlink: Last | None = None) ->
     numbers = itertools.count()
     waiting = [name]
     refilled = 0
+    rounds = 0
     while waiting:
         top = waiting[-1]
         try:
@@ -39,9 +43,13 @@ def remove_tree(parent: int, name: str, *, before_unlink: Last | None = None) ->
             _remove_file(parent, top, before_unlink)
             continue
         try:
-            waiting += _empty(directory, parent, f".gone-{name[:64]}", numbers, before_unlink)
+            moved = _empty(directory, parent, f".gone-{name[:64]}", numbers, before_unlink)
         finally:
             os.close(directory)
+        waiting += moved
+        rounds += len(moved) == MOVED_MAX
+        if rounds > ROUNDS_MAX:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), top)
         if waiting[-1] == top:
             try:
                 os.rmdir(top, dir_fd=parent)
@@ -68,30 +76,34 @@ def remove_path(path: str) -> None:
 
 def remove_names(directory: int, *, keep: frozenset[str] = frozenset()) -> None:
     """Empty an open directory but for the names in `keep`."""
-    for name in os.listdir(directory):
-        if name not in keep:
-            remove_tree(directory, name)
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name not in keep:
+                remove_tree(directory, entry.name)
 
 
 def _empty(
     directory: int, parent: int, prefix: str, numbers: "itertools.count[int]", before: Last | None
 ) -> list[str]:
-    """Unlink what can be; move sub-directories up. Returns their new names."""
+    """Unlink what can be; move sub-directories up, at most `MOVED_MAX`. Returns their new names."""
     moved: list[str] = []
-    for entry in os.listdir(directory):
-        with contextlib.suppress(FileNotFoundError):
-            found = os.stat(entry, dir_fd=directory, follow_symlinks=False)
-            if not stat.S_ISDIR(found.st_mode):
-                _remove_file(directory, entry, before)
-                continue
-            try:
-                os.rmdir(entry, dir_fd=directory)
-            except OSError as error:
-                if error.errno != errno.ENOTEMPTY:
-                    raise
-                name = _free_name(parent, prefix, numbers)
-                os.rename(entry, name, src_dir_fd=directory, dst_dir_fd=parent)
-                moved.append(name)
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if len(moved) == MOVED_MAX:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                found = os.stat(entry.name, dir_fd=directory, follow_symlinks=False)
+                if not stat.S_ISDIR(found.st_mode):
+                    _remove_file(directory, entry.name, before)
+                    continue
+                try:
+                    os.rmdir(entry.name, dir_fd=directory)
+                except OSError as error:
+                    if error.errno != errno.ENOTEMPTY:
+                        raise
+                    name = _free_name(parent, prefix, numbers)
+                    os.rename(entry.name, name, src_dir_fd=directory, dst_dir_fd=parent)
+                    moved.append(name)
     return moved
 
 

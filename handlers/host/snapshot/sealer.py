@@ -29,6 +29,7 @@ from handlers.host.snapshot.manifest import (
 from handlers.host.snapshot.memory_file import Memories
 from handlers.host.storage import wipe
 from handlers.host.storage.agentd_files import open_tenant, split_tenant_path
+from handlers.host.storage.disk_ownership import check_identity, read_mark
 from handlers.host.storage.drive_images import CONFIG, SECRETS
 from handlers.jail_names import (
     CONFIG_DRIVE,
@@ -39,6 +40,7 @@ from handlers.jail_names import (
     STATE,
 )
 from handlers.specs import MIB, SnapshotFacts
+from schemas.records import DiskIdentity
 
 STATE_MAX_BYTES = 64 * MIB
 DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -123,7 +125,9 @@ class Sealer:
                 state_bytes=state_bytes,
                 state_sha256=sha256_of(state),
                 mem_bytes=mem_bytes,
-                disk=disk_facts(self._data, facts.data_disk_path) if facts.data_disk_path else None,
+                disk=disk_facts(self._data, facts.data_disk_path, facts.disk)
+                if facts.data_disk_path
+                else None,
                 has_secrets=jail.has_secrets,
                 kept=kept,
             )
@@ -173,14 +177,29 @@ def fresh_dir(root: str, name: str, *, uid: int, gid: int, mode: int) -> None:
         raise of_os_error(error, f"cannot create the directory {name} in {root}") from error
 
 
-def disk_facts(data: str, path: str) -> DiskFacts:
+def disk_facts(data: str, path: str, known: DiskIdentity | None = None) -> DiskFacts:
     """The data disk as it is now, opened beneath the tenant directory. Raises NotFound, Invalid."""
     shared = split_tenant_path(data, path)
     if shared is None:
         raise Invalid(f"invalid path of a data disk: {path} is not below {data}/tenants", path=path)
     tenant_id, below = shared
-    with open_tenant(data, tenant_id) as tenant, tenant.file(below) as fd:
+    with open_tenant(data, tenant_id) as tenant, tenant.marked_file(below) as fd:
+        if known is not None:
+            check_identity(fd, known, path, marked=read_mark(fd) is not None)
         return DiskFacts.of(path, os.fstat(fd))
+
+
+def wipe_kept(path: str) -> None:
+    """Wipe and unlink an image kept with a snapshot; absent is success."""
+    try:
+        fd = os.open(path, FILE)
+    except FileNotFoundError:
+        return
+    try:
+        wipe.wipe(fd)
+    finally:
+        os.close(fd)
+    os.unlink(path)
 
 
 def discard_dir(directory: SnapshotDir) -> None:

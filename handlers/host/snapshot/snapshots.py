@@ -32,8 +32,17 @@ from handlers.host.snapshot.sealer import (
     discard_dir,
     disk_facts,
     fresh_dir,
+    wipe_kept,
 )
-from handlers.jail_names import MEMORY, SNAPSHOT_DIR, STATE, WOKEN_DIR, in_jail
+from handlers.jail_names import (
+    CONFIG_DRIVE,
+    MEMORY,
+    SECRETS_DRIVE,
+    SNAPSHOT_DIR,
+    STATE,
+    WOKEN_DIR,
+    in_jail,
+)
 from handlers.specs import SnapshotFacts, SnapshotInfo
 from schemas.requests import InstanceRef
 
@@ -185,7 +194,9 @@ class Snapshots:
     async def mark_consumed(self, ref: InstanceRef, number: int) -> None:
         """Unpublish it durably, so that it cannot be woken again; absent is success.
 
-        The files stay, since the running VM maps the memory; the deletions remove them later.
+        State and memory stay, since the running VM maps the memory; the deletions remove them
+        later. Images kept with it are wiped and removed: the jail has copies of its own, and no
+        secret is on a disk while the instance runs.
         """
         directory = SnapshotDir(self._base, ref, number)
 
@@ -194,6 +205,8 @@ class Snapshots:
                 if directory.published:
                     os.rename(directory.file(MANIFEST), directory.file(CONSUMED))
                     sync_dir(directory.path)
+                for name in (CONFIG_DRIVE, SECRETS_DRIVE):
+                    wipe_kept(directory.file(name))
             except OSError as error:
                 raise of_os_error(error, f"cannot mark {directory.path} as consumed") from error
 

@@ -4,9 +4,11 @@
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
+import stat
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -78,7 +80,7 @@ def open_tenant(data: str, tenant_id: str) -> Directory:
             " not at the ends"
         )
     with Directory.trusted(data) as root:
-        return root.directory(f"tenants/{tenant_id}")
+        return root.shared(f"tenants/{tenant_id}")
 
 
 def open_instance(data: str, ref: InstanceRef) -> Directory:
@@ -198,7 +200,10 @@ class SharedFiles:
                     return
                 now = directory.stat("instance.json")
                 if now is not None and _same(now, read):
-                    directory.replace("instance.json", new, like=read)
+                    mode = stat.S_IMODE(read.st_mode) & 0o777
+                    directory.replace(
+                        "instance.json", new, uid=read.st_uid, gid=read.st_gid, mode=mode
+                    )
                     return
             raise Unavailable(f"{path} changed during {REREADS} updates: try again", path=path)
 
@@ -213,7 +218,7 @@ class SharedFiles:
                 keep = frozenset({"volumes"}) if keep_volumes else frozenset[str]()
                 remove_names(instance.fd, keep=keep)
                 os.fsync(instance.fd)
-                if not os.listdir(instance.fd):
+                if not keep_volumes or instance.stat("volumes") is None:
                     self._remove_dir(ref)
             except OSError as error:
                 raise of_os_error(error, f"cannot empty {instance.path}") from error
@@ -224,7 +229,11 @@ class SharedFiles:
             tenant.directory(f"pools/{ref.pool_id}/instances") as parent,
             contextlib.suppress(FileNotFoundError),
         ):
-            os.rmdir(ref.instance_id, dir_fd=parent.fd)
+            try:
+                os.rmdir(ref.instance_id, dir_fd=parent.fd)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:  # agentd put something there again
+                    raise
 
 
 def _parsed(directory: Directory, name: str, parse: Callable[[bytes, str], T]) -> T:
@@ -244,7 +253,7 @@ def merged(data: bytes, changes: dict[str, Any], path: str) -> bytes:
     """
     try:
         fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise Invalid(f"{path} is not a JSON object", path=path) from error
     old = {key: bytes(value) for key, value in fields.items()}
     new = {key: msgspec.json.encode(value) for key, value in changes.items()}
@@ -258,9 +267,9 @@ def merged(data: bytes, changes: dict[str, Any], path: str) -> bytes:
 
 
 def _same(one: os.stat_result, other: os.stat_result) -> bool:
-    return (one.st_dev, one.st_ino, one.st_mtime_ns, one.st_size) == (
+    return (one.st_dev, one.st_ino, one.st_ctime_ns, one.st_size) == (
         other.st_dev,
         other.st_ino,
-        other.st_mtime_ns,
+        other.st_ctime_ns,
         other.st_size,
     )

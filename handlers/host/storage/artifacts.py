@@ -6,28 +6,36 @@ Jails hard-link from there; agentd may rewrite or remove its own copy at any tim
 import asyncio
 import contextlib
 import os
-import stat
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import ClassVar
 
 import msgspec
+import structlog
 
 from handlers.errors import HostFault, Invalid, Unavailable, of_os_error
 from handlers.host.linux.checksummed_json import read_sealed, write_sealed
-from handlers.host.linux.file_threads import CancelToken, run_in_slow_thread, run_in_thread
+from handlers.host.linux.file_threads import CancelToken, run_in_import_thread, run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_path
 from handlers.host.linux.sparse_copy import copy_sparse, sha256_of
 from handlers.host.linux.state_dirs import make_dir, remove_empty, sync_dir
 from handlers.host.storage.agentd_files import open_tenant
 from handlers.mechanism import Durability
-from handlers.specs import Artifact, ArtifactSpec
+from handlers.specs import MIB, Artifact, ArtifactSpec
 from schemas import naming
 
 ELF = b"\x7fELF"
 REQUIRED = ("vmlinux", "rootfs.ext4")
 OPTIONAL = ("initrd",)
 FACTS = "artifact.json"
+PART = ".part"
+BLOCK_BYTES = 512  # of `st_blocks`
+LOG_EVERY_BYTES = 1 << 30
+
+log = structlog.get_logger()
 
 
 class ArtifactFile(msgspec.Struct, frozen=True):
@@ -53,44 +61,85 @@ class Artifacts:
     swept: ClassVar[bool] = True
 
     def __init__(
-        self, *, data: str, state: str, in_use: Callable[[str], bool] = lambda key: False
+        self,
+        *,
+        data: str,
+        state: str,
+        in_use: Callable[[str], bool] = lambda key: False,
+        max_mib: int = 65_536,
     ) -> None:
+        self.copied_bytes = 0
+        self._max_mib = max_mib
         self._data = data
         self._base = f"{state}/artifacts"
         self._in_use = in_use
         self._locks: dict[str, asyncio.Lock] = {}
+        self._users: Counter[str] = Counter()
+        # An import makes directories that a removal of the tenant's other revisions finds empty.
+        self._dirs = threading.Lock()
 
     async def ensure(self, spec: ArtifactSpec) -> Artifact:
         """Import a revision unless it is imported already; atomic, with recorded sha256.
 
+        It takes as long as its data needs. A cancelled caller gets its cancellation once the chunk
+        that is being copied is done; nothing of the import is left.
+
         Raises:
             NotFound: the revision, its `vmlinux` or its `rootfs.ext4` is missing.
-            Invalid: one of them is a symlink, not a regular file, hard-linked by another user, or
-                empty, or the kernel is not an ELF file.
+            Invalid: one of them is a symlink, not a regular file, another user's, a data disk,
+                empty or larger than `[limits] max_artifact_mib`, or the kernel is not an ELF file.
             Exhausted: the file system is full.
             Unavailable: a file changed while it was copied; try again.
         """
         found = await run_in_thread(self._look, spec.key)
         if found is not None:
             return found
-        async with self._lock(spec.tenant_id):
-            return await run_in_slow_thread(lambda token: self._ensure(spec, token))
+        async with self._lock(spec.key):
+            return await run_in_import_thread(lambda token: self._ensure(spec, token))
+
+    async def size_of_import(self, spec: ArtifactSpec) -> int:
+        """The disk space in bytes that importing the revision takes; holes take none.
+
+        Raises: as `ensure`.
+        """
+
+        def measure() -> int:
+            try:
+                with self._source(spec) as source:
+                    return sum(self._size_of_file(source, name) for name in (*REQUIRED, *OPTIONAL))
+            except OSError as error:
+                raise of_os_error(error, f"cannot read {spec.key}") from error
+
+        return await run_in_thread(measure)
+
+    def count(self, size_bytes: int) -> None:
+        """Add to `copied_bytes`: what all imports have copied so far, from several threads."""
+        with self._dirs:
+            self.copied_bytes += size_bytes
 
     async def exists(self, key: str) -> bool:
         return os.path.exists(self._dir(key))
 
     async def remove(self, key: str) -> None:
         """Remove a revision unless an instance refers to it; absent is success."""
-        async with self._lock(parse_key(key)[0]):
+        parse_key(key)
+        if self._in_use(key):  # perhaps being imported: nothing to wait for
+            return
+        async with self._lock(key):
             if not self._in_use(key):
                 await run_in_thread(self._remove, key)
 
-    def _lock(self, tenant_id: str) -> asyncio.Lock:
-        """One import or removal per tenant at a time: they share the directories above."""
-        for other in [each for each, lock in self._locks.items() if not lock.locked()]:
-            if other != tenant_id:
-                del self._locks[other]
-        return self._locks.setdefault(tenant_id, asyncio.Lock())
+    @asynccontextmanager
+    async def _lock(self, key: str) -> AsyncGenerator[None]:
+        """One import or removal of a revision at a time; those of others do not wait for it."""
+        self._users[key] += 1
+        try:
+            async with self._locks.setdefault(key, asyncio.Lock()):
+                yield
+        finally:
+            self._users[key] -= 1
+            if not self._users[key]:
+                del self._users[key], self._locks[key]
 
     def _dir(self, key: str) -> str:
         return f"{self._base}/{'/'.join(parse_key(key))}"
@@ -134,16 +183,22 @@ class Artifacts:
         )
 
     def _import(self, spec: ArtifactSpec, directory: str, token: CancelToken) -> None:
-        pool = make_dir(os.path.dirname(directory), sync=True)
-        part = f"{pool}/.{spec.revision}.part"
+        pool = os.path.dirname(directory)
+        part = f"{pool}/.{spec.revision}{PART}"
+        make_dir(self._base, sync=True)
         remove_path(part)
+        progress = _Progress(self, spec)
         try:
             with self._source(spec) as source:
-                os.mkdir(part, 0o700)
-                files = {name: _copied(source, name, part, token) for name in REQUIRED}
+                for name in (*REQUIRED, *OPTIONAL):
+                    self._size_of_file(source, name)
+                with self._dirs:
+                    make_dir(pool, sync=True)
+                    os.mkdir(part, 0o700)
+                files = {name: _copied(source, name, part, token, progress) for name in REQUIRED}
                 for name in OPTIONAL:
                     if source.stat(name) is not None:
-                        files[name] = _copied(source, name, part, token)
+                        files[name] = _copied(source, name, part, token, progress)
             write_sealed(f"{part}/{FACTS}", ArtifactFacts(files))
             sync_dir(part)
             remove_path(directory)  # left by an interrupted import: without its facts
@@ -152,8 +207,25 @@ class Artifacts:
         except BaseException:
             with contextlib.suppress(OSError):
                 remove_path(part)
-                remove_empty(pool, up_to=self._base)
+                with self._dirs:
+                    remove_empty(pool, up_to=self._base)
             raise
+        log.info("artifact.imported", artifact=spec.key, copied_bytes=progress.copied_bytes)
+
+    def _size_of_file(self, source: Directory, name: str) -> int:
+        """Of one file on disk; 0 for an optional one that is not there."""
+        if name in OPTIONAL and source.stat(name) is None:
+            return 0
+        with source.file(name) as fd:
+            found = os.fstat(fd)
+        if found.st_size > self._max_mib * MIB:
+            path = source.named(name)
+            raise Invalid(
+                f"{path} has {found.st_size} bytes, expected at most {self._max_mib} MiB: "
+                "raise [limits] max_artifact_mib or make it smaller",
+                path=path,
+            )
+        return min(found.st_blocks * BLOCK_BYTES, found.st_size + MIB)
 
     def _source(self, spec: ArtifactSpec) -> Directory:
         with open_tenant(self._data, spec.tenant_id) as tenant:
@@ -163,8 +235,9 @@ class Artifacts:
         directory = self._dir(key)
         try:
             remove_path(directory)
-            remove_path(f"{os.path.dirname(directory)}/.{os.path.basename(directory)}.part")
-            remove_empty(os.path.dirname(directory), up_to=self._base)
+            remove_path(f"{os.path.dirname(directory)}/.{os.path.basename(directory)}{PART}")
+            with self._dirs:
+                remove_empty(os.path.dirname(directory), up_to=self._base)
         except OSError as error:
             raise of_os_error(error, f"cannot remove the artifact {key}") from error
 
@@ -186,18 +259,47 @@ def parse_key(key: str) -> tuple[str, str, str]:
             raise Invalid(f"invalid artifact key {key[:200]!r}: want <tenant>/<pool>/<revision>")
 
 
-def _copied(source: Directory, name: str, part: str, token: CancelToken) -> ArtifactFile:
+class _Progress:
+    """What an import has copied: logged now and then, counted, held to what was admitted."""
+
+    def __init__(self, artifacts: Artifacts, spec: ArtifactSpec) -> None:
+        self.copied_bytes = 0
+        self._artifacts = artifacts
+        self._spec = spec
+        self._logged_bytes = 0
+
+    def add(self, size_bytes: int) -> None:
+        self.copied_bytes += size_bytes
+        self._artifacts.count(size_bytes)
+        admitted = self._spec.admitted_bytes
+        if admitted is not None and self.copied_bytes > admitted + MIB:
+            raise Unavailable(
+                f"artifact {self._spec.key} grew while it was imported: expected at most "
+                f"{admitted} bytes of data; try again"
+            )
+        if self.copied_bytes - self._logged_bytes >= LOG_EVERY_BYTES:
+            self._logged_bytes = self.copied_bytes
+            log.info(
+                "artifact.import_progressed",
+                artifact=self._spec.key,
+                copied_bytes=self.copied_bytes,
+                admitted_bytes=admitted,
+            )
+
+
+def _copied(
+    source: Directory, name: str, part: str, token: CancelToken, progress: _Progress
+) -> ArtifactFile:
     """Copy one file, root:root 0444. The copy is hashed, not the original."""
     with source.file(name) as original:
         before = os.fstat(original)
-        _check_links(source, name, before)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         copy = os.open(f"{part}/{name}", flags, 0o400)
         try:
-            copy_sparse(original, copy, check=token.check)
+            copy_sparse(original, copy, check=token.check, copied=progress.add)
             _check_kind(name, copy, source.named(name))
             after = os.fstat(original)
-            if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+            if _version(before) != _version(after):
                 path = source.named(name)
                 raise Unavailable(f"{path} changed while it was copied: try again", path=path)
             os.fchmod(copy, 0o444)
@@ -219,12 +321,6 @@ def _check_kind(name: str, fd: int, path: str) -> None:
         raise Invalid(f"{path} is not an ELF kernel", path=path)
 
 
-def _check_links(source: Directory, name: str, found: os.stat_result) -> None:
-    """A user can hard-link a file that they may not read: refuse links to another user's file."""
-    open_to_all = bool(stat.S_IMODE(found.st_mode) & stat.S_IROTH)
-    if found.st_nlink > 1 and not open_to_all and found.st_uid != os.fstat(source.fd).st_uid:
-        path = source.named(name)
-        raise Invalid(
-            f"{path} has {found.st_nlink} hard links, expected 1 for a file of uid {found.st_uid}",
-            path=path,
-        )
+def _version(found: os.stat_result) -> tuple[int, int]:
+    """Differs after a write. By ctime, since a writer can put the mtime back. Source: inode(7)."""
+    return found.st_ctime_ns, found.st_size

@@ -5,6 +5,7 @@ inode as the journal recorded them, and by hostd's mark on the inode (`disk_owne
 """
 
 import contextlib
+import errno
 import os
 from typing import ClassVar
 
@@ -14,7 +15,14 @@ from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.syscalls import link_open
 from handlers.host.storage import wipe
 from handlers.host.storage.agentd_files import instance_path, open_instance
-from handlers.host.storage.disk_ownership import check_mark, read_mark, write_mark
+from handlers.host.storage.disk_ownership import (
+    check_identity,
+    check_mark,
+    described,
+    identity_of,
+    read_mark,
+    write_mark,
+)
 from handlers.host.storage.mkfs import make_ext4
 from handlers.jail_names import DATA_DISK, jail_root, jails_dir
 from handlers.mechanism import Durability
@@ -24,10 +32,7 @@ from schemas.records import DiskIdentity
 from schemas.requests import InstanceRef
 
 LABEL = "mvm-data"
-
-
-def identity_of(found: os.stat_result) -> DiskIdentity:
-    return DiskIdentity(dev=found.st_dev, ino=found.st_ino, size_bytes=found.st_size)
+BLOCK_BYTES = 512  # of `st_blocks`
 
 
 class DataDisks:
@@ -51,9 +56,10 @@ class DataDisks:
     async def ensure(self, spec: DataDiskSpec) -> DataDisk:
         """Create the disk, or return the recorded one; its size is never changed.
 
-        It gets its name when it is complete: created unnamed, marked, synced, then linked.
+        It gets its name when it is complete: created unnamed, allocated in full, marked, synced,
+        then linked. So a guest's writes never need space that the file system may not have.
 
-        Source: open(2) O_TMPFILE, linkat(2).
+        Source: open(2) O_TMPFILE, posix_fallocate(3), linkat(2).
 
         Raises:
             Invalid: the file there is not the disk that hostd recorded or created, is a symlink or
@@ -63,6 +69,19 @@ class DataDisks:
             Exhausted: the file system is full.
         """
         return await run_in_thread(self._ensure, spec)
+
+    async def unallocated_bytes(self, ref: InstanceRef) -> int:
+        """What the disk lacks of its nominal size, e.g. one made sparse by an earlier hostd."""
+
+        def look() -> int:
+            try:
+                with self._volumes(ref) as volumes:
+                    found = volumes.stat(DATA_DISK)
+            except NotFound:
+                return 0
+            return 0 if found is None else _unallocated(found)
+
+        return await run_in_thread(look)
 
     async def exists(self, key: str) -> bool:
         def look() -> bool:
@@ -84,28 +103,36 @@ class DataDisks:
         The hard links of the instance's jails are allowed here, since they go with the jails.
 
         Raises:
-            Invalid: not a disk that hostd created for this instance, or one with more hard links.
+            Invalid: the recorded disk is missing, or what is there is not the recorded disk, not
+                one that hostd created for this instance, or has more hard links.
         """
 
         def check() -> None:
-            with (
-                contextlib.suppress(NotFound),
-                self._volumes(ref) as volumes,
-                volumes.file(DATA_DISK) as fd,
-            ):
-                path = volumes.named(DATA_DISK)
-                if known is None or identity_of(os.fstat(fd)) != known:
-                    check_mark(fd, ref, path)
-                self._check_links(ref, fd, path)
+            try:
+                with (
+                    self._volumes(ref) as volumes,
+                    volumes.marked_file(DATA_DISK) as fd,
+                ):
+                    _check_recorded(fd, ref, known, volumes.named(DATA_DISK))
+                    self._check_links(ref, fd, volumes.named(DATA_DISK))
+            except NotFound as error:
+                if known is not None:
+                    path = self.path(ref)
+                    raise Invalid(_missing(path, known), path=path) from error
 
         await run_in_thread(check)
 
     async def wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
-        """Overwrite, verify, free the blocks, unlink; absent already is success.
+        """Overwrite, verify and free the blocks of the recorded disk; the empty file stays.
+
+        Its name stays too, so that a repeated wipe finds the disk until the journal knows that it
+        is wiped. Without a recorded disk (`known` is None), absent is success.
 
         Raises:
-            Invalid: not a disk that hostd created for this instance; nothing is changed.
-            HostFault: the blocks did not read back as zeros; the file stays.
+            Invalid: not the recorded disk, or not one that hostd created for this instance;
+                nothing is changed.
+            HostFault: the recorded disk is missing, so its data is not wiped; or the blocks did
+                not read back as zeros.
         """
         await run_in_slow_thread(lambda token: self._wipe(ref, known, token))
 
@@ -123,11 +150,7 @@ class DataDisks:
                 if volumes.stat(DATA_DISK) is None:
                     if spec.known is not None:
                         path = volumes.named(DATA_DISK)
-                        raise NotFound(
-                            f"data disk {path} is missing: expected {described(spec.known)};"
-                            " move it back (see docs/operations.md)",
-                            path=path,
-                        )
+                        raise NotFound(_missing(path, spec.known), path=path)
                     self._make(spec, volumes)
                 return self._checked(spec, volumes)
 
@@ -138,6 +161,7 @@ class DataDisks:
             try:
                 os.ftruncate(fd, spec.size_mib * MIB)
                 make_ext4(fd, label=LABEL)
+                os.posix_fallocate(fd, 0, spec.size_mib * MIB)
                 write_mark(fd, spec.ref, new=True)
                 os.fsync(fd)
                 link_open(fd, volumes.fd, DATA_DISK)
@@ -145,11 +169,17 @@ class DataDisks:
                 os.close(fd)
             os.fsync(volumes.fd)
         except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise Invalid(
+                    f"cannot create data disk {path}: {spec.size_mib} MiB is more than this file"
+                    " system allows for a file",
+                    path="pool.json: $.instance_resources.data_disk_mib",
+                ) from error
             raise of_os_error(error, f"cannot create data disk {path}") from error
 
     def _checked(self, spec: DataDiskSpec, volumes: Directory) -> DataDisk:
         path = volumes.named(DATA_DISK)
-        with volumes.file(DATA_DISK, os.O_RDWR) as fd:
+        with volumes.marked_file(DATA_DISK, os.O_RDWR) as fd:
             identity = identity_of(os.fstat(fd))
             mark = read_mark(fd)
             ours = mark is not None and mark.ref == str(spec.ref)
@@ -159,15 +189,16 @@ class DataDisks:
                     " again for an empty disk (see docs/operations.md)",
                     path=path,
                 )
-            if spec.known is not None and not _is(identity, spec.known, marked=ours):
-                raise Invalid(
-                    f"{path}: inode mismatch: expected {described(spec.known)}, found"
-                    f" {described(identity)}; move the recorded disk back (see docs/operations.md)",
-                    path=path,
-                )
+            if spec.known is not None:
+                check_identity(fd, spec.known, path, marked=ours)
             self._check_links(spec.ref, fd, path)
             if not ours:
                 write_mark(fd, spec.ref, new=False)
+            if not spec.asleep and _unallocated(os.fstat(fd)):
+                try:
+                    os.posix_fallocate(fd, 0, identity.size_bytes)
+                except OSError as error:
+                    raise of_os_error(error, f"cannot allocate data disk {path}") from error
         return DataDisk(path=path, identity=identity)
 
     def _check_links(self, ref: InstanceRef, fd: int, path: str) -> None:
@@ -190,7 +221,7 @@ class DataDisks:
     def _remove(self, ref: InstanceRef) -> None:
         try:
             with self._volumes(ref) as volumes:
-                with volumes.file(DATA_DISK, os.O_RDWR) as fd:
+                with volumes.marked_file(DATA_DISK, os.O_RDWR) as fd:
                     check_mark(fd, ref, volumes.named(DATA_DISK))
                     _unlink_same(volumes, fd)
                 os.fsync(volumes.fd)
@@ -200,31 +231,39 @@ class DataDisks:
             raise of_os_error(error, f"cannot remove the data disk of {ref}") from error
 
     def _wipe(self, ref: InstanceRef, known: DiskIdentity | None, token: CancelToken) -> None:
+        path = self.path(ref)
         try:
-            volumes = self._volumes(ref)
-        except NotFound:
-            return
-        with volumes:
-            if volumes.stat(DATA_DISK) is None:
-                return
-            path = volumes.named(DATA_DISK)
-            with volumes.file(DATA_DISK, os.O_RDWR) as fd:
-                if known is None or identity_of(os.fstat(fd)) != known:
-                    check_mark(fd, ref, path)
+            with (
+                self._volumes(ref) as volumes,
+                volumes.marked_file(DATA_DISK, os.O_RDWR) as fd,
+            ):
+                _check_recorded(fd, ref, known, path)
                 _check_links(path, os.fstat(fd), expected=1)
                 try:
                     wipe.wipe(fd, check=token.check)
-                    _unlink_same(volumes, fd)
-                    os.fsync(volumes.fd)
                 except OSError as error:
                     raise of_os_error(error, f"cannot wipe {path}") from error
                 if not wipe.is_empty(fd):
                     raise HostFault(f"{path} still has allocated blocks after the wipe", path=path)
+        except NotFound as error:
+            if known is not None:
+                raise HostFault(f"not wiped: {_missing(path, known)}", path=path) from error
 
 
-def described(identity: DiskIdentity) -> str:
-    """For messages: what `stat` prints as device, inode and size."""
-    return f"device {identity.dev} inode {identity.ino}, {identity.size_bytes} bytes"
+def _missing(path: str, known: DiskIdentity) -> str:
+    return (
+        f"data disk {path} is missing: expected {described(known)}; move it back"
+        " (see docs/operations.md)"
+    )
+
+
+def _check_recorded(fd: int, ref: InstanceRef, known: DiskIdentity | None, path: str) -> None:
+    """Check that the open file is the recorded disk, or, without a record, hostd's for `ref`."""
+    if known is None:
+        check_mark(fd, ref, path)
+    else:
+        mark = read_mark(fd)
+        check_identity(fd, known, path, marked=mark is not None and mark.ref == str(ref))
 
 
 def _check_links(path: str, found: os.stat_result, *, expected: int) -> None:
@@ -232,13 +271,8 @@ def _check_links(path: str, found: os.stat_result, *, expected: int) -> None:
         raise Invalid(f"{path} has {found.st_nlink} hard links, expected {expected}", path=path)
 
 
-def _is(found: DiskIdentity, known: DiskIdentity, *, marked: bool) -> bool:
-    """Whether device, inode and size are as recorded. With the mark the device number may differ,
-    since a reboot can change it: the mark is bound to the inode, and a copy does not carry it.
-    """
-    if marked:
-        return (found.ino, found.size_bytes) == (known.ino, known.size_bytes)
-    return found == known
+def _unallocated(found: os.stat_result) -> int:
+    return max(0, found.st_size - found.st_blocks * BLOCK_BYTES)
 
 
 def _make_dir(instance: Directory) -> bool:

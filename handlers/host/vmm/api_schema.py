@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeVar, get_type_hints
 
 import msgspec
 
-from handlers.errors import Conflict, Failure, errno_name, failure_class
+from handlers.errors import Conflict, Failure, Invalid, errno_name, failure_class
 from handlers.host.vmm.versions import Version
 from handlers.specs import BootConfig, DriveConfig
 
@@ -23,6 +23,9 @@ GUEST_CID = 3
 FAULT_CHARS = 400
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 WRONG_STATE = "The requested operation is not supported"
+# The image does not fit the memory, or is not one.
+CANNOT_LOAD = re.compile("(?:Cannot load|Error with) (kernel|initrd)")
+IMAGES = {"kernel": "vmlinux", "initrd": "initrd"}
 NOT_AFTER_CONFIGURING = "Loading a microVM snapshot not allowed after configuring"
 CONTROLS = dict.fromkeys(range(32), " ")
 
@@ -219,7 +222,8 @@ def load_request(state_path: str, mem_path: str) -> Request:
 def refusal(method: str, path: str, status: int, body: bytes) -> Failure:
     """The failure for a reply other than 2xx.
 
-    Its class comes from the number in `(os error N)`, never from the text, which differs by libc.
+    What is wrong with the pool's images is `Invalid`. Else its class comes from the number in
+    `(os error N)`, never from the text, which differs by libc.
     A fault about the HTTP itself has a raw newline inside its JSON string.
     """
     text = body.decode(errors="replace").translate(CONTROLS)
@@ -228,6 +232,14 @@ def refusal(method: str, path: str, status: int, body: bytes) -> Failure:
         message = (fault.fault_message or fault.error or text)[:FAULT_CHARS]
     except (msgspec.DecodeError, RecursionError):
         message = text[:FAULT_CHARS]
+    if unloadable := CANNOT_LOAD.search(message):
+        name = IMAGES[unloadable[1]]
+        return Invalid(
+            f"the pool's {name} cannot be booted with its instance_resources.mem_mib:"
+            f" Firecracker refused {method} {path}: {message}",
+            path=name,
+            detail={"status": status},
+        )
     found = OS_ERROR.search(message)
     number = int(found[1]) if found else None
     if message.startswith(WRONG_STATE) or NOT_AFTER_CONFIGURING in message:

@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 import msgspec
 
@@ -40,7 +41,7 @@ class _Success(msgspec.Struct, frozen=True):
 
 
 class _Clock(msgspec.Struct, frozen=True):
-    was_off_nanos: int
+    was_off_nanos: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class _Message(msgspec.Struct, frozen=True):
@@ -200,7 +201,7 @@ async def exchange(
 def _decode(frame: bytes) -> str | _Answer:
     try:
         return msgspec.json.decode(frame, type=str | _Answer)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise Unavailable("guest agent protocol error: the reply cannot be decoded") from error
 
 

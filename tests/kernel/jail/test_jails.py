@@ -69,7 +69,7 @@ async def ready(tmp_path: Path) -> AsyncIterator[Ready]:
         files=(
             JailFile("vmlinux", artifact.vmlinux),
             JailFile("rootfs.ext4", artifact.rootfs),
-            JailFile("data.ext4", disk.path, writable=True),
+            JailFile("data.ext4", disk.path, disk.identity),
         ),
         config=b'{"vcpus": 1}',
         secrets=b'{"key": "hush"}',

@@ -72,7 +72,7 @@ def test_a_replaced_file_keeps_owner_group_and_mode(tmp_path: Path) -> None:
     path.chmod(0o604)
 
     with Directory.trusted(str(tmp_path)) as directory:
-        directory.replace("file", b"new", path.stat())
+        directory.replace("file", b"new", uid=1234, gid=5678, mode=0o604)
 
     found = path.stat()
     assert path.read_bytes() == b"new"
@@ -90,7 +90,7 @@ def test_a_replacement_cut_short_leaves_the_old_file(
 
     monkeypatch.setattr(os, "fsync", full)
     with Directory.trusted(str(tmp_path)) as directory, pytest.raises(Exhausted):
-        directory.replace("file", b"new", path.stat())
+        directory.replace("file", b"new", uid=0, gid=0, mode=0o644)
 
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
@@ -102,7 +102,7 @@ def test_a_planted_link_beside_the_file_is_not_written_through(tmp_path: Path) -
     (tmp_path / "in" / ".file.hostd").symlink_to(outside)
 
     with Directory.trusted(str(tmp_path / "in")) as directory:
-        directory.replace("file", b"new", path.stat())
+        directory.replace("file", b"new", uid=0, gid=0, mode=0o644)
 
     assert (path.read_bytes(), outside.read_bytes()) == (b"new", b"untouched")
 

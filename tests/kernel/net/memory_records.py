@@ -7,6 +7,7 @@ from typing import Any, cast
 from handlers.concurrency import Slots
 from handlers.errors import NotFound
 from handlers.host.facts import HostFacts
+from handlers.host.storage.disk_space import DiskSpace
 from handlers.interfaces import Host
 from handlers.mechanism import StepIntent, StepRow
 from handlers.steps import Steps
@@ -112,6 +113,8 @@ def host_of(net: HostNet, journal: MemoryRecords, settings: NetworkSettings | No
         vmms=cast("Any", LiveVmms(journal)),
         agents=nothing,
         snapshots=nothing,
+        disk=DiskSpace(state="/", reserve_mib=0),
+        disk_claims=set(),
         slots=Slots.of(LimitSettings()),
         later=nothing,
         pending_reservations={},

@@ -60,7 +60,7 @@ class Asleep:
 
     async def jail(self, launch: int) -> str:
         jail_id = naming.jail_id(REF, launch)
-        files = (JailFile("data.ext4", self.disk.path, writable=True),)
+        files = (JailFile("data.ext4", self.disk.path, self.disk.identity),)
         await self.jails.ensure(
             JailSpec(REF, jail_id, UID, files, config=b"{}", secrets=b'{"s": "hush"}')
         )
@@ -616,6 +616,22 @@ async def test_drives_of_a_guest_that_did_not_ack_are_kept(asleep: Asleep) -> No
     flip(Path(info.kept_config), 5000)
     with pytest.raises(HostFault, match=r"config\.ext4"):
         await asleep.verify()
+
+
+async def test_a_wake_leaves_no_secret_on_the_disk(asleep: Asleep) -> None:
+    asleep.facts = replace(asleep.facts, keep_drives=True)
+    await asleep.sleep()
+    info = await asleep.snapshots.read(REF)
+    assert info is not None
+    assert info.kept_secrets is not None
+    watch = os.open(info.kept_secrets, os.O_RDONLY)
+
+    for _ in range(2):
+        await asleep.snapshots.mark_consumed(REF, 1)
+
+    assert sorted(os.listdir(asleep.directory)) == ["consumed.json", "mem", "memory.json", "state"]
+    assert not any(os.pread(watch, SECRETS.size_bytes, 0))
+    os.close(watch)
 
 
 async def test_another_file_system_is_named(asleep: Asleep, tmpfs: Path) -> None:

@@ -111,3 +111,11 @@ def make_world(top: Path) -> StoreHost:
     (world.pool / "artifacts" / "current").symlink_to(f"revisions/{REVISION}")
     os.makedirs(world.state, mode=0o700)
     return world
+
+
+def give_to(world: StoreHost, uid: int) -> None:
+    """As on a host: agentd runs as a user of its own and owns everything that it shares."""
+    os.lchown(world.data / "tenants", uid, uid)
+    for directory, directories, names in os.walk(world.data / "tenants"):
+        for name in [*directories, *names]:
+            os.lchown(os.path.join(directory, name), uid, uid)

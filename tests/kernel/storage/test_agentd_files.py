@@ -11,9 +11,9 @@ import pytest
 from handlers.errors import Invalid, NotFound, Unavailable
 from handlers.host.storage.agentd_files import SharedFiles, merged
 from schemas.requests import InstanceRef
-from tests.kernel.storage.store_host import REF, REVISION, StoreHost, make_world, write
+from tests.kernel.storage.store_host import REF, REVISION, StoreHost, give_to, make_world, write
 
-STRANGER = 12345
+AGENTD = 12345
 
 
 @pytest.fixture
@@ -53,6 +53,18 @@ async def test_a_malformed_file_is_invalid_and_named(
 
     with pytest.raises(Invalid, match=r"instance\.json"):
         await shared.instance(REF)
+
+
+@pytest.mark.parametrize(
+    "deep", [b'{"a": ' + b"[" * 100_000, b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"]
+)
+async def test_an_update_of_a_deeply_nested_file_is_invalid(
+    shared: SharedFiles, world: StoreHost, deep: bytes
+) -> None:
+    write(world.instance / "instance.json", deep)
+
+    with pytest.raises(Invalid, match=r"instance\.json"):
+        await shared.update_instance(REF, {"status": "running"})
 
 
 async def test_another_tenants_file_is_refused(shared: SharedFiles, world: StoreHost) -> None:
@@ -159,7 +171,7 @@ async def test_an_update_keeps_all_that_is_not_hostds(
     path = world.instance / "instance.json"
     old = path.read_text()[:-2] + ',\n  "later": {"n": 1.00, "s": "\\u00e9"}\n}'
     write(path, old)
-    os.chown(path, STRANGER, STRANGER)
+    give_to(world, AGENTD)
     path.chmod(0o640)
 
     await shared.update_instance(REF, {"status": "failed", "firecracker_pid": 4711})
@@ -169,7 +181,7 @@ async def test_an_update_keeps_all_that_is_not_hostds(
     assert list(json.loads(new))[: len(json.loads(old))] == list(json.loads(old))
     assert '{"n": 1.00, "s": "\\u00e9"}' in new
     found = path.stat()
-    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (STRANGER, STRANGER, 0o640)
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (AGENTD, AGENTD, 0o640)
     assert sorted(each.name for each in world.instance.iterdir()) == ["instance.json"]
 
 

@@ -6,15 +6,16 @@ import os
 import shutil
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from handlers.errors import Exhausted, HostFault, Invalid, NotFound
+from handlers.errors import Exhausted, HostFault, Invalid, NotFound, Unavailable
 from handlers.host.linux.sparse_copy import copy_sparse
 from handlers.host.storage.artifacts import Artifacts
 from handlers.specs import ArtifactSpec
-from tests.kernel.storage.store_host import REVISION, StoreHost, make_world, write
+from tests.kernel.storage.store_host import REVISION, StoreHost, give_to, make_world, write
 
 SPEC = ArtifactSpec("acme", "web", REVISION)
 
@@ -90,12 +91,11 @@ async def test_a_hard_link_to_another_users_file_is_refused(
 ) -> None:
     secret = write(world.top / "secret", b"of root")
     secret.chmod(0o600)
-    for each in (world.revision, *world.revision.iterdir()):
-        os.chown(each, 1234, 1234)
+    give_to(world, 1234)
     (world.revision / "vmlinux").unlink()
     os.link(secret, world.revision / "vmlinux")
 
-    with pytest.raises(Invalid, match="hard links"):
+    with pytest.raises(Invalid, match="belongs to uid 0, expected uid 1234"):
         await artifacts.ensure(SPEC)
 
 
@@ -183,3 +183,85 @@ def test_blocks_are_shared_where_the_file_system_can(tmp_path: Path) -> None:
         assert used < 1 << 20
     finally:
         subprocess.run(["umount", there], check=True)
+
+
+def with_hole(path: Path, size_bytes: int) -> None:
+    """The file keeps its data and grows by a hole."""
+    os.truncate(path, size_bytes)
+
+
+async def test_a_file_larger_than_the_limit_is_refused_before_anything_is_made(
+    world: StoreHost,
+) -> None:
+    artifacts = Artifacts(data=str(world.data), state=str(world.state), max_mib=64)
+    with_hole(world.revision / "rootfs.ext4", 8 << 40)
+
+    for attempt in (artifacts.ensure, artifacts.size_of_import):
+        with pytest.raises(Invalid, match="expected at most 64 MiB") as refused:
+            await attempt(SPEC)
+
+        assert str(refused.value.path).endswith("rootfs.ext4")
+    assert list(world.state.rglob("*")) == [world.state / "artifacts"]
+
+
+async def test_a_hole_is_neither_read_nor_copied(artifacts: Artifacts, world: StoreHost) -> None:
+    rootfs = world.revision / "rootfs.ext4"
+    data_bytes = rootfs.stat().st_blocks * 512
+    with_hole(rootfs, 2 << 30)
+
+    found = await artifacts.ensure(SPEC)
+
+    assert os.stat(found.rootfs).st_size == 2 << 30
+    assert os.stat(found.rootfs).st_blocks * 512 <= data_bytes + 4096
+    assert artifacts.copied_bytes <= data_bytes + (world.revision / "vmlinux").stat().st_size + 8192
+    assert await artifacts.size_of_import(SPEC) <= data_bytes + (2 << 20)
+
+
+async def test_a_cancelled_import_ends_and_leaves_nothing(
+    artifacts: Artifacts, world: StoreHost
+) -> None:
+    with_hole(world.revision / "rootfs.ext4", 60 << 30)  # a minute of hashing
+    task = asyncio.create_task(artifacts.ensure(SPEC))
+    part = world.state / "artifacts" / "acme" / "web" / f".{REVISION}.part"
+    async with asyncio.timeout(20):
+        while not part.exists():
+            await asyncio.sleep(0)
+
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert list(world.state.rglob("*")) == [world.state / "artifacts"]
+
+
+async def test_an_import_holds_up_no_removal_and_no_other_import(
+    artifacts: Artifacts, world: StoreHost
+) -> None:
+    small = ArtifactSpec("acme", "web", "small")
+    shutil.copytree(world.revision, world.revision.with_name("small"))
+    with_hole(world.revision / "rootfs.ext4", 60 << 30)
+    task = asyncio.create_task(artifacts.ensure(SPEC))
+    part = world.state / "artifacts" / "acme" / "web" / f".{REVISION}.part"
+    async with asyncio.timeout(20):
+        while not part.exists():
+            await asyncio.sleep(0)
+
+        await artifacts.ensure(small)
+        await artifacts.remove(small.key)
+
+    assert not task.done()
+    assert part.exists()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_an_import_that_grows_beyond_what_was_admitted_ends(
+    artifacts: Artifacts, world: StoreHost
+) -> None:
+    (world.revision / "rootfs.ext4").write_bytes(os.urandom(40 << 20))
+
+    with pytest.raises(Unavailable, match="grew while it was imported"):
+        await artifacts.ensure(replace(SPEC, admitted_bytes=1 << 20))
+
+    assert list(world.state.rglob("*")) == [world.state / "artifacts"]

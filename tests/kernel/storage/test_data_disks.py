@@ -1,5 +1,6 @@
 """The data disk is hostd's own making, known by more than its name, and gone when wiped."""
 
+import errno
 import os
 import stat
 import subprocess
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 
 from handlers.errors import Exhausted, HostFault, Invalid, NotFound
+from handlers.host.linux.syscalls import punch_hole
 from handlers.host.storage import wipe
 from handlers.host.storage.data_disks import DataDisks
 from handlers.specs import DataDiskSpec
@@ -197,6 +199,37 @@ async def test_a_neighbours_disk_moved_here_is_not_wiped(
     assert path_of(world).stat().st_ino == theirs.identity.ino
 
 
+@pytest.mark.parametrize("hidden", ["disk", "volumes", "instance", "tenant"])
+async def test_a_hidden_disk_is_not_reported_as_wiped(
+    disks: DataDisks, world: StoreHost, hidden: str
+) -> None:
+    disk = await disks.ensure(SPEC)
+    path = {
+        "disk": path_of(world),
+        "volumes": path_of(world).parent,
+        "instance": world.instance,
+        "tenant": world.tenant,
+    }[hidden]
+    path.rename(world.top / "hidden")
+
+    with pytest.raises(Invalid, match=r"data\.ext4 is missing: expected device"):
+        await disks.check_wipe(REF, disk.identity)
+    with pytest.raises(HostFault, match=r"not wiped: .*data\.ext4 is missing"):
+        await disks.wipe(REF, disk.identity)
+
+
+async def test_another_disk_of_the_instance_is_not_wiped_for_the_recorded_one(
+    disks: DataDisks, world: StoreHost
+) -> None:
+    recorded = await disks.ensure(SPEC)
+    path_of(world).rename(world.instance / "hidden")
+    await disks.ensure(SPEC)
+
+    for refuse in (disks.check_wipe, disks.wipe):
+        with pytest.raises(Invalid, match="inode mismatch"):
+            await refuse(REF, recorded.identity)
+
+
 async def test_an_undone_creation_leaves_nothing(disks: DataDisks, world: StoreHost) -> None:
     await disks.ensure(SPEC)
 
@@ -207,7 +240,7 @@ async def test_an_undone_creation_leaves_nothing(disks: DataDisks, world: StoreH
     assert os.listdir(world.instance / "volumes") == []
 
 
-async def test_wiped_data_is_overwritten_then_freed_then_gone(
+async def test_wiped_data_is_overwritten_then_freed_and_the_empty_file_stays(
     disks: DataDisks, world: StoreHost
 ) -> None:
     disk = await disks.ensure(SPEC)
@@ -221,7 +254,7 @@ async def test_wiped_data_is_overwritten_then_freed_then_gone(
     await disks.wipe(REF, disk.identity)
     await disks.wipe(REF, disk.identity)
 
-    assert not await disks.exists(KEY)
+    assert await disks.exists(KEY)
     assert not any(os.pread(watch, 8 << 20, 0))
     assert os.fstat(watch).st_blocks == 0
     os.close(watch)
@@ -295,3 +328,46 @@ async def test_no_instance_no_disk(disks: DataDisks, world: StoreHost) -> None:
     await disks.remove(str(nobody))
     await disks.check_wipe(nobody, None)
     await disks.wipe(nobody, None)
+
+
+async def test_a_disk_is_allocated_at_its_nominal_size(disks: DataDisks, world: StoreHost) -> None:
+    made = await disks.ensure(SPEC)
+
+    found = os.stat(made.path)
+    assert found.st_blocks * 512 >= found.st_size == SPEC.size_mib << 20
+    assert await disks.unallocated_bytes(SPEC.ref) == 0
+
+
+async def test_a_sparse_disk_is_allocated_at_a_start_and_left_alone_at_a_wake(
+    disks: DataDisks, world: StoreHost
+) -> None:
+    made = await disks.ensure(SPEC)
+    with open(made.path, "r+b") as file:
+        punch_hole(file.fileno(), 1 << 20, 2 << 20)
+    sparse = os.stat(made.path)
+    assert 0 < await disks.unallocated_bytes(SPEC.ref) <= 2 << 20
+
+    await disks.ensure(replace(SPEC, known=made.identity, asleep=True))
+    assert os.stat(made.path).st_mtime_ns == sparse.st_mtime_ns
+    assert os.stat(made.path).st_blocks == sparse.st_blocks
+
+    await disks.ensure(replace(SPEC, known=made.identity))
+    assert await disks.unallocated_bytes(SPEC.ref) == 0
+
+
+async def test_an_absent_disk_lacks_nothing(disks: DataDisks, world: StoreHost) -> None:
+    assert await disks.unallocated_bytes(SPEC.ref) == 0
+
+
+async def test_a_size_beyond_the_file_system_is_the_pools_mistake(
+    disks: DataDisks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_big(fd: int, length: int) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(os, "ftruncate", too_big)
+
+    with pytest.raises(Invalid, match="more than this file system allows") as caught:
+        await disks.ensure(SPEC)
+
+    assert caught.value.path == "pool.json: $.instance_resources.data_disk_mib"

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from handlers.host.storage.tenant_writer import TenantWriter
 from handlers.host.vmm.cgroups import CgroupTree
 from tests.constants import DESTROY, REF, SLEEP, START, STOP, WAKE
 from tests.guests import traffic
 from tests.live_host import LiveHost, live_host
-from worker.cli.seed import Seeded, write_atomic
+from worker.cli.seed import Seeded
 
 MIB = 1 << 20
 SECRETS = (b'{"token": "the first"}', b'{"token": "the second"}')
@@ -69,8 +70,8 @@ async def live() -> Life:
         life.replies["sleep"] = await host.run(SLEEP)
         asleep_from = time.monotonic()
         life.owned["asleep"] = await host.inventory()
-        tenant = Path(host.settings.paths.data, "tenants", REF.tenant_id)
-        write_atomic(str(tenant / "secrets.json"), SECRETS[1], mode=0o600)
+        with TenantWriter(host.settings.paths.data, REF.tenant_id) as files:
+            files.write("secrets.json", SECRETS[1], mode=0o600)
         assert await host.stop_worker() == 0
         await host.start_worker()
         life.slept_s = time.monotonic() - asleep_from

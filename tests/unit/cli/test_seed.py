@@ -136,11 +136,10 @@ def test_no_half_written_file_stays(tmp_path: Path, images: dict[str, str]) -> N
     assert [path for path in root.rglob("*") if ".new" in path.name] == []
 
 
-def test_a_directory_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "tenants").write_text("a file where a directory is expected")
-
-    result = hostd("seed", *REF_WORDS, "--net-id", "7", HOSTD_PATHS_DATA=str(tmp_path))
+def test_a_directory_that_cannot_be_written_is_named_with_what_to_do() -> None:
+    # Of /sys not even root can make a directory.
+    result = hostd("seed", *REF_WORDS, "--net-id", "7", HOSTD_PATHS_DATA="/sys/hostd")
 
     assert result.exit_code == 20
-    assert result.stderr.startswith(f"host_fault: cannot write {tmp_path}/tenants")
+    assert result.stderr.startswith("host_fault: cannot make /sys/hostd/tenants/acme: ")
     assert "run as root, or set [paths] data" in result.stderr

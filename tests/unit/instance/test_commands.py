@@ -13,8 +13,10 @@ from msgspec.structs import replace
 from handlers.clock import now_ms
 from handlers.errors import HostFault, Invalid, Unavailable
 from handlers.registry import HANDLERS
+from schemas import codec
 from schemas.codes import Code
-from schemas.files import InstanceResources, PoolSpec
+from schemas.envelopes import Reply
+from schemas.files import InstanceResources, PoolSpec, TenantConfig
 from schemas.records import Status
 from schemas.requests import (
     DestroyInstance,
@@ -24,6 +26,7 @@ from schemas.requests import (
     SetupNetwork,
     StartInstance,
     TeardownNetwork,
+    TenantNet,
 )
 from schemas.settings import LimitSettings, VmmSettings
 from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
@@ -588,8 +591,8 @@ async def test_starts_at_once_share_neither_uid_nor_quota(tmp_path: Path) -> Non
 async def test_stop_ends_a_start_that_waits_for_its_turn(tmp_path: Path) -> None:
     async with memory_worker(tmp_path / "j", seeded()) as worker:
         await worker.run(UP)
-        while not worker.host.slots.boots.locked():
-            await worker.host.slots.boots.acquire()
+        for n in range(worker.host.slots.boots.count):
+            await worker.host.slots.boots.acquire(f"other-{n}")
         start = await worker.send(START)
         async with asyncio.timeout(10):
             while worker.journal.records.instance(REF) is None:
@@ -601,8 +604,8 @@ async def test_stop_ends_a_start_that_waits_for_its_turn(tmp_path: Path) -> None
 
 async def test_the_deadline_ends_a_wait_for_a_turn(tmp_path: Path) -> None:
     async with memory_worker(tmp_path / "j", seeded()) as worker:
-        while not worker.host.slots.networks.locked():
-            await worker.host.slots.networks.acquire()
+        for n in range(worker.host.slots.networks.count):
+            await worker.host.slots.networks.acquire(f"other-{n}")
 
         reply = await worker.run(UP, deadline_ms=now_ms() + 100)
 
@@ -784,3 +787,104 @@ async def test_what_the_vmm_could_not_write_is_refused_at_the_start(
 
         assert reply.code is Code.INVALID
         assert reply.detail["path"] == f"pool.json: $.instance_resources.{field}"
+
+
+def second_tenant(machine: FakeHost) -> tuple[SetupNetwork, StartInstance]:
+    """Tenant beta beside acme, with an instance; the commands that start it."""
+    net = TenantNet(4, "10.240.4.0/24", "10.240.4.1", "br-tenant-4")
+    ref = InstanceRef("beta", "web", "i-1")
+    machine.tenants["beta"] = TenantConfig("beta", machine.tenants["acme"].quotas, net)
+    machine.pools["beta", "web"] = PoolSpec("web", "beta", InstanceResources(1, 128, 16))
+    machine.revisions["beta", "web"] = "r1"
+    machine.files[ref] = instance_file(ref, 5, 4)
+    return SetupNetwork("beta", net), StartInstance("beta", "web", "i-1")
+
+
+async def importing(worker: MemoryWorker, count: int) -> list[str]:
+    """As many Starts of acme, whose imports never end."""
+    worker.machine.stuck_imports.add("acme")
+    refs = [InstanceRef("acme", "web", f"i-{n}") for n in range(1, count + 1)]
+    for n, ref in enumerate(refs):
+        worker.machine.files[ref] = instance_file(ref, 5 + n)
+    ids = [await worker.send(StartInstance("acme", "web", r.instance_id)) for r in refs]
+    async with asyncio.timeout(10):
+        while len(worker.journal.records.instances()) < count:
+            await asyncio.sleep(0)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    return ids
+
+
+async def outcome(worker: MemoryWorker, command_id: str) -> Reply:
+    """The reply of one command while those of other lanes do not end."""
+    async with asyncio.timeout(10):
+        while True:
+            found = await worker.journal.commands.result(command_id)
+            if found is not None and found.reply is not None:
+                return codec.decode_reply(found.reply)
+            await asyncio.sleep(0)
+
+
+async def test_imports_of_one_tenant_hold_up_no_other_tenant(tmp_path: Path) -> None:
+    machine = seeded()
+    up, start = second_tenant(machine)
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        await worker.run(up)
+        await importing(worker, 8)
+
+        started = await outcome(worker, await worker.send(start))
+
+        assert started.code is Code.OK, started
+        assert worker.host.slots.boots.held("acme") == 0
+
+
+@pytest.mark.parametrize("command", [STOP, DESTROY, KEEP], ids=["stop", "wipe", "keep"])
+async def test_stop_and_destroy_end_an_import(tmp_path: Path, command: Request) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await worker.run(UP)
+        ids = await importing(worker, 8)
+
+        ended = await outcome(worker, await worker.send(command))
+
+        assert ended.code is Code.OK, ended
+        assert (await outcome(worker, ids[0])).code is Code.SUPERSEDED
+
+
+async def test_the_deadline_ends_an_import(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await worker.run(UP)
+        worker.machine.stuck_imports.add("acme")
+
+        reply = await worker.run(START, deadline_ms=now_ms() + 100)
+
+        assert reply.code is Code.EXPIRED
+        assert worker.host.slots.imports.held("acme") == 0
+
+
+async def test_a_hidden_disk_is_a_failed_wipe_until_it_is_back(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "DestroyInstance")
+        disk = machine.resources.pop(("data_disk", str(REF)))
+
+        hidden = await worker.run(DESTROY)
+        assert (hidden.code, hidden.status, hidden.changed) == (Code.INVALID, "running", False)
+
+        machine.resources["data_disk", str(REF)] = disk
+        back = await worker.run(DESTROY)
+        assert (back.code, back.detail["volumes"]) == (Code.OK, "wiped")
+
+
+async def test_a_kept_disk_that_is_hidden_is_not_reported_as_wiped(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "DestroyInstance")
+        assert (await worker.run(KEEP)).code is Code.OK
+        disk = machine.resources.pop(("data_disk", str(REF)))
+
+        hidden = await worker.run(DESTROY)
+        assert hidden.code is Code.HOST_FAULT
+
+        machine.resources["data_disk", str(REF)] = disk
+        assert (await worker.run(DESTROY)).detail["volumes"] == "wiped"

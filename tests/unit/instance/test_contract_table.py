@@ -1,6 +1,7 @@
 """docs/contract.md's table of `steps` and `detail` says what the commands really send."""
 
 import asyncio
+import dataclasses
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -61,19 +62,25 @@ def keys_of(cell: str) -> set[str]:
 async def waiting(worker: MemoryWorker, request: Request) -> Reply:
     """Run a command while all slots for heavy work are taken, so that it has to wait for one."""
     slots = worker.host.slots
-    limits = (slots.boots, slots.restores, slots.snapshots, slots.networks)
-    taken: list[asyncio.Semaphore] = []
-    for limit in limits:
-        while not limit.locked():
-            await limit.acquire()
-            taken.append(limit)
+    kinds = [getattr(slots, field.name) for field in dataclasses.fields(slots)]
+    for kind in kinds:
+        for n in range(kind.count):
+            await kind.acquire(f"other-{n}")
     command_id = await worker.send(request)
+    reply = asyncio.ensure_future(worker.reply(command_id))
     async with asyncio.timeout(10):
-        while not any(limit._waiters for limit in limits):
+        while not reply.done():
+            for kind in kinds:
+                if kind.waiting:  # it waits for all the kinds that it needs, one after the other
+                    kind.release("other-0")
+                    while kind.waiting:
+                        await asyncio.sleep(0)
+                    await kind.acquire("other-0")
             await asyncio.sleep(0)
-    for limit in taken:
-        limit.release()
-    return await worker.reply(command_id)
+    for kind in kinds:
+        for n in range(kind.count):
+            kind.release(f"other-{n}")
+    return await reply
 
 
 async def all_sent(tmp_path: Path) -> dict[str, Sent]:
@@ -102,7 +109,7 @@ async def all_sent(tmp_path: Path) -> dict[str, Sent]:
         note(SLEEP, await worker.run(SLEEP))
         note(WAKE, await worker.run(WAKE))
         for request in (KEEP, WIPE):
-            note(request, await worker.run(request))
+            note(request, await waiting(worker, request))
         never = DestroyInstance("acme", "web", "never", wipe_volumes=False)
         note(never, await worker.run(never))
         note(DOWN, await waiting(worker, DOWN))

@@ -11,7 +11,7 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handlers.errors import Exhausted, Failure, HostFault, Unavailable
+from handlers.errors import Exhausted, Failure, HostFault, Invalid, Unavailable
 from handlers.host.vmm.api_client import BODY_BYTES, VmmApi
 from handlers.host.vmm.api_schema import boot_requests, refusal
 from handlers.specs import BootConfig, NicConfig
@@ -206,3 +206,20 @@ async def test_a_load_is_sent_as_the_version_accepts_it(server: Server) -> None:
         "resume_vm": False,
     }
     assert bodies["1.16.0"] == {**bodies["1.15.9"], "clock_realtime": True}
+
+
+@pytest.mark.parametrize(
+    ("fault", "image"),
+    [
+        ("Cannot load kernel due to invalid memory configuration or invalid kernel", "vmlinux"),
+        ("Error with initrd initialization: Failed to compute the initrd address.", "initrd"),
+    ],
+)
+def test_an_image_that_cannot_be_loaded_is_the_pools_mistake(fault: str, image: str) -> None:
+    body = json.dumps({"fault_message": f"Start microvm error: {fault}"}).encode()
+
+    failure = refusal("PUT", "/actions", 400, body)
+
+    assert isinstance(failure, Invalid)
+    assert failure.path == image
+    assert "mem_mib" in failure.message

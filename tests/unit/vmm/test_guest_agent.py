@@ -238,3 +238,14 @@ async def test_a_socket_path_longer_than_sun_path_is_reached(tmp_path: Path) -> 
         server = await asyncio.start_unix_server(guest._serve, f"{root}/v.sock")
     async with server:
         await guest.agents.ping(JAIL, PORT, timeout_s=5)
+
+
+@pytest.mark.parametrize("number", [b"1" * 20, b"9" * 400, b"9" * 5000, b"-" + b"9" * 400])
+async def test_a_clock_answer_beyond_any_clock_is_a_protocol_error(
+    tmp_path: Path, number: bytes
+) -> None:
+    frame = b'{"ClockAck": {"was_off_nanos": ' + number + b"}}"
+
+    async with Guest(tmp_path, answers(struct.pack(">I", len(frame)) + frame, raw=True)) as agents:
+        with pytest.raises(Unavailable, match="cannot be decoded"):
+            await agents.set_clock(JAIL, PORT, timeout_s=5)

@@ -6,11 +6,22 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
+from msgspec.inspect import IntType, StructType, UnionType, type_info
 
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
-from schemas.files import check_instance_net, offset_of, parse_instance, parse_pool, parse_tenant
+from schemas.files import (
+    InstanceFile,
+    PoolSpec,
+    TenantConfig,
+    check_instance_net,
+    offset_of,
+    parse_instance,
+    parse_pool,
+    parse_tenant,
+)
 from schemas.requests import TenantNet
 from tests.constants import REF
 
@@ -261,3 +272,73 @@ def test_another_network_than_the_derived_one_is_refused(field: str, value: obje
         check_instance_net(instance, NET, 7)
 
     assert caught.value.path == f"instance.json: $.net.{field}"
+
+
+def numbers_of(kind: type[msgspec.Struct], path: str = "") -> list[str]:
+    """The path of every number in a file's type."""
+    found: list[str] = []
+    struct = type_info(kind)
+    assert isinstance(struct, StructType)
+    for field in struct.fields:
+        types = field.type.types if isinstance(field.type, UnionType) else (field.type,)
+        for each in types:
+            if isinstance(each, IntType):
+                found.append(f"{path}{field.encode_name}")
+            elif isinstance(each, StructType):
+                found += numbers_of(each.cls, f"{path}{field.encode_name}.")
+    return found
+
+
+NUMBERS = [
+    (file, path)
+    for file, kind in (
+        ("tenant.json", TenantConfig),
+        ("pool.json", PoolSpec),
+        ("instance.json", InstanceFile),
+    )
+    for path in numbers_of(kind)
+]
+
+
+@pytest.mark.parametrize("value", [2**64, 10**400, -1])
+@pytest.mark.parametrize(("file", "path"), NUMBERS)
+def test_every_number_has_bounds_and_is_named(file: str, path: str, value: int) -> None:
+    document = copy.deepcopy({"tenant.json": TENANT, "pool.json": POOL, "instance.json": INSTANCE})
+    at = document[file]
+    *above, last = path.split(".")
+    for key in above:
+        at = at.setdefault(key, {})
+    at[last] = value
+    parse: dict[str, Callable[[bytes], object]] = {
+        "tenant.json": lambda data: parse_tenant(data, file, "acme"),
+        "pool.json": lambda data: parse_pool(data, file, "acme", "web"),
+        "instance.json": lambda data: parse_instance(data, file, REF),
+    }
+
+    with pytest.raises(DecodeError) as caught:
+        parse[file](json.dumps(document[file]).encode())
+
+    assert caught.value.path == f"{file}: $.{path}"
+
+
+@pytest.mark.parametrize(
+    ("path", "most"),
+    [
+        ("instance_resources.mem_mib", 2**24),
+        ("instance_resources.data_disk_mib", 2**24 - 1),
+        ("runtime_policy.drain_timeout_seconds", 86_400),
+        ("runtime_policy.graceful_shutdown_seconds", 86_400),
+    ],
+)
+def test_the_bounds_of_a_pool_fit_their_use(path: str, most: int) -> None:
+    table, name = path.split(".")
+    for value, valid in ((most, True), (most + 1, False)):
+        pool = copy.deepcopy(POOL)
+        pool[table][name] = value
+        data = json.dumps(pool).encode()
+        if valid:
+            parse_pool(data, "pool.json", "acme", "web")
+            continue
+        with pytest.raises(DecodeError) as caught:
+            parse_pool(data, "pool.json", "acme", "web")
+        assert caught.value.path == f"pool.json: $.{path}"

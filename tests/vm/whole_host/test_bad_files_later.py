@@ -72,7 +72,7 @@ SPOIL: dict[str, Callable[[Files], object]] = {
     "its tenant a link": lambda f: link_to(f.tenant, "/etc"),
     "its tenant gone": lambda f: shutil.move(f.tenant, f"{f.tenant}.real"),
 }
-LOST = ["its directory a link", "its pool a link", "its tenant a link"]
+LOST = ["its directory a link", "its pool a link", "its tenant a link", "its tenant gone"]
 UNTOLD = {"gone", "its tenant gone", "another's"}
 """There is no file to write into, or one that can be: hostd keeps all of it but its own fields."""
 

@@ -36,7 +36,7 @@ from worker.cli.main import main
 from worker.demo.nats_server import find_program
 from worker.queries.service import query_service
 
-EXAMPLE = Path(__file__).parents[2] / "deploy" / "nats" / "hostd.conf"
+EXAMPLE = Path(__file__).parents[3] / "deploy" / "nats" / "hostd.conf"
 H1 = Subjects("hostd.v1.default", "h1", "default")
 H2 = replace(H1, host_id="h2")
 HOSTS = ("h1", "h2")

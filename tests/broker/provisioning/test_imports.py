@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.broker.server import Receiver, Server, eventually
-from tests.broker.test_permissions import (
+from tests.broker.provisioning.test_permissions import (
     ACCOUNTS,
     GRANTS,
     H1,
@@ -21,6 +20,7 @@ from tests.broker.test_permissions import (
     example_accounts,
     password,
 )
+from tests.broker.server import Receiver, Server, eventually
 from worker.bus import accounts
 from worker.bus.protocol import NotProvisioned
 from worker.bus.provision import provision

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from schemas.settings import NatsSettings
+from tests.broker.provisioning.test_permissions import H1, H2, Roles, roles
+from tests.broker.provisioning.test_provision import api
 from tests.broker.server import HOST, QUICK, SUBJECTS, Server, connection_to, consuming_host
 from tests.broker.test_cli import hostd
-from tests.broker.test_permissions import H1, H2, Roles, roles
-from tests.broker.test_provision import api
 from worker.bus import streams
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError

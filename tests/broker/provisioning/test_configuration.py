@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.broker.provisioning.test_provision import api
 from tests.broker.server import HOST, QUICK, SUBJECTS, Host, Server, consuming_host, eventually
-from tests.broker.test_provision import api
 from worker.bus import streams
 from worker.bus.provision import provision
 

@@ -1,0 +1,1 @@
+"""Streams, consumers, accounts and permissions, against a real nats-server."""
