@@ -31,13 +31,18 @@ def check_net(net: TenantNet, allowed: Sequence[str], path: str = "$.net") -> No
     subnet = _subnet(net.ipv4_subnet, f"{path}.ipv4_subnet")
     if not any(subnet.subnet_of(ipaddress.IPv4Network(each)) for each in allowed):
         raise DecodeError(
-            f"{path}.ipv4_subnet", f"got {subnet}, want a subnet of {', '.join(allowed)}"
+            f"{path}.ipv4_subnet",
+            f"got {subnet}, want a subnet within [network] allowed: {', '.join(allowed)}",
         )
     gateway = address_of(net.gateway_ip, f"{path}.gateway_ip")
     if gateway not in subnet:
-        raise DecodeError(f"{path}.gateway_ip", f"got {gateway}, want an address in {subnet}")
+        raise DecodeError(
+            f"{path}.gateway_ip", f"got gateway_ip {gateway}, want an address in {subnet}"
+        )
     if gateway in (subnet.network_address, subnet.broadcast_address):
-        raise DecodeError(f"{path}.gateway_ip", f"got {gateway}, want a host address of {subnet}")
+        raise DecodeError(
+            f"{path}.gateway_ip", f"got gateway_ip {gateway}, want a host address of {subnet}"
+        )
     derived = naming.bridge_name(net.tenant_net_id)
     if net.bridge_name != derived:
         raise DecodeError(f"{path}.bridge_name", f"got {quoted(net.bridge_name)}, want {derived}")

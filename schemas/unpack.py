@@ -144,6 +144,9 @@ def read_json(data: bytes, limits: Limits = FILE) -> dict[str, object]:
     containers = _Containers(limits)
     try:
         value = json.loads(data.decode(), object_pairs_hook=containers.of_pairs)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise DecodeError("$", f"invalid JSON: {error.msg}: {where}") from error
     except (ValueError, RecursionError) as error:
         raise DecodeError("$", f"invalid JSON: {_reason(error)}") from error
     return _as_map(check(value, limits))

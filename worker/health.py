@@ -6,7 +6,9 @@ connection slot for a few seconds.
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from types import TracebackType
@@ -14,6 +16,7 @@ from typing import Final, Self
 
 import h11
 
+from handlers.errors import HostFault
 from worker.metrics import Metrics
 
 REQUEST_TIMEOUT_S: Final = 5.0
@@ -43,10 +46,23 @@ class HealthServer:
         self._open: dict[asyncio.Task[None], str] = {}
 
     async def __aenter__(self) -> Self:
-        """Raises OSError if the address is in use or not on this host."""
-        self._server = await asyncio.start_server(
-            self._accept, self._host, self._port, limit=MAX_HEADER_BYTES
-        )
+        """Listen.
+
+        Raises:
+            HostFault: the address is in use or not on this host.
+        """
+        try:
+            self._server = await asyncio.start_server(
+                self._accept, self._host, self._port, limit=MAX_HEADER_BYTES
+            )
+        except OSError as error:
+            # asyncio's own text shows the address as a Python tuple.
+            known = error.errno is not None and error.errno in errno.errorcode
+            why = os.strerror(error.errno) if known and error.errno else error.strerror
+            raise HostFault(
+                f"cannot listen on {self._host}:{self._port}: {why}: change [metrics] listen, or "
+                "stop the process that uses this address"
+            ) from error
         return self
 
     async def __aexit__(

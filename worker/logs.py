@@ -22,6 +22,7 @@ _LEVELS = {
     "info": logging.INFO,
     "warning": logging.WARNING,
     "error": logging.ERROR,
+    "critical": logging.CRITICAL,
 }
 _HIDDEN = frozenset({"secrets", "secret", "creds", "password", "token", "payload", "envelope"})
 _TEXT_MAX = 2000

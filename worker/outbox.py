@@ -39,6 +39,8 @@ class Outbox:
         self._outbox = journal.outbox
         self._store = journal.store
         self._woken = {kind: asyncio.Event() for kind in OUT_KINDS}
+        self._was_connected = False
+        self._reported: set[str] = set()  # kinds whose failure is in the log
 
     async def run(self) -> None:
         """Send all kinds, each in its own task."""
@@ -48,6 +50,8 @@ class Outbox:
 
     def wake(self) -> None:
         """Try again now, held rows too; the bus is connected again."""
+        self._was_connected = True
+        self._reported.clear()
         self._outbox.release()
         for woken in self._woken.values():
             woken.set()
@@ -69,6 +73,7 @@ class Outbox:
             self._woken[kind].clear()
             sent, held = await self._send(rows)
             if sent:
+                self._reported.discard(kind)
                 self._outbox.sent(sent)
             if len(sent) == len(rows) - held:
                 failures = 0
@@ -82,18 +87,24 @@ class Outbox:
             results: list[BusError | None] = [await self._send_one(rows[0])]
         else:
             results = await asyncio.gather(*(self._send_one(row) for row in rows))
-        held, logged = 0, False
+        held = 0
         for row, error in zip(rows, results, strict=True):
             if isinstance(error, Unsendable):
                 held += 1
                 self._outbox.hold(row)
                 log.error("outbox.row_held", kind=row.kind, msg_id=row.msg_id, error=str(error))
-            elif error is not None and not logged:
-                logged = True
-                log.warning(
-                    "outbox.send_failed", kind=row.kind, msg_id=row.msg_id, error=str(error)
-                )
+            elif error is not None:
+                self._report(row, error)
         return [row for row, error in zip(rows, results, strict=True) if error is None], held
+
+    def _report(self, row: OutRow, error: BusError) -> None:
+        """Log a failure once per outage; none before the first connection, which is no fault."""
+        connected = self._bus.connected
+        self._was_connected = self._was_connected or connected
+        known = row.kind in self._reported if connected else bool(self._reported)
+        if self._was_connected and not known:
+            self._reported.add(row.kind)
+            log.warning("outbox.send_failed", kind=row.kind, msg_id=row.msg_id, error=str(error))
 
     async def _send_one(self, row: OutRow) -> BusError | None:
         try:

@@ -4,11 +4,12 @@ Types, defaults and units are in `schemas/settings.py`. An unknown key, a wrong 
 breaks a rule stops the start with an error that names the file and the key.
 """
 
+import difflib
 import ipaddress
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,22 @@ MACHINE_ID_FILE = "/etc/machine-id"
 DEFAULT_FILE = "/etc/hostd/hostd.toml"
 ENV_PREFIX = "HOSTD_"
 DEFAULT = "default"
+# Of this prefix, but not settings: the settings file, `worker/failpoints.py`, and the lab's mark.
+OTHER_VARIABLES = frozenset(
+    {"HOSTD_CONFIG", "HOSTD_FAILPOINT", "HOSTD_FAILPOINT_FILE", "HOSTD_LAB"}
+)
 
 _SERVICE = re.compile(r"(tcp|udp)/([0-9]{1,5})")
 _URL = re.compile(r"(nats|tls|ws|wss)://[^\s,]+")
 _UID_MIN, _UID_MAX = 65_536, 2**32 - 2
 _INTERFACE = re.compile(r"[^\s/:]{1,15}")
 _BOOT_ARGS_MAX = 1024
-_WANTED: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+_WANTED: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+}
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -107,7 +117,7 @@ def load_with_origins(path: str | None, environ: Mapping[str, str]) -> Loaded:
     origins: dict[str, str] = dict.fromkeys(known, DEFAULT)
     for dotted, value in _read_file(path).items() if path is not None else ():
         if dotted not in known:
-            raise SettingsError(str(path), dotted, "no such setting")
+            raise SettingsError(str(path), dotted, f"no such setting{nearest(dotted, known)}")
         values[dotted] = _convert(str(path), known[dotted], value)
         origins[dotted] = str(path)
     for dotted, (name, text) in _read_environ(known, environ).items():
@@ -135,13 +145,14 @@ def _read_file(path: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             tables = tomllib.load(file)
     except OSError as error:
-        raise SettingsError(path, "", error.strerror or "cannot be read") from error
+        why = error.strerror or "unknown error"
+        raise SettingsError(path, "", f"cannot read the settings file: {why}") from error
     except (ValueError, RecursionError) as error:
         raise SettingsError(path, "", f"not TOML: {error}") from error
     found: dict[str, Any] = {}
     for table, content in tables.items():
-        if table not in {key.table for key in keys()}:
-            raise SettingsError(path, table, "no such table")
+        if table not in (known := {key.table for key in keys()}):
+            raise SettingsError(path, table, f"no such table{nearest(table, sorted(known))}")
         try:
             pairs = msgspec.convert(content, dict[str, Any])
         except msgspec.ValidationError as error:
@@ -154,13 +165,12 @@ def _read_environ(
     known: Mapping[str, Key], environ: Mapping[str, str]
 ) -> dict[str, tuple[str, str]]:
     by_env = {key.env: key for key in known.values()}
-    tables = {f"{ENV_PREFIX}{key.table}_".upper() for key in known.values()}
     found: dict[str, tuple[str, str]] = {}
     for name, text in sorted(environ.items()):
         if key := by_env.get(name):
             found[key.dotted] = (name, text)
-        elif any(name.startswith(table) for table in tables):
-            raise SettingsError(name, "", "no such setting")
+        elif name.startswith(ENV_PREFIX) and name not in OTHER_VARIABLES:
+            raise SettingsError(name, "", f"no such setting{nearest(name, by_env)}")
     return found
 
 
@@ -185,7 +195,17 @@ def _convert(source: str, key: Key, value: object) -> object:
     try:
         return msgspec.convert(value, key.type, strict=True)
     except msgspec.ValidationError as error:
-        raise SettingsError(source, key.dotted, f"{error}") from error
+        wanted = _WANTED.get(key.type, "a list of strings")
+        found = json.dumps(value, ensure_ascii=False, default=str)
+        raise SettingsError(
+            source, key.dotted, f"expected {wanted}, found {found[:100]}"
+        ) from error
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean <name>?` for the most similar of these names, or nothing."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.7)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def machine_id() -> str:
@@ -207,6 +227,12 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
         value = getattr(getattr(settings, table), name)
         if wrong := rule(value):
             raise SettingsError(origins[dotted], dotted, wrong)
+    if settings.host.production and not settings.limits.enforce:
+        raise SettingsError(
+            origins["limits.enforce"],
+            "limits.enforce",
+            "false is for development only: also set [host] production = false, or enforce limits",
+        )
     if settings.vmm.uid_base + settings.vmm.uid_count - 1 > _UID_MAX:
         raise SettingsError(
             origins["vmm.uid_count"], "vmm.uid_count", f"uid_base + uid_count exceeds {_UID_MAX}"
@@ -231,14 +257,16 @@ def _each(rule: Callable[[str], str]) -> Callable[[tuple[str, ...]], str]:
 
 
 def _between(low: float, high: float) -> Callable[[float], str]:
-    return lambda value: "" if low <= value <= high else f"{value} is not in {low:g}..{high:g}"
+    return lambda value: "" if low <= value <= high else f"{value} is not in {low}..{high}"
 
 
 def _cidr(value: str) -> str:
     try:
-        ipaddress.IPv4Network(value, strict=True)
+        network = ipaddress.IPv4Network(value, strict=False)
     except ValueError:
         return f"{value!r} is not an IPv4 network, e.g. 10.240.0.0/12"
+    if str(network.network_address) != value.partition("/")[0]:
+        return f"{value!r} has host bits set: the network is {network}"
     return ""
 
 
@@ -332,5 +360,7 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "limits.vmm_overhead_mib": _between(0, 2**20),
     "limits.shutdown_s": _SECONDS,
     "limits.retry_budget_s": _SECONDS,
-    "log.level": lambda value: "" if value in LEVELS else f"{value!r} is not one of {LEVELS}",
+    "log.level": lambda value: (
+        "" if value in LEVELS else f"{value!r} is not one of {', '.join(LEVELS)}"
+    ),
 }

@@ -96,7 +96,10 @@ async def read_launch_files(ref: InstanceRef, record: InstanceRecord, host: Host
         )
     network = host.records.network(ref.tenant_id)
     if network is None or network.status != "up" or network.net != tenant.net:
-        raise Conflict(f"network of tenant {ref.tenant_id} is not set up: send SetupNetwork first")
+        raise Conflict(
+            f"network of tenant {ref.tenant_id} is not set up as in tenant.json: send SetupNetwork "
+            f"first (hostd net-up {ref.tenant_id})"
+        )
     return LaunchFiles(tenant, pool, file, offset)
 
 

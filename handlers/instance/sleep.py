@@ -77,7 +77,7 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
     if record.status is Status.SLEEPING:
         return Done(changed=False, status=str(Status.SLEEPING))
     if state.status is not Status.RUNNING:
-        raise state.conflict("put it to sleep")
+        raise state.conflict("put it to sleep", "running")
     info = await host.snapshots.read(record.ref)
     if info is not None and info.number == record.launch:
         # Published by a run that was cut after it, so the rest has to be completed.

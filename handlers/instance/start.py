@@ -51,7 +51,7 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
     if state.status is Status.RUNNING:
         return Done(changed=False, status=str(Status.RUNNING))
     if not state.status.at_rest:
-        raise state.conflict("start it")
+        raise state.conflict("start it", "created, stopped or failed")
     await refuse_second_boot(state.record, steps, host)
     files = await read_launch_files(cmd.ref, state.record, host)
     revision = await host.shared.current_revision(cmd.tenant_id, cmd.pool_id)

@@ -47,9 +47,9 @@ class InstanceState:
                 detail={"status": str(self.status)},
             )
 
-    def conflict(self, what: str) -> Failure:
+    def conflict(self, what: str, want: str) -> Failure:
         return Conflict(
-            f"instance {self.record.ref} is {self.status}: cannot {what}",
+            f"instance {self.record.ref} is {self.status}: cannot {what}, want {want}",
             detail={"status": str(self.status)},
         )
 
@@ -71,7 +71,12 @@ async def read_state(ref: InstanceRef, host: Host, now_ms: int) -> InstanceState
     try:
         file = await host.shared.instance(ref)
     except NotFound as error:
-        raise NotFound(f"instance {ref} has no instance.json", path="instance.json") from error
+        raise NotFound(
+            f"instance {ref} has no instance.json: expected <[paths] data>/tenants/{ref.tenant_id}"
+            f"/pools/{ref.pool_id}/instances/{ref.instance_id}/instance.json; let agentd create "
+            "the instance (for a trial: hostd seed)",
+            path="instance.json",
+        ) from error
     in_file = Status(file.status)
     status = in_file if in_file.never_started else Status.STOPPED
     record = InstanceRecord(ref=ref, status=status, since_ms=now_ms)

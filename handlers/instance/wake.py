@@ -58,7 +58,7 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
         return await complete_wake(record, identity, steps, host)
     state.refuse_incomplete(steps.command_id)
     if state.status is not Status.SLEEPING:
-        raise state.conflict("wake it")
+        raise state.conflict("wake it", "sleeping")
     info = await read_snapshot(record, host)
     files = await read_launch_files(cmd.ref, record, host)
     spec = reservation_spec(

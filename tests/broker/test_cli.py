@@ -58,7 +58,7 @@ class StandIn:
 
     connection: Client
     reply: dict[str, Any] = field(default_factory=dict[str, Any])
-    answers: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    answers: dict[str, dict[str, Any]] = field(default_factory=lambda: {"ping": {"v": 1}})
     silent: bool = False
     commands: list[tuple[str, Command]] = field(default_factory=list[tuple[str, Command]])
     questions: list[tuple[str, dict[str, Any]]] = field(
@@ -186,28 +186,6 @@ async def test_json_is_the_reply_envelope(server: Server, worker: StandIn) -> No
     assert 50_000 < command.deadline_ms - time.time() * 1000 < 60_000
 
 
-async def test_the_outcome_of_a_command_that_the_server_drops_as_a_duplicate_is_queried(
-    server: Server, worker: StandIn
-) -> None:
-    await hostd(server, "start", *REF, "--id", "again")
-    stored = codec.write_reply(worker.reply_to(worker.commands[0][1]))
-    worker.answers["result"] = {
-        "v": 1,
-        "id": "again",
-        "state": "done",
-        "reply": {**stored, "replayed": True},
-    }
-    worker.commands.clear()
-
-    # the stand-in took no message off the stream, so it hears of the second one, too
-    worker.silent = True
-    result = await hostd(server, "start", *REF, "--id", "again")
-
-    assert result.exit_code == 0, result.output
-    assert "(replayed)" in result.output
-    assert worker.questions == [("result", {"id": "again"})]
-
-
 async def test_without_a_reply_the_command_line_exits_with_no_answer(
     server: Server, worker: StandIn
 ) -> None:
@@ -247,7 +225,12 @@ async def test_ls_and_show_print_what_the_worker_answers(server: Server, worker:
         ],
         "networks": [{"tenant_id": "acme", "bridge_name": "br-tenant-7", "status": "up"}],
     }
-    worker.answers["describe"] = {"v": 1, "status": "running", "since_ms": 1_700_000_000_123}
+    worker.answers["describe"] = {
+        "v": 1,
+        "status": "running",
+        "since_ms": 1_700_000_000_123,
+        "pid": None,
+    }
 
     listed = await hostd(server, "ls")
     shown = await hostd(server, "show", *REF)
@@ -256,7 +239,8 @@ async def test_ls_and_show_print_what_the_worker_answers(server: Server, worker:
         "acme          network   up       br-tenant-7",
         "acme/web/i-1  instance  running  since 2023-11-14 22:13:20.123Z",
     ]
-    assert "since_ms: 2023-11-14 22:13:20.123Z" in shown.output
+    assert "since: 2023-11-14 22:13:20.123Z" in shown.output
+    assert "pid: none" in shown.output
     assert worker.questions[-1] == (
         "describe",
         {"tenant_id": "acme", "pool_id": "web", "instance_id": "i-1"},
@@ -327,6 +311,17 @@ async def test_without_events_in_time_the_command_line_exits_with_no_answer(
 
     assert result.exit_code == 30
     assert "0 of 1 events" in result.output
+    assert "note:" not in result.output
+
+
+async def test_events_of_a_host_without_a_worker_are_followed_with_a_note(
+    server: Server, worker: StandIn
+) -> None:
+    result = await hostd(server, "events", "--host", "h7", "--count", "1", "--timeout", "0.5")
+
+    assert result.exit_code == 30
+    assert "note: no worker is running for host h7" in result.stderr
+    assert result.stdout == ""
 
 
 async def test_provision_may_be_repeated_and_serves_several_hosts(server: Server) -> None:
@@ -335,4 +330,5 @@ async def test_provision_may_be_repeated_and_serves_several_hosts(server: Server
 
     assert first.exit_code == again.exit_code == 0
     assert "made    consumer h2 of HOSTD_CMD_test" in first.stdout
+    assert "made    bucket HOSTD_STATE_test" in first.stdout
     assert {made["how"] for made in json.loads(again.stdout)} == {"found"}

@@ -16,7 +16,7 @@ from schemas.settings import NatsSettings, Settings
 from tests.broker.server import Server, running_server
 from worker.bus.connection import Connection
 from worker.cli.client import connect
-from worker.cli.context import NoAnswer
+from worker.cli.context import CliError
 
 
 def new_key(prefix: int) -> nkeys.KeyPair:
@@ -105,6 +105,6 @@ async def test_the_command_line_signs_in_with_the_same_file_as_the_worker(tmp_pa
             assert client.nats.is_connected
 
         creds.chmod(0o644)
-        with pytest.raises(NoAnswer, match="readable by group or others; chmod 600"):
+        with pytest.raises(CliError, match="readable by group or others; chmod 600"):
             async with connect(settings):
                 pass

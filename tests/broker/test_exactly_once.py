@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from click.testing import CliRunner, Result
 
 from schemas import codec
 from schemas.codes import Code
 from schemas.requests import Request
 from schemas.settings import NatsSettings
 from schemas.subjects import Lane
-from tests.broker.server import HOST, QUICK, SUBJECTS, Server, connection_to, eventually
+from tests.broker.server import CELL, HOST, QUICK, SUBJECTS, Server, connection_to, eventually
 from tests.fakes import shell_worker as fakes
 from tests.fakes.bus import FakeBus
 from tests.fakes.shell_worker import FakeHandlers, ShellWorker, command, start, stop
@@ -24,6 +25,7 @@ from worker.bus.message import Message
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError
 from worker.bus.provision import provision
+from worker.cli.main import main
 
 
 class Agentd:
@@ -180,3 +182,30 @@ async def test_outcomes_of_a_worker_killed_without_a_server_are_sent_by_the_next
 
     assert [reply.id for reply in replies] == ["c1", "c2"]
     assert machine.runs == [("c1", "StartInstance"), ("c2", "StopInstance")]
+
+
+async def test_the_cli_gets_conflict_for_another_request_and_the_stored_reply_for_the_same(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = FakeHandlers()
+    settings = {
+        "HOSTD_CONFIG": None,
+        "HOSTD_HOST_ID": HOST,
+        "HOSTD_HOST_CELL": CELL,
+        "HOSTD_NATS_URL": server.url,
+    }
+
+    async def hostd(verb: str) -> Result:
+        args = (verb, "acme", "web", "a1", "--id", "c1")
+        return await asyncio.to_thread(CliRunner().invoke, main, args, env=settings)
+
+    async with agentd(server), worker(server, tmp_path / "j", machine, monkeypatch):
+        first = await hostd("start")
+        other = await hostd("destroy")
+        same = await hostd("start")
+
+    assert first.exit_code == 0, first.output
+    assert (other.exit_code, other.output.partition(":")[0]) == (12, "conflict"), other.output
+    assert same.exit_code == 0
+    assert "(replayed)" in same.output
+    assert machine.runs == [("c1", "StartInstance")]

@@ -15,7 +15,7 @@ def settings_with(firecracker: Path, jailer: Path) -> Settings:
 
 
 def stand_in(directory: Path, said: str) -> Path:
-    program = directory / "firecracker"
+    program = directory / said.partition(" ")[0]
     program.write_text(f"#!/bin/sh\necho '{said}'\n")
     program.chmod(0o755)
     return program
@@ -29,7 +29,8 @@ async def test_the_pinned_binaries_are_of_one_supported_version() -> None:
     ("said", "why"),
     [
         ("Firecracker v1.11.0", "firecracker is 1.11.0, jailer is 1.12.1"),
-        ("QEMU emulator version 7.2", "printed no version"),
+        ("QEMU emulator version 7.2", "to print 'Firecracker v<version>', found 'QEMU emulator"),
+        ("Jailer v1.12.1", "to print 'Firecracker v<version>', found 'Jailer v1.12.1'"),
     ],
 )
 async def test_other_programs_and_versions_are_refused(tmp_path: Path, said: str, why: str) -> None:
@@ -39,10 +40,17 @@ async def test_other_programs_and_versions_are_refused(tmp_path: Path, said: str
 
 @pytest.mark.parametrize("version", ["1.11.9", "1.17.0", "2.0.0"])
 async def test_an_unsupported_version_is_refused(tmp_path: Path, version: str) -> None:
-    program = stand_in(tmp_path, f"Firecracker v{version}")
+    programs = [stand_in(tmp_path, f"{name} v{version}") for name in ("Firecracker", "Jailer")]
 
     with pytest.raises(HostFault, match=f"Firecracker {version} is not supported"):
-        await check_versions(settings_with(program, program))
+        await check_versions(settings_with(*programs))
+
+
+async def test_the_paths_of_the_two_programs_are_not_interchangeable() -> None:
+    with pytest.raises(HostFault, match=r"^\[vmm\] firecracker: .* found 'Jailer v1\.12\.1'"):
+        await check_versions(settings_with(JAILER, FIRECRACKER))
+    with pytest.raises(HostFault, match=r"^\[vmm\] jailer: .* found 'Firecracker v1\.12\.1'"):
+        await check_versions(settings_with(FIRECRACKER, FIRECRACKER))
 
 
 async def test_a_program_that_cannot_be_executed_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from handlers.errors import HostFault
 from worker import health
 from worker.health import HealthServer
 from worker.metrics import Metrics
@@ -143,3 +144,15 @@ async def test_leaving_it_closes_open_connections(state: State) -> None:
     writer.close()
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection("127.0.0.1", port)
+
+
+async def test_an_address_in_use_is_named_with_its_setting(server: HealthServer) -> None:
+    second = HealthServer(f"127.0.0.1:{server.port}", Metrics("9.9"), dict)
+
+    with pytest.raises(HostFault) as caught:
+        await second.__aenter__()
+
+    assert caught.value.message == (
+        f"cannot listen on 127.0.0.1:{server.port}: Address already in use: change [metrics] "
+        "listen, or stop the process that uses this address"
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from schemas import codec
 from schemas.envelopes import EventKind
@@ -188,3 +189,26 @@ async def test_a_dead_letter_larger_than_the_bus_accepts_is_cut_and_marked(
         (dead,) = worker.bus.dead()
         assert worker.bus.max_payload - 2048 < len(dead.payload) < worker.bus.max_payload
         assert dead.headers["Hostd-Truncated"] == str(size)
+
+
+async def test_an_outage_is_logged_once_and_none_before_the_first_connection(
+    tmp_path: Path,
+) -> None:
+    async with shell_worker(tmp_path / "j", consume=False) as worker:
+        with capture_logs() as logs:
+            worker.bus.up = False
+            await worker.journal.records.event(EventKind.DRIFT)
+            await attempts(worker, 3)
+            before = list(logs)
+
+            for _ in range(2):  # two outages
+                worker.bus.up = True
+                worker.outbox.wake()
+                await worker.outbox.drained()
+                worker.bus.up = False
+                tried = len(worker.bus.attempts)
+                await worker.journal.records.event(EventKind.DRIFT)
+                await attempts(worker, tried + 3)
+
+    assert before == []
+    assert [line["event"] for line in logs] == ["outbox.send_failed"] * 2

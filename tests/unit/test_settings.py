@@ -116,14 +116,20 @@ def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default(
         ('[host]\nidd = "x"', "host.idd", "no such setting"),
         ("[hosts]\n", "hosts", "no such table"),
         ("host = 1", "host", "expected a table"),
-        ('[host]\nproduction = "yes"', "host.production", "Expected `bool`, got `str`"),
-        ("[limits]\nboots = true", "limits.boots", "Expected `int`, got `bool`"),
-        ("[limits]\nboots = 1.5", "limits.boots", "Expected `int`, got `float`"),
-        ("[limits]\nboots = 0", "limits.boots", "not in 1.."),
+        ('[host]\nproduction = "yes"', "host.production", 'expected true or false, found "yes"'),
+        ("[limits]\nboots = true", "limits.boots", "expected a whole number, found true"),
+        ("[limits]\nboots = 1.5", "limits.boots", "expected a whole number, found 1.5"),
+        ("[limits]\nboots = 0", "limits.boots", "0 is not in 1..1000000"),
+        ("[host]\nid = 7", "host.id", "expected a string, found 7"),
         ("[limits]\nmax_drain_s = -1", "limits.max_drain_s", "not in 0..86400"),
-        ('[network]\nallowed = ["10.240.0.1/12"]', "network.allowed", "not an IPv4 network"),
+        (
+            '[network]\nallowed = ["10.240.0.1/12"]',
+            "network.allowed",
+            "the network is 10.240.0.0/12",
+        ),
+        ('[network]\nallowed = ["10.240/12"]', "network.allowed", "not an IPv4 network"),
         ("[network]\nallowed = []", "network.allowed", "at least one IPv4 network"),
-        ("[network]\nallowed = [1]", "network.allowed", "Expected `str`"),
+        ("[network]\nallowed = [1]", "network.allowed", "expected a list of strings, found [1]"),
         ('[network]\nhost_services = ["tcp/0"]', "network.host_services", "tcp/<port>"),
         ('[host]\nid = "a.b"', "host.id", "1 to 63 of"),
         ('[host]\nid = "a\\n"', "host.id", "1 to 63 of"),
@@ -142,7 +148,7 @@ def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default(
         (f'[vmm]\nboot_args = "{"x" * 1025}"', "vmm.boot_args", "at most 1024"),
         ('[network]\nuplinks = ["eth 0"]', "network.uplinks", "not an interface name"),
         ('[network]\nuplinks = ["sixteen-letters-"]', "network.uplinks", "not an interface name"),
-        ('[log]\nlevel = "loud"', "log.level", "not one of"),
+        ('[log]\nlevel = "loud"', "log.level", "not one of debug, info, warning, error"),
     ],
 )
 def test_a_wrong_file_names_itself_the_key_and_the_fault(
@@ -162,7 +168,7 @@ def test_a_wrong_file_names_itself_the_key_and_the_fault(
 def test_a_file_that_is_not_toml_or_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"hostd.toml: not TOML: Invalid value"):
         load(write(tmp_path, "a = "), HOST)
-    with pytest.raises(SettingsError, match="No such file"):
+    with pytest.raises(SettingsError, match="cannot read the settings file: No such file"):
         load(str(tmp_path / "none"), HOST)
 
 
@@ -172,7 +178,7 @@ def test_a_file_that_is_not_toml_or_not_there_says_so(tmp_path: Path) -> None:
         ("HOSTD_LIMITS_ENFORCE", "yes", "'yes' is not true or false"),
         ("HOSTD_LIMITS_BOOTS", "many", "not a whole number"),
         ("HOSTD_NETWORK_ALLOWED", "10.0.0.0/8", "not a JSON list"),
-        ("HOSTD_NETWORK_ALLOWED", '{"a": 1}', "Expected `array`"),
+        ("HOSTD_NETWORK_ALLOWED", '{"a": 1}', 'expected a list of strings, found {"a": 1}'),
         ("HOSTD_LIMITS_BOOT", "1", "no such setting"),
     ],
 )
@@ -185,7 +191,36 @@ def test_a_wrong_variable_names_itself(name: str, text: str, says: str) -> None:
 
 
 def test_other_variables_are_ignored() -> None:
-    assert load(None, {**HOST, "HOSTD_CONFIG": "/x", "HOSTDISH": "1"}).host.id == "h1"
+    others = dict.fromkeys([*settings_module.OTHER_VARIABLES, "HOSTDISH"], "1")
+
+    assert load(None, {**HOST, **others}).host.id == "h1"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("HOSTD_LIMIT_BOOTS", "no such setting; did you mean HOSTD_LIMITS_BOOTS?"),
+        ("HOSTD_XYZ", "no such setting"),
+    ],
+)
+def test_a_variable_of_a_mistyped_table_is_refused(name: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{name}: {re.escape(says)}$"):
+        load(None, {**HOST, name: "1"})
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"limits\.boot: no such setting; .* limits\.boots\?"):
+        load(write(tmp_path, "[limits]\nboot = 1\n"), HOST)
+    with pytest.raises(SettingsError, match=r"limit: no such table; did you mean limits\?"):
+        load(write(tmp_path, "[limit]\nboots = 1\n"), HOST)
+
+
+def test_a_production_host_without_limits_is_refused_by_the_settings() -> None:
+    off = {**HOST, "HOSTD_LIMITS_ENFORCE": "false"}
+    with pytest.raises(SettingsError, match=r"HOSTD_LIMITS_ENFORCE: limits.enforce: false is for"):
+        load(None, off)
+
+    assert not load(None, {**off, "HOSTD_HOST_PRODUCTION": "false"}).limits.enforce
 
 
 def test_every_setting_but_true_or_false_has_a_rule() -> None:

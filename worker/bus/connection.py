@@ -41,6 +41,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 # After a connection that lasted this long, the backoff starts from its base again.
 STEADY_S = 5.0
+KEEPER = "nats-connection"  # the name of the task that connects
 UNSENDABLE = (
     errors.MaxPayloadError,
     errors.BadSubjectError,
@@ -96,7 +97,7 @@ class Connection:
     async def start(self) -> None:
         """Connect and stay connected, in the background, until `close`."""
         if self._keeper is None:
-            self._keeper = asyncio.create_task(self._keep_connected(), name="nats-connection")
+            self._keeper = asyncio.create_task(self._keep_connected(), name=KEEPER)
 
     def _use(self, settings: NatsSettings) -> None:
         self._settings = settings
@@ -226,6 +227,11 @@ class Connection:
         return guarded
 
     async def _on_error(self, error: Exception) -> None:
+        task = asyncio.current_task()
+        if task is not None and task.get_name() == KEEPER and task.cancelling():
+            # wait_for of Python 3.11 drops a cancellation that arrives together with a refused
+            # connection, and nats-py would then try the next server, forever.
+            raise asyncio.CancelledError
         text = str(error) or type(error).__name__
         if "permissions violation" in text.lower():
             self.permission_errors += 1

@@ -74,7 +74,7 @@ async def provision(
 
 async def _stream(api: "_Api", config: Mapping[str, Any]) -> Made:
     name = str(config["name"])
-    what = f"stream {name}"
+    what = f"bucket {name.removeprefix('KV_')}" if name.startswith("KV_") else f"stream {name}"
     info = await api.info(f"STREAM.INFO.{name}")
     if info is None:
         got = await api.make(f"STREAM.CREATE.{name}", config, what)

@@ -14,7 +14,7 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import nats.errors
 import nats.js.errors
@@ -30,12 +30,11 @@ from schemas.subjects import Lane, Subjects
 from schemas.unpack import Limits, pack, unpack_map
 from worker.bus.credentials import CredentialsFile
 from worker.bus.strict_client import StrictClient, requires_tls, without_password
-from worker.cli.context import CliError, NoAnswer
+from worker.cli.context import CliError, NoAnswer, NoWorker
 
 CONNECT_TIMEOUT_S: Final = 3
 PUBLISH_TIMEOUT_S: Final = 5.0
 ASK_TIMEOUT_S: Final = 5.0
-RESULT_INTERVAL_S: Final = 0.25
 _ANSWER = Limits(size_bytes=8 << 20, containers=100_000, items=50_000, depth=16)
 
 
@@ -77,7 +76,8 @@ class Client:
     ) -> dict[str, Any]:
         """Publish one command and return its reply envelope as a map.
 
-        Reusing the `command_id` of an earlier command returns its stored reply.
+        The `command_id` of an earlier command with the same request returns its stored reply; with
+        another request the reply is `conflict`.
         """
         command = Command(
             id=command_id or new_id(),
@@ -91,8 +91,7 @@ class Client:
         replies = await self.nats.subscribe(inbox)
         try:
             async with asyncio.timeout(timeout_s):
-                if await self._publish(subject, codec.encode_command(command), command.id):
-                    return await self._result(host, command.id)
+                await self._publish(subject, codec.encode_command(command))
                 message = await replies.next_msg(timeout=timeout_s)
                 return _map(message.data)
         except (TimeoutError, nats.errors.Error) as error:
@@ -103,12 +102,14 @@ class Client:
         finally:
             await replies.unsubscribe()
 
-    async def _publish(self, subject: str, payload: bytes, command_id: str) -> bool:
-        """Publish to the command stream; true if the server dropped it as a duplicate."""
+    async def _publish(self, subject: str, payload: bytes) -> None:
+        """Publish to the command stream.
+
+        Without `Nats-Msg-Id`: the server would drop a different request with the same ID, and its
+        sender would get the reply to the first. The worker deduplicates and compares the requests.
+        """
         try:
-            ack = await self.nats.jetstream().publish(
-                subject, payload, timeout=PUBLISH_TIMEOUT_S, headers={"Nats-Msg-Id": command_id}
-            )
+            await self.nats.jetstream().publish(subject, payload, timeout=PUBLISH_TIMEOUT_S)
         except nats.js.errors.NoStreamResponseError as error:
             raise NoAnswer(
                 f"no JetStream stream is bound to {subject}: run `hostd provision`"
@@ -117,15 +118,6 @@ class Client:
             raise NoAnswer(
                 f"JetStream refused to publish {subject}: {error.description}"
             ) from error
-        return bool(ack.duplicate)
-
-    async def _result(self, host: str, command_id: str) -> dict[str, Any]:
-        """The stored reply of an earlier command, once it has finished."""
-        while True:
-            answer = await self.ask(host, "result", {"id": command_id})
-            if answer.get("state") == "done":
-                return _inner(answer, "reply")
-            await asyncio.sleep(RESULT_INTERVAL_S)
 
     async def ask(
         self, host: str, question: str, body: Mapping[str, Any] | None = None
@@ -142,7 +134,7 @@ class Client:
                 subject, pack(dict(body or {})), timeout=ASK_TIMEOUT_S
             )
         except nats.errors.NoRespondersError as error:
-            raise NoAnswer(f"no worker is running for host {host} (no responders)") from error
+            raise NoWorker(f"no worker is running for host {host} (no responders)") from error
         except nats.errors.TimeoutError as error:
             raise NoAnswer(
                 f"no answer from host {host} to query {question!r} within {ASK_TIMEOUT_S:g} s"
@@ -212,17 +204,13 @@ async def connect(
 
     Raises:
         NoAnswer: the server is unreachable or refused the connection.
-        CliError: `invalid` CA file.
+        CliError: `invalid` CA file or credentials file.
     """
     target = url or settings.nats.url
     servers = [server.strip() for server in target.split(",")]
     options: dict[str, Any] = {}
     if path := creds or settings.nats.creds:
-        file = CredentialsFile(path)
-        if file.is_jwt():
-            options["user_credentials"] = path
-        else:
-            options.update(user=file.user, password=file.password)
+        options |= _credentials(path)
     if settings.nats.tls:
         options["tls"] = _trust(settings.nats.tls)
     seen: list[Exception] = []
@@ -257,6 +245,34 @@ async def connect(
         await connection.close()
 
 
+def check_credentials(path: str) -> CredentialsFile:
+    """The credentials file, readable and in one of its two forms.
+
+    Raises:
+        CliError: `invalid`; the message names the file.
+    """
+    file = CredentialsFile(path)
+    try:
+        file.check()
+    except OSError as error:
+        raise CliError(
+            "invalid",
+            f"cannot read NATS credentials file {path}: {error.strerror}; "
+            "check --creds and [nats] creds",
+        ) from error
+    except nats.errors.Error as error:
+        raise CliError("invalid", str(error)) from error
+    return file
+
+
+def _credentials(path: str) -> dict[str, Any]:
+    """What nats-py takes for either form of the file."""
+    file = check_credentials(path)
+    if file.is_jwt():
+        return {"user_credentials": path}
+    return {"user": file.user, "password": file.password}
+
+
 def _trust(ca_file: str) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=ca_file)
@@ -274,11 +290,3 @@ def _map(payload: bytes) -> dict[str, Any]:
         return unpack_map(payload, _ANSWER)
     except DecodeError as error:
         raise CliError("internal", f"cannot decode the answer: {error}") from error
-
-
-def _inner(answer: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The map in field `name` of an answer."""
-    value = answer.get(name)
-    if not isinstance(value, dict):
-        raise CliError("internal", f"invalid answer: field {name!r} is missing")
-    return cast("dict[str, Any]", value)

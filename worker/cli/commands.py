@@ -12,6 +12,7 @@ from schemas import codec
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
 from schemas.envelopes import Reply
+from schemas.naming import COMMAND_ID_PATTERN
 from schemas.requests import (
     DestroyInstance,
     Error,
@@ -30,11 +31,14 @@ from worker.cli.context import (
     CliError,
     check_id,
     config_option,
+    explained_host,
     failures,
     json_option,
     leave,
+    load,
     print_json,
     settings_of,
+    text_of,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -61,7 +65,7 @@ def send_options(command: F) -> F:
     for add in (
         click.option(
             "--deadline",
-            type=float,
+            type=click.FloatRange(min=0, min_open=True),
             metavar="S",
             help="Reject the command if it has not started within S seconds.",
         ),
@@ -69,7 +73,8 @@ def send_options(command: F) -> F:
             "--id",
             "command_id",
             metavar="ID",
-            help="Command ID (idempotency key). Reusing one returns the stored reply.",
+            callback=_checked_command_id,
+            help="Command ID (idempotency key). The same command again returns its stored reply.",
         ),
         click.option(
             "--timeout",
@@ -85,9 +90,25 @@ def send_options(command: F) -> F:
     return bus_options(command)
 
 
+def _checked_id(_context: click.Context, argument: click.Parameter, value: str) -> str:
+    check_id(str(argument.name).removesuffix("_id"), value)
+    return value
+
+
+def _checked_command_id(
+    _context: click.Context, _option: click.Parameter, value: str | None
+) -> str | None:
+    if value is not None and not COMMAND_ID_PATTERN.fullmatch(value):
+        raise CliError(
+            "invalid", f"--id '{value}': use 1 to 64 characters A-Z, a-z, 0-9, '_' or '-'"
+        )
+    return value
+
+
 def instance_arguments(command: F) -> F:
     for name in ("instance_id", "pool_id", "tenant_id"):
-        command = click.argument(name, metavar=name.removesuffix("_id").upper())(command)
+        metavar = name.removesuffix("_id").upper()
+        command = click.argument(name, metavar=metavar, callback=_checked_id)(command)
     return command
 
 
@@ -104,7 +125,8 @@ def send(
     deadline: float | None,
 ) -> None:
     """Send the command, print its reply, exit with the reply's exit code."""
-    settings = settings_of(config)
+    loaded = load(config)
+    settings = loaded.settings
     deadline_ms = None if deadline is None else int((time.time() + deadline) * 1000)
 
     async def exchange() -> dict[str, Any]:
@@ -117,7 +139,8 @@ def send(
                 deadline_ms=deadline_ms,
             )
 
-    raw = asyncio.run(exchange())
+    with explained_host(loaded, host):
+        raw = asyncio.run(exchange())
     try:
         reply = codec.read_reply(raw)
     except DecodeError as error:
@@ -139,16 +162,27 @@ def describe_reply(request: Request, reply: Reply) -> str:
             lines.append(f"supported: {', '.join(reply.supported)}")
     else:
         words = [f"ok: {about}"]
-        if reply.status:
-            words.append(f"is {reply.status}")
+        if status := reply.status or _network_status(request):
+            words.append(f"is {status}")
         if not reply.changed and not isinstance(request, Ping):
             words.append("(no change)")
         if reply.replayed:
             words.append("(replayed)")
         lines = [f"{' '.join(words)}, {reply.finished_at_ms - reply.received_at_ms} ms"]
-        lines += [f"  {name}: {value}" for name, value in reply.detail.items()]
+        lines += [f"  {name}: {text_of(value, name)}" for name, value in reply.detail.items()]
     lines.extend(f"left behind: {what}" for what in reply.left_behind)
     return "\n".join(lines)
+
+
+def _network_status(request: Request) -> str:
+    """What an `ok` says of a network; its reply has no status."""
+    match request:
+        case SetupNetwork():
+            return "up"
+        case TeardownNetwork():
+            return "down"
+        case _:
+            return ""
 
 
 def _subject_of(request: Request) -> str:

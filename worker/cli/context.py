@@ -4,7 +4,8 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Generator
-from typing import Any, Final, NoReturn, TypeVar
+from datetime import UTC, datetime
+from typing import Any, Final, NoReturn, TypeVar, cast
 
 import click
 
@@ -12,9 +13,9 @@ from handlers.errors import Failure
 from schemas.codes import EXIT_CODES, EXIT_NO_ANSWER, Code
 from schemas.naming import ID_PATTERN
 from schemas.settings import Settings
-from worker.settings import DEFAULT_FILE, Loaded, SettingsError, load_with_origins
+from worker.settings import DEFAULT_FILE, MACHINE_ID_FILE, Loaded, SettingsError, load_with_origins
 
-NO_ANSWER: Final = "no answer"
+NO_ANSWER: Final = "no_answer"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -32,6 +33,10 @@ class NoAnswer(CliError):
 
     def __init__(self, message: str) -> None:
         super().__init__(NO_ANSWER, message)
+
+
+class NoWorker(NoAnswer):
+    """Nothing subscribes to the queries of this host."""
 
 
 def exit_code(code: str) -> int:
@@ -76,17 +81,42 @@ def load(config: str | None) -> Loaded:
     Raises:
         CliError: `invalid`; the message names the file and the key.
     """
+    path = path_of(config)
     try:
-        return load_with_origins(path_of(config), os.environ)
+        return load_with_origins(path, os.environ)
     except SettingsError as error:
-        raise CliError(Code.INVALID, str(error)) from error
+        named = "" if error.source != path or _option(config) else _origin(path)
+        raise CliError(Code.INVALID, f"{error}{named}") from error
+
+
+def _option(config: str | None) -> str | None:
+    """`--config`, after or before the subcommand."""
+    context = click.get_current_context(silent=True)
+    return config or (context.find_root().params.get("config") if context else None)
+
+
+def _origin(path: str | None) -> str:
+    return " (named by $HOSTD_CONFIG)" if path and path == os.environ.get("HOSTD_CONFIG") else ""
+
+
+@contextlib.contextmanager
+def explained_host(loaded: Loaded, host: str | None) -> Generator[None]:
+    """Add to a missing answer where the host ID is from, if it is the machine's."""
+    own = loaded.settings.host.id
+    try:
+        yield
+    except NoAnswer as error:
+        if host or loaded.origins["host.id"] != MACHINE_ID_FILE or own not in error.message:
+            raise
+        raise NoAnswer(
+            f"{error.message}; the host ID is from {MACHINE_ID_FILE}: if the worker has another "
+            "one, set --host or [host] id"
+        ) from error
 
 
 def path_of(config: str | None) -> str | None:
     """The settings file: `--config`, else `$HOSTD_CONFIG`, else the default if it exists."""
-    context = click.get_current_context(silent=True)
-    path = config or (context.find_root().params.get("config") if context else None)
-    path = path or os.environ.get("HOSTD_CONFIG")
+    path = _option(config) or os.environ.get("HOSTD_CONFIG")
     if not path and os.path.exists(DEFAULT_FILE):
         path = DEFAULT_FILE
     return path or None
@@ -113,6 +143,29 @@ def check_id(kind: str, value: str) -> None:
 def print_json(value: object) -> None:
     """One JSON document on one line."""
     click.echo(json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain))
+
+
+def text_of(value: object, name: str = "") -> str:
+    """A value of a reply or an answer as text; `name` says whether a number is a time."""
+    if value is None or value in ([], {}, "", ()):
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        pairs = cast("dict[str, object]", value).items()
+        return ", ".join(f"{key} {text_of(inner, key)}" for key, inner in pairs)
+    if isinstance(value, list | tuple):
+        items = cast("list[object]", value)
+        nested = any(isinstance(item, dict | list | tuple) for item in items)
+        return ("; " if nested else ", ").join(text_of(item) for item in items)
+    if isinstance(value, int) and value and (name == "since_ms" or name.endswith("at_ms")):
+        return clock(value)
+    return _plain(value)
+
+
+def clock(at_ms: int) -> str:
+    """Unix milliseconds as UTC with millisecond precision."""
+    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
 
 
 def _plain(value: object) -> str:

@@ -34,12 +34,18 @@ def logs(
     )
     try:
         log = asyncio.run(jails.read_log(ref, launch))
+        launches = [] if log else asyncio.run(jails.list_logs(ref))
     except Failure as error:
         raise CliError(error.code, error.message) from error
     except PermissionError as error:
         raise CliError("host_fault", f"{error.filename}: {error.strerror}; run as root") from error
     if not log:
-        raise CliError("not_found", f"no VMM log of {ref} below {settings.paths.state}/logs")
+        which = f"launch {launch} of {ref}" if launch else str(ref)
+        kept = ", ".join(str(each) for each in sorted(launches)) or "none"
+        raise CliError(
+            "not_found",
+            f"no VMM log of {which} below {settings.paths.state}/logs; launches with a log: {kept}",
+        )
     text = log.decode(errors="replace")
     if as_json:
         print_json({"log": text})

@@ -9,6 +9,7 @@ import structlog
 
 from worker import logs
 from worker.cli.context import CliError, config_option, exit_code, print_json
+from worker.settings import nearest
 
 SECTIONS: Final[dict[str, dict[str, str]]] = {
     "Worker": {
@@ -61,6 +62,16 @@ class LazyGroup(click.Group):
         if not isinstance(command, click.Command):
             raise TypeError(f"{COMMANDS[cmd_name]}: expected a click command, got {command!r}")
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            raise click.UsageError(
+                f"no such command '{args[0]}'{nearest(args[0], COMMANDS)}", ctx
+            ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The subcommands by section, in the order of the table."""

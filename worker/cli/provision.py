@@ -11,11 +11,14 @@ import msgspec
 from schemas.naming import HOST_ID_PATTERN
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
+from worker import logs
 from worker.bus import accounts, imports, streams
 from worker.bus.connection import Connection
 from worker.bus.protocol import BusError, NotProvisioned
 from worker.bus.provision import Made
 from worker.bus.provision import provision as provision_cell
+from worker.bus.strict_client import without_password
+from worker.cli.client import check_credentials
 from worker.cli.context import (
     CliError,
     NoAnswer,
@@ -96,6 +99,7 @@ def provision(
     nats = msgspec.structs.replace(
         settings.nats, url=url or settings.nats.url, creds=creds or settings.nats.creds
     )
+    shown = without_password(nats.url)
     subjects = Subjects(settings.root, hosts[0], settings.host.cell)
     if server_config:
         domain = settings.nats.js_domain or JS_DOMAIN
@@ -115,13 +119,16 @@ def provision(
             return made
         except TimeoutError as error:
             raise NoAnswer(
-                f"cannot connect to NATS at {nats.url} within {CONNECT_TIMEOUT_S:g} s: "
+                f"cannot connect to NATS at {shown} within {CONNECT_TIMEOUT_S:g} s: "
                 f"{connection.last_error or 'no connection'}"
             ) from error
         finally:
             await connection.close()
 
-    progress(f"provisioning cell {settings.host.cell} at {nats.url}, hosts: {', '.join(hosts)}")
+    if nats.creds:
+        check_credentials(nats.creds)
+    logs.configure("critical", stream="stderr")  # a failure is reported once, in words
+    progress(f"provisioning cell {settings.host.cell} at {shown}, hosts: {', '.join(hosts)}")
     try:
         made = asyncio.run(work())
     except NotProvisioned as error:

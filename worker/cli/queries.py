@@ -1,33 +1,40 @@
 """Read-only queries to a worker over its `ask` subjects, and its events: ls show events."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any
 
 import click
 
-from worker.cli.client import connect
+from worker.cli.client import Client, connect
 from worker.cli.commands import bus_options
-from worker.cli.context import NoAnswer, print_json, settings_of
+from worker.cli.context import (
+    CliError,
+    NoAnswer,
+    NoWorker,
+    check_id,
+    clock,
+    explained_host,
+    load,
+    print_json,
+    progress,
+    settings_of,
+    text_of,
+)
 
 
 def ask(question: str, body: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Send one query to one host; `options` are those of `bus_options`."""
-    settings = settings_of(options["config"])
+    loaded = load(options["config"])
+    settings = loaded.settings
 
     async def exchange() -> dict[str, Any]:
         async with connect(settings, url=options["url"], creds=options["creds"]) as client:
             return await client.ask(options["host"] or settings.host.id, question, body)
 
-    return asyncio.run(exchange())
-
-
-def clock(at_ms: int) -> str:
-    """Unix milliseconds as UTC with millisecond precision."""
-    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
+    with explained_host(loaded, options["host"]):
+        return asyncio.run(exchange())
 
 
 @click.command("ls")
@@ -73,20 +80,14 @@ def show(
     body = {"tenant_id": tenant_id}
     if pool_id is not None and instance_id is not None:
         body |= {"pool_id": pool_id, "instance_id": instance_id}
+    for kind, value in body.items():
+        check_id(kind.removesuffix("_id"), value)
     answer = ask("describe", body, options)
     if as_json:
         print_json(answer)
         return
     for name, value in answer.items():
-        click.echo(f"{name}: {_text(name, value)}")
-
-
-def _text(name: str, value: object) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int) and value and name.endswith("_ms"):
-        return clock(value)
-    return json.dumps(value, default=str)
+        click.echo(f"{'since' if name == 'since_ms' else name}: {text_of(value, name)}")
 
 
 @click.command()
@@ -129,6 +130,8 @@ def events(
     async def follow() -> None:
         async with connect(settings, url=options["url"], creds=options["creds"]) as client:
             live = await client.live_events(host)
+            if not all_hosts:
+                await _note_absent(client, host)
             if kept:
                 stream = f"HOSTD_EVT_{settings.host.cell}"
                 if await _until(client.kept_events(stream, host), show_event) or no_follow:
@@ -149,6 +152,16 @@ def events(
         asyncio.run(bounded())
 
 
+async def _note_absent(client: Client, host: str) -> None:
+    """Say on stderr that no worker of this host is there; its events may still come."""
+    try:
+        await client.ask(host, "ping")
+    except NoWorker as error:
+        progress(f"note: {error.message}; check the host ID if no event is shown")
+    except CliError:
+        return
+
+
 async def _until(
     source: AsyncIterator[dict[str, Any]], last: Callable[[dict[str, Any]], bool]
 ) -> bool:
@@ -165,4 +178,7 @@ def describe_event(event: dict[str, Any]) -> str:
     before = f"{event['from']} " if event.get("from") else ""
     change = f" {before}-> {event['to']}" if event.get("to") else ""
     reason = f" ({event['reason']})" if event.get("reason") else ""
+    detail: dict[str, Any] = event.get("detail") or {}
+    if event["kind"] == "command":  # its type and the code of its reply
+        change += "".join(f" {detail[key]}" for key in ("type", "code") if key in detail)
     return f"{clock(event['at_ms'])} {event['seq']} {event['kind']} {about}{change}{reason}"

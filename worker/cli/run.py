@@ -23,6 +23,12 @@ def run(config: str | None, json: bool) -> None:
     del json
     settings = settings_of(config)
     check_uids(settings)
+    if os.geteuid() != 0:
+        raise CliError(
+            "host_fault",
+            "cannot run the worker as an ordinary user: it creates interfaces, cgroups and jails; "
+            "run it as root",
+        )
     open_standard_descriptors()
     raise_limit()
     writer = LogWriter(1)

@@ -15,6 +15,7 @@ import click
 
 from handlers.host.storage.tenant_writer import TenantWriter
 from schemas import naming
+from schemas.codes import Code
 from schemas.requests import InstanceRef, TenantNet
 from worker.cli.commands import instance_arguments
 from worker.cli.context import (
@@ -25,6 +26,7 @@ from worker.cli.context import (
     json_option,
     print_json,
     settings_of,
+    text_of,
 )
 
 NET_IDS: Final = (1, 4095)
@@ -95,11 +97,12 @@ def write_seed(data_root: str, seed: Seed) -> Seeded:
 def _write_tenant(files: TenantWriter, seed: Seed) -> TenantNet:
     net = net_of(seed.net_id)
     if (there := _read(files, "tenant.json")) is not None:
-        if there.get("net", {}).get("tenant_net_id") != seed.net_id:
+        found = there.get("net", {}).get("tenant_net_id")
+        if found != seed.net_id:
             raise CliError(
                 "conflict",
-                f"{files.named('tenant.json')}: net mismatch: found {there.get('net')},"
-                f" want tenant_net_id {seed.net_id}",
+                f"{files.named('tenant.json')}: the tenant has net ID {text_of(found)}: use "
+                f"--net-id {text_of(found)}, or remove the tenant to give it {seed.net_id}",
             )
         return TenantNet(**there["net"])
     _write_json(
@@ -306,16 +309,23 @@ def seed(
     files = {"vmlinux": vmlinux, "rootfs.ext4": rootfs, "initrd": initrd}
     ref = InstanceRef(tenant_id, pool_id, instance_id)
     root = settings_of(config).paths.data
-    seeded = write_seed(
-        root,
-        Seed(
-            ref,
-            net_id,
-            artifacts={name: path for name, path in files.items() if path is not None},
-            secrets=secrets.read() if secrets is not None else None,
-            **values,
-        ),
+    wanted = Seed(
+        ref,
+        net_id,
+        artifacts={name: path for name, path in files.items() if path is not None},
+        secrets=secrets.read() if secrets is not None else None,
+        **values,
     )
+    try:
+        seeded = write_seed(root, wanted)
+    except CliError as error:
+        if error.code != Code.HOST_FAULT:
+            raise
+        raise CliError(
+            error.code,
+            f"{error.message}; run as root, or set [paths] data to a directory that you can "
+            "write to",
+        ) from error
     if as_json:
         print_json({"guest_ip": seeded.guest_ip, "tap": seeded.tap, "revision": seeded.revision})
     else:

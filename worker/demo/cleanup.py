@@ -1,6 +1,6 @@
-"""Removal of a temporary host: its VMMs, cgroups, mounts and files.
+"""Cleanup after a temporary host (demo, tests): removes its VMMs, cgroups, mounts and files.
 
-For the demo and the tests, whose hosts have a private cgroup tree, network namespace and directory.
+Such a host has a private cgroup tree, network namespace and directory.
 Never for a real host: there hostd removes nothing that it cannot prove to be its own.
 """
 

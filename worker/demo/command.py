@@ -85,10 +85,14 @@ def demo(*, build: str, here: bool, guest: str, as_json: bool) -> None:
     root and the guests that `make setup` builds.
     """
     logs.configure("error", stream="stderr")
+    if os.geteuid() != 0:
+        raise CliError(
+            "host_fault",
+            "cannot run the demo as an ordinary user: it creates interfaces, cgroups and jails; "
+            "run it as root",
+        )
     if guest == "linux" and not here and not linux_runs_here():
         hand_over_to_lab(os.path.dirname(os.path.abspath(build)), as_json=as_json)
-    if os.geteuid() != 0:
-        raise click.ClickException("the demo creates interfaces, cgroups and jails: run it as root")
     enter_new_network()
     progress = Progress(lambda text, ends: click.echo(text, nl=ends, err=as_json))
     where = "in the lab" if os.environ.get("HOSTD_LAB") else "on this machine's KVM"
@@ -221,7 +225,8 @@ async def life(driver: Driver, build: str, guest: str) -> None:
     awake = await driver.stat(launch=1)
     await driver.owned()
     await driver.send("sleep", SleepInstance(*NAMES, force=False), "drain", "size_bytes")
-    with driver.progress.step("asleep"):
+    with driver.progress.step("asleep") as facts:
+        facts.append("no VMM, no TAP; the snapshot is on disk")
         await asyncio.sleep(ASLEEP_S)
     reply = await driver.send("wake", WakeInstance(*NAMES), "pid")
     woken = await driver.stat(launch=2)

@@ -1,7 +1,7 @@
-"""Pins: the one MAC and address that may come out of a TAP. Made before the TAP is up.
+"""Anti-spoofing: the one MAC and IPv4 address that a TAP may send from (its pin).
 
-A port that is pinned is held to its pins by the bridge table, for IPv4 and inside ARP; all other
-protocols from it are dropped.
+A pin is made before the TAP is up. A port that is pinned is held to its pins by the bridge table,
+for IPv4 and inside ARP; all other protocols from it are dropped.
 """
 
 from typing import ClassVar

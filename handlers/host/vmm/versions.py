@@ -13,7 +13,7 @@ from schemas.settings import Settings
 
 # The one place that says so; tests/unit/vmm/test_versions.py checks every text that repeats it.
 OLDEST, NEWEST = (1, 12), (1, 16)
-LINE = re.compile(rb"^(?:Firecracker|Jailer) v(\d+)\.(\d+)\.(\d+)", re.MULTILINE)
+LINE = re.compile(rb"^(Firecracker|Jailer) v(\d+)\.(\d+)\.(\d+)", re.MULTILINE)
 
 Version = tuple[int, int, int]
 
@@ -24,8 +24,8 @@ async def check_versions(settings: Settings) -> str:
     Raises:
         HostFault: not executable, not Firecracker, of two versions, or of one not supported.
     """
-    firecracker = await _version(settings.vmm.firecracker)
-    jailer = await _version(settings.vmm.jailer)
+    firecracker = await _version(settings.vmm.firecracker, "Firecracker")
+    jailer = await _version(settings.vmm.jailer, "Jailer")
     if firecracker != jailer:
         raise HostFault(
             "[vmm] firecracker and jailer must have the same version: "
@@ -53,7 +53,7 @@ def parse_version(text: str) -> Version:
     return int(match[1]), int(match[2]), int(match[3])
 
 
-async def _version(program: str) -> Version:
+async def _version(program: str, name: str) -> Version:
     with tempfile.TemporaryFile() as output:
         try:
             code = await spawn.run([program, "--version"], output.fileno())
@@ -61,12 +61,13 @@ async def _version(program: str) -> Version:
             raise HostFault(f"cannot execute {program}: {error.strerror}") from error
         text = os.pread(output.fileno(), 4096, 0)
     match = LINE.search(text)
-    if code != 0 or match is None:
+    if code != 0 or match is None or match[1] != name.encode():
+        printed = text.partition(b"\n")[0][:80].decode(errors="replace")
         raise HostFault(
-            f"{program} --version printed no version of Firecracker (exit status {code}): "
-            f"{text[:80]!r}"
+            f"[vmm] {name.lower()}: expected `{program} --version` to print '{name} v<version>', "
+            f"found '{printed}' (exit status {code}): set the path of the {name.lower()} binary"
         )
-    return int(match[1]), int(match[2]), int(match[3])
+    return int(match[2]), int(match[3]), int(match[4])
 
 
 def _text(version: tuple[int, ...]) -> str:

@@ -222,3 +222,11 @@ def test_encode_with_json_prints_the_bytes_as_hex() -> None:
     result = run(encode, "--json", data=envelope)
 
     assert json.loads(result.stdout) == {"hex": PING.hex()}
+
+
+def test_encode_says_where_json_is_invalid() -> None:
+    result = run(encode, data=b"{'v': 1}")
+
+    assert json.loads(result.stdout)["error"]["message"] == (
+        "invalid JSON: Expecting property name enclosed in double quotes: line 1 column 2"
+    )

@@ -20,3 +20,9 @@ def test_logs_prints_the_latest_launch_or_is_not_found(tmp_path: Path) -> None:
     assert last.output == "launch 10\n"
     assert json.loads(other.output) == {"log": "launch 9\n"}
     assert none.exit_code == 13
+
+    gone = hostd("logs", "acme", "web", "i-1", "--launch", "7", **place)
+
+    assert gone.exit_code == 13
+    assert "no VMM log of launch 7 of acme/web/i-1" in gone.stderr
+    assert "launches with a log: 9, 10" in gone.stderr

@@ -1,14 +1,17 @@
 """The command line as a whole: settings file, exit codes, help."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from schemas.codes import EXIT_CODES, EXIT_NO_ANSWER, Code
+from schemas.settings import HostSettings, Settings
 from tests.unit.cli.hostd import hostd
-from worker.cli.context import exit_code
+from worker.cli.context import NoAnswer, exit_code, explained_host
 from worker.cli.main import COMMANDS
+from worker.settings import MACHINE_ID_FILE, Loaded
 
 
 @pytest.mark.parametrize("place", ["before", "after", "environment"])
@@ -35,7 +38,7 @@ def test_wrong_settings_are_invalid_and_name_file_and_key(tmp_path: Path) -> Non
     result = hostd("check-config", "--config", str(file))
 
     assert result.exit_code == 10
-    assert result.stderr == f"invalid: {file}: host.cel: no such setting\n"
+    assert result.stderr == f"invalid: {file}: host.cel: no such setting; did you mean host.cell?\n"
     assert result.stdout == ""
 
 
@@ -79,3 +82,53 @@ def test_the_help_lists_every_subcommand_with_its_summary_in_full() -> None:
 def test_every_code_has_its_exit_code_and_an_unknown_one_counts_as_internal() -> None:
     assert {exit_code(code.value) for code in Code} == set(EXIT_CODES.values())
     assert exit_code("from_the_future") == EXIT_CODES[Code.INTERNAL]
+
+
+def test_a_credentials_file_that_is_missing_or_open_to_others_is_invalid(tmp_path: Path) -> None:
+    missing = hostd("ls", "--creds", str(tmp_path / "none"), "--url", "nats://127.0.0.1:1")
+    (tmp_path / "open").write_text("a:b")
+    (tmp_path / "open").chmod(0o644)
+    readable = hostd("ls", "--creds", str(tmp_path / "open"), "--url", "nats://127.0.0.1:1")
+
+    assert (missing.exit_code, readable.exit_code) == (10, 10)
+    assert f"cannot read NATS credentials file {tmp_path}/none: No such file" in missing.stderr
+    assert "chmod 600" in readable.stderr
+
+
+def test_a_mistyped_subcommand_gets_the_nearest_one() -> None:
+    result = hostd("net_up", "t")
+
+    assert result.exit_code == 2
+    assert "no such command 'net_up'; did you mean net-up?" in result.stderr
+
+
+def test_a_missing_settings_file_is_named_with_where_its_path_is_from(tmp_path: Path) -> None:
+    file = str(tmp_path / "none")
+
+    by_variable = hostd("check-config", HOSTD_CONFIG=file)
+    by_option = hostd("check-config", "--config", file)
+
+    complaint = f"invalid: {file}: cannot read the settings file: No such file or directory"
+    assert by_variable.stderr == f"{complaint} (named by $HOSTD_CONFIG)\n"
+    assert by_option.stderr == f"{complaint}\n"
+
+
+def test_the_worker_requires_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+
+    result = hostd("run")
+
+    assert result.exit_code == 20
+    assert "run it as root" in result.stderr
+
+
+def test_without_an_answer_a_host_id_from_the_machine_is_explained() -> None:
+    settings = Settings(host=HostSettings(id=32 * "a"))
+    machine = Loaded(settings, {"host.id": MACHINE_ID_FILE})
+    silence = NoAnswer(f"no worker is running for host {32 * 'a'}")
+    explained = f"host a+; the host ID is from {MACHINE_ID_FILE}"
+
+    with pytest.raises(NoAnswer, match=explained), explained_host(machine, None):
+        raise silence
+    with pytest.raises(NoAnswer, match=r"host a+$"), explained_host(machine, "h2"):
+        raise silence

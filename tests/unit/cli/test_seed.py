@@ -12,8 +12,11 @@ from schemas import naming
 from schemas.files import InstanceFile, PoolSpec, TenantConfig
 from schemas.requests import InstanceRef, TenantNet
 from tests.constants import REF
+from tests.unit.cli.hostd import hostd
 from worker.cli.context import CliError
 from worker.cli.seed import Seed, net_of, write_seed
+
+REF_WORDS = ("acme", "web", "i-1")
 
 
 def read(path: Path) -> Any:
@@ -104,7 +107,9 @@ def test_existing_files_are_kept(tmp_path: Path) -> None:
 def test_another_net_for_a_tenant_is_a_conflict(tmp_path: Path) -> None:
     write_seed(str(tmp_path), Seed(REF, 7))
 
-    with pytest.raises(CliError, match=r"tenant\.json: net mismatch") as caught:
+    with pytest.raises(
+        CliError, match=r"tenant\.json: the tenant has net ID 7: use --net-id 7"
+    ) as caught:
         write_seed(str(tmp_path), Seed(REF, 8))
     assert caught.value.code == "conflict"
 
@@ -129,3 +134,12 @@ def test_no_half_written_file_stays(tmp_path: Path, images: dict[str, str]) -> N
     write_seed(str(root), Seed(REF, 7, artifacts=images))
 
     assert [path for path in root.rglob("*") if ".new" in path.name] == []
+
+
+def test_a_directory_that_cannot_be_written_is_named_with_what_to_do() -> None:
+    # Of /sys not even root can make a directory.
+    result = hostd("seed", *REF_WORDS, "--net-id", "7", HOSTD_PATHS_DATA="/sys/hostd")
+
+    assert result.exit_code == 20
+    assert result.stderr.startswith("host_fault: cannot make /sys/hostd/tenants/acme: ")
+    assert "run as root, or set [paths] data" in result.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
+from tests.unit.cli.hostd import hostd
 from worker.demo import command
 from worker.demo.command import check_resumed
 from worker.demo.progress import DemoFailed
@@ -51,3 +52,16 @@ def test_where_kvm_cannot_run_linux_the_demo_is_executed_in_the_lab(
 
     arguments = ["-m", "tests.lab.run", "--", "hostd", "demo", "--here", "--json"]
     assert became.value.args == (sys.executable, [sys.executable, *arguments], str(tmp_path))
+
+
+@pytest.mark.parametrize("args", [(), ("--guest", "mini"), ("--here",)])
+def test_the_demo_requires_root_before_anything_else(
+    args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+
+    result = hostd("demo", *args)
+
+    assert result.exit_code == 20
+    assert result.stderr.startswith("host_fault: cannot run the demo as an ordinary user")
+    assert "run it as root" in result.stderr

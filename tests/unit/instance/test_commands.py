@@ -20,6 +20,7 @@ from schemas.files import InstanceResources, PoolSpec, TenantConfig
 from schemas.records import Status
 from schemas.requests import (
     DestroyInstance,
+    Error,
     InstanceRef,
     Request,
     SetupNetwork,
@@ -422,6 +423,18 @@ async def test_the_table_of_statuses(
         reply = await worker.run(request_)
 
         assert (reply.code, reply.changed, reply.status) == (code, changed, status)
+
+
+async def test_a_conflict_names_the_status_that_the_command_wants(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await worker.run(UP)
+
+        reply = await worker.run(WAKE)
+
+        assert isinstance(reply.response, Error)
+        assert reply.response.message == (
+            "instance acme/web/i-1 is created: cannot wake it, want sleeping"
+        )
 
 
 async def test_an_instance_that_never_was_is_absent(tmp_path: Path) -> None:

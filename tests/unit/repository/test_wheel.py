@@ -99,4 +99,7 @@ def test_the_module_fails_as_the_command_does(bin_dir: Path, tmp_path: Path) -> 
     done = run(tmp_path, bin_dir / "python", "-I", "-m", "worker", "--config", "/nonexistent")
 
     assert done.returncode == 10
-    assert done.stderr == "invalid: /nonexistent: No such file or directory\n"
+    assert (
+        done.stderr
+        == "invalid: /nonexistent: cannot read the settings file: No such file or directory\n"
+    )

@@ -1,0 +1,43 @@
+"""The connection without a server: it ends when it is asked to, whatever nats-py waits for."""
+
+import asyncio
+from typing import NoReturn
+
+import pytest
+
+from schemas.settings import NatsSettings
+from worker.bus.connection import Connection
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_connection_ends_though_it_is_refused_at_the_same_time(
+    turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one of these turns of the loop, wait_for of Python 3.11 drops the cancellation."""
+    trying = asyncio.Event()
+    refuse = asyncio.Event()
+
+    async def open_connection(*_: object, **__: object) -> NoReturn:
+        trying.set()
+        await refuse.wait()
+        refuse.clear()
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(asyncio, "open_connection", open_connection)
+    connection = Connection(NatsSettings(url="nats://127.0.0.1:1"), name="t", inbox="_INBOX.t")
+    await connection.start()
+    await trying.wait()
+    trying.clear()
+
+    refuse.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    closing = asyncio.create_task(connection.close())
+    again = asyncio.create_task(trying.wait())
+    await asyncio.wait([closing, again], return_when=asyncio.FIRST_COMPLETED)
+    lost = again.done() and not closing.done()
+    again.cancel()
+    closing.cancel()
+    await asyncio.gather(again, closing, return_exceptions=True)
+
+    assert not lost
