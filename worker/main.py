@@ -352,10 +352,10 @@ class Worker:
 
 
 async def prune(journal: Journal) -> None:
-    """Delete finished commands past their retention, a bounded number at a time."""
+    """Delete finished commands and tombstones past their retention, a bounded number at a time."""
     while True:
         try:
-            if await journal.commands.prune():
+            if await journal.commands.prune() + await journal.records.prune_tombstones():
                 continue
         except Exception as error:  # noqa: BLE001 - logged; the rest goes on
             log.warning("journal.prune_failed", error=repr(error))

@@ -60,7 +60,12 @@ async def ready(port: int) -> tuple[int, dict[str, bool]]:
 async def test_without_a_free_descriptor_readyz_answers_and_commands_go_on_afterwards() -> None:
     port = unused_port()
     async with live_host(worker=False) as host:
-        await host.start_worker(environment={"HOSTD_METRICS_LISTEN": f"127.0.0.1:{port}"})
+        await host.start_worker(
+            environment={
+                "HOSTD_METRICS_LISTEN": f"127.0.0.1:{port}",
+                "HOSTD_LIMITS_RETRY_BUDGET_S": "1",
+            }
+        )
         assert host.worker is not None
         await host.net_up(host.seed())
         assert (await host.run(START))["code"] == "ok"
