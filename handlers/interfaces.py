@@ -5,7 +5,7 @@ Implemented in `handlers/host/`, one mechanism per file, and in memory by `tests
 bytes unless a name says otherwise. Every method raises a `Failure` of `handlers/errors.py`.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -228,6 +228,10 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
 
     async def launches(self, ref: InstanceRef) -> Sequence[int]:
         """Numbers of the launches whose cgroup exists, with or without a process."""
+        ...
+
+    async def uids_in_use(self) -> Collection[int]:
+        """Those uids of `[vmm]` under which any process runs, whether or not it is known."""
         ...
 
     async def find(self, jail_id: str) -> VmmIdentity | None:

@@ -1,7 +1,8 @@
 """`/metrics`, `/livez` and `/readyz` over HTTP, on loopback unless the settings say otherwise.
 
 Read-only, one request per connection, bounded in size, time and number: a stuck scraper costs one
-connection slot for a few seconds.
+connection slot for a few seconds. When the process has no free descriptor, a connection takes one
+of the reserve. asyncio's own server would log each failed accept a hundred times.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from types import TracebackType
@@ -17,12 +19,15 @@ from typing import Final, Self
 import h11
 
 from handlers.errors import HostFault
+from worker.descriptors import DescriptorReserve
 from worker.metrics import Metrics
 
 REQUEST_TIMEOUT_S: Final = 5.0
 MAX_HEADER_BYTES: Final = 8192
 MAX_CONNECTIONS: Final = 16
 MAX_PER_ADDRESS: Final = 8
+BACKLOG: Final = 100
+ACCEPT_RETRY_S: Final = 0.5
 _JSON = "application/json"
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -35,14 +40,19 @@ class HealthServer:
     Args:
         listen: `host:port`; port 0 means any free port, see `port`.
         checks: ready when all of these are true, e.g. `recovered`, `connected`, `can_commit`.
+        reserve: of `MAX_CONNECTIONS` descriptors, so that each connection can have one.
     """
 
-    def __init__(self, listen: str, metrics: Metrics, checks: Checks) -> None:
+    def __init__(
+        self, listen: str, metrics: Metrics, checks: Checks, reserve: DescriptorReserve
+    ) -> None:
         host, _, port = listen.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
         self._metrics = metrics
         self._checks = checks
-        self._server: asyncio.Server | None = None
+        self._reserve = reserve
+        self._listeners: list[socket.socket] = []
+        self._accepting: list[asyncio.Task[None]] = []
         self._open: dict[asyncio.Task[None], str] = {}
 
     async def __aenter__(self) -> Self:
@@ -52,17 +62,16 @@ class HealthServer:
             HostFault: the address is in use or not on this host.
         """
         try:
-            self._server = await asyncio.start_server(
-                self._accept, self._host, self._port, limit=MAX_HEADER_BYTES
-            )
+            await self._listen()
         except OSError as error:
-            # asyncio's own text shows the address as a Python tuple.
+            self._close_listeners()
             known = error.errno is not None and error.errno in errno.errorcode
             why = os.strerror(error.errno) if known and error.errno else error.strerror
             raise HostFault(
                 f"cannot listen on {self._host}:{self._port}: {why}: change [metrics] listen, or "
                 "stop the process that uses this address"
             ) from error
+        self._accepting = [asyncio.create_task(self._accept(each)) for each in self._listeners]
         return self
 
     async def __aexit__(
@@ -71,34 +80,72 @@ class HealthServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._server is None:
-            return
-        self._server.close()
-        for task in self._open:
+        tasks = [*self._accepting, *self._open]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._open, return_exceptions=True)
-        await self._server.wait_closed()
-        self._server = None
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._close_listeners()
 
     @property
     def port(self) -> int:
         """The port in use."""
-        if self._server is None:
+        if not self._listeners:
             raise RuntimeError("the health server is not running")
-        return int(self._server.sockets[0].getsockname()[1])
+        return int(self._listeners[0].getsockname()[1])
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer = writer.get_extra_info("peername")
-        address = str(peer[0]) if peer else ""
+    async def _listen(self) -> None:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            self._host or None, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            listener = socket.socket(family, kind, protocol)
+            self._listeners.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.setblocking(False)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+
+    def _close_listeners(self) -> None:
+        while self._listeners:
+            self._listeners.pop().close()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, peer = await loop.sock_accept(listener)
+            except OSError as error:
+                # After `release` nothing else runs on this thread before the next accept.
+                exhausted = error.errno in (errno.EMFILE, errno.ENFILE)
+                if not (exhausted and self._reserve.release()):
+                    await asyncio.sleep(ACCEPT_RETRY_S)
+                continue
+            self._take(connection, str(peer[0]))
+            await asyncio.sleep(0)  # an accept that succeeds at once does not yield
+
+    def _take(self, connection: socket.socket, address: str) -> None:
         from_there = sum(each == address for each in self._open.values())
         if len(self._open) >= MAX_CONNECTIONS or from_there >= MAX_PER_ADDRESS:
-            writer.transport.abort()
+            connection.close()
+            self._reserve.refill()
             return
-        task = asyncio.create_task(self._serve(reader, writer))
+        task = asyncio.create_task(self._serve(connection))
         self._open[task] = address
-        task.add_done_callback(lambda done: self._open.pop(done, None))
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def served(done: asyncio.Task[None]) -> None:
+            del self._open[done]
+            connection.close()
+            self._reserve.refill()
+
+        task.add_done_callback(served)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        try:
+            reader, writer = await asyncio.open_connection(sock=connection, limit=MAX_HEADER_BYTES)
+        except OSError:
+            return
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 writer.write(await self._exchange(reader))

@@ -28,9 +28,10 @@ from schemas.subjects import Subjects
 from worker import logs
 from worker.background import BackgroundTasks
 from worker.bus.nats import NatsBus
+from worker.descriptors import DescriptorReserve, check_limit
 from worker.dispatch import Dispatch
 from worker.failpoints import failpoint
-from worker.health import HealthServer
+from worker.health import MAX_CONNECTIONS, HealthServer
 from worker.host_factory import RealHost, open_real_host
 from worker.intake import Intake
 from worker.journal.journal import Journal
@@ -94,6 +95,9 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
         stack.enter_context(HostLock(settings.paths.run, *owned))
         await check_versions(settings)
         metrics = Metrics(version("hostd"))
+        check_limit(settings, HostFacts().memory_mib())
+        reserve = DescriptorReserve(MAX_CONNECTIONS)
+        stack.callback(reserve.close)
         # Before the journal, which cannot be opened on a full file system.
         disk = DiskSpace(state=settings.paths.state, reserve_mib=settings.limits.disk_reserve_mib)
         await asyncio.to_thread(disk.check)
@@ -114,11 +118,11 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
         stack.callback(real.close)
         bus = NatsBus(settings.nats, subjects)
         stack.push_async_callback(bus.close)
-        worker = Worker(settings, subjects, metrics, journal, real, bus, background)
+        worker = Worker(settings, subjects, metrics, journal, real, bus, background, reserve)
         stack.push_async_callback(worker.vmm_watch.close)
         if settings.metrics.listen:
             await stack.enter_async_context(
-                HealthServer(settings.metrics.listen, metrics, worker.checks)
+                HealthServer(settings.metrics.listen, metrics, worker.checks, reserve)
             )
         await worker.run(signals, Reload(settings, read, bus.connection))
 
@@ -135,12 +139,14 @@ class Worker:
         real: RealHost,
         bus: NatsBus,
         background: BackgroundTasks,
+        reserve: DescriptorReserve,
     ) -> None:
         host, removable = real.host, mechanisms(real.host)
         self.settings, self.metrics, self.journal, self.bus = settings, metrics, journal, bus
         self._phase = "recovering"
         self._real = real
         self._background = background
+        self._reserve = reserve
         runner = NotifyingRunner(
             Dispatch(
                 journal, HANDLERS, host, removable, meters=metrics, failpoint=failpoint(os.environ)
@@ -231,6 +237,7 @@ class Worker:
             "connected": self.bus.connected,
             "can_commit": self.journal.store.writable,
             "has_disk_space": not self._real.disk.low,
+            "has_descriptors": self._reserve.has_free(),
             "provisioned": not self.bus.trouble,
             "leased": self.lease.held,
             "acks_move": not self.bus.ack_window.stuck,
@@ -345,10 +352,10 @@ class Worker:
 
 
 async def prune(journal: Journal) -> None:
-    """Delete finished commands past their retention, a bounded number at a time."""
+    """Delete finished commands and tombstones past their retention, a bounded number at a time."""
     while True:
         try:
-            if await journal.commands.prune():
+            if await journal.commands.prune() + await journal.records.prune_tombstones():
                 continue
         except Exception as error:  # noqa: BLE001 - logged; the rest goes on
             log.warning("journal.prune_failed", error=repr(error))

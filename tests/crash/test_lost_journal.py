@@ -85,3 +85,24 @@ async def test_a_start_of_an_instance_whose_vm_is_in_no_journal_leaves_that_vm_a
         assert (reply["code"], reply["detail"]["jail"]) == ("conflict", root.parent.name)
         os.kill(pid, 0)
         assert root.is_dir()
+
+
+async def test_another_instance_is_not_given_the_uid_of_a_vm_that_is_in_no_journal() -> None:
+    async with live_host() as host:
+        seeded = host.seed()
+        host.seed(OTHER)
+        await host.net_up(seeded)
+        pid = (await host.run(START))["detail"]["pid"]
+        root = Path(await host.jail_root())
+        await host.kill_worker()
+        lose_journal(host)
+        (root.parent / "hostd.json").unlink()
+        await host.start_worker()
+        await host.net_up(seeded)
+
+        reply = await host.run(StartInstance("acme", "web", "i-2"))
+
+        assert reply["code"] == "ok", reply
+        uids = {os.stat(f"/proc/{each}").st_uid for each in (pid, reply["detail"]["pid"])}
+        base = host.settings.vmm.uid_base
+        assert uids == {base, base + 1}

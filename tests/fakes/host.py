@@ -102,6 +102,7 @@ class FakeHost:
     exits_on_request: bool = True
     exited: dict[int, asyncio.Event] = field(default_factory=dict[int, asyncio.Event])
     uids: dict[str, int] = field(default_factory=dict[str, int])
+    foreign_uids: set[int] = field(default_factory=set[int])
     next_pid: int = 1000
     seen: list[str] = field(default_factory=list[str])
     later: list[Callable[[], Awaitable[None]]] = field(
@@ -460,6 +461,11 @@ class FakeVmms(Plain[LaunchSpec]):
 
     async def launches(self, ref: InstanceRef) -> Sequence[int]:
         return launches_of(self.machine, self.name, ref)
+
+    async def uids_in_use(self) -> set[int]:
+        machine = self.machine
+        live = {uid for key, uid in machine.uids.items() if (self.name, key) in machine.resources}
+        return machine.foreign_uids | live
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         identity: VmmIdentity | None = self.machine.resources.get((self.name, jail_id))

@@ -8,6 +8,7 @@ import pytest
 
 from handlers.errors import HostFault
 from worker import health
+from worker.descriptors import DescriptorReserve
 from worker.health import HealthServer
 from worker.metrics import Metrics
 
@@ -26,7 +27,9 @@ def state() -> State:
 
 @pytest.fixture
 async def server(state: State) -> AsyncIterator[HealthServer]:
-    async with HealthServer("127.0.0.1:0", Metrics("9.9"), lambda: state.checks) as server:
+    async with HealthServer(
+        "127.0.0.1:0", Metrics("9.9"), lambda: state.checks, DescriptorReserve(2)
+    ) as server:
         yield server
 
 
@@ -135,7 +138,9 @@ async def test_one_address_leaves_connections_for_another(server: HealthServer) 
 
 
 async def test_leaving_it_closes_open_connections(state: State) -> None:
-    async with HealthServer("127.0.0.1:0", Metrics("1"), lambda: state.checks) as server:
+    async with HealthServer(
+        "127.0.0.1:0", Metrics("1"), lambda: state.checks, DescriptorReserve(2)
+    ) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         port = server.port
         await exchange(server, get("/livez"))
@@ -147,7 +152,7 @@ async def test_leaving_it_closes_open_connections(state: State) -> None:
 
 
 async def test_an_address_in_use_is_named_with_its_setting(server: HealthServer) -> None:
-    second = HealthServer(f"127.0.0.1:{server.port}", Metrics("9.9"), dict)
+    second = HealthServer(f"127.0.0.1:{server.port}", Metrics("9.9"), dict, DescriptorReserve(0))
 
     with pytest.raises(HostFault) as caught:
         await second.__aenter__()

@@ -1,9 +1,10 @@
 """Instances, networks and tombstones (`handlers.interfaces.Records`), and the events they cause."""
 
 import sqlite3
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -16,6 +17,8 @@ from worker.journal.store import Store
 from worker.journal.transaction import EventDraft, Transaction
 
 ABSENT = "absent"
+TOMBSTONE_KEEP_MS: Final = 30 * 24 * 3_600_000
+TOMBSTONES_MAX: Final = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,42 @@ class JournalRecords:
             if ref.tenant_id == tenant_id and tombstone.kept_volumes
         ]
 
+    async def prune_tombstones(
+        self,
+        *,
+        keep_ms: int = TOMBSTONE_KEEP_MS,
+        most: int = TOMBSTONES_MAX,
+        limit: int = 500,
+    ) -> int:
+        """Forget up to `limit` instances destroyed `keep_ms` ago or earlier; returns how many.
+
+        Beyond `most` the oldest of the tenant that has most go earlier. One with kept volumes
+        stays: without it they could not be wiped, and they count in the tenant's disk quota.
+        """
+        before_ms = self._store.now_ms() - keep_ms
+        tenants: defaultdict[str, list[Tombstone]] = defaultdict(list)
+        for tombstone in self._store.mirror.tombstones.values():
+            if not tombstone.kept_volumes:
+                tenants[tombstone.ref.tenant_id].append(tombstone)
+        going = [each for mine in tenants.values() for each in mine if each.at_ms <= before_ms]
+        excess = sum(map(len, tenants.values())) - most
+        if not going and excess > 0:
+            largest = tenants[max(tenants, key=lambda tenant: len(tenants[tenant]))]
+            going = sorted(largest, key=lambda each: each.at_ms)[:excess]
+        going = going[:limit]
+        if not going:
+            return 0
+
+        def save(tx: Transaction) -> list[Tombstone]:
+            return [each for each in going if _delete_tombstone(tx, each)]
+
+        def forget(gone: list[Tombstone]) -> None:
+            for each in gone:
+                self._store.mirror.tombstones.pop(each.ref, None)
+
+        gone = await self._store.writer.submit(save, apply=forget)
+        return len(gone)
+
     # -- networks ------------------------------------------------------------------------------
 
     def network(self, tenant_id: str) -> NetworkRecord | None:
@@ -248,3 +287,15 @@ class JournalRecords:
         draft = EventDraft(kind, lane, command_id=command_id, reason=reason, detail=detail)
         at_ms = self._store.now_ms()
         await self._store.writer.submit(lambda tx: self._store.source.event(tx, draft, at_ms))
+
+
+def _delete_tombstone(tx: Transaction, tombstone: Tombstone) -> bool:
+    """Delete it unless a Destroy that was queued before has replaced it."""
+    ref = tombstone.ref
+    key = (ref.tenant_id, ref.pool_id, ref.instance_id)
+    where = "WHERE tenant_id = ? AND pool_id = ? AND instance_id = ?"
+    row = tx.execute(f"SELECT record FROM tombstone {where}", key).fetchone()  # noqa: S608
+    if row is None or msgspec.json.decode(row[0], type=Tombstone) != tombstone:
+        return False
+    tx.execute(f"DELETE FROM tombstone {where}", key)  # noqa: S608
+    return True

@@ -18,7 +18,7 @@ from msgspec import to_builtins
 
 from handlers.errors import HostFault
 from handlers.host.linux.file_id import FileId
-from handlers.host.linux.procfs import boot_id, read_text
+from handlers.host.linux.procfs import boot_id, read_status, read_text
 from schemas.records import VmmIdentity
 
 EXIT_STATUS_WAIT_S = 0.25
@@ -47,6 +47,26 @@ def read_cgroup(pid: int) -> str | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), None)
+
+
+def uids_in_use(uids: range) -> set[int]:
+    """Those of `uids` that are the real uid of a live process; zombies do not count.
+
+    The owner of /proc/<pid> is the process's effective uid, except that it is root for a process
+    that is not dumpable; only what seems to be root's or one of `uids` has its status read.
+
+    Source: proc_pid(5), proc_pid_status(5).
+    """
+    found: set[int] = set()
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            owner = os.stat(f"/proc/{name}").st_uid
+            if owner == 0 or owner in uids:
+                status = read_status(f"/proc/{name}/status")
+                uid = int(status["Uid"].split()[0])
+                if uid in uids and status["State"][0] not in "ZX":
+                    found.add(uid)
+    return found
 
 
 def read_identity(pid: int) -> VmmIdentity | None:

@@ -118,6 +118,9 @@ class Vmms:
     async def launches(self, ref: InstanceRef) -> list[int]:
         return await asyncio.to_thread(self._tree.launches, ref)
 
+    async def uids_in_use(self) -> set[int]:
+        return await asyncio.to_thread(processes.uids_in_use, self._uids)
+
     async def find(self, jail_id: str) -> VmmIdentity | None:
         self._layout.root(jail_id)
         return await asyncio.to_thread(self._find, jail_id)

@@ -179,3 +179,38 @@ def until_named(pid: int) -> None:
             return
         os.sched_yield()
     pytest.fail("the name did not change")
+
+
+UIDS = range(812_000, 812_004)
+
+
+@contextlib.contextmanager
+def sleeper_of(uid: int, *, dumpable: bool) -> Generator[None]:
+    program = (
+        "import ctypes, os, sys\n"
+        f"os.setresuid({uid}, {uid}, {uid})\n"
+        f"ctypes.CDLL(None).prctl(4, {int(dumpable)})\n"
+        "print(flush=True)\n"
+        "sys.stdin.read(1)"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"\n"
+            yield
+        finally:
+            child.kill()
+
+
+def test_uids_in_use_are_those_of_live_processes_dumpable_or_not() -> None:
+    assert processes.uids_in_use(UIDS) == set()
+
+    with (
+        sleeper_of(UIDS[1], dumpable=True),
+        sleeper_of(UIDS[3], dumpable=False),
+        sleeper_of(UIDS.stop, dumpable=True),
+    ):
+        assert processes.uids_in_use(UIDS) == {UIDS[1], UIDS[3]}
+
+    assert processes.uids_in_use(UIDS) == set()

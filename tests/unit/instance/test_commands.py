@@ -588,6 +588,24 @@ async def test_starts_at_once_share_neither_uid_nor_quota(tmp_path: Path) -> Non
         assert len(set(slots)) == len(slots) == 8
 
 
+async def test_a_uid_that_a_process_without_a_record_has_is_given_to_no_instance(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    base = VmmSettings().uid_base
+    machine.foreign_uids |= {base, base + 2}
+    refs = [InstanceRef("acme", "web", f"n-{n}") for n in range(2)]
+    for n, ref in enumerate(refs):
+        machine.files[ref] = instance_file(ref, 10 + n)
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        for ref in refs:
+            reply = await worker.run(StartInstance("acme", "web", ref.instance_id))
+            assert reply.code is Code.OK, reply
+
+        assert [r.uid_slot for r in worker.journal.records.instances()] == [1, 3]
+
+
 async def test_stop_ends_a_start_that_waits_for_its_turn(tmp_path: Path) -> None:
     async with memory_worker(tmp_path / "j", seeded()) as worker:
         await worker.run(UP)

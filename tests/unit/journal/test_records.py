@@ -172,3 +172,45 @@ async def _change(journal: Journal, what: str, n: int, status: Status) -> None:
         await journal.records.drop_instance(ref, None)
     elif what == "event":
         await journal.records.event(EventKind.DRIFT, ref=ref)
+
+
+def destroyed(tenant: str, number: int, *, kept: bool = False) -> Tombstone:
+    ref = InstanceRef(tenant, "web", f"i-{number}")
+    return Tombstone(ref=ref, at_ms=number, launch=1, kept_volumes=kept)
+
+
+async def test_tombstones_are_bounded_by_age_and_count_and_a_tenants_own_go_first(
+    tmp_path: Path,
+) -> None:
+    many = [destroyed("acme", n) for n in range(10)]
+    few = [destroyed("other", n) for n in range(2)]
+    kept = destroyed("acme", 100, kept=True)
+    async with opened(tmp_path) as journal:
+        records = journal.records
+        for each in (*many, *few, kept):
+            await records.drop_instance(each.ref, each)
+        while await records.prune_tombstones(keep_ms=1 << 60, most=6, limit=3):
+            pass
+
+        left = [each for each in (*many, *few) if records.tombstone(each.ref)]
+        assert left == [*many[6:], *few]
+        while await records.prune_tombstones(most=6, limit=3):
+            pass
+        assert not any(records.tombstone(each.ref) for each in left)
+
+    async with opened(tmp_path) as journal:
+        assert journal.records.tombstone(kept.ref) == kept
+        assert not any(journal.records.tombstone(each.ref) for each in (*many, *few))
+
+
+async def test_a_tombstone_that_is_replaced_meanwhile_is_not_pruned(tmp_path: Path) -> None:
+    old = destroyed("acme", 1)
+    new = replace(old, launch=2, kept_volumes=True)
+    async with opened(tmp_path) as journal:
+        await journal.records.drop_instance(old.ref, old)
+        _, pruned = await asyncio.gather(
+            journal.records.drop_instance(new.ref, new), journal.records.prune_tombstones()
+        )
+
+        assert pruned == 0
+        assert journal.records.tombstone(old.ref) == new
