@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from schemas.subjects import Subjects
-from worker.bus import accounts, streams
+from worker.bus import accounts, api_reply, streams
 from worker.bus.connection import Connection
 from worker.bus.message import Message, NoResponder
 from worker.bus.protocol import BusError, NotProvisioned
@@ -171,8 +171,7 @@ class _Api:
         answer = await self._call(endpoint, body)
         if "error" in answer:
             raise NotProvisioned(f"{what}: {answer['error'].get('description')}")
-        got: dict[str, Any] = answer["config"]
-        return got
+        return api_reply.member(answer, "config", what)
 
     async def _call(self, endpoint: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         payload = b"" if body is None else json.dumps(body).encode()
@@ -184,5 +183,4 @@ class _Api:
                 f" use {accounts.ADMIN} of `hostd provision --server-config`, the account that"
                 f" imports $JS.API.> of {accounts.OWNER}"
             ) from error
-        found: dict[str, Any] = json.loads(answer.data)
-        return found
+        return api_reply.read_reply(answer.data, f"reply to $JS.API.{endpoint}")
