@@ -104,6 +104,9 @@ async def test_an_err_line_does_not_close_the_client(
     ):
         client = host.bus.connection.client
         proxy.inject(f"-ERR '{line}'\r\n".encode())
+        if not heals:  # what is delivered before the line was read says nothing
+            assert client is not None
+            assert await eventually(lambda: client.is_closed, 5)
 
         await still_delivers(host, heals)
 

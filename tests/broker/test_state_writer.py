@@ -277,7 +277,7 @@ async def test_a_lost_lease_is_logged_and_stops_nothing(server: Server) -> None:
         await lease.acquire()
         renewing = asyncio.create_task(lease.run())
         try:
-            taken = unpack.pack({"machine_id": "m2", "lease_until_ms": now_ms() + 60_000})
+            taken = unpack.pack({"machine_id": "m2", "lease_until_ms": now_ms() + 500})
             await host.bus.write_state(HOST_KEY, taken, revision=None)
             assert await eventually(lambda: not lease.held, 5)
             assert not renewing.done()

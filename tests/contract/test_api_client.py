@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from handlers.errors import Conflict, Exhausted, Failure, HostFault, Unavailable
+from handlers.errors import Conflict, Exhausted, Failure, HostFault, Invalid, Unavailable
 from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.api_schema import (
     Action,
@@ -294,7 +294,7 @@ async def test_an_invalid_kernel_fails_the_start_and_not_the_vmm(vmm: Vmm, conte
     (vmm.home / "vmlinux").write_bytes(content)
     await vmm.api.configure(config)
 
-    with pytest.raises(HostFault, match="Cannot load kernel"):
+    with pytest.raises(Invalid, match="Cannot load kernel"):
         await vmm.api.start()
 
     assert await vmm.api.state() == "Not started"

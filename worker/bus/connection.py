@@ -210,6 +210,8 @@ class Connection:
                 raise
             log.exception("bus.discard_failed")
             client.abort()
+        finally:
+            await client.end_tasks()
 
     # -- what nats-py calls ------------------------------------------------------------------------
 

@@ -80,6 +80,9 @@ _READ = (
     "_status",
     "_resp_map",
     "_reconnection_task",
+    "_ping_interval_task",
+    "_flusher_task",
+    "_subs",
 )
 _READ_OF_TRANSPORT = ("_io_writer", "_bare_io_writer")
 
@@ -265,3 +268,19 @@ class GuardedClient(StrictClient):
     def abort(self) -> None:
         """Drop the socket without sending what is buffered."""
         self._abort_transport()
+
+    async def end_tasks(self) -> None:
+        """End what nats-py leaves running where its `close` was cut or failed: it cancels its own
+        tasks only near the end of a close, and a lost one would reconnect behind our back."""
+        tasks = [
+            self._reading_task,
+            self._ping_interval_task,
+            self._reconnection_task,
+            self._flusher_task,
+            *(vars(each).get("_wait_for_msgs_task") for each in self._subs.values()),
+        ]
+        mine = asyncio.current_task()
+        running = [task for task in tasks if task is not None and task is not mine]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)

@@ -20,6 +20,8 @@ NOT_FOUND = (10014, 10059)
 FIXED = ("retention", "storage", "max_consumers", "deny_delete", "deny_purge", "name", "sealed")
 _STREAM_KEPT = streams.STREAM_NEUTRAL - {"num_replicas"}
 
+NO_STORAGE = (10023, 10047)  # insufficient resources, insufficient storage
+
 
 class Requester(Protocol):
     """The part of `Connection` that is used here."""
@@ -170,7 +172,11 @@ class _Api:
     async def make(self, endpoint: str, body: Mapping[str, Any], what: str) -> dict[str, Any]:
         answer = await self._call(endpoint, body)
         if "error" in answer:
-            raise NotProvisioned(f"{what}: {answer['error'].get('description')}")
+            why = str(answer["error"].get("description"))
+            if answer["error"].get("err_code") in NO_STORAGE:
+                size = int(body.get("max_bytes", 0)) >> 20
+                why += f": it reserves {size} MiB; raise max_file_store, or choose --size"
+            raise NotProvisioned(f"{what}: {why}")
         return api_reply.member(answer, "config", what)
 
     async def _call(self, endpoint: str, body: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -15,10 +15,13 @@ import time
 
 from handlers.errors import HostFault
 
+# The streams reserve their sizes against this bound, whatever space there is: the default, three
+# quarters of the free space, would refuse them on a small disk.
+STORE = "16GB"
 CONFIG = """\
 listen: "127.0.0.1:{port}"
 server_name: hostd-embedded
-jetstream {{ store_dir: "{directory}/jetstream" }}
+jetstream {{ store_dir: "{directory}/jetstream", max_file_store: {store} }}
 {config}
 """
 
@@ -52,7 +55,9 @@ class EmbeddedNats:
     def configure(self, config: str) -> None:
         """Write the configuration. A running server reads it on `reload`."""
         with open(self._file, "w", encoding="utf-8") as file:
-            file.write(CONFIG.format(port=self.port, directory=self.directory, config=config))
+            file.write(
+                CONFIG.format(store=STORE, port=self.port, directory=self.directory, config=config)
+            )
 
     async def start(self, timeout_s: float = 15.0) -> str:
         """Start the server; return its URL once it accepts connections and JetStream is up.

@@ -109,7 +109,8 @@ async def test_an_edited_stream_is_reported_and_repaired(server: Server, edit: s
         assert await eventually(lambda: f"stream {name}: {field}" in host.bus.trouble, 10)
 
         made = await provision(host.admin, SUBJECTS, [HOST], ack_wait_ns=500_000_000)
-        assert [one.what for one in made if one.how == "changed"] == [f"stream {name}"]
+        what = f"bucket {name.removeprefix('KV_')}" if name.startswith("KV_") else f"stream {name}"
+        assert [one.what for one in made if one.how == "changed"] == [what]
         assert await eventually(lambda: host.bus.trouble == "", 10)
         await host.command(b"after")
         assert await host.receiver.wait_for(b"after", 5)

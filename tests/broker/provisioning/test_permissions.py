@@ -278,7 +278,7 @@ async def test_the_command_line_replays_events_as_a_dashboard(
     ):
         result = await asyncio.to_thread(CliRunner().invoke, main, [*arguments, *more])
         assert result.exit_code == 0, result.output
-        lines = [json.loads(line) for line in result.output.splitlines()]
+        lines = [json.loads(line) for line in result.stdout.splitlines()]
         assert [(line["host_id"], line["seq"]) for line in lines] == expected
 
 

@@ -25,6 +25,7 @@ from worker.bus.connection import Connection
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError, NotProvisioned
 from worker.bus.provision import provision
+from worker.demo import nats_server
 
 OBJECTS = 5
 
@@ -161,3 +162,12 @@ async def test_the_oldest_server_that_is_supported(tmp_path: Path) -> None:
         await host.command(b"again")
         assert await host.receiver.wait_for(b"again", 5)
         assert host.receiver.most <= 4
+
+
+async def test_a_store_that_is_too_small_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nats_server, "STORE", "1GB")
+    async with running_server(tmp_path / "small") as small, connection_to(small.url) as connection:
+        with pytest.raises(NotProvisioned, match=r"it reserves 1024 MiB; raise max_file_store"):
+            await provision(connection, SUBJECTS, ["h1"])
