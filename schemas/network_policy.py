@@ -43,7 +43,7 @@ def decode_policy(text: str) -> NetworkPolicy:
         raise DecodeError("$", f"got {len(text)} characters, want at most {POLICY_BYTES}")
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DecodeError("$", f"not TOML: {error}") from error
     if len(tables) > TENANTS_MAX:
         raise DecodeError("$", f"got {len(tables)} tenants, want at most {TENANTS_MAX}")

@@ -28,6 +28,7 @@ OTHER_VARIABLES = frozenset(
     {"HOSTD_CONFIG", "HOSTD_FAILPOINT", "HOSTD_FAILPOINT_FILE", "HOSTD_LAB"}
 )
 
+_PORT = re.compile(r"[0-9]{1,5}")
 _SERVICE = re.compile(r"(tcp|udp)/([0-9]{1,5})")
 _URL = re.compile(r"(nats|tls|ws|wss)://[^\s,]+")
 _UID_MIN, _UID_MAX = 65_536, 2**32 - 2
@@ -192,14 +193,18 @@ def _parse(name: str, key: Key, text: str) -> object:
 
 
 def _convert(source: str, key: Key, value: object) -> object:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise SettingsError(source, key.dotted, "expected a number of at most 64 bits")
     try:
         return msgspec.convert(value, key.type, strict=True)
-    except msgspec.ValidationError as error:
+    except ValueError as error:  # also of text that is not valid Unicode
         wanted = _WANTED.get(key.type, "a list of strings")
-        found = json.dumps(value, ensure_ascii=False, default=str)
-        raise SettingsError(
-            source, key.dotted, f"expected {wanted}, found {found[:100]}"
-        ) from error
+        try:
+            found = json.dumps(value, ensure_ascii=False, default=str)[:100]
+            found.encode()
+        except (ValueError, RecursionError):
+            found = "a value that cannot be quoted"
+        raise SettingsError(source, key.dotted, f"expected {wanted}, found {found}") from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -272,7 +277,7 @@ def _cidr(value: str) -> str:
 
 def _listen(value: str) -> str:
     host, _, port = value.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65_535:
+    if not host or not _PORT.fullmatch(port) or int(port) > 65_535:
         return f"{value!r} is not host:port"
     return ""
 

@@ -4,11 +4,10 @@ Of a service that is not imported, or not exported to this account, the server s
 responds. Streams (events, state, advisories) cannot be asked, queries only while a worker runs.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 
 from schemas.subjects import Subjects
-from worker.bus import accounts
+from worker.bus import accounts, api_reply
 from worker.bus.connection import Connection
 from worker.bus.message import NoResponder
 from worker.bus.protocol import BusError
@@ -77,7 +76,7 @@ async def _has_whole_api(connection: Connection) -> bool:
         answer = await connection.request("$JS.API.STREAM.NAMES", b"")
     except NoResponder:
         return False
-    found = json.loads(answer.data)
+    found = api_reply.read_reply(answer.data, "reply to $JS.API.STREAM.NAMES")
     return bool(found.get("error", {}).get("err_code") != NOT_ENABLED)
 
 

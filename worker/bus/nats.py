@@ -8,7 +8,6 @@ subjects they end nats-py's reader.
 import asyncio
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import structlog
 
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
-from worker.bus import accounts, streams, verify
+from worker.bus import accounts, api_reply, streams, verify
 from worker.bus.ack_window import EVERY_S, AckWindow
 from worker.bus.connection import Connection, headers_size
 from worker.bus.guarded_client import ALL_GUARDS, STANDARD, Guard, Tuning
@@ -214,8 +213,8 @@ class NatsBus:
                 answer = await self.connection.request(
                     f"$JS.API.CONSUMER.INFO.{stream}.{consumer}", b""
                 )
-                self.ack_window.observe(json.loads(answer.data))
-            except (BusError, ValueError, KeyError, TypeError, AttributeError) as error:
+                self.ack_window.observe(api_reply.read_reply(answer.data, consumer))
+            except (BusError, KeyError, TypeError, AttributeError) as error:
                 log.debug("bus.ack_window_unknown", error=repr(error))
             await asyncio.sleep(every_s)
 
@@ -277,7 +276,7 @@ class NatsBus:
         ack = await self._store_acked(subject, payload, headers)
         if not ack.get("duplicate"):
             return True
-        first = int(ack["seq"])
+        first: int = ack["seq"]
         since_start = first > self._last_before.get(stream, first)
         if first <= await self._last_sequence(stream, subject) and not (
             since_start and taken is None
@@ -294,9 +293,9 @@ class NatsBus:
         sequence = answer.headers.get("Nats-Sequence", "")
         if answer.headers.get("Status") == "404":
             return 0
-        if not sequence.isdigit():
+        if (number := api_reply.header_number(sequence)) is None:
             raise BusError(f"{subject}: cannot read the last message of {stream}")
-        return int(sequence)
+        return number
 
     async def send(self, subject: str, payload: bytes) -> None:
         """Publish with core NATS, at most once. Raises BusError without a connection."""
@@ -304,7 +303,8 @@ class NatsBus:
 
     async def _store(self, subject: str, payload: bytes, headers: Mapping[str, str]) -> int:
         """The sequence number of the stored message."""
-        return int((await self._store_acked(subject, payload, headers))["seq"])
+        seq: int = (await self._store_acked(subject, payload, headers))["seq"]
+        return seq
 
     async def _store_acked(
         self, subject: str, payload: bytes, headers: Mapping[str, str]
@@ -317,13 +317,11 @@ class NatsBus:
                 f"no JetStream stream is bound to {subject}: run `hostd provision` for cell"
                 f" {self.subjects.cell}"
             ) from error
-        try:
-            found: dict[str, Any] = json.loads(answer.data)
-            if "error" not in found:
-                return {**found, "seq": int(found["seq"])}
-            code, text = found["error"].get("err_code"), found["error"].get("description")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise BusError(f"{subject}: invalid PubAck") from error
+        what = f"{subject}: invalid PubAck"
+        found = api_reply.read_reply(answer.data, what)
+        if "error" not in found:
+            return {**found, "seq": api_reply.sequence_of(found, "seq", what)}
+        code, text = found["error"].get("err_code"), found["error"].get("description")
         if code in WRONG_LAST_SEQUENCE:
             raise StateConflict(f"{subject}: {text}")
         if code == MESSAGE_TOO_LARGE:
@@ -388,7 +386,8 @@ class NatsBus:
         if status == "404":
             return None, 0
         sequence = answer.headers.get("Nats-Sequence", "")
-        if status is not None or not sequence.isdigit():
+        number = api_reply.header_number(sequence)
+        if status is not None or number is None:
             raise BusError(f"{key}: {status} {answer.headers.get('Description', 'no sequence')}")
         deleted = answer.headers.get("KV-Operation") in ("DEL", "PURGE")
-        return (None if deleted else answer.data), int(sequence)
+        return (None if deleted else answer.data), number

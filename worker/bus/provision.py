@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from schemas.subjects import Subjects
-from worker.bus import accounts, streams
+from worker.bus import accounts, api_reply, streams
 from worker.bus.connection import Connection
 from worker.bus.message import Message, NoResponder
 from worker.bus.protocol import BusError, NotProvisioned
@@ -177,8 +177,7 @@ class _Api:
                 size = int(body.get("max_bytes", 0)) >> 20
                 why += f": it reserves {size} MiB; raise max_file_store, or choose --size"
             raise NotProvisioned(f"{what}: {why}")
-        got: dict[str, Any] = answer["config"]
-        return got
+        return api_reply.member(answer, "config", what)
 
     async def _call(self, endpoint: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         payload = b"" if body is None else json.dumps(body).encode()
@@ -190,5 +189,4 @@ class _Api:
                 f" use {accounts.ADMIN} of `hostd provision --server-config`, the account that"
                 f" imports $JS.API.> of {accounts.OWNER}"
             ) from error
-        found: dict[str, Any] = json.loads(answer.data)
-        return found
+        return api_reply.read_reply(answer.data, f"reply to $JS.API.{endpoint}")

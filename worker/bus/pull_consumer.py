@@ -16,6 +16,7 @@ from functools import partial
 
 import structlog
 
+from worker.bus.api_reply import header_number
 from worker.bus.connection import Connection
 from worker.bus.guarded_client import Guard
 from worker.bus.message import Message, Subscription
@@ -281,8 +282,8 @@ class PullLoop:
             return
         text = message.headers.get("Description", "")
         pending = message.headers.get("Nats-Pending-Messages", "")
-        if pending.isdigit():
-            self.credit = max(0, self.credit - int(pending))
+        if (number := header_number(pending)) is not None:
+            self.credit = max(0, self.credit - number)
         elif status != "408" or self.credit:
             self._stale = True  # servers before 2.10 do not report what is pending
         self._wake.set()
@@ -309,10 +310,18 @@ def to_delivery(message: Message, connection: Connection) -> Delivery:
 
     `$JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>....` (9 tokens), or with domain and
     account hash after `$JS.ACK` (servers with `js_ack_fc_v2`).
+
+    Raises:
+        BusError: the reply subject has neither form.
     """
     tokens = message.reply.split(".")
     first = 4 if len(tokens) == 9 else 6
-    delivered, stream_seq = int(tokens[first]), int(tokens[first + 1])
+    numbers = [header_number(token) for token in tokens[first : first + 2]]
+    match numbers:
+        case [int(delivered), int(stream_seq)]:
+            pass
+        case _:
+            raise BusError(f"expected an ack subject, found {message.reply[:200]!r}")
 
     async def ack() -> None:
         await connection.request(message.reply, ACK)

@@ -3,11 +3,10 @@
 Only reads, with the worker's own credentials; `provision.py` creates and changes.
 """
 
-import json
 from typing import Any
 
 from schemas.subjects import Subjects
-from worker.bus import accounts, imports, streams
+from worker.bus import accounts, api_reply, imports, streams
 from worker.bus.connection import Connection
 from worker.bus.message import NoResponder
 from worker.bus.protocol import BusError, NotProvisioned
@@ -36,7 +35,8 @@ async def verify(connection: Connection, subjects: Subjects, js_domain: str = ""
         if found is None:
             wrong.append(f"stream {name} is missing")
             continue
-        last[name] = int(found.get("state", {}).get("last_seq", 0))
+        state = api_reply.member(found, "state", f"stream {name}")
+        last[name] = api_reply.sequence_of(state, "last_seq", f"stream {name}")
         ignored = streams.STREAM_NEUTRAL | streams.STREAM_TUNABLE
         different = streams.differences(config, found["config"], ignored)
         wrong += [f"stream {name}: {text}" for text in different]
@@ -82,11 +82,10 @@ async def _info(connection: Connection, endpoint: str, what: str) -> dict[str, A
         raise BusError(
             f"cannot read {what}: {error} (JetStream not ready, or no permission for {endpoint})"
         ) from error
-    found: dict[str, Any] = json.loads(answer.data)
+    found = api_reply.read_reply(answer.data, f"reply to {endpoint}")
     if "error" in found:
         if found["error"].get("err_code") in NOT_FOUND:
             return None
         raise BusError(f"{what}: {found['error'].get('description')}")
-    if not isinstance(found.get("config"), dict):
-        raise BusError(f"{what}: invalid answer to {endpoint}")
+    api_reply.member(found, "config", f"reply to {endpoint}")
     return found

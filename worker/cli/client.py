@@ -28,7 +28,9 @@ from schemas.requests import Request
 from schemas.settings import Settings
 from schemas.subjects import Lane, Subjects
 from schemas.unpack import Limits, pack, unpack_map
+from worker.bus.api_reply import header_number, member, read_reply, sequence_of
 from worker.bus.credentials import CredentialsFile
+from worker.bus.protocol import BusError
 from worker.bus.strict_client import StrictClient, requires_tls, without_password
 from worker.cli.context import CliError, NoAnswer, NoWorker
 
@@ -160,10 +162,15 @@ class Client:
 
         Read message by message: a consumer would need the right to make the server publish.
         """
-        info = json.loads((await self._read(f"STREAM.INFO.{stream}", {}, stream)).data)
-        if "error" in info:
-            raise NoAnswer(f"cannot read stream {stream}: {info['error'].get('description')}")
-        sequence, last = 0, int(info["state"]["last_seq"])
+        answer = await self._read(f"STREAM.INFO.{stream}", {}, stream)
+        try:
+            info = read_reply(answer.data, f"stream {stream}")
+            if "error" in info:
+                raise NoAnswer(f"cannot read stream {stream}: {info['error'].get('description')}")
+            last = sequence_of(member(info, "state", stream), "last_seq", stream)
+        except BusError as error:
+            raise NoAnswer(f"cannot read stream {stream}: {error}") from error
+        sequence = 0
         subjects = f"{self._root}.{host}.evt.>"
         while sequence < last:
             body = {"seq": sequence + 1, "next_by_subj": subjects}
@@ -171,10 +178,11 @@ class Client:
             headers = message.headers or {}
             if headers.get("Status") == "404":
                 return
-            if not (found := headers.get("Nats-Sequence", "")).isdigit():
+            found = header_number(headers.get("Nats-Sequence", ""))
+            if found is None or found <= sequence:
                 why = headers.get("Description", "no sequence")
                 raise NoAnswer(f"cannot read stream {stream} after message {sequence}: {why}")
-            sequence = int(found)
+            sequence = found
             if sequence <= last:
                 yield _map(message.data)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -30,6 +31,7 @@ from worker.cli.context import (
 )
 
 CONNECT_TIMEOUT_S = 10.0
+SIZE_MIB = re.compile(r"[0-9]{1,10}")
 LACKING = "lacking"
 JS_DOMAIN = "hostd"  # in the printed accounts, if [nats] js_domain is empty
 
@@ -181,7 +183,7 @@ def _account(text: str, hosts: Sequence[str]) -> tuple[str, str]:
 def _size(text: str) -> tuple[str, int]:
     """`KIND=MIB`, from 1 MiB to 1 PiB."""
     kind, _, mib = text.partition("=")
-    if kind not in streams.SIZES_MIB or not mib.isdecimal() or not 1 <= int(mib[:11]) <= 1 << 30:
+    if kind not in streams.SIZES_MIB or not SIZE_MIB.fullmatch(mib) or not 1 <= int(mib) <= 1 << 30:
         raise click.UsageError(
             f"invalid --size {text!r}: use KIND=MIB with KIND {', '.join(streams.SIZES_MIB)} "
             "and 1 to 1073741824 MiB"

@@ -54,6 +54,6 @@ def read_sealed(path: str, kind: type[T]) -> T | None:
         sealed = msgspec.json.decode(data, type=Sealed)
         if hashlib.sha256(sealed.facts).hexdigest() == sealed.sha256:
             return msgspec.json.decode(sealed.facts, type=kind)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise HostFault(f"{path} is damaged: not a checksummed JSON object", path=path) from error
     raise HostFault(f"{path} is damaged: the checksum of its facts does not match", path=path)

@@ -253,7 +253,7 @@ def merged(data: bytes, changes: dict[str, Any], path: str) -> bytes:
     """
     try:
         fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Invalid(f"{path} is not a JSON object", path=path) from error
     old = {key: bytes(value) for key, value in fields.items()}
     new = {key: msgspec.json.encode(value) for key, value in changes.items()}

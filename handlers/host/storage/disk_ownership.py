@@ -77,12 +77,18 @@ def read_mark(fd: int) -> DiskMark | None:
         if error.errno in NO_MARK:
             return None
         raise of_os_error(error, "cannot read the mark of a data disk") from error
+    mark = parse_mark(data)
+    return mark if mark is not None and mark.ino == os.fstat(fd).st_ino else None
+
+
+def parse_mark(data: bytes) -> DiskMark | None:
+    """The mark in the bytes of the attribute; None if they are none."""
     try:
         mark = msgspec.json.decode(data, type=DiskMark)
         parse_ref(mark.ref)
-    except (msgspec.MsgspecError, DecodeError):
+    except (ValueError, RecursionError, DecodeError):
         return None
-    return mark if mark.ino == os.fstat(fd).st_ino else None
+    return mark
 
 
 def check_mark(fd: int, ref: InstanceRef, path: str) -> DiskMark:

@@ -106,7 +106,7 @@ class VmmApi:
         body = await self._call("GET", path, b"", self._timeout_s)
         try:
             return msgspec.json.decode(body, type=kind)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise HostFault(f"invalid reply to GET {path} from the VMM's API: {error}") from error
 
     async def _send(

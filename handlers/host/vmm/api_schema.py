@@ -230,7 +230,7 @@ def refusal(method: str, path: str, status: int, body: bytes) -> Failure:
     try:
         fault = msgspec.json.decode(text, type=Fault)
         message = (fault.fault_message or fault.error or text)[:FAULT_CHARS]
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
         message = text[:FAULT_CHARS]
     if unloadable := CANNOT_LOAD.search(message):
         name = IMAGES[unloadable[1]]

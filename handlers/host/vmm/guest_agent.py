@@ -201,7 +201,7 @@ async def exchange(
 def _decode(frame: bytes) -> str | _Answer:
     try:
         return msgspec.json.decode(frame, type=str | _Answer)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Unavailable("guest agent protocol error: the reply cannot be decoded") from error
 
 

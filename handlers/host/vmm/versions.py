@@ -13,7 +13,7 @@ from schemas.settings import Settings
 
 # The one place that says so; tests/unit/vmm/test_versions.py checks every text that repeats it.
 OLDEST, NEWEST = (1, 12), (1, 16)
-LINE = re.compile(rb"^(Firecracker|Jailer) v(\d+)\.(\d+)\.(\d+)", re.MULTILINE)
+LINE = re.compile(rb"^(Firecracker|Jailer) v([0-9]{1,9})\.([0-9]{1,9})\.([0-9]{1,9})", re.MULTILINE)
 
 Version = tuple[int, int, int]
 
@@ -47,7 +47,7 @@ def parse_version(text: str) -> Version:
     Raises:
         HostFault: not a version.
     """
-    match = re.match(r"v?(\d+)\.(\d+)\.(\d+)", text)
+    match = re.match(r"v?([0-9]{1,9})\.([0-9]{1,9})\.([0-9]{1,9})(?![0-9])", text)
     if match is None:
         raise HostFault(f"invalid version of the VMM: got {text[:40]!r}, want e.g. 1.12.1")
     return int(match[1]), int(match[2]), int(match[3])
