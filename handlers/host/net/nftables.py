@@ -108,7 +108,10 @@ class Tables:
             output = self._run(f"list {what}\n", JSON | STATELESS | (TERSE if terse else 0))
         except Absent:
             return []
-        objects: list[dict[str, Any]] = json.loads(output)["nftables"] if output else []
+        # libnftables lists and prints again when the ruleset changes while it reads: a line each,
+        # of which only the last is of one generation.
+        last = output.strip().rpartition("\n")[2]
+        objects: list[dict[str, Any]] = json.loads(last)["nftables"] if last else []
         return [entry for entry in objects if "metainfo" not in entry]
 
     # -- changing ------------------------------------------------------------------------------

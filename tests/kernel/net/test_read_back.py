@@ -2,12 +2,13 @@
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from handlers.errors import HostFault
 from handlers.host.net.bridges import Bridges
+from handlers.host.net.nftables import Tables
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import Address
 from handlers.host.net.taps import Taps
@@ -112,3 +113,23 @@ async def test_a_bridge_that_is_not_as_asked_is_a_fault(
         await Bridges(opened(kernel)).ensure(BridgeSpec("acme", ACME))
 
     assert await net.link(ACME.bridge_name) is None
+
+
+class ListsTwice:
+    """nft's engine whose ruleset changes while it lists: it prints what it had, then all again."""
+
+    one_socket: ClassVar[bool] = False
+
+    def run(self, text: str, flags: int) -> str:
+        return "".join(f'{{"nftables": [{{"set": {{"name": "{n}"}}}}]}}\n' for n in ("old", "new"))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_of_a_listing_that_was_begun_again_the_last_counts() -> None:
+    tables = Tables(ListsTwice())
+
+    assert tables.read("table inet hostd") == [{"set": {"name": "new"}}]
+
+    tables.close()

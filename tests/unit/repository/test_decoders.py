@@ -37,6 +37,7 @@ from worker.bus.message import Message
 from worker.bus.protocol import BusError
 from worker.bus.pull_consumer import to_delivery
 from worker.bus.wire import WireParser, read_headers
+from worker.descriptors import DescriptorReserve
 from worker.health import HealthServer
 from worker.metrics import Metrics
 from worker.settings import keys as every_setting
@@ -167,6 +168,7 @@ TRUSTED = {
     "handlers/host/vmm/processes.py:read_exit_status:int": NO_TEXT,
     "handlers/host/vmm/processes.py:read_exit_status:unpack_from": KERNEL,
     "handlers/host/vmm/processes.py:read_stat:int": PROC,
+    "handlers/host/vmm/processes.py:uids_in_use:int": PROC,
     "handlers/host/vmm/versions.py:_version:int": MATCHED,
     "handlers/host/vmm/vmms.py:_launched:int": BOUNDED,
     "handlers/host/vmm/vmms.py:_peer_pid:int": KERNEL,
@@ -192,6 +194,7 @@ TRUSTED = {
     "worker/journal/memory.py:load:INSTANCE.decode": CAUGHT,
     "worker/journal/memory.py:load:NETWORK.decode": CAUGHT,
     "worker/journal/memory.py:load:TOMBSTONE.decode": CAUGHT,
+    "worker/journal/records.py:_delete_tombstone:msgspec.json.decode": JOURNAL,
     "worker/journal/writer.py:_adopt:int": JOURNAL,
     "worker/logs.py:__call__:float": NO_TEXT,
     "worker/metrics.py:bus_connected:int": NO_TEXT,
@@ -410,7 +413,7 @@ class Deaf:
 async def test_what_is_sent_to_the_health_server_ends_one_connection(data: bytes) -> None:
     raised: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: raised.append(context))
-    async with HealthServer("127.0.0.1:0", Metrics("1"), dict) as server:
+    async with HealthServer("127.0.0.1:0", Metrics("1"), dict, DescriptorReserve(0)) as server:
         for head in (b"", b"GET /metrics HTTP/1.1\r\nContent-Length: ", b"GET "):
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
             writer.write(head + data + b"\r\n\r\n")
