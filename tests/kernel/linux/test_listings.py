@@ -25,6 +25,7 @@ ONLY_ROOT_FILLS = {
     "handlers/host/storage/data_disks.py",
     "handlers/host/vmm/cgroups.py",
     "handlers/host/vmm/confinement.py",
+    "handlers/host/vmm/processes.py",
     "worker/demo/cleanup.py",
 }
 
