@@ -112,9 +112,9 @@ class Connection:
         self._in_use: tuple[object, ...] = ()
 
     async def reload(self, settings: NatsSettings) -> bool:
-        """Use other servers, credentials or a CA file; connect anew if any of them changed.
+        """Use other servers, credentials or a CA file; reconnect if any of them changed.
 
-        Returns whether it connects anew. Requests that wait for an answer fail and are repeated by
+        Returns whether it reconnects. Requests that wait for an answer fail and are repeated by
         their callers.
 
         Raises:

@@ -101,7 +101,10 @@ async def _stream(api: "_Api", config: Mapping[str, Any]) -> Made:
 
 
 async def _consumer(api: "_Api", subjects: Subjects, ack_wait_ns: int) -> Made:
-    """A consumer that cannot be changed is made anew: the stream has what was not acknowledged."""
+    """Create or repair the consumer; one that cannot be changed is deleted and created again.
+
+    Nothing is lost by that: the stream keeps what was not acknowledged.
+    """
     stream, name = subjects.commands_stream, subjects.consumer
     what = f"consumer {name} of {stream}"
     config = streams.consumer_config(subjects, ack_wait_ns=ack_wait_ns)

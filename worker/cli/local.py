@@ -34,7 +34,7 @@ def logs(
     )
     try:
         log = asyncio.run(jails.read_log(ref, launch))
-        launches = [] if log else asyncio.run(jails.list_logs(ref))
+        launches = [] if log else asyncio.run(jails.launches(ref))
     except Failure as error:
         raise CliError(error.code, error.message) from error
     except PermissionError as error:

@@ -81,14 +81,11 @@ class Jails:
         await run_in_thread(self._remove, key)
 
     async def launches(self, ref: InstanceRef) -> list[int]:
+        """The launches of an instance with a jail or a kept log, newest first."""
         return await run_in_thread(self._logs.launches, ref)
 
     async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
         return await run_in_thread(self._logs.read, ref, launch)
-
-    async def list_logs(self, ref: InstanceRef) -> list[int]:
-        """The launches of an instance that may have a log, newest first."""
-        return await run_in_thread(self._logs.launches, ref)
 
     async def bound_logs(self) -> int:
         """Cut the logs of live jails to their limit; to be called every few seconds.
