@@ -44,12 +44,6 @@ def flush_conntrack(subnet: IPv4Network) -> int:
         return sum(delete_entry(ctnetlink, entry) for entry in doomed)
 
 
-def count_conntrack(subnet: IPv4Network) -> int:
-    """How many entries have an address of the subnet on any side."""
-    with open_socket() as ctnetlink:
-        return sum(touches_subnet(entry, subnet) for entry in read_entries(ctnetlink, subnet))
-
-
 def open_socket() -> socket.socket:
     ctnetlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
     ctnetlink.settimeout(TIMEOUT_S)

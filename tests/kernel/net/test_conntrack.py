@@ -6,7 +6,12 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from handlers.host.net.conntrack import count_conntrack, flush_conntrack
+from handlers.host.net.conntrack import (
+    flush_conntrack,
+    open_socket,
+    read_entries,
+    touches_subnet,
+)
 from handlers.specs import TenantRulesSpec
 from tests.kernel.net.frames import IPV4, echo_request, ethernet, tcp_syn, udp
 from tests.kernel.net.netns import INTERNET, UPLINK, HostNet, TapGuest, udp_socket
@@ -26,7 +31,14 @@ async def net() -> AsyncIterator[HostNet]:
 
 
 def tracked(net: HostNet, subnet: str) -> int:
-    return net.host.run(lambda: count_conntrack(IPv4Network(subnet)))
+    """How many entries have an address of the subnet on any side."""
+
+    def count() -> int:
+        with open_socket() as ctnetlink:
+            entries = read_entries(ctnetlink, IPv4Network(subnet))
+            return sum(touches_subnet(entry, IPv4Network(subnet)) for entry in entries)
+
+    return net.host.run(count)
 
 
 def say(guest: TapGuest, plan: GuestPlan, packet: bytes) -> None:
