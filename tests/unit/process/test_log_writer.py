@@ -160,3 +160,25 @@ def test_repeated_warnings_are_limited_per_event_and_say_how_many_were_left_out(
     assert (other is not None, all(info)) == (True, True)
     assert later is not None
     assert (later["suppressed"], limit.suppressed) == (50, 50)
+
+
+async def test_the_workers_log_limits_repeated_warnings_and_counts_them_as_dropped() -> None:
+    program = f"""
+import sys
+from worker import logs
+from worker.log_writer import LogWriter
+
+writer = LogWriter(1)
+logs.configure("info", writer=writer)
+for _ in range({3 * BURST}):
+    logs.log.warning("fault.repeated")
+writer.close()
+print(logs.dropped(), file=sys.stderr)
+"""
+    worker = await create_subprocess_exec(sys.executable, "-c", program, stdout=PIPE, stderr=PIPE)
+    async with timeout(60):
+        written, dropped = await worker.communicate()
+
+    lines = [json.loads(line)["event"] for line in written.splitlines()]
+    assert 0 < int(dropped) < 3 * BURST
+    assert lines == ["fault.repeated"] * (3 * BURST - int(dropped))

@@ -7,14 +7,8 @@ from tests.live_host import LiveHost
 from tests.plain import unpacked
 
 
-async def dead_letters(host: LiveHost, reply_id: str) -> list[tuple[dict[str, str], bytes]]:
-    """Headers and bytes of what was put aside with that answer."""
-    kept = await host.kept(host.subjects.dead_stream)
-    return [(headers, data) for _, headers, data in kept if headers["Nats-Msg-Id"] == reply_id]
-
-
 async def events(host: LiveHost) -> list[dict[str, Any]]:
-    """All that was told so far, in the stream's order."""
+    """All events so far, in the stream's order."""
     return [unpacked(data) for _, _, data in await host.kept(host.subjects.events_stream)]
 
 
