@@ -5,6 +5,7 @@ Implemented in `handlers/host/`, one mechanism per file, and in memory by `tests
 bytes unless a name says otherwise. Every method raises a `Failure` of `handlers/errors.py`.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -64,6 +65,19 @@ class Networks(Protocol):
 
     async def prepare(self) -> bool:
         """Put base table, uplinks, `ip_forward`, `bridge-nf-call-*` in effect; true if changed."""
+        ...
+
+
+class Taps(Mechanism[TapSpec, bool], Protocol):
+    """TAPs by interface name."""
+
+    async def release(self, key: str) -> None:
+        """As `remove`, but the kernel may take a moment to delete it: nobody can use it any more,
+        and it is deleted whatever happens. `exists` is false; `ensure` waits for its end."""
+        ...
+
+    async def settle(self, tenant_net_id: int) -> None:
+        """Return when no TAP of the network that was released is left."""
         ...
 
 
@@ -292,6 +306,14 @@ class GuestAgents(Protocol):
 # -- snapshots -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Discarded:
+    """Memory without a name, whose blocks are being freed until all of `freed` are done."""
+
+    size_bytes: int = 0
+    freed: tuple[asyncio.Future[None], ...] = ()
+
+
 class Snapshots(Protocol):
     """`<state>/snapshots/<t>/<p>/<i>/<n>/{state,mem,manifest.json}`; `number` is the launch's."""
 
@@ -349,8 +371,9 @@ class Snapshots(Protocol):
         """Delete one, published or not; absent is success."""
         ...
 
-    async def delete_older(self, ref: InstanceRef, number: int) -> None:
-        """Delete those with a lower number and discard their memory; absent is success."""
+    async def discard(self, ref: InstanceRef, *, below: int | None = None) -> Discarded:
+        """As `delete_all`, or for those with a lower number, without waiting for the blocks of the
+        memory: they have no name any more, and are freed whatever happens."""
         ...
 
     async def delete_all(self, ref: InstanceRef) -> None:
@@ -514,7 +537,7 @@ class Host:
     bridges: Mechanism[BridgeSpec, bool]
     tenant_rules: Mechanism[TenantRulesSpec, bool]
     pins: Mechanism[PinSpec, bool]
-    taps: Mechanism[TapSpec, bool]
+    taps: Taps
     artifacts: Artifacts
     data_disks: DataDisks
     cgroups: Mechanism[CgroupSpec, None]

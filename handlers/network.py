@@ -88,6 +88,8 @@ async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Do
     """
     async with network_lock(cmd.tenant_id, steps, host):
         recorded = await validate_teardown(cmd, host)
+        # A Stop or Sleep just before may have left TAPs for the kernel to delete.
+        await host.taps.settle(cmd.net.tenant_net_id)
         await refuse_in_use(cmd, host)
         steps.finalize()
         rules, bridge = network_specs(cmd.tenant_id, cmd.net)

@@ -2,10 +2,11 @@
 
 from msgspec.structs import replace
 
+from handlers.cancellation import together
 from handlers.concurrency import limited
 from handlers.errors import NotFound
 from handlers.instance.artifact_refs import collect_revision
-from handlers.instance.release import release
+from handlers.instance.release import end_vmm, release_files, release_port
 from handlers.instance.state import read_state
 from handlers.interfaces import Host
 from handlers.steps import Done, Steps
@@ -45,7 +46,10 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
         )
         await host.records.put_instance(record, durable=True)
     if record.launch:
-        await release(record, steps, host)
+        await end_vmm(record, steps, host)
+        await together(
+            release_port(record, steps, host, settle=True), release_files(record, steps, host)
+        )
     await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
     if cmd.wipe_volumes:
         await wipe_volumes(record.ref, record.disk, steps, host)

@@ -2,32 +2,90 @@
 
 Each removal succeeds if the resource is absent already, so the release may be repeated after a
 crash until it completes. The uid is free only after the VMM has exited.
+
+The VMM ends first. What is left then needs nothing of each other: the network port (the TAP, then
+what held it to its address) and the files (jail, then cgroup).
 """
 
-from handlers.interfaces import Host
+from handlers.cancellation import together
+from handlers.instance.flows import Flows
+from handlers.interfaces import Discarded, DiskClaim, Host
+from handlers.mechanism import Removable
 from handlers.network_names import names_of
 from handlers.steps import Steps
 from schemas.records import InstanceRecord
 
 
-async def release(
-    record: InstanceRecord, steps: Steps, host: Host, *, keep_flows: bool = False
+async def release(record: InstanceRecord, steps: Steps, host: Host) -> None:
+    """Remove VMM, TAP, flows, pin, jail and cgroup of the record's launch."""
+    await end_vmm(record, steps, host)
+    await together(release_port(record, steps, host), release_files(record, steps, host))
+
+
+async def release_and_discard(
+    record: InstanceRecord,
+    steps: Steps,
+    host: Host,
+    *,
+    below: int | None = None,
 ) -> None:
-    """Remove VMM, TAP, pin, jail and cgroup of the record's launch, in this order.
+    """After `end_vmm`: all else of the launch, and the snapshots that nothing needs any more.
+
+    The flows stay: for the guest's wake, or `flows_of` the record are deferred.
+    """
+
+    async def files() -> None:
+        await release_files(record, steps, host)
+        await discard_snapshots(record, steps, host, below=below)
+
+    await together(release_port(record, steps, host, keep_flows=True), files())
+
+
+async def end_vmm(record: InstanceRecord, steps: Steps, host: Host) -> None:
+    """Kill the VMM, if it runs, and wait until it has exited."""
+    await steps.remove(host.vmms, record.jail_id)
+
+
+async def release_port(
+    record: InstanceRecord,
+    steps: Steps,
+    host: Host,
+    *,
+    keep_flows: bool = False,
+    settle: bool = False,
+) -> None:
+    """Take the guest's end of the network away; its VMM has ended.
 
     The guest's flows end with it, so that the next guest at its address inherits none, unless
-    `keep_flows`: a sleeping guest keeps its address and finds them at its wake.
+    `keep_flows`: a sleeping guest keeps its address and finds them at its wake. With `settle` the
+    kernel has deleted the TAP on return; without, nothing can use it any more (ADR 0941).
     """
     names = names_of(record)
-    await steps.remove(host.vmms, record.jail_id)
-    if names is not None:
-        async with host.locks.shared(record.ref.tenant_id):
+    if names is None:
+        return
+    async with host.locks.shared(record.ref.tenant_id):
+        if settle:
             await steps.remove(host.taps, names.tap)
-            if not keep_flows:
-                await flush_conntrack(record, steps, host)
+        else:
+            await steps.act("remove_tap", lambda: host.taps.release(names.tap))
+        if keep_flows:
             await steps.remove(host.pins, names.pin.key)
+        else:
+            await together(
+                flush_conntrack(record, steps, host), steps.remove(host.pins, names.pin.key)
+            )
+
+
+async def release_files(record: InstanceRecord, steps: Steps, host: Host) -> None:
+    """Remove jail and cgroup; the VMM has ended."""
     await steps.remove(host.jails, record.jail_id)
     await steps.remove(host.cgroups, record.cgroup_key)
+
+
+def flows_of(record: InstanceRecord, host: Host) -> tuple[tuple[Removable, str], ...]:
+    """The flows of the guest's address, as `Done.deferred`."""
+    names = names_of(record)
+    return () if names is None else ((Flows(host), names.guest_ip),)
 
 
 async def flush_conntrack(record: InstanceRecord, steps: Steps, host: Host) -> None:
@@ -35,3 +93,28 @@ async def flush_conntrack(record: InstanceRecord, steps: Steps, host: Host) -> N
     if (names := names_of(record)) is not None:
         address = names.guest_ip
         await steps.act("flush_conntrack", lambda: host.networks.flush_conntrack(address))
+
+
+async def discard_snapshots(
+    record: InstanceRecord, steps: Steps, host: Host, *, below: int | None = None
+) -> None:
+    """Discard the instance's snapshots, or those with a lower number: none can be woken any more.
+
+    The blocks of their memory are freed later, and count in the tenant's disk quota until then
+    (ADR 0942). After the jail, which may link the memory.
+    """
+    discarded = await steps.act(
+        "discard_snapshot", lambda: host.snapshots.discard(record.ref, below=below)
+    )
+    if discarded.freed:
+        size_bytes = discarded.size_bytes
+        # On the file system they are counted as used already.
+        claim = DiskClaim(record.ref.tenant_id, size_bytes, -size_bytes, exists=lambda: False)
+        host.disk_claims.add(claim)
+        for each in discarded.freed:
+            each.add_done_callback(lambda _: unclaim_freed(claim, discarded, host))
+
+
+def unclaim_freed(claim: DiskClaim, discarded: Discarded, host: Host) -> None:
+    if all(each.done() for each in discarded.freed):
+        host.disk_claims.discard(claim)

@@ -4,16 +4,18 @@ The point of no return is the rename of the manifest. A paused VM without a mani
 also by the run after a crash; one with a manifest is killed.
 """
 
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 
 from msgspec.structs import replace
 
+from handlers.cancellation import together
 from handlers.concurrency import limited
 from handlers.disk_admission import SNAPSHOT_STATE_BYTES, DiskNeed, admitted, quota_of
 from handlers.errors import Conflict, Failure, Unavailable
 from handlers.instance.instance_file import write_at_rest
-from handlers.instance.release import release
+from handlers.instance.release import end_vmm, release_and_discard
 from handlers.instance.snapshot_steps import (
     Pauses,
     PauseSpec,
@@ -27,7 +29,7 @@ from handlers.interfaces import Host, VmmApi
 from handlers.specs import MIB, SnapshotFacts, SnapshotInfo, SnapshotKey
 from handlers.steps import Done, SnapshotMeasure, Steps
 from schemas.envelopes import EventKind
-from schemas.files import RuntimePolicy
+from schemas.files import RuntimePolicy, TenantQuota
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef, SleepInstance
 
@@ -78,82 +80,105 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
         return Done(changed=False, status=str(Status.SLEEPING))
     if state.status is not Status.RUNNING:
         raise state.conflict("put it to sleep", "running")
-    info = await host.snapshots.read(record.ref)
+    info, quota = await together(host.snapshots.read(record.ref), quota_of(cmd.tenant_id, host))
     if info is not None and info.number == record.launch:
         # Published by a run that was cut after it, so the rest has to be completed.
         outcome = DrainOutcome(Drain.UNKNOWN, "the worker was restarted after the drain")
     else:
         state.refuse_incomplete(steps.command_id)
-        info, outcome = await take_snapshot(cmd, record, steps, host)
+        info, outcome = await take_snapshot(cmd, record, quota, steps, host)
     steps.finalize()
-    await release(record, steps, host, keep_flows=True)
-    await host.snapshots.delete_older(record.ref, info.number)
+    await end_vmm(record, steps, host)
     number = info.number
-    host.later("hash_memory", lambda: announce_hash(record.ref, number, host))
     now_ms = host.facts.now_ms()
+    _, left_behind = await together(
+        release_and_discard(record, steps, host, below=number),
+        write_at_rest(record, Status.SLEEPING, host, now_ms),
+    )
     asleep = replace(record, vmm=None, uid_slot=None, snapshot=number, consumed=False)
     return Done(
         changed=True,
         status=str(Status.SLEEPING),
         detail={"snapshot": number, "size_bytes": info.size_bytes, **outcome.detail()},
-        left_behind=await write_at_rest(record, Status.SLEEPING, host, now_ms),
+        left_behind=left_behind,
         record=final_record(asleep, Status.SLEEPING, now_ms),
         snapshot=SnapshotMeasure(
             seconds=steps.seconds_of(Pauses.name, SnapshotDrafts.name, PUBLISH),
             size_bytes=info.size_bytes,
         ),
+        # Not before the outcome, which it would slow down.
+        afterwards=(("hash_memory", lambda: announce_hash(record.ref, number, host)),),
     )
 
 
 async def take_snapshot(
-    cmd: SleepInstance, record: InstanceRecord, steps: Steps, host: Host
+    cmd: SleepInstance,
+    record: InstanceRecord,
+    quota: TenantQuota | None,
+    steps: Steps,
+    host: Host,
 ) -> tuple[SnapshotInfo, DrainOutcome]:
     """Drain, pause, write, publish; returns the snapshot and the outcome of the drain."""
     if record.vmm is None or not await host.vmms.alive(record.vmm):
         raise Unavailable(f"VMM of instance {record.ref} is not running").not_retryable()
     vmm = host.vmms.api(record.jail_id)
+    need = DiskNeed(
+        tenant_id=cmd.tenant_id,
+        what=f"a snapshot of {record.ref}",
+        size_bytes=record.mem_mib * MIB + SNAPSHOT_STATE_BYTES,
+        replaces=record.ref,
+    )
     try:
-        if await vmm.state() == "Paused":
-            # An earlier run was cut between its pause and its manifest.
-            await vmm.resume()
-        need = DiskNeed(
-            tenant_id=cmd.tenant_id,
-            what=f"a snapshot of {record.ref}",
-            size_bytes=record.mem_mib * MIB + SNAPSHOT_STATE_BYTES,
-            replaces=record.ref,
-        )
-        async with admitted(need, await quota_of(cmd.tenant_id, host), host):
+        async with AsyncExitStack() as claims:
+            await together(claims.enter_async_context(admitted(need, quota, host)), let_run(vmm))
             return await drain_and_snapshot(cmd, record, vmm, steps, host)
     finally:
         await vmm.close()
 
 
+async def let_run(vmm: VmmApi) -> None:
+    """Resume it if an earlier run was cut between its pause and its manifest."""
+    if await vmm.state() == "Paused":
+        await vmm.resume()
+
+
 async def drain_and_snapshot(
     cmd: SleepInstance, record: InstanceRecord, vmm: VmmApi, steps: Steps, host: Host
 ) -> tuple[SnapshotInfo, DrainOutcome]:
-    """From running to a published snapshot; its disk space is claimed."""
-    now_ms = host.facts.now_ms()
-    transition = TransitionSpec(steps.command_id, record, Status.DRAINING, now_ms)
-    record = await steps.ensure(Transitions(host), transition)
-    outcome = await drain_guest(cmd, record, steps, host)
+    """From running to a published snapshot; its disk space is claimed.
+
+    The journal's rows are written beside what needs no order with them: while the guest drains,
+    and while it is paused.
+    """
+    draft = SnapshotKey(record.ref, record.launch)
+
+    async def announce() -> None:
+        await transition_to(Status.DRAINING, record, steps, host)
+        await steps.announce((Pauses(host), record.jail_id), (SnapshotDrafts(host), str(draft)))
+
+    _, outcome = await together(announce(), drain_guest(cmd, record, steps, host))
     async with limited(host.slots.snapshots, record.ref.tenant_id, "wait_snapshot_slot", steps):
-        transition = TransitionSpec(
-            steps.command_id, record, Status.SNAPSHOTTING, host.facts.now_ms()
+        await together(
+            transition_to(Status.SNAPSHOTTING, record, steps, host),
+            steps.ensure(Pauses(host), PauseSpec(record.jail_id)),
         )
-        record = await steps.ensure(Transitions(host), transition)
         info = await write_snapshot(record, outcome.drain, vmm, steps, host)
     return info, outcome
+
+
+async def transition_to(status: Status, record: InstanceRecord, steps: Steps, host: Host) -> None:
+    spec = TransitionSpec(steps.command_id, record, status, host.facts.now_ms())
+    await steps.ensure(Transitions(host), spec)
 
 
 async def write_snapshot(
     record: InstanceRecord, drain: Drain, vmm: VmmApi, steps: Steps, host: Host
 ) -> SnapshotInfo:
-    """Pause, let the VMM write into its jail, move and hash the files, publish the manifest."""
+    """Let the paused VMM write into its jail, move and hash the files, publish the manifest."""
     if record.revision is None or record.uid_slot is None:
         raise Conflict(
             f"instance {record.ref} has no launch in the journal: expected a revision and a uid"
         )
-    await steps.ensure(Pauses(host), PauseSpec(record.jail_id))
     facts = SnapshotFacts(
         ref=record.ref,
         number=record.launch,

@@ -5,9 +5,15 @@ from enum import StrEnum
 
 from msgspec.structs import replace
 
+from handlers.cancellation import together
 from handlers.errors import Failure
 from handlers.instance.instance_file import write_at_rest
-from handlers.instance.release import flush_conntrack, release
+from handlers.instance.release import (
+    discard_snapshots,
+    end_vmm,
+    flows_of,
+    release_and_discard,
+)
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host
 from handlers.steps import Done, Steps
@@ -27,7 +33,7 @@ class StopMethod(StrEnum):
 
 
 async def stop_instance(cmd: StopInstance, steps: Steps, host: Host) -> Done:
-    """Leave no process, TAP, cgroup, jail or socket of the instance; volumes are kept.
+    """Leave no process, cgroup, jail or socket of the instance, and no use of its TAP.
 
     Asks the guest by Ctrl-Alt-Del, waits within the pool's `graceful_shutdown_seconds`, then
     sends SIGKILL; `detail.method` says what ended the VMM. SIGTERM is not sent: the VMM is pid 1 of
@@ -44,10 +50,10 @@ async def stop_instance(cmd: StopInstance, steps: Steps, host: Host) -> Done:
         return Done(changed=False, status=str(state.status))
     steps.finalize()
     if state.status is Status.SLEEPING:
-        await flush_conntrack(record, steps, host)
-        await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
-        return await stopped(record, None, host)
-    budget_s = await stop_budget_s(record, steps, host)
+        await discard_snapshots(record, steps, host)
+        left_behind = await write_at_rest(record, Status.STOPPED, host, host.facts.now_ms())
+        return stopped(record, None, left_behind, host)
+    before = record
     if record.status is not Status.STOPPING:
         record = replace(
             record,
@@ -56,8 +62,12 @@ async def stop_instance(cmd: StopInstance, steps: Steps, host: Host) -> Done:
             command_id=steps.command_id,
             before=replace(record, before=None),
         )
-        await host.records.put_instance(record)
-    method = await steps.act("stop_vmm", lambda: ask_then_kill(record, budget_s, steps, host))
+    # The record and the question to the guest do not depend on each other: of a guest that was
+    # asked and has no such record yet, the next worker sees only that it has exited.
+    _, method = await together(
+        host.records.put_instance(record) if record is not before else nothing(),
+        steps.act("stop_vmm", lambda: ask_then_kill(record, steps, host)),
+    )
     return await finish_stop(record, steps, host, method=method)
 
 
@@ -70,23 +80,31 @@ async def finish_stop(
 ) -> Done:
     """Release whatever the instance, or an earlier attempt to stop it, still holds."""
     steps.finalize()
-    await release(record, steps, host)
-    await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
-    return await stopped(record, method, host)
+    await end_vmm(record, steps, host)
+    _, left_behind = await together(
+        release_and_discard(record, steps, host),
+        write_at_rest(record, Status.STOPPED, host, host.facts.now_ms()),
+    )
+    return stopped(record, method, left_behind, host)
 
 
-async def stopped(record: InstanceRecord, method: StopMethod | None, host: Host) -> Done:
-    """The outcome; also written to `instance.json`."""
-    now_ms = host.facts.now_ms()
-    left_behind = await write_at_rest(record, Status.STOPPED, host, now_ms)
+def stopped(
+    record: InstanceRecord, method: StopMethod | None, left_behind: tuple[str, ...], host: Host
+) -> Done:
+    """The outcome."""
     at_rest = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
     return Done(
         changed=True,
         status=str(Status.STOPPED),
         detail={} if method is None else {"method": method.value},
         left_behind=left_behind,
-        record=final_record(at_rest, Status.STOPPED, now_ms),
+        deferred=flows_of(record, host),
+        record=final_record(at_rest, Status.STOPPED, host.facts.now_ms()),
     )
+
+
+async def nothing() -> None:
+    """What is recorded already needs no commit."""
 
 
 async def stop_budget_s(record: InstanceRecord, steps: Steps, host: Host) -> float:
@@ -105,25 +123,23 @@ async def stop_budget_s(record: InstanceRecord, steps: Steps, host: Host) -> flo
     return budget_s if left_s is None else max(0.0, min(budget_s, left_s))
 
 
-async def ask_then_kill(
-    record: InstanceRecord, budget_s: float, steps: Steps, host: Host
-) -> StopMethod:
-    """Ask the guest and wait, unless a Destroy is next; `release` sends the SIGKILL.
+async def ask_then_kill(record: InstanceRecord, steps: Steps, host: Host) -> StopMethod:
+    """Ask the guest and wait, unless a Destroy is next; `end_vmm` sends the SIGKILL.
 
     Returns the method that applies.
     """
     identity = record.vmm
     if identity is None or not await host.vmms.alive(identity):
         return StopMethod.ALREADY_EXITED
-    until = time.monotonic() + budget_s
+    began = time.monotonic()
     vmm = host.vmms.api(record.jail_id)
     try:
-        await vmm.send_ctrl_alt_del()
+        _, budget_s = await together(vmm.send_ctrl_alt_del(), stop_budget_s(record, steps, host))
     except Failure:
         return StopMethod.SIGKILL
     finally:
         await vmm.close()
-    left_s = max(0.0, until - time.monotonic() - min(KILL_RESERVE_S, budget_s / 4))
+    left_s = max(0.0, began + budget_s - time.monotonic() - min(KILL_RESERVE_S, budget_s / 4))
     if await steps.control.unhurried(host.vmms.wait_exit(identity, left_s)):
         return StopMethod.GRACEFUL
     return StopMethod.SIGKILL

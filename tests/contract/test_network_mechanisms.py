@@ -11,9 +11,9 @@ from typing import Protocol, cast
 import pytest
 
 from handlers.errors import Conflict
-from handlers.interfaces import Networks, Records
+from handlers.interfaces import Networks, Records, Taps
 from handlers.mechanism import Mechanism, Removable
-from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
+from handlers.specs import BridgeSpec, PinSpec, TenantRulesSpec
 from tests.fakes import host as fake
 from tests.kernel.net.netns import HostNet
 from tests.kernel.net.plans import GuestPlan, net_of
@@ -40,7 +40,7 @@ class NetworkHost(Protocol):
     def pins(self) -> Mechanism[PinSpec, bool]: ...
 
     @property
-    def taps(self) -> Mechanism[TapSpec, bool]: ...
+    def taps(self) -> Taps: ...
 
     async def plant_link(self, name: str) -> None:
         """A link that is not hostd's appears."""
@@ -162,6 +162,46 @@ class TestNetworkMechanisms:
                 assert not await mechanism.exists(key)
         assert not await host.has_link(GUEST.tap)
         assert not await host.has_link(ACME.bridge_name)
+
+    async def test_a_tap_that_is_released_is_gone_once_it_has_settled(
+        self, host: NetworkHost
+    ) -> None:
+        await self.set_up(host)
+        await host.taps.ensure(GUEST.spec)
+
+        for _twice in range(2):
+            await host.taps.release(GUEST.spec.key)
+            assert not await host.taps.exists(GUEST.spec.key)
+
+        await host.taps.settle(ACME.tenant_net_id)
+        assert not await host.has_link(GUEST.tap)
+        assert list(await host.networks.taps_on(ACME.bridge_name)) == []
+
+    async def test_a_tap_is_made_and_removed_right_after_its_release(
+        self, host: NetworkHost
+    ) -> None:
+        await self.set_up(host)
+        for _again in range(5):
+            assert await host.taps.ensure(GUEST.spec)
+            await host.taps.release(GUEST.spec.key)
+        assert await host.taps.ensure(GUEST.spec)
+        assert not await host.taps.ensure(GUEST.spec)
+
+        await host.taps.release(GUEST.spec.key)
+        await host.taps.remove(GUEST.spec.key)
+
+        assert not await host.has_link(GUEST.tap)
+
+    async def test_a_foreign_link_with_the_taps_name_is_not_released(
+        self, host: NetworkHost
+    ) -> None:
+        await self.set_up(host)
+        await host.plant_link(GUEST.tap)
+
+        await host.taps.release(GUEST.spec.key)
+        await host.taps.settle(ACME.tenant_net_id)
+
+        assert await host.has_link(GUEST.tap)
 
     async def test_nothing_is_there_before_the_base_table_is(self, host: NetworkHost) -> None:
         assert not await host.tenant_rules.exists(RULES.key)

@@ -241,7 +241,7 @@ async def test_a_discard_spares_what_is_not_below(store: Store) -> None:
     await sleep(store, 1)
     newer = await sleep(store, 2)
 
-    await store.snapshots.delete_older(REF, 2)
+    await store.snapshots.discard(REF, below=2)
     assert await store.snapshots.read(REF) == newer
     with pytest.raises(HostFault):
         await store.snapshots.verify(REF, 1, VMM)

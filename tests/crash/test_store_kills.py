@@ -20,6 +20,7 @@ import pytest
 from handlers.errors import HostFault
 from handlers.host.jail.jails import Jails
 from handlers.host.linux.file_threads import CancelToken
+from handlers.host.snapshot.discards import discard_dir, unname_dir
 from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.agentd_files import SharedFiles
 from handlers.host.storage.artifacts import Artifacts
@@ -274,14 +275,17 @@ async def test_a_snapshot_being_linked(worlds: Callable[[int], Worker], hashed: 
     assert n > 10
 
 
-async def test_a_snapshot_being_discarded(worlds: Callable[[int], Worker]) -> None:
+@pytest.mark.parametrize("waits", [True, False], ids=["blocks too", "names alone"])
+async def test_a_snapshot_being_discarded(worlds: Callable[[int], Worker], *, waits: bool) -> None:
     n = 0
     for n in range(NEVER_MORE_THAN):
         first = worlds(n)
         first.make_disk()
         first.jail(1)
         await first.sleep()
-        killed = killed_at(n, partial(first.snapshots._delete, REF, None))
+        snapshots = first.snapshots
+        discard = partial(snapshots._delete, REF, None, discard_dir if waits else unname_dir)
+        killed = killed_at(n, discard)
 
         second = Worker(first.world)
         if await second.snapshots.read(REF) is not None:

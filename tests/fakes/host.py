@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from handlers.concurrency import Slots
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound, Unavailable
-from handlers.interfaces import Host, Records
+from handlers.interfaces import Discarded, Host, Records
 from handlers.mechanism import Durability, Keyed
 from handlers.specs import (
     Ack,
@@ -68,7 +68,12 @@ class Guest:
 
 @dataclass
 class FakeHost:
-    """`fail` maps an effect to the failure raised instead of it, `fail_late` after it."""
+    """`fail` maps an effect to the failure raised instead of it, `fail_late` after it.
+
+    With `slow_taps`, a TAP that is released is there until somebody waits for its end. With
+    `slow_frees`, a discarded snapshot holds so many bytes until its future in `freeing` is
+    done.
+    """
 
     resources: dict[tuple[str, str], Any] = field(default_factory=dict[tuple[str, str], Any])
     fail: dict[str, BaseException] = field(default_factory=dict[str, BaseException])
@@ -96,6 +101,10 @@ class FakeHost:
     disk_low: bool = False
     disk_free_bytes: int = 1 << 40
     usage: DiskUsage = NO_USAGE
+    slow_frees: int = 0
+    slow_taps: bool = False
+    released: set[str] = field(default_factory=set[str])
+    freeing: list[asyncio.Future[None]] = field(default_factory=list[asyncio.Future[None]])
     stuck_imports: set[str] = field(default_factory=set[str])
     import_bytes: int = 0
     drain_gate: asyncio.Event | None = None
@@ -119,6 +128,11 @@ class FakeHost:
         if name in self.fail_late:
             raise self.fail_late[name]
         return value
+
+    async def run_later(self) -> None:
+        """What handlers left to the background, in its order."""
+        while self.later:
+            await self.later.pop(0)()
 
     def kill(self, jail_id: str) -> None:
         """The VMM exits, for whatever reason."""
@@ -239,6 +253,8 @@ class FakeTaps(Plain[TapSpec]):
 
     async def ensure(self, spec: TapSpec) -> bool:
         self.machine.refuse_foreign(spec.key)
+        if spec.key in self.machine.released:
+            self._gone(spec.key)
         found = self.machine.resources.get(("tap", spec.key))
         if found is not None and found.alias != spec.alias:
             raise Conflict(f"link {spec.name} is not hostd's")
@@ -246,6 +262,34 @@ class FakeTaps(Plain[TapSpec]):
             raise Conflict(f"there is no bridge {spec.bridge}")
         made: bool = await super().ensure(spec)
         return made
+
+    async def exists(self, key: str) -> bool:
+        return key not in self.machine.released and await super().exists(key)
+
+    async def remove(self, key: str) -> None:
+        await super().remove(key)
+        self.machine.released.discard(key)
+
+    async def release(self, key: str) -> None:
+        """Gone at once, or with `slow_taps` when it is waited for."""
+        if not self.machine.slow_taps:
+            await self.remove(key)
+            return
+
+        def release() -> None:
+            if ("tap", key) in self.machine.resources:
+                self.machine.released.add(key)
+
+        await self.machine.effect("remove_tap", release)
+
+    async def settle(self, tenant_net_id: int) -> None:
+        for key in [*self.machine.released]:
+            if key.startswith(naming.tap_name_prefix(tenant_net_id)):
+                self._gone(key)
+
+    def _gone(self, key: str) -> None:
+        self.machine.released.discard(key)
+        self.machine.resources.pop(("tap", key), None)
 
 
 class FakeFacts:
@@ -675,21 +719,30 @@ class FakeSnapshots:
         for kind in ("snapshot", "snapshot_draft"):
             self.machine.resources.pop((kind, f"{ref}#{number}"), None)
 
-    async def delete_older(self, ref: InstanceRef, number: int) -> None:
-        await self._delete(ref, below=number)
+    async def discard(self, ref: InstanceRef, *, below: int | None = None) -> Discarded:
+        gone = await self._delete(ref, below=below)
+        if not (gone and self.machine.slow_frees):
+            return Discarded()
+        freed = asyncio.get_running_loop().create_future()
+        self.machine.freeing.append(freed)
+        return Discarded(self.machine.slow_frees, (freed,))
 
     async def delete_all(self, ref: InstanceRef) -> None:
         await self._delete(ref)
 
-    async def _delete(self, ref: InstanceRef, *, below: int | None = None) -> None:
-        def gone() -> None:
-            for kind, key in list(self.machine.resources):
-                if kind.startswith("snapshot") and key.startswith(f"{ref}#"):
-                    number = int(key.partition("#")[2])
-                    if below is None or number < below:
-                        del self.machine.resources[kind, key]
+    async def _delete(self, ref: InstanceRef, *, below: int | None = None) -> int:
+        def gone() -> int:
+            doomed = [
+                (kind, key)
+                for kind, key in self.machine.resources
+                if kind.startswith("snapshot") and key.startswith(f"{ref}#")
+                if below is None or int(key.partition("#")[2]) < below
+            ]
+            for each in doomed:
+                del self.machine.resources[each]
+            return len(doomed)
 
-        await self.machine.effect("discard_snapshot", gone)
+        return await self.machine.effect("discard_snapshot", gone)
 
 
 def seeded() -> FakeHost:

@@ -162,7 +162,8 @@ class NetworkMechanisms:
     watch: HostWatch
 
     def close(self) -> None:
-        """End both threads; what was made stays."""
+        """End the threads; what was made stays."""
+        self.taps.close()
         self.netlink.close()
         self.nft.close()
 
@@ -181,6 +182,6 @@ def open_network_mechanisms(
         bridges=Bridges(netlink),
         tenant_rules=TenantRules(nft, base, netlink),
         pins=Pins(nft, base),
-        taps=Taps(netlink, isolate_guests=settings.isolate_guests),
+        taps=Taps(netlink, isolate_guests=settings.isolate_guests, enter=enter),
         watch=HostWatch(netlink, nft, enter),
     )

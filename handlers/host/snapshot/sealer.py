@@ -14,12 +14,11 @@ from handlers.errors import Failure, HostFault, Invalid, of_os_error
 from handlers.host.jail.layout import JailLayout, JailMetadata
 from handlers.host.linux.checksummed_json import write_sealed
 from handlers.host.linux.file_id import FileId
-from handlers.host.linux.rmtree import remove_path, remove_tree
+from handlers.host.linux.rmtree import remove_tree
 from handlers.host.linux.sparse_copy import copy_sparse, sha256_of
 from handlers.host.linux.state_dirs import make_dir, sync_dir
+from handlers.host.snapshot.discards import FILE, discard_dir
 from handlers.host.snapshot.manifest import (
-    MANIFEST,
-    MEMORY_FACTS,
     UNPUBLISHED,
     DiskFacts,
     KeptDrive,
@@ -44,7 +43,6 @@ from schemas.records import DiskIdentity
 
 STATE_MAX_BYTES = 64 * MIB
 DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -200,30 +198,6 @@ def wipe_kept(path: str) -> None:
     finally:
         os.close(fd)
     os.unlink(path)
-
-
-def discard_dir(directory: SnapshotDir) -> None:
-    """Unpublish first, so that half of it is never taken for one; then free the blocks, unlink.
-
-    Blocks of a memory file that a jail still links are left alone: a running VM may be reading its
-    memory from there. They are freed with the jail.
-    """
-    if not os.path.isdir(directory.path):
-        return
-    for name in (MANIFEST, UNPUBLISHED, MEMORY_FACTS):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(directory.file(name))
-    sync_dir(directory.path)
-    for name in os.listdir(directory.path):
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-            fd = os.open(directory.file(name), FILE)
-            try:
-                found = os.fstat(fd)
-                if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
-                    wipe.discard(fd)
-            finally:
-                os.close(fd)
-    remove_path(directory.path)
 
 
 def _take(source: int, name: str, directory: SnapshotDir, uid: int) -> int:

@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from handlers.errors import HostFault, NotFound, of_os_error
 from handlers.host.jail.layout import JailLayout
@@ -18,6 +19,7 @@ from handlers.host.linux.rmtree import remove_tree
 from handlers.host.linux.sparse_copy import sha256_of
 from handlers.host.linux.state_dirs import remove_empty, sync_dir
 from handlers.host.linux.syscalls import link_open
+from handlers.host.snapshot.discards import MemoryFreer, be_nice, discard_dir, unname_dir
 from handlers.host.snapshot.manifest import (
     CONSUMED,
     MANIFEST,
@@ -27,13 +29,8 @@ from handlers.host.snapshot.manifest import (
     numbers_of,
 )
 from handlers.host.snapshot.memory_file import Memories
-from handlers.host.snapshot.sealer import (
-    Sealer,
-    discard_dir,
-    disk_facts,
-    fresh_dir,
-    wipe_kept,
-)
+from handlers.host.snapshot.sealer import Sealer, disk_facts, fresh_dir, wipe_kept
+from handlers.interfaces import Discarded
 from handlers.jail_names import (
     CONFIG_DRIVE,
     MEMORY,
@@ -45,6 +42,8 @@ from handlers.jail_names import (
 )
 from handlers.specs import SnapshotFacts, SnapshotInfo
 from schemas.requests import InstanceRef
+
+BLOCK_BYTES = 512  # of `st_blocks`
 
 
 class Snapshots:
@@ -68,12 +67,14 @@ class Snapshots:
         )
         self._stop = threading.Event()
         # One at a time and at the lowest priority: hashing must never slow a wake.
-        self._hashing = ThreadPoolExecutor(1, "hash-memory", initializer=_be_nice)
+        self._hashing = ThreadPoolExecutor(1, "hash-memory", initializer=be_nice)
+        self._freer = MemoryFreer()
 
     def close(self) -> None:
         """Stop hashing; a hash not finished is not noted and can be taken again."""
         self._stop.set()
         self._hashing.shutdown()
+        self._freer.close()
 
     # -- Sleep ---------------------------------------------------------------------------------
 
@@ -225,13 +226,17 @@ class Snapshots:
 
         await run_in_thread(remove)
 
-    async def delete_older(self, ref: InstanceRef, number: int) -> None:
-        """Delete the snapshots with a lower number and free their blocks; absent is success."""
-        await run_in_thread(self._delete, ref, number)
+    async def discard(self, ref: InstanceRef, *, below: int | None = None) -> Discarded:
+        """As `delete_all`, or those with a lower number; the memory's blocks are freed later.
+
+        Nothing of them has a name any more on return, and nothing is woken from them.
+        """
+        size_bytes, freed = await run_in_thread(self._discard, ref, below)
+        return Discarded(size_bytes, tuple(map(asyncio.wrap_future, freed)))
 
     async def delete_all(self, ref: InstanceRef) -> None:
         """Delete all snapshots, and what a failed one left in the jails; absent is success."""
-        await run_in_thread(self._delete, ref, None)
+        await run_in_thread(self._delete, ref, None, discard_dir)
 
     # -- in a thread ---------------------------------------------------------------------------
 
@@ -290,11 +295,27 @@ class Snapshots:
         except OSError as error:
             raise of_os_error(error, f"cannot link {directory.path} into the jail") from error
 
-    def _delete(self, ref: InstanceRef, below: int | None) -> None:
+    def _discard(self, ref: InstanceRef, below: int | None) -> tuple[int, list[Future[None]]]:
+        freed: list[Future[None]] = []
+        size_bytes = 0
+
+        def unname(directory: SnapshotDir) -> None:
+            nonlocal size_bytes
+            memory = unname_dir(directory)
+            if memory is not None:
+                size_bytes += os.fstat(memory).st_blocks * BLOCK_BYTES
+                freed.append(self._freer.free(memory))
+
+        self._delete(ref, below, unname)
+        return size_bytes, freed
+
+    def _delete(
+        self, ref: InstanceRef, below: int | None, delete: Callable[[SnapshotDir], object]
+    ) -> None:
         try:
             for number in numbers_of(self._base, ref):
                 if below is None or number < below:
-                    discard_dir(SnapshotDir(self._base, ref, number))
+                    delete(SnapshotDir(self._base, ref, number))
             remove_empty(f"{self._base}/{ref}", up_to=self._base)
             if below is None:
                 self._clear_jails(ref)
@@ -323,8 +344,3 @@ def _check_file(directory: SnapshotDir, name: str, size_bytes: int, sha256: str)
             )
     finally:
         os.close(fd)
-
-
-def _be_nice() -> None:
-    """The lowest priority, of this thread alone. Source: setpriority(2), NPTL note."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

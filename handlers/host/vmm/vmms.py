@@ -102,11 +102,14 @@ class Vmms:
                 # Repeated until none is left: a running jailer may have forked meanwhile, and a
                 # kernel thread of KVM exits shortly after its VM.
                 wait_s = FIRST_POLL_S
+                killed: list[int] = []
                 while pids := await asyncio.to_thread(self._pids, key):
+                    if pids == killed:
+                        await asyncio.sleep(wait_s)
+                        wait_s = min(wait_s * 2, LAST_POLL_S)
                     for pid in pids:
                         await self._kill(pid, key, root)
-                    await asyncio.sleep(wait_s)
-                    wait_s = min(wait_s * 2, LAST_POLL_S)
+                    killed = pids
         except TimeoutError as error:
             raise Unavailable(
                 f"VMM of jail {key} still running {KILL_TIMEOUT_S:g} s after SIGKILL",

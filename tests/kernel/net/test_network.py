@@ -1,6 +1,8 @@
 """SetupNetwork, TeardownNetwork and repair against the real kernel."""
 
 import asyncio
+import os
+import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
@@ -8,8 +10,11 @@ import msgspec
 import pytest
 
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound
+from handlers.host.net import taps
 from handlers.host.net.bridges import Bridges
+from handlers.host.net.rtnetlink import Kernel
 from handlers.host.net.rtnetlink_reader import IFLA_TUN_OWNER
+from handlers.host.net.taps import FLAGS, SeizedTap, open_tap, seize_tap
 from handlers.interfaces import Host
 from handlers.network import Restored, restore_network, setup_network, teardown_network
 from handlers.specs import BridgeSpec
@@ -396,6 +401,69 @@ async def test_owner_of_the_tap_is_the_launchs_uid_and_follows_it(desk: Desk) ->
     assert changed
     assert link is not None
     assert link.info[IFLA_TUN_OWNER] == OWNER_UID + 1
+
+
+async def test_nobody_attaches_to_a_tap_that_is_being_released(desk: Desk) -> None:
+    await desk.setup("acme", ACME)
+    await plug_in(desk.net, GUEST)
+
+    seized = await desk.net.mechanisms.netlink.run(lambda kernel: seize_tap(kernel, GUEST.tap))
+
+    assert seized is not None
+    with pytest.raises(Conflict, match="in use"):
+        desk.net.host.run(lambda: open_tap(GUEST.tap, FLAGS))
+    os.close(seized.descriptor)
+    assert await desk.net.link(GUEST.tap) is None
+
+
+async def test_a_child_that_is_being_spawned_does_not_keep_a_released_tap(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await desk.setup("acme", ACME)
+    await plug_in(desk.net, GUEST)
+    copies: list[int] = []
+
+    def copied(kernel: Kernel, name: str) -> SeizedTap | None:
+        seized = seize_tap(kernel, name)
+        assert seized is not None
+        copies.append(os.dup(seized.descriptor))  # as vfork does
+        return seized
+
+    monkeypatch.setattr(taps, "seize_tap", copied)
+    await desk.net.mechanisms.taps.release(GUEST.tap)
+    monkeypatch.undo()
+
+    assert await desk.net.mechanisms.taps.ensure(GUEST.spec)
+    assert await desk.net.link(GUEST.tap) is not None
+    for copy in copies:
+        os.close(copy)
+    assert await desk.net.link(GUEST.tap) is not None
+
+
+async def test_the_tap_of_a_release_that_was_killed_is_deleted_by_the_kernel(desk: Desk) -> None:
+    await desk.setup("acme", ACME)
+    await plug_in(desk.net, GUEST)
+    seized = await desk.net.mechanisms.netlink.run(lambda kernel: seize_tap(kernel, GUEST.tap))
+    assert seized is not None
+    worker = subprocess.Popen(["sleep", "infinity"], pass_fds=[seized.descriptor])
+    os.close(seized.descriptor)
+    assert await desk.net.link(GUEST.tap) is not None, "the process that is killed has it"
+
+    worker.kill()
+    worker.wait()
+
+    assert await desk.net.link(GUEST.tap) is None
+
+
+async def test_a_tap_that_a_process_has_open_is_deleted_by_its_release(desk: Desk) -> None:
+    await desk.setup("acme", ACME)
+    await plug_in(desk.net, GUEST)
+    guest = TapGuest(desk.net, GUEST.tap)
+
+    await desk.net.mechanisms.taps.release(GUEST.tap)
+
+    assert await desk.net.link(GUEST.tap) is None
+    guest.close()
 
 
 async def test_of_two_tenants_who_ask_for_one_subnet_at_once_one_gets_it(desk: Desk) -> None:

@@ -24,6 +24,7 @@ from handlers.host.snapshot.manifest import SnapshotDir, numbers_of
 from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.drive_images import CONFIG, SECRETS
+from handlers.interfaces import Discarded
 from handlers.specs import DataDisk, DataDiskSpec, JailFile, JailSpec, SnapshotFacts
 from schemas import naming
 from schemas.requests import InstanceRef
@@ -584,13 +585,41 @@ async def test_a_deletion_frees_the_blocks_even_of_a_file_that_is_open(
     assert await asleep.snapshots.read(REF) is None
 
 
+async def test_discarded_memory_has_no_name_and_then_no_blocks(asleep: Asleep) -> None:
+    await asleep.sleep()
+    with (asleep.directory / "mem").open("rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_blocks * 512
+
+        discarded = await asleep.snapshots.discard(REF)
+
+        assert asleep.on_disk() == []
+        assert not asleep.directory.exists()
+        assert await asleep.snapshots.read(REF) is None
+        assert discarded.size_bytes == size_bytes
+        await asyncio.wait_for(asyncio.gather(*discarded.freed), 10)
+        assert os.fstat(file.fileno()).st_blocks == 0
+    assert await asleep.snapshots.discard(REF) == Discarded()
+
+
+async def test_the_memory_of_a_running_vm_is_not_discarded(asleep: Asleep) -> None:
+    await asleep.sleep()
+    jail = await asleep.jail(2)
+    await asleep.snapshots.link(jail, UID, await asleep.snapshots.verify(REF, 1, VMM))
+
+    assert await asleep.snapshots.discard(REF) == Discarded()
+
+    woken = asleep.world.jails / "firecracker" / jail / "root" / "woken" / "mem"
+    assert woken.read_bytes() == asleep.memory
+    await asleep.jails.remove(jail)
+
+
 async def test_older_snapshots_go_and_the_newest_stays(asleep: Asleep) -> None:
     await asleep.sleep()
     asleep.facts = replace(asleep.facts, number=2, launch=2)
     await asleep.jail(2)
     await asleep.sleep()
 
-    await asleep.snapshots.delete_older(REF, 2)
+    await asleep.snapshots.discard(REF, below=2)
 
     assert asleep.on_disk() == [(2, True)]
     info = await asleep.snapshots.read(REF)

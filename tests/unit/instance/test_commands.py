@@ -5,6 +5,7 @@ the host is as before, or the reply names the rest; past a point of no return it
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from handlers.errors import HostFault, Invalid, Unavailable
 from handlers.registry import HANDLERS
 from schemas import codec, naming
 from schemas.codes import Code
-from schemas.envelopes import Reply
+from schemas.envelopes import EventKind, Reply
 from schemas.files import InstanceResources, PoolSpec, TenantConfig
 from schemas.records import Status
 from schemas.requests import (
@@ -32,6 +33,7 @@ from schemas.settings import LimitSettings, VmmSettings
 from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
+from tests.fakes.reconcile import reconciled
 
 KEEP = DestroyInstance("acme", "web", "i-1", wipe_volumes=False)
 UP = SetupNetwork("acme", NET)
@@ -84,7 +86,6 @@ COMPLETED: dict[str, tuple[str, ...]] = {
     "StopInstance": (
         "remove_vmm",
         "remove_tap",
-        "flush_conntrack",
         "remove_pin",
         "remove_jail",
         "remove_cgroup",
@@ -213,6 +214,51 @@ async def test_past_the_point_of_no_return_the_next_worker_completes_the_command
 
         assert reply.code is Code.OK, reply
         assert shape(machine) == shape(await undisturbed(tmp_path, kind))
+
+
+async def test_the_memory_is_hashed_after_the_outcome(tmp_path: Path) -> None:
+    machine = seeded()
+    unfinished: list[bool] = []
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "SleepInstance")
+
+        class Noted(list[Callable[[], Awaitable[None]]]):
+            def append(self, work: Callable[[], Awaitable[None]]) -> None:
+                unfinished.append(worker.journal.commands.is_unfinished("asleep"))
+                super().append(work)
+
+        machine.later = Noted()
+        await worker.run(SLEEP, "asleep")
+        (hashing,) = machine.later
+        await hashing()
+
+        assert unfinished == [False]
+        assert await worker.host.snapshots.is_hashed(REF, 1)
+
+
+async def test_a_teardown_waits_for_the_taps_that_a_stop_released(tmp_path: Path) -> None:
+    machine = seeded()
+    machine.slow_taps = True
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "StopInstance")
+        assert (await worker.run(STOP)).code is Code.OK
+        assert ("tap", "tn3i5") in machine.resources
+
+        reply = await worker.run(DOWN)
+
+        assert reply.code is Code.OK, reply
+        assert not [key for key in machine.resources if key[0] in ("tap", "bridge")]
+
+
+async def test_a_destroyed_instance_has_no_tap_however_slow_the_kernel_is(tmp_path: Path) -> None:
+    machine = seeded()
+    machine.slow_taps = True
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "DestroyInstance")
+
+        assert (await worker.run(DESTROY)).code is Code.OK
+
+        assert ("tap", "tn3i5") not in machine.resources
 
 
 async def undisturbed(tmp_path: Path, kind: str) -> FakeHost:
@@ -783,8 +829,67 @@ async def test_a_released_address_has_no_flows(
         machine.flows |= {GUEST_IP, "10.240.3.6"}
 
         assert (await worker.run(command)).code is Code.OK
+        await machine.run_later()
 
+        assert worker.journal.steps.leftovers() == {}
         assert machine.flows == {"10.240.3.6"}, "the address's own, and no other's"
+
+
+async def test_the_flows_that_a_killed_worker_left_to_the_background_end_with_the_next(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "StopInstance")
+        machine.flows |= {GUEST_IP, "10.240.3.6"}
+        reply = await worker.run(STOP, "stopped")
+        assert (reply.code, reply.left_behind) == (Code.OK, ())
+        await worker.kill()
+    machine.later.clear()
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        assert [row.key for row in worker.journal.steps.leftovers()["stopped"]] == [GUEST_IP]
+        await reconciled(worker).reconciler.once()
+
+        assert machine.flows == {"10.240.3.6"}
+        assert worker.journal.steps.leftovers() == {}
+        sent = await worker.journal.outbox.pending("event", 100)
+        kinds = {codec.decode_event(row.payload).kind for row in sent}
+        assert EventKind.REMOVED not in kinds, "the Stop did not fail at it"
+
+
+async def test_a_guest_that_has_the_address_by_now_keeps_its_flows(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "StopInstance")
+        for request in (STOP, START):
+            assert (await worker.run(request)).code is Code.OK
+        machine.later.clear()
+        machine.flows.add(GUEST_IP)
+
+        await reconciled(worker).reconciler.once()
+
+        assert machine.flows == {GUEST_IP}
+        assert worker.journal.steps.leftovers() == {}
+
+
+async def test_flows_that_cannot_be_ended_now_are_ended_later(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "StopInstance")
+        machine.flows.add(GUEST_IP)
+        assert (await worker.run(STOP)).code is Code.OK
+        machine.fail["flush_conntrack"] = Unavailable("injected")
+        with pytest.raises(Unavailable):
+            await machine.run_later()
+        await reconciled(worker).reconciler.once()
+        assert machine.flows == {GUEST_IP}
+        machine.fail.clear()
+
+        await reconciled(worker).reconciler.once()
+
+        assert machine.flows == set()
+        assert worker.journal.steps.leftovers() == {}
 
 
 async def test_a_sleeping_guest_finds_its_flows_at_its_wake(tmp_path: Path) -> None:

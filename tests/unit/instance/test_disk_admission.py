@@ -152,6 +152,24 @@ async def test_starts_at_once_do_not_share_the_same_space(
         assert len([claim for claim in worker.host.disk_claims if claim.size_bytes]) == 3
 
 
+async def test_discarded_memory_counts_until_its_blocks_are_free(tmp_path: Path) -> None:
+    machine = seeded()
+    with_quota(machine, 1)
+    machine.slow_frees = GIB - (200 << 20)
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        for request in (UP, START, SLEEP, STOP, START, SLEEP, STOP, START):
+            assert (await worker.run(request)).code is Code.OK
+
+        refused = await worker.run(SLEEP)
+
+        assert refused.code is Code.EXHAUSTED
+        assert len(machine.freeing) == 2
+        for freed in machine.freeing:
+            freed.set_result(None)
+        assert (await worker.run(SLEEP)).code is Code.OK
+        assert not worker.host.disk_claims
+
+
 async def test_kept_volumes_count_until_they_are_wiped(tmp_path: Path) -> None:
     machine = seeded()
     machine.pools["acme", "web"] = PoolSpec("web", "acme", InstanceResources(1, 128, 900))

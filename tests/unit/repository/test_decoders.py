@@ -158,7 +158,7 @@ TRUSTED = {
     "handlers/host/net/ruleset.py:_ensure_guard:json.loads": KERNEL,
     "handlers/host/net/taps.py:converge_tap:int": NO_TEXT,
     "handlers/host/net/taps.py:port_flags:int": NO_TEXT,
-    "handlers/host/net/taps.py:remove_tap:int": MATCHED,
+    "handlers/host/net/taps.py:delete_neighbours:int": MATCHED,
     "handlers/host/snapshot/manifest.py:numbers_of:int": MATCHED,
     "handlers/host/storage/drive_images.py:_find_inode:unpack_from": CONSTANT,
     "handlers/host/storage/drive_images.py:write:int": NO_TEXT,
