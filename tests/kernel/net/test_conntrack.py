@@ -1,23 +1,32 @@
 """Teardown ends flows: nothing of a tenant's past reaches who has its addresses next."""
 
+import errno
 import socket
-from collections.abc import AsyncIterator
-from ipaddress import IPv4Network
+import struct
+from collections.abc import AsyncIterator, Callable
+from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
 from handlers.host.net.conntrack import (
+    CTA_FILTER,
+    SIDES,
+    ask_kernel,
+    filtered_deletion,
     flush_conntrack,
+    flush_listed,
     open_socket,
     read_entries,
     touches_subnet,
 )
+from handlers.host.net.netlink_messages import NLA_NESTED
 from handlers.specs import TenantRulesSpec
 from tests.kernel.net.frames import IPV4, echo_request, ethernet, tcp_syn, udp
 from tests.kernel.net.netns import INTERNET, UPLINK, HostNet, TapGuest, udp_socket
 from tests.kernel.net.plans import GuestPlan, net_of, plug_in, set_up
 
 ACME, UMBRA = net_of(3), net_of(300)
+FILTER_TYPE = CTA_FILTER | NLA_NESTED
 A1, B1 = GuestPlan("acme", ACME, 5), GuestPlan("umbra", UMBRA, 5)
 
 
@@ -129,7 +138,23 @@ async def test_an_established_flow_does_not_reach_who_has_the_address_next(
     successor.close()
 
 
-async def test_many_entries_go_and_an_empty_table_is_no_error(net: HostNet) -> None:
+def listed(subnet: IPv4Network) -> None:
+    """What a kernel gets that does not filter deletions."""
+    with open_socket() as ctnetlink:
+        flush_listed(ctnetlink, subnet)
+
+
+FLUSHES: dict[str, tuple[Callable[[IPv4Network], None], str]] = {
+    "subnet": (flush_conntrack, ACME.ipv4_subnet),
+    "address": (flush_conntrack, f"{A1.ip}/32"),
+    "address on an older kernel": (listed, f"{A1.ip}/32"),
+}
+
+
+@pytest.mark.parametrize(("flush", "of"), FLUSHES.values(), ids=FLUSHES)
+async def test_many_entries_go_and_an_empty_table_is_no_error(
+    net: HostNet, flush: Callable[[IPv4Network], None], of: str
+) -> None:
     a1 = TapGuest(net, A1.tap)
     with udp_socket(net.outside, 7000, INTERNET) as server:
         for port in range(10_000, 10_500):
@@ -137,7 +162,30 @@ async def test_many_entries_go_and_an_empty_table_is_no_error(net: HostNet) -> N
         say(a1, A1, udp(A1.ip, INTERNET, 6000, 7000, b"last"))
         server.recv(2048)
     a1.close()
-    subnet = IPv4Network(ACME.ipv4_subnet)
+    assert tracked(net, of) == 501
 
-    assert net.host.run(lambda: flush_conntrack(subnet)) == 501
-    assert net.host.run(lambda: flush_conntrack(subnet)) == 0
+    net.host.run(lambda: flush(IPv4Network(of)))
+    net.host.run(lambda: flush(IPv4Network(of)))
+
+    assert tracked(net, of) == 0
+
+
+async def test_an_incomplete_tuple_without_the_filter_deletes_nothing(net: HostNet) -> None:
+    """What a kernel that does not know the filter of a deletion makes of the request: it refuses
+    it, and does not take it to mean all entries."""
+    a1 = TapGuest(net, A1.tap)
+    with udp_socket(net.outside, 7000, INTERNET) as server:
+        say(a1, A1, udp(A1.ip, INTERNET, 6000, 7000, b"a"))
+        server.recv(2048)
+    a1.close()
+
+    def unfiltered() -> list[int]:
+        requests = [filtered_deletion(IPv4Address(A1.ip), *side) for side in SIDES]
+        cut = [
+            request[: request.rindex(struct.pack("=H", FILTER_TYPE)) - 2] for request in requests
+        ]
+        with open_socket() as ctnetlink:
+            return ask_kernel(ctnetlink, *cut)
+
+    assert net.host.run(unfiltered) == [errno.EINVAL] * len(SIDES)
+    assert tracked(net, f"{A1.ip}/32") == 1

@@ -135,7 +135,6 @@ TRUSTED = {
     "handlers/host/jail/logs.py:_kept:int": NAME,
     "handlers/host/linux/procfs.py:_unescape:int": MATCHED,
     "handlers/host/net/chains.py:one_later:int": CONSTANT,
-    "handlers/host/net/conntrack.py:delete_entry:unpack_from": KERNEL,
     "handlers/host/net/conntrack.py:touches_subnet:int": NO_TEXT,
     "handlers/host/net/drift_watch.py:is_intact:int": MATCHED,
     "handlers/host/net/drift_watch.py:named:int": MATCHED,
