@@ -4,7 +4,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from handlers.instance.destroy import destroy_instance
-from handlers.instance.flows import Flows
 from handlers.instance.reservations import Reservations
 from handlers.instance.sleep import sleep_instance
 from handlers.instance.snapshot_steps import (
@@ -52,7 +51,6 @@ def mechanisms(host: Host) -> Mapping[str, Removable]:
         Pauses(host),
         SnapshotDrafts(host),
         SnapshotUses(host),
-        Flows(host),
         host.bridges,
         host.tenant_rules,
         host.pins,

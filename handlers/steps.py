@@ -245,9 +245,8 @@ class Done:
 
     `record` is journalled with the outcome in one transaction; with `tombstone` the record is
     deleted and the tombstone stays. `detail` of each command: docs/contract.md, section 5.
-    `deferred` are resources that go once the outcome is committed: rows of it, so that the sweep
-    removes them if this worker does not. `afterwards` is other background work, by name, from then
-    on; a killed worker loses it.
+    `afterwards` is background work, by name, that begins once the outcome is committed; a killed
+    worker loses it.
     """
 
     changed: bool
@@ -257,5 +256,4 @@ class Done:
     record: InstanceRecord | None = None
     tombstone: Tombstone | None = None
     snapshot: SnapshotMeasure | None = None
-    deferred: tuple[tuple[Removable, str], ...] = ()
     afterwards: tuple[tuple[str, Callable[[], Awaitable[None]]], ...] = ()

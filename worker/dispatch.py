@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Final, Protocol
 
 import structlog
@@ -242,17 +241,10 @@ class Dispatch:
     ) -> None:
         record = done.record if done is not None else None
         tombstone = done.tombstone if done is not None else None
-        deferred = done.deferred if done is not None else ()
         reply, data = self._encode(row, reply)
         while True:
             try:
-                await self._journal.commands.finish(
-                    reply,
-                    data,
-                    record=record,
-                    tombstone=tombstone,
-                    deferred=[(mechanism.name, key) for mechanism, key in deferred],
-                )
+                await self._journal.commands.finish(reply, data, record=record, tombstone=tombstone)
                 break
             except JournalFault:
                 if row.withdrawn:
@@ -265,11 +257,6 @@ class Dispatch:
         self._meters.command_done(kind, reply.code, seconds)
         if done is not None and done.snapshot is not None:
             self._meters.snapshot(done.snapshot.seconds, done.snapshot.size_bytes)
-        for mechanism, key in deferred:
-            self._host.later(
-                f"remove_{mechanism.name}",
-                partial(self._remove_deferred, row.id, mechanism, key),
-            )
         for name, work in done.afterwards if done is not None else ():
             self._host.later(name, work)
         log.info(
@@ -281,11 +268,6 @@ class Dispatch:
             took_ms=reply.finished_at_ms - reply.received_at_ms,
             left_behind=list(reply.left_behind),
         )
-
-    async def _remove_deferred(self, command_id: str, mechanism: Removable, key: str) -> None:
-        """At once: what begins at the same address or name from now on comes after it."""
-        await mechanism.remove(key)
-        await self._journal.steps.forget(command_id, mechanism.name, key)
 
     def _encode(self, row: CommandRow, reply: Reply) -> tuple[Reply, bytes]:
         """The reply with its bytes; a `detail` that has no msgpack is a bug of the handler."""

@@ -8,9 +8,7 @@ what held it to its address) and the files (jail, then cgroup).
 """
 
 from handlers.cancellation import together
-from handlers.instance.flows import Flows
 from handlers.interfaces import Discarded, DiskClaim, Host
-from handlers.mechanism import Removable
 from handlers.network_names import names_of
 from handlers.steps import Steps
 from schemas.records import InstanceRecord
@@ -27,18 +25,16 @@ async def release_and_discard(
     steps: Steps,
     host: Host,
     *,
+    keep_flows: bool = False,
     below: int | None = None,
 ) -> None:
-    """After `end_vmm`: all else of the launch, and the snapshots that nothing needs any more.
-
-    The flows stay: for the guest's wake, or `flows_of` the record are deferred.
-    """
+    """After `end_vmm`: all else of the launch, and the snapshots that nothing needs any more."""
 
     async def files() -> None:
         await release_files(record, steps, host)
         await discard_snapshots(record, steps, host, below=below)
 
-    await together(release_port(record, steps, host, keep_flows=True), files())
+    await together(release_port(record, steps, host, keep_flows=keep_flows), files())
 
 
 async def end_vmm(record: InstanceRecord, steps: Steps, host: Host) -> None:
@@ -80,12 +76,6 @@ async def release_files(record: InstanceRecord, steps: Steps, host: Host) -> Non
     """Remove jail and cgroup; the VMM has ended."""
     await steps.remove(host.jails, record.jail_id)
     await steps.remove(host.cgroups, record.cgroup_key)
-
-
-def flows_of(record: InstanceRecord, host: Host) -> tuple[tuple[Removable, str], ...]:
-    """The flows of the guest's address, as `Done.deferred`."""
-    names = names_of(record)
-    return () if names is None else ((Flows(host), names.guest_ip),)
 
 
 async def flush_conntrack(record: InstanceRecord, steps: Steps, host: Host) -> None:

@@ -92,7 +92,7 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
     number = info.number
     now_ms = host.facts.now_ms()
     _, left_behind = await together(
-        release_and_discard(record, steps, host, below=number),
+        release_and_discard(record, steps, host, keep_flows=True, below=number),
         write_at_rest(record, Status.SLEEPING, host, now_ms),
     )
     asleep = replace(record, vmm=None, uid_slot=None, snapshot=number, consumed=False)
@@ -151,16 +151,22 @@ async def drain_and_snapshot(
     and while it is paused.
     """
     draft = SnapshotKey(record.ref, record.launch)
+    pauses = Pauses(host, seen_running=True)
 
-    async def announce() -> None:
+    async def begin() -> None:
+        # One commit: the draft's row is the only one that has to be synced.
+        await steps.announce(
+            (Transitions(host), str(record.ref)),
+            (pauses, record.jail_id),
+            (SnapshotDrafts(host), str(draft)),
+        )
         await transition_to(Status.DRAINING, record, steps, host)
-        await steps.announce((Pauses(host), record.jail_id), (SnapshotDrafts(host), str(draft)))
 
-    _, outcome = await together(announce(), drain_guest(cmd, record, steps, host))
+    _, outcome = await together(begin(), drain_guest(cmd, record, steps, host))
     async with limited(host.slots.snapshots, record.ref.tenant_id, "wait_snapshot_slot", steps):
         await together(
             transition_to(Status.SNAPSHOTTING, record, steps, host),
-            steps.ensure(Pauses(host), PauseSpec(record.jail_id)),
+            steps.ensure(pauses, PauseSpec(record.jail_id)),
         )
         info = await write_snapshot(record, outcome.drain, vmm, steps, host)
     return info, outcome

@@ -11,7 +11,7 @@ from handlers.instance.instance_file import write_at_rest
 from handlers.instance.release import (
     discard_snapshots,
     end_vmm,
-    flows_of,
+    flush_conntrack,
     release_and_discard,
 )
 from handlers.instance.state import final_record, read_state
@@ -50,7 +50,7 @@ async def stop_instance(cmd: StopInstance, steps: Steps, host: Host) -> Done:
         return Done(changed=False, status=str(state.status))
     steps.finalize()
     if state.status is Status.SLEEPING:
-        await discard_snapshots(record, steps, host)
+        await together(flush_conntrack(record, steps, host), discard_snapshots(record, steps, host))
         left_behind = await write_at_rest(record, Status.STOPPED, host, host.facts.now_ms())
         return stopped(record, None, left_behind, host)
     before = record
@@ -98,7 +98,6 @@ def stopped(
         status=str(Status.STOPPED),
         detail={} if method is None else {"method": method.value},
         left_behind=left_behind,
-        deferred=flows_of(record, host),
         record=final_record(at_rest, Status.STOPPED, host.facts.now_ms()),
     )
 

@@ -129,11 +129,6 @@ class FakeHost:
             raise self.fail_late[name]
         return value
 
-    async def run_later(self) -> None:
-        """What handlers left to the background, in its order."""
-        while self.later:
-            await self.later.pop(0)()
-
     def kill(self, jail_id: str) -> None:
         """The VMM exits, for whatever reason."""
         identity = self.resources.pop(("vmm", jail_id), None)

@@ -9,18 +9,17 @@ for the admission (`Steps`), and so does the acknowledgement.
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from handlers.mechanism import StepRow
 from schemas import codec
 from schemas.envelopes import Command, EventKind, Reply
 from schemas.records import InstanceRecord, Tombstone
 from schemas.requests import Error
 from schemas.subjects import Lane
-from worker.journal import admission, schema, step_log
+from worker.journal import admission, schema
 from worker.journal.admission import (
     Decision,
     Limits,
@@ -195,13 +194,12 @@ class JournalCommands:
         *,
         record: InstanceRecord | None = None,
         tombstone: Tombstone | None = None,
-        deferred: Collection[tuple[str, str]] = (),
     ) -> None:
         """The outcome with its replies and event, durably, in one transaction. Once only.
 
         `data` is the encoded reply. The instance's `record` is saved with it; with a `tombstone`
         it is deleted instead. The command's step rows are deleted, except those that
-        `reply.left_behind` names; `deferred` (mechanism and key) are added, for the sweep.
+        `reply.left_behind` names.
         """
         mirror, source = self._store.mirror, self._store.source
         row = mirror.commands.get(reply.id)
@@ -214,7 +212,6 @@ class JournalCommands:
         points = mirror.points.get(reply.id)
         kept = {k: s for k, s in steps.items() if f"{k[0]} {k[1]}" in reply.left_behind}
         gone = [(reply.id, *key) for key in steps if key not in kept]
-        added = {key: StepRow(*key, existed=False) for key in deferred}
 
         def do(tx: Transaction) -> None:
             done = tx.execute(
@@ -234,8 +231,6 @@ class JournalCommands:
                 tx.connection.executemany(
                     "DELETE FROM step WHERE command_id = ? AND mechanism = ? AND key = ?", gone
                 )
-            for key in added:
-                tx.execute(step_log.INSERT, (reply.id, *key, False))
             if change is not None:
                 change.save(tx)
             source.event(tx, ended, reply.finished_at_ms)
@@ -247,8 +242,8 @@ class JournalCommands:
             mirror.drop_command(reply.id)
             mirror.points.pop(reply.id, None)
             mirror.steps.pop(reply.id, None)
-            if left := kept | added:
-                mirror.steps[reply.id] = left
+            if kept:
+                mirror.steps[reply.id] = kept
 
         await self._store.writer.submit(do, apply=apply, durable=True)
 

@@ -15,7 +15,6 @@ from typing import Protocol
 import structlog
 
 from handlers.errors import Failure
-from handlers.instance.flows import Flows
 from handlers.instance.stop import finish_stop
 from handlers.interfaces import Host
 from handlers.mechanism import Removable, StepRow
@@ -178,7 +177,7 @@ class Reconciler:
                 except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                     log.warning("leftover.remove_failed", step=row.mechanism, **facts_of(error))
                     continue
-                if removed and row.mechanism != Flows.name:  # its Stop did not leave it behind
+                if removed:
                     await self._journal.records.event(
                         EventKind.REMOVED,
                         reason="left behind by a command",
@@ -221,8 +220,6 @@ class Reconciler:
         steps = Steps(f"finish-{record.jail_id}", self._journal.steps, {})
         try:
             done = await finish_stop(record, steps, self._host)
-            for mechanism, key in done.deferred:
-                await mechanism.remove(key)
         except (Failure, OSError) as error:
             log.warning("stop.finish_failed", instance=str(ref), error=repr(error))
             return
@@ -256,11 +253,7 @@ class Reconciler:
                 record.cgroup_key,
                 str(record.ref),
                 str(SnapshotKey(record.ref, record.snapshot or 0)),
-                *(
-                    (names.tap, names.pin.key, names.guest_ip)
-                    if (names := names_of(record))
-                    else ()
-                ),
+                *((names.tap, names.pin.key) if (names := names_of(record)) else ()),
             )
             for record in self._journal.records.instances()
             if record.holds_offset

@@ -16,7 +16,7 @@ from handlers.errors import HostFault, Invalid, Unavailable
 from handlers.registry import HANDLERS
 from schemas import codec, naming
 from schemas.codes import Code
-from schemas.envelopes import EventKind, Reply
+from schemas.envelopes import Reply
 from schemas.files import InstanceResources, PoolSpec, TenantConfig
 from schemas.records import Status
 from schemas.requests import (
@@ -33,7 +33,6 @@ from schemas.settings import LimitSettings, VmmSettings
 from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
-from tests.fakes.reconcile import reconciled
 
 KEEP = DestroyInstance("acme", "web", "i-1", wipe_volumes=False)
 UP = SetupNetwork("acme", NET)
@@ -86,6 +85,7 @@ COMPLETED: dict[str, tuple[str, ...]] = {
     "StopInstance": (
         "remove_vmm",
         "remove_tap",
+        "flush_conntrack",
         "remove_pin",
         "remove_jail",
         "remove_cgroup",
@@ -829,67 +829,8 @@ async def test_a_released_address_has_no_flows(
         machine.flows |= {GUEST_IP, "10.240.3.6"}
 
         assert (await worker.run(command)).code is Code.OK
-        await machine.run_later()
 
-        assert worker.journal.steps.leftovers() == {}
         assert machine.flows == {"10.240.3.6"}, "the address's own, and no other's"
-
-
-async def test_the_flows_that_a_killed_worker_left_to_the_background_end_with_the_next(
-    tmp_path: Path,
-) -> None:
-    machine = seeded()
-    async with memory_worker(tmp_path / "j", machine) as worker:
-        await prepare(worker, "StopInstance")
-        machine.flows |= {GUEST_IP, "10.240.3.6"}
-        reply = await worker.run(STOP, "stopped")
-        assert (reply.code, reply.left_behind) == (Code.OK, ())
-        await worker.kill()
-    machine.later.clear()
-
-    async with memory_worker(tmp_path / "j", machine) as worker:
-        assert [row.key for row in worker.journal.steps.leftovers()["stopped"]] == [GUEST_IP]
-        await reconciled(worker).reconciler.once()
-
-        assert machine.flows == {"10.240.3.6"}
-        assert worker.journal.steps.leftovers() == {}
-        sent = await worker.journal.outbox.pending("event", 100)
-        kinds = {codec.decode_event(row.payload).kind for row in sent}
-        assert EventKind.REMOVED not in kinds, "the Stop did not fail at it"
-
-
-async def test_a_guest_that_has_the_address_by_now_keeps_its_flows(tmp_path: Path) -> None:
-    machine = seeded()
-    async with memory_worker(tmp_path / "j", machine) as worker:
-        await prepare(worker, "StopInstance")
-        for request in (STOP, START):
-            assert (await worker.run(request)).code is Code.OK
-        machine.later.clear()
-        machine.flows.add(GUEST_IP)
-
-        await reconciled(worker).reconciler.once()
-
-        assert machine.flows == {GUEST_IP}
-        assert worker.journal.steps.leftovers() == {}
-
-
-async def test_flows_that_cannot_be_ended_now_are_ended_later(tmp_path: Path) -> None:
-    machine = seeded()
-    async with memory_worker(tmp_path / "j", machine) as worker:
-        await prepare(worker, "StopInstance")
-        machine.flows.add(GUEST_IP)
-        assert (await worker.run(STOP)).code is Code.OK
-        machine.fail["flush_conntrack"] = Unavailable("injected")
-        with pytest.raises(Unavailable):
-            await machine.run_later()
-        await reconciled(worker).reconciler.once()
-        assert machine.flows == {GUEST_IP}
-        machine.fail.clear()
-
-        await reconciled(worker).reconciler.once()
-
-        assert machine.flows == set()
-        assert worker.journal.steps.leftovers() == {}
 
 
 async def test_a_sleeping_guest_finds_its_flows_at_its_wake(tmp_path: Path) -> None:
