@@ -7,7 +7,8 @@ for IPv4 and inside ARP; all other protocols from it are dropped.
 from typing import ClassVar
 
 from handlers.errors import HostFault
-from handlers.host.net.nftables import Member, Nft, Tables
+from handlers.host.net.nft_elements import Member
+from handlers.host.net.nftables import Nft, Tables
 from handlers.host.net.ruleset import BaseRules
 from handlers.mechanism import Durability
 from handlers.specs import PinSpec
@@ -43,7 +44,7 @@ class Pins:
 
     async def remove(self, key: str) -> None:
         def remove_members(tables: Tables) -> None:
-            doomed = [m for m in pin_members(key) if m[1] in tables.members(m[0])]
+            doomed = tables.present(pin_members(key))
             if doomed:
                 self._base.ensure_in(tables)
                 tables.change(remove=doomed)
@@ -55,8 +56,8 @@ class Pins:
         wanted = pin_members(spec.key)
         stray = [
             (PINS, element)
-            for element in tables.members(PINS)
-            if element[0] == spec.tap and (PINS, element) not in wanted
+            for element in tables.members_of(PINS, spec.tap)
+            if (PINS, element) not in wanted
         ]
         if not stray and not tables.missing(wanted):
             return changed

@@ -78,6 +78,7 @@ def own_bridge(kernel: Kernel, name: str) -> Link | None:
 
 
 def ensure_bridge(kernel: Kernel, spec: BridgeSpec) -> bool:
+    kernel.unwanted.discard(spec.key)
     mac = naming.mac_address(spec.net.tenant_net_id, GATEWAY_OFFSET)
     link = kernel.link(spec.key)
     created = link is None
@@ -97,6 +98,7 @@ def ensure_bridge(kernel: Kernel, spec: BridgeSpec) -> bool:
 
 
 def remove_bridge(kernel: Kernel, name: str) -> None:
+    kernel.unwanted.add(name)
     if (link := own_bridge(kernel, name)) is not None:
         kernel.delete_link(link.index)
 

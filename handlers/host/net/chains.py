@@ -16,7 +16,7 @@ flushed ruleset) must not live on as "established" when they are back.
 import re
 from typing import Any
 
-from handlers.host.net.nftables import GUARD, TABLE
+TABLE, GUARD = "hostd", "hostd_guard"
 
 # Per tenant, and per guest.
 ECHO_RATE = "iifname limit rate over 20/second burst 40 packets"

@@ -1,23 +1,26 @@
 """Out-of-band changes to hostd's interfaces and rules, as they happen: a stream of hints.
 
-It repairs nothing. A hint says what to check, not what is wrong: some of the changes are hostd's.
-The reader calls `ensure`, which changes nothing where all is in effect. Of a message about an
-interface only the name is read: most are caused by hostd, ten for each TAP, and the interface is
-checked once it is quiet. Not reported, and left to the periodic pass: FDB and neighbour entries,
-port flags, sysctls.
+It repairs nothing. A hint says what to check, not what is wrong. What hostd does itself is left out
+as early as possible: the kernel's filter drops what is about other interfaces, and what hostd's own
+sockets caused (the notifications of links do not name their cause). Of the messages about one link,
+ten for each TAP, the last is read once the link is quiet: if that shows the link as hostd leaves
+it, or gone and hostd has no use for it, there is nothing to report. Of other programs' commits to
+nf_tables only the names of the tables are read. Not reported, and left to the periodic pass: FDB
+and neighbour entries, port flags, sysctls.
 """
 
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from handlers.host.linux.kernel_thread import KernelThread, no_namespace
 from handlers.host.net.bridges import GATEWAY_OFFSET
-from handlers.host.net.netlink_messages import attributes, first_attribute, messages
-from handlers.host.net.nftables import NETLINK_NETFILTER, Nft
+from handlers.host.net.netlink_messages import attributes, first_attribute, pieces
+from handlers.host.net.nft_commits import names_hostd, rules_listener
+from handlers.host.net.nftables import Nft
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import (
     ADDRESS,
@@ -25,25 +28,26 @@ from handlers.host.net.rtnetlink_reader import (
     LINK,
     ROUTE,
     RTA_OIF,
-    SOL_NETLINK,
     Link,
+    link_of,
     number,
     text,
 )
+from handlers.host.net.socket_filter import attach, drop_port, links_named
 from schemas import naming
 from schemas.naming import BRIDGE_NAME_PATTERN, TAP_NAME_PATTERN
 
-# linux/rtnetlink.h, linux/if_link.h, linux/netfilter/nfnetlink.h
+# linux/rtnetlink.h, linux/if_link.h
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
 RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR = 16, 17, 20, 21
 RTM_NEWROUTE, RTM_DELROUTE = 24, 25
 IFA_LABEL = 3
-NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES = 1, 7
 SO_RCVBUFFORCE, BUFFER_BYTES = 33, 1 << 20  # a burst of launches is many hundred messages
 DATAGRAM_BYTES = 1 << 17
-GATHER_S = 0.02
 QUIET_S = 0.1
 """How long changes are gathered: a setup is some ten messages, a teardown by hand a burst."""
+RULES_EVERY_S = 0.5
+"""A check of the rules after a change looks at all tenants: not more often than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,9 @@ class Change:
 
     kind: str
     tenant_net_id: int | None = None
+
+
+ALL, RULES, UPLINKS = Change("all"), Change("rules"), Change("uplinks")
 
 
 class HostWatch:
@@ -73,144 +80,149 @@ class HostWatch:
 
         The first is `all`: what happened before it listened is not known.
         """
+        loop = asyncio.get_running_loop()
         links, rules = await self._listen()
-        known = await self._nft.outside_changes()
-        readers: set[asyncio.Task[set[Change | str]]] = set()
-        queue: asyncio.Queue[set[Change | str]] = asyncio.Queue()
         try:
-            readers = {
-                asyncio.create_task(self._read_links(links, queue)),
-                asyncio.create_task(self._read_rules(rules, known, queue)),
-            }
-            yield Change("all")
+            known = await self._nft.outside_changes()
+            rules_at = 0.0
+            yield ALL
             while True:
-                gathered = await next_of(queue, readers)
+                await readable((links, rules), (links,), rules_at)
                 await asyncio.sleep(QUIET_S)
-                while not queue.empty():
-                    gathered |= queue.get_nowait()
-                names = {hint for hint in gathered if isinstance(hint, str)}
-                changes = {hint for hint in gathered if isinstance(hint, Change)}
-                if names:
-                    changes |= await self._netlink.run(partial(of_names, names))
-                for change in sorted(changes, key=repr):
+                found = await self._of_links(links)
+                if loop.time() >= rules_at and rules_touched(rules):
+                    now = await self._nft.outside_changes()
+                    found |= {RULES} if now != known else set()
+                    known = now
+                    rules_at = loop.time() + RULES_EVERY_S
+                for change in sorted(found, key=repr):
                     yield change
         finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
             links.close()
             rules.close()
 
     async def _listen(self) -> tuple[socket.socket, socket.socket]:
         """The two sockets, of the namespace that `enter` leads to."""
-
-        def opened() -> tuple[socket.socket, socket.socket]:
-            links = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-            links.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
-            rules = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-            rules.bind((0, 0))  # without a port ID it receives nothing
-            rules.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES)
-            links.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
-            for opened_one in (links, rules):
-                opened_one.setblocking(False)
-            return links, rules
-
+        own = await self._netlink.run(lambda kernel: kernel.port)
+        own_rules = await self._nft.run(lambda tables: tables.port)
         thread = KernelThread("drift", self._enter)
         try:
-            return await thread.run(opened)
+            return await thread.run(lambda: (links_listener(own), own_rules_left_out(own_rules)))
         finally:
             thread.stop(lambda: None)
 
-    async def _read_links(
-        self, links: socket.socket, queue: asyncio.Queue[set[Change | str]]
-    ) -> set[Change | str]:
-        while True:
-            received = await receive(links)
-            if received is None:
-                queue.put_nowait({Change("all")})
-                continue
-            found: set[Change | str] = set()
-            routes: set[int] = set()
-            for kind, body in received:
-                if kind in {RTM_NEWLINK, RTM_DELLINK}:
-                    found |= name_in(body)
-                elif kind in {RTM_NEWADDR, RTM_DELADDR}:
-                    label = attributes(body[ADDRESS.size :]).get(IFA_LABEL, b"")
-                    found |= named(text(label))
-                elif kind in {RTM_NEWROUTE, RTM_DELROUTE} and body[1] == 0:
-                    found.add(Change("uplinks"))
-                elif kind == RTM_DELROUTE:
-                    out = attributes(body[ROUTE.size :]).get(RTA_OIF)
-                    routes |= {number(out)} if out else set()
-            if routes:
-                found |= await self._netlink.run(partial(of_indexes, routes))
-            if found:
-                queue.put_nowait(found)
+    async def _of_links(self, links: socket.socket) -> set[Change]:
+        """What the messages that have come call for."""
+        last: dict[str, bytes | None] = {}
+        routes: set[int] = set()
+        found: set[Change] = set()
+        for kind, body in received(links):
+            if kind in {RTM_NEWLINK, RTM_DELLINK}:
+                name = text(first_attribute(body[LINK.size :], IFLA_IFNAME))
+                last[name] = None if kind == RTM_DELLINK else body
+            elif kind in {RTM_NEWADDR, RTM_DELADDR}:
+                label = text(attributes(body[ADDRESS.size :]).get(IFA_LABEL, b""))
+                found |= self._wanted(label)
+            elif kind in {RTM_NEWROUTE, RTM_DELROUTE} and body[1] == 0:
+                found.add(UPLINKS)
+            elif kind == RTM_DELROUTE:
+                out = attributes(body[ROUTE.size :]).get(RTA_OIF)
+                routes |= {number(out)} if out else set()
+            elif kind == LOST:
+                found.add(ALL)
+        if routes:
+            for name in await self._netlink.run(partial(names_of, routes)):
+                found |= self._wanted(name)
+        for name, shown in last.items():
+            if named(name) and not is_intact(None if shown is None else link_of(shown)):
+                found |= self._wanted(name)
+        return found
 
-    async def _read_rules(
-        self, rules: socket.socket, known: int, queue: asyncio.Queue[set[Change | str]]
-    ) -> set[Change | str]:
-        while True:
-            await receive(rules)
-            now = await self._nft.outside_changes()
-            if now != known:
-                known = now
-                queue.put_nowait({Change("rules")})
+    def _wanted(self, name: str) -> set[Change]:
+        """A change of a link, unless hostd itself has removed it."""
+        return set() if name in self._netlink.unwanted else named(name)
 
 
-async def next_of(
-    queue: asyncio.Queue[set[Change | str]], readers: set[asyncio.Task[set[Change | str]]]
-) -> set[Change | str]:
-    """The next changes; a reader that failed ends the watch."""
-    getter = asyncio.create_task(queue.get())
-    try:
-        await asyncio.wait({getter, *readers}, return_when=asyncio.FIRST_COMPLETED)
-        for reader in readers:
-            if reader.done():
-                reader.result()
-        return await getter
-    finally:
-        getter.cancel()
+LOST = 0
+"""In place of the type of a message: the kernel dropped some."""
 
 
-async def receive(listener: socket.socket) -> list[tuple[int, bytes]] | None:
-    """The messages that are there, at least one; None if the kernel had to drop some.
+def links_listener(own: int) -> socket.socket:
+    """Hears of links that have names as hostd's, and of addresses and routes that the socket with
+    the port ID `own` did not change."""
+    links = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    links.setblocking(False)
+    links.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
+    attach(links, links_named(b"tn", b"br-t", (RTM_NEWLINK, RTM_DELLINK), drop_port(own)))
+    links.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
+    return links
 
-    A change is several messages within some milliseconds: they are let come, and read in one go,
-    so that their making is not held up.
+
+def own_rules_left_out(own: int | None) -> socket.socket:
+    """Hears of changes of nf_tables by others; of all where hostd's have no port ID."""
+    rules = rules_listener()
+    if own is not None:
+        attach(rules, drop_port(own))
+    return rules
+
+
+async def readable(
+    listeners: Collection[socket.socket], before: Collection[socket.socket], at: float
+) -> None:
+    """Return when one of the listeners has a message; until the loop's time `at`, one of `before`.
+
+    Only noticed here: messages of one change are let come, and are read in one go.
     """
     loop = asyncio.get_running_loop()
-    found: list[tuple[int, bytes]] = []
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    def listen(to: Collection[socket.socket]) -> None:
+        for listener in to:
+            loop.add_reader(listener, wake)
+
+    waits = loop.time() < at
+    later = loop.call_at(at, listen, listeners) if waits else None
+    listen(before if waits else listeners)
     try:
-        data = await loop.sock_recv(listener, DATAGRAM_BYTES)
-        await asyncio.sleep(GATHER_S)
-        while data:
-            found += [(kind, body) for kind, _flags, _sequence, body in messages(data)]
-            data = listener.recv(DATAGRAM_BYTES)
-    except BlockingIOError:
-        return found
-    except OSError as error:
-        if error.errno == errno.ENOBUFS:
-            return None
-        raise
-    return found
+        await ready
+    finally:
+        if later is not None:
+            later.cancel()
+        for listener in listeners:
+            loop.remove_reader(listener)
 
 
-def of_indexes(indexes: set[int], kernel: Kernel) -> set[Change]:
-    """Changes of the links with these indexes that are still there."""
+def received(listener: socket.socket) -> Iterator[tuple[int, bytes]]:
+    """Type and body of the messages that are there; `LOST` if the kernel had to drop some."""
+    buffer = memoryview(bytearray(DATAGRAM_BYTES))
+    while True:
+        try:
+            size = listener.recv_into(buffer)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            yield LOST, b""
+            continue
+        for kind, _port, body in pieces(bytes(buffer[:size])):
+            yield kind, body
+
+
+def rules_touched(rules: socket.socket) -> bool:
+    """Whether the messages that are there may be about hostd's tables; reads all of them."""
+    messages = list(received(rules))
+    return any(kind == LOST or names_hostd(body) for kind, body in messages)
+
+
+def names_of(indexes: set[int], kernel: Kernel) -> set[str]:
+    """The names of the links with these indexes that are still there."""
     names = (kernel.link_name(index) for index in indexes)
-    return {change for name in names if name is not None for change in named(name)}
-
-
-def name_in(body: bytes) -> set[Change | str]:
-    """The name of the link that a message is about, if it may be a bridge or TAP of ours."""
-    name = text(first_attribute(body[LINK.size :], IFLA_IFNAME))
-    return {name} if named(name) else set()
-
-
-def of_names(names: set[str], kernel: Kernel) -> set[Change]:
-    """Changes of the links that are gone or not as they should be."""
-    return {change for name in names if not is_intact(kernel.link(name)) for change in named(name)}
+    return {name for name in names if name is not None}
 
 
 def is_intact(link: Link | None) -> bool:

@@ -8,7 +8,8 @@ bridges or TAPs is taken to. Not seen: rules that drop, and chains of `iptables-
 import json
 import re
 
-from handlers.host.net.nftables import GUARD, TABLE, Tables
+from handlers.host.net.chains import GUARD, TABLE
+from handlers.host.net.nftables import Tables
 
 HOOKS = {
     "ip": {"prerouting", "forward", "postrouting"},

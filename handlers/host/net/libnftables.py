@@ -4,6 +4,9 @@ Each call is one batch: all of it takes effect or none. pyroute2's nftables cann
 """
 
 import ctypes
+import os
+import socket
+import stat
 import subprocess
 from typing import ClassVar, Protocol
 
@@ -13,6 +16,7 @@ LIBRARY = "libnftables.so.1"
 PROGRAM = "nft"
 # nftables/libnftables.h, enum nft output flags
 STATELESS, JSON, TERSE = 1 << 1, 1 << 4, 1 << 11
+DESCRIPTORS, NETLINK_NETFILTER = "/proc/self/fd", 12
 ABSENT = "No such file or directory"
 TIMEOUT_S = 30.0
 
@@ -25,9 +29,11 @@ class Engine(Protocol):
     """What runs nft's language: the output and error text, or raises NftRefusal.
 
     `one_socket`: all its transactions are sent on one netlink socket, so that it can own tables.
+    `socket` is a duplicate of that socket, if it was found: for messages between two calls.
     """
 
     one_socket: ClassVar[bool]
+    socket: socket.socket | None
 
     def run(self, text: str, flags: int) -> str: ...
 
@@ -52,9 +58,11 @@ class Library:
         self._lib.nft_ctx_new.restype = ctypes.c_void_p
         for name in ("nft_ctx_get_output_buffer", "nft_ctx_get_error_buffer"):
             getattr(self._lib, name).restype = ctypes.c_char_p
+        before = netfilter_sockets()
         self._context = ctypes.c_void_p(self._lib.nft_ctx_new(0))
         if self._context.value is None:
             raise HostFault(f"{LIBRARY}: nft_ctx_new() failed")
+        self.socket = duplicate_of_one(netfilter_sockets() - before)
         self._lib.nft_ctx_buffer_output(self._context)
         self._lib.nft_ctx_buffer_error(self._context)
 
@@ -69,12 +77,17 @@ class Library:
 
     def close(self) -> None:
         self._lib.nft_ctx_free(self._context)
+        if self.socket is not None:
+            self.socket.close()
 
 
 class Program:
     """The `nft` program, one process per call. Source: nft(8). Needs: CAP_NET_ADMIN."""
 
     one_socket: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.socket: socket.socket | None = None
 
     def run(self, text: str, flags: int) -> str:
         options = [o for f, o in ((STATELESS, "-s"), (JSON, "-j"), (TERSE, "-t")) if flags & f]
@@ -94,6 +107,35 @@ class Program:
 
     def close(self) -> None:
         """Nothing is held between calls."""
+
+
+def netfilter_sockets() -> set[int]:
+    """The descriptors of this process that are netlink sockets of netfilter."""
+    found: set[int] = set()
+    for descriptor in map(int, os.listdir(DESCRIPTORS)):
+        try:
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as each:
+                if each.family == socket.AF_NETLINK and each.proto == NETLINK_NETFILTER:
+                    found.add(descriptor)
+        except OSError:
+            continue  # closed by another thread meanwhile
+    return found
+
+
+def duplicate_of_one(descriptors: set[int]) -> socket.socket | None:
+    """A duplicate of the socket, with a port ID, if there is only one: another thread may just have
+    opened one.
+
+    That it is the right one is proven by the first commit (`nft_commits`).
+    """
+    if len(descriptors) != 1:
+        return None
+    found = socket.socket(fileno=os.dup(descriptors.pop()))
+    if not found.getsockname()[0]:
+        found.bind((0, 0))
+    return found
 
 
 def open_engine() -> Engine:

@@ -21,6 +21,15 @@ def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
         at += max(HEADER.size, (size + 3) & ~3)
 
 
+def pieces(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Type, sender's port ID and body of each message of a datagram."""
+    at = 0
+    while at + HEADER.size <= len(data):
+        size, kind, _flags, _sequence, port = HEADER.unpack_from(data, at)
+        yield kind, port, data[at + HEADER.size : at + size]
+        at += max(HEADER.size, (size + 3) & ~3)
+
+
 def attributes(data: bytes) -> Attributes:
     """Attributes by type, in the order of the message; a cut one ends it."""
     found: Attributes = {}

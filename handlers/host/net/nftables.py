@@ -1,59 +1,86 @@
 """The nftables of a namespace: sets read and changed, transactions, and the thread for them."""
 
+import errno
 import json
+import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Network
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from handlers.errors import Failure, HostFault, Unavailable, of_os_error
+from handlers.errors import Failure, Unavailable, of_os_error
 from handlers.host.linux.kernel_thread import KernelThread, no_namespace
+from handlers.host.net.chains import GUARD
 from handlers.host.net.libnftables import (
     JSON,
     STATELESS,
     TERSE,
-    TIMEOUT_S,
     Absent,
     Engine,
     NftRefusal,
     open_engine,
     refusal,
 )
-from handlers.host.net.netlink_messages import HEADER, NLM_F_REQUEST, attributes
+from handlers.host.net.nft_commits import Commits
+from handlers.host.net.nft_elements import (
+    ERESTART,
+    Element,
+    Member,
+    answered,
+    change_batch,
+    change_result,
+    plain,
+    question,
+)
 
 T = TypeVar("T")
-NETLINK_NETFILTER = 12
-# linux/netfilter/nf_tables.h: subsystem 10, messages 15 and 16
-NFT_MSG_NEWGEN, NFT_MSG_GETGEN = (10 << 8) | 15, (10 << 8) | 16
-NFTA_GEN_ID = 1
+ATTEMPTS, ANSWER_BYTES = 20, 1 << 16
+"""To commit for the generation that was looked at, while other programs commit."""
 
-Element = tuple[str, ...]
-# A set's family, table and name, and one element of it.
-Member = tuple[str, Element]
-TABLE, GUARD = "hostd", "hostd_guard"
+
+class SetContent:
+    """The elements of one set, all and by their first part: a name of a link."""
+
+    def __init__(self, elements: Iterable[Element]) -> None:
+        self.elements = set(elements)
+        self._by_first: dict[str, set[Element]] = {}
+        for element in self.elements:
+            self._by_first.setdefault(element[0], set()).add(element)
+
+    def of(self, first: str) -> set[Element]:
+        return self._by_first.get(first, set())
+
+    def add(self, element: Element) -> None:
+        self.elements.add(element)
+        self._by_first.setdefault(element[0], set()).add(element)
+
+    def discard(self, element: Element) -> None:
+        self.elements.discard(element)
+        if (found := self._by_first.get(element[0])) is not None:
+            found.discard(element)
+            if not found:
+                del self._by_first[element[0]]
 
 
 class Tables:
     """nftables of the namespace that the calling thread is in. Synchronous; lives in one thread.
 
-    Keeps what it read of a set until another program changes any ruleset: the kernel counts
-    the commits of a namespace, and this object knows its own. So a set of 1,000 elements is not
-    read for each change, and yet an out-of-band change is never missed.
+    Keeps what it read of a set until another program changes hostd's tables: the kernel reports
+    each commit before the program that sent it goes on. So a set of 1,000 elements is not read for
+    each change, and yet an out-of-band change is never missed.
 
     While `guarded`, each set of hostd's tables exists twice, and both copies are read and changed.
 
-    Source: nft(8), nf_tables' NFT_MSG_GETGEN. Needs: CAP_NET_ADMIN.
+    Source: nft(8), nf_tables. Needs: CAP_NET_ADMIN.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
-        self._socket.settimeout(TIMEOUT_S)
-        self._generation = -1
+        self._commits = Commits(None if engine.socket is None else engine.socket.getsockname()[0])
         self._changes = 0
-        self._members: dict[str, set[Element]] = {}
+        self._members: dict[str, SetContent] = {}
         self.guarded = False
 
     @property
@@ -61,20 +88,29 @@ class Tables:
         """Whether a table can be owned: the engine has one socket for as long as it is open."""
         return self._engine.one_socket
 
+    @property
+    def port(self) -> int | None:
+        """The port ID that all transactions are sent from, if there is one."""
+        return self._commits.port
+
     def close(self) -> None:
         self._engine.close()
-        self._socket.close()
+        self._commits.close()
 
     # -- reading -------------------------------------------------------------------------------
 
     def outside_changes(self) -> int:
-        """Increases whenever another program changed any ruleset of this namespace."""
-        now = self._read_generation()
-        if now != self._generation:
-            self._generation = now
-            self._changes += 1
+        """Increases whenever another program changed hostd's tables in this namespace."""
+        now = self._commits.look()
+        if now != self._changes:
+            self._changes = now
             self._members.clear()
         return self._changes
+
+    def foreign_commits(self) -> int:
+        """Increases whenever another program changed any ruleset of this namespace."""
+        self.outside_changes()
+        return self._commits.any
 
     def members(self, name: str) -> set[Element]:
         """The elements of a set, e.g. of `inet hostd tenants`; of none if it is absent.
@@ -82,7 +118,21 @@ class Tables:
         While guarded, those of either copy.
         """
         self.outside_changes()
-        return {element for copy in self._copies(name) for element in self._elements(copy)}
+        return {element for copy in self._copies(name) for element in self._content(copy).elements}
+
+    def members_of(self, name: str, first: str) -> set[Element]:
+        """Those of the elements that begin with this part."""
+        self.outside_changes()
+        return {element for copy in self._copies(name) for element in self._content(copy).of(first)}
+
+    def present(self, members: Iterable[Member]) -> list[Member]:
+        """Those that are there; while guarded, in either copy."""
+        self.outside_changes()
+        return [
+            (name, element)
+            for name, element in members
+            if any(element in self._content(copy).elements for copy in self._copies(name))
+        ]
 
     def missing(self, members: Iterable[Member]) -> list[Member]:
         """Those that are not there; while guarded, not in both copies."""
@@ -90,12 +140,18 @@ class Tables:
         return [
             (name, element)
             for name, element in members
-            if any(element not in self._elements(copy) for copy in self._copies(name))
+            if any(element not in self._content(copy).elements for copy in self._copies(name))
         ]
 
     def has(self, members: Iterable[Member]) -> bool:
         """Whether all of these are there; read from the kernel, not from the cache."""
         copies = self._in_copies(members)
+        if (kernel := self._direct(copies)) is not None:
+            request, wanted = question(copies)
+            found, codes = answered(exchange(kernel, request))
+            if codes - {errno.ENOENT}:
+                raise failure_of(max(codes), "cannot read nftables elements")
+            return found == wanted
         try:
             self._run("".join(f"get element {spelled(member)}\n" for member in copies), 0)
         except Absent:
@@ -123,7 +179,7 @@ class Tables:
             Absent: it names something that is not there.
             Unavailable, Exhausted, HostFault: as nft says; nothing has changed.
         """
-        self._commit(text)
+        self._commit(lambda: self._run(text, 0))
         self._members.clear()
 
     def change(
@@ -141,16 +197,21 @@ class Tables:
         Raises as `apply`.
         """
         gone, come = self._in_copies(remove), self._in_copies(add)
-        # Adding first makes deleting one that is absent succeed, in the same transaction.
-        lines = [f"{do} element {spelled(m)}" for m in gone for do in ("add", "delete")]
         filled = {copy: new for name, new in replace.items() for copy in self._copies(name)}
-        lines += [f"flush set {name}" for name in filled]
-        come += [(name, element) for name, elements in filled.items() for element in elements]
-        lines += [f"add element {spelled(member)}" for member in come]
-        self._commit("\n".join(lines) + "\n")
+        kernel = None if filled else self._direct([*gone, *come])
+        if kernel is not None:
+            self._commit(lambda: self._send(kernel, gone, come))
+        else:
+            # Adding first makes deleting one that is absent succeed, in the same transaction.
+            lines = [f"{do} element {spelled(m)}" for m in gone for do in ("add", "delete")]
+            lines += [f"flush set {name}" for name in filled]
+            come += [(name, element) for name, elements in filled.items() for element in elements]
+            lines += [f"add element {spelled(member)}" for member in come]
+            self._commit(lambda: self._run("\n".join(lines) + "\n", 0))
         for name, element in gone:
-            self._members.get(name, set()).discard(element)
-        self._members.update((name, set(elements)) for name, elements in filled.items())
+            if name in self._members:
+                self._members[name].discard(element)
+        self._members.update((name, SetContent(elements)) for name, elements in filled.items())
         for name, element in come:
             if name in self._members:
                 self._members[name].add(element)
@@ -162,20 +223,35 @@ class Tables:
     def _in_copies(self, members: Iterable[Member]) -> list[Member]:
         return [(copy, element) for name, element in members for copy in self._copies(name)]
 
-    def _elements(self, name: str) -> set[Element]:
+    def _content(self, name: str) -> SetContent:
         if name not in self._members:
-            self._members[name] = set(elements_of(self.read(f"set {name}")))
+            self._members[name] = SetContent(elements_of(self.read(f"set {name}")))
         return self._members[name]
 
-    def _commit(self, text: str) -> None:
+    def _direct(self, members: Sequence[Member]) -> socket.socket | None:
+        """The socket on which these members are changed and read without nft's language."""
+        return self._engine.socket if self.port is not None and plain(members) else None
+
+    def _send(self, kernel: socket.socket, gone: list[Member], come: list[Member]) -> None:
+        """One transaction in nf_tables' own messages, for the ruleset as it was looked at."""
+        for _attempt in range(ATTEMPTS):
+            batch = change_batch(gone, come, self._commits.generation)
+            code = change_result(exchange(kernel, batch))
+            if code == 0:
+                return
+            if code != ERESTART:
+                raise failure_of(code or errno.EPROTO, "cannot change nftables elements")
+            self.outside_changes()
+        raise Unavailable(f"nftables ruleset changed {ATTEMPTS} times meanwhile: try again")
+
+    def _commit(self, send: Callable[[], object]) -> None:
         self.outside_changes()
         try:
-            self._run(text, 0)
+            send()
         except Failure:
             self._members.clear()
             raise
-        if self._read_generation() == next_generation(self._generation):
-            self._generation = next_generation(self._generation)
+        self._commits.committed()
         self.outside_changes()
 
     def _run(self, text: str, flags: int) -> str:
@@ -185,20 +261,6 @@ class Tables:
             raise refusal(str(error)) from error
         except (OSError, subprocess.SubprocessError) as error:
             raise Unavailable("cannot run nft: try again") from error
-
-    def _read_generation(self) -> int:
-        """The number of commits to this namespace's rulesets."""
-        try:
-            self._socket.send(HEADER.pack(20, NFT_MSG_GETGEN, NLM_F_REQUEST, 1, 0) + bytes(4))
-            answer = self._socket.recv(4096)
-        except OSError as error:
-            raise of_os_error(error, "cannot read nftables ruleset generation") from error
-        generation = attributes(answer[HEADER.size + 4 :]).get(NFTA_GEN_ID)
-        if HEADER.unpack_from(answer)[1] != NFT_MSG_NEWGEN or generation is None:
-            raise HostFault(
-                "cannot read nftables ruleset generation: unexpected reply from the kernel"
-            )
-        return int.from_bytes(generation, "big")
 
 
 class Nft:
@@ -244,9 +306,24 @@ def guard_of(name: str) -> str:
     return f"{family} {GUARD} {rest}"
 
 
-def next_generation(generation: int) -> int:
-    """32 bits, and 0 is left out."""
-    return (generation + 1) & 0xFFFFFFFF or 1
+def exchange(kernel: socket.socket, request: bytes) -> list[bytes]:
+    """Send messages; all answers, which nf_tables has queued when the sending returns."""
+    answers: list[bytes] = []
+    try:
+        kernel.send(request)
+        while True:
+            answers.append(kernel.recv(ANSWER_BYTES, socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return answers
+    except OSError as error:
+        raise of_os_error(error, "cannot talk to nf_tables") from error
+
+
+def failure_of(code: int, what: str) -> Failure:
+    """The failure for an error number of nf_tables."""
+    if code == errno.ENOENT:
+        return Absent(f"{what}: {os.strerror(code)}")
+    return of_os_error(OSError(code, os.strerror(code)), what)
 
 
 def elements_of(listing: list[dict[str, Any]]) -> list[Element]:

@@ -11,7 +11,7 @@ not the one the thread is in.
 import errno
 import os
 import socket
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -49,8 +49,15 @@ class Kernel(Reader):
     pyroute2 spells the messages; they are sent and confirmed on the socket itself, since its own
     round trip takes 0.3 ms and more for what the kernel does in 0.03.
 
+    `unwanted` are the names of the links that hostd removed last: nobody has to be told that these
+    are gone.
+
     Source: rtnetlink(7), ip-link(8), bridge(8). Needs: CAP_NET_ADMIN.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unwanted: set[str] = set()
 
     def add_bridge(self, name: str, mac: str) -> None:
         """A bridge that is down and forwards at once: no STP, no snooping, a MAC that stays."""
@@ -179,6 +186,11 @@ class Netlink:
     async def run(self, do: Callable[[Kernel], T]) -> T:
         """Run `do` in the thread, undisturbed by other netlink work of this worker."""
         return await self._thread.run(lambda: do(self._opened()))
+
+    @property
+    def unwanted(self) -> Collection[str]:
+        """The names of the links that hostd removed last."""
+        return () if self._kernel is None else self._kernel.unwanted
 
     def close(self) -> None:
         self._thread.stop(self._close)

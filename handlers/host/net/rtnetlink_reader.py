@@ -104,7 +104,14 @@ class Reader:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         self._socket.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
         self._socket.settimeout(TIMEOUT_S)
+        self._socket.bind((0, 0))
         self._sequence = 0
+
+    @property
+    def port(self) -> int:
+        """The socket's port ID: the sender's in messages about what was changed on it."""
+        port: int = self._socket.getsockname()[0]
+        return port
 
     def close(self) -> None:
         self._socket.close()

@@ -12,35 +12,42 @@ from handlers.host.net.chains import (
     CARRIED,
     CARRIED_POLICY,
     CHAINS,
+    GUARD,
     SETS,
+    TABLE,
     base_script,
     expected_layout,
     layout_of,
 )
-from handlers.host.net.nftables import GUARD, TABLE, Element, Member, Nft, Tables, spelled
+from handlers.host.net.nft_elements import Element, Member
+from handlers.host.net.nftables import Nft, Tables, spelled
 from handlers.host.net.policy_file import PolicyFile
-from schemas.network_policy import denied_networks
+from schemas.network_policy import NetworkPolicy, denied_networks
 from schemas.settings import NetworkSettings
 
 TENANT_ALLOWED, TENANT_DENIED = "inet hostd tenant_allowed", "inet hostd tenant_denied"
 SERVICES, UPLINKS, DENIED = "inet hostd services", "inet hostd uplinks", "inet hostd denied"
+# Changes of others by then, settings, policy and uplinks.
+ElementsLeft = tuple[int, NetworkSettings, NetworkPolicy, tuple[str, ...] | None]
 
 
 class BaseRules:
-    """The two tables. `ensure` costs next to nothing while no other hand touches any ruleset.
+    """The two tables. `ensure` costs next to nothing while no other hand touches them.
 
-    `tenants` has the tenant of each bridge whose rules are in force: to whom `policy` applies.
+    Knows the tenant of each bridge whose rules are in force: to whom `policy` applies.
     """
 
     def __init__(self, nft: Nft, settings: NetworkSettings) -> None:
         self.nft = nft
         self.policy = PolicyFile(settings.policy)
-        self.tenants: dict[str, str] = {}
+        self._tenants: dict[str, str] = {}
         self._settings = settings
         self._script = base_script(settings.max_flows)
         self._guard_script = base_script(settings.max_flows, guard=True)
         self._left: tuple[int, str] | None = None
         self._guard_left: tuple[int, str] | None = None
+        self._joined: set[str] = set()
+        self._elements_left: ElementsLeft | None = None
 
     async def ensure(self, uplinks: Iterable[str] | None = None) -> bool:
         """Put the tables in force if anything of them is missing or changed; true if so.
@@ -58,11 +65,23 @@ class BaseRules:
         self.policy = policy
         self._settings = settings
 
+    def join(self, bridge: str, tenant_id: str) -> None:
+        """The rules of this bridge are about to be in force; the next `ensure` applies `policy`."""
+        if self._tenants.get(bridge) != tenant_id:
+            self._tenants[bridge] = tenant_id
+            self._joined.add(bridge)
+
+    def leave(self, bridge: str) -> None:
+        """The rules of this bridge are about to end."""
+        self._tenants.pop(bridge, None)
+        self._joined.discard(bridge)
+
     def ensure_in(self, tables: Tables, uplinks: Iterable[str] | None = None) -> bool:
         """`ensure` for a mechanism that runs in the nftables thread already."""
         changed = not self._holds(tables)
         if changed:
             self._apply(tables)
+            self._elements_left = None
         changed = self._ensure_elements(tables, uplinks) or changed
         if tables.can_own:
             self._ensure_guard(tables)
@@ -128,7 +147,36 @@ class BaseRules:
         self._left = (changes, listing)
 
     def _ensure_elements(self, tables: Tables, uplinks: Iterable[str] | None) -> bool:
-        """One transaction, so nothing is open in between that neither old nor new settings open."""
+        """One transaction, so nothing is open in between that neither old nor new settings open.
+
+        What they were left as is looked at again after another hand's change, or if other ones are
+        asked for.
+        """
+        now = tables.outside_changes()
+        asked = None if uplinks is None else tuple(uplinks)
+        left = self._elements_left
+        same = left is not None and left[:3] == (now, self._settings, self.policy.current)
+        if same and left is not None and asked in {None, left[3]} and not self._concerned(tables):
+            return False
+        changed = self._put_elements(tables, asked)
+        before = left[3] if same and left is not None else None
+        self._joined.clear()
+        self._elements_left = (now, self._settings, self.policy.current, asked or before)
+        return changed
+
+    def _concerned(self, tables: Tables) -> bool:
+        """Whether the policy concerns a tenant that has joined, or has left elements for it."""
+        policy = self.policy.current
+        for bridge in self._joined:
+            tenant = self._tenants.get(bridge, "")
+            if tenant in policy.allowed or tenant in policy.denied:
+                return True
+            if any(tables.members_of(name, bridge) for name in (TENANT_ALLOWED, TENANT_DENIED)):
+                return True
+        self._joined.clear()
+        return False
+
+    def _put_elements(self, tables: Tables, uplinks: tuple[str, ...] | None) -> bool:
         services = (service.partition("/") for service in self._settings.host_services)
         wanted: dict[str, set[Element]] = {SERVICES: {(kind, port) for kind, _, port in services}}
         if uplinks is not None:
@@ -140,13 +188,13 @@ class BaseRules:
         for name, networks in ((TENANT_ALLOWED, policy.allowed), (TENANT_DENIED, policy.denied)):
             wanted[name] = {
                 (bridge, network)
-                for bridge, tenant in self.tenants.items()
+                for bridge, tenant in self._tenants.items()
                 for network in networks.get(tenant, ())
             }
             remove += [
                 (name, element)
                 for element in sorted(tables.members(name) - wanted[name])
-                if element[0] in self.tenants
+                if element[0] in self._tenants
             ]
         add = tables.missing(
             [(name, e) for name, elements in wanted.items() for e in sorted(elements)]

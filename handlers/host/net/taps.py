@@ -136,6 +136,7 @@ def own_tap(kernel: Kernel, name: str) -> Link | None:
 
 
 def ensure_tap(kernel: Kernel, spec: TapSpec, *, isolate: bool) -> bool:
+    kernel.unwanted.discard(spec.name)
     bridge = kernel.link(spec.bridge)
     if bridge is None or bridge.kind != "bridge":
         raise Conflict(f"the tenant's network is not set up: there is no bridge {spec.bridge}")
@@ -233,6 +234,7 @@ def verify_tap(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) ->
 
 
 def remove_tap(kernel: Kernel, name: str) -> None:
+    kernel.unwanted.add(name)
     delete_neighbours(kernel, name)
     if (link := own_tap(kernel, name)) is not None:
         kernel.delete_link(link.index)
@@ -249,6 +251,7 @@ class SeizedTap:
 
 def seize_tap(kernel: Kernel, name: str) -> SeizedTap | None:
     """Attach to a TAP and have it end with the descriptor; None: it is gone."""
+    kernel.unwanted.add(name)
     delete_neighbours(kernel, name)
     link = own_tap(kernel, name)
     if link is None:

@@ -10,7 +10,8 @@ from typing import ClassVar
 from handlers.errors import HostFault
 from handlers.host.net.antispoof import GUESTS, PINS
 from handlers.host.net.conntrack import flush_conntrack
-from handlers.host.net.nftables import Member, Nft, Tables
+from handlers.host.net.nft_elements import Member
+from handlers.host.net.nftables import Nft, Tables
 from handlers.host.net.rtnetlink import Netlink
 from handlers.host.net.ruleset import TENANT_ALLOWED, TENANT_DENIED, BaseRules
 from handlers.mechanism import Durability
@@ -53,14 +54,14 @@ class TenantRules:
         taps = naming.tap_name_prefix(rules.tenant_net_id)
 
         def remove_members(tables: Tables) -> None:
-            doomed = [m for m in tenant_members(key) if m[1] in tables.members(m[0])]
+            doomed = tables.present(tenant_members(key))
             for name in (PINS, GUESTS):
                 found = tables.members(name)
                 doomed += [(name, e) for e in found if e[0].startswith(taps)]
             bridge = naming.bridge_name(rules.tenant_net_id)
-            self._base.tenants.pop(bridge, None)
+            self._base.leave(bridge)
             for name in (TENANT_ALLOWED, TENANT_DENIED):
-                doomed += [(name, e) for e in tables.members(name) if e[0] == bridge]
+                doomed += [(name, e) for e in tables.members_of(name, bridge)]
             if doomed:
                 self._base.ensure_in(tables)
                 tables.change(remove=doomed)
@@ -69,13 +70,13 @@ class TenantRules:
         await self._netlink.run(lambda _: flush_conntrack(IPv4Network(rules.ipv4_subnet)))
 
     def _ensure_in(self, tables: Tables, spec: TenantRulesSpec) -> bool:
-        self._base.tenants[spec.net.bridge_name] = spec.tenant_id
+        self._base.join(spec.net.bridge_name, spec.tenant_id)
         changed = self._base.ensure_in(tables)
         wanted = tenant_members(spec.key)
         stray = [
             (GATEWAYS, (bridge, address))
-            for bridge, address in tables.members(GATEWAYS)
-            if bridge == spec.net.bridge_name and address != spec.net.gateway_ip
+            for bridge, address in tables.members_of(GATEWAYS, spec.net.bridge_name)
+            if address != spec.net.gateway_ip
         ]
         if not stray and not tables.missing(wanted):
             return changed

@@ -8,8 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from handlers.errors import HostFault
-from handlers.host.net.chains import CHAINS, SETS
-from handlers.host.net.nftables import GUARD
+from handlers.host.net.chains import CHAINS, GUARD, SETS
 from handlers.specs import TenantRulesSpec
 from schemas.settings import NetworkSettings
 from tests.kernel.net.frames import ARP, IPV4, REPLY, arp, udp

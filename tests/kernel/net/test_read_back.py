@@ -1,5 +1,6 @@
 """What the kernel does not hold, though it said yes, is a fault and leaves nothing behind."""
 
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, ClassVar
@@ -119,6 +120,9 @@ class ListsTwice:
     """nft's engine whose ruleset changes while it lists: it prints what it had, then all again."""
 
     one_socket: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.socket: socket.socket | None = None
 
     def run(self, text: str, flags: int) -> str:
         return "".join(f'{{"nftables": [{{"set": {{"name": "{n}"}}}}]}}\n' for n in ("old", "new"))

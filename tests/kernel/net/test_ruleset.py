@@ -2,8 +2,10 @@
 
 import asyncio
 import re
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,12 +13,16 @@ from handlers.errors import HostFault
 from handlers.host.net.antispoof import Pins
 from handlers.host.net.chains import CARRIED
 from handlers.host.net.libnftables import Engine, Library, Program, open_engine
+from handlers.host.net.nft_elements import NFNL_MSG_BATCH_BEGIN
 from handlers.host.net.nftables import Nft
 from handlers.host.net.ruleset import BaseRules
 from handlers.specs import BridgeSpec, TenantRulesSpec
 from schemas.settings import NetworkSettings
 from tests.kernel.net.netns import HostNet
 from tests.kernel.net.plans import GuestPlan, net_of, plug_in, set_up
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 ACME, UMBRA = net_of(3), net_of(300)
 GUEST = GuestPlan("acme", ACME, 5)
@@ -194,9 +200,32 @@ def test_the_library_is_preferred() -> None:
 class LyingLibrary(Library):
     """Says that it did what it was asked to, and leaves out the pins."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        assert self.socket is not None
+        self.socket.close()
+        self.socket = None
+
     def run(self, text: str, flags: int) -> str:
         kept = [line for line in text.splitlines() if "add element bridge hostd pins" not in line]
         return super().run("\n".join(kept) + "\n", flags)
+
+
+class LyingSocket(socket.socket):
+    """Says that it did what it was asked to, and pins another address."""
+
+    def send(self, data: "ReadableBuffer", flags: int = 0, /) -> int:
+        sent = bytes(data)
+        if sent[4:6] == NFNL_MSG_BATCH_BEGIN.to_bytes(2, "little"):
+            sent = sent.replace(socket.inet_aton(GUEST.ip), socket.inet_aton("10.240.3.99"))
+        return super().send(sent, flags)
+
+
+class LibraryOnALyingSocket(Library):
+    def __init__(self) -> None:
+        super().__init__()
+        assert self.socket is not None
+        self.socket = LyingSocket(fileno=self.socket.detach())
 
 
 class ForgetfulLibrary(Library):
@@ -207,10 +236,11 @@ class ForgetfulLibrary(Library):
         return super().run("\n".join(kept) + "\n", flags)
 
 
+@pytest.mark.parametrize("engine", [LyingLibrary, LibraryOnALyingSocket])
 async def test_a_pin_that_is_not_in_force_is_a_fault(
-    net: HostNet, opened: Callable[[Callable[[], Engine]], Nft]
+    net: HostNet, opened: Callable[[Callable[[], Engine]], Nft], engine: Callable[[], Engine]
 ) -> None:
-    nft = opened(LyingLibrary)
+    nft = opened(engine)
 
     with pytest.raises(HostFault, match="anti-spoofing entry for tn3i5 missing"):
         await Pins(nft, BaseRules(nft, NetworkSettings())).ensure(GUEST.pin)
