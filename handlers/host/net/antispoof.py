@@ -7,8 +7,8 @@ for IPv4 and inside ARP; all other protocols from it are dropped.
 from typing import ClassVar
 
 from handlers.errors import HostFault
-from handlers.host.net.nft_elements import Member
-from handlers.host.net.nftables import Nft, Tables
+from handlers.host.net.nft.elements import Member
+from handlers.host.net.nft.nftables import Nft, Tables
 from handlers.host.net.ruleset import BaseRules
 from handlers.mechanism import Durability
 from handlers.specs import PinSpec

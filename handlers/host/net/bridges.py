@@ -4,7 +4,6 @@ The bridge has a fixed MAC (offset 1 of the tenant's range), so that a guest whi
 teardown still reaches its gateway. The interface's alias marks it as hostd's.
 """
 
-from ipaddress import IPv4Network
 from typing import ClassVar
 
 from handlers.errors import Conflict, HostFault
@@ -13,6 +12,7 @@ from handlers.host.net.rtnetlink_reader import (
     IFLA_BR_FORWARD_DELAY,
     IFLA_BR_MCAST_SNOOPING,
     IFLA_BR_STP_STATE,
+    RT_TABLE_MAIN,
     Address,
     Link,
 )
@@ -88,7 +88,10 @@ def ensure_bridge(kernel: Kernel, spec: BridgeSpec) -> bool:
     else:
         refuse_foreign_bridge(kernel, link, spec)
     try:
-        changed = converge_bridge(kernel, link, spec, mac)
+        if created:
+            changed = configure_bridge(kernel, link, spec)
+        else:
+            changed = converge_bridge(kernel, link, spec, mac)
         verify_bridge(kernel, spec, mac)
     except BaseException:
         if created:
@@ -121,6 +124,16 @@ def gateway_address(spec: BridgeSpec) -> Address:
     return Address(spec.net.gateway_ip, naming.prefix_len(spec.net))
 
 
+def configure_bridge(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
+    """Complete one that has just been made; it goes up last, without IPv6 and with its alias."""
+    for name, value in SYSCTLS.items():
+        ensure_sysctl(name.format(link.name), value)
+    with kernel.together():
+        kernel.add_address(link.index, gateway_address(spec))
+        kernel.set_link(link.index, state="up", ifalias=naming.interface_alias(spec.tenant_id))
+    return True
+
+
 def converge_bridge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> bool:
     """Change what differs; it goes up last, without IPv6 and with its alias, in one message."""
     changed = False
@@ -150,7 +163,10 @@ def converge_bridge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> b
 
 def ensure_route(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
     """The subnet's route, which the kernel adds with the address, unless it was removed since."""
-    if any(route.dst == spec.net.ipv4_subnet for route in kernel.routes(link=link.index)):
+    if any(
+        route.dst == spec.net.ipv4_subnet
+        for route in kernel.routes(link=link.index, table=RT_TABLE_MAIN)
+    ):
         return False
     kernel.add_connected_route(link.index, spec.net.ipv4_subnet, spec.net.gateway_ip)
     return True
@@ -158,6 +174,7 @@ def ensure_route(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
 
 def verify_bridge(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
     link = kernel.existing_link(spec.key)
+    routes = kernel.routes(link=link.index, table=RT_TABLE_MAIN)
     checks = {
         "kind": link.kind == "bridge",
         "alias": link.alias == naming.interface_alias(spec.tenant_id),
@@ -165,8 +182,7 @@ def verify_bridge(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
         "MAC": link.mac == mac,
         "up": link.up,
         "attributes": all(link.info.get(name) == value for name, value in BRIDGE.items()),
-        "route": IPv4Network(spec.net.ipv4_subnet)
-        in {IPv4Network(route.dst) for route in kernel.routes(link=link.index)},
+        "route": spec.net.ipv4_subnet in {route.dst for route in routes},
     }
     if wrong := [fact for fact, ok in checks.items() if not ok]:
         raise HostFault(f"bridge {spec.key} read-back mismatch: {', '.join(wrong)}")

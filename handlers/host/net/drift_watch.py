@@ -19,8 +19,8 @@ from functools import partial
 from handlers.host.linux.kernel_thread import KernelThread, no_namespace
 from handlers.host.net.bridges import GATEWAY_OFFSET
 from handlers.host.net.netlink_messages import attributes, first_attribute, pieces
-from handlers.host.net.nft_commits import names_hostd, rules_listener
-from handlers.host.net.nftables import Nft
+from handlers.host.net.nft.commits import names_hostd, rules_listener
+from handlers.host.net.nft.nftables import Nft
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import (
     ADDRESS,

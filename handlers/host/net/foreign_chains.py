@@ -9,7 +9,7 @@ import json
 import re
 
 from handlers.host.net.chains import GUARD, TABLE
-from handlers.host.net.nftables import Tables
+from handlers.host.net.nft.nftables import Tables
 
 HOOKS = {
     "ip": {"prerouting", "forward", "postrouting"},

@@ -11,7 +11,7 @@ from handlers.host.net.bridges import Bridges
 from handlers.host.net.conntrack import flush_conntrack
 from handlers.host.net.drift_watch import HostWatch
 from handlers.host.net.foreign_chains import foreign_drops
-from handlers.host.net.nftables import Nft
+from handlers.host.net.nft.nftables import Nft
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN
 from handlers.host.net.ruleset import BaseRules

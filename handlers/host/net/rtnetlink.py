@@ -11,43 +11,47 @@ not the one the thread is in.
 import errno
 import os
 import socket
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from handlers.errors import of_os_error
 from handlers.host.linux.kernel_thread import KernelThread, no_namespace
-from handlers.host.net.netlink_messages import HEADER, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR
-from handlers.host.net.rtnetlink_reader import (
-    IFF_UP,
-    NUD_NOARP,
-    NUD_PERMANENT,
-    RT_TABLE_MAIN,
-    Address,
-    Reader,
-    error_of,
+from handlers.host.net.netlink_messages import HEADER
+from handlers.host.net.rtnetlink_messages import (
+    NLM_F_CREATE,
+    NLM_F_REPLACE,
+    RTM_DELADDR,
+    RTM_NEWLINK,
+    Request,
+    link_change,
+    new_address,
+    new_bridge,
+    new_fdb_entry,
+    new_neighbour,
+    no_link,
+    no_neighbour,
+    port_change,
 )
+from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN, Address, Reader
 
 T = TypeVar("T")
 
-# linux/netlink.h, linux/rtnetlink.h, linux/neighbour.h
-NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
-RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR = 16, 17, 20, 21
-RTM_NEWROUTE, RTM_NEWNEIGH, RTM_DELNEIGH = 24, 28, 29
-NTF_MASTER = 0x04
+# linux/rtnetlink.h
+RTM_NEWROUTE = 24
 RTPROT_KERNEL, RT_SCOPE_LINK, RTN_UNICAST = 2, 253, 1
 
 
 class Kernel(Reader):
     """rtnetlink of one namespace. Synchronous; lives in one thread.
 
-    pyroute2 spells the messages; they are sent and confirmed on the socket itself, since its own
-    round trip takes 0.3 ms and more for what the kernel does in 0.03.
+    The messages of each launch and each new tenant are spelled in `rtnetlink_messages`, the rare
+    ones by pyroute2; all are sent and confirmed on the socket itself, since pyroute2's own round
+    trip takes 0.3 ms and more for what the kernel does in 0.03.
 
     `unwanted` are the names of the links that hostd removed last: nobody has to be told that these
     are gone.
@@ -58,69 +62,62 @@ class Kernel(Reader):
     def __init__(self) -> None:
         super().__init__()
         self.unwanted: set[str] = set()
+        self._queued: list[Request] | None = None
+
+    @contextmanager
+    def together(self) -> Generator[None]:
+        """Send what is asked for inside in one go at the end, in its order; each is confirmed.
+
+        Raises:
+            Failure: that of the first which the kernel refused; the others were made.
+        """
+        queued = self._queued = []
+        try:
+            yield
+        finally:
+            self._queued = None
+        self._confirm(queued)
 
     def add_bridge(self, name: str, mac: str) -> None:
         """A bridge that is down and forwards at once: no STP, no snooping, a MAC that stays."""
-        data = {"br_stp_state": 0, "br_forward_delay": 0, "br_mcast_snooping": 0}
-        held = [("IFLA_IFNAME", name), ("IFLA_ADDRESS", mac), _info("KIND", "bridge", "DATA", data)]
-        with mapping_errors(f"add bridge {name}"):
-            self._change(RTM_NEWLINK, ifinfmsg(), held, flags=NLM_F_CREATE | NLM_F_EXCL)
+        self._change(new_bridge(name, mac))
 
     def set_link(self, index: int, **attributes: Any) -> None:
         """`state`, `master`, `address`, `ifalias` of a link, in one message."""
-        state = attributes.get("state")
-        held = [(f"IFLA_{n.upper()}", value) for n, value in attributes.items() if n != "state"]
-        facts = {"index": index}
-        if state is not None:
-            facts |= {"flags": IFF_UP if state == "up" else 0, "change": IFF_UP}
-        with mapping_errors(f"set {', '.join(attributes)} of link {index}"):
-            self._change(RTM_NEWLINK, ifinfmsg(), held, facts)
+        self._change(link_change(index, **attributes))
 
     def set_bridge(self, index: int, **attributes: int) -> None:
         held = [_info("KIND", "bridge", "DATA", attributes)]
-        with mapping_errors(f"set {', '.join(attributes)} of bridge {index}"):
-            self._change(RTM_NEWLINK, ifinfmsg(), held, {"index": index})
+        what = f"set {', '.join(attributes)} of bridge {index}"
+        self._spell(what, RTM_NEWLINK, ifinfmsg(), held, {"index": index})
 
     def set_port(self, index: int, **attributes: int) -> None:
         """Attributes of a bridge port, e.g. `isolated`; old kernels ignore unknown ones."""
-        port = {f"brport_{name}": value for name, value in attributes.items()}
-        held = [_info("SLAVE_KIND", "bridge", "SLAVE_DATA", port)]
-        with mapping_errors(f"set {', '.join(attributes)} of bridge port {index}"):
-            self._change(RTM_NEWLINK, ifinfmsg(), held, {"index": index})
+        self._change(port_change(index, **attributes))
 
     def delete_link(self, index: int) -> None:
         """Gone already is success. Blocks for 15 to 40 ms: the kernel waits for its readers."""
-        with mapping_errors(f"delete link {index}", absent=frozenset({errno.ENODEV})):
-            self._change(RTM_DELLINK, ifinfmsg(), [], {"index": index})
+        self._change(no_link(index, frozenset({errno.ENODEV})))
 
     def add_address(self, index: int, address: Address) -> None:
-        with mapping_errors(f"add address {address.address}/{address.prefix_len}"):
-            self._address(RTM_NEWADDR, index, address, NLM_F_CREATE | NLM_F_REPLACE)
+        self._change(new_address(index, address))
 
     def delete_address(self, index: int, address: Address) -> None:
         gone = frozenset({errno.EADDRNOTAVAIL, errno.ENODEV})
-        with mapping_errors(f"delete address {address.address}/{address.prefix_len}", absent=gone):
-            self._address(RTM_DELADDR, index, address, 0)
+        what = f"delete address {address.address}/{address.prefix_len}"
+        facts = {"family": socket.AF_INET, "prefixlen": address.prefix_len, "index": index}
+        held = [("IFA_LOCAL", address.address), ("IFA_ADDRESS", address.address)]
+        self._spell(what, RTM_DELADDR, ifaddrmsg(), held, facts, absent=gone)
 
     def add_neighbour(self, index: int, address: str, mac: str) -> None:
-        facts = {"family": socket.AF_INET, "ifindex": index, "state": NUD_PERMANENT}
-        held = [("NDA_DST", address), ("NDA_LLADDR", mac)]
-        with mapping_errors(f"add neighbour {address}"):
-            self._change(RTM_NEWNEIGH, ndmsg(), held, facts, NLM_F_CREATE | NLM_F_REPLACE)
+        self._change(new_neighbour(index, address, mac))
 
     def delete_neighbour(self, index: int, address: str) -> None:
-        gone = frozenset({errno.ENOENT, errno.ENODEV})
-        facts = {"family": socket.AF_INET, "ifindex": index}
-        with mapping_errors(f"delete neighbour {address}", absent=gone):
-            self._change(RTM_DELNEIGH, ndmsg(), [("NDA_DST", address)], facts)
+        self._change(no_neighbour(index, address, frozenset({errno.ENOENT, errno.ENODEV})))
 
     def add_static_fdb(self, index: int, mac: str) -> None:
         """`bridge fdb replace MAC dev PORT master static`: NUD_PERMANENT would mean the host."""
-        facts = {"family": socket.AF_BRIDGE, "ifindex": index, "state": NUD_NOARP}
-        facts["flags"] = NTF_MASTER
-        held = [("NDA_LLADDR", mac)]
-        with mapping_errors(f"add FDB entry {mac}"):
-            self._change(RTM_NEWNEIGH, ndmsg(), held, facts, NLM_F_CREATE | NLM_F_REPLACE)
+        self._change(new_fdb_entry(index, mac))
 
     def add_connected_route(self, index: int, subnet: str, source: str) -> None:
         """What the kernel adds with an address, for when it was deleted."""
@@ -134,36 +131,44 @@ class Kernel(Reader):
             "type": RTN_UNICAST,
         }
         held = [("RTA_DST", dst), ("RTA_OIF", index), ("RTA_PREFSRC", source)]
-        with mapping_errors(f"add route {subnet}"):
-            self._change(RTM_NEWROUTE, rtmsg(), held, facts, NLM_F_CREATE | NLM_F_REPLACE)
+        flags = NLM_F_CREATE | NLM_F_REPLACE
+        self._spell(f"add route {subnet}", RTM_NEWROUTE, rtmsg(), held, facts, flags)
 
-    def _address(self, kind: int, index: int, address: Address, flags: int) -> None:
-        facts = {"family": socket.AF_INET, "prefixlen": address.prefix_len, "index": index}
-        held = [("IFA_LOCAL", address.address), ("IFA_ADDRESS", address.address)]
-        self._change(kind, ifaddrmsg(), held, facts, flags)
-
-    def _change(
+    def _spell(
         self,
+        what: str,
         kind: int,
         message: Any,
         held: list[tuple[str, Any]],
-        facts: Mapping[str, int] | None = None,
+        facts: Mapping[str, int],
         flags: int = 0,
+        absent: frozenset[int] = frozenset(),
     ) -> None:
-        """One change, confirmed by the kernel.
-
-        Raises:
-            OSError: the kernel refused it.
-        """
-        for name, value in (facts or {}).items():
+        """A change in pyroute2's spelling."""
+        for name, value in facts.items():
             message[name] = value
         message["attrs"] = held
         message.encode()
-        self._send(kind, NLM_F_REQUEST | NLM_F_ACK | flags, bytes(message.data)[HEADER.size :])
-        while not (answers := [body for of, _, body in self._receive() if of == NLMSG_ERROR]):
-            pass
-        if (code := error_of(answers[0])) != 0:
-            raise OSError(code, os.strerror(code))
+        self._change(Request(kind, flags, bytes(message.data)[HEADER.size :], what, absent))
+
+    def _change(self, request: Request) -> None:
+        """Make one change, confirmed by the kernel, or with those around it (`together`).
+
+        Raises:
+            Failure: the kernel refused it.
+        """
+        if self._queued is None:
+            self._confirm([request])
+        else:
+            self._queued.append(request)
+
+    def _confirm(self, requests: Sequence[Request]) -> None:
+        codes = self._acknowledged(
+            [request.with_header(self._next_sequence()) for request in requests]
+        )
+        for request, code in zip(requests, codes, strict=True):
+            if code and code not in request.absent:
+                raise of_os_error(OSError(code, os.strerror(code)), request.what)
 
 
 def _info(kind: str, name: str, data: str, values: Mapping[str, int]) -> tuple[str, Any]:
@@ -203,13 +208,3 @@ class Netlink:
         if self._kernel is None:
             self._kernel = self._open()
         return self._kernel
-
-
-@contextmanager
-def mapping_errors(what: str, absent: frozenset[int] = frozenset()) -> Generator[None]:
-    """Turn the kernel's refusal into the failure of its class; errors in `absent` are success."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in absent:
-            raise of_os_error(error, what) from error

@@ -8,7 +8,7 @@ those of include/uapi/linux/{if_link,if_addr,neighbour,rtnetlink}.h. Changes not
 import errno
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from handlers.errors import HostFault, Unavailable, of_os_error
@@ -106,6 +106,7 @@ class Reader:
         self._socket.settimeout(TIMEOUT_S)
         self._socket.bind((0, 0))
         self._sequence = 0
+        self._view = memoryview(bytearray(1 << 17))
 
     @property
     def port(self) -> int:
@@ -249,30 +250,50 @@ class Reader:
                     raise of_os_error(OSError(code, ""), f"rtnetlink dump {kind} failed")
                 found.append(body)
 
-    def _send(self, kind: int, flags: int, body: bytes) -> None:
+    def _next_sequence(self) -> int:
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        return self._sequence
+
+    def _send(self, kind: int, flags: int, body: bytes) -> None:
+        sequence = self._next_sequence()
+        self._send_all(HEADER.pack(HEADER.size + len(body), kind, flags, sequence, 0) + body)
+
+    def _send_all(self, data: bytes) -> None:
         try:
-            self._socket.send(
-                HEADER.pack(HEADER.size + len(body), kind, flags, self._sequence, 0) + body
-            )
+            self._socket.send(data)
         except OSError as error:
             raise of_os_error(error, "cannot send to rtnetlink") from error
 
+    def _acknowledged(self, requests: Sequence[bytes]) -> list[int]:
+        """Send requests, which have the last sequence numbers, in one go; the error number of each,
+        0 for success. The kernel goes through them in order, also after an error."""
+        codes: dict[int, int] = {}
+        asked = [HEADER.unpack_from(request)[3] for request in requests]
+        if asked:
+            self._send_all(b"".join(requests))
+        while len(codes) < len(asked):
+            for kind, _flags, sequence, body in messages(self._datagram()):
+                if kind == NLMSG_ERROR and sequence in asked:
+                    codes[sequence] = error_of(body)
+        return [codes[sequence] for sequence in asked]
+
     def _receive(self) -> list[tuple[int, int, bytes]]:
         """One datagram's messages that answer the last question."""
+        return [
+            (kind, flags, body)
+            for kind, flags, sequence, body in messages(self._datagram())
+            if sequence == self._sequence
+        ]
+
+    def _datagram(self) -> bytes:
         try:
-            data = self._socket.recv(1 << 17)
+            return bytes(self._view[: self._socket.recv_into(self._view)])
         except TimeoutError as error:
             raise Unavailable(
                 f"no reply from rtnetlink within {TIMEOUT_S:g} s: try again"
             ) from error
         except OSError as error:
             raise of_os_error(error, "cannot receive from rtnetlink") from error
-        return [
-            (kind, flags, body)
-            for kind, flags, sequence, body in messages(data)
-            if sequence == self._sequence
-        ]
 
 
 def error_of(body: bytes) -> int:

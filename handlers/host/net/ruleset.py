@@ -19,8 +19,8 @@ from handlers.host.net.chains import (
     expected_layout,
     layout_of,
 )
-from handlers.host.net.nft_elements import Element, Member
-from handlers.host.net.nftables import Nft, Tables, spelled
+from handlers.host.net.nft.elements import Element, Member
+from handlers.host.net.nft.nftables import Nft, Tables, spelled
 from handlers.host.net.policy_file import PolicyFile
 from schemas.network_policy import NetworkPolicy, denied_networks
 from schemas.settings import NetworkSettings

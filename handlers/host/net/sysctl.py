@@ -9,6 +9,7 @@ import os
 from handlers.errors import HostFault, of_os_error
 
 ROOT = "/proc/sys/net"
+VALUE_BYTES = 4096
 
 
 def read_sysctl(name: str) -> str | None:
@@ -28,17 +29,23 @@ def ensure_sysctl(name: str, value: str) -> bool:
     Raises:
         HostFault: it cannot be written, or the read-back differs.
     """
-    before = read_sysctl(name)
-    if before is None or before == value:
-        return False
     try:
-        descriptor = os.open(f"{ROOT}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(descriptor, value.encode())
-        finally:
-            os.close(descriptor)
+        descriptor = os.open(f"{ROOT}/{name}", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if read_sysctl(name) == value:  # a read-only /proc
+            return False
+        raise of_os_error(error, f"cannot set sysctl {name} to {value}") from error
+    try:
+        if os.pread(descriptor, VALUE_BYTES, 0).strip() == value.encode():
+            return False
+        os.pwrite(descriptor, value.encode(), 0)
+        now = os.pread(descriptor, VALUE_BYTES, 0).strip()
     except OSError as error:
         raise of_os_error(error, f"cannot set sysctl {name} to {value}") from error
-    if (now := read_sysctl(name)) != value:
-        raise HostFault(f"sysctl {name} read-back mismatch: set to {value}, reads {now}")
+    finally:
+        os.close(descriptor)
+    if now != value.encode():
+        raise HostFault(f"sysctl {name} read-back mismatch: set to {value}, reads {now!r}")
     return True

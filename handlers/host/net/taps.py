@@ -165,9 +165,14 @@ def create_tap(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) ->
     """Create it; it becomes persistent last, so that a crash before that leaves nothing behind."""
     descriptor = open_tap(spec.name, FLAGS | IFF_TUN_EXCL)
     try:
-        link = kernel.existing_link(spec.name)
-        kernel.set_link(link.index, ifalias=spec.alias)
-        converge_tap(kernel, link, spec, bridge, isolate=isolate)
+        index = kernel.existing_link(spec.name).index
+        ensure_sysctl(f"ipv6/conf/{spec.name}/disable_ipv6", "1")
+        with kernel.together():
+            kernel.set_link(index, ifalias=spec.alias, master=bridge.index)
+            kernel.set_port(index, isolated=int(isolate), learning=0, unicast_flood=0)
+            kernel.add_static_fdb(index, spec.mac)
+            kernel.add_neighbour(bridge.index, spec.guest_ip, spec.mac)
+            kernel.set_link(index, state="up")
         make_persistent(descriptor, spec)
     finally:
         os.close(descriptor)

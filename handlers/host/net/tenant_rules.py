@@ -10,8 +10,8 @@ from typing import ClassVar
 from handlers.errors import HostFault
 from handlers.host.net.antispoof import GUESTS, PINS
 from handlers.host.net.conntrack import flush_conntrack
-from handlers.host.net.nft_elements import Member
-from handlers.host.net.nftables import Nft, Tables
+from handlers.host.net.nft.elements import Member
+from handlers.host.net.nft.nftables import Nft, Tables
 from handlers.host.net.rtnetlink import Netlink
 from handlers.host.net.ruleset import TENANT_ALLOWED, TENANT_DENIED, BaseRules
 from handlers.mechanism import Durability

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from handlers.errors import HostFault
-from handlers.host.net.libnftables import Absent, Engine, Library, Program
-from handlers.host.net.nft_elements import Member
-from handlers.host.net.nftables import Nft
+from handlers.host.net.nft.elements import Member
+from handlers.host.net.nft.libnftables import Absent, Engine, Library, Program
+from handlers.host.net.nft.nftables import Nft
 from handlers.host.net.ruleset import BaseRules
 from schemas.settings import NetworkSettings
 from tests.kernel.net.netns import HostNet

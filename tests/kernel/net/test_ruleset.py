@@ -12,9 +12,9 @@ import pytest
 from handlers.errors import HostFault
 from handlers.host.net.antispoof import Pins
 from handlers.host.net.chains import CARRIED
-from handlers.host.net.libnftables import Engine, Library, Program, open_engine
-from handlers.host.net.nft_elements import NFNL_MSG_BATCH_BEGIN
-from handlers.host.net.nftables import Nft
+from handlers.host.net.nft.elements import NFNL_MSG_BATCH_BEGIN
+from handlers.host.net.nft.libnftables import Engine, Library, Program, open_engine
+from handlers.host.net.nft.nftables import Nft
 from handlers.host.net.ruleset import BaseRules
 from handlers.specs import BridgeSpec, TenantRulesSpec
 from schemas.settings import NetworkSettings

@@ -13,18 +13,8 @@ from typing import Any, TypeVar
 from handlers.errors import Failure, Unavailable, of_os_error
 from handlers.host.linux.kernel_thread import KernelThread, no_namespace
 from handlers.host.net.chains import GUARD
-from handlers.host.net.libnftables import (
-    JSON,
-    STATELESS,
-    TERSE,
-    Absent,
-    Engine,
-    NftRefusal,
-    open_engine,
-    refusal,
-)
-from handlers.host.net.nft_commits import Commits
-from handlers.host.net.nft_elements import (
+from handlers.host.net.nft.commits import Commits
+from handlers.host.net.nft.elements import (
     ERESTART,
     Element,
     Member,
@@ -33,6 +23,16 @@ from handlers.host.net.nft_elements import (
     change_result,
     plain,
     question,
+)
+from handlers.host.net.nft.libnftables import (
+    JSON,
+    STATELESS,
+    TERSE,
+    Absent,
+    Engine,
+    NftRefusal,
+    open_engine,
+    refusal,
 )
 
 T = TypeVar("T")

@@ -128,7 +128,7 @@ def duplicate_of_one(descriptors: set[int]) -> socket.socket | None:
     """A duplicate of the socket, with a port ID, if there is only one: another thread may just have
     opened one.
 
-    That it is the right one is proven by the first commit (`nft_commits`).
+    That it is the right one is proven by the first commit (`commits`).
     """
     if len(descriptors) != 1:
         return None

@@ -1,0 +1,1 @@
+"""nf_tables as an interface: nft's language, elements as messages, and who commits."""
