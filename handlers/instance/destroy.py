@@ -48,9 +48,10 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
     if record.launch:
         await end_vmm(record, steps, host)
         await together(
-            release_port(record, steps, host, settle=True), release_files(record, steps, host)
+            release_port(record, steps, host, settle=True), delete_files(record, steps, host)
         )
-    await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
+    else:
+        await delete_snapshots(record, steps, host)
     if cmd.wipe_volumes:
         await wipe_volumes(record.ref, record.disk, steps, host)
         # Journalled before its name goes: from here on, a disk that is missing was wiped.
@@ -65,6 +66,16 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
         record=record,
         tombstone=tombstone_of(record, cmd, host),
     )
+
+
+async def delete_files(record: InstanceRecord, steps: Steps, host: Host) -> None:
+    """Jail, cgroup and snapshots; the blocks of the memory are free on return."""
+    await release_files(record, steps, host)
+    await delete_snapshots(record, steps, host)
+
+
+async def delete_snapshots(record: InstanceRecord, steps: Steps, host: Host) -> None:
+    await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
 
 
 async def destroy_kept(cmd: DestroyInstance, steps: Steps, host: Host) -> Done:

@@ -90,9 +90,14 @@ class Taps:
         )
 
     async def remove(self, key: str) -> None:
-        """Delete the TAP, its FDB entry and neighbour; an interface that is not hostd's stays."""
+        """Delete the TAP, its FDB entry and neighbour; an interface that is not hostd's stays.
+
+        By a release, so that other netlink work does not wait for the kernel's readers; what that
+        could not delete is deleted here, or raises.
+        """
+        await self.release(key)
         await self._closed(key)
-        await self._netlink.run(lambda kernel: remove_tap(kernel, key))
+        await self._netlink.run(lambda kernel: delete_tap(kernel, key))
 
     async def release(self, key: str) -> None:
         """As `remove`, without the 10 to 30 ms that the kernel waits for its readers (ADR 0941).
@@ -241,6 +246,10 @@ def verify_tap(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) ->
 def remove_tap(kernel: Kernel, name: str) -> None:
     kernel.unwanted.add(name)
     delete_neighbours(kernel, name)
+    delete_tap(kernel, name)
+
+
+def delete_tap(kernel: Kernel, name: str) -> None:
     if (link := own_tap(kernel, name)) is not None:
         kernel.delete_link(link.index)
 
