@@ -8,7 +8,6 @@ import asyncio
 import socket
 from typing import TypeVar
 
-import h11
 import msgspec
 
 from handlers.errors import HostFault, Unavailable, of_os_error
@@ -26,11 +25,11 @@ from handlers.host.vmm.api_schema import (
     load_request,
     refusal,
 )
+from handlers.host.vmm.http_answers import Answer, Answers, NotAnAnswer
 from handlers.host.vmm.versions import parse_version
 from handlers.jail_names import API_SOCKET
 from handlers.specs import BootConfig
 
-BODY_BYTES = 262_144
 READ_BYTES = 65_536
 
 T = TypeVar("T")
@@ -54,7 +53,7 @@ class VmmApi:
         self._snapshot_timeout_s = snapshot_timeout_s
         self._one_at_a_time = asyncio.Lock()
         self._socket: socket.socket | None = None
-        self._http = h11.Connection(h11.CLIENT)
+        self._answers = Answers()
         self._version: str | None = None
 
     async def configure(self, config: BootConfig) -> None:
@@ -132,7 +131,7 @@ class VmmApi:
                 raise Unavailable(
                     f"Firecracker did not answer {method} {path} within {timeout_s:g} s"
                 ) from error
-            except (FileNotFoundError, ConnectionError, h11.RemoteProtocolError) as error:
+            except (FileNotFoundError, ConnectionError, NotAnAnswer) as error:
                 raise Unavailable(
                     f"the VMM's API is gone, at {method} {path}: {type(error).__name__}"
                 ) from error
@@ -150,40 +149,26 @@ class VmmApi:
     async def _exchange(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
         if self._socket is None:
             self._socket = connect(self._root, API_SOCKET)
-            self._http = h11.Connection(h11.CLIENT)
-        headers = [("Host", "localhost"), ("Accept", "application/json")]
+            self._answers = Answers()
+        if self._answers.pending:
+            raise NotAnAnswer("bytes came before the request")
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n"
         if body:
-            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-        message = self._http.send(h11.Request(method=method, target=path, headers=headers)) or b""
-        if body:
-            message += self._http.send(h11.Data(data=body)) or b""
-        message += self._http.send(h11.EndOfMessage()) or b""
+            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        message = f"{head}\r\n".encode() + body
         await asyncio.get_running_loop().sock_sendall(self._socket, message)
-        status, answer = await self._receive(self._socket)
-        if self._http.our_state is h11.MUST_CLOSE or self._http.their_state is not h11.DONE:
+        answer = await self._receive(self._socket)
+        if not answer.keeps:
             self._drop()
-        else:
-            self._http.start_next_cycle()
-        return status, answer
+        return answer.status, answer.body
 
-    async def _receive(self, connection: socket.socket) -> tuple[int, bytes]:
-        loop = asyncio.get_running_loop()
-        status = 0
-        answer = bytearray()
-        while True:
-            event = self._http.next_event()
-            if event is h11.NEED_DATA:
-                self._http.receive_data(await loop.sock_recv(connection, READ_BYTES))
-            elif isinstance(event, h11.Response):
-                status = event.status_code
-            elif isinstance(event, h11.Data):
-                answer += event.data
-                if len(answer) > BODY_BYTES:
-                    raise HostFault(f"the reply of the VMM's API is larger than {BODY_BYTES} bytes")
-            elif isinstance(event, h11.EndOfMessage):
-                return status, bytes(answer)
-            elif isinstance(event, h11.ConnectionClosed):
+    async def _receive(self, connection: socket.socket) -> Answer:
+        while (answer := self._answers.next()) is None:
+            data = await asyncio.get_running_loop().sock_recv(connection, READ_BYTES)
+            if not data:
                 raise ConnectionResetError("closed before the reply")
+            self._answers.feed(data)
+        return answer
 
     def _drop(self) -> None:
         if self._socket is not None:

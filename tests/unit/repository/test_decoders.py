@@ -85,9 +85,8 @@ FED = {
         "handlers/host/storage/disk_ownership.py:parse_mark:msgspec.json.decode",
     ),
     "what_a_vmm_replies_is_a_failure": (
-        "handlers/host/vmm/api_client.py:__init__:h11.Connection",
-        "handlers/host/vmm/api_client.py:_exchange:h11.Connection",
         "handlers/host/vmm/api_client.py:_read:msgspec.json.decode",
+        "handlers/host/vmm/http_answers.py:_read_head:int",
     ),
     "what_a_vmm_says_of_itself_is_bounded": (
         "handlers/host/vmm/api_schema.py:refusal:int",

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.errors import Exhausted, Failure, HostFault, Invalid, Unavailable
-from handlers.host.vmm.api_client import BODY_BYTES, VmmApi
+from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.api_schema import boot_requests, refusal
+from handlers.host.vmm.http_answers import BODY_BYTES
 from handlers.specs import BootConfig, NicConfig
 
 CONFIG = BootConfig(
