@@ -244,8 +244,11 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
         """Numbers of the launches whose cgroup exists, with or without a process."""
         ...
 
-    async def uids_in_use(self) -> Collection[int]:
-        """Those uids of `[vmm]` under which any process runs, whether or not it is known."""
+    def free_uid(self, taken: Collection[int]) -> int | None:
+        """The lowest uid of `[vmm]` that is not `taken` and that no process has, known or not.
+
+        None if there is none. In memory and in the kernel's: it does not block.
+        """
         ...
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
@@ -333,8 +336,8 @@ class Snapshots(Protocol):
         """The published snapshot with the highest number, or None."""
         ...
 
-    async def verify(self, ref: InstanceRef, number: int, vmm_version: str) -> SnapshotInfo:
-        """Check manifest, state hash, memory identity or hash, disks, CPU, VMM version.
+    async def verify(self, ref: InstanceRef, number: int) -> SnapshotInfo:
+        """Check manifest, state hash, memory identity or hash, disks, CPU; not the VMM's version.
 
         Raises:
             HostFault: what differs; the instance stays asleep, and can wake once it is restored.

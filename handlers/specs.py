@@ -336,6 +336,7 @@ class SnapshotInfo:
     revision: str
     vcpus: int
     mem_mib: int
+    vmm_version: str
     size_bytes: int
     kept_config: str | None
     kept_secrets: str | None

@@ -37,6 +37,9 @@ async def ensure_revision(
         size_bytes = await host.artifacts.size_of_import(spec)
         need = DiskNeed(tenant_id=ref.tenant_id, what=f"artifact {spec.key}", size_bytes=size_bytes)
         async with admitted(need, quota, host):
+            record = host.records.instance(ref)
+            if record is not None:  # synced: an import outlasts a power loss, so must its reference
+                await host.records.put_instance(record, durable=True)
             bounded = replace(spec, admitted_bytes=size_bytes)
             return await steps.interruptible(
                 host.artifacts.name, lambda: host.artifacts.ensure(bounded)

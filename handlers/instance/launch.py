@@ -1,13 +1,19 @@
-"""Launching, shared by Start and Wake: from a plan to a running VMM with its network.
+r"""Launching, shared by Start and Wake: from a plan to a running VMM with its network.
 
-The order matters:
+Two branches run concurrently, since they need nothing of each other:
 
-- the rules of the network are in force before the TAP is up;
+    port:   pin -> TAP
+    files:  cgroup -> data disk -> jail -> VMM (the jailer) -> record of the VMM
+                                     \-> a wake's snapshot: verified, linked into the jail
+
+and meet before the VMM is told of its devices, i.e. configured or loaded. What the order is for:
+
+- the rules of the network are in force before the TAP is up, and the TAP before its first use;
 - the cgroup exists before the jailer runs, which silently continues without a missing one;
 - the jail's files exist before the jailer runs, which chroots into it.
 
-The network port (pin and TAP) and the files (cgroup, data disk, jail) need nothing of each other
-and are made concurrently. Undo follows the order in which the steps are announced, in reverse.
+Undo follows the order in which the steps are announced, in reverse: so a VMM is gone before its
+jail, a jail before the data disk or snapshot that it links, and all of them before TAP and pin.
 """
 
 import dataclasses
@@ -25,7 +31,16 @@ from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
 from handlers.instance.vmm_log import add_log
 from handlers.interfaces import CPU_PERIOD_US, Host, VmmApi
 from handlers.mechanism import Removable
-from handlers.specs import MIB, Artifact, CgroupSpec, DataDisk, DataDiskSpec, Jail, SnapshotKey
+from handlers.specs import (
+    MIB,
+    Artifact,
+    CgroupSpec,
+    DataDisk,
+    DataDiskSpec,
+    Jail,
+    SnapshotInfo,
+    SnapshotKey,
+)
 from handlers.steps import Steps
 from schemas.records import DiskIdentity, InstanceRecord, VmmIdentity
 
@@ -44,6 +59,19 @@ class LaunchedVmm:
     artifact: Artifact
     jail: Jail
     has_data_disk: bool
+    snapshot_paths: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VmmFiles:
+    """What the files' branch of a launch made. `snapshot_paths` are those of the verified state and
+    memory as the VMM sees them; None for a boot, and if the VMM ran already.
+    """
+
+    launch: Launch
+    jail: Jail
+    identity: VmmIdentity
+    snapshot_paths: tuple[str, str] | None
 
 
 @asynccontextmanager
@@ -53,24 +81,25 @@ async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator
     A failure inside the context gets the end of the VMM's log. The connection to the VMM's API is
     closed at the end of the context; the VMM stays.
     """
-    await remove_stale_jail(plan, host)
+    runs = await remove_stale_jail(plan, host)
     await steps.announce(*planned_steps(plan, host))
-    _, (launch, jail) = await together(
-        ensure_port(plan.launch, steps, host), ensure_files(plan, steps, host)
+    made, _ = await together(
+        ensure_vmm(plan, steps, host, runs=runs), ensure_port(plan.launch, steps, host)
     )
-    identity = await steps.ensure(host.vmms, launch.vmm)
+    launch = made.launch
     api = host.vmms.api(launch.jail_id)
     try:
-        record, state = await together(record_vmm(launch, identity, host), api.state())
+        record, state = await together(record_vmm(launch, made.identity, host), api.state())
         yield LaunchedVmm(
             launch=launch,
             record=record,
-            identity=identity,
+            identity=made.identity,
             api=api,
             state=state,
             artifact=plan.artifact,
-            jail=jail,
+            jail=made.jail,
             has_data_disk=makes_data_disk(plan),
+            snapshot_paths=made.snapshot_paths,
         )
     except Failure as failure:
         await add_log(failure, launch.record, host)
@@ -79,18 +108,22 @@ async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator
         await api.close()
 
 
-async def remove_stale_jail(plan: LaunchPlan, host: Host) -> None:
-    """Remove the jail of a run that was cut before its VMM ran: the jailer refuses to reuse it."""
+async def remove_stale_jail(plan: LaunchPlan, host: Host) -> bool:
+    """Remove the jail of a run that was cut before its VMM ran: the jailer refuses to reuse it.
+
+    Returns whether the jail is there to stay, i.e. its VMM runs or the guest may have booted.
+    """
     jail_id = plan.launch.jail_id
-    if (
-        plan.may_have_booted
-        or not await host.jails.exists(jail_id)
-        or await host.vmms.find(jail_id) is not None
-    ):
-        return
+    if plan.may_have_booted:
+        return True
+    if not await host.jails.exists(jail_id):
+        return False
+    if await host.vmms.find(jail_id) is not None:
+        return True
     await host.jails.remove(jail_id)
     if plan.snapshot is not None:
         await host.snapshots.restore_ownership(plan.launch.ref, plan.snapshot.number)
+    return False
 
 
 def planned_steps(plan: LaunchPlan, host: Host) -> list[tuple[Removable, str]]:
@@ -121,6 +154,29 @@ async def ensure_port(launch: Launch, steps: Steps, host: Host) -> None:
             raise Conflict(f"network of tenant {launch.ref.tenant_id} was torn down")
         await steps.ensure(host.pins, launch.names.pin)
         await steps.ensure(host.taps, launch.names.tap_spec(launch.ref, launch.vmm.uid))
+
+
+async def ensure_vmm(plan: LaunchPlan, steps: Steps, host: Host, *, runs: bool) -> VmmFiles:
+    """Files and VMM; `runs` if an earlier run launched it, and perhaps loaded the snapshot."""
+    launch, jail = await ensure_files(plan, steps, host)
+    if plan.snapshot is None or runs:
+        return VmmFiles(launch, jail, await steps.ensure(host.vmms, launch.vmm), None)
+    identity, paths = await together(
+        steps.ensure(host.vmms, launch.vmm), link_snapshot(launch, plan.snapshot, steps, host)
+    )
+    return VmmFiles(launch, jail, identity, paths)
+
+
+async def link_snapshot(
+    launch: Launch, info: SnapshotInfo, steps: Steps, host: Host
+) -> tuple[str, str]:
+    """Verify the snapshot's files and link them into the jail; their paths as the VMM sees them.
+
+    Which VMM version wrote them is compared before the load: it is known once the VMM runs.
+    """
+    ref, jail_id, uid = launch.ref, launch.jail_id, launch.vmm.uid
+    await steps.act("verify_snapshot", lambda: host.snapshots.verify(ref, info.number))
+    return await steps.act("link_snapshot", lambda: host.snapshots.link(jail_id, uid, info))
 
 
 async def ensure_files(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[Launch, Jail]:

@@ -6,7 +6,6 @@ restores the instance's record.
 """
 
 import asyncio
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,13 +68,11 @@ class Reservations:
         now = self._host.records.instance(spec.before.ref)
         if now is not None and now.before is not None and now.command_id == spec.command_id:
             return now
-        newest, uids = await asyncio.gather(
-            self._newest_launch(spec.before), self._host.vmms.uids_in_use()
-        )
-        record = self._decide(spec, newest, uids)
+        record = self._decide(spec, await self._newest_launch(spec.before))
         self._host.pending_reservations[record.ref] = record
         try:
-            await self._host.records.put_instance(record, durable=True)
+            # Not synced by itself: the launch's rows are, before anything of it is made.
+            await self._host.records.put_instance(record)
         finally:
             del self._host.pending_reservations[record.ref]
         return record
@@ -109,9 +106,7 @@ class Reservations:
                 )
         return max([before.launch, *found])
 
-    def _decide(
-        self, spec: ReservationSpec, newest_launch: int, uids: Collection[int]
-    ) -> InstanceRecord:
+    def _decide(self, spec: ReservationSpec, newest_launch: int) -> InstanceRecord:
         limits = self._host.settings.limits
         others = [r for r in self._allocated() if r.ref != spec.before.ref]
         mine = [r for r in others if r.ref.tenant_id == spec.before.ref.tenant_id]
@@ -140,7 +135,7 @@ class Reservations:
             status=spec.status,
             since_ms=spec.now_ms,
             launch=newest_launch + 1,
-            uid_slot=self._free_slot(others, uids),
+            uid_slot=self._free_slot(others),
             offset=spec.offset,
             net=spec.net,
             revision=spec.revision,
@@ -157,17 +152,18 @@ class Reservations:
         known = {r.ref: r for r in self._host.records.instances()} | self._host.pending_reservations
         return [r for r in known.values() if r.holds_offset]
 
-    def _free_slot(self, others: list[InstanceRecord], uids: Collection[int]) -> int:
+    def _free_slot(self, others: list[InstanceRecord]) -> int:
         """The lowest slot that no record has and whose uid no process has.
 
         A VMM that no record explains, e.g. after the journal was lost, keeps its uid to itself:
         a second one of that uid could open its files and signal it.
         """
         base = self._host.settings.vmm.uid_base
-        taken = {r.uid_slot for r in others} | {uid - base for uid in uids}
-        for slot in range(self._host.settings.vmm.uid_count):
-            if slot not in taken:
-                return slot
+        uid = self._host.vmms.free_uid(
+            {base + r.uid_slot for r in others if r.uid_slot is not None}
+        )
+        if uid is not None:
+            return uid - base
         raise Exhausted(
             f"all {self._host.settings.vmm.uid_count} uids of [vmm] uid_base, uid_count are in use"
         )

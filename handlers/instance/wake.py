@@ -15,7 +15,7 @@ from handlers.disk_admission import JAIL_BYTES, DiskNeed, admitted
 from handlers.errors import Failure, HostFault, Unavailable
 from handlers.instance.artifact_refs import ensure_revision
 from handlers.instance.instance_file import write_at_rest, write_running
-from handlers.instance.launch import LaunchedVmm, launched
+from handlers.instance.launch import LaunchedVmm, launched, link_snapshot
 from handlers.instance.launch_plan import (
     LaunchPlan,
     launch_of,
@@ -109,11 +109,15 @@ async def read_snapshot(record: InstanceRecord, host: Host) -> SnapshotInfo:
 
 
 async def load_snapshot(vm: LaunchedVmm, info: SnapshotInfo, steps: Steps, host: Host) -> None:
-    """Verify the snapshot, link its files into the jail and load it; the VM stays paused."""
-    ref, jail_id, uid = vm.launch.ref, vm.launch.jail_id, vm.launch.vmm.uid
+    """Load the verified, linked snapshot; the VM stays paused."""
     version = await vm.api.version()
-    await steps.act("verify_snapshot", lambda: host.snapshots.verify(ref, info.number, version))
-    paths = await steps.act("link_snapshot", lambda: host.snapshots.link(jail_id, uid, info))
+    if info.vmm_version != version:
+        raise HostFault(
+            f"{info.directory} was saved by VMM version {info.vmm_version}, found {version}"
+        )
+    paths = vm.snapshot_paths
+    if paths is None:  # an earlier run was cut before the load
+        paths = await link_snapshot(vm.launch, info, steps, host)
     await steps.act("load_snapshot", lambda: vm.api.load_snapshot(*paths))
 
 

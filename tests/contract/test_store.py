@@ -214,11 +214,11 @@ async def test_a_snapshot_is_nothing_before_it_is_published(store: Store) -> Non
 
     assert await store.snapshots.read(REF) is None
     with pytest.raises(HostFault):
-        await store.snapshots.verify(REF, 1, VMM)
+        await store.snapshots.verify(REF, 1)
 
     await store.snapshots.publish(REF, 1)
     assert await store.snapshots.read(REF) == info
-    assert await store.snapshots.verify(REF, 1, VMM) == info
+    assert await store.snapshots.verify(REF, 1) == info
 
 
 async def test_a_publication_repeated_is_success(store: Store) -> None:
@@ -244,7 +244,7 @@ async def test_a_discard_spares_what_is_not_below(store: Store) -> None:
     await store.snapshots.discard(REF, below=2)
     assert await store.snapshots.read(REF) == newer
     with pytest.raises(HostFault):
-        await store.snapshots.verify(REF, 1, VMM)
+        await store.snapshots.verify(REF, 1)
 
     await store.snapshots.delete_all(REF)
     await store.snapshots.delete_all(REF)
@@ -254,13 +254,13 @@ async def test_a_discard_spares_what_is_not_below(store: Store) -> None:
 async def test_a_failed_wake_leaves_the_snapshot_as_it_was(store: Store) -> None:
     info = await sleep(store, 1)
     await store.jails.ensure(jail_spec(2))
-    assert await store.snapshots.verify(REF, 1, VMM) == info
+    assert await store.snapshots.verify(REF, 1) == info
 
     assert len(set(await store.snapshots.link(jail_spec(2).jail_id, UID, info))) == 2
     await store.jails.remove(jail_spec(2).jail_id)
     await store.snapshots.restore_ownership(REF, 1)
 
-    assert await store.snapshots.verify(REF, 1, VMM) == info
+    assert await store.snapshots.verify(REF, 1) == info
 
 
 async def test_the_memory_is_hashed_while_it_is_there(store: Store) -> None:
@@ -292,7 +292,7 @@ async def test_a_consumed_snapshot_is_woken_by_nobody_again(store: Store) -> Non
 
         assert await store.snapshots.read(REF) is None
         with pytest.raises(HostFault):
-            await store.snapshots.verify(REF, 1, VMM)
+            await store.snapshots.verify(REF, 1)
         assert await store.snapshots.hash_memory(REF, 1) is None
     await store.snapshots.restore_ownership(REF, 1)
     await store.snapshots.delete_all(REF)
@@ -311,8 +311,8 @@ async def test_a_dropped_snapshot_is_gone_and_the_others_stay(
 
         assert await store.snapshots.read(REF) == older
         with pytest.raises(HostFault):
-            await store.snapshots.verify(REF, 2, VMM)
-    assert await store.snapshots.verify(REF, 1, VMM) == older
+            await store.snapshots.verify(REF, 2)
+    assert await store.snapshots.verify(REF, 1) == older
 
 
 async def test_a_snapshot_that_was_dropped_can_be_taken_again(store: Store) -> None:

@@ -243,7 +243,7 @@ async def test_a_snapshot_being_sealed(worlds: Callable[[int], Worker]) -> None:
         assert await second.snapshots.read(REF) is None
         await second.sleep()
 
-        assert (await second.snapshots.verify(REF, 1, "1.12.1")).kept_secrets is not None
+        assert (await second.snapshots.verify(REF, 1)).kept_secrets is not None
         await second.remove_all()
         if not killed:
             break
@@ -261,7 +261,7 @@ async def test_a_snapshot_being_linked(worlds: Callable[[int], Worker], hashed: 
         if hashed:
             await first.snapshots.hash_memory(REF, 1)
             first.snapshots.close()
-        info = await first.snapshots.verify(REF, 1, "1.12.1")
+        info = await first.snapshots.verify(REF, 1)
         jail_id = first.jail(2)
         killed = killed_at(n, partial(first.snapshots._link, jail_id, UID, info))
 
@@ -269,7 +269,7 @@ async def test_a_snapshot_being_linked(worlds: Callable[[int], Worker], hashed: 
         await second.remove_all()
         await second.snapshots.restore_ownership(REF, 1)
 
-        assert await second.snapshots.verify(REF, 1, "1.12.1") == info
+        assert await second.snapshots.verify(REF, 1) == info
         if not killed:
             break
     assert n > 10
@@ -289,10 +289,10 @@ async def test_a_snapshot_being_discarded(worlds: Callable[[int], Worker], *, wa
 
         second = Worker(first.world)
         if await second.snapshots.read(REF) is not None:
-            await second.snapshots.verify(REF, 1, "1.12.1")
+            await second.snapshots.verify(REF, 1)
         else:
             with pytest.raises(HostFault):
-                await second.snapshots.verify(REF, 1, "1.12.1")
+                await second.snapshots.verify(REF, 1)
         await second.snapshots.delete_all(REF)
 
         assert os.listdir(first.world.state / "snapshots") == []

@@ -6,7 +6,7 @@ It passes the same contract tests as the real mechanisms (`tests/contract`).
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
 from typing import Any, ClassVar, Generic, TypeVar
@@ -46,7 +46,7 @@ from schemas.files import (
 )
 from schemas.records import DiskIdentity, VmmIdentity
 from schemas.requests import InstanceRef
-from schemas.settings import Settings
+from schemas.settings import Settings, VmmSettings
 from tests.constants import NET
 
 T = TypeVar("T")
@@ -95,6 +95,7 @@ class FakeHost:
     network_warnings: tuple[str, ...] = ()
     prepared: bool = False
     boot_id: str = BOOT_ID
+    vmm_version: str = "1.12.1"
     memory_mib: int = 16_384
     agent_answers: bool = True
     drain_ack: bool = True
@@ -501,10 +502,13 @@ class FakeVmms(Plain[LaunchSpec]):
     async def launches(self, ref: InstanceRef) -> Sequence[int]:
         return launches_of(self.machine, self.name, ref)
 
-    async def uids_in_use(self) -> set[int]:
+    def free_uid(self, taken: Collection[int]) -> int | None:
         machine = self.machine
         live = {uid for key, uid in machine.uids.items() if (self.name, key) in machine.resources}
-        return machine.foreign_uids | live
+        used = {*taken, *live, *machine.foreign_uids}
+        settings = VmmSettings()
+        uids = range(settings.uid_base, settings.uid_base + settings.uid_count)
+        return next((uid for uid in uids if uid not in used), None)
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         identity: VmmIdentity | None = self.machine.resources.get((self.name, jail_id))
@@ -570,7 +574,7 @@ class FakeVmmApi:
         return self.guest.state
 
     async def version(self) -> str:
-        return "1.12.1"
+        return self.machine.vmm_version
 
     async def create_snapshot(self, state_path: str, mem_path: str) -> None:
         if self.guest.state != "Paused":
@@ -642,6 +646,7 @@ class FakeSnapshots:
                 revision=facts.revision,
                 vcpus=facts.vcpus,
                 mem_mib=facts.mem_mib,
+                vmm_version=facts.vmm_version,
                 size_bytes=counter,
                 kept_config="/s/config.ext4" if facts.keep_drives else None,
                 kept_secrets=None,
@@ -672,7 +677,7 @@ class FakeSnapshots:
         ]
         return max(found, key=lambda info: info.number, default=None)
 
-    async def verify(self, ref: InstanceRef, number: int, vmm_version: str) -> SnapshotInfo:
+    async def verify(self, ref: InstanceRef, number: int) -> SnapshotInfo:
         await self.machine.effect("verify_snapshot", lambda: None)
         info: SnapshotInfo | None = self.machine.resources.get(("snapshot", f"{ref}#{number}"))
         if info is None:

@@ -251,7 +251,7 @@ async def test_a_launch_that_a_killed_worker_left_incomplete_is_repeated(rig: Vm
             rig.settings.vmm, firecracker=stand_in(rig, payload.WAIT)
         )
         jailer = Jailer(msgspec.structs.replace(rig.settings, vmm=settings))
-        await jailer.run(spec, output.fileno())
+        await jailer.run(spec, str(rig.root(spec)), output.fileno())
     await until_started(rig, spec)
     stuck = rig.tree.pids(spec.cgroup)
 

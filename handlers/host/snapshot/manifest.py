@@ -116,6 +116,7 @@ class SnapshotDir:
             revision=manifest.revision,
             vcpus=manifest.vcpus,
             mem_mib=manifest.mem_mib,
+            vmm_version=manifest.vmm_version,
             size_bytes=manifest.state_bytes + manifest.mem_bytes,
             kept_config=kept.get(CONFIG_DRIVE),
             kept_secrets=kept.get(SECRETS_DRIVE),

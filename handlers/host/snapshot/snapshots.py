@@ -156,14 +156,14 @@ class Snapshots:
 
         return await run_in_thread(look)
 
-    async def verify(self, ref: InstanceRef, number: int, vmm_version: str) -> SnapshotInfo:
-        """Check all that can be checked before a load; see docs/contract.md, snapshot truth.
+    async def verify(self, ref: InstanceRef, number: int) -> SnapshotInfo:
+        """Check all that can be checked without a VMM; see docs/contract.md, snapshot truth.
 
         Raises:
             HostFault: names what differs. The snapshot stays; once the file is restored it can be
                 woken.
         """
-        return await run_in_thread(self._verify, SnapshotDir(self._base, ref, number), vmm_version)
+        return await run_in_thread(self._verify, SnapshotDir(self._base, ref, number))
 
     async def link(self, jail_id: str, uid: int, info: SnapshotInfo) -> tuple[str, str]:
         """Hard-link state and memory into the jail, for the uid to read and not to write.
@@ -240,14 +240,13 @@ class Snapshots:
 
     # -- in a thread ---------------------------------------------------------------------------
 
-    def _verify(self, directory: SnapshotDir, vmm_version: str) -> SnapshotInfo:
+    def _verify(self, directory: SnapshotDir) -> SnapshotInfo:
         manifest = directory.manifest()
-        for what, sealed, now in (
-            ("by VMM version", manifest.vmm_version, vmm_version),
-            ("on the CPU", manifest.cpu_model, self._cpu_model),
-        ):
-            if sealed != now:
-                raise HostFault(f"{directory.path} was saved {what} {sealed}, found {now}")
+        if manifest.cpu_model != self._cpu_model:
+            raise HostFault(
+                f"{directory.path} was saved on the CPU {manifest.cpu_model}, "
+                f"found {self._cpu_model}"
+            )
         try:
             _check_file(directory, STATE, manifest.state_bytes, manifest.state_sha256)
             for name, drive in manifest.kept.items():

@@ -12,6 +12,7 @@ from handlers.host.linux.procfs import read_status, read_text
 from handlers.host.vmm.processes import read_cgroup
 
 NO_FILE = 2048
+LIMIT_NAME_CHARS = 26  # of a line of /proc/<pid>/limits: "%-25s %-20s %-20s %-10s"
 NO_CAPABILITIES = "0" * 16
 THREAD_STATUS = (
     ("CapEff", NO_CAPABILITIES),
@@ -21,6 +22,8 @@ THREAD_STATUS = (
     ("NoNewPrivs", "1"),
     ("Seccomp", "2"),
 )
+THREAD_FIELDS = frozenset({"Name", *(name for name, _ in THREAD_STATUS)})
+PROCESS_FIELDS = frozenset({"Uid", "Gid", "Groups", "NSpid"})
 
 Fact = tuple[str, object, object]
 
@@ -40,7 +43,8 @@ def check_process(pid: int, *, uid: int, cgroup: str, root: str, file_bytes: int
         HostFault: names the first property that differs, the expected and the found value.
         OSError: the process exited while it was read.
     """
-    status = read_status(f"/proc/{pid}/status")
+    status = read_status(f"/proc/{pid}/status", PROCESS_FIELDS)
+    limits = _limits(pid)
     same_id = " ".join([str(uid)] * 4)
     in_namespaces = status["NSpid"].split()
     facts: list[Fact] = [
@@ -50,9 +54,9 @@ def check_process(pid: int, *, uid: int, cgroup: str, root: str, file_bytes: int
         ("pid in its pid namespace", "1", in_namespaces[-1] if in_namespaces[1:] else "none"),
         ("cgroup", cgroup, read_cgroup(pid)),
         ("root", FileId.at(root), FileId.at(f"/proc/{pid}/root")),
-        ("open files limit", str(NO_FILE), _limit(pid, "Max open files")),
-        ("file size limit", str(file_bytes), _limit(pid, "Max file size")),
-        ("core file limit", "0", _limit(pid, "Max core file size")),
+        ("open files limit", str(NO_FILE), limits.get("Max open files")),
+        ("file size limit", str(file_bytes), limits.get("Max file size")),
+        ("core file limit", "0", limits.get("Max core file size")),
     ]
     _require(pid, facts)
 
@@ -66,7 +70,7 @@ def check_threads(pid: int) -> None:
         HostFault, OSError: as `check_process`.
     """
     for thread in os.listdir(f"/proc/{pid}/task"):
-        status = read_status(f"/proc/{pid}/task/{thread}/status")
+        status = read_status(f"/proc/{pid}/task/{thread}/status", THREAD_FIELDS)
         name = status["Name"]
         _require(pid, [(f"{of} of thread {name}", want, status[of]) for of, want in THREAD_STATUS])
 
@@ -80,10 +84,10 @@ def _require(pid: int, facts: list[Fact]) -> None:
             )
 
 
-def _limit(pid: int, name: str) -> str:
-    """The soft limit, if the hard one is the same; else both."""
-    for line in read_text(f"/proc/{pid}/limits").splitlines():
-        if line.startswith(name):
-            soft, hard = line.removeprefix(name).split()[:2]
-            return soft if soft == hard else f"{soft}/{hard}"
-    return "unknown"
+def _limits(pid: int) -> dict[str, str]:
+    """Each limit's soft value, if the hard one is the same; else both."""
+    found: dict[str, str] = {}
+    for line in read_text(f"/proc/{pid}/limits").splitlines()[1:]:
+        soft, hard = line[LIMIT_NAME_CHARS:].split()[:2]
+        found[line[:LIMIT_NAME_CHARS].rstrip()] = soft if soft == hard else f"{soft}/{hard}"
+    return found

@@ -1,4 +1,4 @@
-"""The HTTP answers of Firecracker, read strictly: one status line, headers, a body of stated length.
+"""The HTTP answers of Firecracker, read strictly: a status line, headers, a body of stated length.
 
 A VMM may be in its guest's hands, so its bytes are hostile. The parser is total and bounded, and it
 knows only what Firecracker sends: no chunks, no informational answers, no body up to the end of the

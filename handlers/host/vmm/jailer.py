@@ -96,18 +96,21 @@ class Jailer:
             *("--level", "Info"),
         ]
 
-    async def run(self, spec: LaunchSpec, output: int) -> None:
-        """Run until the first process exits, which it does once the VMM is daemonized.
+    async def run(self, spec: LaunchSpec, root: str, output: int) -> None:
+        """Prepare the jail, then run until the first process exits, which it does once the VMM is
+        daemonized.
 
         `output` is a file descriptor for stdout and stderr.
 
         Raises:
-            HostFault: it cannot be executed, or failed; its output is in the detail.
+            HostFault: as `prepare`; it cannot be executed, or failed; its output is in the detail.
         """
         try:
             # The jailer has no option for it; the VMM inherits it. A core has the guest's memory.
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            code = await spawn.run(self.arguments(spec), output)
+            code = await spawn.run(
+                self.arguments(spec), output, first=lambda: self.prepare(spec, root)
+            )
         except OSError as error:
             raise of_os_error(error, f"cannot execute {self.path}") from error
         if code != 0:

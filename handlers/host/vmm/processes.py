@@ -49,6 +49,18 @@ def read_cgroup(pid: int) -> str | None:
     return next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), None)
 
 
+def is_listed(uid: int) -> bool:
+    """Whether any process has this real uid, a zombie included. One lookup, however many there are.
+
+    Source: getpriority(2): ESRCH if no process has the uid.
+    """
+    try:
+        os.getpriority(os.PRIO_USER, uid)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def uids_in_use(uids: range) -> set[int]:
     """Those of `uids` that are the real uid of a live process; zombies do not count.
 

@@ -8,7 +8,7 @@ import asyncio
 import ctypes
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from handlers.cancellation import run_shielded
 from handlers.host.vmm import processes
@@ -19,18 +19,28 @@ OPAQUE_BYTES = 1024  # more than any libc's posix_spawnattr_t, file_actions_t an
 _libc = ctypes.CDLL(None)
 
 
-async def run(argv: Sequence[str], output: int) -> int:
+def nothing() -> None:
+    """What precedes a program that needs no preparation."""
+
+
+async def run(argv: Sequence[str], output: int, *, first: Callable[[], None] = nothing) -> int:
     """Run to completion with an empty environment; returns the exit code, negative for a signal.
 
     stdin is empty, stdout and stderr go to the descriptor `output`. If cancelled, the program is
-    killed. Its child processes are not waited for.
+    killed. Its child processes are not waited for. `first` is called before, in the same thread;
+    what it raises is raised, and nothing is executed.
 
     Source: posix_spawn(3), pidfd_open(2).
 
     Raises:
         OSError: it cannot be executed.
     """
-    spawning = asyncio.ensure_future(asyncio.to_thread(_spawn, argv, output))
+
+    def spawn() -> int:
+        first()
+        return _spawn(argv, output)
+
+    spawning = asyncio.ensure_future(asyncio.to_thread(spawn))
     try:
         pid = await run_shielded(spawning)
     except asyncio.CancelledError:

@@ -2,6 +2,8 @@
 
 A VMM outlives the worker. Everything known about it comes from the kernel: the processes in its
 jail's cgroup leaf, their root directory and executable. Nothing is signalled by name or bare pid.
+These reads of /proc and of the cgroup tree are made on the event loop: they never wait for a disk,
+and take less than the way to a thread and back.
 `jails` makes the jail's files beforehand; this module only handles what the jailer makes.
 """
 
@@ -12,7 +14,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from typing import ClassVar
 
 from handlers.cancellation import run_shielded
@@ -61,7 +63,7 @@ class Vmms:
     async def exists(self, key: str) -> bool:
         """Whether any process is in the jail's cgroup, a jailer that still runs included."""
         self._layout.root(key)
-        return bool(await asyncio.to_thread(self._pids, key))
+        return bool(self._pids(key))
 
     async def ensure(self, spec: LaunchSpec) -> VmmIdentity:
         """Launch the VMM, wait until its API listens, and prove which process it is.
@@ -75,12 +77,11 @@ class Vmms:
             Unavailable: the API did not listen within `[vmm] api_timeout_s`.
         """
         root = self._layout.root(spec.jail_id)
-        found, pids = await asyncio.to_thread(self._survey, spec.jail_id)
+        found, pids = self._find(spec.jail_id), self._pids(spec.jail_id)
         if found is not None and os.path.exists(f"{root}/{API_SOCKET}"):
             return self._check_matches(found, spec)
         if pids:
             await self.remove(spec.jail_id)
-        await asyncio.to_thread(self._jailer.prepare, spec, root)
         try:
             return await self._launch(spec, root)
         except BaseException as error:
@@ -119,14 +120,24 @@ class Vmms:
     # -- reading and signals -------------------------------------------------------------------
 
     async def launches(self, ref: InstanceRef) -> list[int]:
-        return await asyncio.to_thread(self._tree.launches, ref)
+        return self._tree.launches(ref)
 
-    async def uids_in_use(self) -> set[int]:
-        return await asyncio.to_thread(processes.uids_in_use, self._uids)
+    def free_uid(self, taken: Collection[int]) -> int | None:
+        alive: set[int] | None = None
+        for uid in self._uids:
+            if uid in taken:
+                continue
+            if not processes.is_listed(uid):
+                return uid
+            if alive is None:  # perhaps only a zombie that its parent has not reaped
+                alive = processes.uids_in_use(self._uids)
+            if uid not in alive:
+                return uid
+        return None
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         self._layout.root(jail_id)
-        return await asyncio.to_thread(self._find, jail_id)
+        return self._find(jail_id)
 
     async def alive(self, identity: VmmIdentity) -> bool:
         with _proven(identity) as pidfd:
@@ -142,8 +153,7 @@ class Vmms:
             if pidfd is None:
                 raise Unavailable(f"VMM of jail {spec.jail_id} is gone")
             try:
-                await asyncio.to_thread(
-                    confinement.check_process,
+                confinement.check_process(
                     identity.pid,
                     uid=spec.uid,
                     cgroup=spec.cgroup,
@@ -162,7 +172,7 @@ class Vmms:
         until = time.monotonic() + THREADS_TIMEOUT_S
         while True:
             try:
-                return await asyncio.to_thread(confinement.check_threads, pid)
+                return confinement.check_threads(pid)
             except HostFault:
                 if time.monotonic() > until:
                     raise
@@ -181,7 +191,7 @@ class Vmms:
         with os.fdopen(os.memfd_create("jailer", os.MFD_CLOEXEC), "w+b") as jailer_output:
             try:
                 async with asyncio.timeout(self._settings.api_timeout_s):
-                    await self._jailer.run(spec, jailer_output.fileno())
+                    await self._jailer.run(spec, root, jailer_output.fileno())
                     # The rest takes 1 to 2 ms, too short for the event loop's timers, which have a
                     # resolution of 1 ms. No inotify: closing one costs 10 ms.
                     identity = await asyncio.to_thread(self._poll_launched, spec, root)
@@ -248,9 +258,6 @@ class Vmms:
 
     def _pids(self, jail_id: str) -> list[int]:
         return [pid for leaf in self._tree.leaves(jail_id) for pid in self._tree.pids(leaf)]
-
-    def _survey(self, jail_id: str) -> tuple[VmmIdentity | None, list[int]]:
-        return self._find(jail_id), self._pids(jail_id)
 
     def _find(self, jail_id: str, leaves: tuple[str, ...] | None = None) -> VmmIdentity | None:
         """The process in the jail's leaf whose root and executable are the jail's own."""

@@ -203,14 +203,26 @@ def sleeper_of(uid: int, *, dumpable: bool) -> Generator[None]:
             child.kill()
 
 
+def listed() -> set[int]:
+    return set(filter(processes.is_listed, UIDS))
+
+
 def test_uids_in_use_are_those_of_live_processes_dumpable_or_not() -> None:
-    assert processes.uids_in_use(UIDS) == set()
+    assert processes.uids_in_use(UIDS) == listed() == set()
 
     with (
         sleeper_of(UIDS[1], dumpable=True),
         sleeper_of(UIDS[3], dumpable=False),
         sleeper_of(UIDS.stop, dumpable=True),
     ):
-        assert processes.uids_in_use(UIDS) == {UIDS[1], UIDS[3]}
+        assert processes.uids_in_use(UIDS) == listed() == {UIDS[1], UIDS[3]}
 
-    assert processes.uids_in_use(UIDS) == set()
+    assert processes.uids_in_use(UIDS) == listed() == set()
+
+
+def test_a_zombie_is_listed_and_not_in_use() -> None:
+    with subprocess.Popen(["/bin/true"], user=UIDS[2]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
+        assert processes.is_listed(UIDS[2])
+        assert processes.uids_in_use(UIDS) == set()

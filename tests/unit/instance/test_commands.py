@@ -335,10 +335,13 @@ MOMENTS = {
     ),
     "WakeInstance": (
         "reservation",
+        "cgroup",
+        "pin",
         "tap",
         "snapshot_use",
         "jail",
         "vmm",
+        "verify_snapshot",
         "link_snapshot",
         "load_snapshot",
         "consumed",

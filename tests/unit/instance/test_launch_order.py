@@ -1,0 +1,115 @@
+"""The order of a launch: what runs side by side, what waits for what, and a kill in between."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from schemas.codes import Code
+from schemas.requests import Error
+from tests.fakes.host import seeded
+from tests.fakes.memory_worker import memory_worker
+from tests.unit.instance.test_commands import (
+    COMMANDS,
+    prepare,
+    shape,
+    status_of,
+    undisturbed,
+)
+
+# One branch is held at a moment until the other is past another, then the worker is killed.
+PORT = ("before:pin", "after:pin", "before:tap", "after:tap")
+FILES = {
+    "StartInstance": ("before:cgroup", "after:cgroup", "after:data_disk", "before:jail"),
+    "WakeInstance": ("before:cgroup", "after:cgroup", "after:snapshot_use", "before:jail"),
+}
+VMM = {
+    "StartInstance": ("after:jail", "before:vmm", "after:vmm"),
+    "WakeInstance": ("before:vmm", "after:vmm", "before:link_snapshot", "after:link_snapshot"),
+}
+CUTS = [
+    *((kind, held, at) for kind, at_ in VMM.items() for held in PORT for at in at_),
+    *((kind, held, at) for kind, held_ in FILES.items() for held in held_ for at in PORT),
+    ("WakeInstance", "before:verify_snapshot", "after:vmm"),
+    ("WakeInstance", "before:link_snapshot", "after:vmm"),
+    ("WakeInstance", "before:vmm", "after:link_snapshot"),
+]
+
+
+@pytest.mark.parametrize(("kind", "held", "at"), CUTS)
+async def test_a_worker_killed_while_one_branch_is_ahead_ends_the_launch(
+    kind: str, held: str, at: str, tmp_path: Path
+) -> None:
+    machine = seeded()
+    holding, reached = asyncio.Event(), asyncio.Event()
+    armed = False
+
+    async def stop_there(moment: str) -> None:
+        if armed and moment == held:
+            holding.set()
+            await asyncio.Event().wait()
+        if armed and moment == at:
+            reached.set()
+            await asyncio.Event().wait()
+
+    async with memory_worker(tmp_path / "j", machine, failpoint=stop_there) as worker:
+        await prepare(worker, kind)
+        armed = True
+        command_id = await worker.send(COMMANDS[kind])
+        await asyncio.wait_for(asyncio.gather(holding.wait(), reached.wait()), 10)
+        await worker.kill()
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        reply = await worker.reply(command_id)
+
+        assert reply.code is Code.OK, reply
+        assert shape(machine) == shape(await undisturbed(tmp_path, kind))
+        assert max(machine.boots.values(), default=0) <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "uses"), [("StartInstance", "configure_vm"), ("WakeInstance", "load_snapshot")]
+)
+async def test_the_vmm_is_not_told_of_its_tap_before_the_tap_is_there(
+    kind: str, uses: str, tmp_path: Path
+) -> None:
+    moments: list[str] = []
+    done = asyncio.Event()
+
+    async def slow_tap(moment: str) -> None:
+        moments.append(moment)
+        if moment in ("after:vmm", "after:link_snapshot"):
+            done.set()
+        if moment == "before:tap" and armed:
+            await done.wait()
+
+    armed = False
+    async with memory_worker(tmp_path / "j", seeded(), failpoint=slow_tap) as worker:
+        await prepare(worker, kind)
+        moments.clear()
+        done.clear()
+        armed = True
+
+        assert (await worker.run(COMMANDS[kind])).code is Code.OK
+
+    assert (
+        moments.index("before:vmm") < moments.index("after:tap") < moments.index(f"before:{uses}")
+    )
+
+
+async def test_a_snapshot_of_another_vmm_version_is_refused_and_stays_asleep(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "WakeInstance")
+        before, status = dict(machine.resources), status_of(worker)
+        machine.vmm_version = "1.16.1"
+
+        reply = await worker.run(COMMANDS["WakeInstance"])
+
+        assert reply.code is Code.HOST_FAULT
+        assert isinstance(reply.response, Error)
+        assert "VMM version 1.12.1, found 1.16.1" in reply.response.message
+        assert machine.resources == before
+        assert status_of(worker) == status
