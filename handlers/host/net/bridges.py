@@ -104,6 +104,7 @@ def remove_bridge(kernel: Kernel, name: str) -> None:
     kernel.unwanted.add(name)
     if (link := own_bridge(kernel, name)) is not None:
         kernel.delete_link(link.index)
+        kernel.kept_routes.forget(link.index)
 
 
 def refuse_foreign_bridge(kernel: Kernel, link: Link, spec: BridgeSpec) -> None:

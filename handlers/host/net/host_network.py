@@ -11,9 +11,9 @@ from handlers.host.net.bridges import Bridges
 from handlers.host.net.conntrack import flush_conntrack
 from handlers.host.net.drift_watch import HostWatch
 from handlers.host.net.foreign_chains import foreign_drops
-from handlers.host.net.nft.nftables import Nft
+from handlers.host.net.nft.nftables import Nft, Tables
 from handlers.host.net.rtnetlink import Kernel, Netlink
-from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN
+from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN, Route
 from handlers.host.net.ruleset import BaseRules
 from handlers.host.net.sysctl import ensure_sysctl, read_sysctl
 from handlers.host.net.taps import Taps
@@ -21,7 +21,6 @@ from handlers.host.net.tenant_rules import TenantRules
 from schemas import naming
 from schemas.settings import NetworkSettings
 
-DEFAULT_ROUTE = "0.0.0.0/0"
 CONNTRACK_MAX = "netfilter/nf_conntrack_max"
 # Frames between guests of one bridge are the bridge table's business, not the forward chain's.
 SYSCTLS = {
@@ -41,6 +40,7 @@ class Networks:
         self._max_flows = settings.max_flows
         self._uplinks = settings.uplinks
         self._exempt = [IPv4Network(route) for route in settings.exempt_routes]
+        self._drops: tuple[int, tuple[str, ...]] | None = None
 
     async def prepare(self) -> bool:
         """Base table, uplinks, `ip_forward` and `bridge-nf-call-*`; true if any had to change."""
@@ -50,7 +50,8 @@ class Networks:
             return any(changed), self._uplinks or default_links(kernel)
 
         changed, uplinks = await self._netlink.run(prepared)
-        if await asyncio.to_thread(self._base.policy.refresh):
+        policy = self._base.policy
+        if policy.is_set and await asyncio.to_thread(policy.refresh):
             # What the operator changed is no drift.
             await self._base.ensure(uplinks)
         return await self._base.ensure(uplinks) or changed
@@ -74,7 +75,7 @@ class Networks:
         """What outside of hostd keeps the guests of so many tenants from working."""
         if not tenants:
             return ()
-        drops = await self._base.nft.run(foreign_drops)
+        drops = await self._base.nft.run(self._foreign_drops)
         found = [
             f"nftables chain {chain} of another program drops guests' packets by its policy: add "
             'rules to its table that accept iifname and oifname "br-tenant-*"'
@@ -90,6 +91,13 @@ class Networks:
             )
         return tuple(found)
 
+    def _foreign_drops(self, tables: Tables) -> tuple[str, ...]:
+        """As other programs' commits have left it: read again after the next one."""
+        now = tables.foreign_commits()
+        if self._drops is None or self._drops[0] != now:
+            self._drops = now, foreign_drops(tables)
+        return self._drops[1]
+
     async def overlapping_route(self, subnet: str, *, except_bridge: str) -> str | None:
         """The first host route that overlaps the subnet, or None.
 
@@ -101,13 +109,14 @@ class Networks:
         def overlapping(kernel: Kernel) -> str | None:
             bridge = kernel.link(except_bridge)
             own = () if bridge is None else (bridge.index,)
-            for route in kernel.routes():
+
+            def counts(route: Route) -> bool:
                 network = IPv4Network(route.dst)
                 exempt = any(network.subnet_of(allowed) for allowed in self._exempt)
-                ours = bool(own) and route.links == own
-                if route.dst != DEFAULT_ROUTE and network.overlaps(wanted) and not (exempt or ours):
-                    return route.dst
-            return None
+                return not exempt and not (own and route.links == own)
+
+            found = kernel.kept_routes.overlapping(wanted, counts)
+            return found[0].dst if found else None
 
         return await self._netlink.run(overlapping)
 
@@ -142,8 +151,7 @@ class Networks:
 
 def default_links(kernel: Kernel) -> Sequence[str]:
     """The links of the default routes: the uplinks, unless they are set."""
-    routes = kernel.routes(table=RT_TABLE_MAIN)
-    indexes = {link for route in routes if route.dst == DEFAULT_ROUTE for link in route.links}
+    indexes = {link for route in kernel.default_routes(RT_TABLE_MAIN) for link in route.links}
     return sorted(name for name in map(kernel.link_name, indexes) if name is not None)
 
 

@@ -27,6 +27,11 @@ class PolicyFile:
         self._failed: str | None = None
         self.current = NetworkPolicy()
 
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a file to read."""
+        return bool(self._path)
+
     def at(self, path: str) -> "PolicyFile":
         """This one, or one not yet read of another path."""
         return self if path == self._path else PolicyFile(path)

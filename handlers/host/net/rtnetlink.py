@@ -21,6 +21,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from handlers.errors import of_os_error
 from handlers.host.linux.kernel_thread import KernelThread, no_namespace
+from handlers.host.net.kept_routes import KeptRoutes
 from handlers.host.net.netlink_messages import HEADER
 from handlers.host.net.rtnetlink_messages import (
     NLM_F_CREATE,
@@ -37,12 +38,11 @@ from handlers.host.net.rtnetlink_messages import (
     no_neighbour,
     port_change,
 )
-from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN, Address, Reader
+from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN, RTM_NEWROUTE, Address, Reader
 
 T = TypeVar("T")
 
 # linux/rtnetlink.h
-RTM_NEWROUTE = 24
 RTPROT_KERNEL, RT_SCOPE_LINK, RTN_UNICAST = 2, 253, 1
 
 
@@ -63,6 +63,19 @@ class Kernel(Reader):
         super().__init__()
         self.unwanted: set[str] = set()
         self._queued: list[Request] | None = None
+        self._kept_routes: KeptRoutes | None = None
+
+    @property
+    def kept_routes(self) -> KeptRoutes:
+        """All routes, kept from the first use on."""
+        if self._kept_routes is None:
+            self._kept_routes = KeptRoutes(self.routes)
+        return self._kept_routes
+
+    def close(self) -> None:
+        super().close()
+        if self._kept_routes is not None:
+            self._kept_routes.close()
 
     @contextmanager
     def together(self) -> Generator[None]:

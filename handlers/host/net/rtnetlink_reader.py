@@ -8,7 +8,7 @@ those of include/uapi/linux/{if_link,if_addr,neighbour,rtnetlink}.h. Changes not
 import errno
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from handlers.errors import HostFault, Unavailable, of_os_error
@@ -25,7 +25,7 @@ from handlers.host.net.netlink_messages import (
     messages,
 )
 
-RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_GETNEIGH = 18, 22, 26, 30
+RTM_GETLINK, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE, RTM_GETNEIGH = 18, 22, 24, 26, 30
 SOL_NETLINK, NETLINK_GET_STRICT_CHK = 270, 12
 LINK, ADDRESS = struct.Struct("=BxHiII"), struct.Struct("=BBBBi")
 NEIGHBOUR, ROUTE, HOP = (
@@ -59,7 +59,7 @@ IFLA_BRPORT_STATE, IFLA_BRPORT_LEARNING, IFLA_BRPORT_UNICAST_FLOOD, IFLA_BRPORT_
 IFA_LOCAL = 2
 NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
 NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
-RTA_DST, RTA_OIF, RTA_MULTIPATH, RTA_TABLE = 1, 4, 9, 15
+RTA_DST, RTA_OIF, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 4, 6, 9, 15
 RT_TABLE_MAIN = 254
 TIMEOUT_S = 10.0
 ATTEMPTS = 5
@@ -90,11 +90,13 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """An IPv4 route. `links` are the indexes it goes out by; several if it is multipath."""
+    """An IPv4 route. `links` are the indexes it goes out by; several if it is multipath. `rank` is
+    what distinguishes routes of one network and table: type of service, type and metric."""
 
     dst: str
     table: int
     links: tuple[int, ...]
+    rank: tuple[int, int, int] = (0, 0, 0)
 
 
 class Reader:
@@ -200,6 +202,15 @@ class Reader:
             if (not link or link in route.links) and table in {0, route.table}
         ]
 
+    def default_routes(self, table: int) -> list[Route]:
+        """Those of `routes` to everywhere; of all others no more than the length is read."""
+        request = ROUTE.pack(socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
+        request += attribute(RTA_TABLE, struct.pack("=I", table))
+        bodies = self._dump(RTM_GETROUTE, request)
+        return [
+            route for body in bodies if not body[1] and (route := route_of(body)).table == table
+        ]
+
     # -- asking --------------------------------------------------------------------------------
 
     def _link(self, index: int, wanted: bytes) -> Link | None:
@@ -228,19 +239,21 @@ class Reader:
                 raise of_os_error(OSError(code, ""), f"rtnetlink request {kind} failed")
         return None
 
-    def _dump(self, kind: int, request: bytes) -> list[bytes]:
+    def _dump(
+        self, kind: int, request: bytes, select: Callable[[bytes], bytes] = bytes
+    ) -> list[bytes]:
         """All objects; asked again when they changed while they were listed."""
         for _attempt in range(ATTEMPTS):
             self._send(kind, NLM_F_REQUEST | NLM_F_DUMP, request)
-            if (found := self._whole_dump(kind)) is not None:
+            if (found := self._whole_dump(kind, select)) is not None:
                 return found
         raise Unavailable(f"rtnetlink dump interrupted by changes {ATTEMPTS} times: try again")
 
-    def _whole_dump(self, kind: int) -> list[bytes] | None:
+    def _whole_dump(self, kind: int, select: Callable[[bytes], bytes]) -> list[bytes] | None:
         found: list[bytes] = []
         whole = True
         while True:
-            for answer, flags, body in self._receive():
+            for answer, flags, body in self._receive(select):
                 whole = whole and not flags & NLM_F_DUMP_INTR
                 if answer == NLMSG_DONE:
                     return found if whole else None
@@ -277,11 +290,11 @@ class Reader:
                     codes[sequence] = error_of(body)
         return [codes[sequence] for sequence in asked]
 
-    def _receive(self) -> list[tuple[int, int, bytes]]:
+    def _receive(self, select: Callable[[bytes], bytes] = bytes) -> list[tuple[int, int, bytes]]:
         """One datagram's messages that answer the last question."""
         return [
             (kind, flags, body)
-            for kind, flags, sequence, body in messages(self._datagram())
+            for kind, flags, sequence, body in messages(select(self._datagram()))
             if sequence == self._sequence
         ]
 
@@ -320,7 +333,7 @@ def link_of(body: bytes) -> Link:
 
 
 def route_of(body: bytes) -> Route:
-    _, dst_len, _, _, table, *_ = ROUTE.unpack_from(body)
+    _, dst_len, _, tos, table, _, _, type_, _ = ROUTE.unpack_from(body)
     held = attributes(body[ROUTE.size :])
     links = [number(held[RTA_OIF])] if RTA_OIF in held else []
     hops = held.get(RTA_MULTIPATH, b"")
@@ -332,6 +345,7 @@ def route_of(body: bytes) -> Route:
         dst=f"{socket.inet_ntoa(held.get(RTA_DST, bytes(4)))}/{dst_len}",
         table=number(held[RTA_TABLE]) if RTA_TABLE in held else table,
         links=tuple(links),
+        rank=(tos, type_, number(held.get(RTA_PRIORITY, b""))),
     )
 
 

@@ -14,10 +14,12 @@ import struct
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import ClassVar
 
 from handlers.errors import Conflict, Failure, HostFault, of_os_error
 from handlers.host.linux.kernel_thread import no_namespace
+from handlers.host.net.bridges import GATEWAY_OFFSET
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import (
     IFLA_BRPORT_ISOLATED,
@@ -305,14 +307,24 @@ def end_tap(tap: SeizedTap) -> None:
 
 
 def delete_neighbours(kernel: Kernel, name: str) -> None:
-    """The bridge's permanent entries of the TAP's guest; they do not go with the port."""
-    if (match := naming.TAP_NAME_PATTERN.fullmatch(name)) is not None:
-        net_id, offset = int(match[1]), int(match[2])
-        bridge = kernel.link(naming.bridge_name(net_id))
-        mac = naming.mac_address(net_id, offset)
-        neighbours = {} if bridge is None else kernel.permanent_neighbours(bridge.index)
-        for address in (address for address, owner in neighbours.items() if owner == mac):
-            kernel.delete_neighbour(bridge.index if bridge else 0, address)
+    """The bridge's permanent entry of the TAP's guest; it does not go with the port."""
+    match = naming.TAP_NAME_PATTERN.fullmatch(name)
+    bridge = None if match is None else kernel.link(naming.bridge_name(int(match[1])))
+    if match is None or bridge is None:
+        return
+    offset = int(match[2])
+    mac = naming.mac_address(int(match[1]), offset)
+    gateways = kernel.addresses(bridge.index)
+    if not gateways:  # the bridge was damaged: look through all of its neighbours
+        neighbours = kernel.permanent_neighbours(bridge.index)
+        guests = [address for address, owner in neighbours.items() if owner == mac]
+    else:
+        of_offset = (IPv4Address(each.address) - GATEWAY_OFFSET + offset for each in gateways)
+        guests = [
+            each for each in map(str, of_offset) if kernel.neighbour(bridge.index, each) == mac
+        ]
+    for address in guests:
+        kernel.delete_neighbour(bridge.index, address)
 
 
 def open_tap(name: str, flags: int) -> int:

@@ -56,8 +56,7 @@ class TenantRules:
         def remove_members(tables: Tables) -> None:
             doomed = tables.present(tenant_members(key))
             for name in (PINS, GUESTS):
-                found = tables.members(name)
-                doomed += [(name, e) for e in found if e[0].startswith(taps)]
+                doomed += [(name, e) for e in tables.members_beginning(name, taps)]
             bridge = naming.bridge_name(rules.tenant_net_id)
             self._base.leave(bridge)
             for name in (TENANT_ALLOWED, TENANT_DENIED):

@@ -52,6 +52,10 @@ class SetContent:
     def of(self, first: str) -> set[Element]:
         return self._by_first.get(first, set())
 
+    def beginning(self, prefix: str) -> list[Element]:
+        firsts = [first for first in self._by_first if first.startswith(prefix)]
+        return [element for first in firsts for element in self._by_first[first]]
+
     def add(self, element: Element) -> None:
         self.elements.add(element)
         self._by_first.setdefault(element[0], set()).add(element)
@@ -124,6 +128,12 @@ class Tables:
         """Those of the elements that begin with this part."""
         self.outside_changes()
         return {element for copy in self._copies(name) for element in self._content(copy).of(first)}
+
+    def members_beginning(self, name: str, prefix: str) -> set[Element]:
+        """Those of the elements whose first part begins so."""
+        self.outside_changes()
+        contents = map(self._content, self._copies(name))
+        return {element for content in contents for element in content.beginning(prefix)}
 
     def present(self, members: Iterable[Member]) -> list[Member]:
         """Those that are there; while guarded, in either copy."""
