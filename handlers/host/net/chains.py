@@ -196,6 +196,26 @@ def layout_of(listing: list[dict[str, Any]]) -> dict[str, int]:
     return layout
 
 
+def layout_in(text: str) -> dict[str, int]:
+    """The same, counted in nft's text."""
+    layout: dict[str, int] = {}
+    family = chain = ""
+    for line in text.splitlines():
+        words = line.split()
+        if line.startswith("table "):
+            family = words[1]
+        elif line.endswith("{") and line[:1] == "\t" != line[1:2]:
+            chain = f"{family} {words[0]} {words[1]}"
+            layout[chain] = 0
+        elif " chain " in chain and line.startswith("\t\ttype "):
+            count = layout.pop(chain)
+            chain = f"{chain} {hook_of(line)}"
+            layout[chain] = count
+        elif " chain " in chain and line.startswith("\t\t"):
+            layout[chain] += 1
+    return layout
+
+
 def hook_of(declaration: str) -> str:
     """`forward accept` of `type filter hook forward priority filter; policy accept;`."""
     words = declaration.replace(";", "").split()

@@ -40,19 +40,18 @@ FAMILY = struct.pack("=BBH", socket.AF_INET, 0, 0)
 TIMEOUT_S = 10.0
 
 
-def flush_conntrack(subnet: IPv4Network) -> None:
+def flush_conntrack(ctnetlink: socket.socket, subnet: IPv4Network) -> None:
     """Delete all entries with an address of the subnet on any side.
 
     Source: nfnetlink(7), nf_conntrack_netlink.c. Needs: CAP_NET_ADMIN. Blocks: of one address the
     kernel looks at the hash buckets that are not empty, of none if the namespace has no entry. To
     list the entries (of a subnet; of an address before Linux 6.11) it locks each bucket: 10 ms.
     """
-    with open_socket() as ctnetlink:
-        if subnet.prefixlen == subnet.max_prefixlen:
-            if not flush_address(ctnetlink, subnet.network_address):
-                flush_listed(ctnetlink, subnet)
-        elif count_entries(ctnetlink):
+    if subnet.prefixlen == subnet.max_prefixlen:
+        if not flush_address(ctnetlink, subnet.network_address):
             flush_listed(ctnetlink, subnet)
+    elif count_entries(ctnetlink):
+        flush_listed(ctnetlink, subnet)
 
 
 def flush_address(ctnetlink: socket.socket, address: IPv4Address) -> bool:
@@ -106,6 +105,7 @@ def flush_listed(ctnetlink: socket.socket, subnet: IPv4Network) -> None:
 
 
 def open_socket() -> socket.socket:
+    """To be kept: closing one waits until nf_tables has freed what was removed, up to 10 ms."""
     ctnetlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
     ctnetlink.settimeout(TIMEOUT_S)
     return ctnetlink

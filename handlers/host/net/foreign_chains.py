@@ -5,7 +5,6 @@ own table accepts. Whether a rule does cannot be told in general; a table that n
 bridges or TAPs is taken to. Not seen: rules that drop, and chains of `iptables-legacy`.
 """
 
-import json
 import re
 
 from handlers.host.net.chains import GUARD, TABLE
@@ -31,12 +30,12 @@ def foreign_drops(tables: Tables) -> tuple[str, ...]:
         and chain["table"] not in {TABLE, GUARD}
     ]
     names_us = {
-        (family, table): mentions_guests(json.dumps(tables.read(f"table {family} {table}")))
+        (family, table): mentions_guests(tables.text(f"{family} {table}", terse=False))
         for family, table, _ in suspects
     }
     return tuple(" ".join(chain) for chain in suspects if not names_us[chain[:2]])
 
 
 def mentions_guests(listing: str) -> bool:
-    """Whether a string in nft's JSON begins as the names of tenants' bridges or TAPs do."""
+    """Whether a string in nft's text begins as the names of tenants' bridges or TAPs do."""
     return OURS.search(listing) is not None

@@ -8,7 +8,6 @@ from ipaddress import IPv4Network
 from handlers.host.linux.kernel_thread import no_namespace
 from handlers.host.net.antispoof import Pins
 from handlers.host.net.bridges import Bridges
-from handlers.host.net.conntrack import flush_conntrack
 from handlers.host.net.drift_watch import HostWatch
 from handlers.host.net.foreign_chains import foreign_drops
 from handlers.host.net.nft.nftables import Nft, Tables
@@ -133,7 +132,7 @@ class Networks:
 
     async def flush_conntrack(self, address: str) -> None:
         """Delete the address's conntrack entries, of either direction and side of NAT."""
-        await self._netlink.run(lambda _: flush_conntrack(IPv4Network(address)))
+        await self._netlink.run(lambda kernel: kernel.flush_conntrack(IPv4Network(address)))
 
     async def owned_links(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the bridges and of the TAPs in this namespace that carry hostd's alias."""

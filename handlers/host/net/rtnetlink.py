@@ -13,6 +13,7 @@ import os
 import socket
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from ipaddress import IPv4Network
 from typing import Any, TypeVar
 
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
@@ -21,6 +22,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from handlers.errors import of_os_error
 from handlers.host.linux.kernel_thread import KernelThread, no_namespace
+from handlers.host.net.conntrack import flush_conntrack, open_socket
 from handlers.host.net.kept_routes import KeptRoutes
 from handlers.host.net.netlink_messages import HEADER
 from handlers.host.net.rtnetlink_messages import (
@@ -64,6 +66,7 @@ class Kernel(Reader):
         self.unwanted: set[str] = set()
         self._queued: list[Request] | None = None
         self._kept_routes: KeptRoutes | None = None
+        self._ctnetlink: socket.socket | None = None
 
     @property
     def kept_routes(self) -> KeptRoutes:
@@ -76,6 +79,19 @@ class Kernel(Reader):
         super().close()
         if self._kept_routes is not None:
             self._kept_routes.close()
+        if self._ctnetlink is not None:
+            self._ctnetlink.close()
+
+    def flush_conntrack(self, subnet: IPv4Network) -> None:
+        """Delete all tracked connections with an address of the subnet; its socket is kept."""
+        if self._ctnetlink is None:
+            self._ctnetlink = open_socket()
+        try:
+            flush_conntrack(self._ctnetlink, subnet)
+        except BaseException:  # an answer may still come
+            self._ctnetlink.close()
+            self._ctnetlink = None
+            raise
 
     @contextmanager
     def together(self) -> Generator[None]:

@@ -17,6 +17,7 @@ from handlers.host.net.chains import (
     TABLE,
     base_script,
     expected_layout,
+    layout_in,
     layout_of,
 )
 from handlers.host.net.nft.elements import Element, Member
@@ -92,19 +93,19 @@ class BaseRules:
         now = tables.outside_changes()
         if self._guard_left is not None:
             changes, listing = self._guard_left
-            if now == changes or listing_of(tables, GUARD) == listing:
+            if now == changes or guard_listing(tables) == listing:
                 self._guard_left = (now, listing)
                 return
         self._guard_left = None
-        tables.guarded = False
         script = ""
         members = ""
         for family, sets in SETS.items():
-            if tables.read(f"table {family} {GUARD}", terse=True):
+            if tables.text(f"{family} {GUARD}"):
                 script += f"delete table {family} {GUARD}\n"
             for name in (name for name, spec in sets.items() if "dynamic" not in spec):
                 for element in tables.members(f"{family} {TABLE} {name}"):
                     members += f"add element {spelled((f'{family} {GUARD} {name}', element))}\n"
+        tables.guarded = False  # until it is known to be; its members are those of either copy
         try:
             tables.apply(script + self._guard_script + members)
         except Failure as error:
@@ -112,8 +113,8 @@ class BaseRules:
                 f"cannot make the nftables tables {GUARD}: {error.message}; only one worker per "
                 "network namespace can own them: stop the other one"
             ) from error
-        listing = listing_of(tables, GUARD)
-        if layout_of(json.loads(listing)) != expected_layout():
+        listing = guard_listing(tables)
+        if layout_in(listing) != expected_layout():
             raise HostFault(f"nftables read-back failed: {GUARD} differs from what was set")
         tables.guarded = True
         self._guard_left = (now, listing)
@@ -221,11 +222,16 @@ class BaseRules:
         tables.apply(drop + self._script + carried)
 
 
-def listing_of(tables: Tables, table: str = TABLE) -> str:
-    """Both tables of this name without their elements, as one comparable text."""
+def guard_listing(tables: Tables) -> str:
+    """The guard's tables without their elements, as one comparable text."""
+    return "".join(tables.text(f"{family} {GUARD}") for family in CHAINS)
+
+
+def listing_of(tables: Tables) -> str:
+    """Both tables without their elements, as one comparable text."""
     listed: list[dict[str, Any]] = []
     for family in CHAINS:
-        listed += tables.read(f"table {family} {table}", terse=True)
+        listed += tables.read(f"table {family} {TABLE}", terse=True)
     return json.dumps([without_handle(entry) for entry in listed], sort_keys=True)
 
 

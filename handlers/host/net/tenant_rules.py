@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from handlers.errors import HostFault
 from handlers.host.net.antispoof import GUESTS, PINS
-from handlers.host.net.conntrack import flush_conntrack
 from handlers.host.net.nft.elements import Member
 from handlers.host.net.nft.nftables import Nft, Tables
 from handlers.host.net.rtnetlink import Netlink
@@ -66,7 +65,9 @@ class TenantRules:
                 tables.change(remove=doomed)
 
         await self._nft.run(remove_members)
-        await self._netlink.run(lambda _: flush_conntrack(IPv4Network(rules.ipv4_subnet)))
+        await self._netlink.run(
+            lambda kernel: kernel.flush_conntrack(IPv4Network(rules.ipv4_subnet))
+        )
 
     def _ensure_in(self, tables: Tables, spec: TenantRulesSpec) -> bool:
         self._base.join(spec.net.bridge_name, spec.tenant_id)

@@ -138,22 +138,17 @@ async def test_an_established_flow_does_not_reach_who_has_the_address_next(
     successor.close()
 
 
-def listed(subnet: IPv4Network) -> None:
-    """What a kernel gets that does not filter deletions."""
-    with open_socket() as ctnetlink:
-        flush_listed(ctnetlink, subnet)
-
-
-FLUSHES: dict[str, tuple[Callable[[IPv4Network], None], str]] = {
+Flush = Callable[[socket.socket, IPv4Network], None]
+FLUSHES: dict[str, tuple[Flush, str]] = {
     "subnet": (flush_conntrack, ACME.ipv4_subnet),
     "address": (flush_conntrack, f"{A1.ip}/32"),
-    "address on an older kernel": (listed, f"{A1.ip}/32"),
+    "address on an older kernel": (flush_listed, f"{A1.ip}/32"),
 }
 
 
 @pytest.mark.parametrize(("flush", "of"), FLUSHES.values(), ids=FLUSHES)
 async def test_many_entries_go_and_an_empty_table_is_no_error(
-    net: HostNet, flush: Callable[[IPv4Network], None], of: str
+    net: HostNet, flush: Flush, of: str
 ) -> None:
     a1 = TapGuest(net, A1.tap)
     with udp_socket(net.outside, 7000, INTERNET) as server:
@@ -164,8 +159,9 @@ async def test_many_entries_go_and_an_empty_table_is_no_error(
     a1.close()
     assert tracked(net, of) == 501
 
-    net.host.run(lambda: flush(IPv4Network(of)))
-    net.host.run(lambda: flush(IPv4Network(of)))
+    with net.host.run(open_socket) as ctnetlink:
+        flush(ctnetlink, IPv4Network(of))
+        flush(ctnetlink, IPv4Network(of))
 
     assert tracked(net, of) == 0
 

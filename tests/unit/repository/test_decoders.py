@@ -159,7 +159,6 @@ TRUSTED = {
     "handlers/host/net/rtnetlink_reader.py:permanent_neighbours:unpack_from": KERNEL,
     "handlers/host/net/rtnetlink_reader.py:route_of:unpack_from": KERNEL,
     "handlers/host/net/ruleset.py:_apply:json.loads": KERNEL,
-    "handlers/host/net/ruleset.py:_ensure_guard:json.loads": KERNEL,
     "handlers/host/net/taps.py:converge_tap:int": NO_TEXT,
     "handlers/host/net/taps.py:create_tap:int": NO_TEXT,
     "handlers/host/net/taps.py:port_flags:int": NO_TEXT,

@@ -180,6 +180,20 @@ class Tables:
         objects: list[dict[str, Any]] = json.loads(last)["nftables"] if last else []
         return [entry for entry in objects if "metainfo" not in entry]
 
+    def text(self, table: str, *, terse: bool = True) -> str:
+        """nft's text of one table without counters' values, if terse without elements; absent is
+        empty.
+
+        Of a table with flags this is the only way: libnftables before 1.0.9 frees their JSON before
+        it prints it.
+        """
+        try:
+            output = self._run(f"list table {table}\n", STATELESS | (TERSE if terse else 0))
+        except Absent:
+            return ""
+        # As in `read`: of several listings the last is of one generation.
+        return output[max(0, output.rfind(f"table {table} {{")) :]
+
     # -- changing ------------------------------------------------------------------------------
 
     def apply(self, text: str) -> None:
