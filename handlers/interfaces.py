@@ -22,6 +22,7 @@ from handlers.specs import (
     DataDisk,
     DataDiskSpec,
     DiskUsage,
+    ExpectedNetwork,
     Jail,
     JailSpec,
     LaunchSpec,
@@ -65,6 +66,13 @@ class Networks(Protocol):
 
     async def prepare(self) -> bool:
         """Put base table, uplinks, `ip_forward`, `bridge-nf-call-*` in effect; true if changed."""
+        ...
+
+    async def damaged(
+        self, expected: Sequence[ExpectedNetwork], *, rules_only: bool
+    ) -> Sequence[str]:
+        """The tenants whose networks are not as expected. Changes nothing; `rules_only` leaves out
+        bridges and TAPs."""
         ...
 
 

@@ -99,6 +99,15 @@ class TapSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpectedNetwork:
+    """What should be in force of one tenant's network; `ports` are those of its live instances."""
+
+    rules: TenantRulesSpec
+    bridge: BridgeSpec
+    ports: tuple[tuple[PinSpec, TapSpec], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ArtifactSpec:
     """One revision of a pool's artifacts. `key` is `<tenant>/<pool>/<revision>`.
 

@@ -13,7 +13,7 @@ import pytest
 from handlers.errors import Conflict
 from handlers.interfaces import Networks, Records, Taps
 from handlers.mechanism import Mechanism, Removable
-from handlers.specs import BridgeSpec, PinSpec, TenantRulesSpec
+from handlers.specs import BridgeSpec, ExpectedNetwork, PinSpec, TenantRulesSpec
 from tests.fakes import host as fake
 from tests.kernel.net.netns import HostNet
 from tests.kernel.net.plans import GuestPlan, net_of
@@ -271,6 +271,21 @@ class TestNetworkMechanisms:
         assert await overlapping("10.250.1.64/26") == "10.250.1.0/25"
         assert await overlapping("10.250.2.0/24") is None
         assert await overlapping(ACME.ipv4_subnet) is None, "the bridge's own route"
+
+    async def test_whose_network_is_not_as_expected_is_named(self, host: NetworkHost) -> None:
+        expected = [ExpectedNetwork(RULES, BRIDGE, ((GUEST.pin, GUEST.spec),))]
+
+        async def damaged(*, rules_only: bool) -> list[str]:
+            return list(await host.networks.damaged(expected, rules_only=rules_only))
+
+        await self.set_up(host)
+        await host.pins.ensure(GUEST.pin)
+        assert await damaged(rules_only=True) == []
+        assert await damaged(rules_only=False) == ["acme"], "there is no TAP"
+        await host.taps.ensure(GUEST.spec)
+        assert await damaged(rules_only=False) == []
+        await host.pins.remove(GUEST.pin.key)
+        assert await damaged(rules_only=True) == ["acme"]
 
     async def test_no_bridge_has_no_taps(self, host: NetworkHost) -> None:
         assert list(await host.networks.taps_on("br-tenant-9")) == []

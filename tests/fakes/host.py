@@ -25,6 +25,7 @@ from handlers.specs import (
     DataDisk,
     DataDiskSpec,
     DiskUsage,
+    ExpectedNetwork,
     Jail,
     JailSpec,
     LaunchSpec,
@@ -312,6 +313,21 @@ class FakeNetworks:
         wanted = IPv4Network(subnet)
         routes = self.machine.routes
         return next((route for route in routes if IPv4Network(route).overlaps(wanted)), None)
+
+    async def damaged(
+        self, expected: Sequence[ExpectedNetwork], *, rules_only: bool
+    ) -> Sequence[str]:
+        def holds(network: ExpectedNetwork) -> bool:
+            wanted: dict[tuple[str, str], object] = {
+                ("tenant_rules", network.rules.key): network.rules
+            }
+            wanted |= {("pin", pin.key): pin for pin, _ in network.ports}
+            if not rules_only:
+                wanted["bridge", network.bridge.key] = network.bridge
+                wanted |= {("tap", tap.key): tap for _, tap in network.ports}
+            return all(self.machine.resources.get(key) == spec for key, spec in wanted.items())
+
+        return [network.rules.tenant_id for network in expected if not holds(network)]
 
     async def taps_on(self, bridge: str) -> Sequence[str]:
         return [

@@ -56,6 +56,7 @@ class FakeJailLayout:
 @dataclass(frozen=True)
 class FakeChange:
     tenant_net_id: int | None = None
+    kind: str = "link"
 
 
 class FakeDrift:

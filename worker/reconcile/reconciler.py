@@ -20,10 +20,11 @@ from handlers.interfaces import Host
 from handlers.mechanism import Removable, StepRow
 from handlers.network import restore_network
 from handlers.network_names import names_of
+from handlers.network_survey import damaged_tenants
 from handlers.specs import SnapshotKey, TenantRulesKey
 from handlers.steps import Steps
 from schemas.envelopes import EventKind
-from schemas.records import InstanceRecord, Status
+from schemas.records import InstanceRecord, NetworkRecord, Status
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
@@ -38,7 +39,11 @@ log = structlog.get_logger()
 
 
 class Change(Protocol):
-    """A change that the kernel reported; without a net id it may concern every network."""
+    """A change that the kernel reported; without a net id it may concern every network. Of kind
+    `rules` it concerns no bridge and no TAP."""
+
+    @property
+    def kind(self) -> str: ...
 
     @property
     def tenant_net_id(self) -> int | None: ...
@@ -108,9 +113,12 @@ class Reconciler:
             while True:
                 await asyncio.wait({change}, timeout=max(0.0, pass_at - self._clock()))
                 if change.done():
-                    net_id = change.result().tenant_net_id
+                    found = change.result()
                     change = asyncio.ensure_future(anext(changes))
-                    await self.repair_networks(net_id)
+                    if found.tenant_net_id is not None:
+                        await self.repair_network(found.tenant_net_id)
+                    else:
+                        await self.repair_networks(rules_only=found.kind == "rules")
                 else:
                     await self.once()
                     pass_at = self._clock() + PASS_EVERY_S
@@ -135,23 +143,46 @@ class Reconciler:
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 log.warning("reconciler.pass_failed", part=name, **facts_of(error))
 
-    async def repair_networks(self, net_id: int | None = None) -> None:
-        """Restore every network, or one, to its desired state; a `drift` event names changes."""
+    async def repair_network(self, net_id: int) -> None:
+        """Restore the network with this id to its desired state."""
         for record in self._journal.records.networks():
-            if net_id is not None and record.net.tenant_net_id != net_id:
-                continue
-            try:
-                restored = await restore_network(record, self._host)
-            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
-                log.warning("network.repair_failed", tenant=record.tenant_id, **facts_of(error))
-                continue
-            if restored.repaired or restored.lost:
-                await self._journal.records.event(
-                    EventKind.DRIFT,
-                    tenant_id=record.tenant_id,
-                    reason="changed out of band",
-                    detail={"repaired": list(restored.repaired), "lost": list(restored.lost)},
-                )
+            if record.net.tenant_net_id == net_id:
+                await self._restore(record)
+
+    async def repair_networks(self, *, rules_only: bool = False) -> None:
+        """Restore the networks that are not in their desired state: all of them are looked at.
+
+        With `rules_only` not at bridges and TAPs.
+        """
+        try:
+            base, damaged = await damaged_tenants(self._host, rules_only=rules_only)
+        except Exception as error:  # noqa: BLE001 - logged; each network is tried by itself
+            log.warning("network.survey_failed", **facts_of(error))
+            base, damaged = False, [each.tenant_id for each in self._journal.records.networks()]
+        if base:
+            await self._journal.records.event(
+                EventKind.DRIFT,
+                reason="changed out of band",
+                detail={"repaired": ["base_rules"], "lost": []},
+            )
+        for tenant_id in damaged:
+            if (record := self._journal.records.network(tenant_id)) is not None:
+                await self._restore(record)
+
+    async def _restore(self, record: NetworkRecord) -> None:
+        """Restore one network; a `drift` event names what had changed."""
+        try:
+            restored = await restore_network(record, self._host)
+        except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+            log.warning("network.repair_failed", tenant=record.tenant_id, **facts_of(error))
+            return
+        if restored.repaired or restored.lost:
+            await self._journal.records.event(
+                EventKind.DRIFT,
+                tenant_id=record.tenant_id,
+                reason="changed out of band",
+                detail={"repaired": list(restored.repaired), "lost": list(restored.lost)},
+            )
 
     async def _report_warnings(self) -> None:
         """Count what keeps guests from the network; an event has what is new since last time."""

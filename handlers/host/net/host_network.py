@@ -14,9 +14,11 @@ from handlers.host.net.nft.nftables import Nft, Tables
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN, Route
 from handlers.host.net.ruleset import BaseRules
+from handlers.host.net.survey import without_links, without_rules
 from handlers.host.net.sysctl import ensure_sysctl, read_sysctl
 from handlers.host.net.taps import Taps
 from handlers.host.net.tenant_rules import TenantRules
+from handlers.specs import ExpectedNetwork
 from schemas import naming
 from schemas.settings import NetworkSettings
 
@@ -37,6 +39,7 @@ class Networks:
         self._netlink = netlink
         self._base = base
         self._max_flows = settings.max_flows
+        self._isolate_guests = settings.isolate_guests
         self._uplinks = settings.uplinks
         self._exempt = [IPv4Network(route) for route in settings.exempt_routes]
         self._drops: tuple[int, tuple[str, ...]] | None = None
@@ -118,6 +121,18 @@ class Networks:
             return found[0].dst if found else None
 
         return await self._netlink.run(overlapping)
+
+    async def damaged(
+        self, expected: Sequence[ExpectedNetwork], *, rules_only: bool
+    ) -> Sequence[str]:
+        """The tenants whose networks are not as expected, by listings of the whole host."""
+        isolate = self._isolate_guests
+        found = await self._base.nft.run(lambda tables: without_rules(tables, expected))
+        if not rules_only:
+            found |= await self._netlink.run(
+                lambda kernel: without_links(kernel, expected, isolate=isolate)
+            )
+        return sorted(found)
 
     async def taps_on(self, bridge: str) -> Sequence[str]:
         """Names of the links enslaved to the bridge; none if there is no such bridge."""

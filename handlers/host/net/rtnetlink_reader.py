@@ -202,6 +202,35 @@ class Reader:
             if (not link or link in route.links) and table in {0, route.table}
         ]
 
+    def all_addresses(self) -> dict[int, list[Address]]:
+        """IPv4 addresses by the index of their link."""
+        found: dict[int, list[Address]] = {}
+        for body in self._dump(RTM_GETADDR, ADDRESS.pack(socket.AF_INET, 0, 0, 0, 0)):
+            _, prefix_len, _, _, owner = ADDRESS.unpack_from(body)
+            if (local := attributes(body[ADDRESS.size :]).get(IFA_LOCAL)) is not None:
+                found.setdefault(owner, []).append(Address(socket.inet_ntoa(local), prefix_len))
+        return found
+
+    def all_permanent_neighbours(self) -> dict[tuple[int, str], str]:
+        """MAC by index of the link and address, of the IPv4 permanent neighbours."""
+        found: dict[tuple[int, str], str] = {}
+        for body in self._dump(RTM_GETNEIGH, NEIGHBOUR.pack(socket.AF_INET, 0, 0, 0, 0)):
+            _, owner, state, _, _ = NEIGHBOUR.unpack_from(body)
+            held = attributes(body[NEIGHBOUR.size :])
+            if state & NUD_PERMANENT and NDA_LLADDR in held:
+                found[owner, socket.inet_ntoa(held[NDA_DST])] = held[NDA_LLADDR].hex(":")
+        return found
+
+    def all_static_fdb(self) -> list[tuple[int, str]]:
+        """Index of the port and MAC of the bridges' static entries."""
+        found: list[tuple[int, str]] = []
+        for body in self._dump(RTM_GETNEIGH, NEIGHBOUR.pack(socket.AF_BRIDGE, 0, 0, 0, 0)):
+            _, owner, state, _, _ = NEIGHBOUR.unpack_from(body)
+            if state == NUD_NOARP:
+                mac = attributes(body[NEIGHBOUR.size :]).get(NDA_LLADDR, b"")
+                found.append((owner, mac.hex(":")))
+        return found
+
     def default_routes(self, table: int) -> list[Route]:
         """Those of `routes` to everywhere; of all others no more than the length is read."""
         request = ROUTE.pack(socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
