@@ -7,6 +7,7 @@ bytes unless a name says otherwise. Every method raises a `Failure` of `handlers
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -506,6 +507,38 @@ class Records(Protocol):
         ...
 
 
+class WarmPool(Protocol):
+    """Idle VMMs launched ahead, each with its uid; see `handlers/host/vmm/warm_pool.py`."""
+
+    @property
+    def slots(self) -> Collection[int]:
+        """The uid slots that the pool holds, the claimed ones included."""
+        ...
+
+    def claim(self, jail_id: str) -> int | None:
+        """Set one aside for the launch of this jail; returns its uid slot, which the launch gets.
+
+        None if there is none. A claim ends with `used_by` or `give_back`.
+        """
+        ...
+
+    def give_back(self, jail_id: str) -> None:
+        """The launch did not come to use its claim. Nothing claimed is success."""
+        ...
+
+    def used_by(self, spec: LaunchSpec) -> AbstractAsyncContextManager[str | None]:
+        """Move the claimed VMM into the launch's cgroup, meanwhile let its jail be made.
+
+        Yields the ID of the jail to take, None without a claim. At the end the VMM is in the
+        cgroup, or it is killed: then the launch runs the jailer. The cgroup must exist.
+        """
+        ...
+
+    def fit(self, free_mib: int) -> None:
+        """Remove what does not fit into the memory that is free after a launch was admitted."""
+        ...
+
+
 class HostFacts(Protocol):
     """Facts of this host that no mechanism changes."""
 
@@ -554,6 +587,7 @@ class Host:
     cgroups: Mechanism[CgroupSpec, None]
     jails: Jails
     vmms: Vmms
+    warm: WarmPool
     agents: GuestAgents
     snapshots: Snapshots
     disk: DiskSpace

@@ -217,6 +217,7 @@ class JailSpec:
     `config` and `secrets` are the contents for new `config.ext4` and `secrets.ext4`; a path in
     `kept_config`, `kept_secrets` (images kept with a snapshot) is used instead where given.
     `record` is written to the jail's metadata: a worker without its journal adopts the VM by it.
+    `warm` is the jail of an idle VMM to take for this launch, if it still can be taken.
     """
 
     ref: InstanceRef
@@ -229,6 +230,7 @@ class JailSpec:
     kept_secrets: str | None = None
     serial: bool = False
     record: InstanceRecord | None = None
+    warm: str | None = None
 
     @property
     def key(self) -> str:

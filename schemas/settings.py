@@ -5,6 +5,7 @@ from typing import Final
 import msgspec
 
 IMPORTS_MAX: Final = 16  # as many threads as there are for imports
+WARM_POOL_MAX: Final = 256
 
 
 class HostSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,7 +39,10 @@ class PathSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VmmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[vmm]`. `jail_base` empty means `<state>/jails`; times in seconds, sizes in bytes."""
+    """`[vmm]`. `jail_base` empty means `<state>/jails`; times in seconds, sizes in bytes.
+
+    `warm_pool` is how many idle VMMs are launched ahead; 0 turns it off.
+    """
 
     firecracker: str = "/usr/local/bin/firecracker"
     jailer: str = "/usr/local/bin/jailer"
@@ -51,6 +55,7 @@ class VmmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     snapshot_timeout_s: float = 300.0
     log_bytes: int = 1_048_576
     max_file_mib: int = 1_048_576
+    warm_pool: int = 0
 
 
 class MetricsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

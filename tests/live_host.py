@@ -70,6 +70,7 @@ class LiveHost:
         boot_args: str = "",
         production: bool = False,
         disk_mib: int = 0,
+        warm_pool: int = 0,
         **limits: Any,
     ) -> None:
         """With `disk_mib`, data and state are on a file system of that size and nothing else is."""
@@ -81,6 +82,7 @@ class LiveHost:
         users = "authorization { user: live, password: host }" if production else ""
         self.nats = EmbeddedNats(f"{self.directory}/nats", config=users)
         self.boot_args = boot_args
+        self.warm_pool = warm_pool
         self.production = production
         self.limits = {"disk_reserve_mib": 16 if disk_mib else 256} | limits
         self.worker: asyncio.subprocess.Process | None = None
@@ -105,6 +107,7 @@ class LiveHost:
                 firecracker=f"{BUILD}/bin/firecracker",
                 jailer=f"{BUILD}/bin/jailer",
                 boot_args=self.boot_args,
+                warm_pool=self.warm_pool,
             ),
             metrics=MetricsSettings(listen=""),
             limits=LimitSettings(

@@ -18,6 +18,7 @@ from handlers.host.vmm.cgroups import Cgroups
 from handlers.host.vmm.guest_agent import GuestAgents
 from handlers.host.vmm.processes import ExitWatch
 from handlers.host.vmm.vmms import Vmms
+from handlers.host.vmm.warm_pool import WarmPool
 from handlers.instance.artifact_refs import refers
 from handlers.interfaces import Host, Later, Records
 from handlers.tenant_locks import TenantLocks
@@ -39,6 +40,7 @@ class RealHost:
     jails: Jails
     jail_dirs: JailLayout
     exits: ExitWatch
+    warm: WarmPool
 
     def take_inventory(self) -> Inventory:
         """Everything on this host that carries hostd's mark. Blocks; call it from a thread."""
@@ -65,6 +67,17 @@ def open_real_host(settings: Settings, records: Records, later: Later, disk: Dis
         known: Iterable[InstanceRecord] = (*records.instances(), *pending_reservations.values())
         return any(refers(record, key) for record in known)
 
+    def slots_in_use() -> set[int]:
+        known = (*records.instances(), *pending_reservations.values())
+        return {record.uid_slot for record in known if record.uid_slot is not None}
+
+    def free_mib() -> int:
+        limits = settings.limits
+        live = [record for record in records.instances() if record.holds_host]
+        used = sum(record.mem_mib + limits.vmm_overhead_mib for record in live)
+        return facts.memory_mib() - limits.mem_reserve_mib - used
+
+    warm = WarmPool(settings, slots_in_use, free_mib)
     paths = settings.paths
     jails = Jails(
         data=paths.data,
@@ -101,6 +114,7 @@ def open_real_host(settings: Settings, records: Records, later: Later, disk: Dis
         cgroups=Cgroups(settings),
         jails=jails,
         vmms=Vmms(settings),
+        warm=warm,
         agents=GuestAgents(settings),
         snapshots=snapshots,
         disk=disk,
@@ -119,4 +133,5 @@ def open_real_host(settings: Settings, records: Records, later: Later, disk: Dis
         jails=jails,
         jail_dirs=JailLayout(settings.jail_base),
         exits=ExitWatch(),
+        warm=warm,
     )

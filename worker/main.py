@@ -120,6 +120,7 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
         stack.push_async_callback(bus.close)
         worker = Worker(settings, subjects, metrics, journal, real, bus, background, reserve)
         stack.push_async_callback(worker.vmm_watch.close)
+        stack.push_async_callback(real.warm.close)
         if settings.metrics.listen:
             await stack.enter_async_context(
                 HealthServer(settings.metrics.listen, metrics, worker.checks, reserve)
@@ -228,6 +229,7 @@ class Worker:
                 "mem_mib": total_mib,
                 "mem_free_mib": max(0, total_mib - used_mib),
             },
+            "warm_vmms": self._real.warm.counts()["ready"],
         }
 
     def checks(self) -> Mapping[str, bool]:
@@ -258,6 +260,7 @@ class Worker:
         self.metrics.queries_dropped(self.service.dropped)
         self.metrics.artifact_copied_bytes(self._real.artifacts.copied_bytes)
         self.metrics.disk(self._real.disk.free_bytes(), low=self._real.disk.low)
+        self.metrics.warm_vmms(self._real.warm.counts(), self._real.warm.totals)
         self.metrics.log_dropped(logs.dropped())
         self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(
@@ -285,6 +288,7 @@ class Worker:
                 prune(self.journal),
                 reload.run(signals.reload),
                 watch_disk(self._real.disk, self.journal, self.lease.touch),
+                self._real.warm.run(lambda: self.host_state == "ready"),
             )
         ]
         stopping = asyncio.create_task(signals.stop.wait())
@@ -313,6 +317,7 @@ class Worker:
 
     async def _recover(self) -> None:
         await self._real.host.networks.prepare()
+        await self._real.warm.clear_leftovers()  # before a command can be given one of their uids
         await self.recovery.run()
         with contextlib.suppress(TimeoutError):
             # Two machines with this host id must not both run what is left in their journals.

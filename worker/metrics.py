@@ -127,6 +127,19 @@ class Metrics:
         self._instances = Gauge(
             "hostd_instances", "Instances on this host, by status.", ["status"], registry=registry
         )
+        self._warm = Gauge(
+            "hostd_warm_vmms",
+            "Idle VMMs launched ahead, by state.",
+            ["state"],
+            registry=registry,
+        )
+        self._warm_ends = Counter(
+            "hostd_warm_vmm_ends_total",
+            "VMMs that left the warm pool, by result.",
+            ["result"],
+            registry=registry,
+        )
+        self._warm_ended: dict[str, int] = {}
         self._exits = Counter(
             "hostd_vmm_exits_total",
             "VMMs that exited without a command, by reason.",
@@ -284,6 +297,14 @@ class Metrics:
         for status in Status:
             if status is not Status.DESTROYED:
                 self._instances.labels(status.value).set(counts.get(status, 0))
+
+    def warm_vmms(self, counts: Mapping[str, int], ends: Mapping[str, int]) -> None:
+        """`counts` by state; `ends`: totals since the worker started, by result."""
+        for state, count in counts.items():
+            self._warm.labels(state).set(count)
+        for result, total in ends.items():
+            self._warm_ends.labels(result).inc(total - self._warm_ended.get(result, 0))
+            self._warm_ended[result] = total
 
     def network_warnings(self, count: int) -> None:
         self._network_warnings.set(count)

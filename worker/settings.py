@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from schemas.naming import HOST_ID_PATTERN
-from schemas.settings import IMPORTS_MAX, Settings
+from schemas.settings import IMPORTS_MAX, WARM_POOL_MAX, Settings
 from schemas.subjects import CELL_PATTERN, ROOT_PATTERN
 
 MACHINE_ID_FILE = "/etc/machine-id"
@@ -242,6 +242,13 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
         raise SettingsError(
             origins["vmm.uid_count"], "vmm.uid_count", f"uid_base + uid_count exceeds {_UID_MAX}"
         )
+    if settings.vmm.warm_pool >= settings.vmm.uid_count:
+        raise SettingsError(
+            origins["vmm.warm_pool"],
+            "vmm.warm_pool",
+            f"{settings.vmm.warm_pool} is not below uid_count ({settings.vmm.uid_count}): "
+            "each warm VMM has a uid of its own",
+        )
 
 
 def _matches(pattern: re.Pattern[str], what: str) -> Callable[[str], str]:
@@ -338,6 +345,7 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "vmm.snapshot_timeout_s": _SECONDS,
     "vmm.log_bytes": _between(4096, 2**30),
     "vmm.max_file_mib": _between(64, 2**24),
+    "vmm.warm_pool": _between(0, WARM_POOL_MAX),
     "metrics.listen": _or_empty(_listen),
     "network.allowed": lambda value: (
         _each(_cidr)(value) if value else "is empty: list at least one IPv4 network"

@@ -6,6 +6,7 @@ other tools are never counted, and resources missing in the journal are. Reads o
 during the count is not counted.
 
 Not counted: zombies, kept volumes, launch logs, tombstones, hostd's tables without tenants.
+A VMM that was launched ahead counts once, in `warm`, with its process, jail and cgroup.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from handlers.host.jail.layout import JailLayout
+from handlers.host.jail.warm_jails import WarmLayout
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.kernel_thread import no_namespace
 from handlers.host.net.chains import CARRIED
@@ -26,6 +28,7 @@ from handlers.host.snapshot.manifest import CONSUMED, MANIFEST
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.processes import read_cgroup, read_stat
 from handlers.jail_names import FIRECRACKER, MEMORY
+from schemas import naming
 from schemas.settings import NetworkSettings, Settings
 
 DRIVE = ".ext4"
@@ -48,6 +51,7 @@ class Inventory(msgspec.Struct, frozen=True):
     snapshots: tuple[str, ...] = ()
     artifacts: tuple[str, ...] = ()
     temp: tuple[str, ...] = ()
+    warm: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -72,6 +76,7 @@ def collect(settings: Settings, *, enter: Callable[[], None] = no_namespace) -> 
         layout = JailLayout(settings.jail_base)
         jails = _jails(layout)
         roots = [layout.root(jail) for jail in jails]
+        warm_base = f"{settings.limits.cgroup}/{naming.WARM_CGROUP}"
         cgroups = _cgroups(settings)
         snapshots, unused = _snapshots(f"{settings.paths.state}/snapshots")
         bridges, taps, nft = network.result()
@@ -79,7 +84,7 @@ def collect(settings: Settings, *, enter: Callable[[], None] = no_namespace) -> 
         processes=_processes(roots, settings.limits.cgroup),
         taps=taps,
         bridges=bridges,
-        cgroups=cgroups,
+        cgroups=tuple(name for name in cgroups if not f"{name}/".startswith(f"{warm_base}/")),
         jails=jails,
         nft=nft,
         sockets=_sorted(_in_jails(roots, lambda name, mode: stat.S_ISSOCK(mode))),
@@ -93,6 +98,7 @@ def collect(settings: Settings, *, enter: Callable[[], None] = no_namespace) -> 
             if not _temporary(path)
         ),
         temp=_sorted([*unused, *_temp(settings)]),
+        warm=_sorted([*{*WarmLayout(settings.jail_base).list_ids(), *_warm(cgroups, warm_base)}]),
     )
 
 
@@ -146,6 +152,8 @@ def _is_ours(pid: int, files: set[FileId], cgroup: str) -> bool:
         return False
     in_our_cgroup = f"{read_cgroup(pid)}/".startswith(f"{cgroup}/")
     try:
+        if f"{read_cgroup(pid)}/".startswith(f"{cgroup}/{naming.WARM_CGROUP}/"):
+            return False  # counted as `warm`
         if in_our_cgroup:
             return FileId.at(f"/proc/{pid}/exe") is not None  # a kernel thread has none
         return any(FileId.at(f"/proc/{pid}/{link}") in files for link in ("root", "exe"))
@@ -162,6 +170,11 @@ def _cgroups(settings: Settings) -> tuple[str, ...]:
         for path, directories, _ in _walk(base)
         if not directories and path != base
     )
+
+
+def _warm(cgroups: tuple[str, ...], base: str) -> Iterator[str]:
+    """The IDs of VMMs launched ahead that have a cgroup."""
+    return (name.removeprefix(f"{base}/") for name in cgroups if name.startswith(f"{base}/"))
 
 
 # -- files -----------------------------------------------------------------------------------------

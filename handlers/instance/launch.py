@@ -157,10 +157,19 @@ async def ensure_port(launch: Launch, steps: Steps, host: Host) -> None:
 
 
 async def ensure_vmm(plan: LaunchPlan, steps: Steps, host: Host, *, runs: bool) -> VmmFiles:
-    """Files and VMM; `runs` if an earlier run launched it, and perhaps loaded the snapshot."""
-    launch, jail = await ensure_files(plan, steps, host)
-    if plan.snapshot is None or runs:
-        return VmmFiles(launch, jail, await steps.ensure(host.vmms, launch.vmm), None)
+    """Files and VMM; `runs` if an earlier run launched it, and perhaps loaded the snapshot.
+
+    A VMM that was launched ahead enters the launch's cgroup while the files are made; then it is
+    found in the jail that it came with. Without one, or if it was lost, the jailer runs.
+    """
+    await ensure_cgroup(plan.launch, steps, host)
+    paths = None
+    async with host.warm.used_by(plan.launch.vmm) as warm:
+        launch, jail = await ensure_files(plan, steps, host, warm=warm)
+        if warm is not None and plan.snapshot is not None and not runs:
+            paths = await link_snapshot(launch, plan.snapshot, steps, host)
+    if plan.snapshot is None or runs or paths is not None:
+        return VmmFiles(launch, jail, await steps.ensure(host.vmms, launch.vmm), paths)
     identity, paths = await together(
         steps.ensure(host.vmms, launch.vmm), link_snapshot(launch, plan.snapshot, steps, host)
     )
@@ -179,9 +188,10 @@ async def link_snapshot(
     return await steps.act("link_snapshot", lambda: host.snapshots.link(jail_id, uid, info))
 
 
-async def ensure_files(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[Launch, Jail]:
-    """Everything the jailer needs: cgroup, data disk and jail."""
-    await ensure_cgroup(plan.launch, steps, host)
+async def ensure_files(
+    plan: LaunchPlan, steps: Steps, host: Host, *, warm: str | None
+) -> tuple[Launch, Jail]:
+    """Data disk and jail; `warm` is the jail of a VMM that was launched ahead, to be this one's."""
     launch, disk = await ensure_data_disk(plan, steps, host)
     snapshot = plan.snapshot
     if snapshot is None:
@@ -202,7 +212,7 @@ async def ensure_files(plan: LaunchPlan, steps: Steps, host: Host) -> tuple[Laun
             kept_config=snapshot.kept_config,
             kept_secrets=snapshot.kept_secrets,
         )
-    return launch, await steps.ensure(host.jails, spec)
+    return launch, await steps.ensure(host.jails, dataclasses.replace(spec, warm=warm))
 
 
 async def ensure_cgroup(launch: Launch, steps: Steps, host: Host) -> None:

@@ -73,6 +73,9 @@ class Reservations:
         try:
             # Not synced by itself: the launch's rows are, before anything of it is made.
             await self._host.records.put_instance(record)
+        except BaseException:
+            self._host.warm.give_back(record.jail_id)
+            raise
         finally:
             del self._host.pending_reservations[record.ref]
         return record
@@ -82,6 +85,7 @@ class Reservations:
         record = self._host.records.instance(parse_ref(key))
         if record is None or record.before is None:
             return
+        self._host.warm.give_back(record.jail_id)
         before = replace(record.before, launch=record.launch, before=None, command_id=None)
         await self._host.records.put_instance(before, durable=True)
         if record.revision != before.revision:
@@ -130,12 +134,15 @@ class Reservations:
                 f"not enough host memory: instance {spec.before.ref} needs {spec.mem_mib} MiB "
                 f"+ {overhead} MiB overhead, {max(free, 0)} MiB are free for VMs"
             )
+        self._host.warm.fit(free - spec.mem_mib - overhead)
+        slot = self._host.warm.claim(jail_id_of(spec.before.ref, newest_launch + 1))
         return replace(
             spec.before,
             status=spec.status,
             since_ms=spec.now_ms,
             launch=newest_launch + 1,
-            uid_slot=self._free_slot(others),
+            # A VMM that was launched ahead comes with its uid.
+            uid_slot=self._free_slot(others) if slot is None else slot,
             offset=spec.offset,
             net=spec.net,
             revision=spec.revision,
@@ -161,6 +168,7 @@ class Reservations:
         base = self._host.settings.vmm.uid_base
         uid = self._host.vmms.free_uid(
             {base + r.uid_slot for r in others if r.uid_slot is not None}
+            | {base + slot for slot in self._host.warm.slots}
         )
         if uid is not None:
             return uid - base

@@ -6,7 +6,8 @@ It passes the same contract tests as the real mechanisms (`tests/contract`).
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
 from typing import Any, ClassVar, Generic, TypeVar
@@ -113,6 +114,8 @@ class FakeHost:
     exits_on_request: bool = True
     exited: dict[int, asyncio.Event] = field(default_factory=dict[int, asyncio.Event])
     uids: dict[str, int] = field(default_factory=dict[str, int])
+    warm: list[int] = field(default_factory=list[int])
+    lose_warm: bool = False
     foreign_uids: set[int] = field(default_factory=set[int])
     next_pid: int = 1000
     seen: list[str] = field(default_factory=list[str])
@@ -138,6 +141,16 @@ class FakeHost:
         self.uids.pop(jail_id, None)
         if identity is not None:
             self.exited[identity.pid].set()
+
+    def put_vmm(self, spec: LaunchSpec) -> None:
+        """An idle VMM runs in this jail and cgroup."""
+        self.next_pid += 1
+        self.uids[spec.key] = spec.uid
+        self.guests[spec.key] = Guest()
+        self.exited[self.next_pid] = asyncio.Event()
+        self.resources["vmm", spec.key] = VmmIdentity(
+            self.next_pid, 1, 1, 1, spec.cgroup, self.boot_id
+        )
 
     def reboot(self, boot_id: str) -> None:
         """The kernel starts again: VMMs, interfaces, rules and cgroups are gone, files stay."""
@@ -179,6 +192,7 @@ class FakeHost:
             cgroups=FakeCgroups(self),
             jails=FakeJails(self),
             vmms=FakeVmms(self),
+            warm=FakeWarmPool(self),
             agents=FakeAgents(self),
             snapshots=FakeSnapshots(self),
             disk=FakeDisk(self),
@@ -499,14 +513,8 @@ class FakeVmms(Plain[LaunchSpec]):
 
         def launch() -> VmmIdentity:
             if (self.name, spec.key) not in machine.resources:
-                machine.next_pid += 1
                 machine.jailer_runs.append(spec.key)
-                machine.uids[spec.key] = spec.uid
-                machine.guests[spec.key] = Guest()
-                machine.exited[machine.next_pid] = asyncio.Event()
-                machine.resources[self.name, spec.key] = VmmIdentity(
-                    machine.next_pid, 1, 1, 1, spec.cgroup, machine.boot_id
-                )
+                machine.put_vmm(spec)
             identity: VmmIdentity = machine.resources[self.name, spec.key]
             return identity
 
@@ -548,6 +556,39 @@ class FakeVmms(Plain[LaunchSpec]):
 
     def api(self, jail_id: str) -> "FakeVmmApi":
         return FakeVmmApi(self.machine, jail_id)
+
+
+class FakeWarmPool:
+    """Each slot in `FakeHost.warm` has an idle VMM; with `lose_warm` the claimed one is dead."""
+
+    def __init__(self, machine: FakeHost) -> None:
+        self.machine = machine
+        self.claims: dict[str, int] = {}
+
+    @property
+    def slots(self) -> Collection[int]:
+        return {*self.machine.warm, *self.claims.values()}
+
+    def claim(self, jail_id: str) -> int | None:
+        if not self.machine.warm:
+            return None
+        self.claims[jail_id] = self.machine.warm.pop(0)
+        return self.claims[jail_id]
+
+    def give_back(self, jail_id: str) -> None:
+        self.claims.pop(jail_id, None)
+
+    @asynccontextmanager
+    async def used_by(self, spec: LaunchSpec) -> AsyncGenerator[str | None]:
+        if self.claims.pop(spec.jail_id, None) is None:
+            yield None
+            return
+        yield "warm-0123456789ab"
+        if not self.machine.lose_warm:
+            self.machine.put_vmm(spec)
+
+    def fit(self, free_mib: int) -> None:
+        """Its VMMs have no size."""
 
 
 class FakeVmmApi:

@@ -117,6 +117,7 @@ def test_an_untouched_host_has_nothing(settings: Settings, namespace: Namespace)
         "snapshots",
         "artifacts",
         "temp",
+        "warm",
     ]
 
 

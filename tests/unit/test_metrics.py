@@ -33,6 +33,8 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_envelope_keys_ignored": ("counter", set()),
     "hostd_instances": ("gauge", {"status"}),
     "hostd_vmm_exits": ("counter", {"reason"}),
+    "hostd_warm_vmms": ("gauge", {"state"}),
+    "hostd_warm_vmm_ends": ("counter", {"result"}),
     "hostd_snapshot_duration_seconds": ("histogram", set()),
     "hostd_snapshot_bytes": ("histogram", set()),
     "hostd_network_warnings": ("gauge", set()),
@@ -58,6 +60,8 @@ def used() -> Metrics:
     metrics.redelivered()
     metrics.keys_ignored(2)
     metrics.vmm_exited("exited")
+    metrics.warm_vmms({"ready": 2, "starting": 1}, {"used": 1})
+    metrics.warm_vmms({"ready": 2, "starting": 0}, {"used": 3})
     metrics.snapshot(0.4, 512 << 20)
     metrics.artifact_copied_bytes(4096)
     metrics.disk(1 << 30, low=False)
@@ -107,6 +111,8 @@ def test_values_are_what_was_counted() -> None:
     labels = {"type": "StartInstance", "code": "ok"}
     assert registry.get_sample_value("hostd_commands_total", labels) == 1
     assert registry.get_sample_value("hostd_instances", {"status": "running"}) == 5
+    assert registry.get_sample_value("hostd_warm_vmms", {"state": "ready"}) == 2
+    assert registry.get_sample_value("hostd_warm_vmm_ends_total", {"result": "used"}) == 3
     assert registry.get_sample_value("hostd_instances", {"status": "sleeping"}) == 0
     assert registry.get_sample_value("hostd_lanes", {"state": "waiting"}) == 1
     assert registry.get_sample_value("hostd_snapshot_bytes_sum") == 512 << 20

@@ -17,6 +17,7 @@ from handlers.errors import Conflict, Failure, HostFault, of_os_error
 from handlers.host.jail import secrets_tmpfs
 from handlers.host.jail.layout import JailLayout, JailMetadata, launch_of
 from handlers.host.jail.logs import JailLogs
+from handlers.host.jail.warm_jails import WarmJails
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.openat2 import Directory
@@ -61,6 +62,7 @@ class Jails:
         self._layout = JailLayout(jail_base)
         self._logs = JailLogs(self._layout, state=state, limit_bytes=log_bytes)
         self._drives = SmallDrives()
+        self._warm = WarmJails(jail_base)
 
     async def ensure(self, spec: JailSpec) -> Jail:
         """Make the jail, all or nothing; an incomplete one is removed first.
@@ -135,21 +137,28 @@ class Jails:
             disks=tuple(file.source for file in spec.files if file.writable),
             record=spec.record,
         )
-        make_dir(self._layout.base)
-        os.mkdir(directory, 0o700)
-        # Before anything else, so that a disk given to the uid is given back even after kill -9.
-        self._layout.write_metadata(spec.jail_id, metadata)
-        os.mkdir(root, 0o700)
         ours: dict[str, FileId] = {}
+        # The metadata before anything else, so that a disk given to the uid is given back even
+        # after kill -9.
+        log = spec.warm and self._warm.take(spec.warm, spec.jail_id, metadata)
+        if log:
+            ours[LOG] = log
+        else:
+            make_dir(self._layout.base)
+            os.mkdir(directory, 0o700)
+            self._layout.write_metadata(spec.jail_id, metadata)
+            os.mkdir(root, 0o700)
         with Directory.trusted(root) as opened:
             for file in spec.files:
                 self._link(spec, file, opened.fd)
         for name in (LOG, SERIAL) if spec.serial else (LOG,):
-            ours[name] = _new_file(f"{root}/{name}", 0o600, uid=spec.uid)
+            if name not in ours:
+                ours[name] = _new_file(f"{root}/{name}", 0o600, uid=spec.uid)
         if has_config:
             ours[CONFIG_DRIVE] = self._make_config(spec, f"{root}/{CONFIG_DRIVE}")
         if has_secrets:
-            with secrets_tmpfs.new_drive(f"{root}/{SECRETS_DIR}", spec.uid) as fd:
+            secrets = f"{root}/{SECRETS_DIR}"
+            with secrets_tmpfs.new_drive(secrets, spec.uid, mounted=bool(log)) as fd:
                 if spec.kept_secrets is None:
                     self._drives.write(fd, SECRETS, spec.secrets or b"")
                 else:

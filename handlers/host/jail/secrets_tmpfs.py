@@ -15,13 +15,13 @@ NOTHING_MOUNTED = frozenset({errno.EINVAL, errno.ENOENT, errno.ENOTDIR})
 
 
 @contextlib.contextmanager
-def new_drive(directory: str, uid: int) -> Generator[int, None, None]:
+def new_drive(directory: str, uid: int, *, mounted: bool = False) -> Generator[int, None, None]:
     """Mount the tmpfs on a new directory; yield an empty image file, given to the uid at the end.
 
-    Needs: CAP_SYS_ADMIN.
+    `mounted`: the empty tmpfs is there already. Needs: CAP_SYS_ADMIN.
     """
-    os.mkdir(directory, 0o700)
-    mount_tmpfs(directory, size_bytes=TMPFS_BYTES, inodes=TMPFS_INODES, uid=uid)
+    if not mounted:
+        mount_empty(directory, uid)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(f"{directory}/{SECRETS_DRIVE}", flags, 0o400)
     try:
@@ -29,6 +29,12 @@ def new_drive(directory: str, uid: int) -> Generator[int, None, None]:
         os.fchown(fd, uid, uid)
     finally:
         os.close(fd)
+
+
+def mount_empty(directory: str, uid: int) -> None:
+    """Mount the tmpfs on a new directory. Needs: CAP_SYS_ADMIN."""
+    os.mkdir(directory, 0o700)
+    mount_tmpfs(directory, size_bytes=TMPFS_BYTES, inodes=TMPFS_INODES, uid=uid)
 
 
 def unmount_secrets(directory: str) -> None:

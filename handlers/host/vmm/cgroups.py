@@ -106,6 +106,14 @@ class CgroupTree:
             raise
         return [int(pid) for pid in text.split() if pid != "0"]
 
+    def move(self, pid: int, name: str) -> None:
+        """Move a process with all its threads into a cgroup.
+
+        Raises:
+            OSError: ESRCH: it has exited; ENOENT: no such cgroup.
+        """
+        _write(f"{self.path(name)}/cgroup.procs", str(pid))
+
 
 def check_controllers(settings: Settings) -> None:
     """At start: check that limits can be enforced here, if `[limits] enforce` is set.

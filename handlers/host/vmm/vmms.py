@@ -51,10 +51,10 @@ class Vmms:
     durability: ClassVar[Durability] = Durability.VOLATILE
     swept: ClassVar[bool] = True
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, layout: JailLayout | None = None) -> None:
         self._settings = settings.vmm
         self._uids = range(settings.vmm.uid_base, settings.vmm.uid_base + settings.vmm.uid_count)
-        self._layout = JailLayout(settings.jail_base)
+        self._layout = layout or JailLayout(settings.jail_base)
         self._tree = CgroupTree.of(settings)
         self._jailer = Jailer(settings)
 

@@ -103,6 +103,7 @@ def host_of(net: HostNet, journal: MemoryRecords, settings: NetworkSettings | No
         shared=cast("Any", journal),
         networks=mechanisms.networks,
         bridges=mechanisms.bridges,
+        warm=nothing,
         tenant_rules=mechanisms.tenant_rules,
         pins=mechanisms.pins,
         taps=mechanisms.taps,

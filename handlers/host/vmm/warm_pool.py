@@ -1,0 +1,240 @@
+"""Idle VMMs launched ahead, so that Start and Wake need not wait for the jailer.
+
+A warm VMM is jailed and confined like any other, has a uid and a cgroup of its own, has run no
+guest and read no tenant's file. A launch claims one together with its uid, takes its jail
+(`warm_jails`) and moves it into the cgroup of the launch; then it is found, proven and checked like
+one that the jailer has just started. Whatever is wrong with it, the launch runs the jailer instead.
+One that was claimed is used by that launch or killed.
+
+A worker that was killed leaves warm VMMs behind. The next one removes them before it launches any.
+"""
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Collection
+from contextlib import asynccontextmanager
+from typing import Final
+
+import structlog
+
+from handlers.cancellation import finish
+from handlers.errors import Failure
+from handlers.host.vmm.warm_vmms import WarmVmm, WarmVmms
+from handlers.specs import LaunchSpec
+from schemas.settings import Settings
+
+QUIET_S: Final = 0.05  # no launch for so long before one VMM is launched ahead
+NOT_NOW_S: Final = 1.0  # the host is not ready, or has no memory or uid for one more
+BACKOFF_MAX_S: Final = 60.0
+RESULTS: Final[tuple[str, ...]] = ("used", "discarded", "failed", "died")
+
+log = structlog.get_logger()
+
+
+class WarmPool:
+    """The warm VMMs of this host. All state is in memory; nothing of it is journalled.
+
+    Args:
+        settings: `[vmm] warm_pool` is how many.
+        slots_in_use: the uid slots of all records, those of pending reservations included.
+        free_mib: the memory that no VM is allocated.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        slots_in_use: Callable[[], Collection[int]],
+        free_mib: Callable[[], int],
+    ) -> None:
+        self.size = settings.vmm.warm_pool
+        self._overhead_mib = settings.limits.vmm_overhead_mib
+        self._vmms = WarmVmms(settings)
+        self._slots_in_use, self._free_mib = slots_in_use, free_mib
+        self._ready: dict[str, WarmVmm] = {}
+        self._claimed: dict[str, WarmVmm] = {}
+        self._slots: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._starting = self._launching = 0
+        self._asked_at = 0.0
+        self.totals: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
+        """How many VMMs left the pool, by result; `failed` includes launches that failed."""
+
+    # -- what handlers use ---------------------------------------------------------------------
+
+    @property
+    def slots(self) -> Collection[int]:
+        """The uid slots that the pool holds, the claimed ones included."""
+        return self._slots
+
+    def claim(self, jail_id: str) -> int | None:
+        """Set one aside for the launch of this jail; returns its uid slot, which the launch gets.
+
+        None if there is none. A claim ends with `used_by` or `give_back`.
+        """
+        if self.size == 0:
+            return None
+        self._asked_at = asyncio.get_running_loop().time()
+        self._flush_outdated()
+        if not self._ready:
+            return None
+        warm = self._ready.pop(next(iter(self._ready)))
+        asyncio.get_running_loop().remove_reader(warm.pidfd)
+        self._claimed[jail_id] = warm
+        self._changed.set()
+        return warm.slot
+
+    def give_back(self, jail_id: str) -> None:
+        """The launch did not come to use its claim. Nothing claimed is success."""
+        if (warm := self._claimed.pop(jail_id, None)) is not None:
+            self._discard(warm, "discarded")
+
+    @asynccontextmanager
+    async def used_by(self, spec: LaunchSpec) -> AsyncGenerator[str | None]:
+        """Move the claimed VMM into the launch's cgroup, meanwhile let its jail be made.
+
+        Yields the ID of the jail to take, None without a claim. At the end the VMM is in the
+        cgroup, or it is killed: then the launch runs the jailer. The cgroup must exist.
+        """
+        warm = self._claimed.pop(spec.jail_id, None)
+        if warm is None:
+            yield None
+            return
+        self._launching += 1
+        entering = asyncio.ensure_future(self._vmms.enter(warm, spec))
+        try:
+            yield warm.warm_id
+        finally:
+            cancelled = await finish(entering)
+            self._launching -= 1
+            failure = None if entering.cancelled() else entering.exception()
+            if failure is None and not entering.cancelled():
+                self._clear(warm, "used")
+            else:
+                log.warning("warm_pool.vmm_lost", warm=warm.warm_id, error=str(failure))
+                self._clear(warm, "failed")
+            if cancelled is not None:
+                raise cancelled
+
+    def fit(self, free_mib: int) -> None:
+        """Remove what does not fit into the memory that is free after a launch was admitted."""
+        if self._overhead_mib == 0:
+            return
+        room = max(0, free_mib // self._overhead_mib)
+        while self._ready and len(self._ready) + self._starting > room:
+            self._discard(self._ready.pop(next(iter(self._ready))), "discarded")
+
+    # -- what the worker uses ------------------------------------------------------------------
+
+    def counts(self) -> dict[str, int]:
+        return {"ready": len(self._ready), "starting": self._starting}
+
+    async def clear_leftovers(self) -> None:
+        """At start: kill and remove what an earlier worker left. Never raises for one of them."""
+        for warm_id in await self._vmms.leftovers():
+            try:
+                await self._vmms.remove(warm_id)
+            except (Failure, OSError) as error:
+                log.warning("warm_pool.left_behind", warm=warm_id, error=str(error))
+
+    async def run(self, may_launch: Callable[[], bool]) -> None:
+        """Keep the pool full until cancelled: one VMM at a time, and only between launches."""
+        failures = 0
+        while True:
+            self._changed.clear()
+            if len(self._ready) >= self.size:
+                await self._changed.wait()
+                continue
+            wait_s = self._wait_s()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+                continue
+            slot = self._slot() if may_launch() and self._has_room() else None
+            if slot is None:
+                await asyncio.sleep(NOT_NOW_S)
+                continue
+            try:
+                await self._add(slot)
+            except (Failure, OSError) as error:
+                failures += 1
+                self.totals["failed"] += 1
+                pause_s = min(2.0**failures, BACKOFF_MAX_S)
+                log.warning("warm_pool.launch_failed", error=str(error), next_s=pause_s)
+                await asyncio.sleep(pause_s)
+            else:
+                failures = 0
+
+    async def close(self) -> None:
+        """Kill and remove all: a worker that stops in order leaves no warm VMM."""
+        for warm in [*self._ready.values(), *self._claimed.values()]:
+            self._discard(warm, "discarded")
+        self._ready.clear()
+        self._claimed.clear()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- filling -------------------------------------------------------------------------------
+
+    def _wait_s(self) -> float:
+        """How long to leave the host to its launches; 0 if there are none."""
+        if self._claimed or self._launching:
+            return QUIET_S
+        return self._asked_at + QUIET_S - asyncio.get_running_loop().time()
+
+    def _has_room(self) -> bool:
+        held = (len(self._ready) + len(self._claimed) + 1) * self._overhead_mib
+        return held <= self._free_mib()
+
+    def _slot(self) -> int | None:
+        slot = self._vmms.free_slot({*self._slots_in_use(), *self._slots})
+        if slot is not None:
+            self._slots.add(slot)
+        return slot
+
+    async def _add(self, slot: int) -> None:
+        self._starting += 1
+        try:
+            warm = await self._vmms.launch(slot)
+        except BaseException:
+            self._slots.discard(slot)
+            raise
+        finally:
+            self._starting -= 1
+        self._ready[warm.warm_id] = warm
+        asyncio.get_running_loop().add_reader(warm.pidfd, self._died, warm)
+        self._flush_outdated()
+
+    # -- ends ----------------------------------------------------------------------------------
+
+    def _flush_outdated(self) -> None:
+        """Remove those launched from another firecracker or by another jailer than now."""
+        now = self._vmms.binaries()
+        for warm in [each for each in self._ready.values() if each.binaries != now]:
+            del self._ready[warm.warm_id]
+            self._discard(warm, "discarded")
+
+    def _died(self, warm: WarmVmm) -> None:
+        log.warning("warm_pool.vmm_died", warm=warm.warm_id)
+        if self._ready.pop(warm.warm_id, None) is not None:
+            self._discard(warm, "died")
+
+    def _discard(self, warm: WarmVmm, result: str) -> None:
+        asyncio.get_running_loop().remove_reader(warm.pidfd)
+        self._clear(warm, result)
+
+    def _clear(self, warm: WarmVmm, result: str) -> None:
+        """Remove what is left of it in the background; its uid is free only after that."""
+        os.close(warm.pidfd)
+        self.totals[result] += 1
+        self._changed.set()
+        task = asyncio.get_running_loop().create_task(self._remove(warm))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _remove(self, warm: WarmVmm) -> None:
+        try:
+            await self._vmms.remove(warm.warm_id)
+        except (Failure, OSError) as error:
+            log.warning("warm_pool.left_behind", warm=warm.warm_id, error=str(error))
+        else:
+            self._slots.discard(warm.slot)
