@@ -53,6 +53,7 @@ class WarmPool:
         self._slots_in_use, self._free_mib = slots_in_use, free_mib
         self._ready: dict[str, WarmVmm] = {}
         self._claimed: dict[str, WarmVmm] = {}
+        self._preparing: dict[str, asyncio.Future[None]] = {}
         self._slots: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -82,6 +83,7 @@ class WarmPool:
         warm = self._ready.pop(next(iter(self._ready)))
         asyncio.get_running_loop().remove_reader(warm.pidfd)
         self._claimed[jail_id] = warm
+        self._preparing[warm.warm_id] = asyncio.ensure_future(self._vmms.prepare_move(warm))
         self._changed.set()
         return warm.slot
 
@@ -102,7 +104,7 @@ class WarmPool:
             yield None
             return
         self._launching += 1
-        entering = asyncio.ensure_future(self._vmms.enter(warm, spec))
+        entering = asyncio.ensure_future(self._enter(warm, spec))
         try:
             yield warm.warm_id
         finally:
@@ -116,6 +118,15 @@ class WarmPool:
                 self._clear(warm, "failed")
             if cancelled is not None:
                 raise cancelled
+
+    async def _enter(self, warm: WarmVmm, spec: LaunchSpec) -> None:
+        await self._prepared(warm)
+        await self._vmms.enter(warm, spec)
+
+    async def _prepared(self, warm: WarmVmm) -> None:
+        """Before it is moved or removed: a write to its old cgroup must not come after that."""
+        if (preparing := self._preparing.pop(warm.warm_id, None)) is not None:
+            await asyncio.wait([preparing])
 
     def fit(self, free_mib: int) -> None:
         """Remove what does not fit into the memory that is free after a launch was admitted."""
@@ -232,6 +243,7 @@ class WarmPool:
         task.add_done_callback(self._tasks.discard)
 
     async def _remove(self, warm: WarmVmm) -> None:
+        await self._prepared(warm)
         try:
             await self._vmms.remove(warm.warm_id)
         except (Failure, OSError) as error:
