@@ -254,7 +254,7 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
         ...
 
     def free_uid(self, taken: Collection[int]) -> int | None:
-        """The lowest uid of `[vmm]` that is not `taken` and that no process has, known or not.
+        """A uid of `[vmm]` that is not `taken` and that no process has, known or not.
 
         None if there is none. In memory and in the kernel's: it does not block.
         """

@@ -160,7 +160,7 @@ class Reservations:
         return [r for r in known.values() if r.holds_offset]
 
     def _free_slot(self, others: list[InstanceRecord]) -> int:
-        """The lowest slot that no record has and whose uid no process has.
+        """A slot that no record has and whose uid no process has.
 
         A VMM that no record explains, e.g. after the journal was lost, keeps its uid to itself:
         a second one of that uid could open its files and signal it.

@@ -123,17 +123,12 @@ class Vmms:
         return self._tree.launches(ref)
 
     def free_uid(self, taken: Collection[int]) -> int | None:
-        alive: set[int] | None = None
         for uid in self._uids:
-            if uid in taken:
-                continue
-            if not processes.is_listed(uid):
+            if uid not in taken and not processes.is_listed(uid):
                 return uid
-            if alive is None:  # perhaps only a zombie that its parent has not reaped
-                alive = processes.uids_in_use(self._uids)
-            if uid not in alive:
-                return uid
-        return None
+        # Perhaps some have only zombies, which an init that reaps late leaves behind.
+        used = processes.uids_in_use(self._uids) | set(taken)
+        return next((uid for uid in self._uids if uid not in used), None)
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         self._layout.root(jail_id)
