@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import subprocess
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from handlers.specs import (
 )
 from schemas import naming
 from tests.kernel.storage.store_host import REF, REVISION, StoreHost, make_world
-from tests.vm.vmm_rig import BOOT_ARGS, MAC, MIB, MINI, TAP, UID, VmmRig, need
+from tests.vm.vmm_rig import BOOT_ARGS, MAC, MIB, MINI, TAP, UID, VmmRig, add_tap, need
 
 MEM_MIB = 32
 PORT = 5252
@@ -46,11 +47,18 @@ class StoreRig:
     snapshots: Snapshots
     artifact: Artifact
     disk: DataDisk
+    uid: int = UID
+
+    def change_uid(self, uid: int) -> None:
+        """Of the launches from now on; the TAP is made anew for it."""
+        subprocess.run(["ip", "tuntap", "del", TAP, "mode", "tap"], check=True, timeout=10)
+        add_tap(TAP, uid)
+        self.uid = uid
 
     async def launch(self, number: int, pool: WarmPool | None = None) -> LaunchSpec:
         """A jailed VMM whose API answers, in a jail made by the store; a claim of it is used."""
         jail_id = naming.jail_id(REF, number)
-        spec = LaunchSpec(jail_id, UID, self.rig.tree.name("acme", jail_id))
+        spec = LaunchSpec(jail_id, self.uid, self.rig.tree.name("acme", jail_id))
         await self.rig.cgroups.ensure(CgroupSpec("acme", jail_id, 256 * MIB, 100_000, 64))
         self.rig.launches.append(spec)
         async with pool.used_by(spec) if pool else contextlib.nullcontext() as warm:
@@ -58,7 +66,7 @@ class StoreRig:
                 JailSpec(
                     ref=REF,
                     jail_id=jail_id,
-                    uid=UID,
+                    uid=self.uid,
                     files=(
                         JailFile("vmlinux", self.artifact.vmlinux),
                         JailFile("rootfs.ext4", self.artifact.rootfs),
@@ -96,7 +104,7 @@ class StoreRig:
         """Pause, write, seal, publish; then the VMM and its jail go."""
         vmm = self.rig.vmms.api(spec.jail_id)
         await vmm.pause()
-        await vmm.create_snapshot(*await self.snapshots.begin_write(spec.jail_id, UID))
+        await vmm.create_snapshot(*await self.snapshots.begin_write(spec.jail_id, spec.uid))
         facts = SnapshotFacts(
             ref=REF,
             number=1,

@@ -36,8 +36,14 @@ class Pooled:
         self.task: asyncio.Task[None] | None = None
 
     def slots(self) -> Collection[int]:
-        """Those below the rig's, so that the first one launched ahead gets the rig's uid."""
-        return range(SLOT)
+        """Those up to the rig's, which other launches of the test have."""
+        return range(SLOT + 1)
+
+    def claim(self, store: StoreRig, number: int) -> None:
+        """For this launch, which gets its uid."""
+        slot = self.pool.claim(naming.jail_id(REF, number))
+        assert slot is not None
+        store.change_uid(self.settings.vmm.uid_base + slot)
 
     def start(self) -> None:
         self.task = asyncio.create_task(self.pool.run(lambda: True))
@@ -93,7 +99,7 @@ async def test_a_guest_boots_in_the_vmm_that_was_launched_ahead(
     pooled: Pooled, store: StoreRig
 ) -> None:
     pid = warm_pid(pooled)
-    assert pooled.pool.claim(naming.jail_id(REF, 1)) == SLOT
+    pooled.claim(store, 1)
 
     spec = await store.boot(1, pooled.pool)
 
@@ -109,12 +115,12 @@ async def test_a_sleeper_wakes_in_it_with_its_drives_and_sleeps_again(
 ) -> None:
     await store.sleep(await store.boot(1))
     pid = warm_pid(pooled)
-    pooled.pool.claim(naming.jail_id(REF, 2))
+    pooled.claim(store, 2)
 
     spec = await store.launch(2, pooled.pool)
     vmm = store.rig.vmms.api(spec.jail_id)
     info = await store.snapshots.verify(REF, 1)
-    await vmm.load_snapshot(*await store.snapshots.link(spec.jail_id, UID, info))
+    await vmm.load_snapshot(*await store.snapshots.link(spec.jail_id, spec.uid, info))
     await vmm.resume()
     await vmm.close()
 
@@ -129,9 +135,8 @@ async def test_one_that_was_used_is_replaced_by_another_and_never_used_again(
     pooled: Pooled, store: StoreRig
 ) -> None:
     used = warm_pid(pooled)
-    pooled.pool.claim(naming.jail_id(REF, 1))
+    pooled.claim(store, 1)
     spec = await store.boot(1, pooled.pool)
-    assert SLOT not in pooled.pool.slots or pooled.leaves() != {}
 
     await store.rig.vmms.remove(spec.jail_id)
     await pooled.until(ready=1)
@@ -160,7 +165,7 @@ async def test_one_that_dies_is_noticed_and_replaced(pooled: Pooled) -> None:
 
 async def test_the_jailer_runs_if_the_claimed_one_is_dead(pooled: Pooled, store: StoreRig) -> None:
     pid = warm_pid(pooled)
-    pooled.pool.claim(naming.jail_id(REF, 1))
+    pooled.claim(store, 1)
     os.kill(pid, signal.SIGKILL)
 
     spec = await store.boot(1, pooled.pool)
@@ -175,7 +180,7 @@ async def test_the_jailer_runs_if_the_jail_is_not_as_it_was_made(
     pid = warm_pid(pooled)
     (warm,) = pooled.jails()
     os.unlink(f"{pooled.settings.jail_base}/firecracker/{warm}/root/log")
-    pooled.pool.claim(naming.jail_id(REF, 1))
+    pooled.claim(store, 1)
 
     spec = await store.boot(1, pooled.pool)
 

@@ -20,12 +20,15 @@ ONLY_ROOT_FILLS = {
     "handlers/host/inventory.py",
     "handlers/host/jail/layout.py",
     "handlers/host/jail/logs.py",
+    "handlers/host/jail/warm_jails.py",
+    "handlers/host/net/nft/libnftables.py",  # hostd's own descriptors
+    "handlers/host/snapshot/discards.py",
     "handlers/host/snapshot/manifest.py",
-    "handlers/host/snapshot/sealer.py",
     "handlers/host/storage/data_disks.py",
     "handlers/host/vmm/cgroups.py",
     "handlers/host/vmm/confinement.py",
     "handlers/host/vmm/processes.py",
+    "handlers/host/vmm/warm_vmms.py",
     "worker/demo/cleanup.py",
 }
 
