@@ -183,7 +183,12 @@ class Worker:
         self.service = query_service(
             bus.connection,
             subjects,
-            Answers(journal, real.facts.boot_id(), lambda: self.host_state),
+            Answers(
+                journal,
+                real.facts.boot_id(),
+                host_state=lambda: self.host_state,
+                warm_vmms=lambda: self._real.warm.counts()["ready"],
+            ),
             version=version("hostd"),
             inbox_prefixes=settings.nats.inbox_prefixes,
         )

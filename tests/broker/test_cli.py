@@ -224,6 +224,7 @@ async def test_ls_and_show_print_what_the_worker_answers(server: Server, worker:
             }
         ],
         "networks": [{"tenant_id": "acme", "bridge_name": "br-tenant-7", "status": "up"}],
+        "warm_vmms": 2,
     }
     worker.answers["describe"] = {
         "v": 1,
@@ -238,6 +239,7 @@ async def test_ls_and_show_print_what_the_worker_answers(server: Server, worker:
     assert listed.output.splitlines() == [
         "acme          network   up       br-tenant-7",
         "acme/web/i-1  instance  running  since 2023-11-14 22:13:20.123Z",
+        "warm_pool     vmms      ready    2",
     ]
     assert "since: 2023-11-14 22:13:20.123Z" in shown.output
     assert "pid: none" in shown.output

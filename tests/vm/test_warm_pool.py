@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
+from handlers.errors import HostFault
 from handlers.host.jail.warm_jails import WarmJails
 from handlers.host.vmm.warm_pool import WarmPool
 from handlers.host.vmm.warm_vmms import WarmVmms
@@ -248,6 +249,30 @@ async def test_a_foreign_process_among_the_leftovers_is_not_killed(rig: VmmRig) 
     await other.wait()
     await pooled.pool.clear_leftovers()
     assert (pooled.leaves(), pooled.jails()) == ({}, [])
+
+
+async def test_one_that_cannot_be_removed_keeps_its_uid_until_it_can(
+    pooled: Pooled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handlers.host.vmm.warm_pool.REMOVE_AGAIN_S", 0.01)
+    remove = WarmVmms.remove
+    refusals = iter([HostFault("busy"), OSError(16, "busy")])
+
+    async def sometimes(self: WarmVmms, warm_id: str) -> None:
+        for refusal in refusals:
+            assert slot in pooled.pool.slots
+            raise refusal
+        await remove(self, warm_id)
+
+    slot = pooled.pool.claim(naming.jail_id(REF, 1))
+    monkeypatch.setattr(WarmVmms, "remove", sometimes)
+
+    pooled.pool.give_back(naming.jail_id(REF, 1))
+
+    async with asyncio.timeout(20):
+        while slot in pooled.pool.slots:
+            await asyncio.sleep(0.005)
+    assert [*refusals] == []
 
 
 @pytest.mark.parametrize("name", ["firecracker", "jailer"])

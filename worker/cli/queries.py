@@ -40,7 +40,7 @@ def ask(question: str, body: dict[str, Any], options: dict[str, Any]) -> dict[st
 @click.command("ls")
 @bus_options
 def ls(as_json: bool, **options: Any) -> None:
-    """List a host's networks and instances with their status."""
+    """List a host's networks and instances with their status, and its warm VMMs."""
     answer = ask("list", {}, options)
     if as_json:
         print_json(answer)
@@ -57,6 +57,8 @@ def ls(as_json: bool, **options: Any) -> None:
         )
         for instance in answer["instances"]
     ]
+    if warm_vmms := answer.get("warm_vmms", 0):
+        rows.append(("warm_pool", "vmms", "ready", str(warm_vmms)))
     if not rows:
         click.echo("no networks or instances")
         return

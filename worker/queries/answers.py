@@ -17,10 +17,18 @@ Answer = Mapping[str, object]
 class Answers:
     """Implements `worker.queries.service.QuerySource`."""
 
-    def __init__(self, journal: Journal, boot_id: str, host_state: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        boot_id: str,
+        *,
+        host_state: Callable[[], str],
+        warm_vmms: Callable[[], int],
+    ) -> None:
         self._journal = journal
         self._boot_id = boot_id
         self._host_state = host_state
+        self._warm_vmms = warm_vmms
         self._started = time.monotonic()
 
     async def ping(self) -> Answer:
@@ -69,6 +77,7 @@ class Answers:
                     self._journal.records.networks(), key=lambda record: record.tenant_id
                 )
             ],
+            "warm_vmms": self._warm_vmms(),
         }
 
     async def describe(

@@ -39,7 +39,7 @@ class QuerySource(Protocol):
         ...
 
     async def list(self) -> Answer:
-        """`{v, instances: [...], networks: [...]}`."""
+        """`{v, instances: [...], networks: [...], warm_vmms}`."""
         ...
 
     async def describe(

@@ -10,10 +10,10 @@ A worker that was killed leaves warm VMMs behind. The next one removes them befo
 """
 
 import asyncio
+import contextlib
 import os
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection
-from contextlib import asynccontextmanager
 from typing import Final
 
 import structlog
@@ -26,6 +26,7 @@ from schemas.settings import Settings
 
 QUIET_S: Final = 0.05  # no launch for so long before one VMM is launched ahead
 NOT_NOW_S: Final = 1.0  # the host is not ready, or has no memory or uid for one more
+REMOVE_AGAIN_S: Final = 1.0
 BACKOFF_MAX_S: Final = 60.0
 RESULTS: Final[tuple[str, ...]] = ("used", "discarded", "failed", "died")
 
@@ -57,6 +58,7 @@ class WarmPool:
         self._slots: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
+        self._closing = asyncio.Event()
         self._starting = self._launching = 0
         self._asked_at = 0.0
         self.totals: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
@@ -92,7 +94,7 @@ class WarmPool:
         if (warm := self._claimed.pop(jail_id, None)) is not None:
             self._discard(warm, "discarded")
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def used_by(self, spec: LaunchSpec) -> AsyncGenerator[str | None]:
         """Move the claimed VMM into the launch's cgroup, meanwhile let its jail be made.
 
@@ -144,10 +146,7 @@ class WarmPool:
     async def clear_leftovers(self) -> None:
         """At start: kill and remove what an earlier worker left. Never raises for one of them."""
         for warm_id in await self._vmms.leftovers():
-            try:
-                await self._vmms.remove(warm_id)
-            except (Failure, OSError) as error:
-                log.warning("warm_pool.left_behind", warm=warm_id, error=str(error))
+            await self._is_removed(warm_id)
 
     async def run(self, may_launch: Callable[[], bool]) -> None:
         """Keep the pool full until cancelled: one VMM at a time, and only between launches."""
@@ -182,6 +181,7 @@ class WarmPool:
             self._discard(warm, "discarded")
         self._ready.clear()
         self._claimed.clear()
+        self._closing.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # -- filling -------------------------------------------------------------------------------
@@ -244,9 +244,17 @@ class WarmPool:
 
     async def _remove(self, warm: WarmVmm) -> None:
         await self._prepared(warm)
+        pause_s = REMOVE_AGAIN_S
+        while not await self._is_removed(warm.warm_id) and not self._closing.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), pause_s)
+            pause_s = min(2 * pause_s, BACKOFF_MAX_S)
+        self._slots.discard(warm.slot)
+
+    async def _is_removed(self, warm_id: str) -> bool:
         try:
-            await self._vmms.remove(warm.warm_id)
+            await self._vmms.remove(warm_id)
         except (Failure, OSError) as error:
-            log.warning("warm_pool.left_behind", warm=warm.warm_id, error=str(error))
-        else:
-            self._slots.discard(warm.slot)
+            log.warning("warm_pool.left_behind", warm=warm_id, error=str(error))
+            return False
+        return True

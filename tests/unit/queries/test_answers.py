@@ -22,6 +22,10 @@ QUESTIONS: dict[str, Callable[[Answers], Awaitable[Answer]]] = {
 }
 
 
+def answers_of(journal: Journal) -> Answers:
+    return Answers(journal, "b1", host_state=lambda: "ready", warm_vmms=lambda: 3)
+
+
 async def blocked(journal: Journal) -> tuple[asyncio.Future[bool], threading.Event]:
     """A writer whose thread is in the midst of a part until the event is set."""
     entered, gate = threading.Event(), threading.Event()
@@ -43,7 +47,7 @@ async def test_a_question_is_answered_while_the_writer_is_busy(
         worker.send(start())
         await worker.reply()
         await worker.outbox.drained()
-        answers = Answers(worker.journal, "b1", lambda: "ready")
+        answers = answers_of(worker.journal)
         writing, gate = await blocked(worker.journal)
         try:
             async with asyncio.timeout(10):
@@ -60,9 +64,14 @@ async def test_a_question_is_answered_while_the_writer_is_busy(
 
 async def test_a_finished_command_has_its_result_at_once(tmp_path: Path) -> None:
     async with shell_worker(tmp_path / "j") as worker:
-        answers = Answers(worker.journal, "b1", lambda: "ready")
+        answers = answers_of(worker.journal)
         for n in range(20):
             worker.send(start(f"a{n}"), f"c{n}")
             await worker.reply(f"c{n}")
 
             assert (await answers.result(f"c{n}"))["state"] == "done"
+
+
+async def test_a_list_says_how_many_vmms_are_warm(tmp_path: Path) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        assert (await answers_of(worker.journal).list())["warm_vmms"] == 3
