@@ -40,7 +40,7 @@ def ask(question: str, body: dict[str, Any], options: dict[str, Any]) -> dict[st
 @click.command("ls")
 @bus_options
 def ls(as_json: bool, **options: Any) -> None:
-    """List a host's networks and instances with their status, and its warm VMMs."""
+    """List a host's networks, instances and warm VMMs."""
     answer = ask("list", {}, options)
     if as_json:
         print_json(answer)
