@@ -23,6 +23,7 @@ from tests.fakes.shell_worker import SUBJECTS, NoMeters, command
 from worker.dispatch import Dispatch
 from worker.journal.journal import Journal
 from worker.lanes import Lanes
+from worker.reconcile.vmm_watch import NotifyingRunner
 
 
 @dataclass
@@ -34,6 +35,7 @@ class MemoryWorker:
     host: Host
     lanes: Lanes
     mechanisms: Mapping[str, Removable]
+    runner: NotifyingRunner
     seq: int = 0
     ids: list[str] = field(default_factory=list[str])
     closers: list[Callable[[], Awaitable[None]]] = field(
@@ -95,11 +97,12 @@ async def memory_worker(
     host = machine.host(journal.records, settings)
     known = mechanisms(host)
     dispatch = Dispatch(journal, HANDLERS, host, known, meters=NoMeters(), failpoint=failpoint)
-    lanes = Lanes(dispatch)
+    runner = NotifyingRunner(dispatch)
+    lanes = Lanes(runner)
     for row in journal.commands.unfinished():
         lanes.put(row)
     lanes.start()
-    made = MemoryWorker(machine, journal, host, lanes, known)
+    made = MemoryWorker(machine, journal, host, lanes, known, runner)
     try:
         yield made
     finally:

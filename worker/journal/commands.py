@@ -164,6 +164,10 @@ class JournalCommands:
         """All commands without an outcome, in the order of intake."""
         return sorted(self._store.mirror.commands.values(), key=lambda row: row.n)
 
+    def count(self) -> int:
+        """How many commands have no outcome."""
+        return len(self._store.mirror.commands)
+
     def is_unfinished(self, command_id: str) -> bool:
         return command_id in self._store.mirror.commands
 

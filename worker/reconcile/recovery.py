@@ -71,11 +71,11 @@ class Recovery:
         asleep = [r for r in self._journal.records.instances() if r.status is Status.SLEEPING]
         await self._each(asleep, self._hash_memory)
         await self._journal.store.put_meta(BOOT_ID, boot_id)
-        self._vmm_watch.sync()
+        self._vmm_watch.sync_all()
         await self._journal.records.event(
             EventKind.RECOVERED,
             reason="the host was rebooted" if rebooted else "the worker was started",
-            detail={**vars(self._counts), "commands": len(self._journal.commands.unfinished())},
+            detail={**vars(self._counts), "commands": self._journal.commands.count()},
         )
         log.info("worker.recovered", rebooted=rebooted, **vars(self._counts))
         return self._counts
@@ -126,7 +126,8 @@ class Recovery:
             host.later("hash_memory", lambda: announce_hash(ref, number, host))
 
     def _has_command(self, record: InstanceRecord) -> bool:
-        return any(row.id == record.command_id for row in self._journal.commands.unfinished())
+        command_id = record.command_id
+        return command_id is not None and self._journal.commands.is_unfinished(command_id)
 
     async def _adopt(self, record: InstanceRecord) -> None:
         identity = await self._host.vmms.find(record.jail_id)

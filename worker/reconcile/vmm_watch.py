@@ -5,7 +5,8 @@ unexpected exit is cleaned up and reported by `handlers/instance/vmm_exit.py`.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -17,6 +18,7 @@ from handlers.interfaces import Host
 from handlers.steps import Steps
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status, VmmIdentity
+from schemas.requests import InstanceRef
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.lanes import Lanes, MaintenanceTask, Runner, Work
@@ -46,8 +48,17 @@ class ExitWatch(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """The task that watches, or cleans up after, the VMM of one jail."""
+
+    jail_id: str
+    task: asyncio.Task[None]
+
+
 class VmmWatch:
-    """One watch per running VMM. Call `sync` after anything that may have started or ended one.
+    """One watch per running VMM. Call `sync` for an instance after anything that may have started
+    or ended its VMM.
 
     Args:
         exits: reports the end of a process.
@@ -70,22 +81,28 @@ class VmmWatch:
         self._metrics = metrics
         self._exits = exits
         self._sleep = sleep
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._watched: dict[InstanceRef, _Watched] = {}
 
-    def sync(self) -> None:
-        """Watch each running VMM, and stop watching all others."""
-        running = {
-            record.jail_id: record
-            for record in self._journal.records.instances()
-            if record.status.expects_vmm and record.vmm is not None
-        }
-        for jail_id in [jail_id for jail_id in self._tasks if jail_id not in running]:
-            self._tasks.pop(jail_id).cancel()
-        for jail_id, record in running.items():
-            if jail_id not in self._tasks:
-                self._tasks[jail_id] = asyncio.create_task(
-                    self._until_exit(record), name=f"vmm {jail_id}"
-                )
+    def sync_all(self) -> None:
+        """Once, at the end of recovery: watch each running VMM."""
+        for ref in {*self._watched, *(each.ref for each in self._journal.records.instances())}:
+            self.sync(ref)
+
+    def sync(self, ref: InstanceRef) -> None:
+        """Watch the instance's VMM if it should run, and no other of its launches."""
+        record = self._journal.records.instance(ref)
+        runs = record is not None and record.status.expects_vmm and record.vmm is not None
+        jail_id = record.jail_id if record is not None and runs else None
+        watched = self._watched.get(ref)
+        if watched is not None and watched.jail_id != jail_id:
+            del self._watched[ref]
+            watched.task.cancel()
+        if record is not None and jail_id is not None and ref not in self._watched:
+            self._watch(record, self._until_exit(record))
+
+    def _watch(self, record: InstanceRecord, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work, name=f"vmm {record.jail_id}")
+        self._watched[record.ref] = _Watched(record.jail_id, task)
 
     def exited(self, record: InstanceRecord, reason: str) -> None:
         """Handle the exit of a VMM in its instance's lane."""
@@ -96,12 +113,12 @@ class VmmWatch:
                 handled = await vmm_exited(record.ref, record.launch, steps, self._host)
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 log.warning("vmm.cleanup_failed", instance=str(record.ref), **facts_of(error))
-                self._tasks[record.jail_id] = asyncio.create_task(self._retry(record, reason))
+                self._watch(record, self._retry(record, reason))
                 return
             if handled:
                 self._metrics.vmm_exited(reason)
                 log.warning("vmm.exited", instance=str(record.ref), reason=reason)
-            self.sync()
+            self.sync(record.ref)
 
         self.put_in_lane(record, "vmm_exited", handle)
 
@@ -112,8 +129,8 @@ class VmmWatch:
         self._lanes.put_maintenance(Lane.instance(record.ref), MaintenanceTask(name, run))
 
     async def close(self) -> None:
-        tasks = list(self._tasks.values())
-        self._tasks.clear()
+        tasks = [watched.task for watched in self._watched.values()]
+        self._watched.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -159,17 +176,19 @@ class VmmWatch:
 
 
 class NotifyingRunner:
-    """A lane's runner that calls `after` when a command may have started or ended a VMM."""
+    """A lane's runner that calls `after` when a command may have started or ended its instance's
+    VMM."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self.after: Callable[[], None] = lambda: None
+        self.after: Callable[[InstanceRef], None] = lambda ref: None
 
     async def run(self, work: Work) -> None:
         try:
             await self._runner.run(work)
         finally:
-            self.after()
+            if (ref := work.row.lane.ref) is not None:
+                self.after(ref)
 
     async def answer_superseded(self, work: Work) -> None:
         await self._runner.answer_superseded(work)

@@ -52,7 +52,7 @@ async def test_a_vmm_whose_watch_fails_is_watched_again(tmp_path: Path, error: E
         watch = VmmWatch(
             worker.host, worker.journal, worker.lanes, Metrics("0"), exits, sleep=sleep
         )
-        watch.sync()
+        watch.sync_all()
         await until(lambda: bool(exits.watched))
         assert worker.record().status is Status.RUNNING
 

@@ -35,7 +35,7 @@ async def test_an_exit_is_cleaned_up_and_the_instance_is_failed(tmp_path: Path) 
     async with memory_worker(tmp_path / "j", machine) as worker:
         record = await started(worker)
         watch = vmm_watch(worker)
-        watch.sync()
+        watch.sync_all()
 
         machine.flows = {"10.240.3.5", "10.240.3.6"}
         machine.kill(record.jail_id)
@@ -84,7 +84,7 @@ async def test_a_live_process_that_is_not_the_vmm_launched_is_quarantined(tmp_pa
         exits.strange.add(record.vmm.pid)
         watch = vmm_watch(worker, exits)
 
-        watch.sync()
+        watch.sync_all()
         await until(lambda: worker.record().status is Status.UNKNOWN)
 
         assert ("vmm", record.jail_id) in machine.resources
@@ -99,8 +99,8 @@ async def test_each_vmm_is_watched_once_however_often_it_is_synced(tmp_path: Pat
         exits = FakeExits(machine)
         watch = vmm_watch(worker, exits)
 
-        watch.sync()
-        watch.sync()
+        watch.sync_all()
+        watch.sync_all()
         await until(lambda: bool(exits.watched))
 
         assert exits.watched == [record.vmm.pid]
