@@ -108,11 +108,7 @@ async def admitted(need: DiskNeed, quota: TenantQuota | None, host: Host) -> Asy
 
 async def data_disks_bytes(tenant_id: str, host: Host) -> int:
     """The nominal size of the tenant's data disks, those that a Destroy kept included."""
-    total = sum(
-        record.disk.size_bytes
-        for record in host.records.instances(tenant_id)
-        if record.disk is not None
-    )
+    total = host.records.usage(tenant_id).disk_bytes
     for kept in host.records.kept_volumes(tenant_id):
         if kept.disk is not None:
             with contextlib.suppress(Failure):

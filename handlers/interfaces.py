@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 from typing import Any, Protocol
 
 from handlers.concurrency import Slots
@@ -36,7 +37,14 @@ from handlers.specs import (
 from handlers.tenant_locks import TenantLocks
 from schemas.envelopes import EventKind
 from schemas.files import InstanceFile, PoolSpec, TenantConfig
-from schemas.records import DiskIdentity, InstanceRecord, NetworkRecord, Tombstone, VmmIdentity
+from schemas.records import (
+    DiskIdentity,
+    InstanceRecord,
+    NetworkRecord,
+    Tombstone,
+    Usage,
+    VmmIdentity,
+)
 from schemas.requests import InstanceRef
 from schemas.settings import Settings
 
@@ -253,10 +261,11 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
         """Numbers of the launches whose cgroup exists, with or without a process."""
         ...
 
-    def free_uid(self, taken: Collection[int]) -> int | None:
+    def free_uid(self, taken: Callable[[int], bool]) -> int | None:
         """A uid of `[vmm]` that is not `taken` and that no process has, known or not.
 
-        None if there is none. In memory and in the kernel's: it does not block.
+        The next after the one that was found last: a uid is used again as late as possible, and
+        those in use are not gone through each time. None if there is none. It does not block.
         """
         ...
 
@@ -443,7 +452,31 @@ class Records(Protocol):
         ...
 
     def instances(self, tenant_id: str | None = None) -> Sequence[InstanceRecord]:
-        """All records, or those of one tenant."""
+        """All records, or those of one tenant. Not for a command: it must not cost more on a host
+        with more instances, and the next methods look at none."""
+        ...
+
+    def usage(self, tenant_id: str | None = None) -> Usage:
+        """What all instances, or those of one tenant, take up."""
+        ...
+
+    def with_slot(self, slot: int) -> InstanceRef | None:
+        """The instance that has the uid slot."""
+        ...
+
+    def with_offset(self, tenant_id: str, offset: int) -> InstanceRecord | None:
+        """The tenant's instance, live or sleeping, that has the address offset."""
+        ...
+
+    def refers(self, revision: str) -> bool:
+        """Whether an instance refers to the artifact revision named by this `ArtifactSpec.key`.
+
+        An instance being destroyed does not: its Destroy is always completed.
+        """
+        ...
+
+    def tenant_of_jail(self, jail_id: str) -> str | None:
+        """The tenant of the instance on record whose launches have such jail IDs."""
         ...
 
     async def put_instance(
@@ -478,7 +511,19 @@ class Records(Protocol):
         ...
 
     def networks(self) -> Sequence[NetworkRecord]:
-        """All networks that should exist."""
+        """All networks that should exist. Not for a command, as `instances`."""
+        ...
+
+    def network_count(self) -> int:
+        """How many networks should exist."""
+        ...
+
+    def network_with_id(self, tenant_net_id: int) -> NetworkRecord | None:
+        """The network that has the net id."""
+        ...
+
+    def networks_overlapping(self, subnet: IPv4Network) -> Sequence[NetworkRecord]:
+        """The networks that have an address in common with the subnet."""
         ...
 
     async def put_network(self, record: NetworkRecord) -> None:

@@ -62,7 +62,7 @@ async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
         if recorded is None or recorded.status != "up":
             await host.records.put_network(record_of(cmd, "up", host))
             changed = True
-        warnings = list(await host.networks.warnings(len(host.records.networks())))
+        warnings = list(await host.networks.warnings(host.records.network_count()))
     # `changed` covers all runs of the command: a step that an earlier run made has outcome `done`.
     ours = {host.tenant_rules.name, host.bridges.name}
     changed = changed or any(s.outcome == "done" and s.name in ours for s in steps.taken)
@@ -216,15 +216,14 @@ def validate_net(cmd: NetworkRequest, allowed: tuple[str, ...]) -> None:
 
 def refuse_duplicate(tenant_id: str, net: TenantNet, host: Host) -> None:
     """A net id belongs to one tenant of this host, and so does an address."""
-    subnet = IPv4Network(net.ipv4_subnet)
-    for other in host.records.networks():
-        if other.tenant_id == tenant_id:
-            continue
-        if other.net.tenant_net_id == net.tenant_net_id:
-            raise Conflict(f"tenant_net_id {net.tenant_net_id} belongs to tenant {other.tenant_id}")
-        if IPv4Network(other.net.ipv4_subnet).overlaps(subnet):
+    other = host.records.network_with_id(net.tenant_net_id)
+    if other is not None and other.tenant_id != tenant_id:
+        raise Conflict(f"tenant_net_id {net.tenant_net_id} belongs to tenant {other.tenant_id}")
+    for other in host.records.networks_overlapping(IPv4Network(net.ipv4_subnet)):
+        if other.tenant_id != tenant_id:
             raise Conflict(
-                f"subnet {subnet} overlaps {other.net.ipv4_subnet} of tenant {other.tenant_id}"
+                f"subnet {net.ipv4_subnet} overlaps {other.net.ipv4_subnet} of tenant "
+                f"{other.tenant_id}"
             )
 
 

@@ -153,6 +153,31 @@ class VmmIdentity(msgspec.Struct, frozen=True):
     boot_id: str
 
 
+class Usage(msgspec.Struct, frozen=True):
+    """What instances take up: the live ones' number, vCPUs and memory, and all data disks."""
+
+    instances: int = 0
+    vcpus: int = 0
+    mem_mib: int = 0
+    disk_bytes: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.instances + other.instances,
+            self.vcpus + other.vcpus,
+            self.mem_mib + other.mem_mib,
+            self.disk_bytes + other.disk_bytes,
+        )
+
+    def __sub__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.instances - other.instances,
+            self.vcpus - other.vcpus,
+            self.mem_mib - other.mem_mib,
+            self.disk_bytes - other.disk_bytes,
+        )
+
+
 class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One instance on this host. Changed with `msgspec.structs.replace`, saved by the journal.
 
@@ -197,6 +222,14 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def holds_offset(self) -> bool:
         return self.holds_host or self.status is Status.SLEEPING
+
+    @property
+    def usage(self) -> Usage:
+        """Its part of a tenant's, or the host's."""
+        disk_bytes = 0 if self.disk is None else self.disk.size_bytes
+        if not self.holds_host:
+            return Usage(disk_bytes=disk_bytes)
+        return Usage(1, self.vcpus, self.mem_mib, disk_bytes)
 
 
 class NetworkRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,6 +1,5 @@
 """Builds the `Host` that handlers get: the one place that names the real mechanisms."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from handlers.concurrency import Slots
@@ -64,20 +63,19 @@ def open_real_host(settings: Settings, records: Records, later: Later, disk: Dis
     pending_reservations: dict[InstanceRef, InstanceRecord] = {}
 
     def in_use(key: str) -> bool:
-        known: Iterable[InstanceRecord] = (*records.instances(), *pending_reservations.values())
-        return any(refers(record, key) for record in known)
+        pending = pending_reservations.values()
+        return records.refers(key) or any(refers(record, key) for record in pending)
 
-    def slots_in_use() -> set[int]:
-        known = (*records.instances(), *pending_reservations.values())
-        return {record.uid_slot for record in known if record.uid_slot is not None}
+    def slot_in_use(slot: int) -> bool:
+        pending = pending_reservations.values()
+        return records.with_slot(slot) is not None or any(r.uid_slot == slot for r in pending)
 
     def free_mib() -> int:
-        limits = settings.limits
-        live = [record for record in records.instances() if record.holds_host]
-        used = sum(record.mem_mib + limits.vmm_overhead_mib for record in live)
+        limits, live = settings.limits, records.usage()
+        used = live.mem_mib + live.instances * limits.vmm_overhead_mib
         return facts.memory_mib() - limits.mem_reserve_mib - used
 
-    warm = WarmPool(settings, slots_in_use, free_mib)
+    warm = WarmPool(settings, slot_in_use, free_mib)
     paths = settings.paths
     jails = Jails(
         data=paths.data,

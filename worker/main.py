@@ -7,7 +7,6 @@ and only then the lanes. Stop (SIGTERM): `Worker._shut_down`. VMs keep running t
 import asyncio
 import contextlib
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from importlib.metadata import version
@@ -220,17 +219,17 @@ class Worker:
 
     def facts(self) -> dict[str, Any]:
         """Shown in a Pong and in the lease: state and capacity of this host."""
-        live = [record for record in self.journal.records.instances() if record.holds_host]
+        live = self.journal.records.usage()
         limits = self.settings.limits
         total_mib = self._real.facts.memory_mib() - limits.mem_reserve_mib
-        used_mib = sum(record.mem_mib + limits.vmm_overhead_mib for record in live)
+        used_mib = live.mem_mib + live.instances * limits.vmm_overhead_mib
         return {
             "boot_id": self._real.facts.boot_id(),
             "host_state": self.host_state,
             "limits_enforced": limits.enforce,
             "capacity": {
-                "instances": len(live),
-                "vcpus_used": sum(record.vcpus for record in live),
+                "instances": live.instances,
+                "vcpus_used": live.vcpus,
                 "mem_mib": total_mib,
                 "mem_free_mib": max(0, total_mib - used_mib),
             },
@@ -252,7 +251,7 @@ class Worker:
 
     def _collect(self) -> None:
         self.metrics.lanes(**self.lanes.counts())
-        self.metrics.unfinished(len(self.journal.commands.unfinished()))
+        self.metrics.unfinished(self.journal.commands.count())
         outbox = self.journal.outbox
         self.metrics.outbox_rows(outbox.depth, held=outbox.held)
         self.metrics.bus_connected(self.bus.connected)
@@ -268,9 +267,7 @@ class Worker:
         self.metrics.warm_vmms(self._real.warm.counts(), self._real.warm.totals)
         self.metrics.log_dropped(logs.dropped())
         self.metrics.limits_enforced(self.settings.limits.enforce)
-        self.metrics.instances(
-            Counter(record.status for record in self.journal.records.instances())
-        )
+        self.metrics.instances(self.journal.records.statuses())
 
     # -- start and stop ------------------------------------------------------------------------
 

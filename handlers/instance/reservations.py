@@ -18,8 +18,8 @@ from handlers.mechanism import Durability
 from schemas.files import TenantQuota
 from schemas.naming import jail_id as jail_id_of
 from schemas.naming import parse_ref
-from schemas.records import InstanceRecord, Status
-from schemas.requests import TenantNet
+from schemas.records import InstanceRecord, Status, Usage
+from schemas.requests import InstanceRef, TenantNet
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,22 +112,19 @@ class Reservations:
 
     def _decide(self, spec: ReservationSpec, newest_launch: int) -> InstanceRecord:
         limits = self._host.settings.limits
-        others = [r for r in self._allocated() if r.ref != spec.before.ref]
-        mine = [r for r in others if r.ref.tenant_id == spec.before.ref.tenant_id]
-        live = [r for r in mine if r.holds_host]
-        _within("vCPUs", sum(r.vcpus for r in live) + spec.vcpus, spec.quota.max_vcpus)
-        _within(
-            "memory in MiB", sum(r.mem_mib for r in live) + spec.mem_mib, spec.quota.max_mem_mib
-        )
-        _within("running instances", len(live) + 1, spec.quota.max_running)
-        for other in mine:
-            if other.offset == spec.offset:
-                raise Conflict(
-                    f"address offset {spec.offset} is used by instance {other.ref}",
-                    path="instance.json: $.net.guest_ip",
-                )
+        ref = spec.before.ref
+        mine = self._usage_of_others(ref, ref.tenant_id)
+        _within("vCPUs", mine.vcpus + spec.vcpus, spec.quota.max_vcpus)
+        _within("memory in MiB", mine.mem_mib + spec.mem_mib, spec.quota.max_mem_mib)
+        _within("running instances", mine.instances + 1, spec.quota.max_running)
+        if (other := self._other_with_offset(ref, spec.offset)) is not None:
+            raise Conflict(
+                f"address offset {spec.offset} is used by instance {other}",
+                path="instance.json: $.net.guest_ip",
+            )
         overhead = limits.vmm_overhead_mib
-        used = sum(r.mem_mib + overhead for r in others if r.holds_host)
+        all_others = self._usage_of_others(ref, None)
+        used = all_others.mem_mib + all_others.instances * overhead
         free = self._host.facts.memory_mib() - limits.mem_reserve_mib - used
         if spec.mem_mib + overhead > free:
             raise Exhausted(
@@ -142,7 +139,7 @@ class Reservations:
             since_ms=spec.now_ms,
             launch=newest_launch + 1,
             # A VMM that was launched ahead comes with its uid.
-            uid_slot=self._free_slot(others) if slot is None else slot,
+            uid_slot=self._free_slot(ref) if slot is None else slot,
             offset=spec.offset,
             net=spec.net,
             revision=spec.revision,
@@ -154,22 +151,45 @@ class Reservations:
             before=replace(spec.before, before=None),
         )
 
-    def _allocated(self) -> list[InstanceRecord]:
-        """All live and sleeping instances, with the reservations not committed yet."""
-        known = {r.ref: r for r in self._host.records.instances()} | self._host.pending_reservations
-        return [r for r in known.values() if r.holds_offset]
+    def _usage_of_others(self, ref: InstanceRef, tenant_id: str | None) -> Usage:
+        """What all instances but this one take up, with the reservations not committed yet: those
+        of the tenant, or of the host. Looks at none but those being reserved."""
+        records, pending = self._host.records, self._host.pending_reservations
+        usage = records.usage(tenant_id)
+        for each in {ref, *pending}:
+            if tenant_id in {None, each.tenant_id}:
+                now, reserved = records.instance(each), pending.get(each)
+                usage -= Usage() if now is None else now.usage
+                usage += Usage() if reserved is None or each == ref else reserved.usage
+        return usage
 
-    def _free_slot(self, others: list[InstanceRecord]) -> int:
-        """A slot that no record has and whose uid no process has.
+    def _other_with_offset(self, ref: InstanceRef, offset: int) -> InstanceRef | None:
+        """Another instance of the tenant, live, sleeping or being reserved, with this offset."""
+        pending = self._host.pending_reservations
+        for each in pending.values():
+            if (each.ref.tenant_id, each.offset) == (ref.tenant_id, offset) and each.ref != ref:
+                return each.ref
+        other = self._host.records.with_offset(ref.tenant_id, offset)
+        if other is None or other.ref == ref or other.ref in pending:
+            return None
+        return other.ref
+
+    def _free_slot(self, ref: InstanceRef) -> int:
+        """A slot that no other record has and whose uid no process has.
 
         A VMM that no record explains, e.g. after the journal was lost, keeps its uid to itself:
         a second one of that uid could open its files and signal it.
         """
-        base = self._host.settings.vmm.uid_base
-        uid = self._host.vmms.free_uid(
-            {base + r.uid_slot for r in others if r.uid_slot is not None}
-            | {base + slot for slot in self._host.warm.slots}
-        )
+        host, base = self._host, self._host.settings.vmm.uid_base
+        reserved = {each.uid_slot for each in host.pending_reservations.values()}
+
+        def taken(uid: int) -> bool:
+            slot = uid - base
+            holder = host.records.with_slot(slot)
+            others = holder is not None and holder != ref
+            return others or slot in reserved or slot in host.warm.slots
+
+        uid = host.vmms.free_uid(taken)
         if uid is not None:
             return uid - base
         raise Exhausted(

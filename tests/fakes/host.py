@@ -114,6 +114,8 @@ class FakeHost:
     exits_on_request: bool = True
     exited: dict[int, asyncio.Event] = field(default_factory=dict[int, asyncio.Event])
     uids: dict[str, int] = field(default_factory=dict[str, int])
+    live_uids: set[int] = field(default_factory=set[int])
+    next_slot: int = 0
     warm: list[int] = field(default_factory=list[int])
     lose_warm: bool = False
     foreign_uids: set[int] = field(default_factory=set[int])
@@ -138,7 +140,7 @@ class FakeHost:
         """The VMM exits, for whatever reason."""
         identity = self.resources.pop(("vmm", jail_id), None)
         self.guests.pop(jail_id, None)
-        self.uids.pop(jail_id, None)
+        self.live_uids.discard(self.uids.pop(jail_id, 0))
         if identity is not None:
             self.exited[identity.pid].set()
 
@@ -146,6 +148,7 @@ class FakeHost:
         """An idle VMM runs in this jail and cgroup."""
         self.next_pid += 1
         self.uids[spec.key] = spec.uid
+        self.live_uids.add(spec.uid)
         self.guests[spec.key] = Guest()
         self.exited[self.next_pid] = asyncio.Event()
         self.resources["vmm", spec.key] = VmmIdentity(
@@ -526,13 +529,14 @@ class FakeVmms(Plain[LaunchSpec]):
     async def launches(self, ref: InstanceRef) -> Sequence[int]:
         return launches_of(self.machine, self.name, ref)
 
-    def free_uid(self, taken: Collection[int]) -> int | None:
-        machine = self.machine
-        live = {uid for key, uid in machine.uids.items() if (self.name, key) in machine.resources}
-        used = {*taken, *live, *machine.foreign_uids}
-        settings = VmmSettings()
-        uids = range(settings.uid_base, settings.uid_base + settings.uid_count)
-        return next((uid for uid in uids if uid not in used), None)
+    def free_uid(self, taken: Callable[[int], bool]) -> int | None:
+        machine, settings = self.machine, VmmSettings()
+        for _ in range(settings.uid_count):
+            uid = settings.uid_base + machine.next_slot
+            machine.next_slot = (machine.next_slot + 1) % settings.uid_count
+            if not taken(uid) and uid not in machine.foreign_uids | machine.live_uids:
+                return uid
+        return None
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         identity: VmmIdentity | None = self.machine.resources.get((self.name, jail_id))

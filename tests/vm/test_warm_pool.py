@@ -4,7 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -33,12 +33,12 @@ class Pooled:
         vmm = msgspec.structs.replace(rig.settings.vmm, warm_pool=size, uid_count=UIDS)
         self.settings = msgspec.structs.replace(rig.settings, vmm=vmm)
         self.free_mib = 1024
-        self.pool = WarmPool(self.settings, self.slots, lambda: self.free_mib)
+        self.pool = WarmPool(self.settings, self.has_slot, lambda: self.free_mib)
         self.task: asyncio.Task[None] | None = None
 
-    def slots(self) -> Collection[int]:
+    def has_slot(self, slot: int) -> bool:
         """Those up to the rig's, which other launches of the test have."""
-        return range(SLOT + 1)
+        return slot <= SLOT
 
     def claim(self, store: StoreRig, number: int) -> None:
         """For this launch, which gets its uid."""

@@ -14,8 +14,9 @@ from handlers.mechanism import StepRow
 from schemas import codec
 from schemas.envelopes import Command, Form
 from schemas.records import InstanceRecord, NetworkRecord, Tombstone
-from schemas.requests import InstanceRef
 from schemas.subjects import Lane
+from worker.journal.instances import Instances, Tombstones
+from worker.journal.networks import Networks
 from worker.journal.transaction import OutRow, StateRow
 
 OUT_KINDS: Final = ("reply", "direct", "dead", "event")
@@ -94,11 +95,9 @@ class Mirror:
         default_factory=dict[str, dict[tuple[str, str], StepRow]]
     )
     points: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
-    instances: dict[InstanceRef, InstanceRecord] = field(
-        default_factory=dict[InstanceRef, InstanceRecord]
-    )
-    tombstones: dict[InstanceRef, Tombstone] = field(default_factory=dict[InstanceRef, Tombstone])
-    networks: dict[str, NetworkRecord] = field(default_factory=dict[str, NetworkRecord])
+    instances: Instances = field(default_factory=Instances)
+    tombstones: Tombstones = field(default_factory=Tombstones)
+    networks: Networks = field(default_factory=Networks)
     out: dict[str, OutQueue] = field(default_factory=dict[str, OutQueue])
     states: dict[str, StateRow] = field(default_factory=dict[str, StateRow])
     meta: dict[str, str] = field(default_factory=dict[str, str])
@@ -148,16 +147,13 @@ def load(connection: sqlite3.Connection) -> Mirror:
         mirror.points.setdefault(command_id, set()).add(name)
     for (record,) in connection.execute("SELECT record FROM instance"):
         with _skipping_bad_row("instance", record):
-            instance = INSTANCE.decode(record)
-            mirror.instances[instance.ref] = instance
+            mirror.instances.put(INSTANCE.decode(record))
     for (record,) in connection.execute("SELECT record FROM tombstone"):
         with _skipping_bad_row("tombstone", record):
-            tombstone = TOMBSTONE.decode(record)
-            mirror.tombstones[tombstone.ref] = tombstone
+            mirror.tombstones.put(TOMBSTONE.decode(record))
     for (record,) in connection.execute("SELECT record FROM network"):
         with _skipping_bad_row("network", record):
-            network = NETWORK.decode(record)
-            mirror.networks[network.tenant_id] = network
+            mirror.networks.put(NETWORK.decode(record))
     for kind in OUT_KINDS:
         queue = mirror.out[kind] = OutQueue()
         (queue.count,) = connection.execute(

@@ -2,15 +2,16 @@
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 from typing import Any, Final
 
 import msgspec
 
 from handlers.errors import Conflict
 from schemas.envelopes import EventKind
-from schemas.records import InstanceRecord, NetworkRecord, Status, Tombstone
+from schemas.records import InstanceRecord, NetworkRecord, Status, Tombstone, Usage
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane
 from worker.journal.store import Store
@@ -42,8 +43,28 @@ class JournalRecords:
 
     def instances(self, tenant_id: str | None = None) -> Sequence[InstanceRecord]:
         """All, or one tenant's."""
-        records = self._store.mirror.instances.values()
-        return tuple(r for r in records if tenant_id is None or r.ref.tenant_id == tenant_id)
+        instances = self._store.mirror.instances
+        return tuple(instances.all() if tenant_id is None else instances.of(tenant_id))
+
+    def usage(self, tenant_id: str | None = None) -> Usage:
+        """Of all, or of one tenant's."""
+        return self._store.mirror.instances.usage(tenant_id)
+
+    def statuses(self) -> Mapping[Status, int]:
+        """How many instances have each status."""
+        return self._store.mirror.instances.statuses()
+
+    def with_slot(self, slot: int) -> InstanceRef | None:
+        return self._store.mirror.instances.with_slot(slot)
+
+    def with_offset(self, tenant_id: str, offset: int) -> InstanceRecord | None:
+        return self._store.mirror.instances.with_offset(tenant_id, offset)
+
+    def refers(self, revision: str) -> bool:
+        return self._store.mirror.instances.refers(revision)
+
+    def tenant_of_jail(self, jail_id: str) -> str | None:
+        return self._store.mirror.instances.tenant_of_jail(jail_id)
 
     async def put_instance(
         self,
@@ -113,7 +134,7 @@ class JournalRecords:
             self._store.source.announce(tx, draft, at_ms, state)
 
         def remember() -> None:
-            self._store.mirror.instances[ref] = record
+            self._store.mirror.instances.put(record)
 
         return Change(save, remember)
 
@@ -147,10 +168,10 @@ class JournalRecords:
                 self._store.source.announce(tx, draft, at_ms, None)
 
         def remember() -> None:
-            self._store.mirror.instances.pop(ref, None)
-            self._store.mirror.tombstones.pop(ref, None)
+            self._store.mirror.instances.drop(ref)
+            self._store.mirror.tombstones.drop(ref)
             if tombstone is not None:
-                self._store.mirror.tombstones[ref] = tombstone
+                self._store.mirror.tombstones.put(tombstone)
 
         return Change(save, remember)
 
@@ -164,11 +185,7 @@ class JournalRecords:
         return self._store.mirror.tombstones.get(ref)
 
     def kept_volumes(self, tenant_id: str) -> Sequence[Tombstone]:
-        return [
-            tombstone
-            for ref, tombstone in self._store.mirror.tombstones.items()
-            if ref.tenant_id == tenant_id and tombstone.kept_volumes
-        ]
+        return tuple(self._store.mirror.tombstones.kept(tenant_id))
 
     async def prune_tombstones(
         self,
@@ -184,7 +201,7 @@ class JournalRecords:
         """
         before_ms = self._store.now_ms() - keep_ms
         tenants: defaultdict[str, list[Tombstone]] = defaultdict(list)
-        for tombstone in self._store.mirror.tombstones.values():
+        for tombstone in self._store.mirror.tombstones.all():
             if not tombstone.kept_volumes:
                 tenants[tombstone.ref.tenant_id].append(tombstone)
         going = [each for mine in tenants.values() for each in mine if each.at_ms <= before_ms]
@@ -201,7 +218,7 @@ class JournalRecords:
 
         def forget(gone: list[Tombstone]) -> None:
             for each in gone:
-                self._store.mirror.tombstones.pop(each.ref, None)
+                self._store.mirror.tombstones.drop(each.ref)
 
         gone = await self._store.writer.submit(save, apply=forget)
         return len(gone)
@@ -212,7 +229,16 @@ class JournalRecords:
         return self._store.mirror.networks.get(tenant_id)
 
     def networks(self) -> Sequence[NetworkRecord]:
-        return tuple(self._store.mirror.networks.values())
+        return tuple(self._store.mirror.networks.all())
+
+    def network_count(self) -> int:
+        return len(self._store.mirror.networks)
+
+    def network_with_id(self, tenant_net_id: int) -> NetworkRecord | None:
+        return self._store.mirror.networks.with_id(tenant_net_id)
+
+    def networks_overlapping(self, subnet: IPv4Network) -> Sequence[NetworkRecord]:
+        return self._store.mirror.networks.overlapping(subnet)
 
     async def put_network(self, record: NetworkRecord, *, durable: bool = False) -> None:
         """Save; a changed status is published as a `network` event and in the state row.
@@ -241,7 +267,7 @@ class JournalRecords:
             self._store.source.announce(tx, draft, at_ms, state)
 
         def apply(_: None) -> None:
-            self._store.mirror.networks[record.tenant_id] = record
+            self._store.mirror.networks.put(record)
 
         try:
             await self._store.writer.submit(do, apply=apply, durable=durable)
@@ -261,7 +287,7 @@ class JournalRecords:
                 self._store.source.announce(tx, draft, at_ms, None)
 
         def apply(_: None) -> None:
-            self._store.mirror.networks.pop(tenant_id, None)
+            self._store.mirror.networks.drop(tenant_id)
 
         await self._store.writer.submit(do, apply=apply)
 

@@ -1,7 +1,6 @@
 """The answers to queries: the journal's view, in plain values. Changes nothing."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 
 import msgpack
@@ -40,16 +39,17 @@ class Answers:
         }
 
     async def status(self) -> Answer:
-        instances = Counter(str(record.status) for record in self._journal.records.instances())
         return {
             "v": 1,
             "host_id": self._journal.store.subjects.host_id,
             "host_state": self._host_state(),
             "boot_id": self._boot_id,
             "journal_id": self._journal.store.journal_id,
-            "unfinished": len(self._journal.commands.unfinished()),
+            "unfinished": self._journal.commands.count(),
             "lanes": {str(lane): count for lane, count in self._journal.commands.lanes().items()},
-            "instances": dict(instances),
+            "instances": {
+                str(status): count for status, count in self._journal.records.statuses().items()
+            },
         }
 
     async def list(self) -> Answer:

@@ -145,9 +145,8 @@ class Reconciler:
 
     async def repair_network(self, net_id: int) -> None:
         """Restore the network with this id to its desired state."""
-        for record in self._journal.records.networks():
-            if record.net.tenant_net_id == net_id:
-                await self._restore(record)
+        if (record := self._journal.records.network_with_id(net_id)) is not None:
+            await self._restore(record)
 
     async def repair_networks(self, *, rules_only: bool = False) -> None:
         """Restore the networks that are not in their desired state: all of them are looked at.
@@ -186,7 +185,7 @@ class Reconciler:
 
     async def _report_warnings(self) -> None:
         """Count what keeps guests from the network; an event has what is new since last time."""
-        warnings = set(await self._host.networks.warnings(len(self._journal.records.networks())))
+        warnings = set(await self._host.networks.warnings(self._journal.records.network_count()))
         self._metrics.network_warnings(len(warnings))
         if new := sorted(warnings - self._warnings):
             await self._journal.records.event(

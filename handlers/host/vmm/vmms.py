@@ -14,7 +14,8 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Generator, Iterator
+from itertools import chain
 from typing import ClassVar
 
 from handlers.cancellation import run_shielded
@@ -54,6 +55,7 @@ class Vmms:
     def __init__(self, settings: Settings, layout: JailLayout | None = None) -> None:
         self._settings = settings.vmm
         self._uids = range(settings.vmm.uid_base, settings.vmm.uid_base + settings.vmm.uid_count)
+        self._next = 0
         self._layout = layout or JailLayout(settings.jail_base)
         self._tree = CgroupTree.of(settings)
         self._jailer = Jailer(settings)
@@ -122,13 +124,18 @@ class Vmms:
     async def launches(self, ref: InstanceRef) -> list[int]:
         return self._tree.launches(ref)
 
-    def free_uid(self, taken: Collection[int]) -> int | None:
-        for uid in self._uids:
-            if uid not in taken and not processes.is_listed(uid):
+    def free_uid(self, taken: Callable[[int], bool]) -> int | None:
+        for uid in self._next_uids():
+            if not taken(uid) and not processes.is_listed(uid):
+                self._next = self._uids.index(uid) + 1
                 return uid
         # Perhaps some have only zombies, which an init that reaps late leaves behind.
-        used = processes.uids_in_use(self._uids) | set(taken)
-        return next((uid for uid in self._uids if uid not in used), None)
+        used = processes.uids_in_use(self._uids)
+        return next((uid for uid in self._uids if uid not in used and not taken(uid)), None)
+
+    def _next_uids(self) -> Iterator[int]:
+        """All, from the one after the last that was found free."""
+        return chain(self._uids[self._next :], self._uids[: self._next])
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         self._layout.root(jail_id)

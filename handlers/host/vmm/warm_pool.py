@@ -38,20 +38,20 @@ class WarmPool:
 
     Args:
         settings: `[vmm] warm_pool` is how many.
-        slots_in_use: the uid slots of all records, those of pending reservations included.
+        slot_in_use: whether a record has the uid slot, that of a pending reservation included.
         free_mib: the memory that no VM is allocated.
     """
 
     def __init__(
         self,
         settings: Settings,
-        slots_in_use: Callable[[], Collection[int]],
+        slot_in_use: Callable[[int], bool],
         free_mib: Callable[[], int],
     ) -> None:
         self.size = settings.vmm.warm_pool
         self._overhead_mib = settings.limits.vmm_overhead_mib
         self._vmms = WarmVmms(settings)
-        self._slots_in_use, self._free_mib = slots_in_use, free_mib
+        self._slot_in_use, self._free_mib = slot_in_use, free_mib
         self._ready: dict[str, WarmVmm] = {}
         self._claimed: dict[str, WarmVmm] = {}
         self._preparing: dict[str, asyncio.Future[None]] = {}
@@ -197,7 +197,7 @@ class WarmPool:
         return held <= self._free_mib()
 
     def _slot(self) -> int | None:
-        slot = self._vmms.free_slot({*self._slots_in_use(), *self._slots})
+        slot = self._vmms.free_slot(lambda each: each in self._slots or self._slot_in_use(each))
         if slot is not None:
             self._slots.add(slot)
         return slot

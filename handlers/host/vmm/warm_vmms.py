@@ -9,7 +9,7 @@ import contextlib
 import os
 import secrets
 import signal
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from handlers.cancellation import run_shielded
@@ -54,12 +54,11 @@ class WarmVmms:
         self._cgroups = Cgroups(settings)
         self._launches = LaunchLog(settings.paths.state)
 
-    def free_slot(self, taken: Collection[int]) -> int | None:
+    def free_slot(self, taken: Callable[[int], bool]) -> int | None:
         """A uid slot that no process has, if it is not the last one; `taken` are others'."""
         base = self._settings.vmm.uid_base
-        uids = {base + slot for slot in taken}
-        uid = self._vmms.free_uid(uids)
-        if uid is None or self._vmms.free_uid({*uids, uid}) is None:
+        uid = self._vmms.free_uid(lambda each: taken(each - base))
+        if uid is None or self._vmms.free_uid(lambda e: e == uid or taken(e - base)) is None:
             return None
         return uid - base
 

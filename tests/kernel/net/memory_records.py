@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv4Network
 from typing import Any, cast
 
 from handlers.concurrency import Slots
@@ -45,6 +46,18 @@ class MemoryRecords:
 
     def networks(self) -> Sequence[NetworkRecord]:
         return list(self.networks_up.values())
+
+    def network_count(self) -> int:
+        return len(self.networks_up)
+
+    def network_with_id(self, tenant_net_id: int) -> NetworkRecord | None:
+        found = (each for each in self.networks() if each.net.tenant_net_id == tenant_net_id)
+        return next(found, None)
+
+    def networks_overlapping(self, subnet: IPv4Network) -> Sequence[NetworkRecord]:
+        return [
+            each for each in self.networks() if IPv4Network(each.net.ipv4_subnet).overlaps(subnet)
+        ]
 
     async def put_network(self, record: NetworkRecord) -> None:
         self.networks_up[record.tenant_id] = record

@@ -201,6 +201,8 @@ TRUSTED = {
     "worker/journal/memory.py:load:INSTANCE.decode": CAUGHT,
     "worker/journal/memory.py:load:NETWORK.decode": CAUGHT,
     "worker/journal/memory.py:load:TOMBSTONE.decode": CAUGHT,
+    "worker/journal/networks.py:_found:int": NO_TEXT,
+    "worker/journal/networks.py:_subnet_of:int": NO_TEXT,
     "worker/journal/records.py:_delete_tombstone:msgspec.json.decode": JOURNAL,
     "worker/journal/writer.py:_adopt:int": JOURNAL,
     "worker/logs.py:__call__:float": NO_TEXT,

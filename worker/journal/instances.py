@@ -1,0 +1,159 @@
+"""All instances in memory, with what a command asks of all of them: never by looking at each.
+
+Every put and drop keeps the answers up to date, so that a command costs the same on a host with
+one instance and with thousands. Values are as of the last commit.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+from handlers.specs import ArtifactSpec
+from schemas import naming
+from schemas.records import InstanceRecord, Status, Tombstone, Usage
+from schemas.requests import InstanceRef
+
+NOTHING = Usage()
+K = TypeVar("K")
+
+
+class Instances:
+    """Records by instance. What is not a lookup by key is kept as a sum or an index."""
+
+    def __init__(self) -> None:
+        self._records: dict[InstanceRef, InstanceRecord] = {}
+        self._of_tenant: dict[str, dict[InstanceRef, InstanceRecord]] = {}
+        self._usage: dict[str, Usage] = {}
+        self._total = NOTHING
+        self._slots: dict[int, InstanceRef] = {}
+        self._offsets: dict[tuple[str, int], InstanceRef] = {}
+        self._revisions: Counter[str] = Counter()
+        self._statuses: Counter[Status] = Counter()
+        self._jails: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def put(self, record: InstanceRecord) -> None:
+        ref = record.ref
+        self._uncount(ref)
+        self._records[ref] = record
+        self._of_tenant.setdefault(ref.tenant_id, {})[ref] = record
+        self._jails[naming.jail_id_prefix(ref)] = ref.tenant_id
+        self._add(ref.tenant_id, record.usage)
+        self._statuses[record.status] += 1
+        if record.uid_slot is not None:
+            self._slots[record.uid_slot] = ref
+        if record.holds_offset and record.offset is not None:
+            self._offsets[ref.tenant_id, record.offset] = ref
+        if (revision := _revision(record)) is not None:
+            self._revisions[revision] += 1
+
+    def drop(self, ref: InstanceRef) -> None:
+        """Absent is success."""
+        if ref not in self._records:
+            return
+        self._uncount(ref)
+        del self._records[ref], self._jails[naming.jail_id_prefix(ref)]
+        mine = self._of_tenant[ref.tenant_id]
+        del mine[ref]
+        if not mine:
+            del self._of_tenant[ref.tenant_id], self._usage[ref.tenant_id]
+
+    # -- answers -------------------------------------------------------------------------------
+
+    def get(self, ref: InstanceRef) -> InstanceRecord | None:
+        return self._records.get(ref)
+
+    def all(self) -> Collection[InstanceRecord]:
+        return self._records.values()
+
+    def of(self, tenant_id: str) -> Collection[InstanceRecord]:
+        return self._of_tenant.get(tenant_id, {}).values()
+
+    def usage(self, tenant_id: str | None = None) -> Usage:
+        """Of a tenant, or of all."""
+        return self._total if tenant_id is None else self._usage.get(tenant_id, NOTHING)
+
+    def with_slot(self, slot: int) -> InstanceRef | None:
+        """The instance that has the uid slot."""
+        return self._slots.get(slot)
+
+    def with_offset(self, tenant_id: str, offset: int) -> InstanceRecord | None:
+        """The tenant's instance, live or sleeping, that has the address offset."""
+        ref = self._offsets.get((tenant_id, offset))
+        return None if ref is None else self._records[ref]
+
+    def refers(self, revision: str) -> bool:
+        """Whether any refers to the artifact revision of this key; see `artifact_refs.refers`."""
+        return revision in self._revisions
+
+    def statuses(self) -> Mapping[Status, int]:
+        """How many have each status."""
+        return self._statuses
+
+    def tenant_of_jail(self, jail_id: str) -> str | None:
+        """The tenant of the instance whose launches have such jail IDs."""
+        return self._jails.get(f"{jail_id.rpartition('-')[0]}-")
+
+    # -- keeping the sums ----------------------------------------------------------------------
+
+    def _add(self, tenant_id: str, usage: Usage) -> None:
+        self._usage[tenant_id] = self._usage.get(tenant_id, NOTHING) + usage
+        self._total += usage
+
+    def _uncount(self, ref: InstanceRef) -> None:
+        """Take what a record adds out of all sums; of an instance without one, nothing."""
+        old = self._records.get(ref)
+        if old is None:
+            return
+        self._add(ref.tenant_id, NOTHING - old.usage)
+        _take(self._statuses, old.status)
+        if old.uid_slot is not None and self._slots.get(old.uid_slot) == ref:
+            del self._slots[old.uid_slot]
+        if old.offset is not None and self._offsets.get((ref.tenant_id, old.offset)) == ref:
+            del self._offsets[ref.tenant_id, old.offset]
+        if (revision := _revision(old)) is not None:
+            _take(self._revisions, revision)
+
+
+class Tombstones:
+    """What remains of destroyed instances; those with kept volumes also by tenant."""
+
+    def __init__(self) -> None:
+        self._records: dict[InstanceRef, Tombstone] = {}
+        self._kept: dict[str, dict[InstanceRef, Tombstone]] = {}
+
+    def put(self, tombstone: Tombstone) -> None:
+        self.drop(tombstone.ref)
+        self._records[tombstone.ref] = tombstone
+        if tombstone.kept_volumes:
+            self._kept.setdefault(tombstone.ref.tenant_id, {})[tombstone.ref] = tombstone
+
+    def drop(self, ref: InstanceRef) -> None:
+        """Absent is success."""
+        self._records.pop(ref, None)
+        kept = self._kept.get(ref.tenant_id, {})
+        if kept.pop(ref, None) is not None and not kept:
+            del self._kept[ref.tenant_id]
+
+    def get(self, ref: InstanceRef) -> Tombstone | None:
+        return self._records.get(ref)
+
+    def all(self) -> Collection[Tombstone]:
+        return self._records.values()
+
+    def kept(self, tenant_id: str) -> Collection[Tombstone]:
+        """The tenant's with kept volumes."""
+        return self._kept.get(tenant_id, {}).values()
+
+
+def _revision(record: InstanceRecord) -> str | None:
+    """The key of the revision that it refers to; an instance being destroyed does not."""
+    return None if record.status is Status.DESTROYING else ArtifactSpec.key_of(record)
+
+
+def _take(counts: Counter[K], key: K) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
