@@ -167,8 +167,15 @@ async def test_what_is_taken_away_under_the_worker_is_named_and_waited_for(what:
 async def test_replies_wait_for_a_stream_that_was_taken_away() -> None:
     async with live_host() as host:
         await host.net_up(host.seed())
+        await host.run(START)
+        root = await host.jail_root()
+        await host.ask_guest({"Set": {"drain": "hold"}})
+        await host.publish(HELD, "told")
+        await host.wait_status("draining")
+        # From now on no command is taken in, but the one that runs goes on and has an outcome.
         name = await remove(host, "replies")
-        assert (await host.run(START, "told"))["code"] == "ok"
+        await until(lambda: name in complaint(host), f"a word about {name}")
+        await host.ask_jail(root, "Release")
         await until(lambda: bool(logged(host, "outbox.send_failed")), "a word about the reply")
 
         await until(
