@@ -1,9 +1,12 @@
 """How many tests of each kind ran is part of the result: a kind that ran none fails CI."""
 
+import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 from hypothesis import HealthCheck, settings
 
 # The same examples in every run, and no verdict by the clock of a busy machine.
@@ -16,6 +19,16 @@ pytest_plugins = ["pytester", "tests.leaks"]
 
 KINDS = ("unit", "contract", "kernel", "broker", "vm", "crash", "lab")
 HERE = Path(__file__).parent
+
+
+def pytest_asyncio_loop_factories(
+    item: pytest.Item,
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Tests that are coroutines run on the worker's loop (ADR 0961), but for those that show a
+    defect of asyncio's own: `@pytest.mark.plain_loop`."""
+    if item.get_closest_marker("plain_loop"):
+        return {"asyncio": asyncio.new_event_loop}
+    return {"uvloop": uvloop.new_event_loop}
 
 
 def kind_of(nodeid_path: Path) -> str:

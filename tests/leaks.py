@@ -29,7 +29,7 @@ from handlers.host.vmm.cgroups import find_mount
 
 # Pools that live as long as the process (handlers.host.linux.file_threads) or as their event loop,
 # which ends them when it is closed, after the comparison.
-POOLS = ("files_", "slow-files_", "imports_", "asyncio_")
+POOLS = ("files_", "slow-files_", "imports_", "asyncio_", "uvloop_")
 SETTLED_WITHIN_S = 2.0
 TURNS = 20
 NETNS = "/run/netns"

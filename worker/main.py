@@ -1,7 +1,8 @@
 """The worker of one host: its parts, the order they start in, and the order they stop in.
 
 Start: directories, host lock, journal, host, bus; Ping is answered from then on. Then recovery,
-and only then the lanes. Stop (SIGTERM): `Worker._shut_down`. VMs keep running throughout.
+and only then the lanes. Stop (SIGTERM): `Worker._shut_down`. VMs keep running throughout. The loop
+is uvloop's (ADR 0961).
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 import structlog
+import uvloop
 
 from handlers.errors import Failure, of_os_error
 from handlers.host.facts import HostFacts
@@ -69,7 +71,8 @@ def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
         The exit code: 0, or the one of the failure's code.
     """
     try:
-        asyncio.run(_until_stopped(settings, read or (lambda: settings)))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_until_stopped(settings, read or (lambda: settings)))
     except Failure as failure:
         return _start_failed(failure.code, failure.message)
     except LeaseHeld as error:
