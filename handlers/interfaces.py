@@ -526,16 +526,19 @@ class Records(Protocol):
         """The networks that have an address in common with the subnet."""
         ...
 
+    def expect_network(self, record: NetworkRecord) -> None:
+        """Return this record from now on, though it is committed with the command's outcome.
+
+        For a command that holds the locks under which net ids and subnets are allocated.
+        """
+        ...
+
     async def put_network(self, record: NetworkRecord) -> None:
-        """Write a record.
+        """Write a record; delete one that is absent.
 
         Raises:
             Conflict: another tenant has the net id.
         """
-        ...
-
-    async def drop_network(self, tenant_id: str) -> None:
-        """Delete the record; success if absent."""
         ...
 
     async def event(

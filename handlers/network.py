@@ -15,11 +15,12 @@ from handlers.disk_admission import refuse_low_disk
 from handlers.errors import Conflict, Invalid, NotFound
 from handlers.interfaces import Host
 from handlers.network_names import network_specs, port_specs
+from handlers.specs import BridgeSpec, TenantRulesSpec
 from handlers.steps import Done, Steps
 from schemas.decode_error import DecodeError
 from schemas.envelopes import EventKind
 from schemas.files import TenantConfig
-from schemas.records import NetworkRecord
+from schemas.records import ABSENT, NetworkRecord
 from schemas.requests import NetworkRequest, SetupNetwork, TeardownNetwork, TenantNet
 from schemas.tenant_net import check_net
 
@@ -58,11 +59,16 @@ async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
             steps.announce((host.tenant_rules, rules.key), (host.bridges, bridge.key)),
         )
         changed = await steps.ensure(host.tenant_rules, rules) or changed
-        changed = await steps.ensure(host.bridges, bridge) or changed
+        made, found = await together(
+            steps.ensure(host.bridges, bridge),
+            host.networks.warnings(host.records.network_count() + (recorded is None)),
+        )
+        changed, warnings = made or changed, list(found)
+        record = None
         if recorded is None or recorded.status != "up":
-            await host.records.put_network(record_of(cmd, "up", host))
+            record = record_of(cmd, "up", host)
+            host.records.expect_network(record)
             changed = True
-        warnings = list(await host.networks.warnings(host.records.network_count()))
     # `changed` covers all runs of the command: a step that an earlier run made has outcome `done`.
     ours = {host.tenant_rules.name, host.bridges.name}
     changed = changed or any(s.outcome == "done" and s.name in ours for s in steps.taken)
@@ -76,7 +82,7 @@ async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
             detail={"warnings": warnings},
             command_id=steps.command_id,
         )
-    return Done(changed=changed, status=None, detail=detail)
+    return Done(changed=changed, status=None, detail=detail, network=record)
 
 
 async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Done:
@@ -90,19 +96,26 @@ async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Do
         recorded = await validate_teardown(cmd, host)
         # A Stop or Sleep just before may have left TAPs for the kernel to delete.
         await host.taps.settle(cmd.net.tenant_net_id)
-        await refuse_in_use(cmd, host)
-        steps.finalize()
         rules, bridge = network_specs(cmd.tenant_id, cmd.net)
-        present = await host.bridges.exists(bridge.key) or await host.tenant_rules.exists(rules.key)
+        _, present = await together(refuse_in_use(cmd, host), exists(rules, bridge, host))
+        steps.finalize()
         if recorded is not None and recorded.status == "up":
             await host.records.put_network(record_of(cmd, "down", host))
         # The bridge is removed first: without its rules it must not forward anything.
         await steps.remove(host.bridges, bridge.key)
         await steps.remove(host.tenant_rules, rules.key)
-        if recorded is not None:
-            await host.records.drop_network(cmd.tenant_id)
-    changed = present or recorded is not None
-    return Done(changed=changed, status=None, detail={"bridge_name": cmd.net.bridge_name})
+    record = None if recorded is None else record_of(cmd, ABSENT, host)
+    return Done(
+        changed=present or recorded is not None,
+        status=None,
+        detail={"bridge_name": cmd.net.bridge_name},
+        network=record,
+    )
+
+
+async def exists(rules: TenantRulesSpec, bridge: BridgeSpec, host: Host) -> bool:
+    """Whether any of a network is on the host."""
+    return await host.bridges.exists(bridge.key) or await host.tenant_rules.exists(rules.key)
 
 
 @asynccontextmanager

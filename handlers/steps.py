@@ -40,7 +40,7 @@ from handlers.control import Control
 from handlers.errors import Failure
 from handlers.mechanism import Keyed, Mechanism, Removable, StepIntent, StepLog
 from schemas.envelopes import StepTaken
-from schemas.records import InstanceRecord, Tombstone
+from schemas.records import InstanceRecord, NetworkRecord, Tombstone
 
 log = structlog.get_logger()
 UNDO_TIMEOUT_S = 30.0
@@ -243,8 +243,9 @@ class SnapshotMeasure:
 class Done:
     """The result of a handler; `changed` is false if the host already was in the requested state.
 
-    `record` is journalled with the outcome in one transaction; with `tombstone` the record is
-    deleted and the tombstone stays. `detail` of each command: docs/contract.md, section 5.
+    `record`, or `network`, is journalled with the outcome in one transaction; with `tombstone` the
+    record is deleted and the tombstone stays; a network that is absent is deleted. `detail` of each
+    command: docs/contract.md, section 5.
     `afterwards` is background work, by name, that begins once the outcome is committed; a killed
     worker loses it.
     """
@@ -255,5 +256,6 @@ class Done:
     left_behind: tuple[str, ...] = ()
     record: InstanceRecord | None = None
     tombstone: Tombstone | None = None
+    network: NetworkRecord | None = None
     snapshot: SnapshotMeasure | None = None
     afterwards: tuple[tuple[str, Callable[[], Awaitable[None]]], ...] = ()

@@ -1,7 +1,7 @@
 """The journal's records of instances and networks. Values only; `worker/journal` owns them."""
 
 from enum import StrEnum
-from typing import assert_never
+from typing import Final, assert_never
 
 import msgspec
 
@@ -232,8 +232,12 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
         return Usage(1, self.vcpus, self.mem_mib, disk_bytes)
 
 
+ABSENT: Final = "absent"
+
+
 class NetworkRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Desired state of a tenant's network. `status`: up, or down (being set up or torn down)."""
+    """Desired state of a tenant's network. `status`: up, down (being torn down), or `ABSENT`, of
+    which no record is kept."""
 
     tenant_id: str
     net: TenantNet

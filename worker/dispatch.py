@@ -241,10 +241,13 @@ class Dispatch:
     ) -> None:
         record = done.record if done is not None else None
         tombstone = done.tombstone if done is not None else None
+        network = done.network if done is not None else None
         reply, data = self._encode(row, reply)
         while True:
             try:
-                await self._journal.commands.finish(reply, data, record=record, tombstone=tombstone)
+                await self._journal.commands.finish(
+                    reply, data, record=record, tombstone=tombstone, network=network
+                )
                 break
             except JournalFault:
                 if row.withdrawn:

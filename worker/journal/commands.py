@@ -16,7 +16,7 @@ from typing import Final
 
 from schemas import codec
 from schemas.envelopes import Command, EventKind, Reply
-from schemas.records import InstanceRecord, Tombstone
+from schemas.records import InstanceRecord, NetworkRecord, Tombstone
 from schemas.requests import Error
 from schemas.subjects import Lane
 from worker.journal import admission, schema
@@ -198,19 +198,20 @@ class JournalCommands:
         *,
         record: InstanceRecord | None = None,
         tombstone: Tombstone | None = None,
+        network: NetworkRecord | None = None,
     ) -> None:
         """The outcome with its replies and event, durably, in one transaction. Once only.
 
         `data` is the encoded reply. The instance's `record` is saved with it; with a `tombstone`
-        it is deleted instead. The command's step rows are deleted, except those that
-        `reply.left_behind` names.
+        it is deleted instead. A `network` is saved too, or deleted if it is absent. The command's
+        step rows are deleted, except those that `reply.left_behind` names.
         """
         mirror, source = self._store.mirror, self._store.source
         row = mirror.commands.get(reply.id)
         if row is None:
             return
         command = row.command
-        change = self._change(record, tombstone, reply.id)
+        change = self._change(record, tombstone, network, reply.id)
         ended = _command_event(row, reply)
         steps = mirror.steps.get(reply.id, {})
         points = mirror.points.get(reply.id)
@@ -252,9 +253,15 @@ class JournalCommands:
         await self._store.writer.submit(do, apply=apply, durable=True)
 
     def _change(
-        self, record: InstanceRecord | None, tombstone: Tombstone | None, command_id: str
+        self,
+        record: InstanceRecord | None,
+        tombstone: Tombstone | None,
+        network: NetworkRecord | None,
+        command_id: str,
     ) -> Change | None:
-        """What a command's outcome does to its instance's record."""
+        """What a command's outcome does to the record of its instance or network."""
+        if network is not None:
+            return self._records.change_network(network)
         if record is None:
             return None
         if tombstone is not None:

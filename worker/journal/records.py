@@ -11,13 +11,13 @@ import msgspec
 
 from handlers.errors import Conflict
 from schemas.envelopes import EventKind
-from schemas.records import InstanceRecord, NetworkRecord, Status, Tombstone, Usage
+from schemas.records import ABSENT, InstanceRecord, NetworkRecord, Status, Tombstone, Usage
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane
+from worker.journal.memory import Mirror
 from worker.journal.store import Store
 from worker.journal.transaction import EventDraft, Transaction
 
-ABSENT = "absent"
 TOMBSTONE_KEEP_MS: Final = 30 * 24 * 3_600_000
 TOMBSTONES_MAX: Final = 20_000
 
@@ -35,6 +35,8 @@ class JournalRecords:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._expected: dict[str, NetworkRecord] = {}
+        store.on_reload(self._reloaded)
 
     # -- instances -----------------------------------------------------------------------------
 
@@ -240,6 +242,14 @@ class JournalRecords:
     def networks_overlapping(self, subnet: IPv4Network) -> Sequence[NetworkRecord]:
         return self._store.mirror.networks.overlapping(subnet)
 
+    def expect_network(self, record: NetworkRecord) -> None:
+        """Return this record from now on; the outcome of its command commits it.
+
+        It stays in memory if a commit fails meanwhile: the outcome is committed again.
+        """
+        self._expected[record.tenant_id] = record
+        self._store.mirror.networks.put(record)
+
     async def put_network(self, record: NetworkRecord, *, durable: bool = False) -> None:
         """Save; a changed status is published as a `network` event and in the state row.
 
@@ -249,6 +259,16 @@ class JournalRecords:
         Raises:
             Conflict: another tenant has the `tenant_net_id`.
         """
+        try:
+            await self._submit(self.change_network(record), durable=durable)
+        except sqlite3.IntegrityError as error:
+            raise Conflict(
+                f"cannot record the network of {record.tenant_id}: tenant_net_id "
+                f"{record.net.tenant_net_id} belongs to another tenant"
+            ) from error
+
+    def change_network(self, record: NetworkRecord) -> Change:
+        """What `put_network` commits, for a transaction that does more."""
         draft = EventDraft(EventKind.NETWORK, Lane.network(record.tenant_id), to=record.status)
         packed = msgspec.json.encode(record)
         at_ms = self._store.now_ms()
@@ -258,7 +278,7 @@ class JournalRecords:
             "ipv4_subnet": record.net.ipv4_subnet,
         }
 
-        def do(tx: Transaction) -> None:
+        def save(tx: Transaction) -> None:
             tx.execute(
                 "INSERT INTO network VALUES (?, ?, ?) ON CONFLICT (tenant_id) DO UPDATE SET "
                 "tenant_net_id = excluded.tenant_net_id, record = excluded.record",
@@ -266,30 +286,24 @@ class JournalRecords:
             )
             self._store.source.announce(tx, draft, at_ms, state)
 
-        def apply(_: None) -> None:
-            self._store.mirror.networks.put(record)
-
-        try:
-            await self._store.writer.submit(do, apply=apply, durable=durable)
-        except sqlite3.IntegrityError as error:
-            raise Conflict(
-                f"cannot record the network of {record.tenant_id}: tenant_net_id "
-                f"{record.net.tenant_net_id} belongs to another tenant"
-            ) from error
-
-    async def drop_network(self, tenant_id: str) -> None:
-        """Delete the network: `absent` is published, its state key deleted. As `put_network`."""
-        draft = EventDraft(EventKind.NETWORK, Lane.network(tenant_id), to=ABSENT)
-        at_ms = self._store.now_ms()
-
-        def do(tx: Transaction) -> None:
-            if tx.execute("DELETE FROM network WHERE tenant_id = ?", (tenant_id,)).rowcount:
+        def delete(tx: Transaction) -> None:
+            gone = tx.execute("DELETE FROM network WHERE tenant_id = ?", (record.tenant_id,))
+            if gone.rowcount:
                 self._store.source.announce(tx, draft, at_ms, None)
 
-        def apply(_: None) -> None:
-            self._store.mirror.networks.drop(tenant_id)
+        def remember() -> None:
+            self._expected.pop(record.tenant_id, None)
+            self._store.mirror.networks.put(record)
 
-        await self._store.writer.submit(do, apply=apply)
+        def forget() -> None:
+            self._expected.pop(record.tenant_id, None)
+            self._store.mirror.networks.drop(record.tenant_id)
+
+        return Change(delete, forget) if record.status == ABSENT else Change(save, remember)
+
+    def _reloaded(self, mirror: Mirror) -> None:
+        for record in self._expected.values():
+            mirror.networks.put(record)
 
     # -- events --------------------------------------------------------------------------------
 

@@ -62,8 +62,8 @@ class MemoryRecords:
     async def put_network(self, record: NetworkRecord) -> None:
         self.networks_up[record.tenant_id] = record
 
-    async def drop_network(self, tenant_id: str) -> None:
-        self.networks_up.pop(tenant_id, None)
+    def expect_network(self, record: NetworkRecord) -> None:
+        self.networks_up[record.tenant_id] = record
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,10 @@ class Desk:
     async def teardown(self, tenant_id: str, net: TenantNet) -> Done:
         self.given += 1
         steps = steps_of(self.host, self.log, f"cmd-{self.given}")
-        return await teardown_network(TeardownNetwork(tenant_id, net), steps, self.host)
+        done = await teardown_network(TeardownNetwork(tenant_id, net), steps, self.host)
+        if done.network is not None:  # the journal deletes it with the outcome
+            del self.journal.networks_up[tenant_id]
+        return done
 
     def looks(self) -> tuple[str, str, str]:
         """All of the network that hostd may have changed."""

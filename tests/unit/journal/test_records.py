@@ -1,6 +1,7 @@
 """Instances, networks and tombstones, and the events and state that a change publishes."""
 
 import asyncio
+import sqlite3
 from pathlib import Path
 
 import msgspec
@@ -10,12 +11,15 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from handlers.errors import Conflict
+from schemas import codec
 from schemas.envelopes import Event, EventKind
-from schemas.records import NetworkRecord, Status, Tombstone
-from schemas.requests import InstanceRef
-from tests.fakes.shell_worker import REF
-from tests.unit.journal.journals import NET, events, opened, record
+from schemas.records import ABSENT, NetworkRecord, Status, Tombstone
+from schemas.requests import InstanceRef, SetupNetwork, TeardownNetwork
+from tests.fakes.shell_worker import REF, command
+from tests.unit.journal.journals import NET, accept, events, ok, opened, record
 from worker.journal.journal import Journal
+from worker.journal.transaction import Transaction
+from worker.journal.writer import JournalFault
 
 
 async def test_records_are_read_from_memory_and_kept_over_a_restart(tmp_path: Path) -> None:
@@ -33,7 +37,7 @@ async def test_records_are_read_from_memory_and_kept_over_a_restart(tmp_path: Pa
         assert journal.records.instances("other") == ()
         assert journal.records.tombstone(gone.ref) == gone
         assert journal.records.network("acme") == network
-        await journal.records.drop_network("acme")
+        await journal.records.put_network(replace(network, status=ABSENT))
         assert journal.records.networks() == ()
 
 
@@ -92,6 +96,48 @@ async def test_a_tenant_net_id_belongs_to_one_tenant(tmp_path: Path) -> None:
         await journal.records.put_network(mine)
         with pytest.raises(Conflict, match="tenant_net_id 7"):
             await journal.records.put_network(replace(mine, tenant_id="other"))
+
+
+async def test_an_expected_network_is_known_at_once_and_over_a_fault(tmp_path: Path) -> None:
+    mine = NetworkRecord(tenant_id="acme", net=NET, status="up", since_ms=1)
+
+    def fault(tx: Transaction) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    async with opened(tmp_path) as journal:
+        journal.records.expect_network(mine)
+        with pytest.raises(JournalFault):
+            await journal.store.writer.submit(fault)
+        await asyncio.wait_for(journal.store.until_writable(), 10)
+
+        assert journal.records.networks() == (mine,)
+    async with opened(tmp_path) as journal:
+        assert journal.records.networks() == ()
+
+
+async def test_a_networks_record_is_committed_with_the_outcome_of_its_command(
+    tmp_path: Path,
+) -> None:
+    mine = NetworkRecord(tenant_id="acme", net=NET, status="up", since_ms=1)
+    up, down = SetupNetwork("acme", NET), TeardownNetwork("acme", NET)
+    async with opened(tmp_path) as journal:
+        await accept(journal, command(up, "c1"))
+        await journal.commands.finish(ok("c1"), codec.encode_reply(ok("c1")), network=mine)
+    async with opened(tmp_path) as journal:
+        assert journal.records.networks() == (mine,)
+        await accept(journal, command(down, "c2"), 2)
+        gone = replace(mine, status=ABSENT)
+        await journal.commands.finish(ok("c2"), codec.encode_reply(ok("c2")), network=gone)
+        told = await events(journal)
+    async with opened(tmp_path) as journal:
+        assert journal.records.networks() == ()
+
+    assert [(e.kind, e.from_, e.to) for e in told] == [
+        (EventKind.NETWORK, None, "up"),
+        (EventKind.COMMAND, None, None),
+        (EventKind.NETWORK, "up", ABSENT),
+        (EventKind.COMMAND, None, None),
+    ]
 
 
 async def test_state_has_the_newest_value_of_each_key(tmp_path: Path) -> None:
