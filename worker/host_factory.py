@@ -111,7 +111,7 @@ def open_real_host(settings: Settings, records: Records, later: Later, disk: Dis
         data_disks=DataDisks(data=paths.data, jail_base=settings.jail_base),
         cgroups=Cgroups(settings),
         jails=jails,
-        vmms=Vmms(settings),
+        vmms=Vmms(settings, tenant_of=records.tenant_of_jail),
         warm=warm,
         agents=GuestAgents(settings),
         snapshots=snapshots,

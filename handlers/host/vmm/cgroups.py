@@ -69,10 +69,13 @@ class CgroupTree:
         """The directory of a cgroup, given its path relative to the mount."""
         return f"{self.mount}/{name}"
 
-    def leaves(self, jail_id: str) -> Iterator[str]:
-        """The leaves of a jail in any tenant, as paths relative to the mount; normally 0 or 1."""
+    def leaves(self, jail_id: str, tenant_id: str | None = None) -> Iterator[str]:
+        """The leaves of a jail, as paths relative to the mount; normally 0 or 1.
+
+        Without its tenant, of which a jail ID is made, all tenants' cgroups are gone through.
+        """
         try:
-            tenants = os.listdir(self.path(self.base))
+            tenants = os.listdir(self.path(self.base)) if tenant_id is None else [tenant_id]
         except FileNotFoundError:
             return
         for tenant in tenants:

@@ -44,6 +44,11 @@ THREADS_TIMEOUT_S = 1.0
 class Vmms:
     """Launches, finds and kills VMMs; the key is the jail ID, which is also the VMM's `--id`.
 
+    Args:
+        settings: where jails and cgroups are, and how VMMs are launched.
+        layout: of the jails, if it is not that of instances.
+        tenant_of: in whose cgroup a jail's leaf is; None if not known: then it is looked for.
+
     Source: docs/jailer.md of Firecracker, cgroups(7), pidfd_open(2).
     Needs: what the jailer needs, CAP_KILL and CAP_SYS_PTRACE.
     """
@@ -52,12 +57,19 @@ class Vmms:
     durability: ClassVar[Durability] = Durability.VOLATILE
     swept: ClassVar[bool] = True
 
-    def __init__(self, settings: Settings, layout: JailLayout | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        layout: JailLayout | None = None,
+        *,
+        tenant_of: Callable[[str], str | None] = lambda jail_id: None,
+    ) -> None:
         self._settings = settings.vmm
         self._uids = range(settings.vmm.uid_base, settings.vmm.uid_base + settings.vmm.uid_count)
         self._next = 0
         self._layout = layout or JailLayout(settings.jail_base)
         self._tree = CgroupTree.of(settings)
+        self._tenant_of = tenant_of
         self._jailer = Jailer(settings)
 
     # -- the mechanism -------------------------------------------------------------------------
@@ -258,14 +270,17 @@ class Vmms:
 
     # -- proof ---------------------------------------------------------------------------------
 
+    def _leaves(self, jail_id: str) -> Iterator[str]:
+        return self._tree.leaves(jail_id, self._tenant_of(jail_id))
+
     def _pids(self, jail_id: str) -> list[int]:
-        return [pid for leaf in self._tree.leaves(jail_id) for pid in self._tree.pids(leaf)]
+        return [pid for leaf in self._leaves(jail_id) for pid in self._tree.pids(leaf)]
 
     def _find(self, jail_id: str, leaves: tuple[str, ...] | None = None) -> VmmIdentity | None:
         """The process in the jail's leaf whose root and executable are the jail's own."""
         root = self._layout.root(jail_id)
         jail, copy = FileId.at(root), FileId.at(f"{root}/{FIRECRACKER}")
-        for leaf in leaves if leaves is not None else self._tree.leaves(jail_id):
+        for leaf in leaves if leaves is not None else self._leaves(jail_id):
             for pid in self._tree.pids(leaf):
                 identity = processes.read_identity(pid)
                 if identity is None or identity.cgroup != leaf or jail is None:
@@ -295,7 +310,7 @@ class Vmms:
             }
             # If an operator removed the jail's files, the uid still identifies its processes.
             jailed = (confinement.read_uid(pid) or 0) in self._uids
-            if cgroup not in set(self._tree.leaves(jail_id)) or not (executable in ours or jailed):
+            if cgroup not in set(self._leaves(jail_id)) or not (executable in ours or jailed):
                 raise HostFault(
                     f"unexpected process {pid} in the cgroup of jail {jail_id}; not killed",
                     detail={"pid": pid, "cgroup": cgroup},

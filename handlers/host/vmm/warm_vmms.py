@@ -50,7 +50,8 @@ class WarmVmms:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._jails = WarmJails(settings.jail_base)
-        self._vmms = Vmms(settings, WarmLayout(settings.jail_base))
+        layout = WarmLayout(settings.jail_base)
+        self._vmms = Vmms(settings, layout, tenant_of=lambda warm_id: naming.WARM_CGROUP)
         self._cgroups = Cgroups(settings)
         self._launches = LaunchLog(settings.paths.state)
 

@@ -59,6 +59,8 @@ async def test_the_tenants_directory_stays_while_another_leaf_is_in_it(mechanism
 
     assert await mechanism.exists("acme/b2-1")
     assert list(mechanism.tree.leaves("b2-1")) == [mechanism.tree.name("acme", "b2-1")]
+    assert list(mechanism.tree.leaves("b2-1", "acme")) == [mechanism.tree.name("acme", "b2-1")]
+    assert list(mechanism.tree.leaves("b2-1", "umbra")) == []
     await mechanism.remove("acme/b2-1")
 
 
