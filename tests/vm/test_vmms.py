@@ -92,8 +92,10 @@ async def test_another_worker_finds_the_same_vmm_and_launches_no_second(rig: Vmm
     identity = await rig.vmms.ensure(spec)
 
     restarted = Vmms(rig.settings)
+    knowing = Vmms(rig.settings, tenant_of=lambda jail_id: spec.cgroup.split("/")[-2])
 
     assert await restarted.find(spec.jail_id) == identity
+    assert await knowing.find(spec.jail_id) == identity
     assert await restarted.ensure(spec) == identity
     assert launches(rig) == [spec.jail_id]
 

@@ -18,6 +18,7 @@ from handlers.instance.sleep import announce_hash
 from handlers.instance.state import InstanceState, final_record
 from handlers.interfaces import Host
 from handlers.network import restore_network
+from handlers.network_survey import damaged_tenants
 from handlers.steps import Steps
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status
@@ -59,7 +60,7 @@ class Recovery:
         """Networks first: a VM must not keep running without its isolation."""
         boot_id = self._host.facts.boot_id()
         rebooted = self._journal.store.meta(BOOT_ID) not in (None, boot_id)
-        await self._each(self._journal.records.networks(), self._network)
+        await self._networks()
         await self._each(
             self._journal.records.instances(),
             lambda record: self._instance(record, rebooted=rebooted),
@@ -92,6 +93,26 @@ class Recovery:
                 note_failed_item(str(item), error)
 
         await asyncio.gather(*(guarded(item) for item in items))
+
+    async def _networks(self) -> None:
+        """Look at all with some listings, and restore those that are not as they should be."""
+        networks = self._journal.records.networks()
+        try:
+            base, tenants = await damaged_tenants(self._host, rules_only=False)
+        except Exception as error:  # noqa: BLE001 - logged; each network is tried by itself
+            note_failed_item("the survey of all networks", error)
+            damaged = networks
+        else:
+            named = set(tenants)
+            damaged = tuple(each for each in networks if each.tenant_id in named)
+            if base:
+                await self._journal.records.event(
+                    EventKind.DRIFT,
+                    reason="found at start",
+                    detail={"repaired": ["base_rules"], "lost": []},
+                )
+        self._counts.networks += len(networks) - len(damaged)
+        await self._each(damaged, self._network)
 
     async def _network(self, record: NetworkRecord) -> None:
         restored = await restore_network(record, self._host)
