@@ -4,74 +4,103 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict
 
-from bench import commands, footprint, launches, machine, networks, rows
-from bench.bench_host import bench_host
-from bench.rows import Row
+from bench import machine, rows, table
+from bench.groups import GROUPS
+from bench.rows import Measured
 
-GROUPS = ("commands", "networks", "launches", "burst", "footprint", "decoding")
-GROUP_TIMEOUT_S = 150
-
-
-async def measure(group: str) -> list[Row]:
-    """One group, in this process."""
-    if group == "decoding":
-        return commands.measure_decoding()
-    async with bench_host() as stage:
-        match group:
-            case "commands":
-                return await commands.measure(stage)
-            case "networks":
-                return await networks.measure(stage)
-            case "launches":
-                return await launches.measure(stage)
-            case "burst":
-                return await launches.measure_burst(stage)
-            case "footprint":
-                return await footprint.measure(stage)
-            case _:
-                raise AssertionError(group)
+GROUP_TIMEOUT_S = 240
+CLEANUP_TIMEOUT_S = 60
 
 
-def measure_apart(group: str) -> list[Row]:
-    """One group in a separate process: separate network namespace, threads and memory.
+def measure_here(name: str, rounds: int | None) -> int:
+    """One group in this process; its rows go to stdout as one line of JSON."""
+    group = GROUPS[name]
+    measured = asyncio.run(_measured(name, rounds or group.rounds))
+    print(json.dumps(asdict(measured)))
+    return 0
 
-    Its progress goes to stderr.
+
+async def _measured(name: str, rounds: int) -> Measured:
+    return await GROUPS[name].measure(rounds)
+
+
+def measure_apart(name: str, rounds: int | None) -> Measured | None:
+    """One group in a process of its own: separate network namespace, threads and memory.
+
+    Its progress and its traceback go to stderr; None if it failed or did not end in time, which
+    also gets it the time to remove what it made.
     """
     began = time.monotonic()
-    print(f"measuring {group} ...", end="", flush=True)
-    command = [sys.executable, "-m", "bench", "--within", group]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=GROUP_TIMEOUT_S)
-    print(f" {time.monotonic() - began:.0f} s", flush=True)
-    return [Row(**each) for each in json.loads(done.stdout.splitlines()[-1])]
+    print(f"measuring {name} ...", end="", flush=True)
+    command = [sys.executable, "-m", "bench", "--within", name]
+    command += ["--rounds", str(rounds)] if rounds else []
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            output, _ = process.communicate(timeout=GROUP_TIMEOUT_S)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+            output = _interrupted(process)
+            if isinstance(error, KeyboardInterrupt):
+                raise
+    took = f"{time.monotonic() - began:.0f} s"
+    if process.returncode:
+        print(f" FAILED after {took}", flush=True)
+        return None
+    print(f" {took}", flush=True)
+    return rows.measured_of(json.loads(output.splitlines()[-1]))
+
+
+def _interrupted(process: subprocess.Popen[bytes]) -> bytes:
+    """As Ctrl-C: the group's event loop is cancelled and cleans up."""
+    process.send_signal(signal.SIGINT)
+    try:
+        output, _ = process.communicate(timeout=CLEANUP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+    return output
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--write-docs", action="store_true", help="also update docs/benchmarks.md")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP")
+    parser.add_argument("--rounds", type=int, help="fewer rounds for a quick look; writes no file")
     parser.add_argument("--within", choices=GROUPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if os.geteuid() != 0:
         print("bench: run as root: it starts VMs and sets up networks", file=sys.stderr)
         return 1
     if options.within:
-        print(json.dumps([asdict(each) for each in asyncio.run(measure(options.within))]))
-        return 0
+        return measure_here(options.within, options.rounds)
     facts = machine.describe()
     print("\n".join(facts), flush=True)
-    results = [each for group in options.only for each in measure_apart(group)]
-    print(rows.table(results))
-    missed = [each.name for each in results if each.ok is False]
-    print("\nmissed: " + "; ".join(missed) if missed else "\nall budgets met")
-    rows.write_results(results)
-    if options.write_docs:
-        rows.write_docs(results, facts)
-    return 0
+    measured: dict[str, Measured] = {}
+    failed: list[str] = []
+    for name in options.only:
+        each = measure_apart(name, options.rounds)
+        if each is None:
+            failed.append(name)
+        else:
+            measured[name] = each
+    results = [each for group in measured.values() for each in group.rows]
+    spans = [each for group in measured.values() for each in group.spans]
+    print(table.table(results))
+    for line in table.timeline(spans):
+        print("{:50} {:>8} {:>8}".format(*line))
+    print(f"\n{table.missed(results)}")
+    if failed:
+        print(f"FAILED: {', '.join(failed)}; the traceback is above")
+    if not options.rounds:
+        known = rows.write_results(facts, measured)
+        if options.write_docs:
+            table.write_docs(facts, {name: known[name] for name in GROUPS if name in known})
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

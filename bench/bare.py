@@ -1,12 +1,21 @@
-"""The bare script that a launch is measured against: jailer, Firecracker's API, guest agent.
+"""The bare script that hostd is measured against: jailer, Firecracker's API, guest agent, kernel.
 
-The same calls with the same binaries and files as hostd's, and nothing else: no journal, no bus, no
-checks, plain blocking sockets. Standard library only. As a program it reads one job per line (JSON)
-from stdin and writes one line for each: its duration, or its error.
+The same calls with the same binaries and files as hostd's, and what leaves the same lasting
+result: a sleep's files are synced, an ended VMM leaves no TAP, cgroup or jail. Nothing else: no
+journal, bus, checks or hashes, plain blocking calls. Standard library only. As a program it reads
+one job per line (JSON) from stdin and writes one line for each: duration and phases, or its error.
+
+Source: tun(4), cgroups(7), pidfd_open(2); docs/{jailer,vsock}.md of Firecracker.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import select
+import shutil
+import signal
 import socket
 import struct
 import sys
@@ -16,19 +25,119 @@ from typing import Any
 
 POLL_S = 0.0005
 LIMIT_S = 30.0
+TUNSETIFF, TUNSETPERSIST = 0x400454CA, 0x400454CB
+TAP_FLAGS = 0x5002  # IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
 
 
-def launch(job: dict[str, Any]) -> None:
-    """Run the jailer, wait for the API, make the calls, wait for the agent's answers."""
+class Phases:
+    """How long each part of a job took; a part that comes twice counts together."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def done(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def run(job: dict[str, Any]) -> dict[str, float]:
+    """One operation; each part is optional. Returns its phases.
+
+    `drain`: requests to the agent of the running guest. `jailer`: its command line. `calls`: of the
+    API. `agent`: requests until the guest answers. `keep`: where state and memory are moved and
+    synced. `end`: how the VMM ends, and what is removed with it.
+    """
+    phases = Phases()
     root = Path(job["root"])
-    if job["jailer"]:
+    for request in job.get("drain", ()):
+        _ask(root / "v.sock", request)
+    phases.done("drain")
+    if job.get("jailer"):
         _run_jailer(job["jailer"])
-    api = _connected(root / "api.sock")
-    with api:
+        phases.done("jailer")
+    with _connected(root / "api.sock") as api:
+        phases.done("api")
         for method, path, body in job["calls"]:
             _call(api, method, path, body)
-    for request in job["agent"]:
+            phases.done(f"{method} {path}")
+    for request in job.get("agent", ()):
         _ask(root / "v.sock", request)
+        phases.done("agent")
+    if "keep" in job:
+        _keep(root, Path(job["keep"]))
+        phases.done("sync")
+    if "end" in job:
+        _end(root, job["end"], phases)
+    return phases.seconds
+
+
+def _keep(root: Path, directory: Path) -> None:
+    """Move the VMM's files out of the jail; they survive a power loss when this returns."""
+    for name in ("state", "mem"):
+        os.rename(root / name, directory / name)
+        _sync(directory / name)
+    _sync(directory)
+    _sync(root)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _end(root: Path, end: dict[str, Any], phases: Phases) -> None:
+    """Kill the VMM, or wait until it has exited; remove its TAP, cgroup, jail and snapshot."""
+    pid = int((root / "firecracker.pid").read_text(encoding="ascii"))
+    with contextlib.suppress(ProcessLookupError):
+        process = os.pidfd_open(pid)
+        try:
+            if end["kill"]:
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            poll = select.poll()
+            poll.register(process, select.POLLIN)
+            if not poll.poll(LIMIT_S * 1000):
+                raise RuntimeError(f"VMM {pid} still runs after {LIMIT_S:g} s")
+        finally:
+            os.close(process)
+    phases.done("exit")
+    _delete_tap(end["tap"])
+    phases.done("tap")
+    _remove_cgroup(end["cgroup"])
+    phases.done("cgroup")
+    shutil.rmtree(end["jail"])
+    phases.done("jail")
+    if end.get("snapshot"):
+        shutil.rmtree(end["snapshot"])
+        phases.done("discard")
+
+
+def _delete_tap(name: str) -> None:
+    """It ends with its last descriptor, as it is not persistent any more."""
+    descriptor = os.open("/dev/net/tun", os.O_RDWR)
+    try:
+        fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), TAP_FLAGS))
+        fcntl.ioctl(descriptor, TUNSETPERSIST, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_cgroup(path: str) -> None:
+    """The kernel's own threads of a VM leave it shortly after the VM's process."""
+    until = time.monotonic() + LIMIT_S
+    while True:
+        try:
+            os.rmdir(path)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > until:
+                raise
+        else:
+            return
+        time.sleep(POLL_S)
 
 
 def _run_jailer(argv: list[str]) -> None:
@@ -110,8 +219,9 @@ def main() -> None:
     for line in sys.stdin:
         began = time.monotonic()
         try:
-            launch(json.loads(line))
-            answer: dict[str, object] = {"took_s": time.monotonic() - began, "at": time.monotonic()}
+            phases = run(json.loads(line))
+            now = time.monotonic()
+            answer: dict[str, object] = {"took_s": now - began, "at": now, "phases": phases}
         except (OSError, RuntimeError) as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)

@@ -59,6 +59,8 @@ FIRST_SLOT = 60_000
 START_CALL = ("PUT", "/actions", {"action_type": "InstanceStart"})
 PAUSE_CALL = ("PATCH", "/vm", {"state": "Paused"})
 RESUME_CALL = ("PATCH", "/vm", {"state": "Resumed"})
+CTRL_ALT_DEL_CALL = ("PUT", "/actions", {"action_type": "SendCtrlAltDel"})
+DRAIN_TIMEOUT_S = 30
 
 
 @dataclass
@@ -166,26 +168,38 @@ class BareInstance:
         return self._job([("PUT", "/snapshot/load", body), RESUME_CALL], ["Wake", clock])
 
     def sleep_job(self) -> dict[str, Any]:
-        """To be run once, on a started VM: leaves state and memory in the jail."""
+        """To be run once on a started VM: state and memory are in `snapshot`, the VM is gone."""
         body = {
             "snapshot_type": "Full",
             "snapshot_path": in_jail(STATE),
             "mem_file_path": in_jail(MEMORY),
         }
-        job = self._job([PAUSE_CALL, ("PUT", "/snapshot/create", body)], [])
-        return job | {"jailer": []}
+        shutil.rmtree(self.snapshot, ignore_errors=True)
+        self.snapshot.mkdir()
+        return {
+            "root": str(self.root),
+            "drain": [{"SleepPrep": {"drain_timeout_secs": DRAIN_TIMEOUT_S}}],
+            "calls": [PAUSE_CALL, ("PUT", "/snapshot/create", body)],
+            "keep": str(self.snapshot),
+            "end": self._end(kill=True),
+        }
+
+    def stop_job(self) -> dict[str, Any]:
+        """To be run on a woken VM: it is asked to shut down; its snapshot goes with it."""
+        end = self._end(kill=False) | {"snapshot": str(self.snapshot)}
+        return {"root": str(self.root), "calls": [CTRL_ALT_DEL_CALL], "end": end}
+
+    def _end(self, *, kill: bool) -> dict[str, Any]:
+        return {
+            "kill": kill,
+            "tap": self.tap,
+            "cgroup": self._cgroups.tree.path(self.spec.cgroup),
+            "jail": str(self.root.parent),
+        }
 
     def _job(self, calls: list[Any], agent: list[object]) -> dict[str, Any]:
         jailer = self._jailer.arguments(self.spec)
         return {"root": str(self.root), "jailer": jailer, "calls": calls, "agent": agent}
-
-    def keep_snapshot(self) -> None:
-        """Move state and memory out of the jail, for all later wakes."""
-        self.snapshot.mkdir()
-        for name in (STATE, MEMORY):
-            os.rename(self.root / name, self.snapshot / name)
-            os.chown(self.snapshot / name, 0, self.uid)
-            os.chmod(self.snapshot / name, 0o440)
 
     def link_snapshot(self) -> None:
         """Into the prepared jail, as hostd links it."""
@@ -193,10 +207,15 @@ class BareInstance:
         woken.mkdir(mode=0o750)
         os.chown(woken, 0, self.uid)
         for name in (STATE, MEMORY):
+            os.chown(self.snapshot / name, 0, self.uid)
+            os.chmod(self.snapshot / name, 0o440)
             os.link(self.snapshot / name, woken / name)
 
     async def clear(self) -> None:
-        """Kill the VMM and remove jail, cgroup and TAP."""
+        """Kill the VMM and remove jail, cgroup and TAP; what is gone already is success.
+
+        Also after a job that ended the VMM: the bridge's neighbour entry of the guest is left then.
+        """
         pids = self._cgroups.tree.pids(self.spec.cgroup)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):

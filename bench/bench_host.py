@@ -1,135 +1,97 @@
 """The measured host: a worker process with its own nats-server, and a sender."""
 
-# pyright: reportUnknownMemberType=false
-# (nats-py leaves some of its parameters without types)
-
 import asyncio
 import contextlib
 import os
-import time
-from collections.abc import AsyncGenerator, Sequence
+import sys
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
-from nats.aio.client import Client as Nats
-
-from schemas import codec
-from schemas.envelopes import Command
-from schemas.requests import InstanceRef, Request
-from schemas.subjects import Lane, Subjects
+from bench.cpu import LOOK_S, cpu_s, own_processes, quiet
+from bench.sender import Sender
+from schemas.requests import InstanceRef, Ping
 from tests.live_host import LiveHost, live_host
-from tests.plain import unpacked
-from worker.cli.client import connect, new_id
+from worker.cli.client import Client, connect
 from worker.cli.seed import Seeded
+from worker.demo.host import environment_of
 
-TIMEOUT_S = 60.0
-PAGE_KIB = os.sysconf("SC_PAGESIZE") // 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """One command as seen by its sender."""
-
-    took_s: float
-    reply: dict[str, Any]
-
-    def step_s(self, *names: str) -> float:
-        steps: list[dict[str, Any]] = self.reply["steps"]
-        return sum(float(s["took_us"]) for s in steps if not names or s["name"] in names) / 1e6
-
-
-class Sender:
-    """A minimal client: one connection, one subscription for all replies."""
-
-    def __init__(self, nats: Nats, subjects: Subjects) -> None:
-        self._nats = nats
-        self._stream = nats.jetstream()
-        self._subjects = subjects
-        self._inbox = nats.new_inbox()
-        self._waiting: dict[str, asyncio.Future[bytes]] = {}
-
-    async def start(self) -> None:
-        await self._nats.subscribe(f"{self._inbox}.*", cb=self._on_reply)
-
-    async def _on_reply(self, message: Any) -> None:
-        waiting = self._waiting.get(message.subject.rpartition(".")[2])
-        if waiting is not None and not waiting.done():
-            waiting.set_result(message.data)
-
-    def encode(self, request: Request, command_id: str) -> tuple[str, bytes]:
-        """Subject and bytes of a command whose reply comes here."""
-        reply_to = f"{self._inbox}.{command_id}"
-        command = Command(id=command_id, request=request, reply_to=reply_to)
-        return self._subjects.command(Lane.of_request(request)), codec.encode_command(command)
-
-    async def send(self, request: Request, *, expect: str = "ok") -> Sent:
-        """Publish, wait for the stream's ack and the reply; the time covers all of it."""
-        command_id = new_id()
-        subject, data = self.encode(request, command_id)
-        return await self.send_raw(command_id, subject, data, expect=expect)
-
-    async def send_raw(self, command_id: str, subject: str, data: bytes, *, expect: str) -> Sent:
-        waiting = self._waiting[command_id] = asyncio.get_running_loop().create_future()
-        began = time.perf_counter()
-        await self._stream.publish(subject, data)
-        async with asyncio.timeout(TIMEOUT_S):
-            answer = await waiting
-        took_s = time.perf_counter() - began
-        del self._waiting[command_id]
-        reply: dict[str, Any] = unpacked(answer)
-        if expect and reply["code"] != expect:
-            raise RuntimeError(f"{subject}: {reply}")
-        return Sent(took_s, reply)
-
-    async def send_many(self, commands: Sequence[tuple[str, str, bytes]], window: int) -> float:
-        """Seconds until all have replies; at most `window` outstanding at once."""
-        loop = asyncio.get_running_loop()
-        free = asyncio.Semaphore(window)
-        began = time.perf_counter()
-        for command_id, subject, data in commands:
-            await free.acquire()
-            waiting = self._waiting[command_id] = loop.create_future()
-            waiting.add_done_callback(lambda _: free.release())
-            await self._nats.publish(subject, data)
-        async with asyncio.timeout(TIMEOUT_S):
-            await asyncio.gather(*(self._waiting[command_id] for command_id, _, _ in commands))
-        took_s = time.perf_counter() - began
-        self._waiting.clear()
-        return took_s
+FULL_WITHIN_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class BenchHost:
-    """The measured host with a sender."""
+    """The measured host with a sender. `processes` are the worker and its own helpers."""
 
     host: LiveHost
+    client: Client
     sender: Sender
-
-    @property
-    def worker_pid(self) -> int:
-        assert self.host.worker is not None
-        return self.host.worker.pid
+    processes: tuple[int, ...]
 
     def seed(self, name: str, *, tenant: str = "acme", net_id: int = 7, **more: Any) -> Seeded:
         return self.host.seed(InstanceRef(tenant, "web", name), net_id=net_id, **more)
 
+    def cpu_ms(self) -> float:
+        """CPU time that the worker has used so far."""
+        return cpu_s(*self.processes) * 1e3
+
+    async def quiet(self) -> None:
+        """Wait until the worker has done what comes after its replies."""
+        await quiet(*self.processes)
+
+    async def refilled(self) -> None:
+        """Wait until the warm pool looks full, without asking the worker; at once without one."""
+        size = self.host.settings.vmm.warm_pool
+        async with asyncio.timeout(FULL_WITHIN_S):
+            while size:
+                await asyncio.sleep(LOOK_S)
+                if (await self.host.inventory())["warm"] >= size:
+                    break
+        await self.quiet()
+
+    async def until_warm(self) -> None:
+        """Wait until the whole warm pool can be taken; at once without one."""
+        size = self.host.settings.vmm.warm_pool
+        async with asyncio.timeout(FULL_WITHIN_S):
+            while size:
+                await self.refilled()
+                if (await self.sender.send(Ping())).reply["detail"]["warm_vmms"] >= size:
+                    return
+
+
+def worker_pid(host: LiveHost) -> int:
+    assert host.worker is not None
+    return host.worker.pid
+
 
 @contextlib.asynccontextmanager
-async def bench_host() -> AsyncGenerator[BenchHost]:
-    """A host in a private network namespace; leaves nothing behind."""
-    async with live_host() as host, connect(host.settings) as client:
+async def bench_host(*, program: str = "", **options: Any) -> AsyncGenerator[BenchHost]:
+    """A host in a private network namespace; leaves nothing behind.
+
+    `program` is run instead of the worker: a module that wraps it.
+    """
+    async with live_host(worker=not program, **options) as host:
+        if program:
+            await start_program(host, program)
+        async with attached(host) as bench:
+            yield bench
+
+
+@contextlib.asynccontextmanager
+async def attached(host: LiveHost) -> AsyncGenerator[BenchHost]:
+    """A connection and a sender to a host whose worker is ready."""
+    async with connect(host.settings) as client:
         sender = Sender(client.nats, host.subjects)
         await sender.start()
-        yield BenchHost(host, sender)
+        processes = tuple(own_processes(worker_pid(host)))
+        yield BenchHost(host, client, sender, processes)
 
 
-def rss_kib(pid: int) -> int:
-    with open(f"/proc/{pid}/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * PAGE_KIB
-
-
-def cpu_s(pid: int) -> float:
-    """User and system time that a process has used."""
-    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+async def start_program(host: LiveHost, module: str, **environment: str) -> None:
+    """Start a module in place of the worker, with the host's settings; wait until it is ready."""
+    variables = os.environ | environment_of(host.settings) | environment
+    with open(f"{host.directory}/worker.log", "ab") as log:
+        host.worker = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", module, stdout=log, stderr=log, env=variables
+        )
+    await host.wait_ready()

@@ -1,117 +1,159 @@
-"""Measurements as rows; rows as a table, `results.json` and `docs/benchmarks.md`."""
+"""Measurements as rows, with all their samples; `results.json` keeps them by group."""
 
 import json
+import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from bench.budgets import Budget
 
 RESULTS = Path(__file__).parent / "results.json"
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- numbers: begin -->", "<!-- numbers: end -->"
+SAMPLES_MAX = 200
+
+Samples = Sequence[float]
+Stat = Callable[[Samples], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One number. `baseline` is that of the raw alternative, measured in the same run.
+    """One number and what it was measured against in the same run.
 
-    `ok` is None where there is no budget.
+    `value` is hostd's; None in a row that shows only a floor, which is in `baseline`. `ok` is None
+    where there is no budget. The samples are those of `value` and of `baseline`.
     """
 
     name: str
     unit: str
-    value: float
+    value: float | None
     baseline: float | None = None
     ratio: float | None = None
     budget: str | None = None
     ok: bool | None = None
+    samples: tuple[float, ...] = ()
+    baseline_samples: tuple[float, ...] = ()
 
 
-def row(
-    name: str,
-    unit: str,
-    value: float,
-    baseline: float | None = None,
-    *,
-    budget: str | None = None,
-    ok: bool | None = None,
-) -> Row:
-    """A row with its numbers rounded and their ratio."""
-    ratio = value / baseline if baseline else None
-    return Row(name, unit, _round(value), _rounded(baseline), _rounded(ratio), budget, ok)
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A part of one operation: when it begins after the operation's start, and what it takes."""
+
+    name: str
+    begins_ms: float
+    takes_ms: float
+    indent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one group measured."""
+
+    rows: list[Row]
+    spans: list[Span] = field(default_factory=list[Span])
 
 
 def median(values: Iterable[float]) -> float:
     return statistics.median(values)
 
 
-def p99(values: Sequence[float]) -> float:
+def p99(values: Samples) -> float:
     """The 99th percentile; of few values, the largest."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """For a terminal."""
-    lines = [_cells(each) for each in rows]
-    head = ("what", "unit", "hostd", "raw", "ratio", "budget", "")
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in (0, 1, 5, 6) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in [head, *lines]
+def row(
+    name: str,
+    unit: str,
+    mine: Samples,
+    raw: Samples = (),
+    *,
+    stat: Stat = median,
+    budget: Budget | None = None,
+) -> Row:
+    """A row of the statistic of both; `raw` is empty if there is no raw alternative."""
+    value, baseline = stat(mine), stat(raw) if raw else None
+    return Row(
+        name,
+        unit,
+        _round(value),
+        None if baseline is None else _round(baseline),
+        _round(value / baseline) if baseline else None,
+        None if budget is None else budget.text,
+        None if budget is None else budget.holds(value, baseline),
+        kept(mine),
+        kept(raw),
     )
 
 
-def write_results(rows: Sequence[Row]) -> None:
-    text = json.dumps([asdict(each) for each in rows], indent=2)
-    RESULTS.write_text(text + "\n", encoding="utf-8")
-
-
-def write_docs(rows: Sequence[Row], machine: Sequence[str]) -> None:
-    """Replace the text between the two marks; the prose around it is kept."""
-    head = "| what | unit | hostd | raw | ratio | budget | |"
-    rule = "| --- | --- | --: | --: | --: | --- | --- |"
-    lines = ["| " + " | ".join(_cells(each)) + " |" for each in rows]
-    missed = [each.name for each in rows if each.ok is False]
-    verdict = "All budgets are met." if not missed else "Missed: " + "; ".join(missed) + "."
-    numbers = "\n".join([*(f"- {fact}" for fact in machine), "", head, rule, *lines, "", verdict])
-    text = DOCS.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    DOCS.write_text(f"{before}{BEGIN}\n{numbers}\n{END}{after}", encoding="utf-8")
-
-
-def _cells(each: Row) -> tuple[str, ...]:
-    verdict = {True: "met", False: "MISSED", None: ""}[each.ok]
-    return (
-        each.name,
-        each.unit,
-        _number(each.value),
-        _number(each.baseline),
-        _number(each.ratio),
-        each.budget or "",
-        verdict,
+def floor(name: str, unit: str, samples: Samples) -> Row:
+    """What kernel, disk, jailer, VMM or broker take alone: nothing that is done can be faster."""
+    return Row(
+        f"floor: {name}", unit, None, _round(median(samples)), baseline_samples=kept(samples)
     )
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return (
-        f"{value:,.0f}"
-        if abs(value) >= 1000
-        else f"{value:.3g}"
-        if abs(value) < 100
-        else f"{value:.0f}"
-    )
+def kept(samples: Samples) -> tuple[float, ...]:
+    """At most SAMPLES_MAX of them, evenly chosen in their order, in four digits."""
+    step = max(1, math.ceil(len(samples) / SAMPLES_MAX))
+    return tuple(_round(each) for each in samples[::step])
 
 
 def _round(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else _round(value)
+# -- results.json ----------------------------------------------------------------------------------
+
+
+def measured_of(data: Mapping[str, Any]) -> Measured:
+    """The inverse of `asdict`."""
+    rows = [
+        Row(**each | {name: tuple(each.get(name, ())) for name in ("samples", "baseline_samples")})
+        for each in data["rows"]
+    ]
+    return Measured(rows, [Span(**each) for each in data.get("spans", ())])
+
+
+def read_results() -> dict[str, Any]:
+    """By group; empty without a file, or if an older bench wrote it."""
+    try:
+        found: Any = json.loads(RESULTS.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    try:
+        groups: dict[str, Any] = found["groups"]
+    except (KeyError, TypeError):
+        return {}
+    return groups
+
+
+def write_results(machine: Sequence[str], measured: Mapping[str, Measured]) -> dict[str, Measured]:
+    """Replace the groups measured now, keep the others; returns all, in the order of the file.
+
+    One row a line: the file is for programs, and for a diff of what changed.
+    """
+    groups = read_results()
+    for name, each in measured.items():
+        groups[name] = {"machine": list(machine), **asdict(each)}
+    lines = [f' "{name}": {_group(groups[name])}' for name in sorted(groups)]
+    text = '{"groups": {\n' + ",\n".join(lines) + "\n}}\n"
+    RESULTS.write_text(text, encoding="utf-8")
+    return {name: measured_of(groups[name]) for name in groups}
+
+
+def _group(group: Mapping[str, Any]) -> str:
+    parts: list[str] = []
+    for key in ("machine", "rows", "spans"):
+        items = ",\n   ".join(_compact(each) for each in group.get(key, ()))
+        parts.append(f'\n  "{key}": [\n   {items}\n  ]' if items else f'\n  "{key}": []')
+    return "{" + ",".join(parts) + "\n }"
+
+
+def _compact(item: str | dict[str, Any]) -> str:
+    """Without what says nothing; a row always has its `value`."""
+    if isinstance(item, dict):
+        item = {k: v for k, v in item.items() if v not in (None, (), []) or k == "value"}
+    return json.dumps(item, separators=(",", ":"))

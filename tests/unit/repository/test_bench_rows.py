@@ -5,16 +5,30 @@ from pathlib import Path
 
 import pytest
 
-from bench import rows
-from bench.rows import BEGIN, END, p99, row
+from bench import rows, table
+from bench.budgets import (
+    Budget,
+    at_least,
+    at_most,
+    at_most_more,
+    at_most_times,
+    below_raw,
+    faster,
+    within_percent,
+)
+from bench.rows import Measured, Span, floor, kept, p99, row
+from bench.table import NUMBERS, WAKE, mark, timeline
 
-KEPT = row("a", "ms", 12.3456, 10, budget="at most 3 ms more", ok=True)
-MISSED = row("b", "ms", 20, 10, budget="at most 3 ms more", ok=False)
+KEPT = row("a", "ms", [12.3456], [10.0], budget=at_most_more(3, "ms"))
+MISSED = row("b", "ms", [20.0], [10.0], budget=at_most_more(3, "ms"))
 
 
-def test_a_row_has_the_ratio_of_both_numbers() -> None:
-    assert (KEPT.value, KEPT.baseline, KEPT.ratio) == (12.35, 10, 1.235)
-    assert row("c", "MiB", 5).ratio is None
+def test_a_row_has_the_ratio_of_both_medians_and_all_samples() -> None:
+    found = row("c", "ms", [1.0, 2.0, 9.0], [4.0])
+
+    assert (found.value, found.baseline, found.ratio) == (2, 4, 0.5)
+    assert (found.samples, found.baseline_samples) == ((1, 2, 9), (4,))
+    assert row("c", "MiB", [5.0]).ratio is None
 
 
 def test_p99_of_few_values_is_the_largest() -> None:
@@ -22,27 +36,73 @@ def test_p99_of_few_values_is_the_largest() -> None:
     assert p99(list(range(1000))) == 990
 
 
-def test_the_results_hold_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_samples_evenly_chosen_ones_are_kept() -> None:
+    assert kept(list(range(1000))) == tuple(range(0, 1000, 5))
+
+
+@pytest.mark.parametrize(
+    ("budget", "met", "missed"),
+    [
+        (at_most(8), (8, None), (8.1, None)),
+        (at_least(2500), (2500, None), (2499, None)),
+        (at_most_more(0.5, "ms"), (1.5, 1), (1.6, 1)),
+        (at_most_times(1.2), (12, 10), (12.1, 10)),
+        (below_raw(), (9, 10), (10, 10)),
+        (faster(3), (10, 30), (10, 29)),
+        (within_percent(10), (11, 10), (11.1, 10)),
+        (at_most(8) & faster(3), (8, 24), (9, 30)),
+    ],
+)
+def test_a_budget_holds_up_to_its_limit(
+    budget: Budget, met: tuple[float, float | None], missed: tuple[float, float | None]
+) -> None:
+    assert budget.holds(*met)
+    assert not budget.holds(*missed)
+
+
+def test_a_budget_that_compares_needs_a_raw_number() -> None:
+    with pytest.raises(ValueError, match="raw number"):
+        row("c", "ms", [1.0], budget=below_raw())
+
+
+def test_the_results_keep_the_groups_that_were_not_measured_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rows, "RESULTS", tmp_path / "results.json")
+    first = Measured([KEPT], [Span("boot", 1.0, 2.0)])
+    second = Measured([floor("a commit", "ms", [0.5])])
 
-    rows.write_results([KEPT])
+    rows.write_results(["CPU: one"], {"first": first, "second": Measured([MISSED])})
+    known = rows.write_results(["CPU: two"], {"second": second})
 
-    (found,) = json.loads((tmp_path / "results.json").read_text())
-    assert found.keys() == {"name", "unit", "value", "baseline", "ratio", "budget", "ok"}
+    assert known == {"first": first, "second": second}
+    text = json.loads((tmp_path / "results.json").read_text())
+    assert text["groups"]["first"]["machine"] == ["CPU: one"]
+
+
+def test_a_timeline_shows_as_a_gap_what_no_span_covers() -> None:
+    spans = [Span("b", 5.0, 1.0), Span("a", 0.0, 3.0), Span("within a", 1.0, 1.0, indent=1)]
+
+    names = [name for name, _, _ in timeline(spans)]
+
+    assert names == ["a", "\u2514 within a", "(gap)", "b"]
 
 
 def test_the_page_names_the_machine_and_what_is_missed_and_keeps_its_prose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "benchmarks.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    monkeypatch.setattr(rows, "DOCS", page)
+    marks = [f"{mark(name, 'begin')}\nold\n{mark(name, 'end')}\n" for name in (NUMBERS, WAKE)]
+    page.write_text("before\n" + "between\n".join(marks) + "after\n")
+    monkeypatch.setattr(table, "DOCS", page)
 
-    rows.write_docs([KEPT, MISSED], ["CPU: one"])
+    table.write_docs(["CPU: one"], {"g": Measured([KEPT, MISSED], [Span("boot", 0.0, 2.0)])})
 
     text = page.read_text()
     assert text.startswith("before\n")
-    assert text.endswith(f"{END}\nafter\n")
+    assert text.endswith(f"{mark(WAKE, 'end')}\nafter\n")
+    assert "between" in text
     assert "old" not in text
     assert "- CPU: one" in text
     assert "Missed: b." in text
+    assert "| boot | 0.0 | 2.0 |" in text

@@ -1,0 +1,48 @@
+"""The groups of measurements: each is measured in a process of its own, on hosts of its own."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bench import (
+    burst,
+    commands,
+    footprint,
+    launches,
+    networks,
+)
+from bench.bench_host import BenchHost, bench_host
+from bench.rows import Measured
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """`measure` gets the number of rounds; `rounds` is how many there are usually."""
+
+    measure: Callable[[int], Awaitable[Measured]]
+    rounds: int
+
+
+def on_host(
+    measure: Callable[[BenchHost, int], Awaitable[Measured]], rounds: int, **options: Any
+) -> Group:
+    """A group that is measured on one host."""
+
+    async def measured(rounds: int) -> Measured:
+        async with bench_host(**options) as bench:
+            return await measure(bench, rounds)
+
+    return Group(measured, rounds)
+
+
+GROUPS: dict[str, Group] = {
+    "commands": on_host(commands.measure, commands.ROUNDS),
+    "networks": on_host(networks.measure, networks.ROUNDS),
+    "launches": on_host(launches.measure, launches.ROUNDS),
+    "warm": on_host(launches.measure_warm, launches.ROUNDS, warm_pool=2),
+    "large": on_host(launches.measure_large, launches.LARGE_ROUNDS),
+    "burst": on_host(burst.measure, burst.BURSTS),
+    "warm_burst": on_host(burst.measure, burst.BURSTS, warm_pool=burst.BURST),
+    "footprint": on_host(footprint.measure, footprint.INTERVALS),
+    "decoding": Group(commands.measure_decoding, commands.DECODINGS),
+}
