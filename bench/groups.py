@@ -10,6 +10,7 @@ from bench import (
     footprint,
     launches,
     networks,
+    packets,
 )
 from bench.bench_host import BenchHost, bench_host
 from bench.rows import Measured
@@ -38,6 +39,7 @@ def on_host(
 GROUPS: dict[str, Group] = {
     "commands": on_host(commands.measure, commands.ROUNDS),
     "networks": on_host(networks.measure, networks.ROUNDS),
+    "packets": Group(packets.measure, packets.ROUNDS),
     "launches": on_host(launches.measure, launches.ROUNDS),
     "warm": on_host(launches.measure_warm, launches.ROUNDS, warm_pool=2),
     "large": on_host(launches.measure_large, launches.LARGE_ROUNDS),
