@@ -7,10 +7,13 @@ from typing import Any
 from bench import (
     burst,
     commands,
+    crowded,
     footprint,
+    healing,
     launches,
     networks,
     packets,
+    scaling,
 )
 from bench.bench_host import BenchHost, bench_host
 from bench.rows import Measured
@@ -40,11 +43,14 @@ GROUPS: dict[str, Group] = {
     "commands": on_host(commands.measure, commands.ROUNDS),
     "networks": on_host(networks.measure, networks.ROUNDS),
     "packets": Group(packets.measure, packets.ROUNDS),
+    "healing": Group(healing.measure, healing.FAULTS),
     "launches": on_host(launches.measure, launches.ROUNDS),
     "warm": on_host(launches.measure_warm, launches.ROUNDS, warm_pool=2),
     "large": on_host(launches.measure_large, launches.LARGE_ROUNDS),
     "burst": on_host(burst.measure, burst.BURSTS),
     "warm_burst": on_host(burst.measure, burst.BURSTS, warm_pool=burst.BURST),
     "footprint": on_host(footprint.measure, footprint.INTERVALS),
+    "scaling": Group(scaling.measure, scaling.ROUNDS),
+    "crowded": on_host(crowded.measure, crowded.ROUNDS),
     "decoding": Group(commands.measure_decoding, commands.DECODINGS),
 }
