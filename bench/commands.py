@@ -129,10 +129,11 @@ async def beside_queries(bench: BenchHost, raw: Sender, rounds: int) -> list[Row
     """Commands that change nothing while somebody asks for results as fast as it gets answers."""
     host, stop = bench.host.settings.host.id, StopInstance("acme", "web", "i-0")
     quiet = [(await bench.sender.send(stop)).took_ms for _ in range(rounds)]
+    asking = True
     async with connect(bench.host.settings) as client:
 
         async def ask() -> None:
-            while True:
+            while asking:  # not until cancelled: `wait_for` can lose a cancellation to an answer
                 await client.ask(host, "status")
                 with contextlib.suppress(CliError):  # an unknown command, looked up in the file
                     await client.ask(host, "result", {"id": "unknown"})
@@ -142,8 +143,7 @@ async def beside_queries(bench: BenchHost, raw: Sender, rounds: int) -> list[Row
             flooded = [(await bench.sender.send(stop)).took_ms for _ in range(rounds)]
             base = [(await raw.send(stop)).took_ms for _ in range(rounds)]
         finally:
-            for task in flood:
-                task.cancel()
+            asking = False
             await asyncio.gather(*flood, return_exceptions=True)
     return [
         row("command that changes nothing, nobody asks, p50", "ms", quiet),
