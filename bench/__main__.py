@@ -13,6 +13,7 @@ from dataclasses import asdict
 from bench import machine, rows, table
 from bench.groups import GROUPS
 from bench.rows import Measured
+from bench.wanted import not_measured
 
 GROUP_TIMEOUT_S = 240
 CLEANUP_TIMEOUT_S = 60
@@ -69,10 +70,13 @@ def _interrupted(process: subprocess.Popen[bytes]) -> bytes:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--write-docs", action="store_true", help="also update docs/benchmarks.md")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; all")
     parser.add_argument("--rounds", type=int, help="fewer rounds for a quick look; writes no file")
     parser.add_argument("--within", choices=GROUPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    names: list[str] = options.groups or list(GROUPS)
+    if unknown := set(names) - set(GROUPS):
+        parser.error(f"no such group: {', '.join(sorted(unknown))}")
     if os.geteuid() != 0:
         print("bench: run as root: it starts VMs and sets up networks", file=sys.stderr)
         return 1
@@ -82,7 +86,7 @@ def main() -> int:
     print("\n".join(facts), flush=True)
     measured: dict[str, Measured] = {}
     failed: list[str] = []
-    for name in options.only:
+    for name in names:
         each = measure_apart(name, options.rounds)
         if each is None:
             failed.append(name)
@@ -96,11 +100,14 @@ def main() -> int:
     print(f"\n{table.missed(results)}")
     if failed:
         print(f"FAILED: {', '.join(failed)}; the traceback is above")
+    lost = not_measured((name for name in names if name not in failed), measured)
+    if lost:
+        print(f"NOT MEASURED: {'; '.join(lost)}")
     if not options.rounds:
         known = rows.write_results(facts, measured)
         if options.write_docs:
             table.write_docs(facts, {name: known[name] for name in GROUPS if name in known})
-    return 1 if failed else 0
+    return 1 if failed or lost else 0
 
 
 if __name__ == "__main__":

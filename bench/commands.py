@@ -128,6 +128,7 @@ async def latencies(bench: BenchHost, raw: Sender, net: TenantNet, rounds: int) 
 async def beside_queries(bench: BenchHost, raw: Sender, rounds: int) -> list[Row]:
     """Commands that change nothing while somebody asks for results as fast as it gets answers."""
     host, stop = bench.host.settings.host.id, StopInstance("acme", "web", "i-0")
+    await bench.quiet()
     quiet = [(await bench.sender.send(stop)).took_ms for _ in range(rounds)]
     asking = True
     async with connect(bench.host.settings) as client:

@@ -10,7 +10,7 @@ from bench.networks import nft
 from bench.rows import Measured, Row, row
 from schemas.requests import SetupNetwork, StartInstance, StopInstance
 
-VMS = 100
+VMS = 500
 PER_TENANT = 50
 MEM_MIB = 8
 INTERVALS, INTERVAL_S = 3, 7.0

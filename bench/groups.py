@@ -8,6 +8,7 @@ from bench import (
     burst,
     commands,
     crowded,
+    floors,
     footprint,
     healing,
     launches,
@@ -52,5 +53,6 @@ GROUPS: dict[str, Group] = {
     "footprint": on_host(footprint.measure, footprint.INTERVALS),
     "scaling": Group(scaling.measure, scaling.ROUNDS),
     "crowded": on_host(crowded.measure, crowded.ROUNDS),
+    "floors": on_host(floors.measure, floors.ROUNDS),
     "decoding": Group(commands.measure_decoding, commands.DECODINGS),
 }

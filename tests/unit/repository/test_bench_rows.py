@@ -16,8 +16,10 @@ from bench.budgets import (
     faster,
     within_percent,
 )
+from bench.groups import GROUPS
 from bench.rows import Measured, Span, floor, kept, p99, row
 from bench.table import NUMBERS, WAKE, mark, timeline
+from bench.wanted import WANTED, not_measured
 
 KEPT = row("a", "ms", [12.3456], [10.0], budget=at_most_more(3, "ms"))
 MISSED = row("b", "ms", [20.0], [10.0], budget=at_most_more(3, "ms"))
@@ -106,3 +108,23 @@ def test_the_page_names_the_machine_and_what_is_missed_and_keeps_its_prose(
     assert "- CPU: one" in text
     assert "Missed: b." in text
     assert "| boot | 0.0 | 2.0 |" in text
+
+
+def test_every_wanted_row_belongs_to_a_group() -> None:
+    assert set(WANTED) <= set(GROUPS)
+
+
+def test_a_wanted_row_that_is_not_measured_or_has_no_budget_is_named() -> None:
+    begin = WANTED["large"][0]
+    without = Measured([row(begin, "ms", [1.0])])
+    with_budget = Measured([row(f"{begin}, and more", "ms", [1.0], budget=at_most(2))])
+
+    assert not_measured(["large"], {}) == [f"large: {begin}"]
+    assert not_measured(["large"], {"large": without}) == [f"large: {begin}"]
+    assert not_measured(["large"], {"large": with_budget}) == []
+
+
+def test_the_kept_results_have_every_wanted_row_of_their_groups() -> None:
+    kept = {name: rows.measured_of(group) for name, group in rows.read_results().items()}
+
+    assert not_measured(kept, kept) == []
