@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import msgpack
 import msgspec
 
-from bench import raw_loop
+from bench.raw import raw_loop
 from bench.bench_host import BenchHost
 from bench.budgets import at_least, at_most_more
 from bench.rows import Measured, Row, row

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from bench.bare import TAP_FLAGS, TUNSETIFF
+from bench.raw.bare import TAP_FLAGS, TUNSETIFF
 from bench.bench_host import BenchHost
 from bench.rows import Measured, floor
 

@@ -1,4 +1,4 @@
-"""How long commands wait after a restart of the broker, and after a connection began to hang."""
+"""How long commands are not answered after a fault of the bus: restart or hang."""
 
 import asyncio
 import time

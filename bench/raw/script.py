@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
-from bench import bare
-from bench.bare_instance import BareInstance, BareInstances
+from bench.raw import bare
+from bench.raw.bare_instance import BareInstance, BareInstances
 from bench.bench_host import BenchHost
 from schemas.requests import SetupNetwork, StartInstance, StopInstance
 

@@ -1,0 +1,1 @@
+"""What hostd is measured against: the same done without it."""
