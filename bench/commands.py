@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 import msgpack
 import msgspec
 
-from bench.raw import raw_loop
 from bench.bench_host import BenchHost
 from bench.budgets import at_least, at_most_more
+from bench.raw import raw_loop
 from bench.rows import Measured, Row, row
 from bench.sender import Sender, Sent
 from schemas import codec

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from bench.raw.bare import TAP_FLAGS, TUNSETIFF
 from bench.bench_host import BenchHost
+from bench.raw.bare import TAP_FLAGS, TUNSETIFF
 from bench.rows import Measured, floor
 
 ROUNDS = 100

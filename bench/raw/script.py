@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
+from bench.bench_host import BenchHost
 from bench.raw import bare
 from bench.raw.bare_instance import BareInstance, BareInstances
-from bench.bench_host import BenchHost
 from schemas.requests import SetupNetwork, StartInstance, StopInstance
 
 TIMEOUT_S = 60.0
