@@ -15,7 +15,7 @@ from bench.groups import GROUPS
 from bench.rows import Measured
 from bench.wanted import not_measured
 
-GROUP_TIMEOUT_S = 240
+GROUP_TIMEOUT_S = 420
 CLEANUP_TIMEOUT_S = 60
 
 
