@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from handlers.errors import Exhausted, Failure
 from handlers.interfaces import DiskClaim, Host
-from handlers.specs import MIB
+from handlers.specs import MIB, DiskUsage
 from schemas.files import TenantQuota
 from schemas.requests import InstanceRef
 
@@ -73,17 +73,22 @@ async def admitted(need: DiskNeed, quota: TenantQuota | None, host: Host) -> Asy
     refuse_low_disk(host)
     # What comes to exist while the files are measured may count twice, but never not at all.
     earlier = {claim for claim in host.disk_claims if not claim.exists()}
-    usage = await host.disk.usage(need.tenant_id, without=need.replaces)
-    disks_bytes = await data_disks_bytes(need.tenant_id, host)
+    bounded = quota if need.size_bytes else None
+    if bounded is not None:  # else it is not asked what the tenant uses: that walks its files
+        usage = await host.disk.usage(need.tenant_id, without=need.replaces)
+        disks_bytes = await data_disks_bytes(need.tenant_id, host)
+    else:
+        usage = DiskUsage(artifacts_bytes=0, snapshots_bytes=0, logs_bytes=0)
+        disks_bytes = 0
     # From here to the claim without an await.
     claims = earlier | {claim for claim in host.disk_claims if not claim.exists()}
-    if quota is not None and need.size_bytes:
+    if bounded is not None:
         mine = sum(c.size_bytes for c in claims if c.tenant_id == need.tenant_id)
         used = disks_bytes + usage.total_bytes + mine
-        if used + need.size_bytes > quota.max_disk_gib * GIB:
+        if used + need.size_bytes > bounded.max_disk_gib * GIB:
             raise Exhausted(
                 f"tenant quota exceeded: {need.what} needs {_mib(need.size_bytes)} MiB of disk, "
-                f"{_mib(used)} of {quota.max_disk_gib * 1024} MiB are used: data disks "
+                f"{_mib(used)} of {bounded.max_disk_gib * 1024} MiB are used: data disks "
                 f"{_mib(disks_bytes)}, artifacts {_mib(usage.artifacts_bytes)}, snapshots "
                 f"{_mib(usage.snapshots_bytes)}, logs {_mib(usage.logs_bytes)}, being made "
                 f"{_mib(mine)} MiB",

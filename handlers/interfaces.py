@@ -257,6 +257,10 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
     the identity, sends SIGKILL by pidfd and waits until the process has exited.
     """
 
+    def expect_launch(self) -> None:
+        """A launch is coming: begin what the kernel makes it wait for. Changes nothing."""
+        ...
+
     async def launches(self, ref: InstanceRef) -> Sequence[int]:
         """Numbers of the launches whose cgroup exists, with or without a process."""
         ...
@@ -572,6 +576,10 @@ class WarmPool(Protocol):
 
     def give_back(self, jail_id: str) -> None:
         """The launch did not come to use its claim. Nothing claimed is success."""
+        ...
+
+    def has_claim(self, jail_id: str) -> bool:
+        """Whether one is set aside for the launch of this jail."""
         ...
 
     def used_by(self, spec: LaunchSpec) -> AbstractAsyncContextManager[str | None]:

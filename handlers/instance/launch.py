@@ -3,10 +3,12 @@ r"""Launching, shared by Start and Wake: from a plan to a running VMM with its n
 Two branches run concurrently, since they need nothing of each other:
 
     port:   pin -> TAP
-    files:  cgroup -> data disk -> jail -> VMM (the jailer) -> record of the VMM
-                                     \-> a wake's snapshot: verified, linked into the jail
+    files:  cgroup
+            data disk -> jail -> VMM (the jailer) -> record of the VMM
+                           \-> a wake's snapshot: verified, linked into the jail
 
-and meet before the VMM is told of its devices, i.e. configured or loaded. What the order is for:
+and meet before the VMM is told of its devices, i.e. configured or loaded. The cgroup is made beside
+the files, but before a VMM that was launched ahead moves into it. What the order is for:
 
 - the rules of the network are in force before the TAP is up, and the TAP before its first use;
 - the cgroup exists before the jailer runs, which silently continues without a missing one;
@@ -162,12 +164,17 @@ async def ensure_vmm(plan: LaunchPlan, steps: Steps, host: Host, *, runs: bool) 
     A VMM that was launched ahead enters the launch's cgroup while the files are made; then it is
     found in the jail that it came with. Without one, or if it was lost, the jailer runs.
     """
-    await ensure_cgroup(plan.launch, steps, host)
     paths = None
-    async with host.warm.used_by(plan.launch.vmm) as warm:
-        launch, jail = await ensure_files(plan, steps, host, warm=warm)
-        if warm is not None and plan.snapshot is not None and not runs:
-            paths = await link_snapshot(launch, plan.snapshot, steps, host)
+    if host.warm.has_claim(plan.launch.jail_id):
+        await ensure_cgroup(plan.launch, steps, host)
+        async with host.warm.used_by(plan.launch.vmm) as warm:
+            launch, jail = await ensure_files(plan, steps, host, warm=warm)
+            if warm is not None and plan.snapshot is not None and not runs:
+                paths = await link_snapshot(launch, plan.snapshot, steps, host)
+    else:
+        (launch, jail), _ = await together(
+            ensure_files(plan, steps, host, warm=None), ensure_cgroup(plan.launch, steps, host)
+        )
     if plan.snapshot is None or runs or paths is not None:
         return VmmFiles(launch, jail, await steps.ensure(host.vmms, launch.vmm), paths)
     identity, paths = await together(

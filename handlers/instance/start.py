@@ -53,8 +53,11 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
     if not state.status.at_rest:
         raise state.conflict("start it", "created, stopped or failed")
     await refuse_second_boot(state.record, steps, host)
-    files = await read_launch_files(cmd.ref, state.record, host)
-    revision = await host.shared.current_revision(cmd.tenant_id, cmd.pool_id)
+    host.vmms.expect_launch()
+    files, revision = await together(
+        read_launch_files(cmd.ref, state.record, host),
+        host.shared.current_revision(cmd.tenant_id, cmd.pool_id),
+    )
     async with admitted_launch(files, state.record, steps, host):
         record = await steps.ensure(
             Reservations(host),

@@ -59,8 +59,10 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
     state.refuse_incomplete(steps.command_id)
     if state.status is not Status.SLEEPING:
         raise state.conflict("wake it", "sleeping")
-    info = await read_snapshot(record, host)
-    files = await read_launch_files(cmd.ref, record, host)
+    host.vmms.expect_launch()
+    info, files = await together(
+        read_snapshot(record, host), read_launch_files(cmd.ref, record, host)
+    )
     spec = reservation_spec(
         files,
         record,
@@ -91,7 +93,9 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
                 # The point of no return, committed with `synchronous=FULL`: part of the record, so
                 # that a later command knows it too.
                 await steps.reach(CONSUMED, lambda: host.records.put_instance(record, durable=True))
-    return await complete_wake(record, record.vmm, steps, host, loaded=True)
+                await host.snapshots.mark_consumed(record.ref, info.number)
+                await steps.act("resume_vm", vm.api.resume)
+    return await wake_resumed(record, vm.identity, steps, host)
 
 
 async def read_snapshot(record: InstanceRecord, host: Host) -> SnapshotInfo:
@@ -126,12 +130,10 @@ async def complete_wake(
     identity: VmmIdentity | None,
     steps: Steps,
     host: Host,
-    *,
-    loaded: bool = False,
 ) -> Done:
-    """Past the point of no return: resume, wake the agent, set the clock; failures are reported.
+    """A later run past the point of no return: resume if that was not done, then as the first.
 
-    `identity` is of the VMM that this run `loaded`, or that a later run found.
+    `identity` is of the VMM that it found.
     """
     await host.snapshots.mark_consumed(record.ref, record.snapshot or 0)
     if identity is None:
@@ -144,10 +146,17 @@ async def complete_wake(
         raise failure
     vmm = host.vmms.api(record.jail_id)
     try:
-        if loaded or await vmm.state() == "Paused":
+        if await vmm.state() == "Paused":
             await steps.act("resume_vm", vmm.resume)
     finally:
         await vmm.close()
+    return await wake_resumed(record, identity, steps, host)
+
+
+async def wake_resumed(
+    record: InstanceRecord, identity: VmmIdentity, steps: Steps, host: Host
+) -> Done:
+    """Wake the agent of a guest that runs again, and set its clock; failures are reported."""
     detail, left_behind = await together(
         wake_guest(record, steps, host), write_running(record, host, host.facts.now_ms())
     )

@@ -83,6 +83,7 @@ class FakeHost:
     guests: dict[str, Guest] = field(default_factory=dict[str, Guest])
     boots: dict[str, int] = field(default_factory=dict[str, int])
     jailer_runs: list[str] = field(default_factory=list[str])
+    expected_launches: int = 0
     tenants: dict[str, TenantConfig] = field(default_factory=dict[str, TenantConfig])
     pools: dict[tuple[str, str], PoolSpec] = field(default_factory=dict[tuple[str, str], PoolSpec])
     files: dict[InstanceRef, InstanceFile] = field(default_factory=dict[InstanceRef, InstanceFile])
@@ -509,6 +510,9 @@ class FakeJails(Plain[JailSpec]):
 class FakeVmms(Plain[LaunchSpec]):
     name: ClassVar[str] = "vmm"
 
+    def expect_launch(self) -> None:
+        self.machine.expected_launches += 1
+
     async def ensure(self, spec: LaunchSpec) -> VmmIdentity:
         machine = self.machine
         if machine.uids.get(spec.key, spec.uid) != spec.uid:
@@ -581,6 +585,9 @@ class FakeWarmPool:
 
     def give_back(self, jail_id: str) -> None:
         self.claims.pop(jail_id, None)
+
+    def has_claim(self, jail_id: str) -> bool:
+        return jail_id in self.claims
 
     @asynccontextmanager
     async def used_by(self, spec: LaunchSpec) -> AsyncGenerator[str | None]:

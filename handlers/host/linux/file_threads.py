@@ -59,6 +59,11 @@ async def run_in_import_thread(work: Callable[[CancelToken], T]) -> T:
     return await _run_in_pool(_imports, partial(work, token), token)
 
 
+def start_in_thread(work: Callable[[], None]) -> None:
+    """Have short `work`, which changes nothing and never raises, done in a thread; none waits."""
+    _quick.submit(work)
+
+
 async def _run_in_pool(
     pool: ThreadPoolExecutor, work: Callable[[], T], token: CancelToken | None
 ) -> T:

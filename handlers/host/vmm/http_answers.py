@@ -3,7 +3,8 @@
 A VMM may be in its guest's hands, so its bytes are hostile. The parser is total and bounded, and it
 knows only what Firecracker sends: no chunks, no informational answers, no body up to the end of the
 connection. Anything else is not an answer. `tests/unit/vmm/test_http_answers.py` compares it with
-h11, a parser for all of HTTP that takes 3 to 5 ms of CPU per launch.
+h11, a parser for all of HTTP, which takes 0.33 ms of CPU for a Start's nine requests and 0.11 ms
+for a Wake's three, where this takes 0.04 and 0.01.
 
 Source: RFC 9112; src/micro_http of Firecracker.
 """

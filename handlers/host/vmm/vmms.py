@@ -27,6 +27,7 @@ from handlers.host.vmm import confinement, processes
 from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.jailer import Jailer, clear
+from handlers.host.vmm.migration import MigrationLock
 from handlers.jail_names import API_SOCKET, FIRECRACKER, LOG, PID_FILE
 from handlers.mechanism import Durability
 from handlers.specs import LaunchSpec
@@ -71,6 +72,10 @@ class Vmms:
         self._tree = CgroupTree.of(settings)
         self._tenant_of = tenant_of
         self._jailer = Jailer(settings)
+        self._migration = MigrationLock(self._tree.mount)
+
+    def expect_launch(self) -> None:
+        self._migration.prepare()
 
     # -- the mechanism -------------------------------------------------------------------------
 

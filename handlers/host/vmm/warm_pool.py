@@ -94,6 +94,9 @@ class WarmPool:
         if (warm := self._claimed.pop(jail_id, None)) is not None:
             self._discard(warm, "discarded")
 
+    def has_claim(self, jail_id: str) -> bool:
+        return jail_id in self._claimed
+
     @contextlib.asynccontextmanager
     async def used_by(self, spec: LaunchSpec) -> AsyncGenerator[str | None]:
         """Move the claimed VMM into the launch's cgroup, meanwhile let its jail be made.

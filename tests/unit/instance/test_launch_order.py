@@ -33,6 +33,11 @@ CUTS = [
     ("WakeInstance", "before:verify_snapshot", "after:vmm"),
     ("WakeInstance", "before:link_snapshot", "after:vmm"),
     ("WakeInstance", "before:vmm", "after:link_snapshot"),
+    # The cgroup is made beside the files.
+    *((kind, "before:cgroup", at) for kind in FILES for at in ("before:jail", "after:jail")),
+    *((kind, "after:cgroup", "after:jail") for kind in FILES),
+    ("StartInstance", "before:data_disk", "after:cgroup"),
+    *((kind, "before:jail", "after:cgroup") for kind in FILES),
 ]
 
 
@@ -95,6 +100,49 @@ async def test_the_vmm_is_not_told_of_its_tap_before_the_tap_is_there(
     assert (
         moments.index("before:vmm") < moments.index("after:tap") < moments.index(f"before:{uses}")
     )
+
+
+@pytest.mark.parametrize("kind", ["StartInstance", "WakeInstance"])
+async def test_the_jailer_runs_only_when_both_cgroup_and_jail_are_there(
+    kind: str, tmp_path: Path
+) -> None:
+    moments: list[str] = []
+    jail = asyncio.Event()
+    armed = False
+
+    async def slow_cgroup(moment: str) -> None:
+        moments.append(moment)
+        if moment == "after:jail":
+            jail.set()
+        if armed and moment == "before:cgroup":
+            await jail.wait()
+
+    async with memory_worker(tmp_path / "j", seeded(), failpoint=slow_cgroup) as worker:
+        await prepare(worker, kind)
+        moments.clear()
+        jail.clear()
+        armed = True
+
+        assert (await worker.run(COMMANDS[kind])).code is Code.OK
+
+    order = ["after:jail", "after:cgroup", "before:vmm"]
+    assert [moment for moment in moments if moment in order] == order
+
+
+@pytest.mark.parametrize("kind", ["StartInstance", "WakeInstance"])
+async def test_the_host_is_told_of_a_launch_that_is_coming_and_of_no_other(
+    kind: str, tmp_path: Path
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, kind)
+        before = machine.expected_launches
+
+        assert (await worker.run(COMMANDS[kind])).changed
+        launched = machine.expected_launches
+        assert not (await worker.run(COMMANDS[kind])).changed
+
+    assert (launched, machine.expected_launches) == (before + 1, before + 1)
 
 
 async def test_a_snapshot_of_another_vmm_version_is_refused_and_stays_asleep(
