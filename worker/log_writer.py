@@ -3,8 +3,12 @@
 A side effect must not stop the work. The reader of stdout may go away (EPIPE), its disk may fill
 (ENOSPC), or nobody reads the pipe: so lines go through a bounded queue to a thread of their own,
 and what does not fit or cannot be written is dropped and counted. The event loop never writes.
+
+A line of the loop wakes the thread some milliseconds later, not at once: the thread would take the
+interpreter's lock just when a command's reply is due. Under load one wake-up serves many lines.
 """
 
+import asyncio
 import contextlib
 import os
 import select
@@ -16,6 +20,8 @@ QUEUE_LINES: Final = 10_000
 QUEUE_BYTES: Final = 4 << 20
 CLOSE_S: Final = 1.0
 POLL_S: Final = 1.0
+WAKE_S: Final = 0.005
+URGENT_LINES: Final = QUEUE_LINES // 4
 
 
 class LogWriter:
@@ -30,6 +36,7 @@ class LogWriter:
         self._bytes = 0
         self._torn = False  # the last line was cut: the next one begins with a newline
         self._closing = False
+        self._waking = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -45,6 +52,23 @@ class LogWriter:
                 return
             self._lines.append(line)
             self._bytes += len(line)
+            if len(self._lines) >= URGENT_LINES:
+                self._changed.notify()
+            waking, self._waking = self._waking, True
+        if not waking:
+            self._wake_soon()
+
+    def _wake_soon(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # another thread than the loop's
+            self._wake()
+        else:
+            loop.call_later(WAKE_S, self._wake)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._waking = False
             self._changed.notify()
 
     debug = info = warning = error = critical = log = msg
@@ -69,7 +93,7 @@ class LogWriter:
             while not self._lines:
                 if self._closing:
                     return None
-                self._changed.wait()
+                self._changed.wait(POLL_S)  # the loop that was to wake it may have ended
             line = self._lines.popleft()
             self._bytes -= len(line)
             return line

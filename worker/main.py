@@ -7,6 +7,7 @@ is uvloop's (ADR 0961).
 
 import asyncio
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
@@ -331,6 +332,8 @@ class Worker:
                 await self.lease.wait_held()
         self.lanes.start()
         self._phase = "ready"
+        gc.collect()
+        gc.freeze()  # modules and classes are not looked at again by later collections
         self.lease.touch()
         log.info("worker.ready", host=self.settings.host.id)
         await self.reconciler.run()

@@ -46,6 +46,8 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call] # its module has no hints
         registry = self.registry = CollectorRegistry()
         self._collect: Callable[[], None] = lambda: None
+        self._done: dict[tuple[str, Code], tuple[Counter, Histogram]] = {}
+        self._steps: dict[str, Histogram] = {}
         self._commands = Counter(
             "hostd_commands_total",
             "Finished commands, by type and result code.",
@@ -218,11 +220,18 @@ class Metrics:
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None:
         """A command of this type finished, `seconds` after it was received."""
-        self._commands.labels(kind, code.value).inc()
-        self._command_seconds.labels(kind).observe(seconds)
+        done = self._done.get((kind, code))
+        if done is None:  # labels() costs three times what it counts: once per series
+            done = self._commands.labels(kind, code.value), self._command_seconds.labels(kind)
+            self._done[kind, code] = done
+        done[0].inc()
+        done[1].observe(seconds)
 
     def step(self, name: str, seconds: float) -> None:
-        self._step_seconds.labels(name).observe(seconds)
+        series = self._steps.get(name)
+        if series is None:
+            series = self._steps[name] = self._step_seconds.labels(name)
+        series.observe(seconds)
 
     def retry(self, kind: str, code: Code) -> None:
         self._retries.labels(kind, code.value).inc()
