@@ -10,10 +10,10 @@ import sys
 import time
 from dataclasses import asdict
 
-from bench import machine, rows, table
 from bench.groups import GROUPS
-from bench.rows import Measured
-from bench.wanted import not_measured
+from bench.report import machine, rows, table
+from bench.report.rows import Measured
+from bench.report.wanted import not_measured
 
 GROUP_TIMEOUT_S = 420
 CLEANUP_TIMEOUT_S = 60

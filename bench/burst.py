@@ -6,11 +6,11 @@ import time
 from contextlib import AsyncExitStack
 
 from bench.bench_host import BenchHost
-from bench.budgets import at_most_times
 from bench.launches import MEM_MIB
 from bench.raw.bare_instance import BareInstance
 from bench.raw.script import DATA_DISK_MIB, Script, stage, take_snapshot
-from bench.rows import Measured, p99, row
+from bench.report.budgets import at_most_times
+from bench.report.rows import Measured, p99, row
 from schemas.requests import SleepInstance, StartInstance, StopInstance, WakeInstance
 
 BURST, BURSTS = 64, 3

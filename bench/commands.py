@@ -11,9 +11,9 @@ import msgpack
 import msgspec
 
 from bench.bench_host import BenchHost
-from bench.budgets import at_least, at_most_more
 from bench.raw import raw_loop
-from bench.rows import Measured, Row, row
+from bench.report.budgets import at_least, at_most_more
+from bench.report.rows import Measured, Row, row
 from bench.sender import Sender, Sent
 from schemas import codec
 from schemas.envelopes import Command

@@ -6,9 +6,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from bench.bench_host import BenchHost
-from bench.budgets import at_most, within_percent
 from bench.cpu import in_the_background
-from bench.rows import Measured, Row, row
+from bench.report.budgets import at_most, within_percent
+from bench.report.rows import Measured, Row, row
 from bench.sender import Sent
 from schemas.requests import (
     Request,

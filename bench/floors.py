@@ -14,7 +14,7 @@ from functools import partial
 
 from bench.bench_host import BenchHost
 from bench.raw.bare import TAP_FLAGS, TUNSETIFF
-from bench.rows import Measured, floor
+from bench.report.rows import Measured, floor
 
 ROUNDS = 100
 ROW = bytes(500)

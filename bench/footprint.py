@@ -4,10 +4,10 @@ import asyncio
 import time
 
 from bench.bench_host import BenchHost, attached
-from bench.budgets import at_most
 from bench.cpu import in_the_background, rss_kib
 from bench.networks import nft
-from bench.rows import Measured, Row, row
+from bench.report.budgets import at_most
+from bench.report.rows import Measured, Row, row
 from schemas.requests import SetupNetwork, StartInstance, StopInstance
 
 VMS = 500

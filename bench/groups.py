@@ -15,9 +15,10 @@ from bench import (
     networks,
     packets,
     scaling,
+    wake,
 )
 from bench.bench_host import BenchHost, bench_host
-from bench.rows import Measured
+from bench.report.rows import Measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,5 +55,6 @@ GROUPS: dict[str, Group] = {
     "scaling": Group(scaling.measure, scaling.ROUNDS),
     "crowded": on_host(crowded.measure, crowded.ROUNDS),
     "floors": on_host(floors.measure, floors.ROUNDS),
+    "wake": on_host(wake.measure, wake.ROUNDS, program="bench.traced"),
     "decoding": Group(commands.measure_decoding, commands.DECODINGS),
 }

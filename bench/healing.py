@@ -6,8 +6,8 @@ import time
 import msgspec
 
 from bench.bench_host import BenchHost, attached
-from bench.budgets import at_most
-from bench.rows import Measured, row
+from bench.report.budgets import at_most
+from bench.report.rows import Measured, row
 from schemas.requests import Ping, StopInstance
 from tests.broker.proxy import Proxy
 from tests.live_host import LiveHost, live_host

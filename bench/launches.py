@@ -10,10 +10,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from bench.bench_host import BenchHost
-from bench.budgets import Budget, at_most, at_most_more, at_most_times, below_raw
 from bench.raw.bare_instance import BareInstance
 from bench.raw.script import DATA_DISK_MIB, Answer, Script, stage
-from bench.rows import Measured, Row, Samples, floor, p99, row
+from bench.report.budgets import Budget, at_most, at_most_more, at_most_times, below_raw
+from bench.report.rows import Measured, Row, Samples, floor, p99, row
 from bench.sender import Sent
 from schemas.requests import Request, SleepInstance, StartInstance, StopInstance, WakeInstance
 

@@ -5,8 +5,8 @@ import subprocess
 import time
 
 from bench.bench_host import BenchHost
-from bench.budgets import at_most, faster
-from bench.rows import Measured, p99, row
+from bench.report.budgets import at_most, faster
+from bench.report.rows import Measured, p99, row
 from handlers.host.net.bridges import GATEWAY_OFFSET, SYSCTLS
 from handlers.host.net.chains import base_script
 from handlers.host.net.tenant_rules import tenant_members

@@ -13,8 +13,8 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from bench.budgets import within_percent
-from bench.rows import Measured, row
+from bench.report.budgets import within_percent
+from bench.report.rows import Measured, row
 from tests.kernel.net.frames import IPV4, ethernet, udp
 from tests.kernel.net.netns import INTERNET, VNET_HDR, HostNet, TapGuest, udp_socket
 from tests.kernel.net.plans import GuestPlan, net_of, plug_in, set_up

@@ -12,8 +12,8 @@ from collections import defaultdict
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from bench.budgets import at_most, within_percent
-from bench.rows import Measured, Row, row
+from bench.report.budgets import at_most, within_percent
+from bench.report.rows import Measured, Row, row
 from schemas.codes import Code
 from schemas.files import InstanceResources, PoolSpec, TenantConfig, TenantQuota
 from schemas.records import InstanceRecord, NetworkRecord, Status

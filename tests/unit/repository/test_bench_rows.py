@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import rows, table
-from bench.budgets import (
+from bench.groups import GROUPS
+from bench.report import rows, table
+from bench.report.budgets import (
     Budget,
     at_least,
     at_most,
@@ -16,10 +17,9 @@ from bench.budgets import (
     faster,
     within_percent,
 )
-from bench.groups import GROUPS
-from bench.rows import Measured, Span, floor, kept, p99, row
-from bench.table import NUMBERS, WAKE, mark, timeline
-from bench.wanted import WANTED, not_measured
+from bench.report.rows import Measured, Span, floor, kept, p99, row
+from bench.report.table import NUMBERS, WAKE, mark, timeline
+from bench.report.wanted import WANTED, not_measured
 
 KEPT = row("a", "ms", [12.3456], [10.0], budget=at_most_more(3, "ms"))
 MISSED = row("b", "ms", [20.0], [10.0], budget=at_most_more(3, "ms"))

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.budgets import Budget
+from bench.report.budgets import Budget
 
-RESULTS = Path(__file__).parent / "results.json"
+RESULTS = Path(__file__).parents[1] / "results.json"
 SAMPLES_MAX = 200
 
 Samples = Sequence[float]

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.rows import Measured, Row, Span
+from bench.report.rows import Measured, Row, Span
 
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 NUMBERS, WAKE = "numbers", "wake"
 HEAD = ("what", "unit", "hostd", "raw", "ratio", "budget", "")
 LEFT = (0, 1, 5, 6)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from bench.rows import Measured
+from bench.report.rows import Measured
 
 # By group: how the names of its rows with a budget begin.
 WANTED: Mapping[str, tuple[str, ...]] = {

@@ -1,0 +1,1 @@
+"""Rows, their budgets and the table of them."""
