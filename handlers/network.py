@@ -64,24 +64,24 @@ async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
             host.networks.warnings(host.records.network_count() + (recorded is None)),
         )
         changed, warnings = made or changed, list(found)
+        detail: dict[str, object] = {"bridge_name": cmd.net.bridge_name}
+        if warnings:
+            detail["warnings"] = warnings
+            await host.records.event(
+                EventKind.NETWORK,
+                tenant_id=cmd.tenant_id,
+                reason="set up, but guests may not work",
+                detail={"warnings": warnings},
+                command_id=steps.command_id,
+            )
         record = None
         if recorded is None or recorded.status != "up":
             record = record_of(cmd, "up", host)
-            host.records.expect_network(record)
+            host.records.expect_network(record)  # last: nothing after it can fail
             changed = True
     # `changed` covers all runs of the command: a step that an earlier run made has outcome `done`.
     ours = {host.tenant_rules.name, host.bridges.name}
     changed = changed or any(s.outcome == "done" and s.name in ours for s in steps.taken)
-    detail: dict[str, object] = {"bridge_name": cmd.net.bridge_name}
-    if warnings:
-        detail["warnings"] = warnings
-        await host.records.event(
-            EventKind.NETWORK,
-            tenant_id=cmd.tenant_id,
-            reason="set up, but guests may not work",
-            detail={"warnings": warnings},
-            command_id=steps.command_id,
-        )
     return Done(changed=changed, status=None, detail=detail, network=record)
 
 

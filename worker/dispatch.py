@@ -11,6 +11,7 @@ from structlog.contextvars import bind_contextvars
 from handlers.clock import now_ms
 from handlers.control import Control, Halted
 from handlers.errors import (
+    Conflict,
     Exhausted,
     Expired,
     Failure,
@@ -110,7 +111,12 @@ class Dispatch:
         work.began(steps)
         try:
             reply, done = await self._outcome(row, steps)
-            await self._finish(row, reply, done)
+            try:
+                await self._finish(row, reply, done)
+            except Conflict as conflict:  # with a record that nobody asked for before
+                if done is None:
+                    raise
+                await self._finish(row, await self._undone(row, steps, conflict))
         except Halted:
             log.info("command.halted", attempts=row.attempts)
         finally:

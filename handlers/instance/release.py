@@ -7,11 +7,16 @@ The VMM ends first. What is left then needs nothing of each other: the network p
 what held it to its address) and the files (jail, then cgroup).
 """
 
+import structlog
+
 from handlers.cancellation import together
 from handlers.interfaces import Discarded, DiskClaim, Host
 from handlers.network_names import names_of
 from handlers.steps import Steps
 from schemas.records import InstanceRecord
+from schemas.requests import InstanceRef
+
+log = structlog.get_logger()
 
 
 async def release(record: InstanceRecord, steps: Steps, host: Host) -> None:
@@ -101,9 +106,13 @@ async def discard_snapshots(
         claim = DiskClaim(record.ref.tenant_id, size_bytes, -size_bytes, exists=lambda: False)
         host.disk_claims.add(claim)
         for each in discarded.freed:
-            each.add_done_callback(lambda _: unclaim_freed(claim, discarded, host))
+            each.add_done_callback(lambda _: unclaim_freed(record.ref, claim, discarded, host))
 
 
-def unclaim_freed(claim: DiskClaim, discarded: Discarded, host: Host) -> None:
+def unclaim_freed(ref: InstanceRef, claim: DiskClaim, discarded: Discarded, host: Host) -> None:
     if all(each.done() for each in discarded.freed):
+        for each in discarded.freed:
+            if not each.cancelled() and (error := each.exception()) is not None:
+                # Its blocks are freed with its descriptor: it has no name any more.
+                log.warning("snapshot.not_freed", instance=str(ref), error=str(error))
         host.disk_claims.discard(claim)

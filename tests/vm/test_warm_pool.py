@@ -11,11 +11,11 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from handlers.errors import HostFault
+from handlers.errors import HostFault, Invalid
 from handlers.host.jail.warm_jails import WarmJails
 from handlers.host.vmm.warm_pool import WarmPool
 from handlers.host.vmm.warm_vmms import WarmVmms
-from handlers.specs import LaunchSpec
+from handlers.specs import MIB, CgroupSpec, LaunchSpec
 from schemas import naming
 from schemas.records import VmmIdentity
 from tests.kernel.storage.store_host import REF
@@ -248,7 +248,34 @@ async def test_a_foreign_process_among_the_leftovers_is_not_killed(rig: VmmRig) 
     other.kill()
     await other.wait()
     await pooled.pool.clear_leftovers()
+    await pooled.stop()
     assert (pooled.leaves(), pooled.jails()) == ({}, [])
+
+
+@pytest.mark.parametrize("moved", [False, True])
+async def test_it_is_killed_if_the_launch_fails_beside_its_move(
+    pooled: Pooled, store: StoreRig, moved: bool
+) -> None:
+    pid = warm_pid(pooled)
+    pooled.claim(store, 1)
+    jail_id = naming.jail_id(REF, 1)
+    await store.rig.cgroups.ensure(CgroupSpec("acme", jail_id, 256 * MIB, 100_000, 64))
+    spec = LaunchSpec(jail_id, store.uid, store.rig.tree.name("acme", jail_id))
+    store.rig.launches.append(spec)
+
+    async def fail() -> None:
+        while moved and not store.rig.tree.pids(spec.cgroup):
+            await asyncio.sleep(0.001)
+        raise Invalid("the snapshot is not its own")
+
+    with pytest.raises(Invalid):
+        async with pooled.pool.used_by(spec):
+            await fail()
+
+    assert store.rig.tree.pids(spec.cgroup) == []
+    assert not os.path.exists(f"/proc/{pid}/exe")
+    assert pooled.pool.totals["discarded"] == 1
+    await pooled.until(ready=1)
 
 
 async def test_one_that_cannot_be_removed_keeps_its_uid_until_it_can(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
+from handlers.errors import Conflict
 from schemas import codec
 from schemas.envelopes import Command, EventKind, Reply
 from schemas.records import InstanceRecord, NetworkRecord, Tombstone
@@ -205,6 +206,9 @@ class JournalCommands:
         `data` is the encoded reply. The instance's `record` is saved with it; with a `tombstone`
         it is deleted instead. A `network` is saved too, or deleted if it is absent. The command's
         step rows are deleted, except those that `reply.left_behind` names.
+
+        Raises:
+            Conflict: another record has the net id, uid slot or offset; nothing was committed.
         """
         mirror, source = self._store.mirror, self._store.source
         row = mirror.commands.get(reply.id)
@@ -243,6 +247,7 @@ class JournalCommands:
         def apply(_: None) -> None:
             if change is not None:
                 change.remember()
+            self._records.settle_network(row.lane, network)
             mirror = self._store.mirror
             mirror.drop_command(reply.id)
             mirror.points.pop(reply.id, None)
@@ -250,7 +255,21 @@ class JournalCommands:
             if kept:
                 mirror.steps[reply.id] = kept
 
-        await self._store.writer.submit(do, apply=apply, durable=True)
+        with self._refused(network):
+            await self._store.writer.submit(do, apply=apply, durable=True)
+
+    @contextmanager
+    def _refused(self, network: NetworkRecord | None) -> Generator[None]:
+        """Turns the refusal of a commit, for a row that another record's row excludes."""
+        try:
+            yield
+        except sqlite3.IntegrityError as error:
+            if network is not None:
+                self._records.unexpect_network(network.tenant_id)
+            raise Conflict(
+                f"cannot record the outcome: {error}; a row of the journal, perhaps one that this "
+                "version cannot read, has what this one needs"
+            ) from error
 
     def _change(
         self,

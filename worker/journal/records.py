@@ -36,6 +36,7 @@ class JournalRecords:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._expected: dict[str, NetworkRecord] = {}
+        self._before: dict[str, NetworkRecord | None] = {}
         store.on_reload(self._reloaded)
 
     # -- instances -----------------------------------------------------------------------------
@@ -247,8 +248,25 @@ class JournalRecords:
 
         It stays in memory if a commit fails meanwhile: the outcome is committed again.
         """
-        self._expected[record.tenant_id] = record
-        self._store.mirror.networks.put(record)
+        networks, tenant_id = self._store.mirror.networks, record.tenant_id
+        self._before.setdefault(tenant_id, networks.get(tenant_id))
+        self._expected[tenant_id] = record
+        networks.put(record)
+
+    def unexpect_network(self, tenant_id: str) -> None:
+        """The command ended without that record: return what was there before."""
+        if self._expected.pop(tenant_id, None) is None:
+            return
+        before = self._before.pop(tenant_id)
+        if before is None:
+            self._store.mirror.networks.drop(tenant_id)
+        else:
+            self._store.mirror.networks.put(before)
+
+    def settle_network(self, lane: Lane, outcome: NetworkRecord | None) -> None:
+        """A command of this lane has ended: what it expected holds only with its outcome."""
+        if outcome is None and lane.kind == "network":
+            self.unexpect_network(lane.ids[0])
 
     async def put_network(self, record: NetworkRecord, *, durable: bool = False) -> None:
         """Save; a changed status is published as a `network` event and in the state row.
@@ -292,14 +310,18 @@ class JournalRecords:
                 self._store.source.announce(tx, draft, at_ms, None)
 
         def remember() -> None:
-            self._expected.pop(record.tenant_id, None)
+            self._is_committed(record.tenant_id)
             self._store.mirror.networks.put(record)
 
         def forget() -> None:
-            self._expected.pop(record.tenant_id, None)
+            self._is_committed(record.tenant_id)
             self._store.mirror.networks.drop(record.tenant_id)
 
         return Change(delete, forget) if record.status == ABSENT else Change(save, remember)
+
+    def _is_committed(self, tenant_id: str) -> None:
+        self._expected.pop(tenant_id, None)
+        self._before.pop(tenant_id, None)
 
     def _reloaded(self, mirror: Mirror) -> None:
         for record in self._expected.values():

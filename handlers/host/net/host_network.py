@@ -127,7 +127,15 @@ class Networks:
     ) -> Sequence[str]:
         """The tenants whose networks are not as expected, by listings of the whole host."""
         isolate = self._isolate_guests
-        found = await self._base.nft.run(lambda tables: without_rules(tables, expected))
+
+        def rules(tables: Tables) -> set[str]:
+            # Also those that nobody has to repair have their tenant's policy, now and later.
+            for each in expected:
+                self._base.join(each.bridge.key, each.rules.tenant_id)
+            self._base.ensure_in(tables)
+            return without_rules(tables, expected)
+
+        found = await self._base.nft.run(rules)
         if not rules_only:
             found |= await self._netlink.run(
                 lambda kernel: without_links(kernel, expected, isolate=isolate)

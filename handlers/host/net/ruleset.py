@@ -162,7 +162,8 @@ class BaseRules:
         changed = self._put_elements(tables, asked)
         before = left[3] if same and left is not None else None
         self._joined.clear()
-        self._elements_left = (now, self._settings, self.policy.current, asked or before)
+        uplinks_left = before if asked is None else asked  # none at all is an answer, too
+        self._elements_left = (now, self._settings, self.policy.current, uplinks_left)
         return changed
 
     def _concerned(self, tables: Tables) -> bool:

@@ -13,12 +13,12 @@ import asyncio
 import contextlib
 import os
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection
-from typing import Final
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine
+from typing import Any, Final
 
 import structlog
 
-from handlers.cancellation import finish
+from handlers.cancellation import finish, run_shielded
 from handlers.errors import Failure
 from handlers.host.vmm.warm_vmms import WarmVmm, WarmVmms
 from handlers.specs import LaunchSpec
@@ -27,6 +27,7 @@ from schemas.settings import Settings
 QUIET_S: Final = 0.05  # no launch for so long before one VMM is launched ahead
 NOT_NOW_S: Final = 1.0  # the host is not ready, or has no memory or uid for one more
 REMOVE_AGAIN_S: Final = 1.0
+REMOVAL_S: Final = 10.0
 BACKOFF_MAX_S: Final = 60.0
 RESULTS: Final[tuple[str, ...]] = ("used", "discarded", "failed", "died")
 
@@ -102,7 +103,8 @@ class WarmPool:
         """Move the claimed VMM into the launch's cgroup, meanwhile let its jail be made.
 
         Yields the ID of the jail to take, None without a claim. At the end the VMM is in the
-        cgroup, or it is killed: then the launch runs the jailer. The cgroup must exist.
+        cgroup, or it is killed: then the launch runs the jailer. It is killed, too, if what is done
+        meanwhile fails. The cgroup must exist.
         """
         warm = self._claimed.pop(spec.jail_id, None)
         if warm is None:
@@ -110,13 +112,18 @@ class WarmPool:
             return
         self._launching += 1
         entering = asyncio.ensure_future(self._enter(warm, spec))
+        completed = False
         try:
             yield warm.warm_id
+            completed = True
         finally:
             cancelled = await finish(entering)
             self._launching -= 1
             failure = None if entering.cancelled() else entering.exception()
-            if failure is None and not entering.cancelled():
+            if not completed:  # undo knows of no VMM: it was not yet the launch's own
+                await run_shielded(self._vmms.end(warm))
+                self._clear(warm, "discarded")
+            elif failure is None and not entering.cancelled():
                 self._clear(warm, "used")
             else:
                 log.warning("warm_pool.vmm_lost", warm=warm.warm_id, error=str(failure))
@@ -147,9 +154,15 @@ class WarmPool:
         return {"ready": len(self._ready), "starting": self._starting}
 
     async def clear_leftovers(self) -> None:
-        """At start: kill and remove what an earlier worker left. Never raises for one of them."""
-        for warm_id in await self._vmms.leftovers():
-            await self._is_removed(warm_id)
+        """At start: kill and remove what an earlier worker left, all at once.
+
+        Never raises for one of them; what could not be removed is tried again in the background.
+        """
+        left = await self._vmms.leftovers()
+        removed = await asyncio.gather(*(self._is_removed(warm_id) for warm_id in left))
+        for warm_id, gone in zip(left, removed, strict=True):
+            if not gone:
+                self._start(self._until_removed(warm_id))
 
     async def run(self, may_launch: Callable[[], bool]) -> None:
         """Keep the pool full until cancelled: one VMM at a time, and only between launches."""
@@ -169,7 +182,7 @@ class WarmPool:
                 continue
             try:
                 await self._add(slot)
-            except (Failure, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 failures += 1
                 self.totals["failed"] += 1
                 pause_s = min(2.0**failures, BACKOFF_MAX_S)
@@ -241,23 +254,31 @@ class WarmPool:
         os.close(warm.pidfd)
         self.totals[result] += 1
         self._changed.set()
-        task = asyncio.get_running_loop().create_task(self._remove(warm))
+        self._start(self._remove(warm))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _remove(self, warm: WarmVmm) -> None:
         await self._prepared(warm)
+        await self._until_removed(warm.warm_id)
+        self._slots.discard(warm.slot)
+
+    async def _until_removed(self, warm_id: str) -> None:
+        """Or until the pool is closed."""
         pause_s = REMOVE_AGAIN_S
-        while not await self._is_removed(warm.warm_id) and not self._closing.is_set():
+        while not await self._is_removed(warm_id) and not self._closing.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), pause_s)
             pause_s = min(2 * pause_s, BACKOFF_MAX_S)
-        self._slots.discard(warm.slot)
 
     async def _is_removed(self, warm_id: str) -> bool:
         try:
-            await self._vmms.remove(warm_id)
-        except (Failure, OSError) as error:
+            async with asyncio.timeout(REMOVAL_S):
+                await self._vmms.remove(warm_id)
+        except (Failure, OSError) as error:  # a timeout is an OSError
             log.warning("warm_pool.left_behind", warm=warm_id, error=str(error))
             return False
         return True

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from handlers.cancellation import run_shielded
-from handlers.errors import Failure, HostFault
+from handlers.errors import Failure, HostFault, Unavailable
 from handlers.host.jail.warm_jails import WarmJails, WarmLayout
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.file_threads import run_in_thread
@@ -28,6 +28,7 @@ from schemas.records import VmmIdentity
 from schemas.settings import Settings
 
 PIDS_PER_VMM = 64
+END_S = 10.0
 Binaries = tuple[tuple[FileId, int] | None, ...]
 """File and modification time (ns) of firecracker and jailer."""
 
@@ -103,9 +104,22 @@ class WarmVmms:
 
         The kernel keeps the lock of `cgroup.procs` in its writers' mode for a grace period.
         """
-        name = warm.identity.cgroup
-        with contextlib.suppress(OSError):  # it has exited: found when it is to be used
-            await run_in_thread(self._cgroups.tree.move, warm.identity.pid, name)
+        with contextlib.suppress(Failure, OSError):  # not as made: found when it is to be used
+            await run_in_thread(self._prepare_move, warm)
+
+    def _prepare_move(self, warm: WarmVmm) -> None:
+        os.close(_open(warm.warm_id, warm.identity))  # the pid is its own
+        self._cgroups.tree.move(warm.identity.pid, warm.identity.cgroup)
+
+    async def end(self, warm: WarmVmm) -> None:
+        """Kill it, in whatever cgroup it is, and wait until it has exited.
+
+        Raises:
+            Unavailable: it does not exit.
+        """
+        processes.send(warm.pidfd, signal.SIGKILL)
+        if not await processes.wait_exit(warm.pidfd, END_S):
+            raise Unavailable(f"warm VMM {warm.warm_id} did not exit after SIGKILL")
 
     async def enter(self, warm: WarmVmm, spec: LaunchSpec) -> None:
         """Move it into the cgroup of the launch, which exists; it is killed if it is not as made.

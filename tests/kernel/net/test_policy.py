@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from handlers.errors import HostFault, Invalid
+from handlers.network_survey import damaged_tenants
+from schemas.records import NetworkRecord
 from schemas.settings import NetworkSettings
 from tests.kernel.net.frames import IPV4, ethernet, udp
+from tests.kernel.net.memory_records import MemoryRecords, host_of
 from tests.kernel.net.netns import INTERNET, OUTSIDE
 from tests.kernel.net.plans import GuestPlan
 from tests.kernel.net.test_isolation import A1, B1, Stage, play, tokens
@@ -179,3 +182,20 @@ async def test_a_new_worker_puts_the_policy_in_effect_with_the_tenant(policed: P
     await net.mechanisms.networks.prepare()
 
     assert net.host.ruleset() == before
+
+
+async def test_a_new_worker_that_repairs_nothing_still_follows_the_policy(policed: Policed) -> None:
+    await policed.write("[acme]\nallowed = ['192.168.7.0/24']\n")
+    net = policed.stage.net
+    net.reopen(NetworkSettings(denied=(LAN,), policy=str(policed.file)))
+    journal = MemoryRecords({A1.tenant_id: A1.net, B1.tenant_id: B1.net})
+    for plan in (A1, B1):
+        journal.networks_up[plan.tenant_id] = NetworkRecord(
+            tenant_id=plan.tenant_id, net=plan.net, status="up", since_ms=0
+        )
+    assert await damaged_tenants(host_of(net, journal), rules_only=False) == (False, [])
+
+    await policed.write(f"[acme]\ndenied = ['{OUTSIDE}']\n")
+
+    assert reached(policed.stage, [LAN_HOST, OUTSIDE]) == set()
+    assert reached(policed.stage, [OUTSIDE], B1) == {OUTSIDE}

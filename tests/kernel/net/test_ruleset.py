@@ -18,7 +18,7 @@ from handlers.host.net.nft.nftables import Nft
 from handlers.host.net.ruleset import BaseRules
 from handlers.specs import BridgeSpec, TenantRulesSpec
 from schemas.settings import NetworkSettings
-from tests.kernel.net.netns import HostNet
+from tests.kernel.net.netns import OUTSIDE, HostNet
 from tests.kernel.net.plans import GuestPlan, net_of, plug_in, set_up
 
 if TYPE_CHECKING:
@@ -160,6 +160,21 @@ async def test_uplinks_follow_the_default_route(net: HostNet) -> None:
     assert 'elements = { "up1" }' in net.host.command(
         "nft", "list", "set", "inet", "hostd", "uplinks"
     )
+
+
+async def test_a_default_route_that_went_away_and_came_back_is_an_uplink_again(
+    net: HostNet,
+) -> None:
+    await net.mechanisms.networks.prepare()
+    before = net.host.ruleset()
+    net.host.ip("route del default")
+    await net.mechanisms.networks.prepare()
+    assert net.host.ruleset() != before
+
+    net.host.ip(f"route add default via {OUTSIDE}")
+    await net.mechanisms.networks.prepare()
+
+    assert net.host.ruleset() == before
 
 
 async def test_uplinks_that_are_set_win(net: HostNet) -> None:
