@@ -6,6 +6,7 @@ ended, and none of its children.
 
 import asyncio
 import os
+import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -84,8 +85,7 @@ def in_the_background(pids: list[int]) -> Generator[None]:
     if top is None:
         yield
         return
-    group = Path(top, f"hostd-bench-{os.getpid()}")
-    group.mkdir()
+    group = Path(tempfile.mkdtemp(prefix="hostd-bench-", dir=top))
     try:
         Path(group, "cpu.shares").write_text("2")
         for pid in pids:

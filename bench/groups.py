@@ -51,7 +51,9 @@ GROUPS: dict[str, Group] = {
     "large": on_host(launches.measure_large, launches.LARGE_ROUNDS),
     "burst": on_host(burst.measure, burst.BURSTS),
     "warm_burst": on_host(burst.measure, burst.BURSTS, warm_pool=burst.BURST),
-    "footprint": on_host(footprint.measure, footprint.INTERVALS),
+    "footprint": on_host(
+        footprint.measure, footprint.INTERVALS, vmm_overhead_mib=footprint.OVERHEAD_MIB
+    ),
     "scaling": Group(scaling.measure, scaling.ROUNDS),
     "crowded": on_host(crowded.measure, crowded.ROUNDS),
     "floors": on_host(floors.measure, floors.ROUNDS),

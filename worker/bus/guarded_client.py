@@ -91,7 +91,7 @@ _READ_OF_TRANSPORT = ("_io_writer", "_bare_io_writer")
 class Tuning:
     """Times in seconds. A stalled connection is detected within `ping_s * (pings + 1)`."""
 
-    ping_s: float = 4.0
+    ping_s: float = 3.0
     pings: int = 2
     connect_timeout_s: float = 2.0
     backoff_base_s: float = 0.25
