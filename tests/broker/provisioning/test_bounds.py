@@ -96,6 +96,7 @@ async def test_a_message_sent_again_after_a_lost_answer_is_our_own(server: Serve
                         break
                     except BusError:
                         await asyncio.sleep(0.02)
+            await host.admin.wait_connected()  # the pause may have ended its connection, too
 
         info = await api(host.admin, f"STREAM.INFO.{SUBJECTS.replies_stream}")
         assert (info["state"]["messages"], bus.taken_msg_ids) == (2, 0)
