@@ -50,7 +50,7 @@ class StoreRig:
     uid: int = UID
 
     def change_uid(self, uid: int) -> None:
-        """Of the launches from now on; the TAP is made anew for it."""
+        """Of the launches from now on; the TAP is created again for it."""
         subprocess.run(["ip", "tuntap", "del", TAP, "mode", "tap"], check=True, timeout=10)
         add_tap(TAP, uid)
         self.uid = uid

@@ -247,7 +247,6 @@ class JournalCommands:
         def apply(_: None) -> None:
             if change is not None:
                 change.remember()
-            self._records.settle_network(row.lane, network)
             mirror = self._store.mirror
             mirror.drop_command(reply.id)
             mirror.points.pop(reply.id, None)

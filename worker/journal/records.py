@@ -254,7 +254,7 @@ class JournalRecords:
         networks.put(record)
 
     def unexpect_network(self, tenant_id: str) -> None:
-        """The command ended without that record: return what was there before."""
+        """The journal refused that record: return what was there before."""
         if self._expected.pop(tenant_id, None) is None:
             return
         before = self._before.pop(tenant_id)
@@ -262,11 +262,6 @@ class JournalRecords:
             self._store.mirror.networks.drop(tenant_id)
         else:
             self._store.mirror.networks.put(before)
-
-    def settle_network(self, lane: Lane, outcome: NetworkRecord | None) -> None:
-        """A command of this lane has ended: what it expected holds only with its outcome."""
-        if outcome is None and lane.kind == "network":
-            self.unexpect_network(lane.ids[0])
 
     async def put_network(self, record: NetworkRecord, *, durable: bool = False) -> None:
         """Save; a changed status is published as a `network` event and in the state row.

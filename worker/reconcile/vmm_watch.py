@@ -101,6 +101,8 @@ class VmmWatch:
             self._watch(record, self._until_exit(record))
 
     def _watch(self, record: InstanceRecord, work: Coroutine[None, None, None]) -> None:
+        if (before := self._watched.get(record.ref)) is not None:
+            before.task.cancel()  # has ended, unless it is of another launch
         task = asyncio.create_task(work, name=f"vmm {record.jail_id}")
         self._watched[record.ref] = _Watched(record.jail_id, task)
 
