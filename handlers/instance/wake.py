@@ -178,30 +178,45 @@ async def wake_resumed(
 
 
 async def wake_guest(record: InstanceRecord, steps: Steps, host: Host) -> dict[str, object]:
-    """Send `Wake` and set the clock. A failure is named in the reply's detail; the VM runs on."""
+    """Send `Wake` and set the clock, at once: the agent may take long to mount the drives, and
+    until its clock is set the guest's time is that of its sleep.
+
+    A failure is named in the reply's detail; the VM runs on.
+    """
     port = record.agent_port
-    detail: dict[str, object] = {}
     if port is None:
-        return detail
+        return {}
     left_s = steps.control.left_s()
     timeout_s = AGENT_TIMEOUT_S if left_s is None else max(0.1, min(AGENT_TIMEOUT_S, left_s))
+    woken, clock = await together(
+        wake_agent(record.jail_id, port, timeout_s, steps, host),
+        set_clock(record.jail_id, port, timeout_s, steps, host),
+    )
+    return {**woken, **clock}
+
+
+async def wake_agent(
+    jail_id: str, port: int, timeout_s: float, steps: Steps, host: Host
+) -> dict[str, object]:
     try:
         ack = await steps.act(
-            "wake_agent", lambda: host.agents.wake(record.jail_id, port, timeout_s=timeout_s)
+            "wake_agent", lambda: host.agents.wake(jail_id, port, timeout_s=timeout_s)
         )
-        if not ack.success:
-            detail["agent_failed"] = ack.detail or "refused without a reason"
     except Failure as error:
-        detail["agent_failed"] = error.message
-        return detail
+        return {"agent_failed": error.message}
+    return {} if ack.success else {"agent_failed": ack.detail or "refused without a reason"}
+
+
+async def set_clock(
+    jail_id: str, port: int, timeout_s: float, steps: Steps, host: Host
+) -> dict[str, object]:
     try:
-        detail["clock_was_off_s"] = await steps.act(
-            "set_clock",
-            lambda: host.agents.set_clock(record.jail_id, port, timeout_s=timeout_s),
+        was_off_s = await steps.act(
+            "set_clock", lambda: host.agents.set_clock(jail_id, port, timeout_s=timeout_s)
         )
     except Failure as error:
-        detail["clock_failed"] = error.message
-    return detail
+        return {"clock_failed": error.message}
+    return {"clock_was_off_s": was_off_s}
 
 
 async def fail_consumed(record: InstanceRecord, steps: Steps, host: Host) -> None:

@@ -352,6 +352,21 @@ MOMENTS = {
 }
 
 
+async def test_a_woken_guests_clock_is_set_though_its_agent_fails(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "WakeInstance")
+        machine.fail["wake_agent"] = Unavailable("deaf")
+        awake = await worker.run(COMMANDS["WakeInstance"])
+        await worker.run(COMMANDS["SleepInstance"])
+        machine.fail["set_clock"] = Unavailable("slow")
+        both = await worker.run(COMMANDS["WakeInstance"])
+
+    assert (awake.code, awake.detail["agent_failed"]) == (Code.OK, "deaf")
+    assert awake.detail["clock_was_off_s"] == 0.0
+    assert (both.detail["agent_failed"], both.detail["clock_failed"]) == ("deaf", "slow")
+
+
 @pytest.mark.parametrize("edge", ["before", "after"])
 @pytest.mark.parametrize(("kind", "step"), cases(MOMENTS))
 async def test_a_worker_cut_in_mid_command_ends_it_under_the_same_id(
