@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from importlib.metadata import version
@@ -57,6 +58,7 @@ OUTBOX_S = 5.0
 LEASE_PATIENCE_S = 2.0
 PRUNE_EVERY_S = 10.0
 DISK_CHECK_S = 1.0
+GIL_SWITCH_S = 0.0005
 
 log = structlog.get_logger()
 
@@ -71,6 +73,8 @@ def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
     Returns:
         The exit code: 0, or the one of the failure's code.
     """
+    # A thread that has done its system call waits this long for the loop's thread; ADR 0972.
+    sys.setswitchinterval(GIL_SWITCH_S)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_until_stopped(settings, read or (lambda: settings)))
