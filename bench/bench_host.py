@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
-from bench.cpu import LOOK_S, cpu_s, own_processes, quiet
+from bench.cpu import LOOK_S, cpu_s, kernel_s, own_processes, quiet
 from bench.sender import Sender
 from schemas.requests import InstanceRef, Ping
 from tests.live_host import LiveHost, live_host
@@ -34,6 +34,10 @@ class BenchHost:
     def cpu_ms(self) -> float:
         """CPU time that the worker has used so far."""
         return cpu_s(*self.processes) * 1e3
+
+    def kernel_ms(self) -> float:
+        """What of it the kernel used; see `kernel_s`."""
+        return kernel_s(*self.processes) * 1e3
 
     async def quiet(self) -> None:
         """Wait until the worker has done what comes after its replies."""
