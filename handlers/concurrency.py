@@ -6,7 +6,7 @@ slow holds up that tenant. Of those who wait, the tenant that holds the fewest s
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -30,6 +30,10 @@ class FairSlots:
     def waiting(self) -> int:
         """How many commands wait for a slot."""
         return len(self._waiting)
+
+    def holders(self) -> Mapping[str, int]:
+        """The slots that each tenant holds."""
+        return dict(self._held)
 
     def held(self, tenant_id: str) -> int:
         """How many slots the tenant holds."""

@@ -76,6 +76,7 @@ class Steps:
         self.command_id = command_id
         self.control = control or Control()
         self.taken: list[StepTaken] = []
+        self.doing: list[tuple[str, float]] = []  # steps that run now, since which perf_counter()
         self._log = step_log
         self._admission = admission
         self._mechanisms = mechanisms
@@ -214,6 +215,7 @@ class Steps:
             self._admission = None
         await self._failpoint(f"before:{name}")
         started = time.perf_counter()
+        self.doing.append((name, started))
         try:
             value = await do()
         except BaseException:
@@ -221,6 +223,7 @@ class Steps:
             raise
         finally:
             seconds = time.perf_counter() - started
+            self.doing.remove((name, started))
             self._observe(name, seconds)
             self.taken.append(StepTaken(name=name, took_us=int(seconds * 1e6), outcome=outcome))
         await self._failpoint(f"after:{name}")

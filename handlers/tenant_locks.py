@@ -6,7 +6,7 @@ does not starve a Teardown. Held around network steps only, never across drain, 
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 
 
@@ -20,6 +20,11 @@ class FairLock:
     @property
     def idle(self) -> bool:
         return self._held == 0 and not self._waiting
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """How often it is held, -1 for exclusively, and how many wait."""
+        return self._held, len(self._waiting)
 
     async def acquire(self, *, exclusive: bool) -> None:
         if not self._waiting and self._admits(exclusive):
@@ -61,6 +66,10 @@ class TenantLocks:
 
     def __init__(self) -> None:
         self._locks: dict[str, FairLock] = {}
+
+    def states(self) -> Mapping[str, tuple[int, int]]:
+        """`FairLock.state` of each tenant's lock that is in use; "" is the one for subnets."""
+        return {key: lock.state for key, lock in self._locks.items()}
 
     @asynccontextmanager
     async def shared(self, tenant_id: str) -> AsyncGenerator[None]:

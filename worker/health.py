@@ -1,12 +1,10 @@
 """`/metrics`, `/livez` and `/readyz` over HTTP, on loopback unless the settings say otherwise.
 
 Read-only, one request per connection, bounded in size, time and number: a stuck scraper costs one
-connection slot for a few seconds. When the process has no free descriptor, a connection takes one
-of the reserve. asyncio's own server would log each failed accept a hundred times.
+connection slot for a few seconds.
 """
 
 import asyncio
-import contextlib
 import errno
 import json
 import os
@@ -19,6 +17,14 @@ from typing import Final, Self
 import h11
 
 from handlers.errors import HostFault
+from worker.control.connections import (
+    BACKLOG,
+    Bounds,
+    Connections,
+    next_event,
+    response,
+    send,
+)
 from worker.descriptors import DescriptorReserve
 from worker.metrics import Metrics
 
@@ -26,8 +32,6 @@ REQUEST_TIMEOUT_S: Final = 5.0
 MAX_HEADER_BYTES: Final = 8192
 MAX_CONNECTIONS: Final = 16
 MAX_PER_ADDRESS: Final = 8
-BACKLOG: Final = 100
-ACCEPT_RETRY_S: Final = 0.5
 _JSON = "application/json"
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -50,10 +54,13 @@ class HealthServer:
         self._host, self._port = host.strip("[]"), int(port)
         self._metrics = metrics
         self._checks = checks
-        self._reserve = reserve
+        self._connections = Connections(
+            self._serve,
+            reserve,
+            Bounds(MAX_CONNECTIONS, MAX_PER_ADDRESS, MAX_HEADER_BYTES),
+            lambda _, address: str(address[0]),
+        )
         self._listeners: list[socket.socket] = []
-        self._accepting: list[asyncio.Task[None]] = []
-        self._open: dict[asyncio.Task[None], str] = {}
 
     async def __aenter__(self) -> Self:
         """Listen.
@@ -64,14 +71,15 @@ class HealthServer:
         try:
             await self._listen()
         except OSError as error:
-            self._close_listeners()
+            for listener in self._listeners:
+                listener.close()
             known = error.errno is not None and error.errno in errno.errorcode
             why = os.strerror(error.errno) if known and error.errno else error.strerror
             raise HostFault(
                 f"cannot listen on {self._host}:{self._port}: {why}: change [metrics] listen, or "
                 "stop the process that uses this address"
             ) from error
-        self._accepting = [asyncio.create_task(self._accept(each)) for each in self._listeners]
+        self._connections.accept(self._listeners)
         return self
 
     async def __aexit__(
@@ -80,11 +88,8 @@ class HealthServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        tasks = [*self._accepting, *self._open]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._close_listeners()
+        await self._connections.close()
+        self._listeners.clear()
 
     @property
     def port(self) -> int:
@@ -107,69 +112,20 @@ class HealthServer:
             listener.bind(address)
             listener.listen(BACKLOG)
 
-    def _close_listeners(self) -> None:
-        while self._listeners:
-            self._listeners.pop().close()
-
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, peer = await loop.sock_accept(listener)
-            except OSError as error:
-                # After `release` nothing else runs on this thread before the next accept.
-                exhausted = error.errno in (errno.EMFILE, errno.ENFILE)
-                if not (exhausted and self._reserve.release()):
-                    await asyncio.sleep(ACCEPT_RETRY_S)
-                continue
-            self._take(connection, str(peer[0]))
-            await asyncio.sleep(0)  # an accept that succeeds at once does not yield
-
-    def _take(self, connection: socket.socket, address: str) -> None:
-        from_there = sum(each == address for each in self._open.values())
-        if len(self._open) >= MAX_CONNECTIONS or from_there >= MAX_PER_ADDRESS:
-            connection.close()
-            self._reserve.refill()
-            return
-        task = asyncio.create_task(self._serve(connection))
-        self._open[task] = address
-
-        def served(done: asyncio.Task[None]) -> None:
-            del self._open[done]
-            connection.close()
-            self._reserve.refill()
-
-        task.add_done_callback(served)
-
-    async def _serve(self, connection: socket.socket) -> None:
-        try:
-            reader, writer = await asyncio.open_connection(sock=connection, limit=MAX_HEADER_BYTES)
-        except OSError:
-            return
-        try:
-            async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                writer.write(await self._exchange(reader))
-                await writer.drain()
-                writer.close()
-                await writer.wait_closed()
-        except (OSError, TimeoutError):
-            pass
-        finally:
-            writer.transport.abort()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            await send(writer, await self._exchange(reader))
 
     async def _exchange(self, reader: asyncio.StreamReader) -> bytes:
         """The response to the connection's one request; empty if it sent none."""
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
         try:
-            while (event := http.next_event()) is h11.NEED_DATA:
-                http.receive_data(await reader.read(MAX_HEADER_BYTES))
+            event = await next_event(http, reader)
         except h11.RemoteProtocolError as error:
-            return _respond(http, HTTPStatus(error.error_status_hint), "text/plain", b"")
+            return response(http, HTTPStatus(error.error_status_hint), "text/plain", b"")
         if not isinstance(event, h11.Request):
             return b""
-        return _respond(http, *self._answer(event))
+        return response(http, *self._answer(event))
 
     def _answer(self, request: h11.Request) -> tuple[HTTPStatus, str, bytes]:
         if request.method != b"GET":
@@ -190,17 +146,3 @@ class HealthServer:
 
 def _checks(**checks: bool) -> bytes:
     return json.dumps({"ok": all(checks.values()), "checks": checks}).encode() + b"\n"
-
-
-def _respond(http: h11.Connection, status: HTTPStatus, kind: str, body: bytes) -> bytes:
-    headers = [
-        ("Content-Type", kind),
-        ("Content-Length", str(len(body))),
-        ("Connection", "close"),
-    ]
-    parts = [
-        http.send(h11.Response(status_code=status, reason=status.phrase, headers=headers)),
-        http.send(h11.Data(body)),
-        http.send(h11.EndOfMessage()),
-    ]
-    return b"".join(part for part in parts if part)

@@ -7,7 +7,7 @@ answered without running, both before the superseding command waits for anything
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -135,6 +135,12 @@ class Lanes:
             "busy": sum(line.running is not None for line in self._lines.values()),
             "waiting": sum(bool(line.waiting) for line in self._lines.values()),
         }
+
+    def work(
+        self,
+    ) -> Mapping[Lane, tuple[Work | MaintenanceTask | None, Sequence[Work | MaintenanceTask]]]:
+        """What runs in each lane, and what waits there in order; for a look from outside."""
+        return {lane: (line.running, tuple(line.waiting)) for lane, line in self._lines.items()}
 
     async def idle(self) -> None:
         """Return when no lane has work left."""

@@ -1,16 +1,17 @@
 """The worker of one host: its parts, the order they start in, and the order they stop in.
 
-Start: directories, host lock, journal, host, bus; Ping is answered from then on. Then recovery,
-and only then the lanes. Stop (SIGTERM): `Worker._shut_down`. VMs keep running throughout. The loop
-is uvloop's (ADR 0961).
+Start: directories, host lock, journal, host, control socket, bus; Ping is answered from then on.
+Then recovery, and only then the lanes. Stop (SIGTERM): `Worker._shut_down`. VMs keep running
+throughout. The loop is uvloop's (ADR 0961).
 """
 
 import asyncio
 import contextlib
 import gc
 import os
+import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from typing import Any
@@ -31,6 +32,10 @@ from schemas.subjects import Subjects
 from worker import logs
 from worker.background import BackgroundTasks
 from worker.bus.nats import NatsBus
+from worker.control.dump import Dump
+from worker.control.routes import Route
+from worker.control.server import MAX_CONNECTIONS as CONTROL_CONNECTIONS
+from worker.control.server import ControlServer
 from worker.descriptors import DescriptorReserve, check_limit
 from worker.dispatch import Dispatch
 from worker.failpoints import failpoint
@@ -100,10 +105,10 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
     async with AsyncExitStack() as stack:
         owned = (settings.paths.state, settings.jail_base)
         stack.enter_context(HostLock(settings.paths.run, *owned))
-        await check_versions(settings)
+        firecracker = await check_versions(settings)
         metrics = Metrics(version("hostd"))
         check_limit(settings, HostFacts().memory_mib())
-        reserve = DescriptorReserve(MAX_CONNECTIONS)
+        reserve = DescriptorReserve(MAX_CONNECTIONS + CONTROL_CONNECTIONS)
         stack.callback(reserve.close)
         # Before the journal, which cannot be opened on a full file system.
         disk = DiskSpace(state=settings.paths.state, reserve_mib=settings.limits.disk_reserve_mib)
@@ -125,13 +130,31 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
         stack.callback(real.close)
         bus = NatsBus(settings.nats, subjects)
         stack.push_async_callback(bus.close)
-        worker = Worker(settings, subjects, metrics, journal, real, bus, background, reserve)
+        worker = Worker(
+            settings,
+            subjects,
+            metrics,
+            journal,
+            real,
+            bus,
+            background,
+            reserve,
+            firecracker=firecracker,
+        )
         stack.push_async_callback(worker.vmm_watch.close)
         stack.push_async_callback(real.warm.close)
         if settings.metrics.listen:
             await stack.enter_async_context(
                 HealthServer(settings.metrics.listen, metrics, worker.checks, reserve)
             )
+        await stack.enter_async_context(
+            ControlServer(
+                settings.paths.run,
+                worker.routes(),
+                writable=lambda: journal.store.writable,
+                reserve=reserve,
+            )
+        )
         await worker.run(signals, Reload(settings, read, bus.connection))
 
 
@@ -148,6 +171,8 @@ class Worker:
         bus: NatsBus,
         background: BackgroundTasks,
         reserve: DescriptorReserve,
+        *,
+        firecracker: str,
     ) -> None:
         host, removable = real.host, mechanisms(real.host)
         self.settings, self.metrics, self.journal, self.bus = settings, metrics, journal, bus
@@ -155,6 +180,13 @@ class Worker:
         self._real = real
         self._background = background
         self._reserve = reserve
+        self.slots, self.locks = host.slots, host.locks
+        self.versions = {
+            "hostd": version("hostd"),
+            "python": platform.python_version(),
+            "kernel": real.facts.kernel_release(),
+            "firecracker": firecracker,
+        }
         runner = NotifyingRunner(
             Dispatch(
                 journal, HANDLERS, host, removable, meters=metrics, failpoint=failpoint(os.environ)
@@ -256,6 +288,10 @@ class Worker:
             "leased": self.lease.held,
             "acks_move": not self.bus.ack_window.stuck,
         }
+
+    def routes(self) -> Sequence[Route]:
+        """Those of the control socket: one line each, and one in docs/contract.md."""
+        return (Route("GET", "/v1/dump", Dump(self).answer),)
 
     def _collect(self) -> None:
         self.metrics.lanes(**self.lanes.counts())

@@ -33,6 +33,9 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "show": "worker.cli.queries:show",
         "events": "worker.cli.queries:events",
     },
+    "This host's worker (as root, without NATS)": {
+        "dump": "worker.cli.state:dump",
+    },
     "Local files and kernel state (as root)": {
         "logs": "worker.cli.local:logs",
         "inventory": "worker.cli.local:inventory",

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import nats.errors
 import pytest
+import structlog
 
 from handlers.errors import Failure, HostFault, Invalid, Unavailable
 from handlers.host.linux.checksummed_json import read_sealed
@@ -30,6 +32,7 @@ from schemas import unpack
 from schemas.decode_error import DecodeError
 from schemas.partial import decode
 from schemas.settings import PathSettings, Settings
+from tests.unit.control.control_socket import connect, control_server, request
 from worker import settings
 from worker.bus import api_reply
 from worker.bus.connection import Connection
@@ -37,6 +40,7 @@ from worker.bus.message import Message
 from worker.bus.protocol import BusError
 from worker.bus.pull_consumer import to_delivery
 from worker.bus.wire import WireParser, read_headers
+from worker.control.routes import Answer, Body, Route, read_body
 from worker.descriptors import DescriptorReserve
 from worker.health import HealthServer
 from worker.metrics import Metrics
@@ -116,6 +120,10 @@ FED = {
     "what_is_sent_to_the_health_server_ends_one_connection": (
         "worker/health.py:_exchange:h11.Connection",
     ),
+    "what_is_sent_to_the_control_socket_ends_one_connection": (
+        "worker/control/server.py:_serve:decode",
+        "worker/control/server.py:_serve:h11.Connection",
+    ),
     "a_setting_is_read_or_refused": (
         "worker/settings.py:_convert:msgspec.convert",
         "worker/settings.py:_listen:int",
@@ -188,9 +196,11 @@ TRUSTED = {
     "worker/bus/provision.py:make:int": NO_TEXT,
     "worker/cli/codec.py:_from_hex:bytes.fromhex": CAUGHT,
     "worker/cli/codec.py:_from_hex:decode": CAUGHT,
+    "worker/cli/control_client.py:_answer_of:json.loads": CAUGHT,
     "worker/cli/provision.py:_size:int": MATCHED,
     "worker/cli/seed.py:_free_offset:int": CAUGHT,
     "worker/cli/seed.py:_read:json.loads": CAUGHT,
+    "worker/control/endpoint.py:client_of:unpack": KERNEL,
     "worker/demo/guest.py:read_stat:json.loads": DEMO,
     "worker/demo/netns.py:enter_new_network:unpack_from": KERNEL,
     "worker/health.py:__init__:int": SETTING,
@@ -432,6 +442,39 @@ async def test_what_is_sent_to_the_health_server_ends_one_connection(data: bytes
             writer.close()
 
     assert raised == []
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+async def test_what_is_sent_to_the_control_socket_ends_one_connection(
+    tmp_path: Path, data: bytes
+) -> None:
+    raised: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: raised.append(context))
+    with structlog.testing.capture_logs() as logged:
+        async with control_server(tmp_path, Route("POST", "/v1/x", _take_number)):
+            for head in (b"", b"POST /v1/x HTTP/1.1\r\nContent-Length: ", b"POST "):
+                await _send_and_end(tmp_path, head + data + b"\r\n\r\n")
+            await _send_and_end(tmp_path, request("POST", "/v1/x", data))
+            await _send_and_end(tmp_path, request("POST", "/v1/x", b'{"number": ' + data + b"}"))
+
+    assert (raised, logged) == ([], [])
+
+
+class _Number(msgspec.Struct):
+    number: int
+
+
+async def _take_number(body: Body) -> Answer:
+    return {"number": read_body(body, _Number).number}
+
+
+async def _send_and_end(run: Path, sent: bytes) -> None:
+    reader, writer = await connect(run)
+    writer.write(sent)
+    with contextlib.suppress(OSError):  # after a reset
+        writer.write_eof()
+        await reader.read()
+    writer.close()
 
 
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
