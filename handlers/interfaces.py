@@ -35,6 +35,7 @@ from handlers.specs import (
     TenantRulesSpec,
 )
 from handlers.tenant_locks import TenantLocks
+from handlers.vmm_ends import OomCounts
 from schemas.envelopes import EventKind
 from schemas.files import InstanceFile, PoolSpec, TenantConfig
 from schemas.records import (
@@ -183,6 +184,14 @@ class DataDisks(Mechanism[DataDiskSpec, DataDisk], Protocol):
 
 
 CPU_PERIOD_US = 100_000  # of which `cpu_quota_us` may be used
+
+
+class Cgroups(Mechanism[CgroupSpec, None], Protocol):
+    """The leaf of each VMM with its limits; the key is `<tenant>/<jail id>`."""
+
+    async def oom_counts(self, key: str) -> OomCounts | None:
+        """What the OOM killer did in the leaf; None if nothing counts it. It does not block."""
+        ...
 
 
 class Jails(Mechanism[JailSpec, Jail], Protocol):
@@ -640,7 +649,7 @@ class Host:
     taps: Taps
     artifacts: Artifacts
     data_disks: DataDisks
-    cgroups: Mechanism[CgroupSpec, None]
+    cgroups: Cgroups
     jails: Jails
     vmms: Vmms
     warm: WarmPool

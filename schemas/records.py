@@ -178,12 +178,28 @@ class Usage(msgspec.Struct, frozen=True):
         )
 
 
+class VmmEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """Why the VMM of a launch ended without a command; see `handlers/vmm_ends.py`.
+
+    `reason` is one of a bounded set of words, a metric label. `evidence` is who says so: `kernel`,
+    `cgroup`, `log` (Firecracker's own word), `hostd`, `none`.
+    """
+
+    reason: str
+    evidence: str
+    launch: int
+    at_ms: int
+    code: int | None = None
+    signal: int | None = None
+
+
 class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One instance on this host. Changed with `msgspec.structs.replace`, saved by the journal.
 
     `uid_slot` is allocated before the first effect of a launch and freed once its VMM has exited.
     `offset` is kept from the first Start; no other instance may have it while this one lives or
     sleeps. `before` is the record from before the running command, which a failure restores.
+    `last_end` is that of its last VMM that ended without a command, perhaps many launches ago.
     """
 
     ref: InstanceRef
@@ -202,6 +218,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: int | None = None
     consumed: bool = False
     command_id: str | None = None
+    last_end: VmmEnd | None = None
     before: "InstanceRecord | None" = None
 
     @property

@@ -14,8 +14,8 @@ from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.disk_space import DiskSpace
 from handlers.host.vmm.cgroups import Cgroups
+from handlers.host.vmm.exit_watch import ExitWatch
 from handlers.host.vmm.guest_agent import GuestAgents
-from handlers.host.vmm.processes import ExitWatch
 from handlers.host.vmm.vmms import Vmms
 from handlers.host.vmm.warm_pool import WarmPool
 from handlers.instance.artifact_refs import refers

@@ -1,45 +1,69 @@
-"""Handle the unexpected exit of a VMM: clean up, publish an event, set `failed`."""
+"""Handle the unexpected exit of a VMM: find out why, clean up, publish an event, set `failed`."""
 
-from msgspec.structs import replace
+import contextlib
 
+from msgspec.structs import asdict, replace
+
+from handlers.errors import Failure
 from handlers.instance.instance_file import write_at_rest
 from handlers.instance.release import release
 from handlers.instance.state import final_record
 from handlers.instance.vmm_log import log_tail
 from handlers.interfaces import Host
 from handlers.steps import Steps
+from handlers.vmm_ends import ExitStatus, end_of, text_of
 from schemas.envelopes import EventKind
-from schemas.records import Status
+from schemas.records import InstanceRecord, Status, VmmEnd
 from schemas.requests import InstanceRef
 
 
-async def vmm_exited(ref: InstanceRef, launch: int, steps: Steps, host: Host) -> bool:
-    """Clean up after the VMM of a launch; false if that launch is no longer the current one.
+async def vmm_exited(
+    ref: InstanceRef, launch: int, status: ExitStatus, steps: Steps, host: Host
+) -> VmmEnd | None:
+    """Clean up after the VMM of a launch; None if that launch is no longer the current one.
 
-    Exit status 0 does not prove an orderly shutdown: after a guest's triple fault the VMM exits
-    with 0 too (a crash and a reboot look alike), so the status is `failed` in any case. A VMM that
-    ended because its host was rebooted did not fail.
+    Exit code 0 does not prove an orderly shutdown: after a guest's triple fault the VMM exits with
+    0 too, so the status is `failed` in any case. A VMM that ended because its host was rebooted did
+    not fail.
     """
     record = host.records.instance(ref)
     if record is None or record.launch != launch or not record.status.expects_vmm:
-        return False
+        return None
     if record.vmm is not None and await host.vmms.alive(record.vmm):
-        return False
+        return None
     steps.finalize()
     tail = await log_tail(record, host)
+    end = await why_ended(record, status, tail, host)
     await release(record, steps, host)
     await host.snapshots.delete_all(ref)
-    now_ms = host.facts.now_ms()
-    gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
-    reason, status = "VMM exited unexpectedly", Status.FAILED
-    if record.vmm is not None and record.vmm.boot_id != host.facts.boot_id():
-        reason, status = "the host was rebooted", Status.STOPPED
+    gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False, last_end=end)
+    reason, status_now = f"VMM exited unexpectedly: {text_of(end)}", Status.FAILED
+    if end.reason == "host_reboot":
+        reason, status_now = text_of(end), Status.STOPPED
     await host.records.event(
-        EventKind.VMM_EXITED,
-        ref=ref,
-        reason=reason,
-        detail={"launch": launch, "log_tail": tail},
+        EventKind.VMM_EXITED, ref=ref, reason=reason, detail={**facts_of(end), "log_tail": tail}
     )
-    await host.records.put_instance(final_record(gone, status, now_ms), reason=reason, durable=True)
-    await write_at_rest(record, status, host, now_ms)
-    return True
+    await host.records.put_instance(
+        final_record(gone, status_now, end.at_ms),
+        reason=reason,
+        detail=facts_of(end),
+        durable=True,
+    )
+    await write_at_rest(record, status_now, host, end.at_ms)
+    return end
+
+
+async def why_ended(record: InstanceRecord, status: ExitStatus, log: str, host: Host) -> VmmEnd:
+    """Before the release, which removes the cgroup that counts what the OOM killer did."""
+    at_ms = host.facts.now_ms()
+    if record.vmm is not None and record.vmm.boot_id != host.facts.boot_id():
+        return VmmEnd(reason="host_reboot", evidence="kernel", launch=record.launch, at_ms=at_ms)
+    oom = None
+    with contextlib.suppress(Failure, OSError):  # the cleanup itself matters more
+        oom = await host.cgroups.oom_counts(record.cgroup_key)
+    return end_of(status, oom, log.encode(), launch=record.launch, at_ms=at_ms)
+
+
+def facts_of(end: VmmEnd) -> dict[str, object]:
+    """For events and answers; what is not known is left out."""
+    return {name: value for name, value in asdict(end).items() if value is not None}

@@ -37,6 +37,7 @@ from handlers.specs import (
     TenantRulesSpec,
 )
 from handlers.tenant_locks import TenantLocks
+from handlers.vmm_ends import OomCounts
 from schemas import naming
 from schemas.files import (
     InstanceFile,
@@ -113,6 +114,7 @@ class FakeHost:
     import_bytes: int = 0
     drain_gate: asyncio.Event | None = None
     exits_on_request: bool = True
+    oom: dict[str, OomCounts] = field(default_factory=dict[str, OomCounts])
     exited: dict[int, asyncio.Event] = field(default_factory=dict[int, asyncio.Event])
     uids: dict[str, int] = field(default_factory=dict[str, int])
     live_uids: set[int] = field(default_factory=set[int])
@@ -244,7 +246,14 @@ class FakePins(Plain[PinSpec]):
 
 
 class FakeCgroups(Plain[CgroupSpec]):
+    """Leaves; `machine.oom` has what the OOM killer did in some."""
+
     name: ClassVar[str] = "cgroup"
+
+    async def oom_counts(self, key: str) -> OomCounts | None:
+        if (self.name, key) not in self.machine.resources:
+            return None
+        return self.machine.oom.get(key, OomCounts(0, 0))
 
 
 class FakeBridges(Plain[BridgeSpec]):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from handlers.errors import HostFault
 from handlers.registry import mechanisms
 from handlers.specs import JailSpec
+from handlers.vmm_ends import ExitStatus
 from schemas.records import VmmIdentity
 from tests.fakes.host import FakeHost
 from tests.fakes.memory_worker import MemoryWorker
@@ -17,11 +18,6 @@ from worker.reconcile.recovery import Recovery
 from worker.reconcile.vmm_watch import VmmWatch
 
 
-@dataclass(frozen=True)
-class FakeExit:
-    reason: str = "killed"
-
-
 class FakeExits:
     """Ends of VMMs of the machine; those in `strange` are live but not what was launched."""
 
@@ -29,13 +25,17 @@ class FakeExits:
         self.machine = machine
         self.strange: set[int] = set()
         self.watched: list[int] = []
+        self.status = ExitStatus(signal=9)
 
-    async def watch(self, identity: VmmIdentity) -> FakeExit:
+    async def watch(self, identity: VmmIdentity) -> ExitStatus:
         self.watched.append(identity.pid)
         if identity.pid in self.strange:
             raise HostFault("process identity mismatch")
         await self.machine.exited[identity.pid].wait()
-        return FakeExit()
+        return self.status
+
+    def left_by(self, identity: VmmIdentity) -> ExitStatus:
+        return self.status if identity.pid in self.machine.exited else ExitStatus()
 
 
 class FakeJailLayout:

@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable, Mapping
 
 import msgpack
+from msgspec import to_builtins
 
 from handlers.errors import NotFound
+from handlers.vmm_ends import text_of
 from schemas.records import InstanceRecord
 from schemas.requests import InstanceRef
 from worker.journal.journal import Journal
@@ -141,4 +143,7 @@ def described(record: InstanceRecord) -> Answer:
         "mem_mib": record.mem_mib,
         "snapshot": record.snapshot,
         "command_id": record.command_id,
+        "last_end": None
+        if record.last_end is None
+        else {**to_builtins(record.last_end), "text": text_of(record.last_end)},
     }

@@ -154,7 +154,7 @@ class Recovery:
         identity = await self._host.vmms.find(record.jail_id)
         if identity is None:
             self._counts.ended += 1
-            self._vmm_watch.exited(record, "while_away")
+            self._vmm_watch.found_ended(record)
         elif identity != record.vmm:
             self._counts.quarantined += 1
             await self._journal.records.put_instance(

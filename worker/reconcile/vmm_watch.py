@@ -16,6 +16,7 @@ from handlers.errors import Failure, HostFault
 from handlers.instance.vmm_exit import vmm_exited
 from handlers.interfaces import Host
 from handlers.steps import Steps
+from handlers.vmm_ends import ExitStatus
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import InstanceRef
@@ -30,21 +31,18 @@ RETRY_S = 2.0
 log = structlog.get_logger()
 
 
-class Exit(Protocol):
-    """How a VMM ended. `reason` is one of a few words: a metric label."""
-
-    @property
-    def reason(self) -> str: ...
-
-
 class ExitWatch(Protocol):
-    async def watch(self, identity: VmmIdentity) -> Exit:
+    async def watch(self, identity: VmmIdentity) -> ExitStatus:
         """Return once the process has ended.
 
         Raises:
             HostFault: it is not the VMM launched.
             OSError: it cannot be watched now, e.g. without a free descriptor.
         """
+        ...
+
+    def left_by(self, identity: VmmIdentity) -> ExitStatus:
+        """What is left of a process that was not watched: nothing, once it was reaped."""
         ...
 
 
@@ -106,20 +104,24 @@ class VmmWatch:
         task = asyncio.create_task(work, name=f"vmm {record.jail_id}")
         self._watched[record.ref] = _Watched(record.jail_id, task)
 
-    def exited(self, record: InstanceRecord, reason: str) -> None:
+    def found_ended(self, record: InstanceRecord) -> None:
+        """Handle the exit of a VMM that ended while no worker watched it."""
+        self.exited(record, ExitStatus() if record.vmm is None else self._exits.left_by(record.vmm))
+
+    def exited(self, record: InstanceRecord, status: ExitStatus) -> None:
         """Handle the exit of a VMM in its instance's lane."""
 
         async def handle() -> None:
             steps = Steps(f"exit-{record.jail_id}", self._journal.steps, {})
             try:
-                handled = await vmm_exited(record.ref, record.launch, steps, self._host)
+                end = await vmm_exited(record.ref, record.launch, status, steps, self._host)
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 log.warning("vmm.cleanup_failed", instance=str(record.ref), **facts_of(error))
-                self._watch(record, self._retry(record, reason))
+                self._watch(record, self._retry(record, status))
                 return
-            if handled:
-                self._metrics.vmm_exited(reason)
-                log.warning("vmm.exited", instance=str(record.ref), reason=reason)
+            if end is not None:
+                self._metrics.vmm_exited(end.reason)
+                log.warning("vmm.exited", instance=str(record.ref), reason=end.reason)
             self.sync(record.ref)
 
         self.put_in_lane(record, "vmm_exited", handle)
@@ -137,16 +139,16 @@ class VmmWatch:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _retry(self, record: InstanceRecord, reason: str) -> None:
+    async def _retry(self, record: InstanceRecord, status: ExitStatus) -> None:
         """Try a cleanup again that failed, e.g. on a full disk."""
         await self._sleep(RETRY_S)
-        self.exited(record, reason)
+        self.exited(record, status)
 
     async def _until_exit(self, record: InstanceRecord) -> None:
         """Whatever fails, the VMM is watched again: nothing else would see its exit."""
         while record.vmm is not None:
             try:
-                end = await self._exits.watch(record.vmm)
+                status = await self._exits.watch(record.vmm)
             except HostFault as failure:
                 # A live process that is not the VMM launched: it is not killed.
                 log.error("vmm.quarantined", instance=str(record.ref), reason=failure.message)  # noqa: TRY400
@@ -155,7 +157,7 @@ class VmmWatch:
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 log.warning("vmm.watch_failed", instance=str(record.ref), **facts_of(error))
             else:
-                self.exited(record, end.reason)
+                self.exited(record, status)
                 return
             await self._sleep(RETRY_S)
 

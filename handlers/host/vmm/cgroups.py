@@ -22,6 +22,7 @@ from handlers.host.linux.procfs import Mount, read_mounts, read_text
 from handlers.interfaces import CPU_PERIOD_US
 from handlers.mechanism import Durability
 from handlers.specs import CgroupSpec
+from handlers.vmm_ends import OomCounts
 from schemas import naming
 from schemas.requests import InstanceRef
 from schemas.settings import Settings
@@ -170,6 +171,21 @@ class Cgroups:
             Unavailable: a process is still in it.
         """
         await asyncio.to_thread(self._remove, self._leaf(key))
+
+    async def oom_counts(self, key: str) -> OomCounts | None:
+        """What the OOM killer did in the leaf since it was made; None if nothing counts it: the
+        leaf is gone, or has no memory controller.
+
+        Source: cgroup-v2.rst, `memory.events`: `oom`, `oom_kill`.
+        """
+        try:
+            text = read_text(f"{self.tree.path(self._leaf(key))}/memory.events")
+        except (FileNotFoundError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.ENOENT, errno.ENODEV):
+                return None
+            raise
+        counts = dict(line.split() for line in text.splitlines())
+        return OomCounts(limit_reached=int(counts["oom"]), killed=int(counts["oom_kill"]))
 
     def _leaf(self, key: str) -> str:
         tenant_id, _, jail_id = key.partition("/")

@@ -7,12 +7,9 @@ through that pidfd only. A zombie counts as dead.
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import select
 import signal
-import struct
-from dataclasses import dataclass
 
 from msgspec import to_builtins
 
@@ -20,11 +17,6 @@ from handlers.errors import HostFault
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.procfs import boot_id, read_status, read_text
 from schemas.records import VmmIdentity
-
-EXIT_STATUS_WAIT_S = 0.25
-PIDFD_INFO_EXIT = 1 << 3
-PIDFD_INFO_BYTES = 64
-PIDFD_GET_INFO = (3 << 30) | (PIDFD_INFO_BYTES << 16) | (0xFF << 8) | 11
 
 
 def read_stat(pid: int) -> tuple[str, int] | None:
@@ -166,67 +158,3 @@ async def wait_exit(pidfd: int, timeout_s: float | None = None) -> bool:
     finally:
         loop.remove_reader(pidfd)
     return True
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """How a process exited; None where the kernel does not report it to a non-parent.
-
-    Exit code 0 does not prove an orderly shutdown: after a guest's triple fault the VMM exits 0.
-    """
-
-    code: int | None = None
-    signal: int | None = None
-
-    @property
-    def reason(self) -> str:
-        """`code_<n>`, `signal_<n>` or `unknown`."""
-        if self.signal is not None:
-            return f"signal_{self.signal}"
-        return "unknown" if self.code is None else f"code_{self.code}"
-
-
-class ExitWatch:
-    """Reports when a VMM exits, whichever process is its parent."""
-
-    async def watch(self, identity: VmmIdentity) -> Exit:
-        """Return once the process has exited; immediately if it is gone already.
-
-        Raises:
-            HostFault: it lives, but its cgroup or executable has changed.
-        """
-        pidfd = prove(identity)
-        if pidfd is None:
-            return Exit()
-        try:
-            await wait_exit(pidfd)
-            return await self._how(pidfd)
-        finally:
-            os.close(pidfd)
-
-    async def _how(self, pidfd: int) -> Exit:
-        """The kernel reports the status once the parent has reaped it; init may take a while."""
-        wait_s = 0.002
-        until = asyncio.get_running_loop().time() + EXIT_STATUS_WAIT_S
-        while (status := read_exit_status(pidfd)) is None:
-            if asyncio.get_running_loop().time() > until:
-                return Exit()
-            await asyncio.sleep(wait_s)
-            wait_s *= 2
-        if os.WIFSIGNALED(status):
-            return Exit(signal=os.WTERMSIG(status))
-        return Exit(code=os.WEXITSTATUS(status))
-
-
-def read_exit_status(pidfd: int) -> int | None:
-    """The wait status of a process that was reaped, also by another; None if not known.
-
-    Source: ioctl PIDFD_GET_INFO with PIDFD_INFO_EXIT of include/uapi/linux/pidfd.h, Linux >= 6.15.
-    """
-    info = bytearray(struct.pack("=Q", PIDFD_INFO_EXIT).ljust(PIDFD_INFO_BYTES, b"\0"))
-    try:
-        fcntl.ioctl(pidfd, PIDFD_GET_INFO, info)
-    except OSError:
-        return None
-    mask, status = struct.unpack_from("=Q", info)[0], struct.unpack_from("=i", info, 60)[0]
-    return int(status) if mask & PIDFD_INFO_EXIT else None

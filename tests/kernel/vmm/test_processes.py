@@ -1,6 +1,5 @@
 """Identity of a process: what proves it, and what is never signalled."""
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -101,43 +100,6 @@ def test_a_signal_to_a_process_that_exited_is_success() -> None:
         processes.send(pidfd, signal.SIGKILL)
 
         os.close(pidfd)
-
-
-async def test_the_watch_reports_an_exit_and_its_signal() -> None:
-    with sleeper() as child:
-        watch = asyncio.create_task(processes.ExitWatch().watch(identity_of(child.pid)))
-        await asyncio.sleep(0)
-        child.kill()
-        reaped = asyncio.create_task(asyncio.to_thread(child.wait))
-
-        async with asyncio.timeout(10):
-            how = await watch
-
-        await reaped
-        assert how in (processes.Exit(signal=signal.SIGKILL), processes.Exit())
-
-
-async def test_the_watch_of_a_process_that_is_gone_returns_at_once() -> None:
-    with sleeper() as child:
-        identity = identity_of(child.pid)
-        child.kill()
-        child.wait()
-
-        async with asyncio.timeout(1):
-            assert await processes.ExitWatch().watch(identity) == processes.Exit()
-
-
-async def test_a_cancelled_watch_leaves_no_descriptor_and_no_reader() -> None:
-    with sleeper() as child:
-        identity = identity_of(child.pid)
-        before = os.listdir("/proc/self/fd")
-        watch = asyncio.create_task(processes.ExitWatch().watch(identity))
-        await asyncio.sleep(0)
-
-        watch.cancel()
-        await asyncio.gather(watch, return_exceptions=True)
-
-        assert os.listdir("/proc/self/fd") == before
 
 
 async def test_waiting_ends_when_the_time_is_up() -> None:

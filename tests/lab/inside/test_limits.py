@@ -13,6 +13,7 @@ import pytest_asyncio
 from handlers.errors import HostFault
 from handlers.host.vmm.cgroups import CONTROLLERS, Cgroups
 from handlers.specs import CgroupSpec
+from handlers.vmm_ends import OomCounts
 from schemas.settings import LimitSettings, Settings
 from tests.guests.namespace import own_network
 from tests.vm.vmm_rig import TAP, UID, VmmRig, add_tap, vmm_rig
@@ -78,9 +79,33 @@ async def test_controllers_are_enabled_on_the_way_and_not_in_the_leaf(cgroups: C
 async def test_memory_past_the_limit_ends_the_process(cgroups: Cgroups) -> None:
     await cgroups.ensure(SPEC)
 
+    before = await cgroups.oom_counts(KEY)
+
     outcome = run_inside(cgroups, "x = b'x' * (64 << 20); print(len(x))")
 
     assert (outcome.returncode, outcome.stdout) == (-9, "")
+    assert before == OomCounts(limit_reached=0, killed=0)
+    after = await cgroups.oom_counts(KEY)
+    assert after is not None
+    assert after.limit_reached >= 1
+    assert after.killed == 1
+    await cgroups.remove(KEY)
+    assert await cgroups.oom_counts(KEY) is None
+
+
+async def test_a_limit_above_the_leaf_that_kills_is_not_taken_for_the_leafs_own(
+    cgroups: Cgroups,
+) -> None:
+    """As when the host's memory is used up: of the leaf, only the kill is counted."""
+    await cgroups.ensure(SPEC)
+    above = Path(cgroups.tree.path(f"{cgroups.tree.base}/acme"))
+    (above / "memory.max").write_text(str(16 * MIB))
+    (above / "memory.swap.max").write_text("0")
+
+    outcome = run_inside(cgroups, "x = b'x' * (24 << 20); print(len(x))")
+
+    assert (outcome.returncode, outcome.stdout) == (-9, "")
+    assert await cgroups.oom_counts(KEY) == OomCounts(limit_reached=0, killed=1)
     await cgroups.remove(KEY)
 
 

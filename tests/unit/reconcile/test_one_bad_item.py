@@ -9,13 +9,14 @@ import pytest
 
 from handlers.errors import Exhausted, HostFault
 from handlers.mechanism import Durability, StepIntent
+from handlers.vmm_ends import ExitStatus
 from schemas.codes import Code
 from schemas.records import Status, VmmIdentity
 from schemas.requests import SetupNetwork
 from tests.constants import START
 from tests.fakes.host import FakeHost, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
-from tests.fakes.reconcile import FakeExit, FakeExits, FakeJailLayout, reconciled, recovery
+from tests.fakes.reconcile import FakeExits, FakeJailLayout, reconciled, recovery
 from tests.unit.reconcile.test_vmm_watch import started, until
 from worker.metrics import Metrics
 from worker.reconcile.vmm_watch import RETRY_S, VmmWatch
@@ -32,7 +33,7 @@ class FailingExits(FakeExits):
         super().__init__(machine)
         self.errors = list(errors)
 
-    async def watch(self, identity: VmmIdentity) -> FakeExit:
+    async def watch(self, identity: VmmIdentity) -> ExitStatus:
         if self.errors:
             raise self.errors.pop(0)
         return await super().watch(identity)

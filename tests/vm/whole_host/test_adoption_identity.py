@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from handlers.errors import HostFault, Unavailable
+from handlers.errors import Failure, HostFault, Unavailable
 from handlers.host.vmm import vmms
-from handlers.host.vmm.processes import ExitWatch
+from handlers.host.vmm.exit_watch import ExitWatch
+from handlers.instance.vmm_log import LOG_TAIL_BYTES
 from handlers.specs import LaunchSpec
+from handlers.vmm_ends import ExitStatus, end_of
 from schemas.records import VmmIdentity
 from tests.vm import payload
 from tests.vm.vmm_rig import UID, VmmRig
@@ -55,17 +57,65 @@ async def test_a_vmm_killed_from_outside_is_noticed_within_a_second(rig: VmmRig)
     await rig.vmms.remove(spec.jail_id)
 
     async with asyncio.timeout(1):
-        assert (await watch).reason in (f"signal_{signal.SIGKILL}", "unknown")
+        assert await watch == ExitStatus(signal=signal.SIGKILL)
 
 
-@pytest.mark.parametrize("code", [payload.RESET, payload.CRASH], ids=["reset", "crash"])
-async def test_a_guest_that_ends_by_itself_is_noticed(rig: VmmRig, code: bytes) -> None:
-    _, identity = await started(rig, code)
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(payload.RESET, "guest_shutdown"), (payload.CRASH, "guest_crash")],
+    ids=["reset", "crash"],
+)
+async def test_a_guest_that_ends_by_itself_is_noticed_and_how(
+    rig: VmmRig, code: bytes, reason: str
+) -> None:
+    spec, identity = await started(rig, code)
 
     async with asyncio.timeout(5):
-        assert (await ExitWatch().watch(identity)).reason in ("code_0", "unknown")
+        status = await ExitWatch().watch(identity)
 
     assert not await rig.vmms.alive(identity)
+    assert status == ExitStatus(code=0)
+    assert ended(rig, spec, status) == reason
+    assert ended(rig, spec, ExitStatus()) == reason  # by the log alone
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGXFSZ])
+async def test_a_signal_that_firecracker_catches_is_the_reason(
+    rig: VmmRig, number: signal.Signals
+) -> None:
+    spec, identity = await started(rig)
+    watch = asyncio.create_task(ExitWatch().watch(identity))
+    await asyncio.sleep(0)
+
+    os.kill(identity.pid, number)
+
+    async with asyncio.timeout(5):
+        status = await watch
+    assert ended(rig, spec, status) == f"signal_{number.value}"
+    assert ended(rig, spec, ExitStatus()) == f"signal_{number.value}"
+
+
+async def test_a_snapshot_that_cannot_be_loaded_ends_the_vmm_with_its_code(rig: VmmRig) -> None:
+    spec = await rig.prepare()
+    identity = await rig.vmms.ensure(spec)
+    watch = asyncio.create_task(ExitWatch().watch(identity))
+    rig.put(spec, "state", b"no snapshot")
+    rig.put(spec, "mem", b"no memory")
+    api = rig.vmms.api(spec.jail_id)
+
+    with pytest.raises(Failure):
+        await api.load_snapshot("/state", "/mem")
+
+    await api.close()
+    async with asyncio.timeout(5):
+        status = await watch
+    assert status == ExitStatus(code=1)
+    assert ended(rig, spec, status) == ended(rig, spec, ExitStatus()) == "code_1"
+
+
+def ended(rig: VmmRig, spec: LaunchSpec, status: ExitStatus) -> str:
+    log = (rig.root(spec) / "log").read_bytes()
+    return end_of(status, None, log[-LOG_TAIL_BYTES:], launch=1, at_ms=1).reason
 
 
 async def test_confinement_is_complete_only_once_the_vm_is_started(
