@@ -58,6 +58,8 @@ from worker.reload import Reload
 from worker.settings import machine_id
 from worker.signals import WorkerSignals
 from worker.state_writer import StateWriter
+from worker.supervision.service_manager import ServiceManager
+from worker.supervision.watchdog import JournalPart, PullPart, Watchdog
 
 OUTBOX_S = 5.0
 LEASE_PATIENCE_S = 2.0
@@ -101,6 +103,7 @@ def _start_failed(code: Code, reason: str) -> int:
 async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> None:
     signals = WorkerSignals()
     signals.install()
+    manager = ServiceManager(os.environ)
     prepare_dirs(settings)
     async with AsyncExitStack() as stack:
         owned = (settings.paths.state, settings.jail_base)
@@ -155,7 +158,7 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
                 reserve=reserve,
             )
         )
-        await worker.run(signals, Reload(settings, read, bus.connection))
+        await worker.run(signals, Reload(settings, read, bus.connection), manager)
 
 
 class Worker:
@@ -315,7 +318,7 @@ class Worker:
 
     # -- start and stop ------------------------------------------------------------------------
 
-    async def run(self, signals: WorkerSignals, reload: Reload) -> None:
+    async def run(self, signals: WorkerSignals, reload: Reload, manager: ServiceManager) -> None:
         """Run until SIGTERM or SIGINT, or until a part raises."""
         # Unfinished commands are queued before the bus delivers new ones; the lanes start after
         # recovery (`_recover`).
@@ -324,6 +327,12 @@ class Worker:
         await self.bus.start()
         await self.service.start()
         log.info("worker.started", host=self.settings.host.id, pid=os.getpid())
+        manager.ready()
+        watchdog = Watchdog(
+            manager,
+            {"journal": JournalPart(self.journal.store), "pull": PullPart(self.bus)},
+            lambda: self.host_state,
+        )
         sending = asyncio.create_task(self.outbox.run())
         working = [
             asyncio.create_task(work)
@@ -331,6 +340,7 @@ class Worker:
                 self._receive(),
                 self._recover(),
                 sample_loop_lag(self.metrics),
+                watchdog.run(),
                 prune(self.journal),
                 reload.run(signals.reload),
                 watch_disk(self._real.disk, self.journal, self.lease.touch),
@@ -345,6 +355,7 @@ class Worker:
             for task in done:
                 await task
         finally:
+            manager.stopping()
             await _cancel([stopping])
             await self._shut_down(working, sending)
 

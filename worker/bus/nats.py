@@ -101,6 +101,11 @@ class NatsBus:
         """Pull requests sent since the start."""
         return self._pulls_before + (self._loop.pulls if self._loop else 0)
 
+    @property
+    def turns(self) -> int | None:
+        """Of the loop that pulls commands, with or without a connection; None before it runs."""
+        return self._loop.turns if self._loop else None
+
     def on_connection(self, changed: Callable[[], None]) -> None:
         """Call `changed()` after each connect and each loss; it must return at once."""
         self.connection.on_up(lambda _fresh: changed())

@@ -97,6 +97,7 @@ class PullLoop:
         self._tasks: set[asyncio.Task[None]] = set()
         self.credit = 0
         self.pulls = 0
+        self.turns = 0  # of the loop: it hangs if this stays
 
     # -- control -----------------------------------------------------------------------------------
 
@@ -127,6 +128,7 @@ class PullLoop:
         """Pull until cancelled, then wait for the deliveries being received."""
         try:
             while True:
+                self.turns += 1
                 self._wake.clear()
                 await self._step()
                 # Not wait_for: in Python 3.11 it loses a cancellation that arrives with the event.

@@ -1,5 +1,6 @@
 """`hostd run`: the worker process."""
 
+import faulthandler
 import os
 from functools import partial
 
@@ -30,6 +31,8 @@ def run(config: str | None, json: bool) -> None:
             "run it as root",
         )
     open_standard_descriptors()
+    # The watchdog's SIGABRT, and every fault, leaves the stacks of all threads on stderr.
+    faulthandler.enable(2)
     raise_limit()
     writer = LogWriter(1)
     logs.configure(settings.log.level, writer=writer)

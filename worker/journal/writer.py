@@ -204,6 +204,11 @@ class Writer:
         self._put(_Part(do, apply, future, read=True))
         return future
 
+    @property
+    def thread(self) -> threading.Thread:
+        """For the log of one that hangs."""
+        return self._thread
+
     async def close(self) -> None:
         """Commit what was submitted, then close the file."""
         self._flush()

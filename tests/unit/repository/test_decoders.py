@@ -226,6 +226,7 @@ TRUSTED = {
     "worker/outbox.py:_send_dead:HEADERS.decode": CAUGHT,
     "worker/preflight.py:_read_ids:int": OPERATOR,
     "worker/queries/answers.py:result:msgpack.unpackb": JOURNAL,
+    "worker/supervision/service_manager.py:__init__:int": MATCHED,
 }
 
 JAIL = "0123456789ab-1"

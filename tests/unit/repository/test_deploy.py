@@ -6,6 +6,7 @@ import msgspec
 
 from schemas.settings import Settings
 from worker.settings import keys, load_with_origins
+from worker.supervision.watchdog import EVERY_S, FEEDS
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
@@ -48,6 +49,15 @@ def test_vms_outlive_the_unit_and_its_python_is_isolated() -> None:
     assert unit["ExecStart"].split()[1:4] == ["-I", "-m", "worker"]
     assert unit["Restart"] == "always"
     assert int(unit["TimeoutStopSec"].rstrip("s")) > Settings().limits.shutdown_s
+
+
+def test_systemd_waits_for_the_worker_and_restarts_one_that_hangs() -> None:
+    unit = dict(directives())
+
+    assert (unit["Type"], unit["NotifyAccess"]) == ("notify", "main")
+    assert int(unit["WatchdogSec"].rstrip("s")) >= FEEDS * EVERY_S  # or it would feed more often
+    # What the watchdog ends is the main process (KillMode=process), and it is started again.
+    assert (unit["KillMode"], unit["Restart"]) == ("process", "always")
 
 
 def test_a_reload_sends_sighup_and_finds_rotated_credentials() -> None:
