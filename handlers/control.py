@@ -46,22 +46,29 @@ class Control:
     def finalize(self) -> None:
         """From here on the command is completed, never undone."""
         self.final = True
+        if self._superseded_by:
+            self.hurry()
 
     def supersede(self, by: str) -> None:
-        """End the command at its next safe point; past its point of no return it continues."""
+        """End the command at its next safe point; past its point of no return `hurry` it."""
         self._superseded_by = by
         self._interrupt.set()
+        if self.final:
+            self.hurry()
 
     def hurry(self) -> None:
         """End the waits that only spare the guest; the command goes on with its next step."""
         self._hurry.set()
 
-    async def unhurried(self, do: Coroutine[Any, Any, bool]) -> bool:
-        """Wait for `do`, which gives a guest time, until `hurry`; false if that ended it."""
+    async def unhurried(self, do: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+        """Wait for `do`, which gives a guest time, until `hurry`; None if that ended the wait, or
+        came before it: then `do` does not begin."""
+        if self._hurry.is_set():
+            return None
         try:
-            return await race(do, self._hurry.wait())
+            return await race(do(), self._hurry.wait())
         except Interrupted:
-            return False
+            return None
 
     def halt(self) -> None:
         """Stop the command at its next safe point, to be continued by the next worker."""

@@ -1,31 +1,23 @@
 """One FIFO per lane, lanes concurrent: which command may run now. It does not know how they run.
 
-A lane's task lives as long as the lane has work. Stop and Destroy supersede a Start, Wake or Sleep
-of the same instance: one that runs ends at its next safe point, one that waits and never ran is
-answered without running, both before the superseding command waits for anything.
+A lane's task lives as long as the lane has work. What a command does to the earlier ones of its
+lane, by the table in `handlers/precedence.py`, it does on arrival: one that runs and is superseded
+ends at its next safe point, one that waits and never ran is answered without running, both before
+the superseding command waits for anything.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Protocol
 
 import structlog
 
+from handlers.precedence import Precedence, precedence
 from handlers.steps import Steps
-from schemas.requests import (
-    DestroyInstance,
-    SleepInstance,
-    StartInstance,
-    StopInstance,
-    WakeInstance,
-)
 from schemas.subjects import Lane
 from worker.journal.memory import CommandRow
-
-SUPERSEDING: Final = (StopInstance, DestroyInstance)
-SUPERSEDABLE: Final = (StartInstance, WakeInstance, SleepInstance)
 
 log = structlog.get_logger()
 
@@ -47,7 +39,7 @@ class Work:
             self.steps.control.supersede(by)
 
     def hurry(self) -> None:
-        """A Destroy is next: give the guest no more time."""
+        """Give its guest no more time."""
         self.hurried = True
         if self.steps is not None:
             self.steps.control.hurry()
@@ -58,7 +50,7 @@ class Work:
             self.steps.control.halt()
 
     def began(self, steps: Steps) -> None:
-        """Set the steps of a run; an earlier `supersede` or `halt` applies to it."""
+        """Set the steps of a run; an earlier `supersede`, `hurry` or `halt` applies to it."""
         self.steps = steps
         if self.superseded_by is not None:
             steps.control.supersede(self.superseded_by)
@@ -112,12 +104,9 @@ class Lanes:
     def put(self, row: CommandRow) -> None:
         """Queue a command at the end of its lane, after superseding those that it wins over."""
         line = self._lines.setdefault(row.lane, _Line())
-        if isinstance(row.command.request, SUPERSEDING):
-            self._supersede(line, row.id)
-        if isinstance(row.command.request, DestroyInstance):
-            for work in (line.running, *line.waiting):
-                if isinstance(work, Work):
-                    work.hurry()
+        for earlier in (line.running, *line.waiting):
+            if isinstance(earlier, Work):
+                self._precede(line, earlier, row)
         line.waiting.append(Work(row))
         if self._started:
             self._wake(row.lane, line)
@@ -168,21 +157,20 @@ class Lanes:
         tasks = {line.task for line in self._lines.values() if line.task is not None}
         return tasks | self._answers
 
-    def _supersede(self, line: _Line, by: str) -> None:
-        running = line.running
-        if isinstance(running, Work) and isinstance(running.row.command.request, SUPERSEDABLE):
-            running.supersede(by)
-        for work in tuple(line.waiting):
-            if isinstance(work, MaintenanceTask) or not isinstance(
-                work.row.command.request, SUPERSEDABLE
-            ):
-                continue
-            work.supersede(by)
-            if not work.row.attempts:  # else an earlier worker began it, and it must be undone
-                line.waiting.remove(work)
-                task = asyncio.create_task(self._runner.answer_superseded(work))
-                self._answers.add(task)
-                task.add_done_callback(self._answers.discard)
+    def _precede(self, line: _Line, earlier: Work, later: CommandRow) -> None:
+        match precedence(earlier.row.command.request, later.command.request):
+            case Precedence.SUPERSEDES:
+                earlier.supersede(later.id)
+                # One that an earlier worker began has to be undone.
+                if earlier is not line.running and not earlier.row.attempts:
+                    line.waiting.remove(earlier)
+                    task = asyncio.create_task(self._runner.answer_superseded(earlier))
+                    self._answers.add(task)
+                    task.add_done_callback(self._answers.discard)
+            case Precedence.HURRIES:
+                earlier.hurry()
+            case Precedence.WAITS:
+                pass
 
     def _wake(self, lane: Lane, line: _Line) -> None:
         if line.task is None and not self._stopping:

@@ -50,7 +50,7 @@ class Drain(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DrainOutcome:
-    """`reason` is the agent's, untrusted and bounded, for `refused`; hostd's for `unknown`."""
+    """`reason` is the agent's, untrusted and bounded, for `refused`; else hostd's."""
 
     drain: Drain
     reason: str | None = None
@@ -210,7 +210,10 @@ async def write_snapshot(
 async def drain_guest(
     cmd: SleepInstance, record: InstanceRecord, steps: Steps, host: Host
 ) -> DrainOutcome:
-    """Ask the guest agent to prepare for sleep, within the command's or the pool's timeout."""
+    """Ask the guest agent to prepare for sleep, within the command's or the pool's timeout.
+
+    A later Sleep with `force` ends the wait.
+    """
     if cmd.force:
         return DrainOutcome(Drain.FORCED)
     port = record.agent_port
@@ -220,11 +223,15 @@ async def drain_guest(
 
     async def ask() -> DrainOutcome:
         try:
-            ack = await host.agents.sleep_prep(
-                record.jail_id, port, drain_timeout_s=drain_s, timeout_s=drain_s + AGENT_SLACK_S
+            ack = await steps.control.unhurried(
+                lambda: host.agents.sleep_prep(
+                    record.jail_id, port, drain_timeout_s=drain_s, timeout_s=drain_s + AGENT_SLACK_S
+                )
             )
         except Unavailable:
             return DrainOutcome(Drain.NO_ANSWER)
+        if ack is None:
+            return DrainOutcome(Drain.FORCED, "a later Sleep with force ended the drain")
         if ack.success:
             return DrainOutcome(Drain.ACKNOWLEDGED)
         return DrainOutcome(Drain.REFUSED, ack.detail or "no reason given")

@@ -139,6 +139,6 @@ async def ask_then_kill(record: InstanceRecord, steps: Steps, host: Host) -> Sto
     finally:
         await vmm.close()
     left_s = max(0.0, began + budget_s - time.monotonic() - min(KILL_RESERVE_S, budget_s / 4))
-    if await steps.control.unhurried(host.vmms.wait_exit(identity, left_s)):
+    if await steps.control.unhurried(lambda: host.vmms.wait_exit(identity, left_s)):
         return StopMethod.GRACEFUL
     return StopMethod.SIGKILL

@@ -35,6 +35,7 @@ from schemas.requests import WakeInstance
 
 CONSUMED = "consumed"
 AGENT_TIMEOUT_S = 10.0
+WAIT_ENDED = "a later command ended the wait for the agent"
 
 
 async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
@@ -181,7 +182,8 @@ async def wake_guest(record: InstanceRecord, steps: Steps, host: Host) -> dict[s
     """Send `Wake` and set the clock, at once: the agent may take long to mount the drives, and
     until its clock is set the guest's time is that of its sleep.
 
-    A failure is named in the reply's detail; the VM runs on.
+    A failure is named in the reply's detail; the VM runs on. A later Stop or Destroy ends the waits
+    for the agent.
     """
     port = record.agent_port
     if port is None:
@@ -200,10 +202,15 @@ async def wake_agent(
 ) -> dict[str, object]:
     try:
         ack = await steps.act(
-            "wake_agent", lambda: host.agents.wake(jail_id, port, timeout_s=timeout_s)
+            "wake_agent",
+            lambda: steps.control.unhurried(
+                lambda: host.agents.wake(jail_id, port, timeout_s=timeout_s)
+            ),
         )
     except Failure as error:
         return {"agent_failed": error.message}
+    if ack is None:
+        return {"agent_failed": WAIT_ENDED}
     return {} if ack.success else {"agent_failed": ack.detail or "refused without a reason"}
 
 
@@ -212,11 +219,14 @@ async def set_clock(
 ) -> dict[str, object]:
     try:
         was_off_s = await steps.act(
-            "set_clock", lambda: host.agents.set_clock(jail_id, port, timeout_s=timeout_s)
+            "set_clock",
+            lambda: steps.control.unhurried(
+                lambda: host.agents.set_clock(jail_id, port, timeout_s=timeout_s)
+            ),
         )
     except Failure as error:
         return {"clock_failed": error.message}
-    return {"clock_was_off_s": was_off_s}
+    return {"clock_failed": WAIT_ENDED} if was_off_s is None else {"clock_was_off_s": was_off_s}
 
 
 async def fail_consumed(record: InstanceRecord, steps: Steps, host: Host) -> None:

@@ -69,9 +69,22 @@ class Guest:
     config: BootConfig | None = None
 
 
+class Gate:
+    """Where an effect waits until the test opens it."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self.opened = asyncio.Event()
+
+    async def passed(self) -> None:
+        self.reached.set()
+        await self.opened.wait()
+
+
 @dataclass
 class FakeHost:
-    """`fail` maps an effect to the failure raised instead of it, `fail_late` after it.
+    """`fail` maps an effect to the failure raised instead of it, `fail_late` after it; an effect
+    with a gate in `gates` waits there, and so does `wait_exit`, the wait for an exit in some time.
 
     With `slow_taps`, a TAP that is released is there until somebody waits for its end. With
     `slow_frees`, a discarded snapshot holds so many bytes until its future in `freeing` is
@@ -112,7 +125,7 @@ class FakeHost:
     freeing: list[asyncio.Future[None]] = field(default_factory=list[asyncio.Future[None]])
     stuck_imports: set[str] = field(default_factory=set[str])
     import_bytes: int = 0
-    drain_gate: asyncio.Event | None = None
+    gates: dict[str, Gate] = field(default_factory=dict[str, Gate])
     exits_on_request: bool = True
     oom: dict[str, OomCounts] = field(default_factory=dict[str, OomCounts])
     exited: dict[int, asyncio.Event] = field(default_factory=dict[int, asyncio.Event])
@@ -132,6 +145,8 @@ class FakeHost:
         """Run one effect with its injected failure, yielding to the loop once as real ones do."""
         self.seen.append(name)
         await asyncio.sleep(0)
+        if name in self.gates:
+            await self.gates[name].passed()
         if name in self.fail:
             raise self.fail[name]
         value = do()
@@ -566,6 +581,8 @@ class FakeVmms(Plain[LaunchSpec]):
             return await gone.wait()
         if not gone.is_set():
             await asyncio.sleep(0)
+            if "wait_exit" in self.machine.gates:
+                await self.machine.gates["wait_exit"].passed()
         return gone.is_set()
 
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
@@ -686,8 +703,6 @@ class FakeAgents:
     async def sleep_prep(
         self, jail_id: str, port: int, *, drain_timeout_s: int, timeout_s: float
     ) -> Ack:
-        if self.machine.drain_gate is not None:
-            await self.machine.drain_gate.wait()
         await self.machine.effect("drain_guest", lambda: None)
         return Ack(self.machine.drain_ack)
 

@@ -132,9 +132,10 @@ async def test_a_hurried_command_gives_a_guest_no_more_time_and_goes_on() -> Non
         begun.set()
         return await asyncio.Event().wait()
 
-    waiting = asyncio.create_task(control.unhurried(wait()))
+    waiting = asyncio.create_task(control.unhurried(wait))
     await begun.wait()
     control.hurry()
 
-    assert await waiting is False
+    assert await waiting is None
+    assert await control.unhurried(wait) is None
     control.safe_point()

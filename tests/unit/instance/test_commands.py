@@ -31,7 +31,7 @@ from schemas.requests import (
 )
 from schemas.settings import LimitSettings, VmmSettings
 from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
-from tests.fakes.host import FakeHost, instance_file, seeded
+from tests.fakes.host import FakeHost, Gate, instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 
 KEEP = DestroyInstance("acme", "web", "i-1", wipe_volumes=False)
@@ -724,7 +724,7 @@ async def test_an_old_revision_that_cannot_go_fails_no_start(tmp_path: Path) -> 
 
 async def test_stop_ends_a_running_drain(tmp_path: Path) -> None:
     machine = seeded()
-    machine.drain_gate = asyncio.Event()
+    machine.gates["drain_guest"] = Gate()
     async with memory_worker(tmp_path / "j", machine) as worker:
         await prepare(worker, "SleepInstance")
         sleep = await worker.send(SLEEP)

@@ -253,6 +253,23 @@ async def test_stop_and_destroy_end_a_drain_that_is_held(alive: Alive, by: str) 
     assert (await alive.host.inventory())["snapshots"] == 0
 
 
+async def test_a_forced_sleep_ends_a_drain_that_is_held(alive: Alive) -> None:
+    await alive.tell(drain="hold")
+    request = SleepInstance(*alive.names, force=False, drain_timeout_secs=60)
+    await alive.host.publish(request, "held-force")
+    await alive.host.wait_status("draining", alive.ref)
+
+    async with asyncio.timeout(20):
+        second = await alive.sleep(force=True)
+
+    first = await alive.host.result("held-force")
+    assert (first["code"], first["changed"], first["detail"]["drain"]) == ("ok", True, "forced")
+    assert "force" in first["detail"]["drain_reason"]
+    assert (second["code"], second["changed"], second["status"]) == ("ok", False, "sleeping")
+    assert (await alive.wake())["code"] == "ok"
+    assert (await alive.stat())["boots"] == 1
+
+
 async def test_a_wake_that_the_agent_does_not_take_goes_on_and_says_so(alive: Alive) -> None:
     await alive.tell(wake="refuse")
     await alive.sleep()
@@ -292,6 +309,20 @@ async def test_a_guest_that_does_not_end_is_killed_in_its_time(alive: Alive, mod
     assert 0.5 < step_s(stopped, "stop_vmm") < 3
     assert (await alive.start())["code"] == "ok"
     assert (await alive.stat())["boots"] == 2
+
+
+async def test_a_destroy_ends_the_grace_period_of_a_stop(alive: Alive) -> None:
+    alive.set_policy(graceful_shutdown_seconds=60)
+    await alive.tell(cad="off")
+    await alive.host.publish(StopInstance(*alive.names), "patient")
+    await alive.host.wait_status("stopping", alive.ref)
+
+    async with asyncio.timeout(20):
+        destroyed = await alive.destroy()
+
+    stopped = await alive.host.result("patient")
+    assert (stopped["code"], stopped["detail"]["method"]) == ("ok", "sigkill")
+    assert (destroyed["code"], destroyed["status"]) == ("ok", "destroyed")
 
 
 async def test_stop_discards_what_sleeps(alive: Alive) -> None:
