@@ -6,55 +6,33 @@ What is counted is executed lines, not time: a scan of all instances or networks
 import asyncio
 import gc
 import sqlite3
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable
+from ipaddress import IPv4Network
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TypeVar
 
 import pytest
 
+from handlers.host.net.kept_routes import RouteIndex
+from handlers.host.net.nft.nftables import SetContent
+from handlers.host.net.rtnetlink_reader import Route
 from schemas.codes import Code
 from schemas.records import InstanceRecord, NetworkRecord
 from tests.fakes.crowded import crowd
 from tests.fakes.host import FakeHost, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import vmm_watch
+from tests.lines import Lines
 from tests.unit.instance.test_commands import COMMANDS, prepare
 from worker.journal import schema
 from worker.journal.instances import Instances
 from worker.journal.networks import Networks
 
+Kept = TypeVar("Kept")
 INSTANCES, TENANTS = 2000, 500
 SPREAD = 50  # of two equal runs: how the commits of the journal fall together differs
-ROOT = Path(__file__).parents[2]
-PROJECT = tuple(f"{ROOT / each}/" for each in ("handlers", "schemas", "worker", "tests"))
 ALL_UNFINISHED = "finished_at_ms IS NULL AND 1"
 NO_OPS = ("SetupNetwork", "StartInstance", "StopInstance")
-
-
-class Lines:
-    """Counts the lines of this project that this thread executes, each iteration and call within
-    one included. Not the event loop's: how often it turns depends on the journal's thread."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    @contextmanager
-    def counted(self) -> Generator[None]:
-        before = sys.gettrace()
-        sys.settrace(self._trace)
-        try:
-            yield
-        finally:
-            sys.settrace(before)
-
-    def _trace(self, frame: FrameType, event: str, arg: object) -> Any:
-        if not frame.f_code.co_filename.startswith(PROJECT):
-            return None
-        self.count += 1
-        return self._trace
 
 
 def big_host() -> FakeHost:
@@ -154,3 +132,66 @@ def is_query(statement: str) -> bool:
 
 def plan_of(connection: sqlite3.Connection, statement: str) -> list[str]:
     return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
+
+
+# -- what mechanisms keep in memory ----------------------------------------------------------------
+
+
+def tap(number: int) -> str:
+    return f"tn{number}i5"
+
+
+def pins(count: int) -> SetContent:
+    return SetContent((tap(number), "02:fc:00:00:00:05", "10.0.0.5") for number in range(count))
+
+
+def route(number: int) -> Route:
+    return Route(f"10.{number // 250}.{number % 250}.0/24", 254, (number,))
+
+
+def routes(count: int) -> RouteIndex:
+    index = RouteIndex()
+    for number in range(count):
+        index.add(route(number))
+    return index
+
+
+PIN = (tap(1), "02:fc:00:00:00:06", "10.0.0.6")
+OF_PINS: dict[str, Callable[[SetContent], object]] = {
+    "of": lambda kept: kept.of(tap(1)),
+    "beginning": lambda kept: kept.beginning("tn0i"),
+    "beginning, none": lambda kept: kept.beginning("tn77777i"),
+    "add": lambda kept: kept.add(PIN),
+    "discard": lambda kept: kept.discard(PIN),
+}
+OF_ROUTES: dict[str, Callable[[RouteIndex], object]] = {
+    "overlapping": lambda kept: list(kept.overlapping(IPv4Network("10.0.1.0/24"))),
+    "overlapping, none": lambda kept: list(kept.overlapping(IPv4Network("10.250.0.0/24"))),
+    "of a link": lambda kept: kept.of_link_alone(1),
+    "discard": lambda kept: kept.discard(route(1)),
+    "add": lambda kept: kept.add(route(1)),
+}
+
+
+@pytest.mark.parametrize("call", OF_PINS)
+def test_what_is_kept_of_a_set_is_not_walked(call: str) -> None:
+    large, small = lines_on(pins(INSTANCES), OF_PINS[call]), lines_on(pins(2), OF_PINS[call])
+
+    assert large < small + SPREAD, (small, large)
+
+
+@pytest.mark.parametrize("call", OF_ROUTES)
+def test_kept_routes_are_not_walked(call: str) -> None:
+    large, small = (
+        lines_on(routes(INSTANCES), OF_ROUTES[call]),
+        lines_on(routes(2), OF_ROUTES[call]),
+    )
+
+    assert large < small + SPREAD, (small, large)
+
+
+def lines_on(kept: Kept, call: Callable[[Kept], object]) -> int:
+    lines = Lines()
+    with lines.counted():
+        call(kept)
+    return lines.count

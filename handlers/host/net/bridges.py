@@ -4,6 +4,7 @@ The bridge has a fixed MAC (offset 1 of the tenant's range), so that a guest whi
 teardown still reaches its gateway. The interface's alias marks it as hostd's.
 """
 
+from ipaddress import IPv4Network
 from typing import ClassVar
 
 from handlers.errors import Conflict, HostFault
@@ -164,18 +165,30 @@ def converge_bridge(kernel: Kernel, link: Link, spec: BridgeSpec, mac: str) -> b
 
 def ensure_route(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
     """The subnet's route, which the kernel adds with the address, unless it was removed since."""
-    if any(
-        route.dst == spec.net.ipv4_subnet
-        for route in kernel.routes(link=link.index, table=RT_TABLE_MAIN)
-    ):
+    if has_route(kernel, link, spec):
         return False
     kernel.add_connected_route(link.index, spec.net.ipv4_subnet, spec.net.gateway_ip)
     return True
 
 
+def has_route(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
+    """Whether the subnet's route leads to the bridge, by a lookup of one of its addresses.
+
+    Another route may answer for that address, e.g. one of the operator's for a part of the subnet:
+    then the bridge's own routes are listed, for which the kernel walks all.
+    """
+    subnet = IPv4Network(spec.net.ipv4_subnet)
+    guest = next(host for host in map(str, subnet.hosts()) if host != spec.net.gateway_ip)
+    wanted = spec.net.ipv4_subnet, RT_TABLE_MAIN, (link.index,)
+    found = kernel.route_to(guest)
+    if found is not None and (found.dst, found.table, found.links) == wanted:
+        return True
+    routes = kernel.routes(link=link.index, table=RT_TABLE_MAIN)
+    return any(route.dst == spec.net.ipv4_subnet for route in routes)
+
+
 def verify_bridge(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
     link = kernel.existing_link(spec.key)
-    routes = kernel.routes(link=link.index, table=RT_TABLE_MAIN)
     checks = {
         "kind": link.kind == "bridge",
         "alias": link.alias == naming.interface_alias(spec.tenant_id),
@@ -183,7 +196,7 @@ def verify_bridge(kernel: Kernel, spec: BridgeSpec, mac: str) -> None:
         "MAC": link.mac == mac,
         "up": link.up,
         "attributes": all(link.info.get(name) == value for name, value in BRIDGE.items()),
-        "route": spec.net.ipv4_subnet in {route.dst for route in routes},
+        "route": has_route(kernel, link, spec),
     }
     if wrong := [fact for fact, ok in checks.items() if not ok]:
         raise HostFault(f"bridge {spec.key} read-back mismatch: {', '.join(wrong)}")

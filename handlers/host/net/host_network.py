@@ -11,6 +11,7 @@ from handlers.host.net.bridges import Bridges
 from handlers.host.net.drift_watch import HostWatch
 from handlers.host.net.foreign_chains import foreign_drops
 from handlers.host.net.nft.nftables import Nft, Tables
+from handlers.host.net.point_lookups import default_routes, port_names
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN, Route
 from handlers.host.net.ruleset import BaseRules
@@ -149,7 +150,7 @@ class Networks:
             link = kernel.link(bridge)
             if link is None:
                 return []
-            return sorted(port.name for port in kernel.links(master=link.index))
+            return port_names(kernel, link)
 
         return await self._netlink.run(ports)
 
@@ -173,7 +174,7 @@ class Networks:
 
 def default_links(kernel: Kernel) -> Sequence[str]:
     """The links of the default routes: the uplinks, unless they are set."""
-    indexes = {link for route in kernel.default_routes(RT_TABLE_MAIN) for link in route.links}
+    indexes = {link for route in default_routes(RT_TABLE_MAIN) for link in route.links}
     return sorted(name for name in map(kernel.link_name, indexes) if name is not None)
 
 

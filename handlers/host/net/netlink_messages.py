@@ -4,7 +4,7 @@ import struct
 from collections.abc import Iterator
 
 # linux/netlink.h; the header: length, type, flags, sequence number, port id
-HEADER, LENGTH_AND_TYPE = struct.Struct("=IHHII"), struct.Struct("=IH")
+HEADER = struct.Struct("=IHHII")
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLA_NESTED, NLA_TYPE = 0x8000, 0x3FFF
@@ -28,22 +28,6 @@ def pieces(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         size, kind, _flags, _sequence, port = HEADER.unpack_from(data, at)
         yield kind, port, data[at + HEADER.size : at + size]
         at += max(HEADER.size, (size + 3) & ~3)
-
-
-def without_most(data: bytes, kind: int, at: int, value: int) -> bytes:
-    """The datagram without messages of the kind whose byte at a place of the body is another.
-
-    Of a message that is left out nothing else is read: a listing has thousands of them.
-    """
-    kept: list[bytes] = []
-    place, end = 0, len(data) - HEADER.size
-    while place <= end:
-        size, found = LENGTH_AND_TYPE.unpack_from(data, place)
-        following = place + max(HEADER.size, (size + 3) & ~3)
-        if found != kind or data[place + HEADER.size + at] == value:
-            kept.append(data[place:following])
-        place = following
-    return b"".join(kept)
 
 
 def attributes(data: bytes) -> Attributes:

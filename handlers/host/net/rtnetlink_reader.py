@@ -8,7 +8,7 @@ those of include/uapi/linux/{if_link,if_addr,neighbour,rtnetlink}.h. Changes not
 import errno
 import socket
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from handlers.errors import HostFault, Unavailable, of_os_error
@@ -61,9 +61,12 @@ NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
 NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
 RTA_DST, RTA_OIF, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 4, 6, 9, 15
 RT_TABLE_MAIN = 254
+RTM_F_LOOKUP_TABLE, RTM_F_FIB_MATCH = 0x1000, 0x2000
 TIMEOUT_S = 10.0
 ATTEMPTS = 5
 NONE = frozenset({errno.ENODEV, errno.ENOENT, errno.ENXIO})
+NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL})
+"""The last three are answers of routes: `unreachable`, `prohibit`, `blackhole`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,14 +234,14 @@ class Reader:
                 found.append((owner, mac.hex(":")))
         return found
 
-    def default_routes(self, table: int) -> list[Route]:
-        """Those of `routes` to everywhere; of all others no more than the length is read."""
-        request = ROUTE.pack(socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
-        request += attribute(RTA_TABLE, struct.pack("=I", table))
-        bodies = self._dump(RTM_GETROUTE, request)
-        return [
-            route for body in bodies if not body[1] and (route := route_of(body)).table == table
-        ]
+    def route_to(self, address: str) -> Route | None:
+        """The route by which the host reaches an address, of any table that its rules lead to, as
+        it is in that table; None if there is none. A lookup: no other route is looked at."""
+        flags = RTM_F_LOOKUP_TABLE | RTM_F_FIB_MATCH
+        request = ROUTE.pack(socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, flags)
+        request += attribute(RTA_DST, socket.inet_aton(address))
+        body = self._get(RTM_GETROUTE, request, NO_ROUTE)
+        return None if body is None else route_of(body)
 
     # -- asking --------------------------------------------------------------------------------
 
@@ -268,21 +271,19 @@ class Reader:
                 raise of_os_error(OSError(code, ""), f"rtnetlink request {kind} failed")
         return None
 
-    def _dump(
-        self, kind: int, request: bytes, select: Callable[[bytes], bytes] = bytes
-    ) -> list[bytes]:
+    def _dump(self, kind: int, request: bytes) -> list[bytes]:
         """All objects; asked again when they changed while they were listed."""
         for _attempt in range(ATTEMPTS):
             self._send(kind, NLM_F_REQUEST | NLM_F_DUMP, request)
-            if (found := self._whole_dump(kind, select)) is not None:
+            if (found := self._whole_dump(kind)) is not None:
                 return found
         raise Unavailable(f"rtnetlink dump interrupted by changes {ATTEMPTS} times: try again")
 
-    def _whole_dump(self, kind: int, select: Callable[[bytes], bytes]) -> list[bytes] | None:
+    def _whole_dump(self, kind: int) -> list[bytes] | None:
         found: list[bytes] = []
         whole = True
         while True:
-            for answer, flags, body in self._receive(select):
+            for answer, flags, body in self._receive():
                 whole = whole and not flags & NLM_F_DUMP_INTR
                 if answer == NLMSG_DONE:
                     return found if whole else None
@@ -319,11 +320,11 @@ class Reader:
                     codes[sequence] = error_of(body)
         return [codes[sequence] for sequence in asked]
 
-    def _receive(self, select: Callable[[bytes], bytes] = bytes) -> list[tuple[int, int, bytes]]:
+    def _receive(self) -> list[tuple[int, int, bytes]]:
         """One datagram's messages that answer the last question."""
         return [
             (kind, flags, body)
-            for kind, flags, sequence, body in messages(select(self._datagram()))
+            for kind, flags, sequence, body in messages(self._datagram())
             if sequence == self._sequence
         ]
 

@@ -8,7 +8,7 @@ from ipaddress import IPv4Network
 import pytest
 
 from handlers.host.net.kept_routes import KeptRoutes
-from handlers.host.net.rtnetlink_reader import Reader, Route
+from handlers.host.net.rtnetlink_reader import Route
 from handlers.specs import BridgeSpec
 from tests.kernel.net.netns import HostNet
 from tests.kernel.net.plans import net_of, set_up
@@ -129,16 +129,3 @@ def test_what_is_found_is_what_a_comparison_with_each_route_finds(net: HostNet) 
             expected = {each for each in routes if IPv4Network(each.dst).overlaps(subnet)}
 
             assert set(kept.overlapping(subnet, lambda _: True)) == expected
-
-
-def test_default_routes_are_found_among_many(net: HostNet) -> None:
-    lines = [f"route add 10.{i // 250}.{i % 250}.0/24 via 198.51.100.2" for i in range(2000)]
-    lines += ["route add default via 198.51.100.2 metric 9"]
-    net.host.command("ip", "-batch", "-", text="\n".join(lines))
-
-    with closing(net.host.run(Reader)) as reader:
-        found = reader.default_routes(254)
-        whole = [route for route in reader.routes(table=254) if route.dst == "0.0.0.0/0"]
-
-    assert len(found) == 2
-    assert found == whole

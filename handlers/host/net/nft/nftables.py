@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import subprocess
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Network
 from types import MappingProxyType
@@ -48,16 +49,24 @@ class SetContent:
         self._by_first: dict[str, set[Element]] = {}
         for element in self.elements:
             self._by_first.setdefault(element[0], set()).add(element)
+        self._firsts = sorted(self._by_first)
 
     def of(self, first: str) -> set[Element]:
         return self._by_first.get(first, set())
 
     def beginning(self, prefix: str) -> list[Element]:
-        firsts = [first for first in self._by_first if first.startswith(prefix)]
-        return [element for first in firsts for element in self._by_first[first]]
+        """Those whose first part begins so: neighbours in the order of the first parts."""
+        found: list[Element] = []
+        for place in range(bisect_left(self._firsts, prefix), len(self._firsts)):
+            if not self._firsts[place].startswith(prefix):
+                break
+            found += self._by_first[self._firsts[place]]
+        return found
 
     def add(self, element: Element) -> None:
         self.elements.add(element)
+        if element[0] not in self._by_first:
+            insort(self._firsts, element[0])
         self._by_first.setdefault(element[0], set()).add(element)
 
     def discard(self, element: Element) -> None:
@@ -66,6 +75,7 @@ class SetContent:
             found.discard(element)
             if not found:
                 del self._by_first[element[0]]
+                del self._firsts[bisect_left(self._firsts, element[0])]
 
 
 class Tables:
