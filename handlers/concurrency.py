@@ -8,13 +8,22 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 from handlers.steps import Steps
 from schemas.settings import LimitSettings
 
 WIPES: Final = 4  # concurrent wipes of data disks; as many as there are threads for them
+
+
+@dataclass(frozen=True, slots=True)
+class SlotCounts:
+    """Slots of a kind: all, those held, and how many commands wait for one."""
+
+    count: int
+    held: int
+    waiting: int
 
 
 class FairSlots:
@@ -38,6 +47,10 @@ class FairSlots:
     def held(self, tenant_id: str) -> int:
         """How many slots the tenant holds."""
         return self._held[tenant_id]
+
+    @property
+    def counts(self) -> "SlotCounts":
+        return SlotCounts(self.count, self._held.total(), self.waiting)
 
     def available(self, tenant_id: str) -> bool:
         """Whether `acquire` returns at once. Nobody who waits is passed over: they all are of
@@ -95,6 +108,10 @@ class Slots:
             networks=FairSlots(limits.networks),
             wipes=FairSlots(WIPES),
         )
+
+    def counts(self) -> dict[str, SlotCounts]:
+        """By kind."""
+        return {each.name: getattr(self, each.name).counts for each in fields(self)}
 
 
 @asynccontextmanager

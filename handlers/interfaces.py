@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from handlers.concurrency import Slots
 from handlers.mechanism import Mechanism
+from handlers.ranking import Ranking
 from handlers.specs import (
     Ack,
     Artifact,
@@ -441,6 +442,15 @@ class DiskSpace(Protocol):
         """Whether it was full and the ballast is released."""
         ...
 
+    @property
+    def high(self) -> bool:
+        """Whether it is above its high watermark, or was and is not below the low one yet."""
+        ...
+
+    def used_percent(self) -> float:
+        """How much of it is used, as df(1) has it, the ballast counted as free."""
+        ...
+
     def free_bytes(self) -> int:
         """What is free, the ballast included."""
         ...
@@ -471,6 +481,27 @@ class Records(Protocol):
 
     def usage(self, tenant_id: str | None = None) -> Usage:
         """What all instances, or those of one tenant, take up."""
+        ...
+
+    def ranking(self, resource: str, tenant_id: str | None = None) -> Ranking:
+        """Who takes up most of one field of `Usage`: all tenants, or the instances of one, named
+        `<pool>/<instance>`."""
+        ...
+
+    def pools(self, tenant_id: str) -> Ranking:
+        """The tenant's pools that have instances on this host, by their number."""
+        ...
+
+    def held_uids(self) -> int:
+        """How many uids instances have."""
+        ...
+
+    def held_addresses(self) -> int:
+        """How many addresses instances have, live or sleeping."""
+        ...
+
+    def address_count(self) -> int:
+        """How many addresses the networks have for instances."""
         ...
 
     def with_slot(self, slot: int) -> InstanceRef | None:
@@ -617,6 +648,10 @@ class HostFacts(Protocol):
 
     def memory_mib(self) -> int:
         """Total memory of the host."""
+        ...
+
+    def cpus(self) -> int:
+        """How many CPUs VMMs may run on."""
         ...
 
 

@@ -56,6 +56,14 @@ def prefix_len(net: TenantNet) -> int:
     return ipaddress.IPv4Network(net.ipv4_subnet).prefixlen
 
 
+def address_count(net: TenantNet) -> int:
+    """How many addresses a checked net has for instances."""
+    subnet = ipaddress.IPv4Network(net.ipv4_subnet)
+    last = min(OFFSET_MAX, subnet.num_addresses - 2)  # the broadcast address is none
+    gateway = int(ipaddress.IPv4Address(net.gateway_ip)) - int(subnet.network_address)
+    return max(0, last - OFFSET_MIN + 1) - (OFFSET_MIN <= gateway <= last)
+
+
 def netmask(net: TenantNet) -> str:
     return str(ipaddress.IPv4Network(net.ipv4_subnet).netmask)
 

@@ -237,6 +237,15 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
         return self.uid_slot is not None
 
     @property
+    def exists(self) -> bool:
+        """Whether it was ever brought up here: counts against the quotas of pools and instances.
+
+        Not so an instance whose first Start failed: the record that undo restores has its old
+        status.
+        """
+        return not self.status.never_started
+
+    @property
     def holds_offset(self) -> bool:
         return self.holds_host or self.status is Status.SLEEPING
 

@@ -88,8 +88,10 @@ class NetworkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[limits]`: concurrency and quotas.
 
-    Of each kind of slot one tenant holds at most half. `mem_reserve_mib` and `disk_reserve_mib` are
-    kept free for the host; a part of the latter is the ballast file.
+    Of each kind of slot one tenant holds at most half. `mem_reserve_mib`, `disk_reserve_mib` and
+    `cpu_reserve` (CPUs) are kept for the host; a part of the disk's is the ballast file. Of the
+    other CPUs each carries `vcpu_overcommit` vCPUs. From `disk_high_percent` of the file system
+    used until `disk_low_percent`, what takes more space is refused; 100 turns that off.
     """
 
     enforce: bool = True
@@ -106,7 +108,11 @@ class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     networks: int = 4
     max_artifact_mib: int = 65_536
     mem_reserve_mib: int = 512
+    cpu_reserve: float = 0.0
+    vcpu_overcommit: float = 256.0
     disk_reserve_mib: int = 1024
+    disk_high_percent: float = 98.0
+    disk_low_percent: float = 96.0
     vmm_overhead_mib: int = 64
     shutdown_s: float = 20.0
     retry_budget_s: float = 30.0

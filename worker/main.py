@@ -19,6 +19,7 @@ from typing import Any
 import structlog
 import uvloop
 
+from handlers.budgets import capacity
 from handlers.errors import Failure, of_os_error
 from handlers.host.facts import HostFacts
 from handlers.host.lock import HostLock
@@ -114,16 +115,21 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
         reserve = DescriptorReserve(MAX_CONNECTIONS + CONTROL_CONNECTIONS)
         stack.callback(reserve.close)
         # Before the journal, which cannot be opened on a full file system.
-        disk = DiskSpace(state=settings.paths.state, reserve_mib=settings.limits.disk_reserve_mib)
+        limits = settings.limits
+        disk = DiskSpace(
+            state=settings.paths.state,
+            reserve_mib=limits.disk_reserve_mib,
+            marks=(limits.disk_high_percent, limits.disk_low_percent),
+        )
         await asyncio.to_thread(disk.check)
         subjects = Subjects(settings.root, settings.host.id, settings.host.cell)
         journal = await Journal.open(
             f"{settings.paths.state}/journal.db",
             subjects=subjects,
             boot_id=HostFacts().boot_id(),
-            lane_depth=settings.limits.lane_depth,
-            tenant_depth=settings.limits.tenant_depth,
-            host_depth=settings.limits.host_depth,
+            lane_depth=limits.lane_depth,
+            tenant_depth=limits.tenant_depth,
+            host_depth=limits.host_depth,
             observe_commit=metrics.commit,
             relieve=disk.relieve,
         )
@@ -254,28 +260,26 @@ class Worker:
 
     @property
     def host_state(self) -> str:
-        """`recovering`, `ready`, `draining`; `degraded`: ready, but the disk is full or the journal
-        cannot commit."""
-        if self._phase == "ready" and (not self.journal.store.writable or self._real.disk.low):
-            return "degraded"
-        return self._phase
+        """`recovering`, `ready`, `draining`; `degraded`: ready, but for one of `trouble`."""
+        return "degraded" if self._phase == "ready" and self.trouble() else self._phase
+
+    def trouble(self) -> list[str]:
+        """What keeps a host that is ready from some commands; shown as `degraded_by`."""
+        found = {
+            "journal": not self.journal.store.writable,
+            "disk_full": self._real.disk.low,
+            "disk_watermark": self._real.disk.high,
+        }
+        return [name for name, is_so in found.items() if is_so]
 
     def facts(self) -> dict[str, Any]:
         """Shown in a Pong and in the lease: state and capacity of this host."""
-        live = self.journal.records.usage()
-        limits = self.settings.limits
-        total_mib = self._real.facts.memory_mib() - limits.mem_reserve_mib
-        used_mib = live.mem_mib + live.instances * limits.vmm_overhead_mib
         return {
             "boot_id": self._real.facts.boot_id(),
             "host_state": self.host_state,
-            "limits_enforced": limits.enforce,
-            "capacity": {
-                "instances": live.instances,
-                "vcpus_used": live.vcpus,
-                "mem_mib": total_mib,
-                "mem_free_mib": max(0, total_mib - used_mib),
-            },
+            "degraded_by": self.trouble(),
+            "limits_enforced": self.settings.limits.enforce,
+            "capacity": capacity(self._real.host).facts(),
             "warm_vmms": self._real.warm.counts()["ready"],
         }
 
@@ -286,6 +290,7 @@ class Worker:
             "connected": self.bus.connected,
             "can_commit": self.journal.store.writable,
             "has_disk_space": not self._real.disk.low,
+            "below_disk_watermark": not self._real.disk.high,
             "has_descriptors": self._reserve.has_free(),
             "provisioned": not self.bus.trouble,
             "leased": self.lease.held,
@@ -310,7 +315,10 @@ class Worker:
         )
         self.metrics.queries_dropped(self.service.dropped)
         self.metrics.artifact_copied_bytes(self._real.artifacts.copied_bytes)
-        self.metrics.disk(self._real.disk.free_bytes(), low=self._real.disk.low)
+        disk = self._real.disk
+        self.metrics.disk(disk.free_bytes(), low=disk.low, high=disk.high)
+        self.metrics.capacity(capacity(self._real.host))
+        self.metrics.slots(self._real.host.slots.counts())
         self.metrics.warm_vmms(self._real.warm.counts(), self._real.warm.totals)
         self.metrics.log_dropped(logs.dropped())
         self.metrics.limits_enforced(self.settings.limits.enforce)
@@ -427,21 +435,34 @@ async def prune(journal: Journal) -> None:
 
 
 async def watch_disk(disk: DiskSpace, journal: Journal, changed: Callable[[], None]) -> None:
-    """Release and make the ballast as the free space requires; publish each change."""
-    reported = False
+    """Release and make the ballast as the free space requires, compare with the watermarks;
+    publish each change."""
+    reported = (False, False)
     while True:
         await asyncio.to_thread(disk.check)
-        low = disk.low
-        if low != reported:
+        now = low, high = disk.low, disk.high
+        if now != reported:
             with contextlib.suppress(Failure):  # cannot commit yet: reported later
                 await journal.records.event(
                     EventKind.DISK,
-                    reason="the disk is full" if low else "the disk has space again",
-                    detail={"low": low, "free_bytes": disk.free_bytes()},
+                    reason=disk_reason(low=low, high=high),
+                    detail={
+                        "low": low,
+                        "above_watermark": high,
+                        "free_bytes": disk.free_bytes(),
+                        "used_percent": round(disk.used_percent(), 1),
+                    },
                 )
-                reported = low
+                reported = now
                 changed()
         await asyncio.sleep(DISK_CHECK_S)
+
+
+def disk_reason(*, low: bool, high: bool) -> str:
+    """What an event `disk` says."""
+    if low:
+        return "the disk is full"
+    return "the disk is above its high watermark" if high else "the disk has space again"
 
 
 async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:

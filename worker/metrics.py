@@ -17,6 +17,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from handlers.budgets import Capacity
+from handlers.concurrency import SlotCounts
 from schemas.codes import Code
 from schemas.records import Status
 
@@ -181,6 +183,40 @@ class Metrics:
             "1 while the ballast is released because the file system was full, else 0.",
             registry=registry,
         )
+        self._disk_high = Gauge(
+            "hostd_disk_above_watermark",
+            "1 from the disk's high watermark until its low one, else 0.",
+            registry=registry,
+        )
+        self._disk_claimed = Gauge(
+            "hostd_disk_claimed_bytes",
+            "Disk space that is admitted and not made yet.",
+            registry=registry,
+        )
+        self._limit = Gauge(
+            "hostd_capacity_limit",
+            "What the host admits in all, by resource: vcpus, memory_bytes, uids, addresses.",
+            ["resource"],
+            registry=registry,
+        )
+        self._used = Gauge(
+            "hostd_capacity_used",
+            "What of it is allocated, by resource.",
+            ["resource"],
+            registry=registry,
+        )
+        self._slots = Gauge(
+            "hostd_slots", "Slots for heavy work, by kind.", ["kind"], registry=registry
+        )
+        self._slots_used = Gauge(
+            "hostd_slots_used", "Slots that commands hold, by kind.", ["kind"], registry=registry
+        )
+        self._slots_waiting = Gauge(
+            "hostd_slots_waiting",
+            "Commands that wait for a slot, by kind.",
+            ["kind"],
+            registry=registry,
+        )
         self._copied = _Total(
             "hostd_artifact_copied_bytes_total",
             "Bytes that imports of artifacts have copied.",
@@ -286,10 +322,29 @@ class Metrics:
     def queries_dropped(self, total: int) -> None:
         self._queries_dropped.set(total)
 
-    def disk(self, free_bytes: int, *, low: bool) -> None:
-        """`low`: the ballast is released."""
+    def disk(self, free_bytes: int, *, low: bool, high: bool) -> None:
+        """`low`: the ballast is released; `high`: above the high watermark."""
         self._disk_free.set(free_bytes)
         self._disk_full.set(int(low))
+        self._disk_high.set(int(high))
+
+    def capacity(self, now: Capacity) -> None:
+        """The uids of idle VMMs count as used."""
+        self._disk_claimed.set(now.disk_claimed_bytes)
+        for resource, limit, used in (
+            ("vcpus", now.vcpus, now.vcpus_used),
+            ("memory_bytes", now.mem_mib << 20, now.mem_used_mib << 20),
+            ("uids", now.uids, now.uids_used + now.uids_warm),
+            ("addresses", now.addresses, now.addresses_used),
+        ):
+            self._limit.labels(resource).set(limit)
+            self._used.labels(resource).set(used)
+
+    def slots(self, counts: Mapping[str, SlotCounts]) -> None:
+        for kind, found in counts.items():
+            self._slots.labels(kind).set(found.count)
+            self._slots_used.labels(kind).set(found.held)
+            self._slots_waiting.labels(kind).set(found.waiting)
 
     def artifact_copied_bytes(self, total: int) -> None:
         """Of all imports since the worker started, running ones included."""

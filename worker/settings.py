@@ -40,6 +40,7 @@ _WANTED: dict[Any, str] = {
     float: "a number",
     str: "a string",
 }
+UNITS = {"_s": "seconds", "_mib": "MiB", "_bytes": "bytes", "_percent": "percent"}
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -87,7 +88,7 @@ class Key:
     @property
     def unit(self) -> str:
         """The unit of a number, from its name; empty for a count or another type."""
-        for suffix, unit in (("_s", "seconds"), ("_mib", "MiB"), ("_bytes", "bytes")):
+        for suffix, unit in UNITS.items():
             if self.name.endswith(suffix):
                 return unit
         return ""
@@ -242,6 +243,13 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
         raise SettingsError(
             origins["vmm.uid_count"], "vmm.uid_count", f"uid_base + uid_count exceeds {_UID_MAX}"
         )
+    if settings.limits.disk_low_percent > settings.limits.disk_high_percent:
+        raise SettingsError(
+            origins["limits.disk_low_percent"],
+            "limits.disk_low_percent",
+            f"{settings.limits.disk_low_percent:g} is above disk_high_percent "
+            f"({settings.limits.disk_high_percent:g})",
+        )
     if settings.vmm.warm_pool >= settings.vmm.uid_count:
         raise SettingsError(
             origins["vmm.warm_pool"],
@@ -370,6 +378,10 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "limits.max_artifact_mib": _between(1, 2**24),
     "limits.mem_reserve_mib": _between(0, 2**30),
     "limits.disk_reserve_mib": _between(0, 2**30),
+    "limits.cpu_reserve": _between(0, 4096),
+    "limits.vcpu_overcommit": _between(0.1, 4096),
+    "limits.disk_high_percent": _between(1, 100),
+    "limits.disk_low_percent": _between(1, 100),
     "limits.vmm_overhead_mib": _between(0, 2**20),
     "limits.shutdown_s": _SECONDS,
     "limits.retry_budget_s": _SECONDS,

@@ -27,6 +27,13 @@ class HostFacts:
         """Total memory of the host. Source: sysconf(3)."""
         return self._memory_mib
 
+    def cpus(self) -> int:
+        """The CPUs that this process may run on, and so the VMMs, which inherit it.
+
+        Source: sched_getaffinity(2).
+        """
+        return len(os.sched_getaffinity(0))
+
     def kernel_release(self) -> str:
         """The same as `uname -r`."""
         return os.uname().release

@@ -18,11 +18,18 @@ from schemas.requests import InstanceRef
 
 
 async def ensure_revision(
-    ref: InstanceRef, revision: str, quota: TenantQuota, steps: Steps, host: Host
+    ref: InstanceRef,
+    revision: str,
+    quota: TenantQuota,
+    steps: Steps,
+    host: Host,
+    *,
+    can_wait: bool,
 ) -> Artifact:
     """Import the revision's files; not undone, since another instance may use them by then.
 
-    An import holds no slot of a launch, and ends at its next chunk if the command has to end.
+    An import holds no slot of a launch, and ends at its next chunk if the command has to end. One
+    that `can_wait` is refused above the disk's high watermark.
 
     Raises:
         Exhausted: the tenant's disk quota, or the host's disk space, is used up.
@@ -35,7 +42,12 @@ async def ensure_revision(
         if await host.artifacts.exists(spec.key):  # another instance's, while this one waited
             return await steps.ensure_kept(host.artifacts, spec)
         size_bytes = await host.artifacts.size_of_import(spec)
-        need = DiskNeed(tenant_id=ref.tenant_id, what=f"artifact {spec.key}", size_bytes=size_bytes)
+        need = DiskNeed(
+            tenant_id=ref.tenant_id,
+            what=f"artifact {spec.key}",
+            size_bytes=size_bytes,
+            can_wait=can_wait,
+        )
         async with admitted(need, quota, host):
             record = host.records.instance(ref)
             if record is not None:  # synced: an import outlasts a power loss, so must its reference

@@ -1,25 +1,44 @@
 """Admission control: what a launch is allocated before anything is made on the host.
 
-Launch number, uid slot, address offset, memory and quota are decided at once, without an await
-between check and allocation, and committed to the journal as the first step of the command. Undo
-restores the instance's record.
+Launch number, uid slot, address offset, CPUs, memory and quotas are decided at once, without an
+await between check and allocation, and committed to the journal as the first step of the command.
+The launch's claim of disk space, made before (`disk_admission.py`), is held meanwhile: a launch
+gets all of it or nothing. Undo restores the instance's record.
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from msgspec.structs import replace
 
-from handlers.errors import Conflict, Exhausted
+from handlers.budgets import (
+    USERS_MAX,
+    Asked,
+    Budget,
+    memory_capacity_mib,
+    shared_with,
+    vcpu_capacity,
+)
+from handlers.errors import Conflict
 from handlers.instance.artifact_refs import collect_revision
 from handlers.interfaces import Host
 from handlers.mechanism import Durability
+from handlers.ranking import Share
 from schemas.files import TenantQuota
 from schemas.naming import jail_id as jail_id_of
 from schemas.naming import parse_ref
 from schemas.records import InstanceRecord, Status, Usage
 from schemas.requests import InstanceRef, TenantNet
+
+NAMES: Final = {
+    Budget.VCPUS: "vCPUs",
+    Budget.MEM: "memory in MiB",
+    Budget.RUNNING: "running instances",
+    Budget.POOLS: "pools",
+    Budget.INSTANCES: "instances in the pool",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +80,8 @@ class Reservations:
         """Reserve, or return what an earlier run of the same command reserved.
 
         Raises:
-            Exhausted: the tenant's quota, this host's memory or its uid range is used up.
+            Exhausted: the tenant's quota, this host's CPUs, memory or uid range is used up; its
+                detail says which, how large it is and who uses it.
             Conflict: another instance of the tenant, live or sleeping, has the address; or a VMM
                 of this instance runs that the journal does not know.
         """
@@ -111,28 +131,16 @@ class Reservations:
         return max([before.launch, *found])
 
     def _decide(self, spec: ReservationSpec, newest_launch: int) -> InstanceRecord:
-        limits = self._host.settings.limits
         ref = spec.before.ref
-        mine = self._usage_of_others(ref, ref.tenant_id)
-        _within("vCPUs", mine.vcpus + spec.vcpus, spec.quota.max_vcpus)
-        _within("memory in MiB", mine.mem_mib + spec.mem_mib, spec.quota.max_mem_mib)
-        _within("running instances", mine.instances + 1, spec.quota.max_running)
+        self._check_quota(spec)
         if (other := self._other_with_offset(ref, spec.offset)) is not None:
             raise Conflict(
                 f"address offset {spec.offset} is used by instance {other}",
                 path="instance.json: $.net.guest_ip",
             )
-        overhead = limits.vmm_overhead_mib
-        all_others = self._usage_of_others(ref, None)
-        used = all_others.mem_mib + all_others.instances * overhead
-        free = self._host.facts.memory_mib() - limits.mem_reserve_mib - used
-        if spec.mem_mib + overhead > free:
-            raise Exhausted(
-                f"not enough host memory: instance {spec.before.ref} needs {spec.mem_mib} MiB "
-                f"+ {overhead} MiB overhead, {max(free, 0)} MiB are free for VMs"
-            )
-        self._host.warm.fit(free - spec.mem_mib - overhead)
-        slot = self._host.warm.claim(jail_id_of(spec.before.ref, newest_launch + 1))
+        left_mib = self._check_host(spec)
+        self._host.warm.fit(left_mib)
+        slot = self._host.warm.claim(jail_id_of(ref, newest_launch + 1))
         return replace(
             spec.before,
             status=spec.status,
@@ -150,6 +158,75 @@ class Reservations:
             command_id=spec.command_id,
             before=replace(spec.before, before=None),
         )
+
+    def _check_quota(self, spec: ReservationSpec) -> None:
+        """The tenant's quotas. Those of pools and instances refuse new instances only: what exists
+        when a quota is lowered goes on (ADR 1042)."""
+        records, ref, quota = self._host.records, spec.before.ref, spec.quota
+        tenant_id = ref.tenant_id
+        mine = self._usage_of_others(ref, tenant_id)
+        for budget, unit, resource, asked, used, limit in (
+            (Budget.VCPUS, "vCPUs", "vcpus", spec.vcpus, mine.vcpus, quota.max_vcpus),
+            (Budget.MEM, "MiB", "mem_mib", spec.mem_mib, mine.mem_mib, quota.max_mem_mib),
+            (Budget.RUNNING, "instances", "instances", 1, mine.instances, quota.max_running),
+        ):
+            users = records.ranking(resource, tenant_id).top(USERS_MAX)
+            _within_quota(budget, unit, asked, used, limit, users)
+        if spec.status is not Status.STARTING or self._exists(ref):
+            return
+        pools = records.pools(tenant_id)
+        coming = [each.pool_id for each in self._coming(tenant_id)]
+        used = pools.get(ref.pool_id) + coming.count(ref.pool_id)
+        limit = quota.max_instances_per_pool
+        users = pools.top(USERS_MAX)
+        _within_quota(Budget.INSTANCES, "instances", 1, used, limit, [Share(ref.pool_id, used)])
+        if not used:
+            others = len(pools) + len({each for each in coming if not pools.get(each)})
+            _within_quota(Budget.POOLS, "pools", 1, others, quota.max_pools, users)
+
+    def _check_host(self, spec: ReservationSpec) -> int:
+        """The host's CPUs and memory; returns the MiB that are left for VMs after it."""
+        host, limits, ref = self._host, self._host.settings.limits, spec.before.ref
+        used = self._usage_of_others(ref, None)
+        vcpus = Asked(
+            budget=Budget.HOST_VCPUS,
+            unit="vCPUs",
+            asked=spec.vcpus,
+            used=used.vcpus,
+            limit=vcpu_capacity(limits, host.facts.cpus()),
+            more=shared_with(host.records.ranking("vcpus"), ref.tenant_id),
+        )
+        if not vcpus.fits:
+            raise vcpus.refusal(
+                f"not enough host CPUs: instance {ref} needs {spec.vcpus} vCPUs, "
+                f"{max(vcpus.limit - vcpus.used, 0)} of {vcpus.limit} are free "
+                "([limits] vcpu_overcommit, cpu_reserve)"
+            )
+        overhead = limits.vmm_overhead_mib
+        memory = Asked(
+            budget=Budget.HOST_MEMORY,
+            unit="MiB",
+            asked=spec.mem_mib + overhead,
+            used=used.mem_mib + used.instances * overhead,
+            limit=memory_capacity_mib(limits, host.facts.memory_mib()),
+            more=shared_with(host.records.ranking("mem_mib"), ref.tenant_id),
+        )
+        left_mib = memory.limit - memory.used - memory.asked
+        if not memory.fits:
+            raise memory.refusal(
+                f"not enough host memory: instance {ref} needs {spec.mem_mib} MiB "
+                f"+ {overhead} MiB overhead, {max(left_mib + memory.asked, 0)} MiB are free for VMs"
+            )
+        return left_mib
+
+    def _exists(self, ref: InstanceRef) -> bool:
+        record = self._host.records.instance(ref)
+        return record is not None and record.exists
+
+    def _coming(self, tenant_id: str) -> list[InstanceRef]:
+        """The tenant's instances that exist once their reservation is committed."""
+        pending = self._host.pending_reservations
+        return [each for each in pending if each.tenant_id == tenant_id and not self._exists(each)]
 
     def _usage_of_others(self, ref: InstanceRef, tenant_id: str | None) -> Usage:
         """What all instances but this one take up, with the reservations not committed yet: those
@@ -192,14 +269,15 @@ class Reservations:
         uid = host.vmms.free_uid(taken)
         if uid is not None:
             return uid - base
-        raise Exhausted(
-            f"all {self._host.settings.vmm.uid_count} uids of [vmm] uid_base, uid_count are in use"
-        )
+        count = self._host.settings.vmm.uid_count
+        full = Asked(budget=Budget.HOST_UIDS, unit="uids", asked=1, used=count, limit=count)
+        raise full.refusal(f"all {count} uids of [vmm] uid_base, uid_count are in use")
 
 
-def _within(what: str, asked: int, limit: int) -> None:
-    if asked > limit:
-        raise Exhausted(
-            f"tenant quota exceeded: {asked} {what} needed, {limit} allowed",
-            path="tenant.json: $.quotas",
-        )
+def _within_quota(
+    budget: Budget, unit: str, asked: int, used: int, limit: int, users: Sequence[Share]
+) -> None:
+    found = Asked(budget=budget, unit=unit, asked=asked, used=used, limit=limit, users=users)
+    if not found.fits:
+        what = NAMES[budget]
+        raise found.refusal(f"tenant quota exceeded: {used + asked} {what} needed, {limit} allowed")

@@ -127,6 +127,7 @@ async def take_snapshot(
         what=f"a snapshot of {record.ref}",
         size_bytes=record.mem_mib * MIB + SNAPSHOT_STATE_BYTES,
         replaces=record.ref,
+        can_wait=not cmd.force,
     )
     try:
         async with AsyncExitStack() as claims:

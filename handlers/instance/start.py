@@ -73,7 +73,7 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
         before = record.before.revision if record.before is not None else None
         # Before the slot: agentd's files decide how long an import takes.
         artifact = await ensure_revision(
-            cmd.ref, record.revision or "", files.tenant.quotas, steps, host
+            cmd.ref, record.revision or "", files.tenant.quotas, steps, host, can_wait=True
         )
         async with limited(host.slots.boots, cmd.tenant_id, "wait_boot_slot", steps):
             plan = LaunchPlan(
@@ -135,6 +135,7 @@ async def admitted_launch(
         what=f"instance {ref} with its data disk",
         size_bytes=size_bytes,
         host_bytes=host_bytes,
+        can_wait=True,
         exists=exists,
     )
     async with admitted(need, files.tenant.quotas, host):

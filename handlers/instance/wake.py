@@ -79,7 +79,9 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
             Reservations(host),
             dataclasses.replace(spec, vcpus=info.vcpus, mem_mib=info.mem_mib),
         )
-        artifact = await ensure_revision(cmd.ref, info.revision, files.tenant.quotas, steps, host)
+        artifact = await ensure_revision(
+            cmd.ref, info.revision, files.tenant.quotas, steps, host, can_wait=False
+        )
         async with limited(host.slots.restores, cmd.tenant_id, "wait_restore_slot", steps):
             plan = LaunchPlan(launch_of(record, files.pool, host), artifact, snapshot=info)
             async with launched(plan, steps, host) as vm:

@@ -116,7 +116,9 @@ class FakeHost:
     memory_mib: int = 16_384
     agent_answers: bool = True
     drain_ack: bool = True
+    cpus: int = 4
     disk_low: bool = False
+    disk_high: bool = False
     disk_free_bytes: int = 1 << 40
     usage: DiskUsage = NO_USAGE
     slow_frees: int = 0
@@ -212,7 +214,7 @@ class FakeHost:
             data_disks=FakeDataDisks(self),
             cgroups=FakeCgroups(self),
             jails=FakeJails(self),
-            vmms=FakeVmms(self),
+            vmms=FakeVmms(self, settings.vmm),
             warm=FakeWarmPool(self),
             agents=FakeAgents(self),
             snapshots=FakeSnapshots(self),
@@ -345,6 +347,9 @@ class FakeFacts:
 
     def memory_mib(self) -> int:
         return self.machine.memory_mib
+
+    def cpus(self) -> int:
+        return self.machine.cpus
 
 
 class FakeNetworks:
@@ -501,6 +506,13 @@ class FakeDisk:
     def low(self) -> bool:
         return self.machine.disk_low
 
+    @property
+    def high(self) -> bool:
+        return self.machine.disk_high
+
+    def used_percent(self) -> float:
+        return 99.0 if self.machine.disk_high else 50.0
+
     def free_bytes(self) -> int:
         return self.machine.disk_free_bytes
 
@@ -534,6 +546,10 @@ class FakeJails(Plain[JailSpec]):
 class FakeVmms(Plain[LaunchSpec]):
     name: ClassVar[str] = "vmm"
 
+    def __init__(self, machine: FakeHost, settings: VmmSettings | None = None) -> None:
+        super().__init__(machine)
+        self.settings = settings or VmmSettings()
+
     def expect_launch(self) -> None:
         self.machine.expected_launches += 1
 
@@ -558,7 +574,7 @@ class FakeVmms(Plain[LaunchSpec]):
         return launches_of(self.machine, self.name, ref)
 
     def free_uid(self, taken: Callable[[int], bool]) -> int | None:
-        machine, settings = self.machine, VmmSettings()
+        machine, settings = self.machine, self.settings
         for _ in range(settings.uid_count):
             uid = settings.uid_base + machine.next_slot
             machine.next_slot = (machine.next_slot + 1) % settings.uid_count

@@ -15,7 +15,7 @@ from schemas import codec
 from schemas.envelopes import Reply
 from schemas.records import InstanceRecord
 from schemas.requests import Request
-from schemas.settings import LimitSettings, Settings
+from schemas.settings import LimitSettings, Settings, VmmSettings
 from schemas.subjects import Lane
 from tests.constants import REF
 from tests.fakes.host import FakeHost
@@ -90,9 +90,10 @@ async def memory_worker(
     *,
     failpoint: Failpoint = no_failpoint,
     limits: LimitSettings = LimitSettings(retry_budget_s=0.0),  # noqa: B008 (frozen)
+    vmm: VmmSettings = VmmSettings(),  # noqa: B008 (frozen)
 ) -> AsyncGenerator[MemoryWorker]:
     """A worker on the journal at `path`, with recovery of what is in it."""
-    settings = Settings(limits=limits)
+    settings = Settings(limits=limits, vmm=vmm)
     journal = await Journal.open(str(path), subjects=SUBJECTS, boot_id="b1")
     host = machine.host(journal.records, settings)
     known = mechanisms(host)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from handlers.budgets import Capacity
+from handlers.concurrency import Slots
 from schemas.codes import Code
 from schemas.records import Status
+from schemas.settings import LimitSettings
 from worker.metrics import Metrics, sample_loop_lag
 
 ROOT = Path(__file__).parents[2]
@@ -42,10 +45,33 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_artifact_copied_bytes": ("counter", set()),
     "hostd_disk_free_bytes": ("gauge", set()),
     "hostd_disk_full": ("gauge", set()),
+    "hostd_disk_above_watermark": ("gauge", set()),
+    "hostd_disk_claimed_bytes": ("gauge", set()),
+    "hostd_capacity_limit": ("gauge", {"resource"}),
+    "hostd_capacity_used": ("gauge", {"resource"}),
+    "hostd_slots": ("gauge", {"kind"}),
+    "hostd_slots_used": ("gauge", {"kind"}),
+    "hostd_slots_waiting": ("gauge", {"kind"}),
     "hostd_loop_lag_seconds": ("histogram", set()),
     "hostd_build_info": ("gauge", {"version"}),
     "hostd_limits_enforced": ("gauge", set()),
 }
+
+
+CAPACITY = Capacity(
+    instances=2,
+    vcpus=1024,
+    vcpus_used=3,
+    mem_mib=8192,
+    mem_used_mib=640,
+    disk_free_bytes=1 << 30,
+    disk_claimed_bytes=16 << 20,
+    uids=65_536,
+    uids_used=2,
+    uids_warm=1,
+    addresses=252,
+    addresses_used=4,
+)
 
 
 def used() -> Metrics:
@@ -64,7 +90,9 @@ def used() -> Metrics:
     metrics.warm_vmms({"ready": 2, "starting": 0}, {"used": 3})
     metrics.snapshot(0.4, 512 << 20)
     metrics.artifact_copied_bytes(4096)
-    metrics.disk(1 << 30, low=False)
+    metrics.disk(1 << 30, low=False, high=False)
+    metrics.capacity(CAPACITY)
+    metrics.slots(Slots.of(LimitSettings()).counts())
     metrics.loop_lag(0.0001)
     metrics.lanes(busy=2, waiting=1)
     metrics.unfinished(3)

@@ -38,6 +38,7 @@ NO_OPS = ("SetupNetwork", "StartInstance", "StopInstance")
 def big_host() -> FakeHost:
     machine = seeded()
     machine.memory_mib = 1 << 30
+    machine.cpus = 1024
     return machine
 
 

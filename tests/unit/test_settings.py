@@ -235,7 +235,7 @@ def test_the_readme_and_the_example_file_explain_each_setting_in_the_same_words(
     for line in (ROOT / "deploy/config/hostd.toml").read_text().splitlines():
         if header := re.fullmatch(r"\[(\w+)\]", line):
             table = header[1]
-        elif setting := re.match(r"(\w+) = .* # (?:(?:s|MiB|bytes): )?(.*)", line):
+        elif setting := re.match(r"(\w+) = .* # (?:(?:s|MiB|bytes|percent): )?(.*)", line):
             explained[f"{table}.{setting[1]}"] = setting[2]
     readme = dict(re.findall(r"^\| `([a-z_.]+)` \| `HOSTD_.*\| ([^|]*) \|$", README, re.MULTILINE))
 

@@ -8,12 +8,15 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
+from handlers.ranking import Ranking
 from handlers.specs import ArtifactSpec
 from schemas import naming
 from schemas.records import InstanceRecord, Status, Tombstone, Usage
 from schemas.requests import InstanceRef
 
 NOTHING = Usage()
+NOBODY = Ranking()
+RESOURCES = Usage.__struct_fields__
 K = TypeVar("K")
 
 
@@ -30,17 +33,20 @@ class Instances:
         self._revisions: Counter[str] = Counter()
         self._statuses: Counter[Status] = Counter()
         self._jails: dict[str, str] = {}
+        self._tenants = {each: Ranking() for each in RESOURCES}
+        self._users: dict[str, dict[str, Ranking]] = {}
+        self._pools: dict[str, Ranking] = {}
 
     def __len__(self) -> int:
         return len(self._records)
 
     def put(self, record: InstanceRecord) -> None:
-        ref = record.ref
+        ref, old = record.ref, self._records.get(record.ref)
         self._uncount(ref)
         self._records[ref] = record
         self._of_tenant.setdefault(ref.tenant_id, {})[ref] = record
         self._jails[naming.jail_id_prefix(ref)] = ref.tenant_id
-        self._add(ref.tenant_id, record.usage)
+        self._add(ref, record.usage if old is None else record.usage - old.usage)
         self._statuses[record.status] += 1
         if record.uid_slot is not None:
             self._slots[record.uid_slot] = ref
@@ -48,17 +54,23 @@ class Instances:
             self._offsets[ref.tenant_id, record.offset] = ref
         if (revision := _revision(record)) is not None:
             self._revisions[revision] += 1
+        if record.exists:
+            self._pools.setdefault(ref.tenant_id, Ranking()).add(ref.pool_id, 1)
 
     def drop(self, ref: InstanceRef) -> None:
         """Absent is success."""
-        if ref not in self._records:
+        if (old := self._records.get(ref)) is None:
             return
         self._uncount(ref)
+        self._add(ref, NOTHING - old.usage)
         del self._records[ref], self._jails[naming.jail_id_prefix(ref)]
         mine = self._of_tenant[ref.tenant_id]
         del mine[ref]
         if not mine:
-            del self._of_tenant[ref.tenant_id], self._usage[ref.tenant_id]
+            del self._of_tenant[ref.tenant_id]
+            self._usage.pop(ref.tenant_id, None)
+            self._users.pop(ref.tenant_id, None)
+            self._pools.pop(ref.tenant_id, None)
 
     # -- answers -------------------------------------------------------------------------------
 
@@ -74,6 +86,24 @@ class Instances:
     def usage(self, tenant_id: str | None = None) -> Usage:
         """Of a tenant, or of all."""
         return self._total if tenant_id is None else self._usage.get(tenant_id, NOTHING)
+
+    def ranking(self, resource: str, tenant_id: str | None = None) -> Ranking:
+        """Who takes up most of one field of `Usage`: the tenant's instances, or all tenants."""
+        if tenant_id is None:
+            return self._tenants[resource]
+        return self._users.get(tenant_id, {}).get(resource, NOBODY)
+
+    def pools(self, tenant_id: str) -> Ranking:
+        """The tenant's pools that have instances on this host, by their number."""
+        return self._pools.get(tenant_id, NOBODY)
+
+    def offset_count(self) -> int:
+        """How many addresses instances have, live or sleeping."""
+        return len(self._offsets)
+
+    def slot_count(self) -> int:
+        """How many uids instances have."""
+        return len(self._slots)
 
     def with_slot(self, slot: int) -> InstanceRef | None:
         """The instance that has the uid slot."""
@@ -98,16 +128,25 @@ class Instances:
 
     # -- keeping the sums ----------------------------------------------------------------------
 
-    def _add(self, tenant_id: str, usage: Usage) -> None:
+    def _add(self, ref: InstanceRef, usage: Usage) -> None:
+        if usage == NOTHING:
+            return
+        tenant_id, name = ref.tenant_id, f"{ref.pool_id}/{ref.instance_id}"
         self._usage[tenant_id] = self._usage.get(tenant_id, NOTHING) + usage
         self._total += usage
+        users = self._users.get(tenant_id)
+        if users is None:
+            users = self._users[tenant_id] = {each: Ranking() for each in RESOURCES}
+        for resource in RESOURCES:
+            amount = getattr(usage, resource)
+            users[resource].add(name, amount)
+            self._tenants[resource].add(tenant_id, amount)
 
     def _uncount(self, ref: InstanceRef) -> None:
-        """Take what a record adds out of all sums; of an instance without one, nothing."""
+        """Take a record out of the indices and counts; of an instance without one, nothing."""
         old = self._records.get(ref)
         if old is None:
             return
-        self._add(ref.tenant_id, NOTHING - old.usage)
         _take(self._statuses, old.status)
         if old.uid_slot is not None and self._slots.get(old.uid_slot) == ref:
             del self._slots[old.uid_slot]
@@ -115,6 +154,8 @@ class Instances:
             del self._offsets[ref.tenant_id, old.offset]
         if (revision := _revision(old)) is not None:
             _take(self._revisions, revision)
+        if old.exists:
+            self._pools[ref.tenant_id].add(ref.pool_id, -1)
 
 
 class Tombstones:

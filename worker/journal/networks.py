@@ -4,6 +4,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Iterator
 from ipaddress import IPv4Network
 
+from schemas import naming
 from schemas.records import NetworkRecord
 
 Subnet = tuple[int, int]
@@ -19,6 +20,8 @@ class Networks:
         self._by_id: dict[int, str] = {}
         self._by_subnet: dict[Subnet, set[str]] = {}
         self._subnets: list[Subnet] = []
+        self.address_count = 0
+        """How many addresses all of them have for instances."""
 
     def __len__(self) -> int:
         return len(self._records)
@@ -31,6 +34,7 @@ class Networks:
         if subnet not in self._by_subnet:
             insort(self._subnets, subnet)
         self._by_subnet.setdefault(subnet, set()).add(record.tenant_id)
+        self.address_count += naming.address_count(record.net)
 
     def drop(self, tenant_id: str) -> None:
         """Absent is success."""
@@ -39,6 +43,7 @@ class Networks:
             return
         if self._by_id.get(old.net.tenant_net_id) == tenant_id:
             del self._by_id[old.net.tenant_net_id]
+        self.address_count -= naming.address_count(old.net)
         subnet = _subnet_of(old)
         self._by_subnet[subnet].discard(tenant_id)
         if not self._by_subnet[subnet]:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from handlers.errors import Conflict
+from handlers.ranking import Ranking
 from schemas.envelopes import EventKind
 from schemas.records import ABSENT, InstanceRecord, NetworkRecord, Status, Tombstone, Usage
 from schemas.requests import InstanceRef
@@ -56,6 +57,18 @@ class JournalRecords:
     def statuses(self) -> Mapping[Status, int]:
         """How many instances have each status."""
         return self._store.mirror.instances.statuses()
+
+    def ranking(self, resource: str, tenant_id: str | None = None) -> Ranking:
+        return self._store.mirror.instances.ranking(resource, tenant_id)
+
+    def pools(self, tenant_id: str) -> Ranking:
+        return self._store.mirror.instances.pools(tenant_id)
+
+    def held_uids(self) -> int:
+        return self._store.mirror.instances.slot_count()
+
+    def held_addresses(self) -> int:
+        return self._store.mirror.instances.offset_count()
 
     def with_slot(self, slot: int) -> InstanceRef | None:
         return self._store.mirror.instances.with_slot(slot)
@@ -236,6 +249,9 @@ class JournalRecords:
 
     def network_count(self) -> int:
         return len(self._store.mirror.networks)
+
+    def address_count(self) -> int:
+        return self._store.mirror.networks.address_count
 
     def network_with_id(self, tenant_net_id: int) -> NetworkRecord | None:
         return self._store.mirror.networks.with_id(tenant_net_id)

@@ -20,6 +20,7 @@ from schemas.requests import InstanceRef
 BALLAST = "ballast"
 BALLAST_MAX_MIB = 64
 BLOCK_BYTES = 512  # of `st_blocks`
+PERCENT = 100.0
 
 log = structlog.get_logger()
 
@@ -30,15 +31,21 @@ class DiskSpace:
     Args:
         state: `[paths] state`.
         reserve_mib: `[limits] disk_reserve_mib`; the ballast is half of it, at most 64 MiB.
+        marks: the high and the low watermark, in percent of the file system used; a high one of 100
+            is never passed.
     """
 
-    def __init__(self, *, state: str, reserve_mib: int) -> None:
+    def __init__(
+        self, *, state: str, reserve_mib: int, marks: tuple[float, float] = (100.0, 100.0)
+    ) -> None:
         self.path = state
         self._ballast = f"{state}/{BALLAST}"
         self._ballast_bytes = min(BALLAST_MAX_MIB * MIB, reserve_mib * MIB // 2)
         self._reserve_bytes = reserve_mib * MIB
         self._lock = threading.Lock()
         self._held = False
+        self._high_mark, self._low_mark = marks
+        self._high = False
 
     @property
     def low(self) -> bool:
@@ -50,6 +57,19 @@ class DiskSpace:
         found = os.statvfs(self.path)
         ballast = self._ballast_bytes if self._held else 0
         return found.f_bavail * found.f_frsize + ballast
+
+    @property
+    def high(self) -> bool:
+        """Whether it is above its high watermark, or was and is not below the low one yet: as of
+        the last `check`."""
+        return self._high
+
+    def used_percent(self) -> float:
+        """How much of it is used, as df(1) has it, the ballast counted as free."""
+        found = os.statvfs(self.path)
+        ballast = self._ballast_bytes if self._held else 0
+        used = (found.f_blocks - found.f_bfree) * found.f_frsize - ballast
+        return PERCENT * used / max(1, used + found.f_bavail * found.f_frsize + ballast)
 
     async def usage(self, tenant_id: str, *, without: InstanceRef | None = None) -> DiskUsage:
         """What the tenant's artifacts, snapshots and logs take up below `<state>`.
@@ -70,7 +90,8 @@ class DiskSpace:
     # -- ballast -------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Release the ballast if the file system is full, make it again if there is room.
+        """Release the ballast if the file system is full, make it again if there is room; compare
+        with the watermarks.
 
         Never raises: a host without a ballast is `low`.
         """
@@ -82,6 +103,9 @@ class DiskSpace:
                 self._release(free_bytes)
             elif self.low and free_bytes >= self._reserve_bytes:
                 self._make()
+            if self._high_mark < PERCENT:
+                mark = self._low_mark if self._high else self._high_mark
+                self._high = self.used_percent() > mark
 
     def relieve(self, *, full: bool) -> None:
         """Release the ballast if a write has failed with ENOSPC (`full`), or nothing is free.

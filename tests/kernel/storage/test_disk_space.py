@@ -115,6 +115,23 @@ def test_a_state_directory_that_is_gone_raises_nothing(small: Path) -> None:
     assert disk.low
 
 
+def test_the_watermarks_have_a_gap_in_between(small: Path) -> None:
+    """Of 16 MiB; the ballast counts as free. 100 for the high one is never passed."""
+    disk = DiskSpace(state=str(small), reserve_mib=8, marks=(60.0, 40.0))
+    off = DiskSpace(state=str(small), reserve_mib=0, marks=(100.0, 100.0))
+    disk.check()
+    seen: list[tuple[int, bool]] = []
+    for used_mib in (8, 11, 8, 4, 8):
+        filler = fill(small, leave_bytes=(12 - used_mib) * MIB)
+        disk.check()
+        off.check()
+        seen.append((round(disk.used_percent()), disk.high))
+        filler.unlink()
+        assert not off.high
+
+    assert seen == [(50, False), (69, True), (50, True), (25, False), (50, False)]
+
+
 async def test_usage_is_what_is_allocated_without_imports_in_progress(small: Path) -> None:
     ref = InstanceRef("acme", "web", "i-1")
     for path, size in (

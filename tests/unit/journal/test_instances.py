@@ -1,14 +1,19 @@
 """What memory keeps of instances and networks equals a scan of them, after any changes."""
 
+import contextlib
 from collections import Counter
 from ipaddress import IPv4Network
+from itertools import product
 
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from handlers.instance.artifact_refs import refers
+from handlers.ranking import Ranking
 from handlers.specs import ArtifactSpec
+from schemas.decode_error import DecodeError
+from schemas.files import offset_of
 from schemas.naming import jail_id
 from schemas.records import (
     DiskIdentity,
@@ -23,7 +28,10 @@ from worker.journal.instances import Instances, Tombstones
 from worker.journal.networks import Networks
 
 TENANTS = ("acme", "umbra", "zeta")
-REFS = [InstanceRef(tenant, "web", f"i-{n}") for tenant in TENANTS for n in range(4)]
+POOLS = ("web", "api")
+REFS = [
+    InstanceRef(tenant, pool, f"i-{n}") for tenant in TENANTS for pool in POOLS for n in range(2)
+]
 REVISIONS = (None, "aa", "bb")
 
 records = st.builds(
@@ -73,6 +81,19 @@ def summed(found: list[InstanceRecord]) -> Usage:
     )
 
 
+def shares(ranking: Ranking) -> dict[str, int]:
+    return dict(ranking.top(len(ranking)))
+
+
+def amounts(resource: str, found: list[InstanceRecord], *, by_tenant: bool) -> dict[str, int]:
+    totals = Counter[str]()
+    for each in found:
+        ref = each.ref
+        name = ref.tenant_id if by_tenant else f"{ref.pool_id}/{ref.instance_id}"
+        totals[name] += getattr(each.usage, resource)
+    return {name: amount for name, amount in totals.items() if amount}
+
+
 @given(st.lists(records | st.sampled_from(REFS), max_size=60))
 def test_instances_answer_as_a_scan_would(changes: list[InstanceRecord | InstanceRef]) -> None:
     index, known = Instances(), dict[InstanceRef, InstanceRecord]()
@@ -96,12 +117,23 @@ def test_instances_answer_as_a_scan_would(changes: list[InstanceRecord | Instanc
         for offset in range(3, 7):
             having = [each for each in mine if each.holds_offset and each.offset == offset]
             assert index.with_offset(tenant, offset) == next(iter(having), None)
+        pools = Counter(each.ref.pool_id for each in mine if not each.status.never_started)
+        assert shares(index.pools(tenant)) == pools
+        for resource in Usage.__struct_fields__:
+            ranking = index.ranking(resource, tenant)
+            assert shares(ranking) == amounts(resource, mine, by_tenant=False)
+            assert [each.amount for each in ranking.top(9)] == sorted(
+                shares(ranking).values(), reverse=True
+            )
+    for resource in Usage.__struct_fields__:
+        assert shares(index.ranking(resource)) == amounts(resource, found, by_tenant=True)
+    assert index.slot_count() == len([each for each in found if each.uid_slot is not None])
     for slot in range(6):
         slots = [each.ref for each in found if each.uid_slot == slot]
         assert index.with_slot(slot) == next(iter(slots), None)
     for revision in ("aa", "bb"):
-        for tenant in TENANTS:
-            key = ArtifactSpec(tenant, "web", revision).key
+        for tenant, pool in product(TENANTS, POOLS):
+            key = ArtifactSpec(tenant, pool, revision).key
             assert index.refers(key) == any(refers(each, key) for each in found)
     for ref in REFS:
         tenant_id = ref.tenant_id if ref in known else None
@@ -135,6 +167,16 @@ def test_kept_volumes_are_those_of_a_scan(changes: list[Tombstone | InstanceRef]
         assert set(index.kept(tenant)) == {each for each in kept if each.kept_volumes}
 
 
+def offsets(net: TenantNet) -> list[int]:
+    """Those that an instance of the tenant may have."""
+    subnet = IPv4Network(net.ipv4_subnet)
+    found: list[int] = []
+    for offset in range(min(256, subnet.num_addresses)):
+        with contextlib.suppress(DecodeError):
+            found.append(offset_of(str(subnet[offset]), net))
+    return found
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 40), subnets | st.none()), max_size=40),
     st.lists(subnets, min_size=1, max_size=5),
@@ -150,13 +192,15 @@ def test_networks_answer_as_a_scan_would(
             index.drop(tenant_id)
             known.pop(tenant_id, None)
             continue
-        net = TenantNet(net_id, subnet, "10.0.0.1", f"br-tenant-{net_id}")
+        gateway = str(IPv4Network(subnet)[net_id % 3 + 1])
+        net = TenantNet(net_id, subnet, gateway, f"br-tenant-{net_id}")
         record = NetworkRecord(tenant_id=tenant_id, net=net, status="up", since_ms=1)
         index.put(record)
         known[tenant_id] = record
 
     assert set(index.all()) == set(known.values())
     assert len(index) == len(known)
+    assert index.address_count == sum(len(offsets(each.net)) for each in known.values())
     for net_id in range(1, 41):
         assert index.with_id(net_id) == known.get(f"t{net_id}")
     for wanted in map(IPv4Network, asked):

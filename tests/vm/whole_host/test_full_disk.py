@@ -8,7 +8,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from schemas import codec
 from schemas.requests import DestroyInstance, InstanceRef, StartInstance, StopInstance
 from schemas.subjects import Lane
 from tests.constants import DESTROY, REF, SLEEP, START, STOP, WAKE
@@ -31,6 +33,17 @@ def fill(host: LiveHost) -> Path:
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 16))
+    return filler
+
+
+def fill_to(host: LiveHost, *, percent: int) -> Path:
+    """Somebody takes what is missing to this percentage of the file system."""
+    there = os.statvfs(f"{host.directory}/disk")
+    total, used = there.f_blocks, there.f_blocks - there.f_bfree
+    filler = Path(host.directory, "disk", "filler")
+    with filler.open("wb") as file:
+        size = (total * percent // 100 - used) * there.f_frsize
+        os.posix_fallocate(file.fileno(), 0, size)
     return filler
 
 
@@ -118,3 +131,33 @@ async def test_what_does_not_fit_is_refused_before_it_is_made() -> None:
         assert "disk_reserve_mib" in str(refused["response"])
         assert await host.inventory() == before
         assert free - free_bytes(host) < 1 << 20
+
+
+async def test_above_the_watermark_what_can_wait_is_refused_until_the_low_one() -> None:
+    async with live_host(disk_mib=640, disk_high_percent=70.0, disk_low_percent=60.0) as host:
+        seeded = host.seed(REF, net_id=7, mem_mib=64)
+        assert (await host.net_up(seeded, REF.tenant_id))["code"] == "ok"
+        for command in (START, SLEEP):
+            assert (await host.run(command))["code"] == "ok"
+        filler = fill_to(host, percent=75)
+        await wait_state(host, "degraded")
+
+        assert (await host.ping())["detail"]["degraded_by"] == ["disk_watermark"]
+        other = host.seed(OTHER, net_id=8)
+        assert (await host.net_up(other, OTHER.tenant_id))["code"] == "ok"
+        refused = await host.run(StartInstance(*OTHER_NAMES))
+        assert refused["detail"]["budget"] == "host.disk_watermark", refused
+        assert (await host.run(WAKE))["code"] == "ok"
+        assert (await host.run(SLEEP))["detail"]["budget"] == "host.disk_watermark"
+        assert (await host.run(replace(SLEEP, force=True)))["code"] == "ok"
+
+        assert (await host.run(DESTROY))["code"] == "ok"
+        filler.unlink()
+        await wait_state(host, "ready")
+        assert (await host.run(StartInstance(*OTHER_NAMES)))["code"] == "ok"
+        reasons = [
+            codec.decode_event(data).reason
+            for subject, _, data in await host.kept(f"HOSTD_EVT_{host.settings.host.cell}")
+            if subject == host.subjects.event(Lane.host(), "disk")
+        ]
+        assert reasons == ["the disk is above its high watermark", "the disk has space again"]
