@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network
 from typing import Any, Protocol
 
+from handlers.admission.ranking import Ranking
 from handlers.concurrency import Slots
 from handlers.mechanism import Mechanism
-from handlers.ranking import Ranking
 from handlers.specs import (
     Ack,
     Artifact,

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 
+from handlers.admission.disk_admission import refuse_low_disk
 from handlers.cancellation import together
 from handlers.concurrency import limited
-from handlers.disk_admission import refuse_low_disk
 from handlers.errors import Conflict, Invalid, NotFound
 from handlers.interfaces import Host
 from handlers.network_names import network_specs, port_specs

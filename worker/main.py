@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 import uvloop
 
-from handlers.budgets import capacity
+from handlers.admission.budgets import capacity
 from handlers.errors import Failure, of_os_error
 from handlers.host.facts import HostFacts
 from handlers.host.lock import HostLock

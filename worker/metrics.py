@@ -17,7 +17,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from handlers.budgets import Capacity
+from handlers.admission.budgets import Capacity
 from handlers.concurrency import SlotCounts
 from schemas.codes import Code
 from schemas.records import Status

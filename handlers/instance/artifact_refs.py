@@ -6,8 +6,8 @@ is destroyed or started with another one (docs/adr/0003).
 
 from dataclasses import replace
 
+from handlers.admission.disk_admission import DiskNeed, admitted
 from handlers.concurrency import limited
-from handlers.disk_admission import DiskNeed, admitted
 from handlers.errors import Failure
 from handlers.interfaces import Host
 from handlers.specs import Artifact, ArtifactSpec

@@ -13,7 +13,7 @@ from typing import ClassVar, Final
 
 from msgspec.structs import replace
 
-from handlers.budgets import (
+from handlers.admission.budgets import (
     USERS_MAX,
     Asked,
     Budget,
@@ -21,11 +21,11 @@ from handlers.budgets import (
     shared_with,
     vcpu_capacity,
 )
+from handlers.admission.ranking import Share
 from handlers.errors import Conflict
 from handlers.instance.artifact_refs import collect_revision
 from handlers.interfaces import Host
 from handlers.mechanism import Durability
-from handlers.ranking import Share
 from schemas.files import TenantQuota
 from schemas.naming import jail_id as jail_id_of
 from schemas.naming import parse_ref

@@ -10,9 +10,9 @@ from enum import StrEnum
 
 from msgspec.structs import replace
 
+from handlers.admission.disk_admission import SNAPSHOT_STATE_BYTES, DiskNeed, admitted, quota_of
 from handlers.cancellation import together
 from handlers.concurrency import limited
-from handlers.disk_admission import SNAPSHOT_STATE_BYTES, DiskNeed, admitted, quota_of
 from handlers.errors import Conflict, Failure, Unavailable
 from handlers.instance.instance_file import write_at_rest
 from handlers.instance.release import end_vmm, release_and_discard

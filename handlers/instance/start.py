@@ -3,9 +3,9 @@
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
+from handlers.admission.disk_admission import JAIL_BYTES, DiskNeed, admitted
 from handlers.cancellation import Interrupted, race, together
 from handlers.concurrency import limited
-from handlers.disk_admission import JAIL_BYTES, DiskNeed, admitted
 from handlers.errors import Unavailable
 from handlers.instance.artifact_refs import ensure_revision, release_revision
 from handlers.instance.instance_file import write_running

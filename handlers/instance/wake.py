@@ -9,9 +9,9 @@ import dataclasses
 
 from msgspec.structs import replace
 
+from handlers.admission.disk_admission import JAIL_BYTES, DiskNeed, admitted
 from handlers.cancellation import together
 from handlers.concurrency import limited
-from handlers.disk_admission import JAIL_BYTES, DiskNeed, admitted
 from handlers.errors import Failure, HostFault, Unavailable
 from handlers.instance.artifact_refs import ensure_revision
 from handlers.instance.instance_file import write_at_rest, write_running

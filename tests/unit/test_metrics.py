@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from handlers.budgets import Capacity
+from handlers.admission.budgets import Capacity
 from handlers.concurrency import Slots
 from schemas.codes import Code
 from schemas.records import Status

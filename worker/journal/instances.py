@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
-from handlers.ranking import Ranking
+from handlers.admission.ranking import Ranking
 from handlers.specs import ArtifactSpec
 from schemas import naming
 from schemas.records import InstanceRecord, Status, Tombstone, Usage

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import msgspec
 
+from handlers.admission.ranking import Ranking
 from handlers.errors import Conflict
-from handlers.ranking import Ranking
 from schemas.envelopes import EventKind
 from schemas.records import ABSENT, InstanceRecord, NetworkRecord, Status, Tombstone, Usage
 from schemas.requests import InstanceRef

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from handlers.budgets import USERS_MAX, Budget
+from handlers.admission.budgets import USERS_MAX, Budget
 from schemas.codes import Code
 from schemas.envelopes import Reply
 from schemas.files import InstanceResources, PoolSpec, TenantConfig

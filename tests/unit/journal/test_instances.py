@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from handlers.admission.ranking import Ranking
 from handlers.instance.artifact_refs import refers
-from handlers.ranking import Ranking
 from handlers.specs import ArtifactSpec
 from schemas.decode_error import DecodeError
 from schemas.files import offset_of

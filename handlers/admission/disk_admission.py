@@ -15,10 +15,10 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from handlers.budgets import USERS_MAX, Asked, Budget, shared_with
+from handlers.admission.budgets import USERS_MAX, Asked, Budget, shared_with
+from handlers.admission.ranking import Share
 from handlers.errors import Failure
 from handlers.interfaces import DiskClaim, Host
-from handlers.ranking import Share
 from handlers.specs import MIB, DiskUsage
 from schemas.files import TenantQuota
 from schemas.requests import InstanceRef

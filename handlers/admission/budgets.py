@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
+from handlers.admission.ranking import Ranking, Share
 from handlers.errors import Exhausted
 from handlers.interfaces import Host
-from handlers.ranking import Ranking, Share
 from schemas.settings import LimitSettings
 
 USERS_MAX: Final = 5  # named in `detail.used_by`
