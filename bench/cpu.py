@@ -6,9 +6,10 @@ ended, and none of its children.
 
 import asyncio
 import os
+import signal
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -73,6 +74,22 @@ async def quiet(*pids: int, patience_s: float = PATIENCE_S) -> None:
         now = cpu_s(*pids)
         looks = looks + 1 if now - before < LOOK_S * QUIET_SHARE else 0
         before = now
+
+
+@contextmanager
+def stopped(pids: Iterable[int]) -> Generator[None]:
+    """Inside the `with`, these processes do not run: as if the machine had none of them."""
+    there: list[int] = []
+    try:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                there.append(pid)
+        yield
+    finally:
+        for pid in there:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager

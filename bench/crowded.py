@@ -1,15 +1,24 @@
-"""A real host with many networks and running guests: its commands, and a restart after kill -9."""
+"""A real host with many networks and running guests: its commands, and a restart after kill -9.
+
+Two hosts take turns, each with a worker and a server of its own: an empty one with one guest, and
+a crowded one, whose guests are stopped while the other is measured. In the same rounds is measured
+what is not hostd's: the raw loop on each host's server, and the kernel alone with as many networks.
+"""
 
 import asyncio
 import time
 from collections import defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 
-from bench.bench_host import BenchHost
-from bench.cpu import in_the_background
+from bench.bench_host import BenchHost, bench_host
+from bench.commands import raw_sender
+from bench.cpu import in_the_background, stopped
+from bench.raw.kernel_network import KernelNetwork, Taken
 from bench.report.budgets import at_most, within_percent
-from bench.report.rows import Measured, Row, row
-from bench.sender import Sent
+from bench.report.rows import NO_FLOORS, Floors, Measured, Row, floor, row
+from bench.sender import Sender
 from schemas.requests import (
     Request,
     SetupNetwork,
@@ -24,67 +33,134 @@ ROUNDS, RESTARTS = 12, 3
 TENANTS, GUESTS, PER_TENANT = 500, 200, 4
 FIRST_NET_ID, CHANGING_NET_ID = 100, 60
 MEM_MIB, AT_ONCE = 8, 4
-SETTLE_S = 0.1
+SETTLE_S, RAW_AT_ONCE = 0.1, 5
 PERCENT = 10.0
 RECOVERY_MS = 2000.0
 NAMES, OTHER = ("acme", "web", "i-0"), ("acme", "web", "i-1")
+AGAINST = f"{GUESTS} guests, {TENANTS} networks against 1"
 
 
 @dataclass
-class Costs:
-    """By command: milliseconds until the reply, and of the worker's CPU until it was quiet."""
+class Side:
+    """One of the hosts, and what was found on it, in milliseconds: by command, until the reply and
+    of the worker's CPU until it was quiet; of the raw loop; and of the kernel alone."""
 
+    bench: BenchHost
+    raw: Sender
+    kernel: KernelNetwork
+    cycle: list[tuple[str, Request]] = field(default_factory=list[tuple[str, Request]])
     took_ms: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     cpu_ms: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    raw_ms: list[float] = field(default_factory=list[float])
+
+    async def prepare(self) -> None:
+        """A tenant with one running guest and one to start, and a network to set up."""
+        bench = self.bench
+        seeded = bench.seed("i-0", mem_mib=MEM_MIB, data_disk_mib=0, offset=10)
+        bench.seed("i-1", mem_mib=MEM_MIB, data_disk_mib=0, offset=11)
+        changing = bench.seed("i-0", tenant="changing", net_id=CHANGING_NET_ID)
+        await bench.sender.send(SetupNetwork("acme", seeded.net))
+        await bench.sender.send(StartInstance(*OTHER))
+        no_op = ("no-op", StartInstance(*OTHER))
+        networks = (
+            ("SetupNetwork", SetupNetwork("changing", changing.net)),
+            ("TeardownNetwork", TeardownNetwork("changing", changing.net)),
+        )
+        self.cycle = [
+            no_op,
+            *networks,
+            ("StartInstance", StartInstance(*NAMES)),
+            no_op,
+            ("SleepInstance", SleepInstance(*NAMES, force=False)),
+            *networks,
+            ("WakeInstance", WakeInstance(*NAMES)),
+            no_op,
+            ("StopInstance", StopInstance(*NAMES)),
+            *networks,
+        ]
+
+    async def measure(self) -> None:
+        """The cycle once; the raw loop and the kernel after each of its commands of their kind."""
+        for name, request in self.cycle:
+            await asyncio.sleep(SETTLE_S)
+            await self.bench.quiet()
+            before_ms = self.bench.cpu_ms()
+            sent = await self.bench.sender.send(request)
+            await self.bench.quiet()
+            self.took_ms[name].append(sent.took_ms)
+            self.cpu_ms[name].append(self.bench.cpu_ms() - before_ms)
+            if name == "no-op":
+                for _ in range(RAW_AT_ONCE):
+                    await asyncio.sleep(SETTLE_S)
+                    self.raw_ms.append((await self.raw.send(request)).took_ms)
+            elif name == "TeardownNetwork":
+                await asyncio.to_thread(self.kernel.measure)
+
+    def forget(self) -> None:
+        """What was found so far was a warm-up."""
+        for found in (self.took_ms, self.cpu_ms, self.raw_ms, self.kernel):
+            found.clear()
 
 
-async def measure(bench: BenchHost, rounds: int = ROUNDS) -> Measured:
-    """The same commands first with one other guest, then with all; the worker restarts between."""
-    seeded = bench.seed("i-0", mem_mib=MEM_MIB, data_disk_mib=0, offset=10)
-    bench.seed("i-1", mem_mib=MEM_MIB, data_disk_mib=0, offset=11)
-    changing = bench.seed("i-0", tenant="changing", net_id=CHANGING_NET_ID)
-    await bench.sender.send(SetupNetwork("acme", seeded.net))
-    await bench.sender.send(StartInstance(*OTHER))
-    cycle: dict[str, Request] = {
-        "no-op": StartInstance(*OTHER),
-        "SetupNetwork": SetupNetwork("changing", changing.net),
-        "StartInstance": StartInstance(*NAMES),
-        "SleepInstance": SleepInstance(*NAMES, force=False),
-        "WakeInstance": WakeInstance(*NAMES),
-        "StopInstance": StopInstance(*NAMES),
-        "TeardownNetwork": TeardownNetwork("changing", changing.net),
+async def measure(rounds: int = ROUNDS) -> Measured:
+    """The commands in turns on both hosts; then the crowded one's worker is killed and restarts."""
+    async with AsyncExitStack() as stack:
+        few = await stack.enter_async_context(side(1, 1))
+        many = await stack.enter_async_context(side(TENANTS, GUESTS))
+        for each in (few, many):
+            await each.prepare()
+        await crowd(many.bench)
+        guests = many.bench.host.vm_pids()
+        with in_the_background(guests):
+            for number in range(rounds + 1):
+                for each in (few, many) if number % 2 else (many, few):
+                    with stopped(guests) if each is few else nullcontext():
+                        await each.measure()
+                if number == 0:
+                    few.forget()
+                    many.forget()
+            if lost := set(guests) - set(many.bench.host.vm_pids()):
+                raise RuntimeError(f"{len(lost)} guests ended when they were stopped for a while")
+            restarted = await restarts(many.bench)
+    return Measured([*compared(few, many), restarted])
+
+
+@asynccontextmanager
+async def side(networks: int, guests: int) -> AsyncGenerator[Side]:
+    async with bench_host() as bench, raw_sender(bench.host) as raw:
+        with await asyncio.to_thread(KernelNetwork, networks, guests, PER_TENANT) as kernel:
+            yield Side(bench, raw, kernel)
+
+
+def compared(few: Side, many: Side) -> list[Row]:
+    """The rows of the commands, and their floors."""
+    raw = floor(f"raw loop, {AGAINST}, p50", "ms", few.raw_ms, many.raw_ms)
+    made, made_cpu = kernel_floors("makes", few.kernel.made, many.kernel.made)
+    removed, removed_cpu = kernel_floors("removes", few.kernel.removed, many.kernel.removed)
+    wall = {
+        "no-op": Floors(slowed=(raw,)),
+        "SetupNetwork": Floors((made,), (raw,)),
+        "TeardownNetwork": Floors((removed,)),
     }
-    few = await costs(bench, cycle, rounds)
-    await crowd(bench)
-    with in_the_background(bench.host.vm_pids()):
-        many = await costs(bench, cycle, rounds)
-        restarted = await restarts(bench)
+    cpu = {"SetupNetwork": Floors((made_cpu,)), "TeardownNetwork": Floors((removed_cpu,))}
     rows: list[Row] = []
     budget = within_percent(PERCENT)
-    against = f"{GUESTS} guests, {TENANTS} networks against 1"
-    for name in cycle:
+    for name in dict.fromkeys(name for name, _ in few.cycle):
         rows += [
-            row(f"{name}, {against}, p50", "ms", many.took_ms[name], few.took_ms[name],
-                budget=budget),
-            row(f"{name}, {against}: CPU of the worker", "ms", many.cpu_ms[name],
-                few.cpu_ms[name], budget=budget),
+            row(f"{name}, {AGAINST}, p50", "ms", many.took_ms[name], few.took_ms[name],
+                budget=budget, floors=wall.get(name, NO_FLOORS)),
+            row(f"{name}, {AGAINST}: CPU of the worker", "ms", many.cpu_ms[name],
+                few.cpu_ms[name], budget=budget, floors=cpu.get(name, NO_FLOORS)),
         ]  # fmt: skip
-    return Measured([*rows, restarted])
+    return [*rows, raw, made, made_cpu, removed, removed_cpu]
 
 
-async def costs(bench: BenchHost, cycle: dict[str, Request], rounds: int) -> Costs:
-    found = Costs()
-    for number in range(rounds + 1):
-        for name, request in cycle.items():
-            await asyncio.sleep(SETTLE_S)
-            await bench.quiet()
-            before_ms = bench.cpu_ms()
-            sent: Sent = await bench.sender.send(request)
-            await bench.quiet()
-            if number:  # the first one is a warm-up
-                found.took_ms[name].append(sent.took_ms)
-                found.cpu_ms[name].append(bench.cpu_ms() - before_ms)
-    return found
+def kernel_floors(does: str, few: Taken, many: Taken) -> tuple[Row, Row]:
+    what = f"kernel {does} a network, {AGAINST}"
+    return (
+        floor(f"{what}, p50", "ms", few.wall_ms, many.wall_ms),
+        floor(f"{what}: CPU", "ms", few.cpu_ms, many.cpu_ms),
+    )
 
 
 async def crowd(bench: BenchHost) -> None:

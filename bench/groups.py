@@ -55,7 +55,7 @@ GROUPS: dict[str, Group] = {
         footprint.measure, footprint.INTERVALS, vmm_overhead_mib=footprint.OVERHEAD_MIB
     ),
     "scaling": Group(scaling.measure, scaling.ROUNDS),
-    "crowded": on_host(crowded.measure, crowded.ROUNDS),
+    "crowded": Group(crowded.measure, crowded.ROUNDS),
     "floors": on_host(floors.measure, floors.ROUNDS),
     "wake": on_host(wake.measure, wake.ROUNDS, program="bench.traced"),
     "decoding": Group(commands.measure_decoding, commands.DECODINGS),

@@ -30,7 +30,7 @@ from tests.fakes.host import FakeHost, instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import recovery
 
-ROUNDS, RECOVERIES = 40, 3
+ROUNDS, RECOVERIES = 120, 3
 TENANTS, EACH = 500, 4
 FAKES, FAKES_EACH = 1000, 100
 PERCENT = 10.0

@@ -12,6 +12,7 @@ from bench.report.budgets import Budget
 
 RESULTS = Path(__file__).parents[1] / "results.json"
 SAMPLES_MAX = 200
+TUPLES = ("samples", "baseline_samples", "floors")
 
 Samples = Sequence[float]
 Stat = Callable[[Samples], float]
@@ -21,8 +22,10 @@ Stat = Callable[[Samples], float]
 class Row:
     """One number and what it was measured against in the same run.
 
-    `value` is hostd's; None in a row that shows only a floor, which is in `baseline`. `ok` is None
-    where there is no budget. The samples are those of `value` and of `baseline`.
+    `value` is hostd's; None in a row that shows only a floor, which is in `baseline`. The floor of
+    a row that compares a crowded host with an empty one has both. `ok` is None where there is no
+    budget, `at_floor` unless it is missed and there are floors to judge it by: the names in
+    `floors`. The samples are those of `value` and of `baseline`.
     """
 
     name: str
@@ -34,6 +37,29 @@ class Row:
     ok: bool | None = None
     samples: tuple[float, ...] = ()
     baseline_samples: tuple[float, ...] = ()
+    at_floor: bool | None = None
+    floors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Floors:
+    """What grows with the host and is not hostd's, as rows of the same run with both numbers.
+
+    `added` is a part of what the row measures, e.g. the kernel's; `slowed` is something else that
+    the same machine does, e.g. the raw loop beside the same guests.
+    """
+
+    added: tuple[Row, ...] = ()
+    slowed: tuple[Row, ...] = ()
+
+    def without(self, value: float) -> float:
+        """What a number would be if none of them had grown."""
+        grown = sum(max(0.0, _of(each.value) - _of(each.baseline)) for each in self.added)
+        slower = max([1.0, *(_of(each.value) / _of(each.baseline) for each in self.slowed)])
+        return (value - grown) / slower
+
+
+NO_FLOORS = Floors()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +98,18 @@ def row(
     *,
     stat: Stat = median,
     budget: Budget | None = None,
+    floors: Floors = NO_FLOORS,
 ) -> Row:
-    """A row of the statistic of both; `raw` is empty if there is no raw alternative."""
+    """A row of the statistic of both; `raw` is empty if there is no raw alternative.
+
+    Where the budget is missed and there are floors, the row is at its floor if the budget holds
+    without what these grew by.
+    """
     value, baseline = stat(mine), stat(raw) if raw else None
+    ok = None if budget is None else budget.holds(value, baseline)
+    at_floor = None
+    if budget is not None and not ok and floors != NO_FLOORS:
+        at_floor = budget.holds(floors.without(value), baseline)
     return Row(
         name,
         unit,
@@ -82,16 +117,28 @@ def row(
         None if baseline is None else _round(baseline),
         _round(value / baseline) if baseline else None,
         None if budget is None else budget.text,
-        None if budget is None else budget.holds(value, baseline),
+        ok,
         kept(mine),
         kept(raw),
+        at_floor,
+        tuple(each.name for each in (*floors.added, *floors.slowed)),
     )
 
 
-def floor(name: str, unit: str, samples: Samples) -> Row:
-    """What kernel, disk, jailer, VMM or broker take alone: nothing that is done can be faster."""
+def floor(name: str, unit: str, samples: Samples, many: Samples = ()) -> Row:
+    """What kernel, disk, jailer, VMM or broker take alone: nothing that is done can be faster.
+
+    `many` is the same on a crowded host.
+    """
+    baseline, value = median(samples), median(many) if many else None
     return Row(
-        f"floor: {name}", unit, None, _round(median(samples)), baseline_samples=kept(samples)
+        f"floor: {name}",
+        unit,
+        None if value is None else _round(value),
+        _round(baseline),
+        None if value is None else _round(value / baseline),
+        samples=kept(many),
+        baseline_samples=kept(samples),
     )
 
 
@@ -99,6 +146,12 @@ def kept(samples: Samples) -> tuple[float, ...]:
     """At most SAMPLES_MAX of them, evenly chosen in their order, in four digits."""
     step = max(1, math.ceil(len(samples) / SAMPLES_MAX))
     return tuple(_round(each) for each in samples[::step])
+
+
+def _of(number: float | None) -> float:
+    if number is None:
+        raise ValueError("a floor is compared on both hosts, and this one was measured on one")
+    return number
 
 
 def _round(value: float) -> float:
@@ -111,8 +164,7 @@ def _round(value: float) -> float:
 def measured_of(data: Mapping[str, Any]) -> Measured:
     """The inverse of `asdict`."""
     rows = [
-        Row(**each | {name: tuple(each.get(name, ())) for name in ("samples", "baseline_samples")})
-        for each in data["rows"]
+        Row(**each | {name: tuple(each.get(name, ())) for name in TUPLES}) for each in data["rows"]
     ]
     return Measured(rows, [Span(**each) for each in data.get("spans", ())])
 

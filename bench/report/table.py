@@ -26,9 +26,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def missed(rows: Sequence[Row]) -> str:
-    """A sentence about the budgets."""
-    names = [each.name for each in rows if each.ok is False]
-    return "Missed: " + "; ".join(names) + "." if names else "All budgets are met."
+    """Sentences about the budgets."""
+    names = [each.name for each in rows if each.ok is False and not each.at_floor]
+    at_floor = [each.name for each in rows if each.at_floor]
+    said = "Missed: " + "; ".join(names) + "." if names else "All budgets are met."
+    if at_floor and not names:
+        said = "All other budgets are met."
+    return (f"At their floor: {'; '.join(at_floor)}. " if at_floor else "") + said
 
 
 def timeline(spans: Sequence[Span]) -> list[tuple[str, str, str]]:
@@ -83,6 +87,8 @@ def _replaced(text: str, name: str, lines: Sequence[str]) -> str:
 
 def _cells(each: Row) -> tuple[str, ...]:
     verdict = {True: "met", False: "MISSED", None: ""}[each.ok]
+    if each.at_floor:
+        verdict = "at its floor"
     return (
         each.name,
         each.unit,

@@ -1,6 +1,7 @@
 """What is measured is told truly: ratios, budgets, and the prose of the page around the numbers."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from bench.report.budgets import (
     faster,
     within_percent,
 )
-from bench.report.rows import Measured, Span, floor, kept, p99, row
+from bench.report.rows import Floors, Measured, Span, floor, kept, p99, row
 from bench.report.table import NUMBERS, WAKE, mark, timeline
 from bench.report.wanted import WANTED, not_measured
 
@@ -65,6 +66,61 @@ def test_a_budget_holds_up_to_its_limit(
 def test_a_budget_that_compares_needs_a_raw_number() -> None:
     with pytest.raises(ValueError, match="raw number"):
         row("c", "ms", [1.0], budget=below_raw())
+
+
+KERNEL = floor("kernel", "ms", [1.0], [3.0])
+LOOP = floor("loop", "ms", [1.0], [1.5])
+
+
+@pytest.mark.parametrize(
+    ("value", "floors", "ok", "at_floor"),
+    [
+        (11.0, Floors(added=(KERNEL,)), True, None),
+        (13.0, Floors(), False, None),
+        (13.0, Floors(added=(KERNEL,)), False, True),
+        (13.1, Floors(added=(KERNEL,)), False, False),
+        (15.0, Floors(added=(KERNEL, KERNEL)), False, True),
+        (15.1, Floors(added=(KERNEL, KERNEL)), False, False),
+        (16.5, Floors(slowed=(LOOP,)), False, True),
+        (16.6, Floors(slowed=(LOOP,)), False, False),
+        (18.5, Floors(added=(KERNEL,), slowed=(LOOP,)), False, True),
+        (18.6, Floors(added=(KERNEL,), slowed=(LOOP,)), False, False),
+    ],
+)
+def test_a_row_is_at_its_floor_if_the_budget_holds_without_what_the_floor_grew_by(
+    value: float, floors: Floors, ok: bool, at_floor: bool | None
+) -> None:
+    found = row("c", "ms", [value], [10.0], budget=within_percent(10), floors=floors)
+
+    assert (found.ok, found.at_floor) == (ok, at_floor)
+    assert found.floors == tuple(each.name for each in (*floors.added, *floors.slowed))
+
+
+def test_a_floor_that_did_not_grow_excuses_nothing() -> None:
+    shrunk = floor("kernel", "ms", [3.0], [1.0])
+
+    floors = Floors(added=(shrunk,), slowed=(shrunk,))
+
+    assert floors.without(12.0) == 12
+
+
+def test_a_floor_of_one_host_is_none_of_a_comparison() -> None:
+    floors = Floors(added=(floor("kernel", "ms", [1.0]),))
+
+    with pytest.raises(ValueError, match="on one"):
+        row("c", "ms", [20.0], [10.0], budget=within_percent(10), floors=floors)
+
+
+def test_what_is_at_its_floor_is_not_missed() -> None:
+    reached = row(
+        "c", "ms", [13.0], [10.0], budget=within_percent(10), floors=Floors(added=(KERNEL,))
+    )
+
+    assert table.missed([KEPT]) == "All budgets are met."
+    assert table.missed([KEPT, reached]) == "At their floor: c. All other budgets are met."
+    assert table.missed([MISSED, reached]) == "At their floor: c. Missed: b."
+    assert "at its floor" in table.table([reached])
+    assert rows.measured_of(asdict(Measured([reached]))) == Measured([reached])
 
 
 def test_the_results_keep_the_groups_that_were_not_measured_now(
