@@ -6,13 +6,15 @@ bytes unless a name says otherwise. Every method raises a `Failure` of `handlers
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from typing import Any, Protocol
 
 from handlers.admission.ranking import Ranking
+from handlers.claims.facts import DiskProof
+from handlers.claims.unrecorded import TapOwner, UnrecordedVmms, VmmProcess
 from handlers.concurrency import Slots
 from handlers.mechanism import Mechanism
 from handlers.specs import (
@@ -99,6 +101,10 @@ class Taps(Mechanism[TapSpec, bool], Protocol):
         """Return when no TAP of the network that was released is left."""
         ...
 
+    async def owners(self) -> Mapping[str, TapOwner]:
+        """All TAPs of hostd, by name."""
+        ...
+
 
 # -- files -----------------------------------------------------------------------------------------
 
@@ -168,6 +174,15 @@ class DataDisks(Mechanism[DataDiskSpec, DataDisk], Protocol):
         """The space that the disk does not have yet of its nominal size; 0 if there is none."""
         ...
 
+    async def prove(
+        self, ref: InstanceRef, owners: Collection[int], used_by: int | None = None
+    ) -> DiskProof | None:
+        """What can be proved of the disk, whoever made it; None if there is none. No effect.
+
+        `owners` are the uids that it may belong to, `used_by` the process that may have it open.
+        """
+        ...
+
     async def check_wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
         """Raise Invalid if `wipe` would fail: the disk is not hostd's, or missing. No effect."""
         ...
@@ -195,6 +210,22 @@ class Cgroups(Mechanism[CgroupSpec, None], Protocol):
         ...
 
 
+class JailMetadata(Protocol):
+    """Whose jail it is, as written at launch. `record` is the journal's record of the launch.
+
+    `released`: an operator gave up hostd's claim, so only an operator takes it up again.
+    """
+
+    @property
+    def ref(self) -> InstanceRef: ...
+    @property
+    def uid(self) -> int: ...
+    @property
+    def record(self) -> InstanceRecord | None: ...
+    @property
+    def released(self) -> bool: ...
+
+
 class Jails(Mechanism[JailSpec, Jail], Protocol):
     """Directory, hard links, small drives and secrets tmpfs of each VMM; the key is the jail id.
 
@@ -208,6 +239,14 @@ class Jails(Mechanism[JailSpec, Jail], Protocol):
     async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
         """The VMM's log of a launch, by default the last; live or kept (the last 3 launches are);
         empty if there is none."""
+        ...
+
+    async def metadata(self, jail_id: str) -> JailMetadata | None:
+        """Whose jail it is; None if there is no such jail, or its metadata is damaged."""
+        ...
+
+    async def set_released(self, jail_id: str, *, released: bool) -> None:
+        """Note in the metadata whether hostd's claim on it was given up; nothing without any."""
         ...
 
 
@@ -281,6 +320,10 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
         The next after the one that was found last: a uid is used again as late as possible, and
         those in use are not gone through each time. None if there is none. It does not block.
         """
+        ...
+
+    async def processes(self) -> Sequence[VmmProcess]:
+        """All live processes with a uid of `[vmm]`, whatever jail or cgroup they are in."""
         ...
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
@@ -538,6 +581,18 @@ class Records(Protocol):
         """
         ...
 
+    async def put_with_event(
+        self, record: InstanceRecord, kind: EventKind, *, reason: str, detail: dict[str, Any]
+    ) -> None:
+        """As `put_instance`, durable, with an event of this kind in the same commit."""
+        ...
+
+    async def release_instance(
+        self, ref: InstanceRef, *, reason: str, detail: dict[str, Any]
+    ) -> None:
+        """Delete the record, durably, with a `released` event in the same commit."""
+        ...
+
     async def drop_instance(self, ref: InstanceRef, tombstone: Tombstone | None) -> None:
         """Delete the record, in the same commit write the tombstone, if any."""
         ...
@@ -669,7 +724,7 @@ class Host:
     """Everything that a handler uses. The worker has one, each test makes one.
 
     `pending_reservations` are the records of launches whose reservation is being committed;
-    `disk_claims` the disk space of what is being made.
+    `disk_claims` the disk space of what is being made; `unrecorded` the VMMs without a record.
     """
 
     settings: Settings
@@ -695,3 +750,4 @@ class Host:
     later: Later
     pending_reservations: dict[InstanceRef, InstanceRecord]
     disk_claims: set[DiskClaim]
+    unrecorded: UnrecordedVmms

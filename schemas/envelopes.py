@@ -76,6 +76,7 @@ class EventKind(StrEnum):
     SNAPSHOT = "snapshot"
     RECOVERED = "recovered"
     DISK = "disk"
+    RELEASED = "released"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

@@ -259,6 +259,8 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 ABSENT: Final = "absent"
+RELEASED: Final = "released"
+"""What an instance changes to whose record was given up: the `to` of its last event."""
 
 
 class NetworkRecord(msgspec.Struct, frozen=True, kw_only=True):

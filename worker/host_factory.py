@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from handlers.claims.unrecorded import UnrecordedVmms
 from handlers.concurrency import Slots
 from handlers.host.facts import HostFacts
 from handlers.host.inventory import Inventory, collect
@@ -61,6 +62,7 @@ def open_real_host(settings: Settings, records: Records, later: Later, disk: Dis
     network = open_network_mechanisms(settings.network)
     network.base.policy.refresh()
     pending_reservations: dict[InstanceRef, InstanceRecord] = {}
+    unrecorded = UnrecordedVmms()
 
     def in_use(key: str) -> bool:
         pending = pending_reservations.values()
@@ -71,7 +73,7 @@ def open_real_host(settings: Settings, records: Records, later: Later, disk: Dis
         return records.with_slot(slot) is not None or any(r.uid_slot == slot for r in pending)
 
     def free_mib() -> int:
-        limits, live = settings.limits, records.usage()
+        limits, live = settings.limits, records.usage() + unrecorded.usage
         used = live.mem_mib + live.instances * limits.vmm_overhead_mib
         return facts.memory_mib() - limits.mem_reserve_mib - used
 
@@ -120,6 +122,7 @@ def open_real_host(settings: Settings, records: Records, later: Later, disk: Dis
         later=later,
         pending_reservations=pending_reservations,
         disk_claims=set(),
+        unrecorded=unrecorded,
     )
     return RealHost(
         host=host,

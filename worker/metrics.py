@@ -173,6 +173,11 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self._unrecorded_vmms = Gauge(
+            "hostd_unrecorded_vmms",
+            "Processes with a uid of [vmm] that belong to no record.",
+            registry=registry,
+        )
         self._disk_free = Gauge(
             "hostd_disk_free_bytes",
             "Free space on the file system of the state directory, the ballast included.",
@@ -372,6 +377,9 @@ class Metrics:
 
     def network_warnings(self, count: int) -> None:
         self._network_warnings.set(count)
+
+    def unrecorded_vmms(self, count: int) -> None:
+        self._unrecorded_vmms.set(count)
 
     def orphans(self, counts: Mapping[str, int]) -> None:
         """By kind of the inventory; a kind that is left out has no series."""

@@ -126,7 +126,8 @@ class Capacity:
 def capacity(host: Host) -> Capacity:
     """As of the last commit; costs the same however many instances there are. `disk_free_bytes` is
     what is free beside the reserve."""
-    settings, records, live = host.settings, host.records, host.records.usage()
+    settings, records = host.settings, host.records
+    live = records.usage() + host.unrecorded.usage
     limits = settings.limits
     reserve_bytes = limits.disk_reserve_mib << 20
     claims = [each for each in host.disk_claims if not each.exists()]

@@ -26,6 +26,7 @@ from handlers.errors import Conflict
 from handlers.instance.artifact_refs import collect_revision
 from handlers.interfaces import Host
 from handlers.mechanism import Durability
+from handlers.network_names import Names
 from schemas.files import TenantQuota
 from schemas.naming import jail_id as jail_id_of
 from schemas.naming import parse_ref
@@ -120,6 +121,12 @@ class Reservations:
         host, ref = self._host, before.ref
         jails, cgroups = await asyncio.gather(host.jails.launches(ref), host.vmms.launches(ref))
         found = sorted({*jails, *cgroups})
+        if (stray := host.unrecorded.of_instance(ref)) is not None:
+            raise Conflict(
+                f"cannot launch {ref}: process {stray.process.pid} runs in its jail "
+                f"{stray.process.jail_id} and is in no record; see docs/operations.md#unknown",
+                detail={"jail": stray.process.jail_id},
+            )
         for launch in found:
             jail_id = jail_id_of(ref, launch)
             if await host.vmms.exists(jail_id):
@@ -136,6 +143,14 @@ class Reservations:
         if (other := self._other_with_offset(ref, spec.offset)) is not None:
             raise Conflict(
                 f"address offset {spec.offset} is used by instance {other}",
+                path="instance.json: $.net.guest_ip",
+            )
+        tap = Names(spec.net, spec.offset).tap
+        if (stray := self._host.unrecorded.with_tap(tap)) is not None:
+            raise Conflict(
+                f"address offset {spec.offset} is used by a VMM that is in no record: process "
+                f"{stray.process.pid} of jail {stray.process.jail_id} has TAP {tap}; "
+                "see docs/operations.md#unknown",
                 path="instance.json: $.net.guest_ip",
             )
         left_mib = self._check_host(spec)
@@ -187,7 +202,7 @@ class Reservations:
     def _check_host(self, spec: ReservationSpec) -> int:
         """The host's CPUs and memory; returns the MiB that are left for VMs after it."""
         host, limits, ref = self._host, self._host.settings.limits, spec.before.ref
-        used = self._usage_of_others(ref, None)
+        used = self._usage_of_others(ref, None) + host.unrecorded.usage
         vcpus = Asked(
             budget=Budget.HOST_VCPUS,
             unit="vCPUs",

@@ -10,6 +10,7 @@ from typing import Protocol, cast
 
 import pytest
 
+from handlers.claims.unrecorded import TapOwner
 from handlers.errors import Conflict
 from handlers.interfaces import Networks, Records, Taps
 from handlers.mechanism import Mechanism, Removable
@@ -294,3 +295,18 @@ class TestNetworkMechanisms:
         await host.networks.prepare()
         await host.tenant_rules.ensure(RULES)
         await host.bridges.ensure(BRIDGE)
+
+    async def test_whose_a_tap_is_is_listed_until_it_is_released(self, host: NetworkHost) -> None:
+        assert await host.taps.owners() == {}
+        await host.tenant_rules.ensure(RULES)
+        await host.bridges.ensure(BRIDGE)
+        await host.plant_link("tn3i9")
+        await host.pins.ensure(GUEST.pin)
+        await host.taps.ensure(GUEST.spec)
+
+        owners = await host.taps.owners()
+
+        spec = GUEST.spec
+        assert owners == {spec.name: TapOwner("acme/pool/i5", spec.owner_uid)}
+        await host.taps.release(spec.key)
+        assert await host.taps.owners() == {}

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
 from typing import Any, ClassVar, Generic, TypeVar
 
+from handlers.claims.facts import DiskProof, Fact
+from handlers.claims.unrecorded import TapOwner, UnrecordedVmms, VmmProcess
 from handlers.concurrency import Slots
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound, Unavailable
 from handlers.interfaces import Discarded, Host, Records
@@ -47,7 +49,7 @@ from schemas.files import (
     TenantConfig,
     TenantQuota,
 )
-from schemas.records import DiskIdentity, VmmIdentity
+from schemas.records import DiskIdentity, InstanceRecord, VmmIdentity
 from schemas.requests import InstanceRef
 from schemas.settings import Settings, VmmSettings
 from tests.constants import NET
@@ -137,6 +139,11 @@ class FakeHost:
     warm: list[int] = field(default_factory=list[int])
     lose_warm: bool = False
     foreign_uids: set[int] = field(default_factory=set[int])
+    unproven_disk: list[Fact] = field(default_factory=list[Fact])
+    no_metadata: set[str] = field(default_factory=set[str])
+    released_jails: set[str] = field(default_factory=set[str])
+    stray: list[VmmProcess] = field(default_factory=list[VmmProcess])
+    foreign_in_cgroup: set[str] = field(default_factory=set[str])
     next_pid: int = 1000
     seen: list[str] = field(default_factory=list[str])
     later: list[Callable[[], Awaitable[None]]] = field(
@@ -224,6 +231,7 @@ class FakeHost:
             locks=TenantLocks(),
             later=lambda name, work: self.later.append(work),
             pending_reservations={},
+            unrecorded=UnrecordedVmms(),
         )
 
 
@@ -327,6 +335,13 @@ class FakeTaps(Plain[TapSpec]):
         for key in [*self.machine.released]:
             if key.startswith(naming.tap_name_prefix(tenant_net_id)):
                 self._gone(key)
+
+    async def owners(self) -> dict[str, TapOwner]:
+        return {
+            key: TapOwner(spec.alias.removeprefix(naming.ALIAS_PREFIX), spec.owner_uid)
+            for (kind, key), spec in self.machine.resources.items()
+            if kind == self.name and key not in self.machine.released
+        }
 
     def _gone(self, key: str) -> None:
         self.machine.released.discard(key)
@@ -482,6 +497,16 @@ class FakeDataDisks(Plain[DataDiskSpec]):
     async def unallocated_bytes(self, ref: InstanceRef) -> int:
         return 0
 
+    async def prove(
+        self, ref: InstanceRef, owners: Collection[int], used_by: int | None = None
+    ) -> DiskProof | None:
+        """Whatever is there is proven, except for the facts in `unproven_disk`."""
+        identity = self.machine.resources.get((self.name, str(ref)))
+        if identity is None:
+            return None
+        facts = [Fact(name, True, "as expected") for name in ("file", "mark", "use")]
+        return DiskProof((*facts, *self.machine.unproven_disk), identity)
+
     async def check_wipe(self, ref: InstanceRef, known: DiskIdentity | None) -> None:
         if "check_wipe" in self.machine.fail:
             raise self.machine.fail["check_wipe"]
@@ -542,6 +567,28 @@ class FakeJails(Plain[JailSpec]):
     async def read_log(self, ref: InstanceRef, launch: int | None = None) -> bytes:
         return b"log"
 
+    async def metadata(self, jail_id: str) -> "FakeJailMetadata | None":
+        """None for a jail in `no_metadata`."""
+        spec: JailSpec | None = self.machine.resources.get((self.name, jail_id))
+        if spec is None or jail_id in self.machine.no_metadata:
+            return None
+        released = jail_id in self.machine.released_jails
+        return FakeJailMetadata(spec.ref, spec.uid, spec.record, released)
+
+    async def set_released(self, jail_id: str, *, released: bool) -> None:
+        change = self.machine.released_jails
+        await self.machine.effect(
+            "set_released", lambda: change.add(jail_id) if released else change.discard(jail_id)
+        )
+
+
+@dataclass(frozen=True)
+class FakeJailMetadata:
+    ref: InstanceRef
+    uid: int
+    record: InstanceRecord | None
+    released: bool
+
 
 class FakeVmms(Plain[LaunchSpec]):
     name: ClassVar[str] = "vmm"
@@ -581,6 +628,19 @@ class FakeVmms(Plain[LaunchSpec]):
             if not taken(uid) and uid not in machine.foreign_uids | machine.live_uids:
                 return uid
         return None
+
+    async def processes(self) -> Sequence[VmmProcess]:
+        """The VMMs, and those in `stray` that are in no cgroup of hostd's."""
+        machine = self.machine
+        vmms = [
+            VmmProcess(vmm.pid, vmm.start_ticks, machine.uids[key], key, vmm.cgroup, 130)
+            for (kind, key), vmm in machine.resources.items()
+            if kind == self.name
+        ]
+        return [*vmms, *machine.stray]
+
+    async def exists(self, key: str) -> bool:
+        return key in self.machine.foreign_in_cgroup or await super().exists(key)
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         identity: VmmIdentity | None = self.machine.resources.get((self.name, jail_id))

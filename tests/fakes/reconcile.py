@@ -9,7 +9,7 @@ from handlers.registry import mechanisms
 from handlers.specs import JailSpec
 from handlers.vmm_ends import ExitStatus
 from schemas.records import VmmIdentity
-from tests.fakes.host import FakeHost
+from tests.fakes.host import FakeHost, FakeJailMetadata
 from tests.fakes.memory_worker import MemoryWorker
 from worker.metrics import Metrics
 from worker.reconcile.adoption import Adoption
@@ -43,14 +43,17 @@ class FakeJailLayout:
 
     def __init__(self, machine: FakeHost) -> None:
         self.machine = machine
-        self.damaged: set[str] = set()
+        self.damaged = machine.no_metadata
 
     def list_ids(self) -> list[str]:
         return sorted(key for kind, key in self.machine.resources if kind == "jail")
 
-    def read_metadata(self, jail_id: str) -> JailSpec | None:
+    def read_metadata(self, jail_id: str) -> FakeJailMetadata | None:
         spec: JailSpec | None = self.machine.resources.get(("jail", jail_id))
-        return None if jail_id in self.damaged else spec
+        if spec is None or jail_id in self.damaged:
+            return None
+        released = jail_id in self.machine.released_jails
+        return FakeJailMetadata(spec.ref, spec.uid, spec.record, released)
 
 
 @dataclass(frozen=True)

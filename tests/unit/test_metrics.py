@@ -42,6 +42,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_snapshot_bytes": ("histogram", set()),
     "hostd_network_warnings": ("gauge", set()),
     "hostd_orphans": ("gauge", {"kind"}),
+    "hostd_unrecorded_vmms": ("gauge", set()),
     "hostd_artifact_copied_bytes": ("counter", set()),
     "hostd_disk_free_bytes": ("gauge", set()),
     "hostd_disk_full": ("gauge", set()),
@@ -100,6 +101,7 @@ def used() -> Metrics:
     metrics.bus_connected(True)
     metrics.instances({Status.RUNNING: 5})
     metrics.orphans({"taps": 1})
+    metrics.unrecorded_vmms(1)
     return metrics
 
 

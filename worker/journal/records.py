@@ -12,7 +12,15 @@ import msgspec
 from handlers.admission.ranking import Ranking
 from handlers.errors import Conflict
 from schemas.envelopes import EventKind
-from schemas.records import ABSENT, InstanceRecord, NetworkRecord, Status, Tombstone, Usage
+from schemas.records import (
+    ABSENT,
+    RELEASED,
+    InstanceRecord,
+    NetworkRecord,
+    Status,
+    Tombstone,
+    Usage,
+)
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane
 from worker.journal.memory import Mirror
@@ -95,7 +103,36 @@ class JournalRecords:
         Raises:
             Conflict: another instance has the uid slot, or lives or sleeps with the offset.
         """
-        change = self.change_put(record, reason=reason, detail=detail)
+        await self._put(
+            record, self.change_put(record, reason=reason, detail=detail), durable=durable
+        )
+
+    async def put_with_event(
+        self, record: InstanceRecord, kind: EventKind, *, reason: str, detail: dict[str, Any]
+    ) -> None:
+        """As `put_instance`, durable, with an event of this kind in the same commit."""
+        put = self.change_put(record, reason=reason)
+        draft = EventDraft(kind, Lane.instance(record.ref), reason=reason, detail=detail)
+        await self._put(record, self._with_event(put, draft), durable=True)
+
+    async def release_instance(
+        self, ref: InstanceRef, *, reason: str, detail: dict[str, Any]
+    ) -> None:
+        """Delete the record, durably, with a `released` event; its state key is deleted."""
+        draft = EventDraft(EventKind.RELEASED, Lane.instance(ref), reason=reason, detail=detail)
+        drop = self.change_drop(ref, self.tombstone(ref), to=RELEASED)
+        await self._submit(self._with_event(drop, draft), durable=True)
+
+    def _with_event(self, change: Change, draft: EventDraft) -> Change:
+        at_ms = self._store.now_ms()
+
+        def save(tx: Transaction) -> None:
+            change.save(tx)
+            self._store.source.event(tx, draft, at_ms)
+
+        return Change(save, change.remember)
+
+    async def _put(self, record: InstanceRecord, change: Change, *, durable: bool) -> None:
         try:
             await self._submit(change, durable=durable)
         except sqlite3.IntegrityError as error:
@@ -159,14 +196,19 @@ class JournalRecords:
         await self._submit(self.change_drop(ref, tombstone), durable=True)
 
     def change_drop(
-        self, ref: InstanceRef, tombstone: Tombstone | None, *, command_id: str | None = None
+        self,
+        ref: InstanceRef,
+        tombstone: Tombstone | None,
+        *,
+        command_id: str | None = None,
+        to: str = Status.DESTROYED.value,
     ) -> Change:
         """What `drop_instance` commits, for a transaction that does more."""
         record = self._store.mirror.instances.get(ref)
         draft = EventDraft(
             kind=EventKind.STATUS,
             lane=Lane.instance(ref),
-            to=Status.DESTROYED.value,
+            to=to,
             command_id=command_id or (record.command_id if record else None),
         )
         key = (ref.tenant_id, ref.pool_id, ref.instance_id)

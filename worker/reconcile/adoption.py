@@ -13,12 +13,11 @@ import structlog
 from msgspec.structs import replace
 
 from handlers.errors import Failure, HostFault
-from handlers.interfaces import Host
+from handlers.interfaces import Host, JailMetadata
 from handlers.specs import LaunchSpec
 from schemas.decode_error import quoted
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status, VmmIdentity
-from schemas.requests import InstanceRef
 from worker.journal.journal import Journal
 from worker.logs import facts_of
 
@@ -28,17 +27,6 @@ log = structlog.get_logger()
 def note_failed_item(item: str, error: Exception) -> None:
     """Log what could not be recovered: an expected error in one line, a bug with its traceback."""
     log.warning("recovery.item_failed", item=item, **facts_of(error))
-
-
-class JailMetadata(Protocol):
-    """Whose jail it is, as written at launch. `record` is the journal's record of the launch."""
-
-    @property
-    def ref(self) -> InstanceRef: ...
-    @property
-    def uid(self) -> int: ...
-    @property
-    def record(self) -> InstanceRecord | None: ...
 
 
 class JailLayout(Protocol):
@@ -92,6 +80,8 @@ class Adoption:
     async def _decide(
         self, jail_id: str, metadata: JailMetadata | None, identity: VmmIdentity
     ) -> None:
+        if metadata is not None and metadata.released:
+            return  # until an operator adopts it
         record = metadata.record if metadata is not None else None
         if (
             metadata is None

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import structlog
 
+from handlers.claims.look import look_for_unrecorded
 from handlers.errors import Failure
 from handlers.instance.stop import finish_stop
 from handlers.interfaces import Host
@@ -91,6 +92,7 @@ class Reconciler:
         self._take_inventory = take_inventory
         self._clock = clock
         self._unowned: Resources = set()
+        self._unrecorded: set[tuple[int, int]] = set()
         self._warnings: set[str] = set()
         self._counted_at: float | None = None
         self._unknown: set[tuple[str, str, str]] = set()
@@ -135,6 +137,7 @@ class Reconciler:
             "leftovers": self.sweep_leftovers,
             "stops": self._finish_stops,
             "logs": self._bound_logs,
+            "unrecorded": self._look_for_unrecorded,
             "orphans": self._count_orphans,
         }
         for name, part in parts.items():
@@ -261,6 +264,16 @@ class Reconciler:
     def _has_command(self, record: InstanceRecord) -> bool:
         command_id = record.command_id
         return command_id is not None and self._journal.commands.is_unfinished(command_id)
+
+    async def _look_for_unrecorded(self) -> None:
+        """Book and count the VMMs that no record explains; each is logged once."""
+        found = await look_for_unrecorded(self._host)
+        self._metrics.unrecorded_vmms(len(found))
+        seen = {(each.process.pid, each.process.start_ticks) for each in found}
+        for each in found:
+            if (each.process.pid, each.process.start_ticks) not in self._unrecorded:
+                log.warning("vmm.unrecorded", **each.as_map())
+        self._unrecorded = seen
 
     async def _count_orphans(self) -> None:
         """At most once per pass interval: an inventory of the whole host is expensive."""

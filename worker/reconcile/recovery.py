@@ -13,6 +13,7 @@ from typing import TypeVar
 import structlog
 from msgspec.structs import replace
 
+from handlers.claims.look import look_for_unrecorded
 from handlers.instance.release import release
 from handlers.instance.sleep import announce_hash
 from handlers.instance.state import InstanceState, final_record
@@ -69,6 +70,7 @@ class Recovery:
         self._counts.adopted += self._adoption.adopted
         self._counts.quarantined += self._adoption.quarantined
         self._counts.failed += self._adoption.failed
+        await self._look_for_unrecorded()
         asleep = [r for r in self._journal.records.instances() if r.status is Status.SLEEPING]
         await self._each(asleep, self._hash_memory)
         await self._journal.store.put_meta(BOOT_ID, boot_id)
@@ -139,6 +141,14 @@ class Recovery:
             await self._journal.records.put_instance(record, durable=True)
         if record.status.expects_vmm:
             await self._adopt(record)
+
+    async def _look_for_unrecorded(self) -> None:
+        """Book what VMMs without a record hold, before a command can be given the same."""
+        try:
+            await look_for_unrecorded(self._host)
+        except Exception as error:  # noqa: BLE001 - logged; the next pass looks again
+            self._counts.failed += 1
+            note_failed_item("the VMMs without a record", error)
 
     async def _hash_memory(self, record: InstanceRecord) -> None:
         """Compute a hash that the last worker did not finish, in the background."""

@@ -100,6 +100,18 @@ class Jails:
         """All jails on this host, incomplete ones included."""
         return await run_in_thread(self._layout.list_ids)
 
+    async def metadata(self, jail_id: str) -> JailMetadata | None:
+        return await run_in_thread(self._layout.read_metadata, jail_id)
+
+    async def set_released(self, jail_id: str, *, released: bool) -> None:
+        def note() -> None:
+            found = self._layout.read_metadata(jail_id)
+            if found is not None and found.released != released:
+                noted = msgspec.structs.replace(found, released=released)
+                self._layout.write_metadata(jail_id, noted)
+
+        await run_in_thread(note)
+
     # -- making --------------------------------------------------------------------------------
 
     def _ensure(self, spec: JailSpec) -> Jail:

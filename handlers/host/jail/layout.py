@@ -25,7 +25,7 @@ class JailMetadata(msgspec.Struct, frozen=True):
 
     `ours` are the files that hostd made in the jail: another inode by such a name is the VMM's.
     `disks` are the absolute paths of what was chowned to the uid. `record` is the journal's record
-    of the launch, by which a worker without that journal adopts the VM.
+    of the launch, by which a worker without that journal adopts the VM, unless it is `released`.
     """
 
     ref: InstanceRef
@@ -37,6 +37,7 @@ class JailMetadata(msgspec.Struct, frozen=True):
     ours: dict[str, FileId] = {}
     disks: tuple[str, ...] = ()
     record: InstanceRecord | None = None
+    released: bool = False
 
 
 class JailLayout:

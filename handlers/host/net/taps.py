@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import ClassVar
 
+from handlers.claims.unrecorded import TapOwner
 from handlers.errors import Conflict, Failure, HostFault, of_os_error
 from handlers.host.linux.kernel_thread import no_namespace
 from handlers.host.net.bridges import GATEWAY_OFFSET
@@ -129,6 +130,21 @@ class Taps:
         prefix = naming.tap_name_prefix(tenant_net_id)
         for key in [key for key in self._closing if key.startswith(prefix)]:
             await self._closed(key)
+
+    async def owners(self) -> dict[str, TapOwner]:
+        """All TAPs with hostd's alias; those that were released are gone."""
+
+        def listed(kernel: Kernel) -> dict[str, TapOwner]:
+            return {
+                link.name: TapOwner(
+                    link.alias.removeprefix(naming.ALIAS_PREFIX), link.info.get(IFLA_TUN_OWNER, -1)
+                )
+                for link in kernel.links(kind="tun")
+                if link.alias.startswith(naming.ALIAS_PREFIX)
+            }
+
+        found = await self._netlink.run(listed)
+        return {name: owner for name, owner in found.items() if name not in self._closing}
 
     async def _closed(self, key: str) -> None:
         if (closing := self._closing.get(key)) is not None:

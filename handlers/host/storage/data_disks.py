@@ -7,8 +7,10 @@ inode as the journal recorded them, and by hostd's mark on the inode (`disk_owne
 import contextlib
 import errno
 import os
+from collections.abc import Collection
 from typing import ClassVar
 
+from handlers.claims.facts import DiskProof, Fact
 from handlers.errors import HostFault, Invalid, NotFound, of_os_error
 from handlers.host.linux.file_threads import CancelToken, run_in_slow_thread, run_in_thread
 from handlers.host.linux.openat2 import Directory
@@ -23,6 +25,7 @@ from handlers.host.storage.disk_ownership import (
     read_mark,
     write_mark,
 )
+from handlers.host.storage.disk_proof import prove_disk
 from handlers.host.storage.mkfs import make_ext4
 from handlers.jail_names import DATA_DISK, jail_root, jails_dir
 from handlers.mechanism import Durability
@@ -135,6 +138,26 @@ class DataDisks:
                 not read back as zeros.
         """
         await run_in_slow_thread(lambda token: self._wipe(ref, known, token))
+
+    async def prove(
+        self, ref: InstanceRef, owners: Collection[int], used_by: int | None = None
+    ) -> DiskProof | None:
+        """What can be proved of the disk, for `adopt`; None if there is none. Changes nothing."""
+
+        def look() -> DiskProof | None:
+            try:
+                with self._volumes(ref) as volumes, volumes.marked_file(DATA_DISK) as fd:
+                    links = 1 + self._links_in_jails(ref, os.fstat(fd))
+                    path = volumes.named(DATA_DISK)
+                    return prove_disk(
+                        fd, ref, path, owners=owners, links=links, label=LABEL, used_by=used_by
+                    )
+            except NotFound:
+                return None
+            except Invalid as error:  # a symlink, or no regular file
+                return DiskProof((Fact("file", False, error.message),), None)
+
+        return await run_in_thread(look)
 
     def _volumes(self, ref: InstanceRef) -> Directory:
         with open_instance(self._data, ref) as instance:

@@ -19,6 +19,7 @@ from itertools import chain
 from typing import ClassVar
 
 from handlers.cancellation import run_shielded
+from handlers.claims.unrecorded import VmmProcess
 from handlers.errors import Conflict, Failure, HostFault, Unavailable
 from handlers.host.jail.layout import JailLayout
 from handlers.host.jail.sockets import connect, read_tail
@@ -28,6 +29,7 @@ from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.jailer import Jailer, clear
 from handlers.host.vmm.migration import MigrationLock
+from handlers.host.vmm.vmm_processes import list_vmm_processes
 from handlers.jail_names import API_SOCKET, FIRECRACKER, LOG, PID_FILE
 from handlers.mechanism import Durability
 from handlers.specs import LaunchSpec
@@ -153,6 +155,9 @@ class Vmms:
     def _next_uids(self) -> Iterator[int]:
         """All, from the one after the last that was found free."""
         return chain(self._uids[self._next :], self._uids[: self._next])
+
+    async def processes(self) -> list[VmmProcess]:
+        return await asyncio.to_thread(list_vmm_processes, self._uids, self._layout)
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         self._layout.root(jail_id)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 from typing import Any, cast
 
+from handlers.claims.unrecorded import UnrecordedVmms
 from handlers.concurrency import Slots
 from handlers.errors import NotFound
 from handlers.host.facts import HostFacts
@@ -129,6 +130,7 @@ def host_of(net: HostNet, journal: MemoryRecords, settings: NetworkSettings | No
         snapshots=nothing,
         disk=DiskSpace(state="/", reserve_mib=0),
         disk_claims=set(),
+        unrecorded=UnrecordedVmms(),
         slots=Slots.of(LimitSettings()),
         later=nothing,
         pending_reservations={},

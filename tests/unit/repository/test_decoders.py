@@ -67,6 +67,7 @@ MATCHED = "digits of a pattern that bounds their number, or of one checked befor
 CONSTANT = "made by hostd from constants or checked values"
 KERNEL = "the kernel's answer, or libnftables' of the kernel's"
 NO_TEXT = "a number, a boolean or an address, not text"
+LABEL = "16 bytes of a superblock; what is not ASCII is escaped"
 BOUNDED = "at most 16 bytes, checked to be ASCII digits"
 JOURNAL = "hostd wrote it into its journal, a file of root"
 CAUGHT = "a handler around the call catches ValueError and RecursionError, or any exception"
@@ -181,8 +182,12 @@ TRUSTED = {
     "handlers/host/vmm/cgroups.py:launches:int": MATCHED,
     "handlers/host/vmm/cgroups.py:pids:int": PROC,
     "handlers/host/vmm/confinement.py:read_uid:int": PROC,
+    "handlers/host/storage/disk_proof.py:_pids:int": PROC,
+    "handlers/host/storage/disk_proof.py:read_label:decode": LABEL,
     "handlers/host/vmm/exit_watch.py:read_exit_status:int": NO_TEXT,
     "handlers/host/vmm/exit_watch.py:read_exit_status:unpack_from": KERNEL,
+    "handlers/host/vmm/vmm_processes.py:_pids:int": PROC,
+    "handlers/host/vmm/vmm_processes.py:_read:int": PROC,
     "handlers/host/vmm/processes.py:read_stat:int": PROC,
     "handlers/host/vmm/processes.py:uids_in_use:int": PROC,
     "handlers/host/vmm/versions.py:_version:int": MATCHED,
