@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from typing import Any, Self
 import msgspec
 
 from handlers.host.jail.jails import Jails
+from handlers.host.linux.kernel_thread import no_namespace
 from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
@@ -248,14 +250,26 @@ class BareInstance:
 
 
 class BareInstances:
-    """The instances of a measurement, made with one set of network mechanisms."""
+    """The instances of a measurement, made with one set of network mechanisms.
 
-    def __init__(self, host: LiveHost, net: TenantNet, revision: str, **size: int) -> None:
+    `enter` leads to the host's network namespace, where the process is not in it all the time.
+    """
+
+    def __init__(
+        self,
+        host: LiveHost,
+        net: TenantNet,
+        revision: str,
+        *,
+        mem_mib: int,
+        data_disk_mib: int,
+        enter: Callable[[], None] = no_namespace,
+    ) -> None:
         self._host = host
         self._net = net
         self._revision = revision
-        self._size = size
-        self._network = open_network_mechanisms(host.settings.network)
+        self._size = {"mem_mib": mem_mib, "data_disk_mib": data_disk_mib}
+        self._network = open_network_mechanisms(host.settings.network, enter)
         self.all: list[BareInstance] = []
 
     def __enter__(self) -> Self:

@@ -70,8 +70,9 @@ async def stage(bench: BenchHost, mem_mib: int) -> AsyncGenerator[BareInstances]
     await bench.sender.send(StartInstance("acme", "web", "i-0"))
     await bench.sender.send(StopInstance("acme", "web", "i-0"))
     assert seeded.revision is not None
-    size = {"mem_mib": mem_mib, "data_disk_mib": DATA_DISK_MIB}
-    with BareInstances(bench.host, seeded.net, seeded.revision, **size) as instances:
+    with BareInstances(
+        bench.host, seeded.net, seeded.revision, mem_mib=mem_mib, data_disk_mib=DATA_DISK_MIB
+    ) as instances:
         try:
             yield instances
         finally:
