@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
 from schemas.codes import Code
@@ -42,6 +42,18 @@ class Unavailable(Failure):
 
     code = Code.UNAVAILABLE
     retryable = True
+
+
+class Abandoned(Unavailable):
+    """A system call did not return in its time: its effect may still happen, until it returns.
+
+    Args:
+        pending: whether it has not returned yet.
+    """
+
+    def __init__(self, message: str, pending: Callable[[], bool]) -> None:
+        super().__init__(message)
+        self.pending = pending
 
 
 class Exhausted(Failure):

@@ -23,8 +23,9 @@ worker under the same id. `mark` is weaker: something may have happened that mus
 
 Cancellation. Effects are not cancelled to end a command: `handlers/control.py` ends it between
 two steps, or in a wait that may be abandoned. Undo runs to its end whatever is cancelled around
-it, each removal within UNDO_TIMEOUT_S; what cannot be removed is reported in `left_behind`, its
-row stays, and the reconciler tries again (`worker/reconcile`).
+it, each removal within UNDO_TIMEOUT_S; what cannot be removed, or may still be made by a call that
+was abandoned (`Abandoned`), is reported in `left_behind`, its row stays, and the reconciler tries
+again (`worker/reconcile`).
 """
 
 import asyncio
@@ -37,8 +38,8 @@ import structlog
 
 from handlers.cancellation import finish
 from handlers.control import Control
-from handlers.errors import Failure
-from handlers.mechanism import Keyed, Mechanism, Removable, StepIntent, StepLog
+from handlers.errors import Abandoned, Failure
+from handlers.mechanism import Keyed, Mechanism, Removable, StepIntent, StepLog, StepRow
 from schemas.envelopes import StepTaken
 from schemas.records import InstanceRecord, NetworkRecord, Tombstone
 
@@ -84,6 +85,7 @@ class Steps:
         self._observe = observe
         self._existed: dict[tuple[str, str], bool] = {}
         self._untouched: set[tuple[str, str]] = set()
+        self._pending: dict[tuple[str, str], Callable[[], bool]] = {}
 
     # -- doing ---------------------------------------------------------------------------------
 
@@ -121,11 +123,15 @@ class Steps:
         self._untouched.discard((mechanism.name, spec.key))
         intent = _intent(mechanism, spec.key, existed=existed)
         (row,) = await self._log.begin(self.command_id, intent)
-        return await self._timed(
-            mechanism.name,
-            lambda: mechanism.ensure(spec),
-            outcome="found" if existed and row.existed else "done",
-        )
+        try:
+            return await self._timed(
+                mechanism.name,
+                lambda: mechanism.ensure(spec),
+                outcome="found" if existed and row.existed else "done",
+            )
+        except Abandoned as error:
+            self._pending[mechanism.name, spec.key] = error.pending
+            raise
 
     async def ensure_kept(self, mechanism: Mechanism[SpecT, T], spec: SpecT) -> T:
         """As `ensure`, for a resource that undo must keep: no row is written."""
@@ -204,8 +210,16 @@ class Steps:
                     continue
                 took_us = int((time.perf_counter() - started) * 1e6)
                 self.taken.append(StepTaken(name=row.mechanism, took_us=took_us, outcome="undone"))
+                if self._may_still_be_made(row):
+                    left.append(f"{row.mechanism} {row.key}")
+                    continue
             await self._log.forget(self.command_id, row.mechanism, row.key)
         return tuple(left)
+
+    def _may_still_be_made(self, row: StepRow) -> bool:
+        """Whether a call that was abandoned may make the resource after its removal."""
+        pending = self._pending.get((row.mechanism, row.key))
+        return pending is not None and pending()
 
     async def _timed(
         self, name: str, do: Callable[[], Awaitable[T]], *, outcome: str = "done"

@@ -8,6 +8,7 @@ from handlers.host.facts import HostFacts
 from handlers.host.inventory import Inventory, collect
 from handlers.host.jail.jails import Jails
 from handlers.host.jail.layout import JailLayout
+from handlers.host.linux.file_threads import run_in_slow_thread
 from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
 from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.agentd_files import SharedFiles
@@ -42,9 +43,9 @@ class RealHost:
     exits: ExitWatch
     warm: WarmPool
 
-    def take_inventory(self) -> Inventory:
-        """Everything on this host that carries hostd's mark. Blocks; call it from a thread."""
-        return collect(self.host.settings)
+    async def take_inventory(self) -> Inventory:
+        """Everything on this host that carries hostd's mark."""
+        return await run_in_slow_thread(lambda _: collect(self.host.settings))
 
     def close(self) -> None:
         """End the mechanisms' threads; every resource on the host stays."""

@@ -22,6 +22,8 @@ import uvloop
 from handlers.admission.budgets import capacity
 from handlers.errors import Failure, of_os_error
 from handlers.host.facts import HostFacts
+from handlers.host.linux.call_threads import abandoned_calls, exhausted_kinds, hung_calls
+from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.lock import HostLock
 from handlers.host.storage.disk_space import DiskSpace
 from handlers.host.vmm.versions import check_versions
@@ -121,7 +123,7 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
             reserve_mib=limits.disk_reserve_mib,
             marks=(limits.disk_high_percent, limits.disk_low_percent),
         )
-        await asyncio.to_thread(disk.check)
+        await run_in_thread(disk.check)
         subjects = Subjects(settings.root, settings.host.id, settings.host.cell)
         journal = await Journal.open(
             f"{settings.paths.state}/journal.db",
@@ -249,6 +251,7 @@ class Worker:
             drift=real.network.watch,
             bound_logs=real.jails.bound_logs,
             take_inventory=real.take_inventory,
+            calls_hang=lambda: any(hung_calls().values()),
         )
         self.recovery = Recovery(
             host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs)
@@ -269,6 +272,7 @@ class Worker:
             "journal": not self.journal.store.writable,
             "disk_full": self._real.disk.low,
             "disk_watermark": self._real.disk.high,
+            "hung_calls": bool(exhausted_kinds()),
         }
         return [name for name, is_so in found.items() if is_so]
 
@@ -292,6 +296,7 @@ class Worker:
             "has_disk_space": not self._real.disk.low,
             "below_disk_watermark": not self._real.disk.high,
             "has_descriptors": self._reserve.has_free(),
+            "calls_return": not exhausted_kinds(),
             "provisioned": not self.bus.trouble,
             "leased": self.lease.held,
             "acks_move": not self.bus.ack_window.stuck,
@@ -321,6 +326,7 @@ class Worker:
         self.metrics.slots(self._real.host.slots.counts())
         self.metrics.warm_vmms(self._real.warm.counts(), self._real.warm.totals)
         self.metrics.log_dropped(logs.dropped())
+        self.metrics.calls(hung_calls(), abandoned_calls())
         self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(self.journal.records.statuses())
 
@@ -439,7 +445,7 @@ async def watch_disk(disk: DiskSpace, journal: Journal, changed: Callable[[], No
     publish each change."""
     reported = (False, False)
     while True:
-        await asyncio.to_thread(disk.check)
+        await run_in_thread(disk.check)
         now = low, high = disk.low, disk.high
         if now != reported:
             with contextlib.suppress(Failure):  # cannot commit yet: reported later

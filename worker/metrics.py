@@ -232,6 +232,19 @@ class Metrics:
             "Log lines that could not be written or repeat too often.",
             registry,
         )
+        self._hung = Gauge(
+            "hostd_hung_calls",
+            "Calls into the kernel that were abandoned and have not returned, by kind of thread.",
+            ["kind"],
+            registry=registry,
+        )
+        self._abandoned = Counter(
+            "hostd_abandoned_calls_total",
+            "Calls into the kernel that did not return in their time, by kind of thread.",
+            ["kind"],
+            registry=registry,
+        )
+        self._abandoned_before: dict[str, int] = {}
         self._lag = Histogram(
             "hostd_loop_lag_seconds",
             "How late the event loop ran a timer.",
@@ -374,6 +387,14 @@ class Metrics:
         for result, total in ends.items():
             self._warm_ends.labels(result).inc(total - self._warm_ended.get(result, 0))
             self._warm_ended[result] = total
+
+    def calls(self, hung: Mapping[str, int], abandoned: Mapping[str, int]) -> None:
+        """By kind of thread: those that hang now; totals of all that were abandoned."""
+        for kind, count in hung.items():
+            self._hung.labels(kind).set(count)
+        for kind, total in abandoned.items():
+            self._abandoned.labels(kind).inc(total - self._abandoned_before.get(kind, 0))
+            self._abandoned_before[kind] = total
 
     def network_warnings(self, count: int) -> None:
         self._network_warnings.set(count)

@@ -94,10 +94,14 @@ class Reconciled:
     drift: FakeDrift
     inventory: FakeInventory = field(default_factory=FakeInventory)
     now_s: float = 0.0
+    calls_hang: bool = False
 
 
 def reconciled(worker: MemoryWorker) -> Reconciled:
     async def bound_logs() -> None: ...
+
+    async def take_inventory() -> FakeInventory:
+        return made.inventory
 
     metrics, drift = Metrics("0"), FakeDrift()
     reconciler = Reconciler(
@@ -108,7 +112,8 @@ def reconciled(worker: MemoryWorker) -> Reconciled:
         metrics,
         drift=drift,
         bound_logs=bound_logs,
-        take_inventory=lambda: made.inventory,
+        take_inventory=take_inventory,
+        calls_hang=lambda: made.calls_hang,
         clock=lambda: made.now_s,
     )
     made = Reconciled(reconciler, metrics, drift)

@@ -21,6 +21,8 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_step_duration_seconds": ("histogram", {"step"}),
     "hostd_retries": ("counter", {"type", "code"}),
     "hostd_lanes": ("gauge", {"state"}),
+    "hostd_hung_calls": ("gauge", {"kind"}),
+    "hostd_abandoned_calls": ("counter", {"kind"}),
     "hostd_commands_unfinished": ("gauge", set()),
     "hostd_journal_commit_seconds": ("histogram", set()),
     "hostd_outbox_rows": ("gauge", set()),
@@ -102,6 +104,7 @@ def used() -> Metrics:
     metrics.instances({Status.RUNNING: 5})
     metrics.orphans({"taps": 1})
     metrics.unrecorded_vmms(1)
+    metrics.calls({"netlink": 1, "files": 0}, {"netlink": 1, "files": 2})
     return metrics
 
 

@@ -65,7 +65,9 @@ class Reconciler:
         mechanisms: by name, to remove leftovers.
         drift: reports out-of-band changes of networks.
         bound_logs: cuts the logs of VMMs to their limit.
-        take_inventory: lists what carries hostd's mark; blocks, called in a thread.
+        take_inventory: lists what carries hostd's mark.
+        calls_hang: whether calls that were abandoned may still take effect: what is removed
+            meanwhile is looked at again.
         clock: seconds, monotonic.
     """
 
@@ -79,7 +81,8 @@ class Reconciler:
         *,
         drift: DriftWatch,
         bound_logs: Callable[[], Awaitable[object]],
-        take_inventory: Callable[[], Inventory],
+        take_inventory: Callable[[], Awaitable[Inventory]],
+        calls_hang: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._host = host
@@ -90,6 +93,7 @@ class Reconciler:
         self._drift = drift
         self._bound_logs = bound_logs
         self._take_inventory = take_inventory
+        self._calls_hang = calls_hang
         self._clock = clock
         self._unowned: Resources = set()
         self._unrecorded: set[tuple[int, int]] = set()
@@ -210,6 +214,8 @@ class Reconciler:
                 except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                     log.warning("leftover.remove_failed", step=row.mechanism, **facts_of(error))
                     continue
+                if self._calls_hang():
+                    continue  # one of them may make it again
                 if removed:
                     await self._journal.records.event(
                         EventKind.REMOVED,
@@ -281,7 +287,7 @@ class Reconciler:
         if self._counted_at is not None and now - self._counted_at < PASS_EVERY_S:
             return
         self._counted_at = now
-        inventory = await asyncio.to_thread(self._take_inventory)
+        inventory = await self._take_inventory()
         resources = unowned(
             inventory, self._journal.records.instances(), self._journal.records.networks()
         )

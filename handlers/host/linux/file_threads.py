@@ -1,14 +1,18 @@
-"""File work in threads: the event loop never blocks, and no thread outlives the step it is for."""
+"""File work in threads: the event loop never blocks, and no thread outlives the step it is for.
+
+Unless a call hangs, e.g. on a disk that does not answer: then it is abandoned (`call_threads`).
+"""
 
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from handlers.cancellation import run_shielded
 from handlers.errors import Unavailable
+from handlers.host.linux.call_threads import CallThreads, Progress
+from handlers.host.linux.kernel_thread import nothing
 from schemas.settings import IMPORTS_MAX
 
 P = ParamSpec("P")
@@ -16,18 +20,26 @@ T = TypeVar("T")
 
 QUICK_THREADS = 16
 SLOW_THREADS = 4
+CALL_S: Final = 150.0
+"""Without progress: more than `mkfs.ext4` is given for a data disk."""
+
+
+def _threads(kind: str, count: int) -> CallThreads[None]:
+    return CallThreads(kind, limit_s=CALL_S, open=nothing, close=lambda _: None, count=count)
+
 
 # What takes long must not hold up the many short steps, and the files that agentd offers for an
 # import must not hold up the wipes of a Destroy.
-_quick = ThreadPoolExecutor(QUICK_THREADS, "files")
-_slow = ThreadPoolExecutor(SLOW_THREADS, "slow-files")
-_imports = ThreadPoolExecutor(IMPORTS_MAX, "imports")
+_quick = _threads("files", QUICK_THREADS)
+_slow = _threads("slow-files", SLOW_THREADS)
+_imports = _threads("imports", IMPORTS_MAX)
 
 
 class CancelToken:
-    """Given to slow work, which checks it between chunks."""
+    """Given to slow work, which checks it between chunks: that is its progress, too."""
 
     def __init__(self) -> None:
+        self.progress = Progress()
         self._stop = threading.Event()
 
     def stop(self) -> None:
@@ -35,6 +47,7 @@ class CancelToken:
 
     def check(self) -> None:
         """Raises Unavailable once the caller was cancelled; nobody waits for the result then."""
+        self.progress.made()
         if self._stop.is_set():
             raise Unavailable("file work interrupted: nobody waits for it any more")
 
@@ -44,35 +57,32 @@ async def run_in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
 
     A thread cannot be stopped; one left behind would create again what the undo just removed.
     """
-    return await _run_in_pool(_quick, partial(work, *args, **kwargs), None)
+    call = partial(work, *args, **kwargs)
+    return await run_shielded(_quick.begin(lambda _: call()).future)
 
 
 async def run_in_slow_thread(work: Callable[[CancelToken], T]) -> T:
     """As `run_in_thread`, for work of seconds or minutes; cancelling stops it at a chunk."""
-    token = CancelToken()
-    return await _run_in_pool(_slow, partial(work, token), token)
+    return await _run_chunks(_slow, work)
 
 
 async def run_in_import_thread(work: Callable[[CancelToken], T]) -> T:
     """As `run_in_slow_thread`, in a thread for imports."""
-    token = CancelToken()
-    return await _run_in_pool(_imports, partial(work, token), token)
+    return await _run_chunks(_imports, work)
 
 
 def start_in_thread(work: Callable[[], None]) -> None:
     """Have short `work`, which changes nothing and never raises, done in a thread; none waits."""
-    _quick.submit(work)
+    future: asyncio.Future[None] = _quick.begin(lambda _: work()).future
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
-async def _run_in_pool(
-    pool: ThreadPoolExecutor, work: Callable[[], T], token: CancelToken | None
-) -> T:
-    submitted = pool.submit(work)
-    if token is None:
-        return await run_shielded(asyncio.wrap_future(submitted))
+async def _run_chunks(threads: CallThreads[None], work: Callable[[CancelToken], T]) -> T:
+    token = CancelToken()
+    call = threads.begin(lambda _: work(token), token.progress)
 
     def stop() -> None:
         token.stop()
-        submitted.cancel()  # if it has no thread yet, it never gets one
+        call.withdraw()  # if it has no thread yet, it never gets one
 
-    return await run_shielded(asyncio.wrap_future(submitted), on_cancel=stop)
+    return await run_shielded(call.future, on_cancel=stop)

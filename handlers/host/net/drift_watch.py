@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from handlers.host.linux.kernel_thread import KernelThread, no_namespace
+from handlers.host.linux.kernel_thread import kernel_thread, no_namespace, nothing
 from handlers.host.net.bridges import GATEWAY_OFFSET
 from handlers.host.net.netlink_messages import attributes, first_attribute, pieces
 from handlers.host.net.nft.commits import names_hostd, rules_listener
@@ -105,11 +105,11 @@ class HostWatch:
         """The two sockets, of the namespace that `enter` leads to."""
         own = await self._netlink.run(lambda kernel: kernel.port)
         own_rules = await self._nft.run(lambda tables: tables.port)
-        thread = KernelThread("drift", self._enter)
+        thread = kernel_thread("drift", self._enter, nothing, lambda _: None)
         try:
-            return await thread.run(lambda: (links_listener(own), own_rules_left_out(own_rules)))
+            return await thread.run(lambda _: (links_listener(own), own_rules_left_out(own_rules)))
         finally:
-            thread.stop(lambda: None)
+            thread.stop()
 
     async def _of_links(self, links: socket.socket) -> set[Change]:
         """What the messages that have come call for."""

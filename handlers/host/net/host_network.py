@@ -1,11 +1,11 @@
 """Questions about the host's network, what no single resource owns, and how the parts are wired."""
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 
-from handlers.host.linux.kernel_thread import no_namespace
+from handlers.host.linux.file_threads import run_in_thread
+from handlers.host.linux.kernel_thread import CALL_S, no_namespace
 from handlers.host.net.antispoof import Pins
 from handlers.host.net.bridges import Bridges
 from handlers.host.net.drift_watch import HostWatch
@@ -54,7 +54,7 @@ class Networks:
 
         changed, uplinks = await self._netlink.run(prepared)
         policy = self._base.policy
-        if policy.is_set and await asyncio.to_thread(policy.refresh):
+        if policy.is_set and await run_in_thread(policy.refresh):
             # What the operator changed is no drift.
             await self._base.ensure(uplinks)
         return await self._base.ensure(uplinks) or changed
@@ -68,7 +68,7 @@ class Networks:
             HostFault, Invalid: the policy file is invalid; the settings in effect stay.
         """
         policy = self._base.policy.at(settings.policy)
-        await asyncio.to_thread(policy.refresh)
+        await run_in_thread(policy.refresh)
         self._base.reload(settings, policy)
         self._uplinks = settings.uplinks
         self._exempt = [IPv4Network(route) for route in settings.exempt_routes]
@@ -200,10 +200,14 @@ class NetworkMechanisms:
 
 
 def open_network_mechanisms(
-    settings: NetworkSettings, enter: Callable[[], None] = no_namespace
+    settings: NetworkSettings,
+    enter: Callable[[], None] = no_namespace,
+    *,
+    call_s: float = CALL_S,
 ) -> NetworkMechanisms:
-    """Wire the mechanisms. `enter` runs first in each thread, e.g. to enter a namespace."""
-    netlink, nft = Netlink(enter), Nft(enter)
+    """Wire the mechanisms. `enter` runs first in each thread, e.g. to enter a namespace; a call of
+    more than `call_s` is abandoned."""
+    netlink, nft = Netlink(enter, limit_s=call_s), Nft(enter, limit_s=call_s)
     base = BaseRules(nft, settings)
     return NetworkMechanisms(
         netlink=netlink,

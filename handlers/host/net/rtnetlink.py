@@ -21,7 +21,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from handlers.errors import of_os_error
-from handlers.host.linux.kernel_thread import KernelThread, no_namespace
+from handlers.host.linux.kernel_thread import CALL_S, kernel_thread, no_namespace
 from handlers.host.net.conntrack import flush_conntrack, open_socket
 from handlers.host.net.kept_routes import KeptRoutes
 from handlers.host.net.netlink_messages import HEADER
@@ -211,15 +211,25 @@ class Netlink:
     """The thread in which all rtnetlink work of this worker runs, one function at a time."""
 
     def __init__(
-        self, enter: Callable[[], None] = no_namespace, open_kernel: Callable[[], Kernel] = Kernel
+        self,
+        enter: Callable[[], None] = no_namespace,
+        open_kernel: Callable[[], Kernel] = Kernel,
+        *,
+        limit_s: float = CALL_S,
     ) -> None:
-        self._thread = KernelThread("netlink", enter)
         self._open = open_kernel
         self._kernel: Kernel | None = None
+        self._thread = kernel_thread(
+            "netlink", enter, self._opened, lambda kernel: kernel.close(), limit_s=limit_s
+        )
 
     async def run(self, do: Callable[[Kernel], T]) -> T:
-        """Run `do` in the thread, undisturbed by other netlink work of this worker."""
-        return await self._thread.run(lambda: do(self._opened()))
+        """Run `do` in the thread, undisturbed by other netlink work of this worker.
+
+        Raises:
+            Abandoned: it did not return in its time; see `call_threads`.
+        """
+        return await self._thread.run(do)
 
     @property
     def unwanted(self) -> Collection[str]:
@@ -227,13 +237,8 @@ class Netlink:
         return () if self._kernel is None else self._kernel.unwanted
 
     def close(self) -> None:
-        self._thread.stop(self._close)
-
-    def _close(self) -> None:
-        if self._kernel is not None:
-            self._kernel.close()
+        self._thread.stop()
 
     def _opened(self) -> Kernel:
-        if self._kernel is None:
-            self._kernel = self._open()
+        self._kernel = self._open()
         return self._kernel

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from handlers.errors import Failure, HostFault
+from handlers.errors import Failure, HostFault, Unavailable
 from handlers.host.net.chains import (
     CARRIED,
     CARRIED_POLICY,
@@ -91,7 +91,7 @@ class BaseRules:
     def _ensure_guard(self, tables: Tables) -> None:
         """Make the guard with the members of the tables, unless it is there."""
         now = tables.outside_changes()
-        if self._guard_left is not None:
+        if self._guard_left is not None and tables.guarded:  # else made by a thread that hangs
             changes, listing = self._guard_left
             if now == changes or guard_listing(tables) == listing:
                 self._guard_left = (now, listing)
@@ -109,6 +109,11 @@ class BaseRules:
         try:
             tables.apply(script + self._guard_script + members)
         except Failure as error:
+            if self.nft.hangs:
+                raise Unavailable(
+                    f"cannot change the nftables tables {GUARD}: a call that hangs owns them; try "
+                    "again when it has returned"
+                ) from error
             raise HostFault(
                 f"cannot make the nftables tables {GUARD}: {error.message}; only one worker per "
                 "network namespace can own them: stop the other one"

@@ -18,8 +18,8 @@ from ipaddress import IPv4Address
 from typing import ClassVar
 
 from handlers.claims.unrecorded import TapOwner
-from handlers.errors import Conflict, Failure, HostFault, of_os_error
-from handlers.host.linux.kernel_thread import no_namespace
+from handlers.errors import Conflict, Failure, HostFault, Unavailable, of_os_error
+from handlers.host.linux.kernel_thread import CALL_S, no_namespace
 from handlers.host.net.bridges import GATEWAY_OFFSET
 from handlers.host.net.rtnetlink import Kernel, Netlink
 from handlers.host.net.rtnetlink_reader import (
@@ -147,8 +147,10 @@ class Taps:
         return {name: owner for name, owner in found.items() if name not in self._closing}
 
     async def _closed(self, key: str) -> None:
-        if (closing := self._closing.get(key)) is not None:
-            await asyncio.wait({closing})
+        """Raises Unavailable: the kernel has not deleted it in the time of a call."""
+        closing = self._closing.get(key)
+        if closing is not None and not (await asyncio.wait({closing}, timeout=CALL_S))[0]:
+            raise Unavailable(f"TAP {key} was released and is still being deleted: try again")
 
 
 def own_tap(kernel: Kernel, name: str) -> Link | None:

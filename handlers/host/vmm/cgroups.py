@@ -5,7 +5,6 @@ it is. With `limits.enforce` off only the tree is made: it still serves identity
 This module kills nothing: `vmms` owns the VMM in a leaf.
 """
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from handlers.errors import Failure, HostFault, Invalid, Unavailable, of_os_error
+from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.procfs import Mount, read_mounts, read_text
 from handlers.interfaces import CPU_PERIOD_US
 from handlers.mechanism import Durability
@@ -162,7 +162,7 @@ class Cgroups:
         Raises:
             HostFault: names the missing controller, or the limit that reads back differently.
         """
-        await asyncio.to_thread(self._ensure, spec)
+        await run_in_thread(self._ensure, spec)
 
     async def remove(self, key: str) -> None:
         """Remove the leaf, and with the tenant's last leaf its directory. Kills nothing.
@@ -170,7 +170,7 @@ class Cgroups:
         Raises:
             Unavailable: a process is still in it.
         """
-        await asyncio.to_thread(self._remove, self._leaf(key))
+        await run_in_thread(self._remove, self._leaf(key))
 
     async def oom_counts(self, key: str) -> OomCounts | None:
         """What the OOM killer did in the leaf since it was made; None if nothing counts it: the

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Sequence
 
 from handlers.cancellation import run_shielded
+from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.vmm import processes
 
 SETSIGDEF, SETSIGMASK = 0x04, 0x08
@@ -40,7 +41,7 @@ async def run(argv: Sequence[str], output: int, *, first: Callable[[], None] = n
         first()
         return _spawn(argv, output)
 
-    spawning = asyncio.ensure_future(asyncio.to_thread(spawn))
+    spawning = asyncio.ensure_future(run_in_thread(spawn))
     try:
         pid = await run_shielded(spawning)
     except asyncio.CancelledError:
@@ -63,7 +64,7 @@ async def run(argv: Sequence[str], output: int, *, first: Callable[[], None] = n
 async def _end(pid: int) -> None:
     """Kill and reap what was spawned while its launch was cancelled."""
     os.kill(pid, signal.SIGKILL)  # our own child, not reaped yet: the pid cannot be another's
-    await asyncio.to_thread(os.waitpid, pid, 0)
+    await run_in_thread(os.waitpid, pid, 0)
 
 
 def _spawn(argv: Sequence[str], output: int) -> int:

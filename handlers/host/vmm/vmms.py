@@ -24,6 +24,7 @@ from handlers.errors import Conflict, Failure, HostFault, Unavailable
 from handlers.host.jail.layout import JailLayout
 from handlers.host.jail.sockets import connect, read_tail
 from handlers.host.linux.file_id import FileId
+from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.vmm import confinement, processes
 from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.cgroups import CgroupTree
@@ -125,7 +126,7 @@ class Vmms:
                 # kernel thread of KVM exits shortly after its VM.
                 wait_s = FIRST_POLL_S
                 killed: list[int] = []
-                while pids := await asyncio.to_thread(self._pids, key):
+                while pids := await run_in_thread(self._pids, key):
                     if pids == killed:
                         await asyncio.sleep(wait_s)
                         wait_s = min(wait_s * 2, LAST_POLL_S)
@@ -218,7 +219,7 @@ class Vmms:
                     await self._jailer.run(spec, root, jailer_output.fileno())
                     # The rest takes 1 to 2 ms, too short for the event loop's timers, which have a
                     # resolution of 1 ms. No inotify: closing one costs 10 ms.
-                    identity = await asyncio.to_thread(self._poll_launched, spec, root)
+                    identity = await run_in_thread(self._poll_launched, spec, root)
                     wait_s = FIRST_POLL_S
                     while identity is None:
                         await asyncio.sleep(wait_s)
@@ -276,7 +277,7 @@ class Vmms:
     async def _abandon(self, jail_id: str, root: str) -> None:
         """After a failed launch: kill what runs and restore the jail, except for the log."""
         await self.remove(jail_id)
-        await asyncio.to_thread(clear, root)
+        await run_in_thread(clear, root)
 
     # -- proof ---------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ It is launched by the same code as any VMM, in the cgroup `<[limits] cgroup>/war
 and in a jail without metadata. `warm_pool` decides when.
 """
 
-import asyncio
 import contextlib
 import os
 import secrets
@@ -160,7 +159,7 @@ class WarmVmms:
 
     async def leftovers(self) -> list[str]:
         """IDs of every warm VMM of which this host has a jail or a cgroup."""
-        return await asyncio.to_thread(self._leftovers)
+        return await run_in_thread(self._leftovers)
 
     def _leftovers(self) -> list[str]:
         tree = self._cgroups.tree

@@ -22,7 +22,7 @@ def ended(lock: MigrationLock) -> None:
         pass
 
 
-def test_the_process_stays_in_its_cgroup() -> None:
+async def test_the_process_stays_in_its_cgroup() -> None:
     before = read_cgroup(os.getpid())
     lock = MigrationLock(find_mount())
 
@@ -33,7 +33,7 @@ def test_the_process_stays_in_its_cgroup() -> None:
     assert read_cgroup(os.getpid()) == before
 
 
-def test_a_tree_that_is_not_there_is_no_error(tmp_path: Path) -> None:
+async def test_a_tree_that_is_not_there_is_no_error(tmp_path: Path) -> None:
     lock = MigrationLock(str(tmp_path))
 
     lock.prepare()

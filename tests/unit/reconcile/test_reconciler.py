@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers.errors import HostFault, Unavailable
+from handlers.errors import Abandoned, HostFault, Unavailable
 from schemas import codec
 from schemas.codes import Code
 from schemas.records import Status
@@ -72,6 +72,35 @@ async def test_a_leftover_that_a_live_instance_uses_by_now_is_not_removed(tmp_pa
         await reconciled(worker).reconciler.once()
 
         assert ("tap", "tn3i5") in machine.resources
+        assert worker.journal.steps.leftovers() == {}
+
+
+async def test_what_an_abandoned_call_may_still_make_stays_a_leftover_until_it_returns(
+    tmp_path: Path,
+) -> None:
+    machine: FakeHost = seeded()
+    pending = True
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        assert (await worker.run(SetupNetwork("acme", NET))).code is Code.OK
+        made = reconciled(worker)
+        made.calls_hang = True
+        before = dict(machine.resources)
+        machine.fail = {"tap": Abandoned("hangs", lambda: pending).not_retryable()}
+        reply = await worker.run(START)
+        assert (reply.code, reply.left_behind) == (Code.UNAVAILABLE, ("tap tn3i5",))
+        assert machine.resources == before  # undone, but for what may still come
+        machine.fail.clear()
+
+        machine.resources["tap", "tn3i5"] = "made late"
+        for _pass in range(2):
+            await made.reconciler.once()
+            assert machine.resources == before
+            assert worker.journal.steps.leftovers() != {}
+            machine.resources["tap", "tn3i5"] = "made even later"
+        pending = made.calls_hang = False
+        await made.reconciler.once()
+
+        assert machine.resources == before
         assert worker.journal.steps.leftovers() == {}
 
 

@@ -48,7 +48,7 @@ class Commits:
     on; None if each is sent by a process of its own.
     """
 
-    def __init__(self, port: int | None) -> None:
+    def __init__(self, port: int | None, *, before: int = 0) -> None:
         self._listener = rules_listener()
         self.port = port
         if port is not None:
@@ -56,8 +56,7 @@ class Commits:
         self._buffer = bytearray(DATAGRAM_BYTES)
         self._view = memoryview(self._buffer)
         self.generation = read_generation()
-        self.of_hostd = 1
-        self.any = 1
+        self.of_hostd = self.any = 1 + (before << 32)
 
     def close(self) -> None:
         self._listener.close()

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from handlers.errors import Failure, Unavailable, of_os_error
-from handlers.host.linux.kernel_thread import KernelThread, no_namespace
+from handlers.host.linux.kernel_thread import CALL_S, kernel_thread, no_namespace
 from handlers.host.net.chains import GUARD
 from handlers.host.net.nft.commits import Commits
 from handlers.host.net.nft.elements import (
@@ -90,9 +90,12 @@ class Tables:
     Source: nft(8), nf_tables. Needs: CAP_NET_ADMIN.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, before: int = 0) -> None:
+        """`before`: how many others this worker opened before, so that no number of changes comes
+        again."""
         self._engine = engine
-        self._commits = Commits(None if engine.socket is None else engine.socket.getsockname()[0])
+        port = None if engine.socket is None else engine.socket.getsockname()[0]
+        self._commits = Commits(port, before=before)
         self._changes = 0
         self._members: dict[str, SetContent] = {}
         self.guarded = False
@@ -304,14 +307,27 @@ class Nft:
         self,
         enter: Callable[[], None] = no_namespace,
         open_engine: Callable[[], Engine] = open_engine,
+        *,
+        limit_s: float = CALL_S,
     ) -> None:
-        self._thread = KernelThread("nftables", enter)
         self._open = open_engine
-        self._tables: Tables | None = None
+        self._opened_before = 0
+        self._thread = kernel_thread(
+            "nftables", enter, self._opened, lambda tables: tables.close(), limit_s=limit_s
+        )
 
     async def run(self, do: Callable[[Tables], T]) -> T:
-        """Run `do` in the thread, undisturbed by other nftables work of this worker."""
-        return await self._thread.run(lambda: do(self._opened()))
+        """Run `do` in the thread, undisturbed by other nftables work of this worker.
+
+        Raises:
+            Abandoned: it did not return in its time; see `call_threads`.
+        """
+        return await self._thread.run(do)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether an abandoned call has not returned: its socket owns the guard until then."""
+        return self._thread.hung > 0
 
     async def members(self, name: str) -> frozenset[Element]:
         """The elements of a set, e.g. of `inet hostd tenants`; of none if it is absent."""
@@ -322,16 +338,12 @@ class Nft:
         return await self.run(lambda tables: tables.outside_changes())
 
     def close(self) -> None:
-        self._thread.stop(self._close)
-
-    def _close(self) -> None:
-        if self._tables is not None:
-            self._tables.close()
+        self._thread.stop()
 
     def _opened(self) -> Tables:
-        if self._tables is None:
-            self._tables = Tables(self._open())
-        return self._tables
+        tables = Tables(self._open(), before=self._opened_before)
+        self._opened_before += 1
+        return tables
 
 
 def guard_of(name: str) -> str:

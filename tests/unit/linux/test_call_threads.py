@@ -1,0 +1,279 @@
+"""Calls run in threads, in order where there is one; one that hangs is left and replaced."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from handlers.errors import Abandoned, Unavailable
+from handlers.host.linux.call_threads import (
+    SPARE,
+    CallThreads,
+    Progress,
+    exhausted_kinds,
+    hung_calls,
+)
+
+LIMIT_S = 0.05
+
+
+class State:
+    """What a thread opens: its own, with what was done to it."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.closed = threading.Event()
+
+
+class Rig:
+    """Threads of one kind, and calls of theirs that hang until `release`."""
+
+    def __init__(self, count: int = 1, limit_s: float = LIMIT_S) -> None:
+        self.states: list[State] = []
+        self.entered: list[int] = []
+        self.released = threading.Event()
+        self.threads = CallThreads(
+            "test",
+            limit_s=limit_s,
+            open=self._open,
+            close=lambda state: state.closed.set(),
+            enter=lambda: self.entered.append(threading.get_ident()),
+            count=count,
+        )
+
+    def _open(self) -> State:
+        self.states.append(State())
+        return self.states[-1]
+
+    def hang(self, state: State) -> str:
+        assert state.thread == threading.get_ident()
+        assert self.released.wait(60)
+        return "late"
+
+    async def abandon(self, times: int = 1) -> list[Abandoned]:
+        """Have so many calls abandoned, one after the other."""
+        failures: list[Abandoned] = []
+        for _each in range(times):
+            with pytest.raises(Abandoned) as caught:
+                await self.threads.run(self.hang)
+            failures.append(caught.value)
+        return failures
+
+    async def until_returned(self) -> None:
+        self.released.set()
+        async with asyncio.timeout(30):
+            while self.threads.hung:
+                await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    yield rig
+    rig.released.set()
+    rig.threads.stop()
+
+
+def threads_of(kind: str) -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name.startswith(f"{kind}_")]
+
+
+async def test_calls_run_in_order_in_one_thread_that_was_entered_first(rig: Rig) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def note(number: int, state: State) -> None:
+        seen.append((number, threading.get_ident()))
+
+    await asyncio.gather(*(rig.threads.run(partial(note, n)) for n in range(5)))
+    rig.threads.stop()
+
+    assert [number for number, _ in seen] == list(range(5))
+    assert {where for _, where in seen} == set(rig.entered) == {rig.states[0].thread}
+    assert len(rig.entered) == 1
+    assert rig.states[0].closed.is_set()
+
+
+async def test_a_result_and_an_error_come_back(rig: Rig) -> None:
+    assert await rig.threads.run(lambda _: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        await rig.threads.run(lambda _: 1 // 0)
+    assert await rig.threads.run(lambda _: 8) == 8
+
+
+@pytest.mark.parametrize("part", ["enter", "open"])
+async def test_each_call_raises_what_entering_or_opening_raised(part: str) -> None:
+    def refuse() -> Any:
+        raise PermissionError(part)
+
+    given: dict[str, Any] = {"enter": lambda: None, "open": lambda: None} | {part: refuse}
+    threads: CallThreads[Any] = CallThreads("test", limit_s=9, close=lambda _: None, **given)
+    for _twice in range(2):
+        with pytest.raises(PermissionError, match=part):
+            await threads.run(lambda _: 1)
+    threads.stop()
+
+
+async def test_a_call_that_is_cancelled_before_it_begins_is_left_out() -> None:
+    rig = Rig(limit_s=60)
+    begun = threading.Event()
+    ran: list[str] = []
+
+    def hold(state: State) -> None:
+        begun.set()
+        rig.hang(state)
+        ran.append("first")
+
+    first = asyncio.ensure_future(rig.threads.run(hold))
+    await asyncio.to_thread(begun.wait)
+    second = asyncio.ensure_future(rig.threads.run(lambda _: ran.append("second")))
+    third = rig.threads.begin(lambda _: ran.append("third"))
+    await asyncio.sleep(0)
+    for task in (first, second):
+        task.cancel()
+    third.withdraw()
+    await asyncio.gather(first, second, return_exceptions=True)
+    assert third.future.cancelled()
+    rig.released.set()
+    await rig.threads.run(lambda _: ran.append("fourth"))
+    rig.threads.stop()
+
+    assert ran == ["first", "fourth"]
+
+
+async def test_a_call_that_has_begun_is_not_withdrawn() -> None:
+    rig = Rig(limit_s=60)
+    begun = threading.Event()
+
+    def hold(state: State) -> str:
+        begun.set()
+        return rig.hang(state)
+
+    call = rig.threads.begin(hold)
+    await asyncio.to_thread(begun.wait)
+    call.withdraw()
+    rig.released.set()
+
+    assert await call.future == "late"
+    rig.threads.stop()
+
+
+async def test_stopped_threads_take_no_call(rig: Rig) -> None:
+    rig.threads.stop()
+    rig.threads.stop()
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        await rig.threads.run(lambda _: 1)
+
+
+def test_a_loop_that_is_closed_before_the_call_ends_harms_nothing() -> None:
+    rig = Rig(limit_s=60)
+
+    async def leave() -> None:
+        waiting = asyncio.ensure_future(rig.threads.run(rig.hang))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    asyncio.run(leave())
+    rig.released.set()
+
+    assert asyncio.run(rig.threads.run(lambda _: 5)) == 5
+    rig.threads.stop()
+
+
+async def test_as_many_threads_as_calls_but_no_more_than_the_count() -> None:
+    rig = Rig(count=3, limit_s=60)
+    barrier = threading.Barrier(3)
+
+    await rig.threads.run(lambda _: None)
+    await rig.threads.run(lambda _: None)
+    assert len(rig.states) == 1
+    await asyncio.gather(*(rig.threads.run(lambda _: barrier.wait(30)) for _ in range(6)))
+
+    assert len(rig.states) == 3
+    rig.threads.stop()
+
+
+async def test_a_call_that_hangs_is_abandoned_and_the_next_one_gets_a_thread_of_its_own(
+    rig: Rig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting = asyncio.gather(rig.threads.run(rig.hang), rig.threads.run(lambda s: s.thread))
+    with pytest.raises(Abandoned, match="may still take effect"):
+        await waiting
+    there = await rig.threads.run(lambda state: state.thread)
+
+    hung, fresh = rig.states
+    assert there == fresh.thread != hung.thread
+    assert rig.threads.hung == hung_calls()["test"] == rig.threads.abandoned == 1
+    log = capsys.readouterr().out
+    assert "call.abandoned" in log
+    assert "test_call_threads.py" in log  # where it hangs
+    assert not hung.closed.is_set()
+
+
+async def test_what_waits_behind_a_call_that_hangs_goes_on_without_another_call(rig: Rig) -> None:
+    hanging = asyncio.ensure_future(rig.threads.run(rig.hang))
+    behind = asyncio.ensure_future(rig.threads.run(lambda _: "done"))
+
+    assert await asyncio.wait_for(behind, 30) == "done"
+    with pytest.raises(Abandoned):
+        await hanging
+
+
+async def test_a_thread_that_returns_late_is_accounted_and_ends_with_its_state(
+    rig: Rig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (failure,) = await rig.abandon()
+    assert failure.pending()
+
+    await rig.until_returned()
+
+    assert not failure.pending()
+    assert rig.states[0].closed.is_set()
+    assert "call.returned" in capsys.readouterr().out
+    assert await rig.threads.run(lambda state: state is rig.states[-1])
+    assert len(threads_of("test")) == 1
+
+
+async def test_beyond_the_spare_threads_calls_fail_at_once_until_one_returns(rig: Rig) -> None:
+    await rig.abandon(SPARE)
+    behind = asyncio.gather(
+        rig.threads.run(rig.hang), rig.threads.run(lambda _: 1), return_exceptions=True
+    )
+    last, refused = await behind
+    assert isinstance(last, Abandoned)
+    assert type(refused) is Unavailable
+
+    with pytest.raises(Unavailable, match="5 calls of kind test hang"):
+        await rig.threads.run(lambda _: 1)
+    assert exhausted_kinds() == ("test",)
+    assert len(threads_of("test")) == SPARE + 1
+
+    await rig.until_returned()
+    assert await rig.threads.run(lambda _: 1) == 1
+    assert exhausted_kinds() == ()
+
+
+async def test_a_call_that_makes_progress_is_not_abandoned(rig: Rig) -> None:
+    progress = Progress()
+    steps = threading.Event()
+
+    def work(_: State) -> str:
+        for _each in range(10):
+            steps.wait(LIMIT_S / 2)
+            progress.made()
+        return "done"
+
+    assert await rig.threads.begin(work, progress).future == "done"
+    assert rig.threads.abandoned == 0
+
+
+async def test_stopping_does_not_wait_for_a_call_that_was_abandoned(rig: Rig) -> None:
+    await rig.abandon()
+
+    rig.threads.stop()
+
+    assert rig.threads.hung == 1
