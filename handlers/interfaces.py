@@ -32,6 +32,7 @@ from handlers.specs import (
     JailSpec,
     LaunchSpec,
     PinSpec,
+    Restored,
     SnapshotFacts,
     SnapshotInfo,
     TapSpec,
@@ -209,6 +210,15 @@ class Cgroups(Mechanism[CgroupSpec, None], Protocol):
         """What the OOM killer did in the leaf; None if nothing counts it. It does not block."""
         ...
 
+    async def differing(self, specs: Sequence[CgroupSpec]) -> Mapping[str, Sequence[str]]:
+        """By key, the limits that are not in effect. Changes nothing."""
+        ...
+
+    async def restore(self, spec: CgroupSpec) -> Restored:
+        """Put the limits of a running VMM back in effect; a memory limit below what is in use is
+        `lost`: it would kill the VMM."""
+        ...
+
 
 class JailMetadata(Protocol):
     """Whose jail it is, as written at launch. `record` is the journal's record of the launch.
@@ -332,6 +342,11 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
 
     async def alive(self, identity: VmmIdentity) -> bool:
         """Whether that very process still runs."""
+        ...
+
+    async def lacking(self, vmms: Mapping[str, VmmIdentity]) -> Mapping[str, Sequence[str]]:
+        """By jail ID, what a running VMM lacks of what its launch made, for good: names of files in
+        its jail, or its place in the cgroup tree. Changes nothing."""
         ...
 
     async def wait_exit(self, identity: VmmIdentity, timeout_s: float) -> bool:

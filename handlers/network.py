@@ -6,7 +6,6 @@ effect until its teardown, by drift repair and after a reboot through the same m
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from ipaddress import IPv4Network
 
 from handlers.admission.disk_admission import refuse_low_disk
@@ -15,7 +14,7 @@ from handlers.concurrency import limited
 from handlers.errors import Conflict, Invalid, NotFound
 from handlers.interfaces import Host
 from handlers.network_names import network_specs, port_specs
-from handlers.specs import BridgeSpec, TenantRulesSpec
+from handlers.specs import BridgeSpec, Restored, TenantRulesSpec
 from handlers.steps import Done, Steps
 from schemas.decode_error import DecodeError
 from schemas.envelopes import EventKind
@@ -23,15 +22,6 @@ from schemas.files import TenantConfig
 from schemas.records import ABSENT, NetworkRecord
 from schemas.requests import NetworkRequest, SetupNetwork, TeardownNetwork, TenantNet
 from schemas.tenant_net import check_net
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """The result of a repair. `lost` are missing TAPs of live instances: a VMM cannot reopen its
-    TAP, so the guest has no network until it is stopped and started."""
-
-    repaired: tuple[str, ...]
-    lost: tuple[str, ...]
 
 
 async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
@@ -142,7 +132,7 @@ async def restore_network(record: NetworkRecord, host: Host) -> Restored:
     lost: list[str] = []
     async with host.locks.exclusive(record.tenant_id):
         if host.records.network(record.tenant_id) != record or record.status != "up":
-            return Restored((), ())
+            return Restored()
         rules, bridge = network_specs(record.tenant_id, record.net)
         if await host.networks.prepare():
             repaired.append("base_rules")

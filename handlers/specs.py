@@ -195,6 +195,15 @@ class CgroupSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Restored:
+    """The result of a repair: what is in effect again, and what cannot be restored while it runs,
+    e.g. a missing TAP, which its VMM could not open again."""
+
+    repaired: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class JailFile:
     """A hard link to make in the jail, read-only unless it is the recorded data disk `disk`.
 

@@ -167,6 +167,11 @@ class Metrics:
             "Facts outside of hostd that keep guests from the network: see the network event.",
             registry=registry,
         )
+        self._lost = Gauge(
+            "hostd_lost_resources",
+            "Parts of running instances that are missing and cannot be made again while they run.",
+            registry=registry,
+        )
         self._orphans = Gauge(
             "hostd_orphans",
             "Resources with hostd's mark that belong to no record, by kind.",
@@ -401,6 +406,10 @@ class Metrics:
 
     def unrecorded_vmms(self, count: int) -> None:
         self._unrecorded_vmms.set(count)
+
+    def lost(self, count: int) -> None:
+        """As of the last pass of the reconciler; its `drift` events name them."""
+        self._lost.set(count)
 
     def orphans(self, counts: Mapping[str, int]) -> None:
         """By kind of the inventory; a kind that is left out has no series."""

@@ -25,7 +25,7 @@ from handlers.host.vmm.api_schema import boot_requests, for_version
 from handlers.host.vmm.cgroups import Cgroups
 from handlers.host.vmm.jailer import Jailer
 from handlers.host.vmm.versions import parse_version
-from handlers.instance.launch import PIDS_PER_VMM
+from handlers.instance.launch_plan import PIDS_PER_VMM
 from handlers.interfaces import CPU_PERIOD_US
 from handlers.jail_names import (
     CONFIG_DRIVE,

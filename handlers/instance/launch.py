@@ -28,15 +28,13 @@ from msgspec.structs import replace
 from handlers.cancellation import together
 from handlers.errors import Conflict, Failure
 from handlers.instance.jail_contents import jail_spec
-from handlers.instance.launch_plan import Launch, LaunchPlan
+from handlers.instance.launch_plan import Launch, LaunchPlan, cgroup_spec
 from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
 from handlers.instance.vmm_log import add_log
-from handlers.interfaces import CPU_PERIOD_US, Host, VmmApi
+from handlers.interfaces import Host, VmmApi
 from handlers.mechanism import Removable
 from handlers.specs import (
-    MIB,
     Artifact,
-    CgroupSpec,
     DataDisk,
     DataDiskSpec,
     Jail,
@@ -45,8 +43,6 @@ from handlers.specs import (
 )
 from handlers.steps import Steps
 from schemas.records import DiskIdentity, InstanceRecord, VmmIdentity
-
-PIDS_PER_VMM = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,16 +220,7 @@ async def ensure_files(
 
 async def ensure_cgroup(launch: Launch, steps: Steps, host: Host) -> None:
     """The leaf that the VMM is started in, with its limits in force."""
-    await steps.ensure(
-        host.cgroups,
-        CgroupSpec(
-            tenant_id=launch.ref.tenant_id,
-            jail_id=launch.jail_id,
-            memory_max_bytes=(launch.record.mem_mib + host.settings.limits.vmm_overhead_mib) * MIB,
-            cpu_quota_us=launch.record.vcpus * CPU_PERIOD_US,
-            pids_max=PIDS_PER_VMM,
-        ),
-    )
+    await steps.ensure(host.cgroups, cgroup_spec(launch.record, host))
 
 
 async def ensure_data_disk(

@@ -4,15 +4,17 @@ from dataclasses import dataclass
 
 from handlers.errors import Conflict, Invalid
 from handlers.instance.reservations import ReservationSpec
-from handlers.interfaces import Host
+from handlers.interfaces import CPU_PERIOD_US, Host
 from handlers.network_names import Names, names_of
-from handlers.specs import Artifact, LaunchSpec, SnapshotInfo
+from handlers.specs import MIB, Artifact, CgroupSpec, LaunchSpec, SnapshotInfo
 from handlers.steps import Steps
 from schemas import naming
 from schemas.decode_error import DecodeError
 from schemas.files import InstanceFile, PoolSpec, TenantConfig, check_instance_net, offset_of
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef, TenantNet
+
+PIDS_PER_VMM = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,17 @@ def launch_of(record: InstanceRecord, pool: PoolSpec, host: Host) -> Launch:
         cgroup=naming.cgroup_name(host.settings.limits.cgroup, record.cgroup_key),
     )
     return Launch(record, pool, names, spec)
+
+
+def cgroup_spec(record: InstanceRecord, host: Host) -> CgroupSpec:
+    """The leaf of the record's launch, with the limits that its size asks for."""
+    return CgroupSpec(
+        tenant_id=record.ref.tenant_id,
+        jail_id=record.jail_id,
+        memory_max_bytes=(record.mem_mib + host.settings.limits.vmm_overhead_mib) * MIB,
+        cpu_quota_us=record.vcpus * CPU_PERIOD_US,
+        pids_max=PIDS_PER_VMM,
+    )
 
 
 @dataclass(frozen=True, slots=True)

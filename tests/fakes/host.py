@@ -6,7 +6,7 @@ It passes the same contract tests as the real mechanisms (`tests/contract`).
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from handlers.claims.facts import DiskProof, Fact
 from handlers.claims.unrecorded import TapOwner, UnrecordedVmms, VmmProcess
+from msgspec import structs
+
 from handlers.concurrency import Slots
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound, Unavailable
 from handlers.interfaces import Discarded, Host, Records
@@ -33,6 +35,7 @@ from handlers.specs import (
     JailSpec,
     LaunchSpec,
     PinSpec,
+    Restored,
     SnapshotFacts,
     SnapshotInfo,
     TapSpec,
@@ -131,6 +134,8 @@ class FakeHost:
     import_bytes: int = 0
     gates: dict[str, Gate] = field(default_factory=dict[str, Gate])
     exits_on_request: bool = True
+    memory_in_use: set[str] = field(default_factory=set[str])
+    lacking: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     oom: dict[str, OomCounts] = field(default_factory=dict[str, OomCounts])
     exited: dict[int, asyncio.Event] = field(default_factory=dict[int, asyncio.Event])
     uids: dict[str, int] = field(default_factory=dict[str, int])
@@ -279,6 +284,33 @@ class FakeCgroups(Plain[CgroupSpec]):
         if (self.name, key) not in self.machine.resources:
             return None
         return self.machine.oom.get(key, OomCounts(0, 0))
+
+    async def differing(self, specs: Sequence[CgroupSpec]) -> Mapping[str, Sequence[str]]:
+        found = {spec.key: self._differing(spec) for spec in specs}
+        return {key: names for key, names in found.items() if names}
+
+    async def restore(self, spec: CgroupSpec) -> Restored:
+        names = self._differing(spec)
+        if spec.key in self.machine.memory_in_use:
+            kept = tuple(name for name in names if name != "memory.max")
+            return Restored(kept, tuple(f"{name} (in use)" for name in names if name not in kept))
+        await self.ensure(spec)
+        return Restored(names)
+
+    def _differing(self, spec: CgroupSpec) -> tuple[str, ...]:
+        now: CgroupSpec | None = self.machine.resources.get((self.name, spec.key))
+        pairs = {
+            "memory.max": "memory_max_bytes",
+            "cpu.max": "cpu_quota_us",
+            "pids.max": "pids_max",
+        }
+        return (
+            tuple(
+                limit for limit, name in pairs.items() if getattr(now, name) != getattr(spec, name)
+            )
+            if now is not None
+            else ()
+        )
 
 
 class FakeBridges(Plain[BridgeSpec]):
@@ -440,6 +472,8 @@ class FakeShared:
         def write() -> None:
             _known(self.machine.files, ref, "instance.json")
             self.machine.written.setdefault(ref, {}).update(changes)
+            known = {k: v for k, v in changes.items() if k in InstanceFile.__struct_fields__}
+            self.machine.files[ref] = structs.replace(self.machine.files[ref], **known)
 
         await self.machine.effect("update_instance", write)
 
@@ -645,6 +679,10 @@ class FakeVmms(Plain[LaunchSpec]):
     async def find(self, jail_id: str) -> VmmIdentity | None:
         identity: VmmIdentity | None = self.machine.resources.get((self.name, jail_id))
         return identity
+
+    async def lacking(self, vmms: Mapping[str, VmmIdentity]) -> Mapping[str, Sequence[str]]:
+        live = [jail_id for jail_id in vmms if (self.name, jail_id) in self.machine.resources]
+        return {each: self.machine.lacking[each] for each in live if each in self.machine.lacking}
 
     async def alive(self, identity: VmmIdentity) -> bool:
         return identity in (

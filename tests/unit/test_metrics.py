@@ -43,6 +43,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_snapshot_duration_seconds": ("histogram", set()),
     "hostd_snapshot_bytes": ("histogram", set()),
     "hostd_network_warnings": ("gauge", set()),
+    "hostd_lost_resources": ("gauge", set()),
     "hostd_orphans": ("gauge", {"kind"}),
     "hostd_unrecorded_vmms": ("gauge", set()),
     "hostd_artifact_copied_bytes": ("counter", set()),
@@ -102,6 +103,7 @@ def used() -> Metrics:
     metrics.outbox_rows(4, held=1)
     metrics.bus_connected(True)
     metrics.instances({Status.RUNNING: 5})
+    metrics.lost(1)
     metrics.orphans({"taps": 1})
     metrics.unrecorded_vmms(1)
     metrics.calls({"netlink": 1, "files": 0}, {"netlink": 1, "files": 2})

@@ -33,6 +33,7 @@ from worker.lanes import Lanes, MaintenanceTask
 from worker.logs import facts_of
 from worker.metrics import Metrics
 from worker.reconcile.orphans import Inventory, Resources, count_in_both, unowned
+from worker.reconcile.running_check import RunningCheck
 
 PASS_EVERY_S = 30.0
 
@@ -95,6 +96,8 @@ class Reconciler:
         self._take_inventory = take_inventory
         self._calls_hang = calls_hang
         self._clock = clock
+        self._running = RunningCheck(host, journal, lanes)
+        self._lost: dict[str, tuple[str, ...]] = {}
         self._unowned: Resources = set()
         self._unrecorded: set[tuple[int, int]] = set()
         self._warnings: set[str] = set()
@@ -118,6 +121,10 @@ class Reconciler:
         try:
             while True:
                 await asyncio.wait({change}, timeout=max(0.0, pass_at - self._clock()))
+                # First, so that a stream of changes does not hold it up.
+                if self._clock() >= pass_at:
+                    await self.once()
+                    pass_at = self._clock() + PASS_EVERY_S
                 if change.done():
                     found = change.result()
                     change = asyncio.ensure_future(anext(changes))
@@ -125,9 +132,6 @@ class Reconciler:
                         await self.repair_network(found.tenant_net_id)
                     else:
                         await self.repair_networks(rules_only=found.kind == "rules")
-                else:
-                    await self.once()
-                    pass_at = self._clock() + PASS_EVERY_S
         finally:
             change.cancel()
             await asyncio.gather(change, return_exceptions=True)
@@ -137,6 +141,7 @@ class Reconciler:
         """One pass; what fails is logged, the rest is done, and the next pass tries again."""
         parts: dict[str, Callable[[], Awaitable[object]]] = {
             "networks": self.repair_networks,
+            "running": self._running.run,
             "warnings": self._report_warnings,
             "leftovers": self.sweep_leftovers,
             "stops": self._finish_stops,
@@ -149,6 +154,7 @@ class Reconciler:
                 await part()
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 log.warning("reconciler.pass_failed", part=name, **facts_of(error))
+        self._metrics.lost(sum(map(len, self._lost.values())) + self._running.lost)
 
     async def repair_network(self, net_id: int) -> None:
         """Restore the network with this id to its desired state."""
@@ -176,13 +182,18 @@ class Reconciler:
                 await self._restore(record)
 
     async def _restore(self, record: NetworkRecord) -> None:
-        """Restore one network; a `drift` event names what had changed."""
+        """Restore one network; a `drift` event names what had changed, once what is lost."""
         try:
             restored = await restore_network(record, self._host)
         except Exception as error:  # noqa: BLE001 - logged; the rest goes on
             log.warning("network.repair_failed", tenant=record.tenant_id, **facts_of(error))
             return
-        if restored.repaired or restored.lost:
+        is_news = bool(restored.lost) and self._lost.get(record.tenant_id) != restored.lost
+        if restored.lost:
+            self._lost[record.tenant_id] = restored.lost
+        else:
+            self._lost.pop(record.tenant_id, None)
+        if restored.repaired or is_news:
             await self._journal.records.event(
                 EventKind.DRIFT,
                 tenant_id=record.tenant_id,

@@ -12,16 +12,17 @@ import re
 import select
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from handlers.errors import Failure, HostFault, Invalid, Unavailable, of_os_error
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.procfs import Mount, read_mounts, read_text
-from handlers.interfaces import CPU_PERIOD_US
+from handlers.host.vmm import cgroup_limits
+from handlers.host.vmm.cgroup_limits import write
 from handlers.mechanism import Durability
-from handlers.specs import CgroupSpec
+from handlers.specs import CgroupSpec, Restored
 from handlers.vmm_ends import OomCounts
 from schemas import naming
 from schemas.requests import InstanceRef
@@ -116,7 +117,7 @@ class CgroupTree:
         Raises:
             OSError: ESRCH: it has exited; ENOENT: no such cgroup.
         """
-        _write(f"{self.path(name)}/cgroup.procs", str(pid))
+        write(f"{self.path(name)}/cgroup.procs", str(pid))
 
 
 def check_controllers(settings: Settings) -> None:
@@ -164,6 +165,35 @@ class Cgroups:
         """
         await run_in_thread(self._ensure, spec)
 
+    async def differing(self, specs: Sequence[CgroupSpec]) -> Mapping[str, Sequence[str]]:
+        """By key, the limits that are not in effect; without enforcement there are none."""
+        return await asyncio.to_thread(self._differing, specs) if self._enforce else {}
+
+    def _differing(self, specs: Sequence[CgroupSpec]) -> dict[str, Sequence[str]]:
+        found: dict[str, Sequence[str]] = {}
+        for spec in specs:
+            with contextlib.suppress(OSError):  # its VMM ended, and the leaf with it
+                if names := tuple(
+                    cgroup_limits.differing(self.tree.path(self._leaf(spec.key)), spec)
+                ):
+                    found[spec.key] = names
+        return found
+
+    async def restore(self, spec: CgroupSpec) -> Restored:
+        """Put the limits of a running VMM back in effect, without killing it.
+
+        Raises:
+            HostFault: names the limit that reads back differently.
+        """
+
+        def restore() -> Restored:
+            try:
+                return cgroup_limits.restore(self.tree.path(self._leaf(spec.key)), spec)
+            except OSError as error:
+                raise of_os_error(error, f"cannot restore cgroup {spec.key}") from error
+
+        return await asyncio.to_thread(restore) if self._enforce else Restored()
+
     async def remove(self, key: str) -> None:
         """Remove the leaf, and with the tenant's last leaf its directory. Kills nothing.
 
@@ -200,7 +230,7 @@ class Cgroups:
             with self._lock_of(leaf):
                 made = self._make(leaf)
             if self._enforce:
-                self._limit(leaf, spec)
+                cgroup_limits.apply(leaf, spec)
         except (Failure, OSError) as error:
             if made:
                 self._remove(self._leaf(spec.key))
@@ -243,7 +273,7 @@ class Cgroups:
 
     def _enable(self, at: str, controllers: list[str]) -> None:
         try:
-            _write(f"{at}/cgroup.subtree_control", " ".join(controllers))
+            write(f"{at}/cgroup.subtree_control", " ".join(controllers))
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
@@ -253,27 +283,6 @@ class Cgroups:
                 "cannot be set below it; set [limits] cgroup to one without processes",
                 detail={"cgroup": at},
             ) from error
-
-    def _limit(self, leaf: str, spec: CgroupSpec) -> None:
-        page = os.sysconf("SC_PAGESIZE")
-        limits = {
-            "memory.max": str(spec.memory_max_bytes // page * page),
-            "memory.swap.max": "0",
-            "cpu.max": f"{spec.cpu_quota_us} {CPU_PERIOD_US}",
-            "pids.max": str(spec.pids_max),
-        }
-        if not os.path.exists(f"{leaf}/memory.swap.max") and not _has_swap():
-            del limits["memory.swap.max"]
-        for name, value in limits.items():
-            path = f"{leaf}/{name}"
-            if read_text(path).strip() == value:
-                continue
-            _write(path, value)
-            if (found := read_text(path).strip()) != value:
-                raise HostFault(
-                    f"{name} of cgroup {spec.key} reads back as {found}, expected {value}",
-                    detail={"limit": name, "expected": value, "found": found},
-                )
 
     def _remove(self, name: str) -> None:
         leaf = self.tree.path(name)
@@ -310,15 +319,6 @@ class Cgroups:
                 events.seek(0)
 
 
-def _write(path: str, value: str) -> None:
-    """One write(2), as the kernel requires; no O_CREAT, so a missing file is ENOENT."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, value.encode())
-    finally:
-        os.close(fd)
-
-
 def _rmdir(path: str) -> None:
     """Remove a cgroup; EBUSY is usual for a moment after `populated 0`."""
     until = time.monotonic() + RMDIR_TIMEOUT_S
@@ -335,7 +335,3 @@ def _rmdir(path: str) -> None:
             return
         time.sleep(wait_s)
         wait_s = min(wait_s * 2, 0.1)
-
-
-def _has_swap() -> bool:
-    return len(read_text("/proc/swaps").splitlines()) > 1

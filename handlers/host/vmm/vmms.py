@@ -14,7 +14,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ from handlers.host.jail.layout import JailLayout
 from handlers.host.jail.sockets import connect, read_tail
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.file_threads import run_in_thread
-from handlers.host.vmm import confinement, processes
+from handlers.host.vmm import confinement, processes, survey
 from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.jailer import Jailer, clear
@@ -167,6 +167,12 @@ class Vmms:
     async def alive(self, identity: VmmIdentity) -> bool:
         with _proven(identity) as pidfd:
             return pidfd is not None
+
+    async def lacking(self, vmms: Mapping[str, VmmIdentity]) -> Mapping[str, Sequence[str]]:
+        jails = {self._layout.root(jail_id): jail_id for jail_id in vmms}
+        named = {root: vmms[jail_id] for root, jail_id in jails.items()}
+        found = await asyncio.to_thread(survey.lacking, named)
+        return {jails[root]: missing for root, missing in found.items()}
 
     async def wait_exit(self, identity: VmmIdentity, timeout_s: float) -> bool:
         with _proven(identity) as pidfd:

@@ -16,8 +16,8 @@ from handlers.host.net.rtnetlink import Kernel
 from handlers.host.net.rtnetlink_reader import IFLA_TUN_OWNER
 from handlers.host.net.taps import FLAGS, SeizedTap, open_tap, seize_tap
 from handlers.interfaces import Host
-from handlers.network import Restored, restore_network, setup_network, teardown_network
-from handlers.specs import BridgeSpec
+from handlers.network import restore_network, setup_network, teardown_network
+from handlers.specs import BridgeSpec, Restored
 from handlers.steps import Done
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import InstanceRef, SetupNetwork, TeardownNetwork, TenantNet

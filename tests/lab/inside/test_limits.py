@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from handlers.errors import HostFault
 from handlers.host.vmm.cgroups import CONTROLLERS, Cgroups
-from handlers.specs import CgroupSpec
+from handlers.specs import CgroupSpec, Restored
 from handlers.vmm_ends import OomCounts
 from schemas.settings import LimitSettings, Settings
 from tests.guests.namespace import own_network
@@ -167,3 +167,43 @@ async def test_a_jailed_vmm_boots_within_its_limits(host: VmmRig) -> None:
 
     assert not await host.vmms.exists(spec.jail_id)
     assert (leaf / "cgroup.procs").read_text() == ""
+
+
+async def test_changed_limits_of_a_leaf_are_named_and_restored(cgroups: Cgroups) -> None:
+    await cgroups.ensure(SPEC)
+    leaf = Path(cgroups.tree.path(cgroups.tree.name("acme", "a1-1")))
+    assert await cgroups.differing([SPEC]) == {}
+    before = {name: value(cgroups, name) for name in ("memory.max", "cpu.max", "pids.max")}
+    for name in before:
+        (leaf / name).write_text("max")
+
+    assert await cgroups.differing([SPEC]) == {KEY: tuple(before)}
+    restored = await cgroups.restore(SPEC)
+
+    assert restored == Restored(tuple(before), ())
+    assert {name: value(cgroups, name) for name in before} == before
+    assert await cgroups.restore(SPEC) == Restored()
+    await cgroups.remove(KEY)
+    assert await cgroups.differing([SPEC]) == {}
+
+
+async def test_a_memory_limit_that_would_kill_is_not_restored(cgroups: Cgroups) -> None:
+    roomy = dataclasses.replace(SPEC, memory_max_bytes=128 * MIB)
+    await cgroups.ensure(roomy)
+    leaf = cgroups.tree.path(cgroups.tree.name("acme", "a1-1"))
+    enter = f"import os; open('{leaf}/cgroup.procs', 'w').write(str(os.getpid())); "
+    program = enter + "x = b'x' * (64 << 20); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as inside:
+        assert inside.stdout is not None
+        assert inside.stdout.readline() == b"\n"
+
+        restored = await cgroups.restore(SPEC)
+
+        assert restored.repaired == ()
+        assert [name.split()[0] for name in restored.lost] == ["memory.max"]
+        assert value(cgroups, "memory.max") == str(128 * MIB)
+        assert inside.poll() is None
+        inside.kill()
+    await cgroups.remove(KEY)

@@ -179,6 +179,7 @@ TRUSTED = {
     "handlers/host/storage/drive_images.py:write:int": NO_TEXT,
     "handlers/host/vmm/cgroups.py:oom_counts:int": PROC,
     "handlers/host/vmm/exit_watch.py:_zombie_status:int": PROC,
+    "handlers/host/vmm/cgroup_limits.py:restore:int": PROC,
     "handlers/host/vmm/cgroups.py:launches:int": MATCHED,
     "handlers/host/vmm/cgroups.py:pids:int": PROC,
     "handlers/host/vmm/confinement.py:read_uid:int": PROC,
