@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
 from typing import Any, ClassVar, Generic, TypeVar
 
-from handlers.claims.facts import DiskProof, Fact
-from handlers.claims.unrecorded import TapOwner, UnrecordedVmms, VmmProcess
 from msgspec import structs
 
+from handlers.claims.facts import DiskProof, Fact
+from handlers.claims.unrecorded import TapOwner, UnrecordedVmms, VmmProcess
 from handlers.concurrency import Slots
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound, Unavailable
 from handlers.interfaces import Discarded, Host, Records
