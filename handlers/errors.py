@@ -94,6 +94,14 @@ class Superseded(Failure):
     code = Code.SUPERSEDED
 
 
+class Draining(Failure):
+    """The host takes no new VMs; nothing was started: elsewhere."""
+
+    code = Code.DRAINING
+    retryable = True
+    act = "scheduler"
+
+
 class HostFault(Failure):
     """EACCES, EPERM, EIO, a missing binary, a refused snapshot, anything unlisted: page someone."""
 

@@ -77,6 +77,7 @@ class EventKind(StrEnum):
     RECOVERED = "recovered"
     DISK = "disk"
     RELEASED = "released"
+    DRAIN = "drain"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

@@ -31,6 +31,7 @@ from schemas.requests import (
     Error,
     Ok,
     Ping,
+    Request,
     SetupNetwork,
     TeardownNetwork,
 )
@@ -63,6 +64,7 @@ class Dispatch:
 
     Args:
         mechanisms: by name, all that a step row may name; undo removes with them.
+        refuse: why a command that has not begun is not run, e.g. because the host drains.
         clock_ms, monotonic_s: the clocks; tests pass their own.
     """
 
@@ -74,6 +76,7 @@ class Dispatch:
         mechanisms: Mapping[str, Removable],
         *,
         meters: CommandMeters,
+        refuse: Callable[[Request], Failure | None] = lambda request: None,
         failpoint: Failpoint = no_failpoint,
         clock_ms: Callable[[], int] = now_ms,
         monotonic_s: Callable[[], float] = time.monotonic,
@@ -83,6 +86,7 @@ class Dispatch:
         self._host = host
         self._mechanisms = mechanisms
         self._meters = meters
+        self._refuse = refuse
         self._failpoint = failpoint
         self._clock_ms = clock_ms
         self._monotonic_s = monotonic_s
@@ -139,7 +143,7 @@ class Dispatch:
         deadline_ms = row.command.deadline_ms
         if deadline_ms is not None and deadline_ms <= self._clock_ms():
             return Expired("the deadline passed before the command was started")
-        return None
+        return self._refuse(row.command.request)
 
     async def _outcome(self, row: CommandRow, steps: Steps) -> tuple[Reply, Done | None]:
         try:

@@ -35,7 +35,10 @@ from schemas.subjects import Subjects
 from worker import logs
 from worker.background import BackgroundTasks
 from worker.bus.nats import NatsBus
+from worker.control.drain_routes import DrainRoutes
+from worker.control.draining import DrainSwitch
 from worker.control.dump import Dump
+from worker.control.emptying import Emptying
 from worker.control.routes import Route
 from worker.control.server import MAX_CONNECTIONS as CONTROL_CONNECTIONS
 from worker.control.server import ControlServer
@@ -198,12 +201,20 @@ class Worker:
             "kernel": real.facts.kernel_release(),
             "firecracker": firecracker,
         }
+        self.drain = DrainSwitch(journal)
         runner = NotifyingRunner(
             Dispatch(
-                journal, HANDLERS, host, removable, meters=metrics, failpoint=failpoint(os.environ)
+                journal,
+                HANDLERS,
+                host,
+                removable,
+                meters=metrics,
+                refuse=self.drain.refusal,
+                failpoint=failpoint(os.environ),
             )
         )
         self.lanes = Lanes(runner)
+        self.emptying = Emptying(self.drain, journal, self.lanes)
         self.vmm_watch = VmmWatch(host, journal, self.lanes, metrics, real.exits)
         runner.after = self.vmm_watch.sync
         self.intake = Intake(
@@ -257,13 +268,17 @@ class Worker:
             host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs)
         )
         metrics.on_collect(self._collect)
+        self.drain.watch(self.lease.touch)
         bus.on_connection(self.outbox.wake)
 
     # -- what queries, the lease and /readyz show ----------------------------------------------
 
     @property
     def host_state(self) -> str:
-        """`recovering`, `ready`, `draining`; `degraded`: ready, but for one of `trouble`."""
+        """`recovering`, `ready`; `draining`: by the operator, or the worker stops; `degraded`:
+        ready, but for one of `trouble`."""
+        if self._phase == "ready" and self.drain.active is not None:
+            return "draining"
         return "degraded" if self._phase == "ready" and self.trouble() else self._phase
 
     def trouble(self) -> list[str]:
@@ -300,11 +315,18 @@ class Worker:
             "provisioned": not self.bus.trouble,
             "leased": self.lease.held,
             "acks_move": not self.bus.ack_window.stuck,
+            "not_draining": self.drain.active is None,
         }
 
     def routes(self) -> Sequence[Route]:
         """Those of the control socket: one line each, and one in docs/contract.md."""
-        return (Route("GET", "/v1/dump", Dump(self).answer),)
+        drain = DrainRoutes(self.drain, self.emptying)
+        return (
+            Route("GET", "/v1/dump", Dump(self).answer),
+            Route("GET", "/v1/drain", drain.state),
+            Route("POST", "/v1/drain", drain.drain, writes=True),
+            Route("POST", "/v1/undrain", drain.undrain, writes=True),
+        )
 
     def _collect(self) -> None:
         self.metrics.lanes(**self.lanes.counts())
@@ -327,6 +349,7 @@ class Worker:
         self.metrics.warm_vmms(self._real.warm.counts(), self._real.warm.totals)
         self.metrics.log_dropped(logs.dropped())
         self.metrics.calls(hung_calls(), abandoned_calls())
+        self.metrics.draining(self.drain.active is not None)
         self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(self.journal.records.statuses())
 
@@ -401,7 +424,9 @@ class Worker:
         gc.freeze()  # modules and classes are not looked at again by later collections
         self.lease.touch()
         log.info("worker.ready", host=self.settings.host.id)
-        await self.reconciler.run()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.reconciler.run())
+            group.create_task(self.emptying.run())
 
     async def _shut_down(
         self, working: list[asyncio.Task[None]], sending: asyncio.Task[None]

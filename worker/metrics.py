@@ -43,7 +43,7 @@ class _Total:
 class Metrics:
     """All metrics of one worker. No method blocks, awaits or raises."""
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: str) -> None:  # noqa: PLR0915 - one line each
         # `_created` series double a counter's cost and fail promtool's naming rules
         disable_created_metrics()  # type: ignore[no-untyped-call] # its module has no hints
         registry = self.registry = CollectorRegistry()
@@ -256,6 +256,11 @@ class Metrics:
             buckets=_FAST,
             registry=registry,
         )
+        self._draining = Gauge(
+            "hostd_draining",
+            "1 while the host is drained and takes no new VMs, else 0.",
+            registry=registry,
+        )
         self._enforced = Gauge(
             "hostd_limits_enforced",
             "1 if cgroup limits are enforced, 0 on a developer's host.",
@@ -378,6 +383,9 @@ class Metrics:
 
     def limits_enforced(self, enforced: bool) -> None:
         self._enforced.set(int(enforced))
+
+    def draining(self, draining: bool) -> None:
+        self._draining.set(int(draining))
 
     def instances(self, counts: Mapping[Status, int]) -> None:
         """A status that is not in `counts` is set to 0."""

@@ -20,6 +20,7 @@ from schemas.subjects import Lane
 from tests.constants import REF
 from tests.fakes.host import FakeHost
 from tests.fakes.shell_worker import SUBJECTS, NoMeters, command
+from worker.control.draining import DrainSwitch
 from worker.dispatch import Dispatch
 from worker.journal.journal import Journal
 from worker.lanes import Lanes
@@ -36,6 +37,7 @@ class MemoryWorker:
     lanes: Lanes
     mechanisms: Mapping[str, Removable]
     runner: NotifyingRunner
+    drain: DrainSwitch
     seq: int = 0
     ids: list[str] = field(default_factory=list[str])
     closers: list[Callable[[], Awaitable[None]]] = field(
@@ -97,13 +99,22 @@ async def memory_worker(
     journal = await Journal.open(str(path), subjects=SUBJECTS, boot_id="b1")
     host = machine.host(journal.records, settings)
     known = mechanisms(host)
-    dispatch = Dispatch(journal, HANDLERS, host, known, meters=NoMeters(), failpoint=failpoint)
+    drain = DrainSwitch(journal)
+    dispatch = Dispatch(
+        journal,
+        HANDLERS,
+        host,
+        known,
+        meters=NoMeters(),
+        refuse=drain.refusal,
+        failpoint=failpoint,
+    )
     runner = NotifyingRunner(dispatch)
     lanes = Lanes(runner)
     for row in journal.commands.unfinished():
         lanes.put(row)
     lanes.start()
-    made = MemoryWorker(machine, journal, host, lanes, known, runner)
+    made = MemoryWorker(machine, journal, host, lanes, known, runner, drain)
     try:
         yield made
     finally:

@@ -56,6 +56,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_slots": ("gauge", {"kind"}),
     "hostd_slots_used": ("gauge", {"kind"}),
     "hostd_slots_waiting": ("gauge", {"kind"}),
+    "hostd_draining": ("gauge", set()),
     "hostd_loop_lag_seconds": ("histogram", set()),
     "hostd_build_info": ("gauge", {"version"}),
     "hostd_limits_enforced": ("gauge", set()),
@@ -97,6 +98,7 @@ def used() -> Metrics:
     metrics.disk(1 << 30, low=False, high=False)
     metrics.capacity(CAPACITY)
     metrics.slots(Slots.of(LimitSettings()).counts())
+    metrics.draining(True)
     metrics.loop_lag(0.0001)
     metrics.lanes(busy=2, waiting=1)
     metrics.unfinished(3)

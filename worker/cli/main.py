@@ -34,6 +34,8 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "events": "worker.cli.queries:events",
     },
     "This host's worker (as root, without NATS)": {
+        "drain": "worker.cli.drain:drain",
+        "undrain": "worker.cli.drain:undrain",
         "dump": "worker.cli.state:dump",
     },
     "Local files and kernel state (as root)": {

@@ -167,7 +167,7 @@ class Cgroups:
 
     async def differing(self, specs: Sequence[CgroupSpec]) -> Mapping[str, Sequence[str]]:
         """By key, the limits that are not in effect; without enforcement there are none."""
-        return await asyncio.to_thread(self._differing, specs) if self._enforce else {}
+        return await run_in_thread(self._differing, specs) if self._enforce else {}
 
     def _differing(self, specs: Sequence[CgroupSpec]) -> dict[str, Sequence[str]]:
         found: dict[str, Sequence[str]] = {}
@@ -192,7 +192,7 @@ class Cgroups:
             except OSError as error:
                 raise of_os_error(error, f"cannot restore cgroup {spec.key}") from error
 
-        return await asyncio.to_thread(restore) if self._enforce else Restored()
+        return await run_in_thread(restore) if self._enforce else Restored()
 
     async def remove(self, key: str) -> None:
         """Remove the leaf, and with the tenant's last leaf its directory. Kills nothing.

@@ -65,11 +65,11 @@ def in_shell_blocks() -> Iterator[tuple[str, str]]:
 
 
 def test_no_text_refers_to_a_subcommand_that_is_not_built() -> None:
-    assert planned() >= {"adopt", "drain"}
+    assert NOT_YET in CONTRACT.read_text(encoding="utf-8")
     assert planned() & set(COMMANDS) == set()
 
-    words = "|".join(sorted(planned()))
-    assert list(hits(rf"\bhostd ({words})\b")) == []
+    for word in planned():
+        assert list(hits(rf"\bhostd ({word})\b")) == []
 
 
 def test_the_contract_lists_all_subcommands() -> None:

@@ -5,15 +5,12 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner, Result
-
 from schemas.requests import SleepInstance
 from tests.constants import NAMES, REF, START
 from tests.live_host import LiveHost, live_host
+from tests.vm.control.local_cli import hostd
 from worker.cli.control_client import ControlClient
-from worker.cli.main import main
 from worker.control.endpoint import SOCKET
-from worker.demo.host import environment_of
 
 HELD = SleepInstance(*NAMES, force=False, drain_timeout_secs=600)
 
@@ -92,9 +89,3 @@ async def until_it_answers(host: LiveHost) -> dict[str, Any]:
         while not Path(host.settings.paths.run, SOCKET).exists():
             await asyncio.sleep(0.02)
     return await dump(host)
-
-
-async def hostd(host: LiveHost, *args: str) -> Result:
-    """The command line, in a thread, with the host's settings."""
-    setting = {"HOSTD_CONFIG": None, **environment_of(host.settings)}
-    return await asyncio.to_thread(CliRunner().invoke, main, args, env=setting)

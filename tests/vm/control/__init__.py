@@ -1,0 +1,1 @@
+"""Real hosts by their control socket and the local command line."""
