@@ -70,7 +70,7 @@ class Steps:
         mechanisms: Mapping[str, Removable],
         *,
         control: Control | None = None,
-        admission: asyncio.Future[None] | None = None,
+        stored: Callable[[], Awaitable[None]] | None = None,
         failpoint: Failpoint = no_failpoint,
         observe: Callable[[str, float], None] = lambda step, seconds: None,
     ) -> None:
@@ -79,7 +79,7 @@ class Steps:
         self.taken: list[StepTaken] = []
         self.doing: list[tuple[str, float]] = []  # steps that run now, since which perf_counter()
         self._log = step_log
-        self._admission = admission
+        self._stored = stored
         self._mechanisms = mechanisms
         self._failpoint = failpoint
         self._observe = observe
@@ -224,9 +224,9 @@ class Steps:
     async def _timed(
         self, name: str, do: Callable[[], Awaitable[T]], *, outcome: str = "done"
     ) -> T:
-        if self._admission is not None:  # no effect before the command is on disk
-            await asyncio.shield(self._admission)
-            self._admission = None
+        if self._stored is not None:  # no effect before the command is on disk
+            await self._stored()
+            self._stored = None
         await self._failpoint(f"before:{name}")
         started = time.perf_counter()
         self.doing.append((name, started))

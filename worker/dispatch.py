@@ -108,7 +108,7 @@ class Dispatch:
             self._journal.steps,
             self._mechanisms,
             control=Control(row.command.deadline_ms, self._clock_ms),
-            admission=row.admission,
+            stored=row.stored,
             failpoint=self._failpoint,
             observe=self._meters.step,
         )

@@ -43,10 +43,17 @@ class Outbox:
         self._reported: set[str] = set()  # kinds whose failure is in the log
 
     async def run(self) -> None:
-        """Send all kinds, each in its own task."""
-        async with asyncio.TaskGroup() as group:
-            for kind in OUT_KINDS:
-                group.create_task(self._send_kind(kind), name=f"outbox {kind}")
+        """Send all kinds, each in its own task; direct replies in the callback of their commit."""
+        self._outbox.send_at_once(self._send_at_once)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for kind in OUT_KINDS:
+                    group.create_task(self._send_kind(kind), name=f"outbox {kind}")
+        finally:
+            self._outbox.send_at_once(None)
+
+    def _send_at_once(self, rows: Sequence[OutRow]) -> int:
+        return self._bus.send_now([(row.subject, row.payload) for row in rows])
 
     def wake(self) -> None:
         """Try again now, held rows too; the bus is connected again."""

@@ -36,7 +36,7 @@ class Agentd:
         self.received: list[bytes] = []
 
     async def listen(self, inbox: str) -> None:
-        async def hear(message: Message) -> None:
+        def hear(message: Message) -> None:
             self.received.append(message.data)
 
         await self.connection.subscribe(inbox, hear)

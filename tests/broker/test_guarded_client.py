@@ -60,13 +60,13 @@ async def test_an_exception_in_the_parser(
     async with consuming_host(server, guards=guards, tuning=SLOW_PINGS) as host:
         client = host.bus.connection.client
         assert client is not None
-        good = client._build_message
+        good = client.take
 
-        def bad(*_: object) -> None:
-            client._build_message = good  # type: ignore[method-assign]
+        def bad(*_: object) -> bool:
+            client.take = good  # type: ignore[method-assign]
             raise RuntimeError("the parser met what it did not expect")
 
-        client._build_message = bad  # type: ignore[method-assign, assignment]
+        client.take = bad  # type: ignore[method-assign, assignment]
         await host.command(b"poison")
 
         await still_delivers(host, heals)
@@ -204,7 +204,7 @@ async def test_a_request_fails_when_the_connection_is_lost(
 ) -> None:
     async with consuming_host(server, guards=guards) as host:
 
-        async def no_answer(_: object) -> None: ...
+        def no_answer(_: object) -> None: ...
 
         await host.admin.subscribe("silent", no_answer)
         await host.admin.request("$JS.API.INFO", b"")

@@ -234,7 +234,7 @@ async def test_both_forms_of_ack_subjects(tmp_path_factory: pytest.TempPathFacto
     ):
         acks: list[str] = []
 
-        async def note(message: Message) -> None:
+        def note(message: Message) -> None:
             acks.append(message.subject)
 
         await host.admin.subscribe("$JS.ACK.>", note)

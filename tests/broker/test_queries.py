@@ -181,7 +181,7 @@ async def test_an_answer_is_sent_to_inboxes_only(server: Server, subject: str) -
     async with asked(server) as to:
         got: list[Message] = []
 
-        async def note(message: Message) -> None:
+        def note(message: Message) -> None:
             got.append(message)
 
         await to.caller.subscribe("$KV.>", note)

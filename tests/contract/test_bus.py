@@ -116,6 +116,18 @@ async def consumed(world: BusUnderTest, receiver: Receiver) -> AsyncGenerator[No
         await asyncio.gather(consumer, return_exceptions=True)
 
 
+async def test_what_is_sent_at_once_is_counted_up_to_the_first_that_cannot_be(
+    kind: str, tmp_path: Path
+) -> None:
+    async with world_of(kind, tmp_path) as world:
+        large = b"x" * 1_100_000
+
+        assert world.bus.send_now([("_INBOX.1", b"a"), ("_INBOX.1", b"b")]) == 2
+        assert world.bus.send_now([("_INBOX.1", b"a"), ("_INBOX.1", large), ("x.y", b"b")]) == 1
+        await world.break_bus()
+        assert world.bus.send_now([("_INBOX.1", b"a")]) == 0
+
+
 async def test_a_command_stays_until_its_ack_returned(kind: str, tmp_path: Path) -> None:
     async with world_of(kind, tmp_path) as world:
         receiver = Receiver()

@@ -1,7 +1,7 @@
 """The bus in memory: streams that keep, redeliver and lose messages, and a broker that can fail."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from worker.bus.protocol import BusError, Delivery, Receive, StateConflict, Unsendable
@@ -182,6 +182,15 @@ class FakeBus:
         self._check_size(payload)
         self.sent.append((subject, payload))
         self.changed.set()
+
+    def send_now(self, messages: Iterable[tuple[str, bytes]]) -> int:
+        before = len(self.sent)
+        for subject, payload in messages:
+            if not self.up or len(payload) > self.max_payload:
+                break
+            self.sent.append((subject, payload))
+        self.changed.set()
+        return len(self.sent) - before
 
     async def read_state(self, key: str) -> tuple[bytes, int] | None:
         self._check_up()

@@ -212,3 +212,43 @@ async def test_an_outage_is_logged_once_and_none_before_the_first_connection(
 
     assert before == []
     assert [line["event"] for line in logs] == ["outbox.send_failed"] * 2
+
+
+async def test_a_direct_reply_is_on_its_way_before_anything_else_sees_the_commit(
+    tmp_path: Path,
+) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        seen: list[tuple[int, bool]] = []
+        journal = worker.journal
+        journal.store.on_commit(
+            lambda tx: seen.append((len(worker.bus.sent), journal.commands.is_unfinished("c1")))
+        )
+
+        worker.send(start(), reply_to="_INBOX.1")
+        await worker.bus.until(replies=1, sent=1, events=1)
+        await worker.outbox.drained()
+
+        assert (1, True) in seen
+        assert len(worker.bus.sent) == 1
+        assert journal.outbox.depth == 0
+
+
+async def test_direct_replies_keep_their_order_behind_those_that_wait(tmp_path: Path) -> None:
+    async with shell_worker(tmp_path / "j", FakeBus(max_payload=200)) as worker:
+        outbox_of, source = worker.journal.outbox, worker.journal.store.source
+
+        def queue(*subjects: str) -> Any:
+            def do(tx: Transaction) -> None:
+                for subject in subjects:
+                    payload = b"x" * (300 if subject == "too.large" else 1)
+                    source.queue(tx, "direct", subject, payload)
+
+            return worker.journal.store.writer.submit(do)
+
+        await queue("one", "too.large", "two")
+        await worker.bus.until(sent=2)
+        await queue("three")
+        await worker.bus.until(sent=3)
+
+        assert [subject for subject, _ in worker.bus.sent] == ["one", "two", "three"]
+        assert outbox_of.held == 1

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from typing import Any
 import structlog
 from nats import errors
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 
 from schemas.settings import NatsSettings
 from worker.bus.credentials import CredentialsFile
@@ -33,7 +32,8 @@ from worker.bus.guarded_client import (
     Tuning,
     check_library,
 )
-from worker.bus.message import Message, NoResponder, Subscription, to_message
+from worker.bus.lean_client import encode_headers
+from worker.bus.message import Message, NoResponder, Subscription
 from worker.bus.protocol import BusError, Unsendable
 from worker.bus.strict_client import requires_tls, without_password
 
@@ -41,6 +41,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 # After a connection that lasted this long, the backoff starts from its base again.
 STEADY_S = 5.0
+NO_RESPONDERS = "503"
 KEEPER = "nats-connection"  # the name of the task that connects
 UNSENDABLE = (
     errors.MaxPayloadError,
@@ -151,6 +152,7 @@ class Connection:
             try:
                 await self._connect(client)
                 if client.is_connected:
+                    await client.listen_for_answers()
                     self._client = client
                     self._came_up(fresh=True)
                     await self._dead.wait()
@@ -291,7 +293,7 @@ class Connection:
         return self._client is not None and self._client.is_connected
 
     @property
-    def client(self) -> Client | None:
+    def client(self) -> GuardedClient | None:
         """The current client, for tests and for subscriptions that must know theirs."""
         return self._client
 
@@ -323,15 +325,42 @@ class Connection:
             Unsendable: too large for the server, or an invalid subject or header.
             BusError: not connected.
         """
+        client = self._current()
+        self._put(client, subject, payload, reply, headers)
+        if client.congested:
+            with self._cancellable():
+                await client.relieved()
+
+    def send_now(self, messages: Iterable[tuple[str, bytes]]) -> int:
+        """Send each to its subject, all by one system call; returns how many were sent.
+
+        The first that fails, or would have to wait, is the last one that is looked at.
+        """
+        sent = 0
         try:
             client = self._current()
-            _check_sendable(client, subject, payload, headers)
-            with self._cancellable():
-                await client.publish(subject, payload, reply, dict(headers) if headers else None)
-        except UNSENDABLE as error:
-            raise Unsendable(f"{subject!a}: {_text(error)}") from error
-        except (OSError, errors.Error) as error:
-            raise BusError(f"{subject}: {_text(error)}") from error
+            for subject, payload in messages:
+                if client.congested:
+                    break
+                self._put(client, subject, payload, "", None)
+                sent += 1
+            client.write_now()
+        except BusError:
+            pass
+        return sent
+
+    def _put(
+        self,
+        client: GuardedClient,
+        subject: str,
+        payload: bytes,
+        reply: str,
+        headers: Mapping[str, str] | None,
+    ) -> None:
+        with _as_bus_errors(subject):
+            block = encode_headers(headers)
+            _check_sendable(client, subject, len(payload) + len(block))
+            client.put(subject, payload, headers=block, reply=reply)
 
     async def request(
         self,
@@ -349,42 +378,21 @@ class Connection:
             BusError: no answer in time, or the connection was lost.
         """
         limit_s = self.tuning.request_timeout_s if timeout_s is None else timeout_s
-        try:
-            client = self._current()
-            _check_sendable(client, subject, payload, headers)
-            # A copy: nats-py adds to the headers that it gets.
-            with self._cancellable():
-                answer = await client.request(
-                    subject, payload, limit_s, headers=dict(headers) if headers else None
-                )
-        except errors.NoRespondersError as error:
-            raise NoResponder(f"{subject}: no responders") from error
-        except UNSENDABLE as error:
-            raise Unsendable(f"{subject!a}: {_text(error)}") from error
-        except (TimeoutError, OSError, errors.Error) as error:
-            raise BusError(f"{subject}: {_text(error)}") from error
-        return to_message(answer)
+        client = self._current()
+        with _as_bus_errors(subject), self._cancellable():
+            block = encode_headers(headers)
+            _check_sendable(client, subject, len(payload) + len(block))
+            answer = await client.ask(subject, payload, headers=block, timeout_s=limit_s)
+        if answer.headers.get("Status") == NO_RESPONDERS:
+            raise NoResponder(f"{subject}: no responders")
+        return answer
 
     async def subscribe(
-        self,
-        subject: str,
-        receive: Callable[[Message], Awaitable[None]],
-        *,
-        queue: str = "",
-        limit: int = 4096,
+        self, subject: str, receive: Callable[[Message], None], *, queue: str = ""
     ) -> Subscription:
-        """Subscribe until the client is replaced; `receive` must return at once and not raise."""
-
-        async def callback(message: Msg) -> None:
-            await receive(to_message(message))
-
-        try:
-            with self._cancellable():
-                return await self._current().subscribe(
-                    subject, queue=queue, cb=callback, pending_msgs_limit=limit
-                )
-        except (OSError, errors.Error) as error:
-            raise BusError(f"{subject}: {_text(error)}") from error
+        """Subscribe until the client is replaced; `receive` must return at once."""
+        with _as_bus_errors(subject), self._cancellable():
+            return await self._current().listen(subject, receive, queue=queue)
 
     @contextlib.contextmanager
     def _cancellable(self) -> Generator[None]:
@@ -409,35 +417,33 @@ def _contents(settings: NatsSettings) -> tuple[object, ...]:
     return settings.url, settings.creds, settings.tls, *hashes
 
 
-def _check_sendable(
-    client: Client, subject: str, payload: bytes, headers: Mapping[str, str] | None
-) -> None:
+@contextlib.contextmanager
+def _as_bus_errors(subject: str) -> Generator[None]:
+    """Raises `Unsendable` and `BusError` in place of nats-py's errors."""
+    try:
+        yield
+    except UNSENDABLE as error:
+        raise Unsendable(f"{subject!a}: {_text(error)}") from error
+    except (TimeoutError, OSError, errors.Error) as error:
+        raise BusError(f"{subject}: {_text(error)}") from error
+
+
+def _check_sendable(client: Client, subject: str, size: int) -> None:
     """Refuse what the server would answer with -ERR and the end of the connection.
 
-    nats-py compares the payload alone; the server counts the headers too.
+    `size` is that of payload and headers: the server counts both.
 
     Raises:
         Unsendable: what is too large, or cannot be encoded.
     """
-    try:
-        subject.encode("ascii")
-        size = len(payload) + headers_size(headers)
-    except UnicodeEncodeError as error:
-        raise Unsendable(f"{subject!a}: subject or header cannot be encoded") from error
+    if not subject.isascii():
+        raise Unsendable(f"{subject!a}: subject cannot be encoded")
     if size > client.max_payload:
         raise Unsendable(
             f"{subject}: {size} bytes with headers, the server's max_payload is"
             f" {client.max_payload}",
             limit_bytes=client.max_payload,
         )
-
-
-def headers_size(headers: Mapping[str, str] | None) -> int:
-    """What these headers add to a message, in bytes."""
-    if not headers:
-        return 0
-    lines = sum(len(name.encode()) + len(value.encode()) + 4 for name, value in headers.items())
-    return lines + len(b"NATS/1.0\r\n\r\n")
 
 
 def _text(error: BaseException) -> str:

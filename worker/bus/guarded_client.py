@@ -1,7 +1,8 @@
 """nats-py's client with a guard for each of its defects after which a worker receives nothing.
 
-The private methods overridden here are checked at start (`check_library`), because a new nats-py
-may rename them. No subjects, no streams, no policy: `connection.py` decides when to connect.
+The private methods overridden here and in its base classes are checked at start (`check_library`),
+because a new nats-py may rename them. No subjects, no policy: `connection.py` decides when to
+connect.
 Each guard can be left out, so that the tests in tests/broker show what it prevents.
 """
 
@@ -24,7 +25,7 @@ from nats.aio.client import Client, Srv
 from nats.aio.transport import TcpTransport
 from nats.protocol.parser import PERMISSIONS_ERR
 
-from worker.bus.strict_client import StrictClient
+from worker.bus.lean_client import LeanClient
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -58,6 +59,7 @@ ALL_GUARDS = frozenset(Guard)
 _OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_process_info": ("self", "info", "initial_connection"),
     "_process_headers": ("self", "headers"),
+    "_process_msg": ("self", "sid", "subject", "reply", "data", "headers"),
     "_process_pong": ("self",),
     "_read_loop": ("self",),
     "_process_err": ("self", "err_msg"),
@@ -69,6 +71,7 @@ _OVERRIDDEN: dict[str, tuple[str, ...]] = {
 _OVERRIDDEN_PLAIN: dict[str, tuple[str, ...]] = {
     "_connect_command": ("self",),
     "_build_message": ("self", "sid", "subject", "reply", "data", "headers"),
+    "_remove_sub": ("self", "sid", "max_msgs"),
 }
 _READ = (
     "_ps",
@@ -78,7 +81,12 @@ _READ = (
     "_pings_outstanding",
     "_reading_task",
     "_status",
-    "_resp_map",
+    "_pending",
+    "_pending_data_size",
+    "_max_pending_size",
+    "_flush_queue",
+    "_transport",
+    "_sid",
     "_reconnection_task",
     "_ping_interval_task",
     "_flusher_task",
@@ -151,7 +159,7 @@ class Backoff:
         self._attempt = 0
 
 
-class GuardedClient(StrictClient):
+class GuardedClient(LeanClient):
     """One connection, used once: when `dead` is called, build another.
 
     Args:
@@ -213,8 +221,9 @@ class GuardedClient(StrictClient):
         # An orderly close waits until what is buffered is sent: to a stalled peer, forever.
         if Guard.ABORT in self._guards:
             self._abort_transport()
+        # Requests would wait for their full timeout although no answer can arrive.
         if Guard.FAIL_FAST in self._guards:
-            self._fail_requests()
+            self.fail_asked()
         try:
             await super()._attempt_reconnect()
         except Exception as error:
@@ -258,12 +267,6 @@ class GuardedClient(StrictClient):
         writer: Any = getattr(self._transport, "_bare_io_writer" if raw else "_io_writer", None)
         if writer is not None:
             writer.transport.abort()
-
-    def _fail_requests(self) -> None:
-        # Upstream lets requests wait for their full timeout although no answer can arrive.
-        for waiter in list(self._resp_map.values()):
-            if not waiter.done():
-                waiter.set_exception(errors.ConnectionClosedError())
 
     def abort(self) -> None:
         """Drop the socket without sending what is buffered."""

@@ -8,7 +8,7 @@ subjects they end nats-py's reader.
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import structlog
@@ -17,8 +17,9 @@ from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
 from worker.bus import accounts, api_reply, streams, verify
 from worker.bus.ack_window import EVERY_S, AckWindow
-from worker.bus.connection import Connection, headers_size
+from worker.bus.connection import Connection
 from worker.bus.guarded_client import ALL_GUARDS, STANDARD, Guard, Tuning
+from worker.bus.lean_client import encode_headers
 from worker.bus.message import Message, NoResponder
 from worker.bus.protocol import BusError, NotProvisioned, Receive, StateConflict, Unsendable
 from worker.bus.pull_consumer import PullLoop
@@ -187,7 +188,7 @@ class NatsBus:
             if is_fresh:
                 fresh.set()
 
-        async def on_advisory(_: Message) -> None:
+        def on_advisory(_: Message) -> None:
             changed.set()
 
         self.connection.on_up(on_up)
@@ -251,11 +252,13 @@ class NatsBus:
         if Guard.MSG_ID not in self.connection.guards:
             await self._store(subject, payload, sent)
             return
+        sent["Nats-Msg-Id"] = msg_id
+        if await self._published(subject, payload, sent, stream):
+            return
         digest = hashlib.sha256(subject.encode() + payload).hexdigest()[:32]
-        for own_id in (msg_id, f"{msg_id}:{digest}"):
-            sent["Nats-Msg-Id"] = own_id
-            if await self._published(subject, payload, sent, stream):
-                return
+        sent["Nats-Msg-Id"] = f"{msg_id}:{digest}"
+        if await self._published(subject, payload, sent, stream):
+            return
         del sent["Nats-Msg-Id"]  # stored in any case
         await self._store(subject, payload, sent)
 
@@ -306,6 +309,10 @@ class NatsBus:
         """Publish with core NATS, at most once. Raises BusError without a connection."""
         await self.connection.send(subject, payload)
 
+    def send_now(self, messages: Iterable[tuple[str, bytes]]) -> int:
+        """As `send`, without waiting or raising; returns how many were sent."""
+        return self.connection.send_now(messages)
+
     async def _store(self, subject: str, payload: bytes, headers: Mapping[str, str]) -> int:
         """The sequence number of the stored message."""
         seq: int = (await self._store_acked(subject, payload, headers))["seq"]
@@ -331,7 +338,7 @@ class NatsBus:
             raise StateConflict(f"{subject}: {text}")
         if code == MESSAGE_TOO_LARGE:
             # The stream's limit is not in the answer: half of what was too much.
-            size = len(payload) + headers_size(headers)
+            size = len(payload) + len(encode_headers(headers))
             raise Unsendable(f"{subject}: {text} (error {code})", limit_bytes=size // 2)
         raise BusError(f"{subject}: {text} (error {code})")
 

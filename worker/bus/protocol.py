@@ -1,6 +1,6 @@
 """What the worker needs of the bus. In the worker only this package imports NATS."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,6 +79,13 @@ class Bus(Protocol):
 
     async def send(self, subject: str, payload: bytes) -> None:
         """Publish with core NATS, at most once; for `reply_to`. Raises as `publish`."""
+        ...
+
+    def send_now(self, messages: Iterable[tuple[str, bytes]]) -> int:
+        """As `send` for subjects and payloads, in order and without waiting or raising.
+
+        Returns how many were sent; `send` the others.
+        """
         ...
 
     async def read_state(self, key: str) -> tuple[bytes, int] | None:

@@ -207,9 +207,16 @@ class PullLoop:
             with contextlib.suppress(Exception):  # of a client that is closed or replaced
                 await old.unsubscribe()
 
-    async def _pull(self) -> None:
+    def _wanted(self) -> int:
+        """How many messages to ask for now; 0 while enough are expected."""
         count = self._window - self.credit - len(self._tasks)
         if self._paused or count <= 0 or (self.credit and count < self._window // 2):
+            return 0
+        return count
+
+    async def _pull(self) -> None:
+        count = self._wanted()
+        if not count:
             return
         tuning = self._connection.tuning
         body = {
@@ -224,7 +231,7 @@ class PullLoop:
 
     # -- messages ----------------------------------------------------------------------------------
 
-    async def _on_message(self, generation: int, message: Message) -> None:
+    def _on_message(self, generation: int, message: Message) -> None:
         self._heard_at = time.monotonic()
         if not message.reply:
             if generation == self._generation:
@@ -240,7 +247,7 @@ class PullLoop:
 
     def _handled(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not self.credit or len(self._tasks) <= self._window // 2:
+        if self._wanted():
             self._wake.set()
 
     async def _handle(self, message: Message) -> None:

@@ -60,6 +60,11 @@ class StrictClient(Client):
             )
         return super()._connect_command()
 
+    def take(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> bool:
+        """Called by the parser for each message; false leaves it to `_process_msg`."""
+        del sid, subject, reply, data, headers
+        return False
+
     async def drop(self) -> None:
         """Close the socket of an attempt to connect that failed; upstream leaves it open."""
         writer: Any = getattr(self._transport, "_bare_io_writer", None)

@@ -29,7 +29,11 @@ _NAME = re.compile(rb"[\x21-\x39\x3b-\x7e]+")
 
 
 class Receiver(Protocol):
-    """The part of nats-py's client that is called for what was read."""
+    """The client that is called for what was read; all but `take` is nats-py's."""
+
+    def take(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> bool:
+        """Whether the message was handed over; else `_process_msg` is called with it."""
+        ...
 
     def _process_msg(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
@@ -111,13 +115,16 @@ class WireParser:
         block, data = bytes(self._buffer[:headers]), bytes(self._buffer[headers:size])
         del self._buffer[: size + 2]
         self._message = None
-        await self._receiver._process_msg(sid, subject, reply, data, block)
+        if not self._receiver.take(sid, subject, reply, data, block):
+            await self._receiver._process_msg(sid, subject, reply, data, block)
         return True
 
 
 def _message(fields: bytes, *, headers: bool) -> tuple[bytes, int, bytes, int, int]:
     """Subject, subscription, reply subject, size of the headers, size with the headers."""
-    found = _BLANKS.split(fields.strip(b" \t"))
+    found = fields.split(b" ")
+    if b"" in found or b"\t" in fields:  # spelt as no server does
+        found = _BLANKS.split(fields.strip(b" \t"))
     numbers = 2 if headers else 1
     if len(found) not in (2 + numbers, 3 + numbers):
         raise errors.ProtocolError(f"a message line with {len(found)} fields")

@@ -29,7 +29,7 @@ from worker.journal.admission import (
     lanes_of_tenant,
     reserved_for,
 )
-from worker.journal.memory import CommandRow, Mirror
+from worker.journal.memory import Admission, CommandRow, Mirror
 from worker.journal.records import Change, JournalRecords
 from worker.journal.store import Store
 from worker.journal.transaction import EventDraft, Transaction
@@ -107,15 +107,19 @@ class JournalCommands:
         def do(tx: Transaction) -> None:
             admission.insert(tx, row, subject, request)
 
+        admitted = row.admission = Admission()
+
         def apply(_: None) -> None:
             self._store.mirror.add_command(row)
+            admitted.decide()
 
-        def failed() -> None:
+        def failed(error: BaseException) -> None:
             row.withdrawn = True
             if self._store.mirror.commands.get(row.id) is row:
                 self._store.mirror.drop_command(row.id)
+            admitted.decide(error)
 
-        row.admission = self._store.writer.submit_soon(do, apply=apply, failed=failed)
+        self._store.writer.submit_soon(do, apply=apply, failed=failed)
         self._store.mirror.add_command(row)
 
     def _is_new(self, command_id: str) -> bool:
@@ -290,7 +294,7 @@ class JournalCommands:
         for command_id, row in self._store.mirror.commands.items():
             if command_id in mirror.commands:
                 mirror.commands[command_id] = row  # lanes have this object; it counts attempts
-            elif row.admission is not None and not row.admission.done():
+            elif row.admission is not None and not row.admission.decided:
                 mirror.add_command(row)
 
     # -- results -------------------------------------------------------------------------------

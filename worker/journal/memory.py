@@ -28,11 +28,43 @@ TOMBSTONE = msgspec.json.Decoder(Tombstone)
 NETWORK = msgspec.json.Decoder(NetworkRecord)
 
 
+class Admission:
+    """Whether a command that was taken in is on disk.
+
+    Whoever waits has a future of its own: it continues in the turn after the commit, and its
+    cancellation is nobody else's.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[asyncio.Future[None]] | None = []
+        self._error: BaseException | None = None
+
+    @property
+    def decided(self) -> bool:
+        return self._waiting is None
+
+    def decide(self, error: BaseException | None = None) -> None:
+        """The commit succeeded, or failed with an error."""
+        waiting, self._waiting, self._error = self._waiting or (), None, error
+        for each in waiting:
+            if not each.done():
+                each.set_result(None)
+
+    async def wait(self) -> None:
+        """Raises the error of the commit."""
+        if self._waiting is not None:
+            mine = asyncio.get_running_loop().create_future()
+            self._waiting.append(mine)
+            await mine
+        if self._error is not None:
+            raise self._error
+
+
 @dataclass(slots=True)
 class CommandRow:
     """An unfinished command. `attempts` counts over all workers; `n` is the order of intake.
 
-    While `admission` is not done the command is not on disk yet; `withdrawn`: its commit failed.
+    `admission` is that of a command that this worker took in; `withdrawn`: its commit failed.
     """
 
     n: int
@@ -41,7 +73,7 @@ class CommandRow:
     stream_seq: int
     received_at_ms: int
     attempts: int = 0
-    admission: asyncio.Future[None] | None = None
+    admission: Admission | None = None
     withdrawn: bool = False
 
     @property
@@ -55,7 +87,7 @@ class CommandRow:
             JournalFault: its commit failed.
         """
         if self.admission is not None:
-            await asyncio.shield(self.admission)
+            await self.admission.wait()
 
 
 @dataclass(slots=True)

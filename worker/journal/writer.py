@@ -82,7 +82,7 @@ class _Part(Generic[T]):
     durable: bool = False
     lazy: bool = False
     read: bool = False
-    failed: Callable[[], None] | None = None
+    failed: Callable[[BaseException], None] | None = None
     result: T | None = None
     error: BaseException | None = None
 
@@ -91,7 +91,7 @@ class _Part(Generic[T]):
         if self.error is None and self.apply is not None:
             self.apply(self.result)  # type: ignore[arg-type]
         elif self.error is not None and self.failed is not None:
-            self.failed()
+            self.failed(self.error)
         if self.future is None or self.future.done():
             return
         if self.error is None:
@@ -167,18 +167,16 @@ class Writer:
         do: Callable[[Transaction], T],
         *,
         apply: Callable[[T], None],
-        failed: Callable[[], None],
-    ) -> asyncio.Future[T]:
+        failed: Callable[[BaseException], None],
+    ) -> None:
         """Like `submit`, durably; parts of the next two turns of the loop join its commit.
 
-        `failed` is called where `apply` would have been.
+        `failed` is called, with the error, where `apply` would have been.
         """
         if self._closing:
             raise JournalFault(f"the journal {self._path} is closed")
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._later.append(_Part(do, apply, future, durable=True, failed=failed))
+        self._later.append(_Part(do, apply, durable=True, failed=failed))
         self._loop.call_soon(self._loop.call_soon, self._flush)
-        return future
 
     @property
     def seq(self) -> int:

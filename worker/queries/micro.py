@@ -138,7 +138,7 @@ class MicroService:
 
     # -- one request -------------------------------------------------------------------------------
 
-    async def _take(self, work: Callable[[Message], Awaitable[None]], message: Message) -> None:
+    def _take(self, work: Callable[[Message], Awaitable[None]], message: Message) -> None:
         """Answer in a separate task, so that a slow query does not delay the others."""
         try:
             # hostd publishes to this subject with its own permissions, not with the caller's.

@@ -154,7 +154,7 @@ async def test_a_host_can_do_its_whole_job(roles: Roles) -> None:
     await service.start()
     got: list[Message] = []
 
-    async def note(message: Message) -> None:
+    def note(message: Message) -> None:
         got.append(message)
 
     try:
@@ -240,7 +240,7 @@ async def test_a_dashboard_reads_events_and_state_of_all_hosts_and_sees_new_ones
     dashboard = await roles.role("dashboard")
     got: list[bytes] = []
 
-    async def note(message: Message) -> None:
+    def note(message: Message) -> None:
         got.append(message.data)
 
     await dashboard.subscribe("hostd.v1.default.*.evt.>", note)
@@ -405,7 +405,7 @@ async def hold_one(bus: NatsBus) -> None:
     """Take one command of this host and do not acknowledge it."""
     held = asyncio.Event()
 
-    async def hold(_: Message) -> None:
+    def hold(_: Message) -> None:
         held.set()
 
     inbox = bus.connection.new_inbox()
@@ -465,7 +465,7 @@ async def test_no_role_changes_what_is_not_its_own(roles: Roles, user: str) -> N
     for victim in ("admin", "host-h2", "agentd-h2"):
         connection = await roles.role(victim)
 
-        async def note(message: Message, victim: str = victim) -> None:
+        def note(message: Message, victim: str = victim) -> None:
             asked = user == "dashboard" and re.search(r"\.ask\.|^\$SRV\.", message.subject)
             answered = message.subject.startswith("_R_")
             if not asked and not answered:
@@ -609,7 +609,7 @@ async def test_no_role_hears_what_is_not_its_own(roles: Roles, user: str) -> Non
     connection = await roles.role(user)
     heard: list[str] = []
 
-    async def note(message: Message) -> None:
+    def note(message: Message) -> None:
         heard.append(message.subject)
 
     await connection.subscribe(">", note)

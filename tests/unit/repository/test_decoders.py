@@ -432,6 +432,9 @@ async def test_what_the_bus_delivers_is_a_bus_error(data: bytes) -> None:
 class Deaf:
     """What the parser calls; does nothing."""
 
+    def take(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> bool:
+        return False
+
     async def _process_msg(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
     ) -> None: ...
