@@ -71,11 +71,10 @@ class Claims:
                 "instance.claim_refused", action=name, instance=str(ref), reason=failure.message
             )
             raise
-        log.warning(
-            "instance.adopted" if name == "adopt" else "instance.released",
-            instance=str(ref),
-            status=outcome.status,
-        )
+        if name == "adopt":
+            log.warning("instance.adopted", instance=str(ref), status=outcome.status)
+        else:
+            log.warning("instance.released", instance=str(ref), status=outcome.status)
         return outcome
 
 

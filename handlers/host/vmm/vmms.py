@@ -158,7 +158,7 @@ class Vmms:
         return chain(self._uids[self._next :], self._uids[: self._next])
 
     async def processes(self) -> list[VmmProcess]:
-        return await asyncio.to_thread(list_vmm_processes, self._uids, self._layout)
+        return await run_in_thread(list_vmm_processes, self._uids, self._layout)
 
     async def find(self, jail_id: str) -> VmmIdentity | None:
         self._layout.root(jail_id)
@@ -171,7 +171,7 @@ class Vmms:
     async def lacking(self, vmms: Mapping[str, VmmIdentity]) -> Mapping[str, Sequence[str]]:
         jails = {self._layout.root(jail_id): jail_id for jail_id in vmms}
         named = {root: vmms[jail_id] for root, jail_id in jails.items()}
-        found = await asyncio.to_thread(survey.lacking, named)
+        found = await run_in_thread(survey.lacking, named)
         return {jails[root]: missing for root, missing in found.items()}
 
     async def wait_exit(self, identity: VmmIdentity, timeout_s: float) -> bool:
