@@ -42,11 +42,12 @@ async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
     """
     refuse_low_disk(host)
     async with network_lock(cmd.tenant_id, steps, host):
-        recorded = await validate_setup(cmd, host)
+        validate_net(cmd, host.settings.network.allowed)
         rules, bridge = network_specs(cmd.tenant_id, cmd.net)
+        planned = (host.tenant_rules, rules.key), (host.bridges, bridge.key)
+        recorded, _ = await together(validate_setup(cmd, host), steps.look(*planned))
         changed, _ = await together(
-            steps.act("prepare_network", host.networks.prepare),
-            steps.announce((host.tenant_rules, rules.key), (host.bridges, bridge.key)),
+            steps.act("prepare_network", host.networks.prepare), steps.announce(*planned)
         )
         changed = await steps.ensure(host.tenant_rules, rules) or changed
         made, found = await together(
@@ -84,15 +85,15 @@ async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Do
     """
     async with network_lock(cmd.tenant_id, steps, host):
         recorded = await validate_teardown(cmd, host)
-        # A Stop or Sleep just before may have left TAPs for the kernel to delete.
-        await host.taps.settle(cmd.net.tenant_net_id)
         rules, bridge = network_specs(cmd.tenant_id, cmd.net)
         _, present = await together(refuse_in_use(cmd, host), exists(rules, bridge, host))
         steps.finalize()
-        if recorded is not None and recorded.status == "up":
-            await host.records.put_network(record_of(cmd, "down", host))
-        # The bridge is removed first: without its rules it must not forward anything.
-        await steps.remove(host.bridges, bridge.key)
+        # The bridge is removed first: without its rules it must not forward anything. A worker that
+        # is killed before the record is on disk leaves this command, which the next one completes.
+        await together(
+            steps.remove(host.bridges, bridge.key),
+            note_teardown(cmd, recorded, host),
+        )
         await steps.remove(host.tenant_rules, rules.key)
     record = None if recorded is None else record_of(cmd, ABSENT, host)
     return Done(
@@ -105,7 +106,13 @@ async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Do
 
 async def exists(rules: TenantRulesSpec, bridge: BridgeSpec, host: Host) -> bool:
     """Whether any of a network is on the host."""
-    return await host.bridges.exists(bridge.key) or await host.tenant_rules.exists(rules.key)
+    return any(await together(host.bridges.exists(bridge.key), host.tenant_rules.exists(rules.key)))
+
+
+async def note_teardown(cmd: TeardownNetwork, recorded: NetworkRecord | None, host: Host) -> None:
+    """From here on nothing repairs the network, also if the teardown fails."""
+    if recorded is not None and recorded.status == "up":
+        await host.records.put_network(record_of(cmd, "down", host))
 
 
 @asynccontextmanager
@@ -158,7 +165,6 @@ async def restore_network(record: NetworkRecord, host: Host) -> Restored:
 
 async def validate_setup(cmd: SetupNetwork, host: Host) -> NetworkRecord | None:
     """The tenant's network in the journal, if any; raises if the net cannot be set up."""
-    validate_net(cmd, host.settings.network.allowed)
     tenant, route = await together(
         host.shared.tenant(cmd.tenant_id),
         host.networks.overlapping_route(cmd.net.ipv4_subnet, except_bridge=cmd.net.bridge_name),
@@ -232,6 +238,8 @@ def refuse_duplicate(tenant_id: str, net: TenantNet, host: Host) -> None:
 
 async def refuse_in_use(cmd: TeardownNetwork, host: Host) -> None:
     """Checks kernel and journal: either may have a TAP that the other does not."""
+    # A Stop or Sleep just before may have left TAPs for the kernel to delete.
+    await host.taps.settle(cmd.net.tenant_net_id)
     taps = set(await host.networks.taps_on(cmd.net.bridge_name))
     holders = [
         str(instance.ref)

@@ -84,10 +84,20 @@ class Steps:
         self._failpoint = failpoint
         self._observe = observe
         self._existed: dict[tuple[str, str], bool] = {}
+        self._looked: dict[tuple[str, str], bool] = {}
         self._untouched: set[tuple[str, str]] = set()
         self._pending: dict[tuple[str, str], Callable[[], bool]] = {}
 
     # -- doing ---------------------------------------------------------------------------------
+
+    async def look(self, *planned: tuple[Removable, str]) -> None:
+        """Find out which of these exist, beside what else the command reads; for `announce`.
+
+        Under the locks that the resources are made under.
+        """
+        found = await asyncio.gather(*(mechanism.exists(key) for mechanism, key in planned))
+        names = ((mechanism.name, key) for mechanism, key in planned)
+        self._looked |= dict(zip(names, found, strict=True))
 
     async def announce(self, *planned: tuple[Removable, str]) -> None:
         """Record in one commit that this command is about to make these resources.
@@ -99,14 +109,15 @@ class Steps:
             Superseded, Expired, Halted: see `Control.safe_point`.
         """
         self.control.safe_point()
-        found = await asyncio.gather(*(mechanism.exists(key) for mechanism, key in planned))
         names = [(mechanism.name, key) for mechanism, key in planned]
+        if not self._looked.keys() >= set(names):
+            await self.look(*planned)
+        self._existed |= {name: self._looked.pop(name) for name in names}
         recorded = {(row.mechanism, row.key) for row in self._log.rows(self.command_id)}
         intents = [
-            _intent(mechanism, key, existed=existed)
-            for (mechanism, key), existed in zip(planned, found, strict=True)
+            _intent(mechanism, key, existed=self._existed[mechanism.name, key])
+            for mechanism, key in planned
         ]
-        self._existed |= dict(zip(names, found, strict=True))
         self._untouched |= set(names) - recorded
         await self._log.begin(self.command_id, *intents)
 

@@ -7,8 +7,9 @@ there is no lock, and no two writers. Memory (`memory.Mirror`) is changed on the
 
 Group commit. Everything that waits when the thread is free becomes one transaction, up to `BATCH`
 parts. While it syncs, the next parts queue up: under load a sync serves many commands, alone each
-has its own. Each part has a savepoint, so an error of one part (a constraint, a bug) is raised to
-its caller only and rolls back nothing else. Parts are committed in the order of submission, so
+has its own. An error of one part (a constraint, a bug) is raised to its caller only and undoes
+nothing else: all parts are done again, each in a savepoint. So a part may be done twice, and its
+`do` changes nothing but the transaction. Parts are committed in the order of submission, so
 what was submitted later is never on disk without what was submitted before. Callers rely on that:
 a step that needs no sync is on disk with the outcome that follows it.
 
@@ -80,7 +81,6 @@ class _Part(Generic[T]):
     apply: Callable[[T], None] | None = None
     future: asyncio.Future[T] | None = None
     durable: bool = False
-    lazy: bool = False
     read: bool = False
     failed: Callable[[BaseException], None] | None = None
     result: T | None = None
@@ -92,12 +92,20 @@ class _Part(Generic[T]):
             self.apply(self.result)  # type: ignore[arg-type]
         elif self.error is not None and self.failed is not None:
             self.failed(self.error)
+        elif self.error is not None and self.future is None:
+            _log_lost(self.error)
         if self.future is None or self.future.done():
             return
         if self.error is None:
             self.future.set_result(self.result)  # type: ignore[arg-type]
         else:
             self.future.set_exception(self.error)
+
+
+def _log_lost(error: BaseException) -> None:
+    """Nobody waits for the part; after a fault of the disk, the file is read again anyway."""
+    if not isinstance(error, JournalFault):
+        log.error("journal.part_failed", error=repr(error))
 
 
 class Writer:
@@ -138,6 +146,7 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._connection: sqlite3.Connection | None = None
         self._seq = self._n = self._at_ms = 0
+        self._syncs: bool | None = None  # what the connection's `synchronous` was set to
         self._faulty = False
         self._closing = False
 
@@ -186,11 +195,8 @@ class Writer:
     def later(
         self, do: Callable[[Transaction], T], *, apply: Callable[[T], None] | None = None
     ) -> None:
-        """Run `do` with the next commit, or within `LAZY_S`; nobody waits for it.
-
-        It has no savepoint: it must be one that only a fault of the disk can fail.
-        """
-        self._later.append(_Part(do, apply, lazy=True))
+        """Run `do` with the next commit, or within `LAZY_S`; nobody waits for it."""
+        self._later.append(_Part(do, apply))
         if self._timer is None:
             self._timer = self._loop.call_later(LAZY_S, self._flush)
 
@@ -263,7 +269,7 @@ class Writer:
         return batch, True
 
     def _adopt(self, connection: sqlite3.Connection) -> sqlite3.Connection:
-        self._connection = connection
+        self._connection, self._syncs = connection, None
         self._seq = int(schema.read_meta(connection, "seq") or 0)
         (last,) = connection.execute("SELECT max(n) FROM outbox").fetchone()
         self._n = max(self._n, last or 0)
@@ -290,41 +296,30 @@ class Writer:
 
     def _transact(self, connection: sqlite3.Connection, batch: list[_Part[Any]]) -> Transaction:
         durable = self._faulty or any(part.durable for part in batch)
-        connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-        connection.execute("BEGIN IMMEDIATE")
-        transaction = Transaction(connection, self._seq, self._n, self._at_ms)
+        if durable != self._syncs:
+            connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            self._syncs = durable
+        transaction = self._begin(connection)
+        try:
+            for part in batch:
+                part.result = part.do(transaction)
+        except Exception as error:
+            if _is_of_the_file(error):
+                raise
+            connection.execute("ROLLBACK")
+            transaction = self._begin(connection)
+            for part in batch:
+                _do_apart(transaction, part)
         if self._faulty:
             schema.write_meta(connection, "probe", str(time.time()))
-        for part in batch:
-            self._do(transaction, part)
         if transaction.seq != self._seq:
             schema.write_meta(connection, "seq", str(transaction.seq))
         connection.execute("COMMIT")
         return transaction
 
-    @staticmethod
-    def _do(transaction: Transaction, part: _Part[Any]) -> None:
-        if part.lazy:  # one statement that violates no constraint: needs no savepoint
-            part.result = part.do(transaction)
-            return
-        before = (transaction.seq, len(transaction.out), len(transaction.states))
-        transaction.execute("SAVEPOINT part")
-        try:
-            part.result = part.do(transaction)
-        except (sqlite3.OperationalError, sqlite3.InternalError):
-            raise  # a fault of the disk or the file, not of this part
-        except sqlite3.DatabaseError as error:
-            if type(error) is sqlite3.DatabaseError:
-                raise  # malformed image
-            part.error = error
-        except Exception as error:  # noqa: BLE001 - raised to its caller
-            part.error = error
-        if part.error is not None:
-            transaction.execute("ROLLBACK TO part")
-            transaction.seq = before[0]
-            del transaction.out[before[1] :]
-            del transaction.states[before[2] :]
-        transaction.execute("RELEASE part")
+    def _begin(self, connection: sqlite3.Connection) -> Transaction:
+        connection.execute("BEGIN IMMEDIATE")
+        return Transaction(connection, self._seq, self._n, self._at_ms)
 
     def _read(self, part: _Part[Any]) -> None:
         if self._connection is None:
@@ -380,6 +375,30 @@ class Writer:
         if first:
             log.error("journal.commit_failed", error=str(error), path=self._path)
             self._changed(False)
+
+
+def _do_apart(transaction: Transaction, part: _Part[Any]) -> None:
+    """Do one part so that its error undoes no other's work."""
+    before = (transaction.seq, len(transaction.out), len(transaction.states))
+    transaction.execute("SAVEPOINT part")
+    try:
+        part.result = part.do(transaction)
+    except Exception as error:
+        if _is_of_the_file(error):
+            raise
+        part.result, part.error = None, error  # raised to its caller
+        transaction.execute("ROLLBACK TO part")
+        transaction.seq = before[0]
+        del transaction.out[before[1] :]
+        del transaction.states[before[2] :]
+    transaction.execute("RELEASE part")
+
+
+def _is_of_the_file(error: Exception) -> bool:
+    """A fault of the disk or the file, e.g. a malformed image; not of one part."""
+    return isinstance(error, sqlite3.OperationalError | sqlite3.InternalError) or (
+        type(error) is sqlite3.DatabaseError
+    )
 
 
 def _resolve(batch: list[_Part[Any]]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from handlers.errors import HostFault
 from schemas.codes import Code
@@ -99,6 +100,28 @@ async def test_a_bug_in_one_part_does_not_fail_the_others(tmp_path: Path) -> Non
         assert journal.store.writable
     async with opened(tmp_path) as journal:
         assert len(journal.records.instances()) == 2
+
+
+async def test_a_bug_where_nobody_waits_is_logged_and_what_was_done_before_it_is_done_once(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as journal:
+
+        def bug(tx: Transaction) -> None:
+            tx.execute("DELETE FROM instance")
+            raise KeyError("bug")
+
+        with capture_logs() as logs:
+            first = asyncio.create_task(journal.records.event(EventKind.DRIFT))
+            await asyncio.sleep(0)
+            journal.store.writer.later(bug)
+            await journal.records.put_instance(record("a1"))
+            await first
+
+        assert [line["error"] for line in logs] == ["KeyError('bug')"]
+        assert [e.seq for e in await events(journal)] == [1, 2]
+    async with opened(tmp_path) as journal:
+        assert len(journal.records.instances()) == 1
 
 
 async def test_reads_work_while_nothing_can_be_written(tmp_path: Path) -> None:
