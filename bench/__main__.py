@@ -15,7 +15,7 @@ from bench.report import machine, rows, table
 from bench.report.rows import Measured
 from bench.report.wanted import not_measured
 
-GROUP_TIMEOUT_S = 420
+GROUP_TIMEOUT_S = 600
 CLEANUP_TIMEOUT_S = 60
 
 

@@ -4,7 +4,8 @@ Membership of tenants and guests is that of `tenant_rules` and `antispoof`.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from handlers.errors import Failure, HostFault, Unavailable
@@ -30,6 +31,15 @@ TENANT_ALLOWED, TENANT_DENIED = "inet hostd tenant_allowed", "inet hostd tenant_
 SERVICES, UPLINKS, DENIED = "inet hostd services", "inet hostd uplinks", "inet hostd denied"
 # Changes of others by then, settings, policy and uplinks.
 ElementsLeft = tuple[int, NetworkSettings, NetworkPolicy, tuple[str, ...] | None]
+
+
+@dataclass(slots=True)
+class Wanted:
+    """Elements that are to go, that are to be there, and the sets that get a new content."""
+
+    remove: list[Member] = field(default_factory=list[Member])
+    add: list[Member] = field(default_factory=list[Member])
+    replace: dict[str, set[Element]] = field(default_factory=dict[str, set[Element]])
 
 
 class BaseRules:
@@ -156,17 +166,16 @@ class BaseRules:
         """One transaction, so nothing is open in between that neither old nor new settings open.
 
         What they were left as is looked at again after another hand's change, or if other ones are
-        asked for.
+        asked for; of tenants that have joined since, only theirs.
         """
         now = tables.outside_changes()
         asked = None if uplinks is None else tuple(uplinks)
         left = self._elements_left
         same = left is not None and left[:3] == (now, self._settings, self.policy.current)
-        if same and left is not None and asked in {None, left[3]} and not self._concerned(tables):
-            return False
-        changed = self._put_elements(tables, asked)
+        if same and left is not None and asked in {None, left[3]}:
+            return self._concerned(tables) and self._change(tables, self._of_joined(tables))
+        changed = self._change(tables, self._of_all(tables, asked))
         before = left[3] if same and left is not None else None
-        self._joined.clear()
         uplinks_left = before if asked is None else asked  # none at all is an answer, too
         self._elements_left = (now, self._settings, self.policy.current, uplinks_left)
         return changed
@@ -183,36 +192,46 @@ class BaseRules:
         self._joined.clear()
         return False
 
-    def _put_elements(self, tables: Tables, uplinks: tuple[str, ...] | None) -> bool:
+    def _of_joined(self, tables: Tables) -> Wanted:
+        """The elements that the policy gives the tenants that have joined."""
+        joined = {each: self._tenants[each] for each in self._joined if each in self._tenants}
+        return self._of_policy(tables, joined)
+
+    def _of_all(self, tables: Tables, uplinks: tuple[str, ...] | None) -> Wanted:
+        """The elements that the settings, and the policy of all tenants, give."""
         services = (service.partition("/") for service in self._settings.host_services)
         wanted: dict[str, set[Element]] = {SERVICES: {(kind, port) for kind, _, port in services}}
         if uplinks is not None:
             wanted[UPLINKS] = {(name,) for name in uplinks}
-        remove: list[Member] = []
+        found = self._of_policy(tables, self._tenants)
         for name, elements in wanted.items():
-            remove += [(name, element) for element in sorted(tables.members(name) - elements)]
-        policy = self.policy.current
-        for name, networks in ((TENANT_ALLOWED, policy.allowed), (TENANT_DENIED, policy.denied)):
-            wanted[name] = {
-                (bridge, network)
-                for bridge, tenant in self._tenants.items()
-                for network in networks.get(tenant, ())
-            }
-            remove += [
-                (name, element)
-                for element in sorted(tables.members(name) - wanted[name])
-                if element[0] in self._tenants
-            ]
-        add = tables.missing(
-            [(name, e) for name, elements in wanted.items() for e in sorted(elements)]
-        )
-        replace: dict[str, set[Element]] = {}
+            found.remove += [(name, each) for each in sorted(tables.members(name) - elements)]
+            found.add += [(name, each) for each in sorted(elements)]
         denied: set[Element] = {(network,) for network in denied_networks(self._settings)}
         if tables.members(DENIED) != denied or tables.missing([(DENIED, e) for e in denied]):
-            replace[DENIED] = denied
-        if remove or add or replace:
-            tables.change(remove=remove, add=add, replace=replace)
-        return bool(remove or add or replace)
+            found.replace[DENIED] = denied
+        return found
+
+    def _of_policy(self, tables: Tables, tenants: Mapping[str, str]) -> Wanted:
+        """Of these bridges and their tenants; what other bridges have is left alone."""
+        found = Wanted()
+        policy = self.policy.current
+        for name, networks in ((TENANT_ALLOWED, policy.allowed), (TENANT_DENIED, policy.denied)):
+            for bridge, tenant in sorted(tenants.items()):
+                wanted = {(bridge, network) for network in networks.get(tenant, ())}
+                there = tables.members_of(name, bridge)
+                found.remove += [(name, element) for element in sorted(there - wanted)]
+                found.add += [(name, element) for element in sorted(wanted)]
+        return found
+
+    def _change(self, tables: Tables, wanted: Wanted) -> bool:
+        """Make what differs so, in one transaction; true if anything did."""
+        add = tables.missing(wanted.add)
+        changed = bool(wanted.remove or add or wanted.replace)
+        if changed:
+            tables.change(remove=wanted.remove, add=add, replace=wanted.replace)
+        self._joined.clear()
+        return changed
 
     def _rebuild(self, tables: Tables) -> None:
         """Replace tables of another layout by ours, guests and tenants kept, in one transaction."""

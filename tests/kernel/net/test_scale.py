@@ -7,12 +7,14 @@ to answer is not seen in them, so the listings that are asked for are compared, 
 
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
 from handlers.host.net.host_network import NetworkMechanisms
 from handlers.host.net.rtnetlink_reader import ADDRESS, RTM_GETADDR, Reader
 from handlers.specs import BridgeSpec, TenantRulesSpec
+from schemas.settings import NetworkSettings
 from tests.kernel.net.netns import HostNet
 from tests.kernel.net.plans import GuestPlan, net_of, plug_in, set_up
 from tests.lines import Lines
@@ -48,9 +50,16 @@ CALLS: Mapping[str, Call] = {
 }
 
 
-@pytest.fixture
-def hosts() -> Iterator[tuple[HostNet, HostNet]]:
-    with HostNet() as one, HostNet() as many:
+@pytest.fixture(params=["without a policy", "each tenant with a policy"])
+def hosts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[HostNet, HostNet]]:
+    file = tmp_path / "policy.toml"
+    tenants = ["acme", *(f"t-{number}" for number in range(NETWORKS))]
+    file.write_text("".join(f"[{each}]\nallowed = ['192.0.2.0/24']\n" for each in tenants))
+    policy = str(file) if request.param.startswith("each") else ""
+    with (
+        HostNet(NetworkSettings(policy=policy)) as one,
+        HostNet(NetworkSettings(policy=policy)) as many,
+    ):
         yield one, many
 
 
