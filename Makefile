@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 KINDS := unit contract kernel broker vm crash lab
 
-.PHONY: help setup venv demo test unit check bench lab fmt
+.PHONY: help setup venv demo test unit crash check bench lab fmt
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -22,6 +22,9 @@ test: setup ## All tests, the slowest last
 
 unit: venv ## The unit tests, as any user
 	@$(PY) -m pytest tests/unit
+
+crash: setup ## kill -9 at every point of every command, with real Firecracker; some ten minutes
+	@HOSTD_CRASH_SEED=all $(PY) -m pytest tests/crash
 
 check: venv ## Lint, spelling, types, layers, as any user
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/codespell && .venv/bin/mypy && .venv/bin/pyright && .venv/bin/lint-imports

@@ -52,7 +52,9 @@ SpecT = TypeVar("SpecT", bound=Keyed, contravariant=True)
 
 class Failpoint(Protocol):
     def __call__(self, moment: str) -> Awaitable[None]:
-        """Called at each point, `before:<step>` and `after:<step>`; a crash test stops there."""
+        """Called at each point; a crash test stops there. `intent:<step>`: its row is about to be
+        committed; `before:<step>`: it is, the effect follows; `after:<step>`: the effect is made.
+        """
         ...
 
 
@@ -119,6 +121,8 @@ class Steps:
             for mechanism, key in planned
         ]
         self._untouched |= set(names) - recorded
+        for mechanism, _ in planned:
+            await self._failpoint(f"intent:{mechanism.name}")
         await self._log.begin(self.command_id, *intents)
 
     async def ensure(self, mechanism: Mechanism[SpecT, T], spec: SpecT) -> T:
@@ -131,6 +135,7 @@ class Steps:
         existed = self._existed.pop((mechanism.name, spec.key), None)
         if existed is None:
             existed = await mechanism.exists(spec.key)
+            await self._failpoint(f"intent:{mechanism.name}")
         self._untouched.discard((mechanism.name, spec.key))
         intent = _intent(mechanism, spec.key, existed=existed)
         (row,) = await self._log.begin(self.command_id, intent)

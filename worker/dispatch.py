@@ -253,6 +253,7 @@ class Dispatch:
         tombstone = done.tombstone if done is not None else None
         network = done.network if done is not None else None
         reply, data = self._encode(row, reply)
+        await self._failpoint("before:outcome")
         while True:
             try:
                 await self._journal.commands.finish(

@@ -2,8 +2,13 @@
 
 With `HOSTD_FAILPOINT=after:tap` and `HOSTD_FAILPOINT_FILE=/path` in the environment, the command
 that reaches that point writes its name to the file and then waits forever; the test that watches
-the file can send SIGKILL. Points are those of `handlers/steps.py`: `before:<step>` and
-`after:<step>`, where a step is named after its mechanism.
+the file can send SIGKILL. With `HOSTD_FAILPOINT_ARM=/path`, too, only while that file exists. With
+`HOSTD_FAILPOINT=all` nothing stops: each point that is reached is a line of the file.
+
+Points are those of `handlers/steps.py`, `intent:<step>`, `before:<step>` and `after:<step>`, where
+a step is named after its mechanism; and of each command `before:outcome`, in `worker/dispatch.py`,
+`before:reply`, i.e. after the outcome is committed, and `after:reply`, when the reply is in its
+stream and still in the journal, in `worker/outbox.py`.
 """
 
 import asyncio
@@ -12,12 +17,13 @@ from collections.abc import Mapping
 
 from handlers.steps import Failpoint, no_failpoint
 
-POINT, FILE = "HOSTD_FAILPOINT", "HOSTD_FAILPOINT_FILE"
+POINT, FILE, ARM = "HOSTD_FAILPOINT", "HOSTD_FAILPOINT_FILE", "HOSTD_FAILPOINT_ARM"
+ALL = "all"
 
 
 def failpoint(environment: Mapping[str, str]) -> Failpoint:
-    """The hook for `Steps`; does nothing unless both variables are set."""
-    wanted, path = environment.get(POINT), environment.get(FILE)
+    """The hook for `Steps`; does nothing unless point and file are set."""
+    wanted, path, arm = environment.get(POINT), environment.get(FILE), environment.get(ARM)
     if not wanted or not path:
         return no_failpoint
 
@@ -26,10 +32,15 @@ def failpoint(environment: Mapping[str, str]) -> Failpoint:
             file.write(moment)
         os.rename(f"{path}.tmp", path)
 
+    def add(path: str, moment: str) -> None:
+        with open(path, "a", encoding="ascii") as file:
+            file.write(f"{moment}\n")
+
     async def stop(moment: str) -> None:
-        if moment != wanted:
-            return
-        write(path, moment)
-        await asyncio.Event().wait()
+        if wanted == ALL:
+            add(path, moment)
+        elif moment == wanted and (arm is None or os.path.exists(arm)):
+            write(path, moment)
+            await asyncio.Event().wait()
 
     return stop

@@ -202,6 +202,7 @@ class Worker:
             "firecracker": firecracker,
         }
         self.drain = DrainSwitch(journal)
+        stop_at = failpoint(os.environ)
         runner = NotifyingRunner(
             Dispatch(
                 journal,
@@ -210,7 +211,7 @@ class Worker:
                 removable,
                 meters=metrics,
                 refuse=self.drain.refusal,
-                failpoint=failpoint(os.environ),
+                failpoint=stop_at,
             )
         )
         self.lanes = Lanes(runner)
@@ -226,7 +227,7 @@ class Worker:
             facts=self.facts,
             meters=metrics,
         )
-        self.outbox = Outbox(bus, journal)
+        self.outbox = Outbox(bus, journal, failpoint=stop_at)
         self.lease = Lease(
             bus,
             subjects.host_key,

@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 import structlog
 
+from handlers.steps import Failpoint, no_failpoint
 from worker.bus.protocol import Bus, BusError, Unsendable
 from worker.journal.journal import Journal
 from worker.journal.memory import OUT_KINDS
@@ -34,8 +35,9 @@ HEADERS = msgspec.json.Decoder(dict[str, str])
 class Outbox:
     """Runs until cancelled. A restart sends rows that are not deleted yet again, same ID."""
 
-    def __init__(self, bus: Bus, journal: Journal) -> None:
+    def __init__(self, bus: Bus, journal: Journal, *, failpoint: Failpoint = no_failpoint) -> None:
         self._bus = bus
+        self._failpoint = failpoint
         self._outbox = journal.outbox
         self._store = journal.store
         self._woken = {kind: asyncio.Event() for kind in OUT_KINDS}
@@ -120,6 +122,10 @@ class Outbox:
                     await self._bus.send(row.subject, row.payload)
                 case "dead":
                     await self._send_dead(row)
+                case "reply":
+                    await self._failpoint("before:reply")
+                    await self._bus.publish(row.subject, row.payload, msg_id=row.msg_id)
+                    await self._failpoint("after:reply")
                 case _:
                     await self._bus.publish(row.subject, row.payload, msg_id=row.msg_id)
         except BusError as error:

@@ -25,7 +25,7 @@ ENV_PREFIX = "HOSTD_"
 DEFAULT = "default"
 # Of this prefix, but not settings: the settings file, `worker/failpoints.py`, and the lab's mark.
 OTHER_VARIABLES = frozenset(
-    {"HOSTD_CONFIG", "HOSTD_FAILPOINT", "HOSTD_FAILPOINT_FILE", "HOSTD_LAB"}
+    {"HOSTD_CONFIG", "HOSTD_FAILPOINT", "HOSTD_FAILPOINT_FILE", "HOSTD_FAILPOINT_ARM", "HOSTD_LAB"}
 )
 
 _PORT = re.compile(r"[0-9]{1,5}")

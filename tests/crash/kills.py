@@ -42,6 +42,14 @@ async def kill_at(host: LiveHost, moment: str, request: Request, command_id: str
     await host.kill_worker()
 
 
+async def kill_while(host: LiveHost, request: Request, command_id: str, reached: Path) -> None:
+    """SIGKILL a worker, which was started with an armed failpoint, at that point of the command."""
+    Path(f"{reached}.armed").touch()
+    await host.publish(request, command_id)
+    await until(reached.exists, f"{command_id} at its failpoint")
+    await host.kill_worker()
+
+
 async def events(host: LiveHost) -> list[dict[str, Any]]:
     """All events of the host so far, in the order of the stream."""
     kept = await host.kept(host.subjects.events_stream)

@@ -1,108 +1,93 @@
-"""kill -9 between a step's effect and its row, in each command: one effect, one reply.
+"""kill -9 at every point of every command: one effect, one reply, the end of an undisturbed run.
 
-"Started once" is proved by the guest's own boot counter, which it keeps on its disk, and by the
-log of jailer executions.
+The points come from the registry (`tests/crash/points.py`); `make crash` tries all, other runs a
+slice that their printed seed chooses. "Booted once" is the guest's own count, kept on its disk.
 """
 
+import asyncio
+import itertools
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from schemas.requests import Request, SetupNetwork, TeardownNetwork
-from tests.constants import DESTROY, REF, SLEEP, START, STOP, WAKE
-from tests.crash.kills import assert_one_outcome, kill_at
+from tests.constants import DESTROY, REF, WAKE
+from tests.crash.kills import assert_one_outcome, kill_while
+from tests.crash.points import BEFORE, ENDS, KINDS, chosen, every_point, points, requests, seed
+from tests.crash.undisturbed import End, statuses, undisturbed
 from tests.live_host import LiveHost, live_host
+from worker.failpoints import ARM, FILE, POINT
 
-# What has to go before, in order, and after it how often the jailer was executed in all.
-BEFORE: dict[str, tuple[tuple[str, ...], int]] = {
-    "net-up": ((), 0),
-    "start": (("net-up",), 1),
-    "sleep": (("net-up", "start"), 1),
-    "wake": (("net-up", "start", "sleep"), 2),
-    "stop": (("net-up", "start"), 1),
-    "destroy": (("net-up", "start"), 1),
-    "net-down": (("net-up",), 0),
-}
-STATUS = {
-    "start": "running",
-    "sleep": "sleeping",
-    "wake": "running",
-    "stop": "stopped",
-    "destroy": "destroyed",
-}
-POINTS = [
-    ("net-up", "after:tenant_rules"),
-    ("net-up", "after:bridge"),
-    ("start", "after:reservation"),
-    ("start", "after:pin"),
-    ("start", "after:tap"),
-    ("start", "after:jail"),
-    ("start", "after:vmm"),
-    ("start", "after:configure_vm"),
-    ("start", "after:boot"),
-    ("start", "after:start_vm"),
-    ("sleep", "after:pause"),
-    ("sleep", "after:snapshot_draft"),
-    ("sleep", "after:publish_snapshot"),
-    ("sleep", "after:remove_vmm"),
-    ("wake", "after:tap"),
-    ("wake", "before:vmm"),
-    ("wake", "after:vmm"),
-    ("wake", "after:link_snapshot"),
-    ("wake", "after:load_snapshot"),
-    ("wake", "after:consumed"),
-    ("wake", "after:resume_vm"),
-    ("stop", "after:stop_vmm"),
-    ("stop", "after:remove_tap"),
-    ("destroy", "after:remove_vmm"),
-    ("destroy", "after:wipe_volumes"),
-    ("destroy", "after:remove_files"),
-    ("net-down", "after:remove_bridge"),
-]
+EVERY = every_point()
+COMPARED = ("code", "changed", "status", "left_behind", "response")
 
 
-@pytest.mark.parametrize(("name", "moment"), POINTS)
-async def test_a_killed_command_has_one_effect_and_one_reply(name: str, moment: str) -> None:
-    async with live_host() as host:
-        seeded = host.seed()
-        requests: dict[str, Request] = {
-            "net-up": SetupNetwork(REF.tenant_id, seeded.net),
-            "start": START,
-            "sleep": SLEEP,
-            "wake": WAKE,
-            "stop": STOP,
-            "destroy": DESTROY,
-            "net-down": TeardownNetwork(REF.tenant_id, seeded.net),
-        }
+@pytest.mark.parametrize(("kind", "point"), chosen(EVERY, seed()))
+async def test_a_killed_command_has_one_effect_and_one_reply(kind: str, point: str) -> None:
+    want = await undisturbed(kind)
+    async with live_host(worker=False) as host:
+        reached = Path(host.directory, "reached")
         clean = await host.inventory()
-        before, launches = BEFORE[name]
-        for earlier in before:
-            assert (await host.run(requests[earlier]))["code"] == "ok"
-        slept = await host.stat() if "start" in before and "sleep" not in before else None
+        environment = {POINT: point, FILE: str(reached), ARM: f"{reached}.armed"}
+        await host.start_worker(environment=environment)
+        wanted = requests(host.seed().net)
+        for earlier in BEFORE[kind]:
+            assert (await host.run(wanted[earlier]))["code"] == "ok"
+        before = await host.stat() if kind == "SleepInstance" else None
 
-        await kill_at(host, moment, requests[name], "killed")
+        await kill_while(host, wanted[kind], "killed", reached)
         await host.start_worker()
         await host.result("killed")
 
         reply = await assert_one_outcome(host, "killed")
-        assert (reply["code"], reply["changed"], reply["left_behind"]) == ("ok", True, [])
-        assert reply["attempts"] == 2
-        assert reply["status"] == STATUS.get(name)
-        assert host.jailer_runs() == launches
+        assert {key: reply[key] for key in COMPARED} == {key: want.reply[key] for key in COMPARED}
+        assert (await host.run_again(wanted[kind], "killed"))["replayed"]
+        await assert_same_end(host, want)
         if reply["status"] == "running":
-            await assert_it_booted_once(host, reply)
-        if name == "sleep":
-            assert (await host.run(WAKE))["code"] == "ok"
-            woken = await host.stat()
-            assert slept is not None
-            assert (woken["boots"], woken["boot_id"]) == (1, slept["boot_id"])
-            assert woken["counter"] > slept["counter"]
+            assert (await host.stat())["boots"] == 1
+        if before is not None:
+            await assert_it_goes_on(host, before)
         assert (await host.run(DESTROY))["code"] == "ok"
-        assert (await host.run(requests["net-down"]))["code"] == "ok"
-        assert await host.inventory() == clean
+        assert (await host.run(wanted["TeardownNetwork"]))["code"] == "ok"
+        await assert_inventory(host, clean)
 
 
-async def assert_it_booted_once(host: LiveHost, reply: dict[str, Any]) -> None:
-    stat, told = await host.stat(), await host.describe()
-    assert stat["boots"] == 1
-    assert (told["status"], told["pid"]) == ("running", reply["detail"]["pid"])
+async def assert_same_end(host: LiveHost, want: End) -> None:
+    """State, status events and resources are those of an undisturbed run.
+
+    A command that was cut repeats the transitional statuses of its first run; where it came from
+    and where it ended are the same.
+    """
+    await assert_inventory(host, want.inventory)
+    told = await statuses(host)
+    assert [end for _, end in told[-1:]] == [end for _, end in want.events[-1:]]
+    assert all(later[0] == earlier[1] for earlier, later in itertools.pairwise(told))
+    # A jailer that was cut before its VMM ran is executed again; a guest is not booted again.
+    assert want.launches <= host.jailer_runs() <= want.launches + 1
+    assert len(host.vm_pids()) == want.inventory["processes"]
+
+
+async def assert_inventory(host: LiveHost, want: dict[str, int]) -> None:
+    """What is left to the kernel and to the background is gone in some seconds."""
+    end = time.monotonic() + 30
+    while (now := await host.inventory()) != want and time.monotonic() < end:
+        await asyncio.sleep(0.1)
+    assert now == want
+
+
+async def assert_it_goes_on(host: LiveHost, before: dict[str, Any]) -> None:
+    """The guest that slept is the one that wakes."""
+    assert (await host.run(WAKE))["code"] == "ok"
+    woken = await host.stat(REF)
+    assert (woken["boots"], woken["boot_id"]) == (1, before["boot_id"])
+    assert woken["counter"] > before["counter"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_real_worker_goes_through_the_points_of_the_list(kind: str) -> None:
+    real = await undisturbed(kind)
+
+    listed = {point for each, point in EVERY if each == kind}
+    assert set(points(real.moments)) - set(ENDS) == listed - set(ENDS)
+    assert set(ENDS) <= set(real.moments)

@@ -1,0 +1,112 @@
+"""Where a worker is killed: every point of every command, found by running the commands.
+
+The list is nobody's to keep: each command of `handlers/registry.py` runs once, undisturbed, on the
+host in memory, and what its failpoints report is the list. A real worker's undisturbed run is
+compared with it (`tests/crash/test_kill_points.py`).
+"""
+
+import asyncio
+import functools
+import os
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from handlers.registry import HANDLERS
+from schemas.codes import Code
+from schemas.requests import Request, SetupNetwork, TeardownNetwork, TenantNet
+from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
+from tests.fakes.host import seeded
+from tests.fakes.memory_worker import memory_worker
+
+SEED: Final = "HOSTD_CRASH_SEED"
+ALL: Final = "all"  # the seed with which every point is tried
+SLICE: Final = 24
+# Of each command, beyond its steps: see worker/failpoints.py.
+ENDS: Final = ("before:outcome", "before:reply", "after:reply")
+KINDS: Final = tuple(request.__name__ for request in HANDLERS)
+# What has to run before each command.
+BEFORE: Final[dict[str, tuple[str, ...]]] = {
+    "SetupNetwork": (),
+    "StartInstance": ("SetupNetwork",),
+    "SleepInstance": ("SetupNetwork", "StartInstance"),
+    "WakeInstance": ("SetupNetwork", "StartInstance", "SleepInstance"),
+    "StopInstance": ("SetupNetwork", "StartInstance"),
+    "DestroyInstance": ("SetupNetwork", "StartInstance"),
+    "TeardownNetwork": ("SetupNetwork",),
+}
+
+
+def requests(net: TenantNet = NET) -> dict[str, Request]:
+    """The commands that are killed, by kind."""
+    up, down = SetupNetwork(REF.tenant_id, net), TeardownNetwork(REF.tenant_id, net)
+    return {each.kind: each for each in (up, START, SLEEP, WAKE, STOP, DESTROY, down)}
+
+
+def points(moments: Sequence[str]) -> list[str]:
+    """The points to kill at, of what a run reported: each once, and of rows that are committed
+    together the first."""
+    found: list[str] = []
+    last = ""
+    for moment in dict.fromkeys(moments):
+        if not (moment.startswith("intent:") and last.startswith("intent:")):
+            found.append(moment)
+        last = moment
+    return found
+
+
+async def in_memory(kind: str, directory: Path) -> list[str]:
+    """The moments of an undisturbed run on the host in memory, which has no outbox."""
+    seen: list[str] = []
+
+    async def note(moment: str) -> None:
+        seen.append(moment)
+
+    async with memory_worker(directory / kind, seeded(), failpoint=note) as worker:
+        for earlier in BEFORE[kind]:
+            assert (await worker.run(requests()[earlier])).code is Code.OK
+        seen.clear()
+        assert (await worker.run(requests()[kind])).code is Code.OK
+    return [*seen, *(end for end in ENDS if end not in seen)]
+
+
+def every_point() -> list[tuple[str, str]]:
+    """Kind and point, for all commands of the registry."""
+
+    async def all_of_them() -> list[tuple[str, str]]:
+        with tempfile.TemporaryDirectory(prefix="hostd-points-") as directory:
+            return [
+                (kind, point)
+                for kind in KINDS
+                for point in points(await in_memory(kind, Path(directory)))
+            ]
+
+    return asyncio.run(all_of_them())
+
+
+def chosen(all_points: Sequence[tuple[str, str]], seed: str) -> list[tuple[str, str]]:
+    """With the seed `all` every point, else a slice that any run with this seed has, in order: at
+    least two points of each command."""
+    if seed == ALL:
+        return list(all_points)
+    dice = random.Random(seed)
+    kinds = dict.fromkeys(kind for kind, _ in all_points)
+    found = {
+        each
+        for kind in kinds
+        for each in dice.sample([each for each in all_points if each[0] == kind], 2)
+    }
+    rest = [each for each in all_points if each not in found]
+    found |= set(dice.sample(rest, max(0, min(SLICE - len(found), len(rest)))))
+    return [each for each in all_points if each in found]
+
+
+@functools.cache
+def seed() -> str:
+    """The caller's, or one of this run's own, which it prints (`tests/crash/conftest.py`).
+
+    No worker inherits the variable: it is not a setting.
+    """
+    return os.environ.pop(SEED, None) or str(random.SystemRandom().randrange(10**6))
