@@ -64,7 +64,7 @@ class Emptying:
         self._looks = 0
         self._full = False
         switch.watch(self._news.set)
-        journal.store.on_commit(lambda _: self._news.set())
+        journal.store.on_commit(lambda _: self._committed())
 
     async def run(self) -> None:
         """Until cancelled; begin when the lanes run."""
@@ -91,6 +91,11 @@ class Emptying:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FULL_AGAIN_S if self._full else EVENT_EVERY_S):
                     await self._news.wait()
+
+    def _committed(self) -> None:
+        """Costs nothing without a drain: this is part of every command."""
+        if self._switch.active is not None:
+            self._news.set()
 
     # -- what is shown -------------------------------------------------------------------------
 
