@@ -18,7 +18,7 @@ demo: setup ## The whole job end to end, with real Firecracker and a Linux guest
 	@.venv/bin/hostd demo
 
 test: setup ## All tests, the slowest last
-	@$(PY) -m pytest $(KINDS:%=tests/%)
+	@$(PY) -m pytest $(KINDS:%=tests/%) && $(PY) -m tests.guests.versions tests/contract tests/vm tests/crash
 
 unit: venv ## The unit tests, as any user
 	@$(PY) -m pytest tests/unit

@@ -320,6 +320,14 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
         """A launch is coming: begin what the kernel makes it wait for. Changes nothing."""
         ...
 
+    async def version_for(self, wanted: str | None) -> str:
+        """The version of Firecracker for a launch: the one `wanted`, or that of new Starts.
+
+        Raises:
+            HostFault: it is not on this host, or its files changed under the running worker.
+        """
+        ...
+
     async def launches(self, ref: InstanceRef) -> Sequence[int]:
         """Numbers of the launches whose cgroup exists, with or without a process."""
         ...
@@ -550,6 +558,11 @@ class Records(Protocol):
         """The tenant's pools that have instances on this host, by their number."""
         ...
 
+    def vmm_versions(self) -> Mapping[tuple[str, str], int]:
+        """How many instances run or sleep by each version of Firecracker: by version and
+        `running` or `sleeping`. The version "" is that of records which do not say."""
+        ...
+
     def held_uids(self) -> int:
         """How many uids instances have."""
         ...
@@ -677,10 +690,11 @@ class WarmPool(Protocol):
         """The uid slots that the pool holds, the claimed ones included."""
         ...
 
-    def claim(self, jail_id: str) -> int | None:
+    def claim(self, jail_id: str, version: str) -> int | None:
         """Set one aside for the launch of this jail; returns its uid slot, which the launch gets.
 
-        None if there is none. A claim ends with `used_by` or `give_back`.
+        None if there is none of this version of Firecracker. A claim ends with `used_by` or
+        `give_back`.
         """
         ...
 

@@ -3,6 +3,7 @@
 All paths are absolute host paths, all sizes in bytes unless a name says otherwise.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 
@@ -257,15 +258,45 @@ class Jail:
 
 @dataclass(frozen=True, slots=True)
 class LaunchSpec:
-    """One run of the jailer. The cgroup must exist: the jailer silently continues without it."""
+    """One run of the jailer. The cgroup must exist: the jailer silently continues without it.
+
+    `version` is Firecracker's; empty: that of new Starts.
+    """
 
     jail_id: str
     uid: int
     cgroup: str
+    version: str = ""
 
     @property
     def key(self) -> str:
         return self.jail_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionState:
+    """One version of Firecracker on this host. `state`:
+
+    `installed`; `removed`: its files are gone, hostd has copies; `changed`: its files are not those
+    that were read; `missing`: in use and not here; `refused`: here and not used, see `reason`;
+    `unknown`: that of records from before hostd kept it. `starts`: new Starts use it. `running` and
+    `sleeping` are numbers of instances, `sha256` is by program.
+    """
+
+    version: str
+    state: str
+    starts: bool
+    running: int
+    sleeping: int
+    reason: str | None
+    sha256: Mapping[str, str]
+    lacks: tuple[str, ...]
+
+    @property
+    def in_trouble(self) -> bool:
+        """Launches of it, or of what sleeps by it, fail or soon would."""
+        in_use = bool(self.running or self.sleeping)
+        return self.state == "changed" or (in_use and self.state in ("removed", "missing"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,7 @@ class EventKind(StrEnum):
     DISK = "disk"
     RELEASED = "released"
     DRAIN = "drain"
+    VMM_VERSIONS = "vmm_versions"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

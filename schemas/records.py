@@ -198,7 +198,8 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `uid_slot` is allocated before the first effect of a launch and freed once its VMM has exited.
     `offset` is kept from the first Start; no other instance may have it while this one lives or
-    sleeps. `before` is the record from before the running command, which a failure restores.
+    sleeps. `vmm_version` is Firecracker's, of the last launch; empty in records from before hostd
+    kept it. `before` is the record from before the running command, which a failure restores.
     `last_end` is that of its last VMM that ended without a command, perhaps many launches ago.
     """
 
@@ -214,6 +215,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     mem_mib: int = 0
     agent_port: int | None = None
     vmm: VmmIdentity | None = None
+    vmm_version: str = ""
     disk: DiskIdentity | None = None
     snapshot: int | None = None
     consumed: bool = False

@@ -41,11 +41,16 @@ class PathSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class VmmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[vmm]`. `jail_base` empty means `<state>/jails`; times in seconds, sizes in bytes.
 
-    `warm_pool` is how many idle VMMs are launched ahead; 0 turns it off.
+    `versions_dir` has several versions side by side, and replaces `firecracker` and `jailer`; of
+    these Start uses `version`, empty: the newest. `allow_untested` also allows versions newer than
+    hostd knows. `warm_pool` is how many idle VMMs are launched ahead; 0 turns it off.
     """
 
     firecracker: str = "/usr/local/bin/firecracker"
     jailer: str = "/usr/local/bin/jailer"
+    versions_dir: str = ""
+    version: str = ""
+    allow_untested: bool = False
     jail_base: str = ""
     uid_base: int = 2_000_000_000
     uid_count: int = 65_536

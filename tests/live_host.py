@@ -47,6 +47,7 @@ from schemas.subjects import Lane, Subjects
 from tests.constants import REF
 from tests.guests.agent import ask, ask_until_answered
 from tests.guests.cache import BUILD
+from tests.guests.firecracker import FIRECRACKER, JAILER
 from tests.guests.namespace import own_network
 from tests.leaks import own_directory
 from tests.plain import unpacked
@@ -71,6 +72,8 @@ class LiveHost:
         production: bool = False,
         disk_mib: int = 0,
         warm_pool: int = 0,
+        versions_dir: str = "",
+        version: str = "",
         **limits: Any,
     ) -> None:
         """With `disk_mib`, data and state are on a file system of that size and nothing else is."""
@@ -83,6 +86,7 @@ class LiveHost:
         self.nats = EmbeddedNats(f"{self.directory}/nats", config=users)
         self.boot_args = boot_args
         self.warm_pool = warm_pool
+        self.versions_dir, self.version = versions_dir, version
         self.production = production
         self.limits = {"disk_reserve_mib": 16 if disk_mib else 256} | limits
         self.worker: asyncio.subprocess.Process | None = None
@@ -104,8 +108,10 @@ class LiveHost:
                 run=f"{self.directory}/run",
             ),
             vmm=VmmSettings(
-                firecracker=f"{BUILD}/bin/firecracker",
-                jailer=f"{BUILD}/bin/jailer",
+                firecracker=str(FIRECRACKER),
+                jailer=str(JAILER),
+                versions_dir=self.versions_dir,
+                version=self.version,
                 boot_args=self.boot_args,
                 warm_pool=self.warm_pool,
             ),

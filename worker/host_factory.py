@@ -15,6 +15,7 @@ from handlers.host.storage.agentd_files import SharedFiles
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.disk_space import DiskSpace
+from handlers.host.vmm.binaries import VmmBinaries
 from handlers.host.vmm.cgroups import Cgroups
 from handlers.host.vmm.exit_watch import ExitWatch
 from handlers.host.vmm.guest_agent import GuestAgents
@@ -42,6 +43,7 @@ class RealHost:
     jail_dirs: JailLayout
     exits: ExitWatch
     warm: WarmPool
+    binaries: VmmBinaries
 
     async def take_inventory(self) -> Inventory:
         """Everything on this host that carries hostd's mark."""
@@ -53,7 +55,9 @@ class RealHost:
         self.network.close()
 
 
-def open_real_host(settings: Settings, records: Records, later: Later, disk: DiskSpace) -> RealHost:
+def open_real_host(
+    settings: Settings, records: Records, later: Later, disk: DiskSpace, binaries: VmmBinaries
+) -> RealHost:
     """Connect the mechanisms of this host.
 
     Raises:
@@ -78,7 +82,7 @@ def open_real_host(settings: Settings, records: Records, later: Later, disk: Dis
         used = live.mem_mib + live.instances * limits.vmm_overhead_mib
         return facts.memory_mib() - limits.mem_reserve_mib - used
 
-    warm = WarmPool(settings, slot_in_use, free_mib)
+    warm = WarmPool(settings, slot_in_use, free_mib, binaries)
     paths = settings.paths
     jails = Jails(
         data=paths.data,
@@ -114,7 +118,7 @@ def open_real_host(settings: Settings, records: Records, later: Later, disk: Dis
         data_disks=DataDisks(data=paths.data, jail_base=settings.jail_base),
         cgroups=Cgroups(settings),
         jails=jails,
-        vmms=Vmms(settings, tenant_of=records.tenant_of_jail),
+        vmms=Vmms(settings, binaries=binaries, tenant_of=records.tenant_of_jail),
         warm=warm,
         agents=GuestAgents(settings),
         snapshots=snapshots,
@@ -136,4 +140,5 @@ def open_real_host(settings: Settings, records: Records, later: Later, disk: Dis
         jail_dirs=JailLayout(settings.jail_base),
         exits=ExitWatch(),
         warm=warm,
+        binaries=binaries,
     )

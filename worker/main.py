@@ -26,7 +26,7 @@ from handlers.host.linux.call_threads import abandoned_calls, exhausted_kinds, h
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.lock import HostLock
 from handlers.host.storage.disk_space import DiskSpace
-from handlers.host.vmm.versions import check_versions
+from handlers.host.vmm.binaries import VmmBinaries
 from handlers.registry import HANDLERS, mechanisms
 from schemas.codes import EXIT_CODES, Code
 from schemas.envelopes import EventKind
@@ -59,6 +59,7 @@ from worker.queries.service import query_service
 from worker.reconcile.adoption import Adoption
 from worker.reconcile.reconciler import Reconciler
 from worker.reconcile.recovery import Recovery
+from worker.reconcile.vmm_versions import VmmVersions, in_use
 from worker.reconcile.vmm_watch import NotifyingRunner, VmmWatch
 from worker.reload import Reload
 from worker.settings import machine_id
@@ -114,7 +115,9 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
     async with AsyncExitStack() as stack:
         owned = (settings.paths.state, settings.jail_base)
         stack.enter_context(HostLock(settings.paths.run, *owned))
-        firecracker = await check_versions(settings)
+        binaries = VmmBinaries(settings)
+        if not settings.vmm.versions_dir:  # else after the journal, which knows what is in use
+            (await binaries.read(settings.vmm, ()))()
         metrics = Metrics(version("hostd"))
         check_limit(settings, HostFacts().memory_mib())
         reserve = DescriptorReserve(MAX_CONNECTIONS + CONTROL_CONNECTIONS)
@@ -139,8 +142,10 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
             relieve=disk.relieve,
         )
         stack.push_async_callback(journal.close)
+        if settings.vmm.versions_dir:
+            (await binaries.read(settings.vmm, in_use(journal)))()
         background = BackgroundTasks()
-        real = open_real_host(settings, journal.records, background.start, disk)
+        real = open_real_host(settings, journal.records, background.start, disk, binaries)
         stack.callback(real.close)
         bus = NatsBus(settings.nats, subjects)
         stack.push_async_callback(bus.close)
@@ -153,7 +158,6 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
             bus,
             background,
             reserve,
-            firecracker=firecracker,
         )
         stack.push_async_callback(worker.vmm_watch.close)
         stack.push_async_callback(real.warm.close)
@@ -169,7 +173,8 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
                 reserve=reserve,
             )
         )
-        await worker.run(signals, Reload(settings, read, bus.connection), manager)
+        reload = Reload(settings, read, bus.connection, worker.vmm_versions.reread)
+        await worker.run(signals, reload, manager)
 
 
 class Worker:
@@ -185,8 +190,6 @@ class Worker:
         bus: NatsBus,
         background: BackgroundTasks,
         reserve: DescriptorReserve,
-        *,
-        firecracker: str,
     ) -> None:
         host, removable = real.host, mechanisms(real.host)
         self.settings, self.metrics, self.journal, self.bus = settings, metrics, journal, bus
@@ -195,12 +198,6 @@ class Worker:
         self._background = background
         self._reserve = reserve
         self.slots, self.locks = host.slots, host.locks
-        self.versions = {
-            "hostd": version("hostd"),
-            "python": platform.python_version(),
-            "kernel": real.facts.kernel_release(),
-            "firecracker": firecracker,
-        }
         self.drain = DrainSwitch(journal)
         stop_at = failpoint(os.environ)
         runner = NotifyingRunner(
@@ -265,6 +262,7 @@ class Worker:
             take_inventory=real.take_inventory,
             calls_hang=lambda: any(hung_calls().values()),
         )
+        self.vmm_versions = VmmVersions(real.binaries, journal, self.lease.touch)
         self.recovery = Recovery(
             host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs)
         )
@@ -289,8 +287,19 @@ class Worker:
             "disk_full": self._real.disk.low,
             "disk_watermark": self._real.disk.high,
             "hung_calls": bool(exhausted_kinds()),
+            "vmm_versions": bool(self.vmm_versions.trouble),
         }
         return [name for name, is_so in found.items() if is_so]
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Of what this host runs; Firecracker's is that of new Starts."""
+        return {
+            "hostd": version("hostd"),
+            "python": platform.python_version(),
+            "kernel": self._real.facts.kernel_release(),
+            "firecracker": self._real.binaries.start,
+        }
 
     def facts(self) -> dict[str, Any]:
         """Shown in a Pong and in the lease: state and capacity of this host."""
@@ -301,7 +310,11 @@ class Worker:
             "limits_enforced": self.settings.limits.enforce,
             "capacity": capacity(self._real.host).facts(),
             "warm_vmms": self._real.warm.counts()["ready"],
+            "vmm_versions": self.vmm_versions.facts(),
         }
+
+    def _may_launch_ahead(self) -> bool:
+        return self._phase == "ready" and not {"journal", "disk_full"} & {*self.trouble()}
 
     def checks(self) -> Mapping[str, bool]:
         """The worker is ready when all of these are true; `/readyz` shows them."""
@@ -313,6 +326,7 @@ class Worker:
             "below_disk_watermark": not self._real.disk.high,
             "has_descriptors": self._reserve.has_free(),
             "calls_return": not exhausted_kinds(),
+            "has_vmm_versions": not self.vmm_versions.trouble,
             "provisioned": not self.bus.trouble,
             "leased": self.lease.held,
             "acks_move": not self.bus.ack_window.stuck,
@@ -347,6 +361,7 @@ class Worker:
         self.metrics.disk(disk.free_bytes(), low=disk.low, high=disk.high)
         self.metrics.capacity(capacity(self._real.host))
         self.metrics.slots(self._real.host.slots.counts())
+        self.metrics.vmm_versions(self.vmm_versions.states())
         self.metrics.warm_vmms(self._real.warm.counts(), self._real.warm.totals)
         self.metrics.log_dropped(logs.dropped())
         self.metrics.calls(hung_calls(), abandoned_calls())
@@ -382,7 +397,8 @@ class Worker:
                 prune(self.journal),
                 reload.run(signals.reload),
                 watch_disk(self._real.disk, self.journal, self.lease.touch),
-                self._real.warm.run(lambda: self.host_state == "ready"),
+                self._real.warm.run(self._may_launch_ahead),
+                self.vmm_versions.watch(),
             )
         ]
         stopping = asyncio.create_task(signals.stop.wait())
@@ -421,6 +437,7 @@ class Worker:
                 await self.lease.wait_held()
         self.lanes.start()
         self._phase = "ready"
+        await self.vmm_versions.check()
         gc.collect()
         gc.freeze()  # modules and classes are not looked at again by later collections
         self.lease.touch()

@@ -5,7 +5,7 @@ and labels are a contract (docs/operations.md lists them); `promtool check metri
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from prometheus_client import (
@@ -19,6 +19,7 @@ from prometheus_client import (
 
 from handlers.admission.budgets import Capacity
 from handlers.concurrency import SlotCounts
+from handlers.specs import VersionState
 from schemas.codes import Code
 from schemas.records import Status
 
@@ -227,6 +228,17 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self._vmm_versions = Gauge(
+            "hostd_vmm_versions",
+            "Instances by version of Firecracker and whether they run or sleep.",
+            ["version", "state"],
+            registry=registry,
+        )
+        self._vmm_trouble = Gauge(
+            "hostd_vmm_versions_in_trouble",
+            "Versions of Firecracker that are in use and were removed, are missing or changed.",
+            registry=registry,
+        )
         self._copied = _Total(
             "hostd_artifact_copied_bytes_total",
             "Bytes that imports of artifacts have copied.",
@@ -408,6 +420,14 @@ class Metrics:
         for kind, total in abandoned.items():
             self._abandoned.labels(kind).inc(total - self._abandoned_before.get(kind, 0))
             self._abandoned_before[kind] = total
+
+    def vmm_versions(self, states: Sequence[VersionState]) -> None:
+        """Versions of Firecracker: a gone one has no series any more."""
+        self._vmm_versions.clear()
+        for each in states:
+            self._vmm_versions.labels(each.version, "running").set(each.running)
+            self._vmm_versions.labels(each.version, "sleeping").set(each.sleeping)
+        self._vmm_trouble.set(sum(each.in_trouble for each in states))
 
     def network_warnings(self, count: int) -> None:
         self._network_warnings.set(count)

@@ -96,6 +96,8 @@ def prepare_dirs(settings: Settings) -> None:
             raise HostFault(
                 f"[vmm] jail_base {settings.jail_base} is mounted {name}: remount it without {name}"
             )
+    if settings.vmm.versions_dir:  # its programs are checked one by one, when they are read
+        return
     for key, program in (
         ("firecracker", settings.vmm.firecracker),
         ("jailer", settings.vmm.jailer),

@@ -1,26 +1,35 @@
 """SIGHUP: reads the settings again and puts into effect those that can change in a running worker.
 
-These are `[log] level` and the connection: `[nats] url`, `creds`, `tls`, and the content of the two
-files. Any other setting that changed is logged and waits for a restart. If something is invalid,
-nothing changes.
+These are `[log] level`; the connection: `[nats] url`, `creds`, `tls`, and the content of the two
+files; and Firecracker: `[vmm] version`, `allow_untested`, and the programs. Any other setting that
+changed is logged and waits for a restart. If something is invalid, nothing changes.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
 from msgspec.structs import replace
 
 from handlers.errors import Failure
-from schemas.settings import Settings
+from schemas.settings import Settings, VmmSettings
 from worker import logs
 from worker.bus.connection import Connection
 from worker.bus.protocol import BusError
 from worker.preflight import check_connection
 from worker.settings import SettingsError, keys
 
-RELOADED: Final = ("log.level", "nats.url", "nats.creds", "nats.tls")
+RELOADED: Final = (
+    "log.level",
+    "nats.url",
+    "nats.creds",
+    "nats.tls",
+    "vmm.version",
+    "vmm.allow_untested",
+)
+Reread = Callable[[VmmSettings], Awaitable[Callable[[], None]]]
+"""Reads Firecracker's programs again; the result puts them into effect."""
 
 log = structlog.get_logger()
 
@@ -32,12 +41,18 @@ class Reload:
         settings: those in effect.
         read: reads them again; may raise SettingsError.
         connection: of the worker.
+        reread: of Firecracker's programs.
     """
 
     def __init__(
-        self, settings: Settings, read: Callable[[], Settings], connection: Connection
+        self,
+        settings: Settings,
+        read: Callable[[], Settings],
+        connection: Connection,
+        reread: Reread,
     ) -> None:
         self._settings, self._read, self._connection = settings, read, connection
+        self._reread = reread
 
     async def run(self, requested: asyncio.Event) -> None:
         """Reload each time that `requested` is set; runs until cancelled."""
@@ -51,16 +66,24 @@ class Reload:
         try:
             new = await asyncio.to_thread(self._read)
             check_connection(new)
+            vmm = replace(
+                self._settings.vmm,
+                version=new.vmm.version,
+                allow_untested=new.vmm.allow_untested,
+            )
+            use_programs = await self._reread(vmm)
             reconnects = await self._connection.reload(new.nats)
         except (SettingsError, Failure, BusError) as error:
             log.error("settings.reload_failed", error=str(error))  # noqa: TRY400
             return
+        use_programs()
         logs.set_level(new.log.level)
         waiting = changed(self._settings, new)
         nats = self._settings.nats
         self._settings = replace(
             self._settings,
             log=new.log,
+            vmm=vmm,
             nats=replace(nats, url=new.nats.url, creds=new.nats.creds, tls=new.nats.tls),
         )
         log.info("settings.reloaded", reconnects=reconnects, need_restart=waiting)

@@ -23,9 +23,16 @@ MACHINE_ID_FILE = "/etc/machine-id"
 DEFAULT_FILE = "/etc/hostd/hostd.toml"
 ENV_PREFIX = "HOSTD_"
 DEFAULT = "default"
-# Of this prefix, but not settings: the settings file, `worker/failpoints.py`, and the lab's mark.
+# Of this prefix, but not settings: the settings file, `worker/failpoints.py`, and the tests' own.
 OTHER_VARIABLES = frozenset(
-    {"HOSTD_CONFIG", "HOSTD_FAILPOINT", "HOSTD_FAILPOINT_FILE", "HOSTD_FAILPOINT_ARM", "HOSTD_LAB"}
+    {
+        "HOSTD_CONFIG",
+        "HOSTD_FAILPOINT",
+        "HOSTD_FAILPOINT_FILE",
+        "HOSTD_FAILPOINT_ARM",
+        "HOSTD_LAB",
+        "HOSTD_TEST_FIRECRACKER_DIR",
+    }
 )
 
 _PORT = re.compile(r"[0-9]{1,5}")
@@ -33,6 +40,7 @@ _SERVICE = re.compile(r"(tcp|udp)/([0-9]{1,5})")
 _URL = re.compile(r"(nats|tls|ws|wss)://[^\s,]+")
 _UID_MIN, _UID_MAX = 65_536, 2**32 - 2
 _INTERFACE = re.compile(r"[^\s/:]{1,15}")
+_VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}")
 _BOOT_ARGS_MAX = 1024
 _WANTED: dict[Any, str] = {
     bool: "true or false",
@@ -243,6 +251,10 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
         raise SettingsError(
             origins["vmm.uid_count"], "vmm.uid_count", f"uid_base + uid_count exceeds {_UID_MAX}"
         )
+    if settings.vmm.version and not settings.vmm.versions_dir:
+        raise SettingsError(
+            origins["vmm.version"], "vmm.version", "chooses one of versions_dir, which is not set"
+        )
     if settings.limits.disk_low_percent > settings.limits.disk_high_percent:
         raise SettingsError(
             origins["limits.disk_low_percent"],
@@ -344,6 +356,8 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "paths.run": _absolute,
     "vmm.firecracker": _absolute,
     "vmm.jailer": _absolute,
+    "vmm.versions_dir": _or_empty(_absolute),
+    "vmm.version": _or_empty(_matches(_VERSION, "a version, e.g. 1.12.1")),
     "vmm.jail_base": _or_empty(_absolute),
     "vmm.uid_base": _between(_UID_MIN, _UID_MAX),
     "vmm.uid_count": _between(1, 2**31),

@@ -58,6 +58,7 @@ def launch_of(record: InstanceRecord, pool: PoolSpec, host: Host) -> Launch:
         jail_id=record.jail_id,
         uid=host.settings.vmm.uid_base + record.uid_slot,
         cgroup=naming.cgroup_name(host.settings.limits.cgroup, record.cgroup_key),
+        version=record.vmm_version,
     )
     return Launch(record, pool, names, spec)
 
@@ -142,6 +143,7 @@ def reservation_spec(
     *,
     status: Status,
     revision: str,
+    vmm_version: str,
     now_ms: int,
 ) -> ReservationSpec:
     """What to reserve for a launch of the size that the pool says."""
@@ -158,4 +160,5 @@ def reservation_spec(
         vcpus=resources.vcpus,
         mem_mib=resources.mem_mib,
         agent_port=files.pool.agent_port if files.pool.ready == "agent" else None,
+        vmm_version=vmm_version,
     )

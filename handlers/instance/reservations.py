@@ -44,7 +44,8 @@ NAMES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ReservationSpec:
-    """`before` is the record that undo restores; `offset` and `net` come from validated files."""
+    """`before` is the record that undo restores; `offset` and `net` come from validated files;
+    `vmm_version` is that of the Firecracker to launch."""
 
     command_id: str
     before: InstanceRecord
@@ -57,6 +58,7 @@ class ReservationSpec:
     vcpus: int
     mem_mib: int
     agent_port: int | None
+    vmm_version: str
 
     @property
     def key(self) -> str:
@@ -155,7 +157,7 @@ class Reservations:
             )
         left_mib = self._check_host(spec)
         self._host.warm.fit(left_mib)
-        slot = self._host.warm.claim(jail_id_of(ref, newest_launch + 1))
+        slot = self._host.warm.claim(jail_id_of(ref, newest_launch + 1), spec.vmm_version)
         return replace(
             spec.before,
             status=spec.status,
@@ -170,6 +172,7 @@ class Reservations:
             mem_mib=spec.mem_mib,
             agent_port=spec.agent_port,
             vmm=None,
+            vmm_version=spec.vmm_version,
             command_id=spec.command_id,
             before=replace(spec.before, before=None),
         )

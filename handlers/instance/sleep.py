@@ -95,7 +95,14 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
         release_and_discard(record, steps, host, keep_flows=True, below=number),
         write_at_rest(record, Status.SLEEPING, host, now_ms),
     )
-    asleep = replace(record, vmm=None, uid_slot=None, snapshot=number, consumed=False)
+    asleep = replace(
+        record,
+        vmm=None,
+        vmm_version=info.vmm_version,
+        uid_slot=None,
+        snapshot=number,
+        consumed=False,
+    )
     return Done(
         changed=True,
         status=str(Status.SLEEPING),

@@ -43,7 +43,7 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
         Conflict: it sleeps, is quarantined, its network is not set up, its address is in use.
         Exhausted: quota, memory, disk or uids are used up on this host.
         Unavailable: the guest agent did not answer in time; retry with a new id.
-        HostFault: a limit or a confinement fact is not in effect.
+        HostFault: a limit or a confinement fact is not in effect; Firecracker's files changed.
     """
     state = await read_state(cmd.ref, host, host.facts.now_ms())
     state.refuse_unknown()
@@ -54,9 +54,12 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
         raise state.conflict("start it", "created, stopped or failed")
     await refuse_second_boot(state.record, steps, host)
     host.vmms.expect_launch()
-    files, revision = await together(
+    files, (version, revision) = await together(
         read_launch_files(cmd.ref, state.record, host),
-        host.shared.current_revision(cmd.tenant_id, cmd.pool_id),
+        together(
+            host.vmms.version_for(None),
+            host.shared.current_revision(cmd.tenant_id, cmd.pool_id),
+        ),
     )
     async with admitted_launch(files, state.record, steps, host):
         record = await steps.ensure(
@@ -67,6 +70,7 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
                 steps,
                 status=Status.STARTING,
                 revision=revision,
+                vmm_version=version,
                 now_ms=host.facts.now_ms(),
             ),
         )

@@ -95,6 +95,7 @@ async def read_state(ref: InstanceRef, host: Host, now_ms: int) -> InstanceState
             revision=asleep.revision,
             vcpus=asleep.vcpus,
             mem_mib=asleep.mem_mib,
+            vmm_version=asleep.vmm_version,
             disk=asleep.disk,
         )
     return InstanceState(record)

@@ -61,8 +61,8 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
     if state.status is not Status.SLEEPING:
         raise state.conflict("wake it", "sleeping")
     host.vmms.expect_launch()
-    info, files = await together(
-        read_snapshot(record, host), read_launch_files(cmd.ref, record, host)
+    (info, version), files = await together(
+        read_sleeper(record, host), read_launch_files(cmd.ref, record, host)
     )
     spec = reservation_spec(
         files,
@@ -70,6 +70,7 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
         steps,
         status=Status.WAKING,
         revision=info.revision,
+        vmm_version=version,
         now_ms=host.facts.now_ms(),
     )
     need = DiskNeed(tenant_id=cmd.tenant_id, what=f"instance {record.ref}", host_bytes=JAIL_BYTES)
@@ -99,6 +100,12 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
                 await host.snapshots.mark_consumed(record.ref, info.number)
                 await steps.act("resume_vm", vm.api.resume)
     return await wake_resumed(record, vm.identity, steps, host)
+
+
+async def read_sleeper(record: InstanceRecord, host: Host) -> tuple[SnapshotInfo, str]:
+    """Its snapshot, and the version of Firecracker that slept, whichever new Starts use by now."""
+    info = await read_snapshot(record, host)
+    return info, await host.vmms.version_for(info.vmm_version)
 
 
 async def read_snapshot(record: InstanceRecord, host: Host) -> SnapshotInfo:

@@ -9,7 +9,8 @@ import pytest
 import structlog
 from msgspec.structs import replace
 
-from schemas.settings import HostSettings, LogSettings, NatsSettings, Settings
+from handlers.errors import HostFault
+from schemas.settings import HostSettings, LogSettings, NatsSettings, Settings, VmmSettings
 from tests.broker.server import QUICK, Server, eventually, running_server
 from tests.broker.test_tls import answers, authority, tls_config
 from worker import logs
@@ -74,6 +75,23 @@ async def test_another_credential_server_and_authority_are_used(tmp_path: Path) 
         assert fresh == [True]
 
 
+class Programs:
+    """Firecracker's; `used` are the settings by which they were put into effect."""
+
+    def __init__(self, fault: HostFault | None = None) -> None:
+        self.fault = fault
+        self.used: VmmSettings | None = None
+
+    async def reread(self, vmm: VmmSettings) -> Callable[[], None]:
+        if self.fault is not None:
+            raise self.fault
+
+        def use() -> None:
+            self.used = vmm
+
+        return use
+
+
 def no_such_file(directory: Path, now: NatsSettings) -> NatsSettings:
     return replace(now, creds=f"{directory}/none")
 
@@ -123,12 +141,43 @@ async def test_what_is_invalid_changes_nothing_and_is_logged(
         def read() -> Settings:
             return replace(settings, nats=broken(tmp_path, now))
 
+        programs = Programs()
         with structlog.testing.capture_logs() as logged:
-            await Reload(settings, read, connection).apply()
+            await Reload(settings, read, connection, programs.reread).apply()
+
+        assert [line["event"] for line in logged] == ["settings.reload_failed"]
+        assert programs.used is None
+        assert connection.client is client
+        assert await answers(connection)
+
+
+async def test_programs_that_are_none_change_nothing(server: Server, tmp_path: Path) -> None:
+    now = NatsSettings(url=server.url, creds=credentials(tmp_path / "creds", "one"))
+    other = NatsSettings(url=server.url, creds=credentials(tmp_path / "other", "two"))
+    async with connected(now) as connection:
+        client = connection.client
+        programs = Programs(fault=HostFault("no Firecracker to start VMs with"))
+        new = Settings(nats=other)
+
+        with structlog.testing.capture_logs() as logged:
+            await Reload(Settings(nats=now), lambda: new, connection, programs.reread).apply()
 
         assert [line["event"] for line in logged] == ["settings.reload_failed"]
         assert connection.client is client
-        assert await answers(connection)
+
+
+async def test_the_programs_are_read_by_the_new_settings_that_can_change(server: Server) -> None:
+    now = Settings(host=DEVELOPMENT, nats=NatsSettings(url=server.url))
+    vmm = VmmSettings(version="1.13.0", allow_untested=True, versions_dir="/opt/firecracker")
+    async with connected(now.nats) as connection:
+        programs = Programs()
+
+        with structlog.testing.capture_logs() as logged:
+            new = replace(now, vmm=vmm)
+            await Reload(now, lambda: new, connection, programs.reread).apply()
+
+        assert programs.used == VmmSettings(version="1.13.0", allow_untested=True)
+        assert logged[-1]["need_restart"] == ["vmm.versions_dir"]
 
 
 async def test_what_needs_a_restart_is_named(
@@ -139,7 +188,7 @@ async def test_what_needs_a_restart_is_named(
     async with connected(now.nats) as connection:
         logs.configure("error")
 
-        await Reload(now, lambda: new, connection).apply()
+        await Reload(now, lambda: new, connection, Programs().reread).apply()
 
         structlog.get_logger().debug("seen")
     out = capsys.readouterr().out

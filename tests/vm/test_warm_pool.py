@@ -13,11 +13,13 @@ import pytest_asyncio
 
 from handlers.errors import HostFault, Invalid
 from handlers.host.jail.warm_jails import WarmJails
+from handlers.host.vmm.binaries import VmmBinaries
 from handlers.host.vmm.warm_pool import WarmPool
 from handlers.host.vmm.warm_vmms import WarmVmms
 from handlers.specs import MIB, CgroupSpec, LaunchSpec
 from schemas import naming
 from schemas.records import VmmIdentity
+from tests.guests.firecracker import VERSION
 from tests.kernel.storage.store_host import REF
 from tests.vm.store_rig import PORT, StoreRig
 from tests.vm.vmm_rig import UID, VmmRig
@@ -33,7 +35,8 @@ class Pooled:
         vmm = msgspec.structs.replace(rig.settings.vmm, warm_pool=size, uid_count=UIDS)
         self.settings = msgspec.structs.replace(rig.settings, vmm=vmm)
         self.free_mib = 1024
-        self.pool = WarmPool(self.settings, self.has_slot, lambda: self.free_mib)
+        self.binaries = VmmBinaries(self.settings)
+        self.pool = WarmPool(self.settings, self.has_slot, lambda: self.free_mib, self.binaries)
         self.task: asyncio.Task[None] | None = None
 
     def has_slot(self, slot: int) -> bool:
@@ -42,7 +45,7 @@ class Pooled:
 
     def claim(self, store: StoreRig, number: int) -> None:
         """For this launch, which gets its uid."""
-        slot = self.pool.claim(naming.jail_id(REF, number))
+        slot = self.pool.claim(naming.jail_id(REF, number), VERSION)
         assert slot is not None
         store.change_uid(self.settings.vmm.uid_base + slot)
 
@@ -147,7 +150,7 @@ async def test_one_that_was_used_is_replaced_by_another_and_never_used_again(
 
 async def test_a_claim_that_is_given_back_is_killed(pooled: Pooled) -> None:
     pid = warm_pid(pooled)
-    pooled.pool.claim(naming.jail_id(REF, 1))
+    pooled.pool.claim(naming.jail_id(REF, 1), VERSION)
     pooled.pool.give_back(naming.jail_id(REF, 1))
 
     await pooled.until(ready=1, discarded=1)
@@ -203,7 +206,8 @@ async def test_a_changed_binary_flushes_the_pool(rig: VmmRig) -> None:
     shutil.copy(copy, replaced)
     replaced.rename(copy)
 
-    assert pooled.pool.claim(naming.jail_id(REF, 1)) is None
+    assert await pooled.binaries.version_for(None) == VERSION  # as each Start asks
+    assert pooled.pool.claim(naming.jail_id(REF, 1), VERSION) is None
     await pooled.until(ready=1, discarded=1)
     assert warm_pid(pooled) != pid
     await pooled.stop()
@@ -291,7 +295,7 @@ async def test_one_that_cannot_be_removed_keeps_its_uid_until_it_can(
             raise refusal
         await remove(self, warm_id)
 
-    slot = pooled.pool.claim(naming.jail_id(REF, 1))
+    slot = pooled.pool.claim(naming.jail_id(REF, 1), VERSION)
     monkeypatch.setattr(WarmVmms, "remove", sometimes)
 
     pooled.pool.give_back(naming.jail_id(REF, 1))

@@ -25,6 +25,7 @@ from worker.journal.journal import Journal
 from worker.journal.memory import OUT_KINDS, CommandRow
 from worker.lanes import Lanes, MaintenanceTask, Work
 from worker.queries.answers import described
+from worker.reconcile.vmm_versions import VmmVersions
 
 SHOWN: Final = 1000
 FRAMES: Final = 8  # of each stack
@@ -48,6 +49,8 @@ class DumpSource(Protocol):
     def locks(self) -> TenantLocks: ...
     @property
     def versions(self) -> Mapping[str, str]: ...
+    @property
+    def vmm_versions(self) -> VmmVersions: ...
     def facts(self) -> Mapping[str, Any]:
         """Host state and capacity."""
         ...
@@ -76,6 +79,7 @@ class Dump:
         sections: Mapping[str, Callable[[], object]] = {
             "host": self._host,
             "versions": lambda: dict(self._worker.versions),
+            "vmm_versions": self._worker.vmm_versions.summary,
             "commands": self._commands,
             "lanes": self._lanes,
             "locks": self._locks,

@@ -36,6 +36,7 @@ class Instances:
         self._tenants = {each: Ranking() for each in RESOURCES}
         self._users: dict[str, dict[str, Ranking]] = {}
         self._pools: dict[str, Ranking] = {}
+        self._versions: Counter[tuple[str, str]] = Counter()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -54,6 +55,8 @@ class Instances:
             self._offsets[ref.tenant_id, record.offset] = ref
         if (revision := _revision(record)) is not None:
             self._revisions[revision] += 1
+        if (version := _vmm_version(record)) is not None:
+            self._versions[version] += 1
         if record.exists:
             self._pools.setdefault(ref.tenant_id, Ranking()).add(ref.pool_id, 1)
 
@@ -96,6 +99,11 @@ class Instances:
     def pools(self, tenant_id: str) -> Ranking:
         """The tenant's pools that have instances on this host, by their number."""
         return self._pools.get(tenant_id, NOBODY)
+
+    def vmm_versions(self) -> Mapping[tuple[str, str], int]:
+        """How many instances run or sleep by each version of Firecracker: by version and
+        `running` or `sleeping`. The version "" is that of records which do not say."""
+        return self._versions
 
     def offset_count(self) -> int:
         """How many addresses instances have, live or sleeping."""
@@ -154,6 +162,8 @@ class Instances:
             del self._offsets[ref.tenant_id, old.offset]
         if (revision := _revision(old)) is not None:
             _take(self._revisions, revision)
+        if (version := _vmm_version(old)) is not None:
+            _take(self._versions, version)
         if old.exists:
             self._pools[ref.tenant_id].add(ref.pool_id, -1)
 
@@ -192,6 +202,12 @@ class Tombstones:
 def _revision(record: InstanceRecord) -> str | None:
     """The key of the revision that it refers to; an instance being destroyed does not."""
     return None if record.status is Status.DESTROYING else ArtifactSpec.key_of(record)
+
+
+def _vmm_version(record: InstanceRecord) -> tuple[str, str] | None:
+    if record.holds_host:
+        return record.vmm_version, "running"
+    return (record.vmm_version, "sleeping") if record.status is Status.SLEEPING else None
 
 
 def _take(counts: Counter[K], key: K) -> None:

@@ -72,6 +72,9 @@ class JournalRecords:
     def pools(self, tenant_id: str) -> Ranking:
         return self._store.mirror.instances.pools(tenant_id)
 
+    def vmm_versions(self) -> Mapping[tuple[str, str], int]:
+        return self._store.mirror.instances.vmm_versions()
+
     def held_uids(self) -> int:
         return self._store.mirror.instances.slot_count()
 

@@ -25,6 +25,7 @@ from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status
 from worker.journal.journal import Journal
 from worker.reconcile.adoption import Adoption, note_failed_item
+from worker.reconcile.vmm_versions import record_version
 from worker.reconcile.vmm_watch import VmmWatch
 
 BOOT_ID = "boot_id"
@@ -73,6 +74,7 @@ class Recovery:
         await self._look_for_unrecorded()
         asleep = [r for r in self._journal.records.instances() if r.status is Status.SLEEPING]
         await self._each(asleep, self._hash_memory)
+        await self._each(asleep, lambda record: record_version(record, self._host, self._journal))
         await self._journal.store.put_meta(BOOT_ID, boot_id)
         self._vmm_watch.sync_all()
         await self._journal.records.event(
@@ -189,6 +191,7 @@ class Recovery:
             return  # a command that waited in the lane came first
         try:
             await self._resume_paused(record)
+            await record_version(now, self._host, self._journal)
         except Exception as error:  # noqa: BLE001 - logged; the rest goes on
             note_failed_item(str(record.ref), error)
 

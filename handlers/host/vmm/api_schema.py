@@ -1,4 +1,4 @@
-"""The requests and replies of Firecracker's API, by its own field names, for versions 1.12 to 1.16.
+"""The requests and replies of Firecracker's API, by its own field names, for versions 1.12 to 1.17.
 
 Only what hostd sends and reads. Firecracker refuses unknown fields, so a field that is newer than
 OLDEST carries `Since`, and `for_version` drops it for an older VMM: by that alone. A field that

@@ -13,6 +13,7 @@ import time
 
 from handlers.errors import HostFault, of_os_error
 from handlers.host.vmm import spawn
+from handlers.host.vmm.binaries import VmmBinaries
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.confinement import NO_FILE
 from handlers.jail_names import (
@@ -39,9 +40,8 @@ class Jailer:
     Needs: CAP_SYS_ADMIN, CAP_MKNOD, CAP_CHOWN, CAP_SETUID, CAP_SETGID, CAP_DAC_OVERRIDE.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.path = settings.vmm.jailer
-        self.firecracker = settings.vmm.firecracker
+    def __init__(self, settings: Settings, binaries: VmmBinaries | None = None) -> None:
+        self._binaries = binaries or VmmBinaries(settings)
         self._file_bytes = settings.vmm.max_file_mib << 20
         self._jail_base = settings.jail_base
         self._tree = CgroupTree.of(settings)
@@ -51,14 +51,15 @@ class Jailer:
         """Check what the jailer fails silently without; remove what an earlier run left.
 
         Raises:
-            HostFault: names what is missing or misnamed.
+            HostFault: names what is missing, misnamed or changed.
         """
-        executable = os.path.basename(os.path.realpath(self.firecracker))
+        firecracker = self._binaries.unchanged_pair(spec.version).firecracker
+        executable = os.path.basename(os.path.realpath(firecracker))
         if executable != FIRECRACKER:
             raise HostFault(
-                f"invalid [vmm] firecracker {self.firecracker}: the file is named {executable}, "
+                f"invalid [vmm] firecracker {firecracker}: the file is named {executable}, "
                 f"want {FIRECRACKER} (the jailer names the jails' directory after it)",
-                path=self.firecracker,
+                path=firecracker,
             )
         if not os.path.isdir(self._tree.path(spec.cgroup)):
             raise HostFault(
@@ -76,11 +77,16 @@ class Jailer:
             raise of_os_error(error, "cannot write the launch log") from error
 
     def arguments(self, spec: LaunchSpec) -> list[str]:
-        """The whole command line of one launch."""
+        """The whole command line of one launch.
+
+        Raises:
+            HostFault: the version is not on this host.
+        """
+        pair = self._binaries.pair(spec.version)
         return [
-            self.path,
+            pair.jailer,
             *("--id", spec.jail_id),
-            *("--exec-file", self.firecracker),
+            *("--exec-file", pair.firecracker),
             *("--uid", str(spec.uid)),
             *("--gid", str(spec.uid)),
             *("--chroot-base-dir", self._jail_base),
@@ -105,14 +111,13 @@ class Jailer:
         Raises:
             HostFault: as `prepare`; it cannot be executed, or failed; its output is in the detail.
         """
+        arguments = self.arguments(spec)
         try:
             # The jailer has no option for it; the VMM inherits it. A core has the guest's memory.
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            code = await spawn.run(
-                self.arguments(spec), output, first=lambda: self.prepare(spec, root)
-            )
+            code = await spawn.run(arguments, output, first=lambda: self.prepare(spec, root))
         except OSError as error:
-            raise of_os_error(error, f"cannot execute {self.path}") from error
+            raise of_os_error(error, f"cannot execute {arguments[0]}") from error
         if code != 0:
             text = os.pread(output, STDERR_BYTES, 0).decode(errors="replace").strip()
             raise HostFault(

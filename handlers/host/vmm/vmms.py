@@ -27,6 +27,7 @@ from handlers.host.linux.file_id import FileId
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.vmm import confinement, processes, survey
 from handlers.host.vmm.api_client import VmmApi
+from handlers.host.vmm.binaries import VmmBinaries
 from handlers.host.vmm.cgroups import CgroupTree
 from handlers.host.vmm.jailer import Jailer, clear
 from handlers.host.vmm.migration import MigrationLock
@@ -51,6 +52,7 @@ class Vmms:
     Args:
         settings: where jails and cgroups are, and how VMMs are launched.
         layout: of the jails, if it is not that of instances.
+        binaries: what launches execute; by default the pair of the settings.
         tenant_of: in whose cgroup a jail's leaf is; None if not known: then it is looked for.
 
     Source: docs/jailer.md of Firecracker, cgroups(7), pidfd_open(2).
@@ -66,6 +68,7 @@ class Vmms:
         settings: Settings,
         layout: JailLayout | None = None,
         *,
+        binaries: VmmBinaries | None = None,
         tenant_of: Callable[[str], str | None] = lambda jail_id: None,
     ) -> None:
         self._settings = settings.vmm
@@ -74,11 +77,15 @@ class Vmms:
         self._layout = layout or JailLayout(settings.jail_base)
         self._tree = CgroupTree.of(settings)
         self._tenant_of = tenant_of
-        self._jailer = Jailer(settings)
+        self._binaries = binaries or VmmBinaries(settings)
+        self._jailer = Jailer(settings, self._binaries)
         self._migration = MigrationLock(self._tree.mount)
 
     def expect_launch(self) -> None:
         self._migration.prepare()
+
+    async def version_for(self, wanted: str | None) -> str:
+        return await self._binaries.version_for(wanted)
 
     # -- the mechanism -------------------------------------------------------------------------
 
@@ -317,14 +324,7 @@ class Vmms:
             executable = FileId.at(f"/proc/{pid}/exe")
             if executable is None or processes.has_exited(pidfd):
                 return
-            ours = {
-                FileId.at(path)
-                for path in (
-                    f"{root}/{FIRECRACKER}",
-                    self._settings.jailer,
-                    self._settings.firecracker,
-                )
-            }
+            ours = {FileId.at(f"{root}/{FIRECRACKER}"), *self._binaries.files()}
             # If an operator removed the jail's files, the uid still identifies its processes.
             jailed = (confinement.read_uid(pid) or 0) in self._uids
             if cgroup not in set(self._leaves(jail_id)) or not (executable in ours or jailed):

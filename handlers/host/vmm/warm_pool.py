@@ -20,6 +20,7 @@ import structlog
 
 from handlers.cancellation import finish, run_shielded
 from handlers.errors import Failure
+from handlers.host.vmm.binaries import VmmBinaries
 from handlers.host.vmm.warm_vmms import WarmVmm, WarmVmms
 from handlers.specs import LaunchSpec
 from schemas.settings import Settings
@@ -41,6 +42,7 @@ class WarmPool:
         settings: `[vmm] warm_pool` is how many.
         slot_in_use: whether a record has the uid slot, that of a pending reservation included.
         free_mib: the memory that no VM is allocated.
+        binaries: what launches execute; by default the pair of the settings.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class WarmPool:
         settings: Settings,
         slot_in_use: Callable[[int], bool],
         free_mib: Callable[[], int],
+        binaries: VmmBinaries | None = None,
     ) -> None:
         self.size = settings.vmm.warm_pool
         self._overhead_mib = settings.limits.vmm_overhead_mib
-        self._vmms = WarmVmms(settings)
+        self._vmms = WarmVmms(settings, binaries)
         self._slot_in_use, self._free_mib = slot_in_use, free_mib
         self._ready: dict[str, WarmVmm] = {}
         self._claimed: dict[str, WarmVmm] = {}
@@ -72,17 +75,18 @@ class WarmPool:
         """The uid slots that the pool holds, the claimed ones included."""
         return self._slots
 
-    def claim(self, jail_id: str) -> int | None:
+    def claim(self, jail_id: str, version: str) -> int | None:
         """Set one aside for the launch of this jail; returns its uid slot, which the launch gets.
 
-        None if there is none. A claim ends with `used_by` or `give_back`.
+        None if there is none of this version of Firecracker. A claim ends with `used_by` or
+        `give_back`.
         """
         if self.size == 0:
             return None
         self._asked_at = asyncio.get_running_loop().time()
         self._flush_outdated()
-        if not self._ready:
-            return None
+        if not self._ready or next(iter(self._ready.values())).version != version:
+            return None  # all that are ready have one version, that of new Starts
         warm = self._ready.pop(next(iter(self._ready)))
         asyncio.get_running_loop().remove_reader(warm.pidfd)
         self._claimed[jail_id] = warm

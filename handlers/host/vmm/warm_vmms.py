@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from handlers.cancellation import run_shielded
 from handlers.errors import Failure, HostFault, Unavailable
 from handlers.host.jail.warm_jails import WarmJails, WarmLayout
-from handlers.host.linux.file_id import FileId
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.vmm import confinement, processes
+from handlers.host.vmm.binaries import VmmBinaries
 from handlers.host.vmm.cgroups import Cgroups
 from handlers.host.vmm.jailer import LaunchLog
 from handlers.host.vmm.vmms import Vmms
@@ -28,30 +28,36 @@ from schemas.settings import Settings
 
 PIDS_PER_VMM = 64
 END_S = 10.0
-Binaries = tuple[tuple[FileId, int] | None, ...]
-"""File and modification time (ns) of firecracker and jailer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WarmVmm:
-    """`slot` is its uid's place in `[vmm] uid_base`. The holder closes `pidfd`."""
+    """`slot` is its uid's place in `[vmm] uid_base`, `version` Firecracker's. The holder closes
+    `pidfd`."""
 
     warm_id: str
     slot: int
     uid: int
     identity: VmmIdentity
     pidfd: int
-    binaries: Binaries
+    version: str
+    binaries: object
 
 
 class WarmVmms:
     """Makes and removes warm VMMs. Needs: what `Vmms`, `Cgroups` and `WarmJails` need."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, binaries: VmmBinaries | None = None) -> None:
         self._settings = settings
+        self._binaries = binaries or VmmBinaries(settings)
         self._jails = WarmJails(settings.jail_base)
         layout = WarmLayout(settings.jail_base)
-        self._vmms = Vmms(settings, layout, tenant_of=lambda warm_id: naming.WARM_CGROUP)
+        self._vmms = Vmms(
+            settings,
+            layout,
+            binaries=self._binaries,
+            tenant_of=lambda warm_id: naming.WARM_CGROUP,
+        )
         self._cgroups = Cgroups(settings)
         self._launches = LaunchLog(settings.paths.state)
 
@@ -63,10 +69,9 @@ class WarmVmms:
             return None
         return uid - base
 
-    def binaries(self) -> Binaries:
-        """Of the files that a launch would execute now."""
-        paths = self._settings.vmm.firecracker, self._settings.vmm.jailer
-        return tuple(_version(path) for path in paths)
+    def binaries(self) -> object:
+        """Another one, when a Start would execute other files than before."""
+        return self._binaries.current()
 
     async def launch(self, slot: int) -> WarmVmm:
         """Launch one with the uid of this slot and prove its identity; all or nothing."""
@@ -77,6 +82,7 @@ class WarmVmms:
             jail_id=warm_id,
             uid=uid,
             cgroup=naming.cgroup_name(self._settings.limits.cgroup, key),
+            version=await self._binaries.version_for(None),
         )
         binaries = self.binaries()
         try:
@@ -96,7 +102,7 @@ class WarmVmms:
             with contextlib.suppress(Failure):
                 await run_shielded(self.remove(warm_id))
             raise
-        return WarmVmm(warm_id, slot, uid, identity, pidfd, binaries)
+        return WarmVmm(warm_id, slot, uid, identity, pidfd, spec.version, binaries)
 
     async def prepare_move(self, warm: WarmVmm) -> None:
         """Write it to the cgroup that it is in: a move soon after need not wait for RCU again.
@@ -178,11 +184,3 @@ def _open(warm_id: str, identity: VmmIdentity) -> int:
 
 def _is_warm(name: str) -> bool:
     return naming.WARM_ID_PATTERN.fullmatch(name) is not None
-
-
-def _version(path: str) -> tuple[FileId, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return FileId.of(found), found.st_mtime_ns

@@ -34,6 +34,7 @@ class Worker:
         self.slots = Slots.of(LimitSettings())
         self.locks = TenantLocks()
         self.versions: Mapping[str, str] = {"hostd": "9.9"}
+        self.vmm_versions = SimpleNamespace(summary=lambda: [{"version": "1.12.1"}])
 
     def facts(self) -> Mapping[str, Any]:
         return {"host_state": "ready", "boot_id": "b1", "capacity": {"instances": 0}}
@@ -74,6 +75,7 @@ async def test_a_command_is_shown_with_the_step_that_it_is_in_and_what_waits_beh
         assert found["connections"]["bus"]["trouble"] == "no consumer"
         assert found["host"]["host_state"] == "ready"
         assert found["versions"] == {"hostd": "9.9"}
+        assert found["vmm_versions"] == [{"version": "1.12.1"}]
 
 
 async def test_a_superseded_command_is_shown_with_what_supersedes_it(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ async def test_a_snapshot_of_another_vmm_version_is_refused_and_stays_asleep(
     async with memory_worker(tmp_path / "j", machine) as worker:
         await prepare(worker, "WakeInstance")
         before, status = dict(machine.resources), status_of(worker)
-        machine.vmm_version = "1.16.1"
+        machine.reported_version = "1.16.1"
 
         reply = await worker.run(COMMANDS["WakeInstance"])
 
@@ -161,3 +161,39 @@ async def test_a_snapshot_of_another_vmm_version_is_refused_and_stays_asleep(
         assert "VMM version 1.12.1, found 1.16.1" in reply.response.message
         assert machine.resources == before
         assert status_of(worker) == status
+
+
+async def test_a_wake_whose_version_is_not_here_makes_nothing(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "WakeInstance")
+        before, status = dict(machine.resources), status_of(worker)
+        machine.vmm_version = "1.16.1"
+        machine.seen.clear()
+
+        reply = await worker.run(COMMANDS["WakeInstance"])
+
+        assert reply.code is Code.HOST_FAULT
+        assert isinstance(reply.response, Error)
+        assert "Firecracker 1.12.1 is not on this host" in reply.response.message
+        assert (machine.resources, machine.seen) == (before, [])
+        assert status_of(worker) == status
+
+
+async def test_a_wake_takes_the_version_that_slept_and_a_start_the_newest(tmp_path: Path) -> None:
+    machine = seeded()
+    machine.warm = [40, 41]
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "WakeInstance")
+        assert worker.journal.records.vmm_versions() == {("1.12.1", "sleeping"): 1}
+        machine.vmm_version, machine.older_versions = "1.16.1", ("1.12.1",)
+        pools = len(machine.warm)
+
+        assert (await worker.run(COMMANDS["WakeInstance"])).code is Code.OK
+
+        assert len(machine.warm) == pools, "a VMM of another version was taken from the pool"
+        assert worker.journal.records.vmm_versions() == {("1.12.1", "running"): 1}
+        for kind in ("StopInstance", "StartInstance"):
+            assert (await worker.run(COMMANDS[kind])).code is Code.OK
+        assert worker.journal.records.vmm_versions() == {("1.16.1", "running"): 1}
+        assert len(machine.warm) == pools - 1

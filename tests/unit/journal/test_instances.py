@@ -45,6 +45,7 @@ records = st.builds(
     revision=st.sampled_from(REVISIONS),
     vcpus=st.integers(0, 4),
     mem_mib=st.integers(0, 512),
+    vmm_version=st.sampled_from(("", "1.12.1", "1.15.1")),
     disk=st.none() | st.builds(DiskIdentity, dev=st.just(1), ino=st.just(2), size_bytes=st.just(7)),
 )
 
@@ -127,6 +128,10 @@ def test_instances_answer_as_a_scan_would(changes: list[InstanceRecord | Instanc
             )
     for resource in Usage.__struct_fields__:
         assert shares(index.ranking(resource)) == amounts(resource, found, by_tenant=True)
+    live_or_asleep = [r for r in found if r.holds_host or r.status is Status.SLEEPING]
+    assert index.vmm_versions() == Counter(
+        (each.vmm_version, "running" if each.holds_host else "sleeping") for each in live_or_asleep
+    )
     assert index.slot_count() == len([each for each in found if each.uid_slot is not None])
     for slot in range(6):
         slots = [each.ref for each in found if each.uid_slot == slot]

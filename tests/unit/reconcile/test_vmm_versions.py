@@ -1,0 +1,146 @@
+"""Versions of Firecracker in use and on the host: what does not fit together is announced once."""
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from handlers.specs import VersionState
+from schemas import codec
+from schemas.codes import Code
+from schemas.requests import Request, SetupNetwork
+from schemas.settings import VmmSettings
+from tests.constants import NET, SLEEP, START, STOP
+from tests.fakes.host import seeded
+from tests.fakes.memory_worker import MemoryWorker, memory_worker
+from tests.fakes.reconcile import recovery
+from worker.reconcile.vmm_versions import VmmVersions
+
+UP = SetupNetwork("acme", NET)
+ASLEEP, RUNNING = (UP, START, SLEEP), (UP, START)
+
+
+class Binaries:
+    """`here` is the state of each version that is on the host."""
+
+    def __init__(self, **here: str) -> None:
+        self.here = {name.replace("_", "."): state for name, state in here.items()}
+        self.asked: set[str] = set()
+
+    async def look(self) -> None:
+        """`here` is what was seen."""
+
+    def states(self, counts: Mapping[tuple[str, str], int]) -> list[VersionState]:
+        return [
+            VersionState(
+                version=version,
+                state=self.here.get(version, "missing"),
+                starts=False,
+                running=counts.get((version, "running"), 0),
+                sleeping=counts.get((version, "sleeping"), 0),
+                reason=None,
+                sha256={"firecracker": "00"},
+                lacks=("much",),
+            )
+            for version in sorted({*self.here, *(each for each, _ in counts)})
+        ]
+
+    async def read(self, vmm: VmmSettings, in_use: Collection[str]) -> Callable[[], None]:
+        self.asked = set(in_use)
+        return lambda: None
+
+
+async def prepared(worker: MemoryWorker, requests: tuple[Request, ...]) -> None:
+    for each in requests:
+        assert (await worker.run(each)).code is Code.OK
+
+
+async def told(worker: MemoryWorker) -> list[str | None]:
+    rows = await worker.journal.outbox.pending("event", 1000)
+    found = [codec.decode_event(row.payload) for row in rows]
+    return [each.reason for each in found if each.kind == "vmm_versions"]
+
+
+@pytest.mark.parametrize("state", ["removed", "missing", "changed"])
+@pytest.mark.parametrize("requests", [ASLEEP, RUNNING], ids=["sleeping", "running"])
+async def test_a_version_in_use_that_goes_is_announced_once_and_when_it_is_back(
+    tmp_path: Path, state: str, requests: tuple[Request, ...]
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await prepared(worker, requests)
+        binaries, changes = Binaries(**{"1_12_1": "installed"}), list[bool]()
+        versions = VmmVersions(binaries, worker.journal, lambda: changes.append(True))
+        await versions.check()
+        assert (await told(worker), dict(versions.trouble)) == ([], {})
+
+        binaries.here = {} if state == "missing" else {"1.12.1": state}
+        await versions.check()
+        await versions.check()
+
+        assert dict(versions.trouble) == {"1.12.1": state}
+        assert await told(worker) == [f"Firecracker 1.12.1 is {state}"]
+        binaries.here = {"1.12.1": "installed"}
+        await versions.check()
+        assert (await told(worker))[1:] == ["all versions of Firecracker in use are installed"]
+        assert len(changes) == 2
+        assert not versions.trouble
+
+
+async def test_a_version_that_nothing_uses_may_go(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await prepared(worker, (*RUNNING, STOP))
+        binaries = Binaries(**{"1_12_1": "removed", "1_13_0": "refused"})
+        versions = VmmVersions(binaries, worker.journal, lambda: None)
+
+        await versions.check()
+
+        assert await told(worker) == []
+
+
+async def test_copies_of_what_is_in_use_are_asked_for_when_files_are_read(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await prepared(worker, ASLEEP)
+        binaries = Binaries()
+
+        await VmmVersions(binaries, worker.journal, lambda: None).reread(VmmSettings())
+
+        assert binaries.asked == {"1.12.1"}
+
+
+async def test_the_summary_has_what_an_operator_asks_for(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await prepared(worker, ASLEEP)
+        binaries = Binaries(**{"1_12_1": "removed"})
+
+        (only,) = VmmVersions(binaries, worker.journal, lambda: None).summary()
+
+        assert only == {
+            "version": "1.12.1",
+            "state": "removed",
+            "reason": None,
+            "starts": False,
+            "running": 0,
+            "sleeping": 1,
+            "sha256": {"firecracker": "00"},
+            "lacks": ["much"],
+        }
+
+
+@pytest.mark.parametrize("requests", [ASLEEP, RUNNING], ids=["sleeping", "running"])
+async def test_the_version_of_an_older_record_is_found_at_the_next_start(
+    tmp_path: Path, requests: tuple[Request, ...]
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepared(worker, requests)
+        before = worker.record()
+        await worker.journal.records.put_instance(replace(before, vmm_version=""))
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        assert [version for version, _ in worker.journal.records.vmm_versions()] == [""]
+
+        await recovery(worker).run()
+        await worker.lanes.idle()
+
+        assert worker.record() == before
