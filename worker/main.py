@@ -473,9 +473,11 @@ class Worker:
 
 
 async def prune(journal: Journal) -> None:
-    """Delete finished commands and tombstones past their retention, a bounded number at a time."""
+    """Delete finished commands and tombstones past their retention, a bounded number at a time,
+    and read which IDs are left once that is worth it."""
     while True:
         try:
+            await journal.commands.read_ids()
             if await journal.commands.prune() + await journal.records.prune_tombstones():
                 continue
         except Exception as error:  # noqa: BLE001 - logged; the rest goes on

@@ -29,6 +29,7 @@ from worker.journal.admission import (
     lanes_of_tenant,
     reserved_for,
 )
+from worker.journal.known_ids import RENEW_AT, KnownIds, read_known
 from worker.journal.memory import Admission, CommandRow, Mirror
 from worker.journal.records import Change, JournalRecords
 from worker.journal.store import Store
@@ -66,6 +67,8 @@ class JournalCommands:
         known_ms = int(store.meta(RETENTION) or store.now_ms())
         self._retention = known_ms, monotonic_s()  # and as of which monotonic time
         self._undecided: set[str] = set()  # IDs that are being looked up in the file
+        self._known: KnownIds | None = None  # all that the file has; None: not read yet
+        self._new: KnownIds | None = None  # those since the file is being read
         store.on_reload(self._reloaded)
 
     # -- admission -----------------------------------------------------------------------------
@@ -104,6 +107,8 @@ class JournalCommands:
             return await self._store.writer.submit(do, apply=apply, durable=True)
 
     def _admit(self, row: CommandRow, subject: str, request: bytes) -> None:
+        self._note_id(row.id)
+
         def do(tx: Transaction) -> None:
             admission.insert(tx, row, subject, request)
 
@@ -141,7 +146,9 @@ class JournalCommands:
         return full is None
 
     def _is_stored(self, command_id: str) -> bool:
-        """One read of an index whose pages are in memory: some ten microseconds, on the loop."""
+        """If that is not ruled out, one read of an index whose pages are in memory, on the loop."""
+        if self._known is not None and not self._known.may_have(command_id):
+            return False
         try:
             found = self._store.reader.execute("SELECT 1 FROM command WHERE id = ?", (command_id,))
             return found.fetchone() is not None
@@ -158,10 +165,35 @@ class JournalCommands:
     @contextmanager
     def _deciding(self, command_id: str) -> Generator[None]:
         self._undecided.add(command_id)
+        self._note_id(command_id)
         try:
             yield
         finally:
             self._undecided.discard(command_id)
+
+    def _note_id(self, command_id: str) -> None:
+        """Before the file may have it."""
+        for known in (self._known, self._new):
+            if known is not None:
+                known.add(command_id)
+
+    async def read_ids(self) -> None:
+        """Read which IDs the file has, at the start and once too many of the known are pruned.
+
+        Raises:
+            JournalFault: the file cannot be read now.
+        """
+        if self._new is not None or (self._known is not None and self._known.count < RENEW_AT):
+            return
+        new = self._new = KnownIds()
+        try:
+            for command_id in (*self._store.mirror.commands, *self._undecided):
+                new.add(command_id)  # may be committed after the file was read
+            known = await self._store.questions.run(read_known)
+            known.merge(new)
+            self._known = known
+        finally:
+            self._new = None
 
     # -- running -------------------------------------------------------------------------------
 

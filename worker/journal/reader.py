@@ -6,11 +6,14 @@ sees what is committed, and neither waits for a writer nor holds one up (sqlite.
 
 import asyncio
 import sqlite3
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from worker.journal import schema
 from worker.journal.writer import JournalFault
+
+T = TypeVar("T")
 
 
 class JournalReader:
@@ -28,11 +31,20 @@ class JournalReader:
         Raises:
             JournalFault: the file cannot be read now; ask again.
         """
+
+        def read(connection: sqlite3.Connection) -> tuple[Any, ...] | None:
+            row: tuple[Any, ...] | None = connection.execute(query, arguments).fetchone()
+            return row
+
+        return await self.run(read)
+
+    async def run(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """What `read` returns, in the thread. Raises as `first`."""
         if self._closed:
             raise JournalFault(f"the journal {self._path} is closed")
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._thread, self._first, query, arguments)
+            return await loop.run_in_executor(self._thread, self._run, read)
         except sqlite3.Error as error:
             raise JournalFault(f"cannot read the journal {self._path}: {error}") from error
 
@@ -46,15 +58,14 @@ class JournalReader:
 
     # -- in the thread -------------------------------------------------------------------------
 
-    def _first(self, query: str, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _run(self, read: Callable[[sqlite3.Connection], T]) -> T:
         if self._connection is None:
             self._connection = schema.open_reader(self._path)
         try:
-            row: tuple[Any, ...] | None = self._connection.execute(query, arguments).fetchone()
+            return read(self._connection)
         except sqlite3.Error:
             self._drop()
             raise
-        return row
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
