@@ -39,6 +39,7 @@ from schemas.settings import (
     LimitSettings,
     MetricsSettings,
     NatsSettings,
+    NetworkSettings,
     PathSettings,
     Settings,
     VmmSettings,
@@ -74,6 +75,7 @@ class LiveHost:
         warm_pool: int = 0,
         versions_dir: str = "",
         version: str = "",
+        max_flows: int = NetworkSettings().max_flows,
         **limits: Any,
     ) -> None:
         """With `disk_mib`, data and state are on a file system of that size and nothing else is."""
@@ -87,6 +89,7 @@ class LiveHost:
         self.boot_args = boot_args
         self.warm_pool = warm_pool
         self.versions_dir, self.version = versions_dir, version
+        self.max_flows = max_flows
         self.production = production
         self.limits = {"disk_reserve_mib": 16 if disk_mib else 256} | limits
         self.worker: asyncio.subprocess.Process | None = None
@@ -116,6 +119,7 @@ class LiveHost:
                 warm_pool=self.warm_pool,
             ),
             metrics=MetricsSettings(listen=""),
+            network=NetworkSettings(max_flows=self.max_flows),
             limits=LimitSettings(
                 enforce="memory" in controllers, cgroup=f"hostd-test-{unique}", **self.limits
             ),
