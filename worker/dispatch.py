@@ -101,7 +101,9 @@ class Dispatch:
         bind_contextvars(command_id=row.id, lane=str(row.lane), attempt=row.attempts)
         refusal = self._refusal(work)
         if refusal is not None:
-            await self._finish(row, self._failed(row, refusal, ()))
+            made = (each for each in self._journal.steps.rows(row.id) if not each.existed)
+            left = tuple(f"{each.mechanism} {each.key}" for each in made)
+            await self._finish(row, self._failed(row, refusal, (), left))
             return
         steps = Steps(
             row.id,
@@ -136,6 +138,8 @@ class Dispatch:
     def _refusal(self, work: Work) -> Failure | None:
         """Why a command is not begun; one that an earlier worker began is always continued."""
         row = work.row
+        if (unread := self._journal.quarantine.refusal(row.lane)) is not None:
+            return unread
         if row.attempts:
             return None
         if work.superseded_by is not None:

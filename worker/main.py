@@ -195,6 +195,7 @@ class Worker:
         self.settings, self.metrics, self.journal, self.bus = settings, metrics, journal, bus
         self._phase = "recovering"
         self._real = real
+        self._mechanisms = removable
         self._background = background
         self._reserve = reserve
         self.slots, self.locks = host.slots, host.locks
@@ -364,6 +365,7 @@ class Worker:
         self.metrics.vmm_versions(self.vmm_versions.states())
         self.metrics.warm_vmms(self._real.warm.counts(), self._real.warm.totals)
         self.metrics.log_dropped(logs.dropped())
+        self.metrics.quarantined(self.journal.quarantine.counts())
         self.metrics.calls(hung_calls(), abandoned_calls())
         self.metrics.draining(self.drain.active is not None)
         self.metrics.limits_enforced(self.settings.limits.enforce)
@@ -373,6 +375,9 @@ class Worker:
 
     async def run(self, signals: WorkerSignals, reload: Reload, manager: ServiceManager) -> None:
         """Run until SIGTERM or SIGINT, or until a part raises."""
+        self.journal.quarantine.know(frozenset(self._mechanisms))
+        with contextlib.suppress(Failure):  # cannot commit now: the next worker answers
+            await self.journal.quarantine.answer(self.settings.nats.inbox_prefixes)
         # Unfinished commands are queued before the bus delivers new ones; the lanes start after
         # recovery (`_recover`).
         for row in self.journal.commands.unfinished():

@@ -249,6 +249,12 @@ class Metrics:
             "Log lines that could not be written or repeat too often.",
             registry,
         )
+        self._quarantined = Gauge(
+            "hostd_quarantined_rows",
+            "Rows of the journal that this version cannot read, by table.",
+            ["table"],
+            registry=registry,
+        )
         self._hung = Gauge(
             "hostd_hung_calls",
             "Calls into the kernel that were abandoned and have not returned, by kind of thread.",
@@ -412,6 +418,12 @@ class Metrics:
         for result, total in ends.items():
             self._warm_ends.labels(result).inc(total - self._warm_ended.get(result, 0))
             self._warm_ended[result] = total
+
+    def quarantined(self, counts: Mapping[str, int]) -> None:
+        """By table; one that is left out has no series."""
+        self._quarantined.clear()
+        for table, count in counts.items():
+            self._quarantined.labels(table).set(count)
 
     def calls(self, hung: Mapping[str, int], abandoned: Mapping[str, int]) -> None:
         """By kind of thread: those that hang now; totals of all that were abandoned."""

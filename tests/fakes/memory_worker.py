@@ -26,6 +26,8 @@ from worker.journal.journal import Journal
 from worker.lanes import Lanes
 from worker.reconcile.vmm_watch import NotifyingRunner
 
+INBOX_PREFIXES = ("_INBOX.",)
+
 
 @dataclass
 class MemoryWorker:
@@ -111,6 +113,8 @@ async def memory_worker(
     )
     runner = NotifyingRunner(dispatch)
     lanes = Lanes(runner)
+    journal.quarantine.know(frozenset(known))
+    await journal.quarantine.answer(INBOX_PREFIXES)
     for row in journal.commands.unfinished():
         lanes.put(row)
     lanes.start()

@@ -22,6 +22,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_step_duration_seconds": ("histogram", {"step"}),
     "hostd_retries": ("counter", {"type", "code"}),
     "hostd_lanes": ("gauge", {"state"}),
+    "hostd_quarantined_rows": ("gauge", {"table"}),
     "hostd_hung_calls": ("gauge", {"kind"}),
     "hostd_abandoned_calls": ("counter", {"kind"}),
     "hostd_commands_unfinished": ("gauge", set()),
@@ -125,6 +126,7 @@ def used() -> Metrics:
     metrics.lost(1)
     metrics.orphans({"taps": 1})
     metrics.unrecorded_vmms(1)
+    metrics.quarantined({"step": 1})
     metrics.calls({"netlink": 1, "files": 0}, {"netlink": 1, "files": 2})
     return metrics
 

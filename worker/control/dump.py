@@ -89,6 +89,7 @@ class Dump:
             "instances": self._instances,
             "networks": self._networks,
             "left_behind": self._left_behind,
+            "quarantined": self._quarantined,
             "threads": _threads,
             "tasks": _tasks,
         }
@@ -190,6 +191,17 @@ class Dump:
             for command_id, rows in self._worker.journal.steps.leftovers().items()
             for row in rows
         ]
+
+    def _quarantined(self) -> object:
+        """Rows of the journal that this version cannot read, by table and key."""
+        quarantine = self._worker.journal.quarantine
+        rows = quarantine.rows()[:SHOWN]
+        count = sum(quarantine.counts().values())
+        return {
+            "count": count,
+            "shown": [{"table": r.table, "key": r.key, "reason": r.reason} for r in rows],
+            "left_out": max(0, count - len(rows)),
+        }
 
 
 def _guarded(name: str, read: Callable[[], object]) -> object:

@@ -16,7 +16,7 @@ from schemas.envelopes import Command, Form
 from schemas.requests import DestroyInstance, Request, StopInstance
 from schemas.subjects import Lane
 from worker.journal.memory import CommandRow
-from worker.journal.transaction import EventSource, Transaction
+from worker.journal.transaction import EventSource, Transaction, is_text
 
 # A full lane, or host, takes this many more Stops and Destroys: they are what empties it.
 RESERVED: Final = 8
@@ -242,6 +242,8 @@ def answer_joiners(tx: Transaction, source: EventSource, command_id: str, reply:
         return
     replayed = codec.mark_replayed(reply)
     for (reply_to,) in joiners:
+        if not is_text(reply_to):
+            continue  # quarantined: nobody can be reached by it
         source.queue(tx, "direct", reply_to, replayed)
     tx.execute("DELETE FROM joiner WHERE command_id = ?", (command_id,))
 

@@ -6,6 +6,7 @@ and one that changes nothing is admitted and answered in a single commit. Effect
 for the admission (`Steps`), and so does the acknowledgement.
 """
 
+import contextlib
 import sqlite3
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from typing import Final
 
 from handlers.errors import Conflict
 from schemas import codec
+from schemas.decode_error import DecodeError
 from schemas.envelopes import Command, EventKind, Reply
 from schemas.records import InstanceRecord, NetworkRecord, Tombstone
 from schemas.requests import Error
@@ -64,7 +66,7 @@ class JournalCommands:
         self._store = store
         self._records = records
         self._monotonic_s = monotonic_s
-        known_ms = int(store.meta(RETENTION) or store.now_ms())
+        known_ms = schema.number(store.meta(RETENTION)) or store.now_ms()
         self._retention = known_ms, monotonic_s()  # and as of which monotonic time
         self._undecided: set[str] = set()  # IDs that are being looked up in the file
         self._known: KnownIds | None = None  # all that the file has; None: not read yet
@@ -402,7 +404,10 @@ def _prune_largest(tx: Transaction, keep: int, limit: int) -> int:
         return 0
     tenants: Counter[str | None] = Counter()
     for lane, rows in tx.execute(f"SELECT lane, count(*) {finished} GROUP BY lane"):
-        tenants[Lane.parse(lane).tenant_id] += rows
+        with contextlib.suppress(DecodeError, TypeError, AttributeError):  # a damaged row
+            tenants[Lane.parse(lane).tenant_id] += rows
+    if not tenants:
+        return 0
     (largest, _), *_ = tenants.most_common(1)
     where, *values = lanes_of_tenant(largest) if largest is not None else ("lane = ?", "host")
     return tx.execute(

@@ -17,6 +17,7 @@ from schemas.requests import InstanceRef
 NOTHING = Usage()
 NOBODY = Ranking()
 RESOURCES = Usage.__struct_fields__
+UNKNOWN = InstanceRef("", "", "")
 K = TypeVar("K")
 
 
@@ -37,23 +38,25 @@ class Instances:
         self._users: dict[str, dict[str, Ranking]] = {}
         self._pools: dict[str, Ranking] = {}
         self._versions: Counter[tuple[str, str]] = Counter()
+        self._set_aside = False
 
     def __len__(self) -> int:
         return len(self._records)
 
     def put(self, record: InstanceRecord) -> None:
         ref, old = record.ref, self._records.get(record.ref)
+        prefix, usage, revision = naming.jail_id_prefix(ref), record.usage, _revision(record)
         self._uncount(ref)
         self._records[ref] = record
         self._of_tenant.setdefault(ref.tenant_id, {})[ref] = record
-        self._jails[naming.jail_id_prefix(ref)] = ref.tenant_id
-        self._add(ref, record.usage if old is None else record.usage - old.usage)
+        self._jails[prefix] = ref.tenant_id
+        self._add(ref, usage if old is None else usage - old.usage)
         self._statuses[record.status] += 1
         if record.uid_slot is not None:
             self._slots[record.uid_slot] = ref
         if record.holds_offset and record.offset is not None:
             self._offsets[ref.tenant_id, record.offset] = ref
-        if (revision := _revision(record)) is not None:
+        if revision is not None:
             self._revisions[revision] += 1
         if (version := _vmm_version(record)) is not None:
             self._versions[version] += 1
@@ -74,6 +77,13 @@ class Instances:
             self._usage.pop(ref.tenant_id, None)
             self._users.pop(ref.tenant_id, None)
             self._pools.pop(ref.tenant_id, None)
+
+    def set_aside(self, slot: int | None, ref: InstanceRef | None) -> None:
+        """There is one more, whose record cannot be read: its uid slot is taken, and it may refer
+        to any revision."""
+        self._set_aside = True
+        if slot is not None:
+            self._slots[slot] = ref or UNKNOWN
 
     # -- answers -------------------------------------------------------------------------------
 
@@ -124,7 +134,7 @@ class Instances:
 
     def refers(self, revision: str) -> bool:
         """Whether any refers to the artifact revision of this key; see `artifact_refs.refers`."""
-        return revision in self._revisions
+        return self._set_aside or revision in self._revisions
 
     def statuses(self) -> Mapping[Status, int]:
         """How many have each status."""

@@ -1,8 +1,9 @@
 """The only owner of SQLite. What is in the journal will be answered, once, also after kill -9.
 
-`Journal` puts four parts over one store: `commands` takes them in and ends them, `steps` is the
-step log, `records` has instances and networks, `outbox` what waits to be sent. `store` is the file
-and its one writer thread (`writer.py` says how commits work).
+`Journal` puts five parts over one store: `commands` takes them in and ends them, `steps` is the
+step log, `records` has instances and networks, `outbox` what waits to be sent, `quarantine` what
+this version cannot read. `store` is the file and its one writer thread (`writer.py` says how
+commits work).
 """
 
 import time
@@ -15,6 +16,7 @@ from worker.journal.admission import Limits
 from worker.journal.commands import JournalCommands
 from worker.journal.outbox import JournalOutbox
 from worker.journal.records import JournalRecords
+from worker.journal.set_aside import JournalQuarantine
 from worker.journal.step_log import JournalSteps
 from worker.journal.store import Store
 from worker.journal.writer import Relieve, keep_space
@@ -34,6 +36,7 @@ class Journal:
         self.steps = JournalSteps(store)
         self.records = JournalRecords(store)
         self.outbox = JournalOutbox(store)
+        self.quarantine = JournalQuarantine(store)
         self.commands = JournalCommands(store, self.records, limits, monotonic_s=monotonic_s)
 
     @classmethod

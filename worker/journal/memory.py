@@ -2,30 +2,24 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-import msgspec
-import structlog
-
 from handlers.mechanism import StepRow
-from schemas import codec
-from schemas.envelopes import Command, Form
-from schemas.records import InstanceRecord, NetworkRecord, Tombstone
+from schemas.envelopes import Command
 from schemas.subjects import Lane
 from worker.journal.instances import Instances, Tombstones
 from worker.journal.networks import Networks
+from worker.journal.quarantine import Quarantined
 from worker.journal.transaction import OutRow, StateRow
 
 OUT_KINDS: Final = ("reply", "direct", "dead", "event")
 OUT_CACHE: Final = 2000
-
-log = structlog.get_logger()
-INSTANCE = msgspec.json.Decoder(InstanceRecord)
-TOMBSTONE = msgspec.json.Decoder(Tombstone)
-NETWORK = msgspec.json.Decoder(NetworkRecord)
+# Of an outbox row; SQLite keeps any type in any column.
+READABLE: Final = (
+    "typeof(subject) = 'text' AND typeof(msg_id) = 'text' AND typeof(payload) = 'blob' "
+    "AND typeof(headers) = 'blob' AND json_valid(CAST(headers AS TEXT))"
+)
 
 
 class Admission:
@@ -135,6 +129,7 @@ class Mirror:
     meta: dict[str, str] = field(default_factory=dict[str, str])
     lanes: dict[Lane, int] = field(default_factory=dict[Lane, int])
     tenants: dict[str | None, int] = field(default_factory=dict[str | None, int])
+    quarantined: Quarantined = field(default_factory=Quarantined)
 
     def add_command(self, row: CommandRow) -> None:
         if row.id not in self.commands:
@@ -160,79 +155,11 @@ class Mirror:
         return sum(queue.count for queue in self.out.values())
 
 
-def load(connection: sqlite3.Connection) -> Mirror:
-    """Read all of it. A row that does not decode is left in the file, and logged."""
-    mirror = Mirror()
-    for key, value in connection.execute("SELECT key, value FROM meta"):
-        mirror.meta[key] = value
-    cursor = connection.execute("SELECT * FROM command WHERE finished_at_ms IS NULL ORDER BY n")
-    cursor.row_factory = sqlite3.Row
-    for row in cursor:
-        with _skipping_bad_row("command", row["id"]):
-            mirror.add_command(_command_row(row))
-    for command_id, mechanism, key, existed in connection.execute(
-        "SELECT command_id, mechanism, key, existed FROM step ORDER BY n"
-    ):
-        rows = mirror.steps.setdefault(command_id, {})
-        rows[mechanism, key] = StepRow(mechanism, key, bool(existed))
-    for command_id, name in connection.execute("SELECT command_id, name FROM point"):
-        mirror.points.setdefault(command_id, set()).add(name)
-    for (record,) in connection.execute("SELECT record FROM instance"):
-        with _skipping_bad_row("instance", record):
-            mirror.instances.put(INSTANCE.decode(record))
-    for (record,) in connection.execute("SELECT record FROM tombstone"):
-        with _skipping_bad_row("tombstone", record):
-            mirror.tombstones.put(TOMBSTONE.decode(record))
-    for (record,) in connection.execute("SELECT record FROM network"):
-        with _skipping_bad_row("network", record):
-            mirror.networks.put(NETWORK.decode(record))
-    for kind in OUT_KINDS:
-        queue = mirror.out[kind] = OutQueue()
-        (queue.count,) = connection.execute(
-            "SELECT count(*) FROM outbox WHERE kind = ?", (kind,)
-        ).fetchone()
-        queue.refill(read_out(connection, kind, after=0))
-    for key, value, seq in connection.execute("SELECT key, value, seq FROM state WHERE dirty"):
-        mirror.states[key] = StateRow(key, value, seq)
-    return mirror
-
-
-@contextmanager
-def _skipping_bad_row(table: str, row: object) -> Generator[None]:
-    """Log a row that does not decode, and continue with the next."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - logged; the rest goes on
-        # Whatever its columns hold: one row must not keep the worker from starting.
-        log.error("journal.row_skipped", table=table, row=row, error=repr(error))  # noqa: TRY400
-
-
 def read_out(connection: sqlite3.Connection, kind: str, *, after: int) -> list[OutRow]:
     """The next unsent rows of a kind, at most `OUT_CACHE`."""
     rows = connection.execute(
-        "SELECT n, kind, subject, msg_id, headers, payload FROM outbox "
-        "WHERE kind = ? AND n > ? ORDER BY n LIMIT ?",
+        "SELECT n, kind, subject, msg_id, headers, payload FROM outbox "  # noqa: S608 - constants
+        f"WHERE kind = ? AND n > ? AND {READABLE} ORDER BY n LIMIT ?",
         (kind, after, OUT_CACHE),
     )
     return [OutRow(*row) for row in rows]
-
-
-def _command_row(row: sqlite3.Row) -> CommandRow:
-    command = Command(
-        id=row["id"],
-        request=codec.decode_request(row["request"]),
-        form=Form(row["form"]),
-        issued_at_ms=row["issued_at_ms"],
-        deadline_ms=row["deadline_ms"],
-        reply_to=row["reply_to"],
-        issuer=row["issuer"],
-        traceparent=row["traceparent"],
-    )
-    return CommandRow(
-        n=row["n"],
-        command=command,
-        lane=Lane.parse(row["lane"]),
-        stream_seq=row["stream_seq"],
-        received_at_ms=row["received_at_ms"],
-        attempts=row["attempts"],
-    )

@@ -27,10 +27,10 @@ class Networks:
         return len(self._records)
 
     def put(self, record: NetworkRecord) -> None:
+        subnet = _subnet_of(record)
         self.drop(record.tenant_id)
         self._records[record.tenant_id] = record
         self._by_id[record.net.tenant_net_id] = record.tenant_id
-        subnet = _subnet_of(record)
         if subnet not in self._by_subnet:
             insort(self._subnets, subnet)
         self._by_subnet.setdefault(subnet, set()).add(record.tenant_id)

@@ -1,10 +1,11 @@
 """What waits to be sent: outbox rows in order, and the newest state per key."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from worker.journal import memory
+from worker.journal import loading, memory
 from worker.journal.memory import Mirror
 from worker.journal.store import Store
 from worker.journal.transaction import OutRow, StateRow, Transaction
@@ -160,8 +161,9 @@ class JournalOutbox:
 
         def do(tx: Transaction) -> list[StateRow]:
             tx.execute("UPDATE state SET dirty = 1")
-            rows = tx.execute("SELECT key, value, seq FROM state")
-            tx.states.extend(StateRow(*row) for row in rows)
+            for row in tx.execute("SELECT key, value, seq FROM state").fetchall():
+                with contextlib.suppress(loading.Unreadable, UnicodeEncodeError):  # quarantined
+                    tx.states.append(loading.state_row(*row))
             return tx.states
 
         await self._store.writer.submit(do)

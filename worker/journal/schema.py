@@ -1,14 +1,22 @@
 """The journal's file: its tables, how it is opened, and which schema versions this hostd reads."""
 
+import re
 import sqlite3
 import uuid
 from typing import Final
 from urllib.parse import quote
 
+import structlog
+
 from handlers.errors import HostFault
 
 VERSION: Final = 1
 APPLICATION_ID: Final = 0x686F7374  # "host"
+
+JOURNAL_ID: Final = re.compile(r"[0-9a-f-]{36}")
+NUMBER: Final = re.compile(r"[0-9]{1,18}")
+
+log = structlog.get_logger()
 
 TABLES: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -127,6 +135,7 @@ def open_file(path: str) -> sqlite3.Connection:
         sqlite3.Error: it cannot be opened now.
     """
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+    connection.text_factory = text_of
     try:
         _prepare(connection, path)
     except BaseException:
@@ -137,7 +146,19 @@ def open_file(path: str) -> sqlite3.Connection:
 
 def open_reader(path: str) -> sqlite3.Connection:
     """A second, read-only connection to an open journal; it reads what is committed."""
-    return sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, isolation_level=None)
+    connection = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, isolation_level=None)
+    connection.text_factory = text_of
+    return connection
+
+
+def text_of(data: bytes) -> str:
+    """A text as it is stored: one that is no UTF-8 must not fail the query that meets it."""
+    return data.decode(errors="surrogateescape")
+
+
+def number(text: str | None) -> int | None:
+    """The number that a fact of `meta` is; None if it is none."""
+    return int(text) if text is not None and NUMBER.fullmatch(text) else None
 
 
 def _prepare(connection: sqlite3.Connection, path: str) -> None:
@@ -168,6 +189,8 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
     connection.execute("PRAGMA cache_size=-4096")
     if version:
         connection.executescript(INDEXES)
+        _mend_meta(connection)
+        _mend_numbers(connection)
     else:
         connection.executescript(f"BEGIN IMMEDIATE; {TABLES} {INDEXES}")
         write_meta(connection, "journal_id", str(uuid.uuid4()))
@@ -175,6 +198,31 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
         connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version={VERSION}")
         connection.execute("COMMIT")
+
+
+def _mend_meta(connection: sqlite3.Connection) -> None:
+    """Without its ID or the number of its last event, a journal begins to count anew, as another.
+
+    Readers of events know each by journal and number. What the rows held is kept beside them.
+    """
+    journal_id, seq = read_meta(connection, "journal_id"), read_meta(connection, "seq")
+    if JOURNAL_ID.fullmatch(journal_id or "") and number(seq) is not None:
+        return
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(
+            "INSERT OR REPLACE INTO meta SELECT 'unreadable:' || key, value FROM meta "
+            "WHERE key IN ('journal_id', 'seq')"
+        )
+        write_meta(connection, "journal_id", str(uuid.uuid4()))
+        write_meta(connection, "seq", "0")
+    log.error("journal.renumbered", journal_id=ascii(journal_id)[:100], seq=ascii(seq)[:100])
+
+
+def _mend_numbers(connection: sqlite3.Connection) -> None:
+    """Move rows away from the end of the numbers: SQLite would number what follows at random."""
+    for table in ("command", "step", "outbox"):
+        connection.execute(f"UPDATE OR IGNORE {table} SET n = -(n / 1024) WHERE n >= {1 << 53}")  # noqa: S608
 
 
 def read_meta(connection: sqlite3.Connection, key: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Final, Self
 from handlers.clock import now_ms
 from handlers.errors import HostFault
 from schemas.subjects import Subjects
-from worker.journal import memory, schema
+from worker.journal import loading, schema
 from worker.journal.memory import Mirror
 from worker.journal.reader import JournalReader
 from worker.journal.transaction import EventSource, Transaction
@@ -51,7 +51,7 @@ class Store:
         self.writer = Writer(
             path,
             committed=self._committed,
-            load=memory.load,
+            load=loading.load,
             reopened=self._reopened,
             changed=self._writable_changed,
             observe=observe_commit,
@@ -86,7 +86,7 @@ class Store:
                 f"cannot open the journal {path}: {error}; check [paths] state"
             ) from error
         try:
-            mirror = await asyncio.to_thread(memory.load, connection)
+            mirror = await asyncio.to_thread(loading.load, connection)
             store = cls(
                 path,
                 mirror,

@@ -6,7 +6,7 @@ All of it runs in the writer's thread, inside the transaction of the change that
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -137,9 +137,10 @@ class EventSource:
         last = transaction.execute(
             "SELECT status FROM announced WHERE lane = ?", (lane,)
         ).fetchone()
-        if last is not None and last[0] == draft.to:
+        before = last[0] if last is not None and is_text(last[0]) else None
+        if before == draft.to:
             return
-        seq = self.event(transaction, replace(draft, from_=last and last[0]), at_ms)
+        seq = self.event(transaction, replace(draft, from_=before), at_ms)
         transaction.execute("INSERT OR REPLACE INTO announced VALUES (?, ?)", (lane, draft.to))
         value = None
         if state is not None:
@@ -154,3 +155,14 @@ class EventSource:
         key = self.subjects.state_key(draft.lane)
         transaction.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?, 1)", (key, value, seq))
         transaction.states.append(StateRow(key, value, seq))
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a column holds a text that can be written to UTF-8 again."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

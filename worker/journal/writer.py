@@ -270,7 +270,7 @@ class Writer:
 
     def _adopt(self, connection: sqlite3.Connection) -> sqlite3.Connection:
         self._connection, self._syncs = connection, None
-        self._seq = int(schema.read_meta(connection, "seq") or 0)
+        self._seq = schema.number(schema.read_meta(connection, "seq")) or 0
         (last,) = connection.execute("SELECT max(n) FROM outbox").fetchone()
         self._n = max(self._n, last or 0)
         return connection

@@ -18,6 +18,7 @@ from handlers.specs import LaunchSpec
 from schemas.decode_error import quoted
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status, VmmIdentity
+from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.logs import facts_of
 
@@ -87,9 +88,10 @@ class Adoption:
             metadata is None
             or record is None
             or self._journal.records.instance(metadata.ref) is not None
+            or self._journal.quarantine.holds(Lane.instance(metadata.ref))
         ):
             self.quarantined += 1
-            reason = "neither the journal nor the metadata of its jail explains this VMM"
+            reason = "no record that can be read, nor the metadata of its jail, explains this VMM"
             await self._journal.records.event(
                 EventKind.QUARANTINED, reason=reason, detail={"jail": jail_id}
             )

@@ -216,6 +216,8 @@ class Reconciler:
     async def sweep_leftovers(self) -> None:
         """Remove what finished commands left behind; what stays is tried again."""
         for command_id, rows in self._journal.steps.leftovers().items():
+            if self._journal.quarantine.covers(command_id):
+                continue  # a record that cannot be read may use them
             for row in reversed(rows):
                 if row.mechanism not in self._mechanisms:
                     self._note_unknown(command_id, row)
@@ -302,6 +304,8 @@ class Reconciler:
         resources = unowned(
             inventory, self._journal.records.instances(), self._journal.records.networks()
         )
+        if self._journal.quarantine.hides_records:
+            resources.clear()  # what seems to belong to none may belong to one that cannot be read
         self._metrics.orphans(count_in_both(self._unowned, resources))
         self._unowned = resources
 

@@ -218,14 +218,9 @@ TRUSTED = {
     "worker/health.py:port:int": NO_TEXT,
     "worker/intake.py:_decode:decode": ITSELF,
     "worker/journal/admission.py:_unfinished:int": JOURNAL,
-    "worker/journal/commands.py:__init__:int": JOURNAL,
-    "worker/journal/memory.py:load:INSTANCE.decode": CAUGHT,
-    "worker/journal/memory.py:load:NETWORK.decode": CAUGHT,
-    "worker/journal/memory.py:load:TOMBSTONE.decode": CAUGHT,
     "worker/journal/networks.py:_found:int": NO_TEXT,
     "worker/journal/networks.py:_subnet_of:int": NO_TEXT,
     "worker/journal/records.py:_delete_tombstone:msgspec.json.decode": JOURNAL,
-    "worker/journal/writer.py:_adopt:int": JOURNAL,
     "worker/logs.py:__call__:float": NO_TEXT,
     "worker/metrics.py:bus_connected:int": NO_TEXT,
     "worker/metrics.py:disk:int": NO_TEXT,
@@ -235,6 +230,10 @@ TRUSTED = {
     "worker/preflight.py:_read_ids:int": OPERATOR,
     "worker/queries/answers.py:result:msgpack.unpackb": JOURNAL,
     "worker/supervision/service_manager.py:__init__:int": MATCHED,
+    "worker/journal/schema.py:number:int": MATCHED,
+    "worker/journal/loading.py:_load_records:decode": CAUGHT,
+    "worker/journal/loading.py:_command_row:msgspec.convert": CAUGHT,
+    "worker/journal/quarantine.py:shown:decode": CONSTANT,
 }
 
 JAIL = "0123456789ab-1"
