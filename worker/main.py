@@ -44,6 +44,7 @@ from worker.control.server import MAX_CONNECTIONS as CONTROL_CONNECTIONS
 from worker.control.server import ControlServer
 from worker.descriptors import DescriptorReserve, check_limit
 from worker.dispatch import Dispatch
+from worker.doctor.worker_checks import WorkerChecks
 from worker.failpoints import failpoint
 from worker.health import MAX_CONNECTIONS, HealthServer
 from worker.host_factory import RealHost, open_real_host
@@ -198,7 +199,7 @@ class Worker:
         self._mechanisms = removable
         self._background = background
         self._reserve = reserve
-        self.slots, self.locks = host.slots, host.locks
+        self.slots, self.locks, self.networks = host.slots, host.locks, host.networks
         self.drain = DrainSwitch(journal)
         stop_at = failpoint(os.environ)
         runner = NotifyingRunner(
@@ -339,6 +340,7 @@ class Worker:
         drain = DrainRoutes(self.drain, self.emptying)
         return (
             Route("GET", "/v1/dump", Dump(self).answer),
+            Route("GET", "/v1/doctor", WorkerChecks(self).answer),
             Route("GET", "/v1/drain", drain.state),
             Route("POST", "/v1/drain", drain.drain, writes=True),
             Route("POST", "/v1/undrain", drain.undrain, writes=True),

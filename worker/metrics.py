@@ -145,6 +145,7 @@ class Metrics:
             registry=registry,
         )
         self._warm_ended: dict[str, int] = {}
+        self.orphan_counts: Mapping[str, int] = {}
         self._exits = Counter(
             "hostd_vmm_exits_total",
             "VMMs that exited without a command, by reason.",
@@ -453,6 +454,7 @@ class Metrics:
 
     def orphans(self, counts: Mapping[str, int]) -> None:
         """By kind of the inventory; a kind that is left out has no series."""
+        self.orphan_counts = counts
         self._orphans.clear()
         for kind, count in counts.items():
             self._orphans.labels(kind).set(count)

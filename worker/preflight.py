@@ -79,6 +79,23 @@ def prepare_dirs(settings: Settings) -> None:
         os.makedirs(directory, mode=0o700, exist_ok=True)
     os.chmod(settings.paths.state, 0o700)  # an existing one may be open to other users
     os.makedirs(settings.paths.data, mode=0o755, exist_ok=True)
+    check_dirs(settings)
+    if settings.vmm.versions_dir:  # its programs are checked one by one, when they are read
+        return
+    for key, program in (
+        ("firecracker", settings.vmm.firecracker),
+        ("jailer", settings.vmm.jailer),
+    ):
+        if not os.access(program, os.X_OK):
+            raise HostFault(f"[vmm] {key}: {program} is missing or not executable")
+
+
+def check_dirs(settings: Settings) -> None:
+    """Check the directories, which exist: one file system, on a disk, devices and programs allowed.
+
+    Raises:
+        HostFault: names the setting and what to do.
+    """
     state = os.stat(settings.paths.state).st_dev
     for key, directory in (
         ("[vmm] jail_base", settings.jail_base),
@@ -96,14 +113,6 @@ def prepare_dirs(settings: Settings) -> None:
             raise HostFault(
                 f"[vmm] jail_base {settings.jail_base} is mounted {name}: remount it without {name}"
             )
-    if settings.vmm.versions_dir:  # its programs are checked one by one, when they are read
-        return
-    for key, program in (
-        ("firecracker", settings.vmm.firecracker),
-        ("jailer", settings.vmm.jailer),
-    ):
-        if not os.access(program, os.X_OK):
-            raise HostFault(f"[vmm] {key}: {program} is missing or not executable")
 
 
 def check_connection(settings: Settings) -> None:

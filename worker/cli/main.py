@@ -36,6 +36,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     "This host's worker (as root, without NATS)": {
         "drain": "worker.cli.drain:drain",
         "undrain": "worker.cli.drain:undrain",
+        "doctor": "worker.cli.doctor:doctor",
         "dump": "worker.cli.state:dump",
     },
     "Local files and kernel state (as root)": {

@@ -44,6 +44,15 @@ class NftRefusal(Exception):
     """nft's own message."""
 
 
+def is_there() -> bool:
+    """Whether the library is installed."""
+    try:
+        ctypes.CDLL(LIBRARY)
+    except OSError:
+        return False
+    return True
+
+
 class Library:
     """libnftables by ctypes; one context, not shared between threads.
 
