@@ -39,6 +39,7 @@ from worker.control.drain_routes import DrainRoutes
 from worker.control.draining import DrainSwitch
 from worker.control.dump import Dump
 from worker.control.emptying import Emptying
+from worker.control.overview import Overview
 from worker.control.routes import Route
 from worker.control.server import MAX_CONNECTIONS as CONTROL_CONNECTIONS
 from worker.control.server import ControlServer
@@ -268,6 +269,7 @@ class Worker:
         self.recovery = Recovery(
             host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs)
         )
+        self.dump = Dump(self)
         metrics.on_collect(self._collect)
         self.drain.watch(self.lease.touch)
         bus.on_connection(self.outbox.wake)
@@ -339,7 +341,8 @@ class Worker:
         """Those of the control socket: one line each, and one in docs/contract.md."""
         drain = DrainRoutes(self.drain, self.emptying)
         return (
-            Route("GET", "/v1/dump", Dump(self).answer),
+            Route("GET", "/v1/dump", self.dump.answer),
+            Route("GET", "/v1/top", Overview(self).answer),
             Route("GET", "/v1/doctor", WorkerChecks(self).answer),
             Route("GET", "/v1/drain", drain.state),
             Route("POST", "/v1/drain", drain.drain, writes=True),
@@ -403,6 +406,7 @@ class Worker:
                 watchdog.run(),
                 prune(self.journal),
                 reload.run(signals.reload),
+                self.dump.on_signal(signals.dump, self.settings.paths.run),
                 watch_disk(self._real.disk, self.journal, self.lease.touch),
                 self._real.warm.run(self._may_launch_ahead),
                 self.vmm_versions.watch(),

@@ -299,6 +299,14 @@ class Metrics:
         self._collect()
         return generate_latest(self.registry)
 
+    def finished(self) -> Mapping[str, int]:
+        """How many commands finished since the worker started: `ok` and `failed`."""
+        counts = {"ok": 0, "failed": 0}
+        for (_, code), (counter, _) in self._done.items():
+            total = sum(sample.value for family in counter.collect() for sample in family.samples)
+            counts["ok" if code is Code.OK else "failed"] += int(total)
+        return counts
+
     # -- events --------------------------------------------------------------------------------
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""The signals of a worker: which stop it, which reloads its settings, and which are ignored.
+"""The signals of a worker: which stop it, reload its settings, dump its state, and are ignored.
 
 A signal that is ignored is caught, not set to SIG_IGN: a VMM would inherit SIG_IGN through exec,
 while a handler becomes the default again. Source: signal(7), execve(2).
@@ -13,6 +13,7 @@ import structlog
 
 STOP: Final = frozenset({Signals.SIGTERM, Signals.SIGINT})
 RELOAD: Final = Signals.SIGHUP
+DUMP: Final = Signals.SIGUSR1
 # These keep their default actions. The first two cannot be caught; faults, and SIGABRT of abort(3),
 # must end the process; the kernel ignores the last three, or continues the process.
 FAULTS: Final = frozenset(
@@ -42,7 +43,7 @@ log = structlog.get_logger()
 
 def ignored() -> frozenset[int]:
     """Every other signal: its default action would stop or end the worker at once."""
-    return frozenset(signal.valid_signals()) - DEFAULT - STOP - {RELOAD}
+    return frozenset(signal.valid_signals()) - DEFAULT - STOP - {RELOAD, DUMP}
 
 
 def name_of(number: int) -> str:
@@ -54,11 +55,13 @@ def name_of(number: int) -> str:
 
 
 class WorkerSignals:
-    """`stop` is set by SIGTERM and SIGINT, `reload` by SIGHUP; the reader of `reload` clears it."""
+    """`stop` is set by SIGTERM and SIGINT, `reload` by SIGHUP, `dump` by SIGUSR1; the readers of
+    the last two clear them."""
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
         self.reload = asyncio.Event()
+        self.dump = asyncio.Event()
 
     def install(self) -> None:
         """Catch all of them from now on, in the running event loop."""
@@ -66,6 +69,7 @@ class WorkerSignals:
         for number in STOP:
             loop.add_signal_handler(number, self.stop.set)
         loop.add_signal_handler(RELOAD, self.reload.set)
+        loop.add_signal_handler(DUMP, self.dump.set)
         for other in ignored():
             loop.add_signal_handler(other, self._note, other)
 

@@ -37,6 +37,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "drain": "worker.cli.drain:drain",
         "undrain": "worker.cli.drain:undrain",
         "doctor": "worker.cli.doctor:doctor",
+        "top": "worker.cli.state:top",
         "dump": "worker.cli.state:dump",
     },
     "Local files and kernel state (as root)": {
@@ -47,6 +48,9 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     "Message debugging": {
         "decode": "worker.cli.codec:decode",
         "encode": "worker.cli.codec:encode",
+    },
+    "Shell": {
+        "completion": "worker.cli.completion:completion",
     },
 }
 COMMANDS: Final[dict[str, str]] = {

@@ -20,13 +20,14 @@ from handlers.concurrency import FairSlots, Slots
 from handlers.tenant_locks import TenantLocks
 from schemas.subjects import Lane
 from worker.bus.nats import NatsBus
-from worker.control.routes import Answer, Body, read_body
+from worker.control.routes import Answer, Body, encode, read_body
 from worker.journal.journal import Journal
 from worker.journal.memory import OUT_KINDS, CommandRow
 from worker.lanes import Lanes, MaintenanceTask, Work
 from worker.queries.answers import described
 from worker.reconcile.vmm_versions import VmmVersions
 
+FILE: Final = "dump.json"  # in [paths] run, by SIGUSR1
 SHOWN: Final = 1000
 FRAMES: Final = 8  # of each stack
 Item = Work | MaintenanceTask
@@ -94,6 +95,19 @@ class Dump:
             "tasks": _tasks,
         }
         return {"v": 1} | {name: _guarded(name, read) for name, read in sections.items()}
+
+    async def on_signal(self, requested: asyncio.Event, run: str) -> None:
+        """Write the state to a file in `run` each time that `requested` is set; until cancelled."""
+        while True:
+            await requested.wait()
+            requested.clear()
+            path = f"{run}/{FILE}"
+            try:
+                await asyncio.to_thread(_write, path, encode(self.state()))
+            except (OSError, TypeError) as error:
+                log.error("dump.write_failed", path=path, error=str(error))  # noqa: TRY400
+            else:
+                log.info("dump.written", path=path)
 
     # -- sections ------------------------------------------------------------------------------
 
@@ -202,6 +216,13 @@ class Dump:
             "shown": [{"table": r.table, "key": r.key, "reason": r.reason} for r in rows],
             "left_out": max(0, count - len(rows)),
         }
+
+
+def _write(path: str, data: bytes) -> None:
+    """Root-only, and whole or not at all."""
+    with open(f"{path}.tmp", "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(data)
+    os.rename(f"{path}.tmp", path)
 
 
 def _guarded(name: str, read: Callable[[], object]) -> object:

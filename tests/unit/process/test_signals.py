@@ -7,7 +7,7 @@ from signal import Signals
 
 import pytest
 
-from worker.signals import DEFAULT, FAULTS, RELOAD, STOP, ignored, name_of
+from worker.signals import DEFAULT, DUMP, FAULTS, RELOAD, STOP, ignored, name_of
 
 PROCESS = """
 import asyncio, sys
@@ -31,7 +31,7 @@ asyncio.run(main())
 
 
 def test_every_signal_of_the_system_is_in_one_class() -> None:
-    classes = (DEFAULT, STOP, {RELOAD}, ignored())
+    classes = (DEFAULT, STOP, {RELOAD}, {DUMP}, ignored())
 
     assert sum(len(each) for each in classes) == len(signal.valid_signals())
     assert set().union(*classes) == signal.valid_signals()

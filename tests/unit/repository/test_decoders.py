@@ -228,6 +228,7 @@ TRUSTED = {
     "worker/metrics.py:bus_connected:int": NO_TEXT,
     "worker/metrics.py:disk:int": NO_TEXT,
     "worker/metrics.py:draining:int": NO_TEXT,
+    "worker/metrics.py:finished:int": NO_TEXT,
     "worker/metrics.py:limits_enforced:int": NO_TEXT,
     "worker/outbox.py:_send_dead:HEADERS.decode": CAUGHT,
     "worker/preflight.py:_read_ids:int": OPERATOR,
