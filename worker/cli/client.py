@@ -14,6 +14,7 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import nats.errors
@@ -49,6 +50,16 @@ def new_id() -> str:
     value = value & ~(0x3 << 62) | 0x2 << 62
     text = f"{value:032x}"
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One message of a stream, with its headers and those that the server adds."""
+
+    seq: int
+    subject: str
+    headers: Mapping[str, str]
+    data: bytes
 
 
 class Client:
@@ -104,14 +115,19 @@ class Client:
         finally:
             await replies.unsubscribe()
 
-    async def _publish(self, subject: str, payload: bytes) -> None:
+    async def _publish(
+        self, subject: str, payload: bytes, headers: dict[str, str] | None = None
+    ) -> None:
         """Publish to the command stream.
 
-        Without `Nats-Msg-Id`: the server would drop a different request with the same ID, and its
-        sender would get the reply to the first. The worker deduplicates and compares the requests.
+        A command has no `Nats-Msg-Id`: the server would drop a different request with the same ID,
+        and its sender would get the reply to the first. The worker deduplicates and compares the
+        requests.
         """
         try:
-            await self.nats.jetstream().publish(subject, payload, timeout=PUBLISH_TIMEOUT_S)
+            await self.nats.jetstream().publish(
+                subject, payload, timeout=PUBLISH_TIMEOUT_S, headers=headers
+            )
         except nats.js.errors.NoStreamResponseError as error:
             raise NoAnswer(
                 f"no JetStream stream is bound to {subject}: run `hostd provision`"
@@ -158,7 +174,12 @@ class Client:
         return each()
 
     async def kept_events(self, stream: str, host: str) -> AsyncIterator[dict[str, Any]]:
-        """Retained events of the stream, oldest first, up to now.
+        """Retained events of the stream, oldest first, up to now."""
+        async for message in self.kept(stream, f"{self._root}.{host}.evt.>"):
+            yield _map(message.data)
+
+    async def kept(self, stream: str, subjects: str) -> AsyncIterator["Kept"]:
+        """Retained messages of these subjects, oldest first, up to now.
 
         Read message by message: a consumer would need the right to make the server publish.
         """
@@ -171,20 +192,59 @@ class Client:
         except BusError as error:
             raise NoAnswer(f"cannot read stream {stream}: {error}") from error
         sequence = 0
-        subjects = f"{self._root}.{host}.evt.>"
         while sequence < last:
-            body = {"seq": sequence + 1, "next_by_subj": subjects}
-            message = await self._read(f"DIRECT.GET.{stream}", body, stream)
-            headers = message.headers or {}
-            if headers.get("Status") == "404":
+            message = await self._get(stream, {"seq": sequence + 1, "next_by_subj": subjects})
+            if message is None:
                 return
-            found = header_number(headers.get("Nats-Sequence", ""))
-            if found is None or found <= sequence:
-                why = headers.get("Description", "no sequence")
-                raise NoAnswer(f"cannot read stream {stream} after message {sequence}: {why}")
-            sequence = found
+            if message.seq <= sequence:
+                raise NoAnswer(f"cannot read stream {stream} after message {sequence}: it repeats")
+            sequence = message.seq
             if sequence <= last:
-                yield _map(message.data)
+                yield message
+
+    async def kept_message(self, stream: str, seq: int) -> "Kept":
+        """One retained message.
+
+        Raises:
+            CliError: `not_found`.
+        """
+        message = await self._get(stream, {"seq": seq})
+        if message is None:
+            raise CliError("not_found", f"stream {stream} has no message {seq}")
+        return message
+
+    async def _get(self, stream: str, body: Mapping[str, Any]) -> "Kept | None":
+        answer = await self._read(f"DIRECT.GET.{stream}", body, stream)
+        headers = answer.headers or {}
+        if headers.get("Status") == "404":
+            return None
+        seq = header_number(headers.get("Nats-Sequence", ""))
+        if seq is None:
+            why = headers.get("Description", "no sequence")
+            raise NoAnswer(f"cannot read stream {stream}: {why}")
+        return Kept(seq, headers.get("Nats-Subject", ""), headers, answer.data)
+
+    async def delete_kept(self, stream: str, seq: int) -> None:
+        """Delete one message of a stream; needs an administrator's credential.
+
+        Raises:
+            CliError: `not_found`.
+        """
+        body = {"seq": seq, "no_erase": True}
+        answer = await self._read(f"STREAM.MSG.DELETE.{stream}", body, stream)
+        try:
+            reply = read_reply(answer.data, f"stream {stream}")
+        except BusError as error:
+            raise NoAnswer(f"cannot delete message {seq}: {error}") from error
+        if failure := reply.get("error"):
+            raise CliError(
+                "not_found",
+                f"cannot delete message {seq} of {stream}: {failure.get('description')}",
+            )
+
+    async def publish_bytes(self, subject: str, payload: bytes, msg_id: str) -> None:
+        """Publish bytes as they are to the command stream, under a message ID of their own."""
+        await self._publish(subject, payload, headers={"Nats-Msg-Id": msg_id})
 
     async def _read(self, endpoint: str, body: Mapping[str, Any], stream: str) -> Msg:
         """One answer of the JetStream API."""

@@ -28,10 +28,11 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "wake": "worker.cli.commands:wake",
         "destroy": "worker.cli.commands:destroy",
     },
-    "Queries (read-only, over NATS)": {
+    "Queries and dead letters (over NATS)": {
         "ls": "worker.cli.queries:ls",
         "show": "worker.cli.queries:show",
         "events": "worker.cli.queries:events",
+        "dead": "worker.cli.dead:dead",
     },
     "This host's worker (as root, without NATS)": {
         "drain": "worker.cli.drain:drain",
