@@ -8,6 +8,10 @@ import subprocess
 from collections.abc import Generator
 from typing import Self
 
+from handlers.host.linux import file_threads
+from handlers.host.linux.call_threads import CallThreads
+from handlers.host.linux.kernel_thread import nothing
+from schemas.settings import IMPORTS_MAX
 from tests.guests import traffic
 from worker.demo.netns import enter_new_network
 
@@ -15,6 +19,11 @@ CLONE_NEWNET = 0x40000000
 TAP = "tap0"
 HOST_IP = "10.77.0.1"
 GUEST_IP = "10.77.0.2"
+FILE_THREADS = {
+    "_quick": file_threads.QUICK_THREADS,
+    "_slow": file_threads.SLOW_THREADS,
+    "_imports": IMPORTS_MAX,
+}
 BOOT_ARGS = f"reboot=k panic=1 ip={GUEST_IP}::{HOST_IP}:255.255.255.0::eth0:off"
 
 
@@ -25,13 +34,33 @@ def own_network() -> Generator[None]:
     try:
         enter_new_network()
         try:
-            yield
+            with own_file_threads():
+                yield
         finally:
             libc = ctypes.CDLL(None, use_errno=True)
             if libc.setns(home, CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "setns to the namespace before")
     finally:
         os.close(home)
+
+
+@contextlib.contextmanager
+def own_file_threads() -> Generator[None]:
+    """File work is in threads begun inside the `with`: those of before stay in the namespace they
+    were begun in, and so would a jailer that one of them executes."""
+    before = {name: getattr(file_threads, name) for name in FILE_THREADS}
+    for name, count in FILE_THREADS.items():
+        kind = before[name].kind
+        own = CallThreads(
+            kind, limit_s=file_threads.CALL_S, open=nothing, close=lambda _: None, count=count
+        )
+        setattr(file_threads, name, own)
+    try:
+        yield
+    finally:
+        for name, threads in before.items():
+            getattr(file_threads, name).stop()
+            setattr(file_threads, name, threads)
 
 
 class TestNamespace:
