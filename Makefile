@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 KINDS := unit contract kernel broker vm crash lab
 
-.PHONY: help setup venv demo test unit crash check bench lab fmt
+.PHONY: help setup venv demo test unit crash soak check bench lab fmt
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -25,6 +25,10 @@ unit: venv ## The unit tests, as any user
 
 crash: setup ## kill -9 at every point of every command, with real Firecracker; some ten minutes
 	@HOSTD_CRASH_SEED=all $(PY) -m pytest tests/crash
+
+MINUTES ?= 30
+soak: setup ## Mixed commands under kills of worker, VMMs and NATS servers; MINUTES=n
+	@$(PY) -m tests.soak --minutes $(MINUTES)
 
 check: venv ## Lint, spelling, types, layers, as any user
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/codespell && .venv/bin/mypy && .venv/bin/pyright && .venv/bin/lint-imports

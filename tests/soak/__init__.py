@@ -1,0 +1,1 @@
+"""Mixed commands under faults for minutes: `python -m tests.soak`."""
