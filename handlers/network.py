@@ -120,8 +120,8 @@ async def network_lock(tenant_id: str, steps: Steps, host: Host) -> AsyncGenerat
     """Exclusive: the tenant's network, and the allocation of net ids and subnets to tenants."""
     async with (
         limited(host.slots.networks, tenant_id, "wait_network_slot", steps),
-        host.locks.exclusive(tenant_id),
-        host.locks.subnets(),
+        host.locks.exclusive(tenant_id, steps.control),
+        host.locks.subnets(steps.control),
     ):
         yield
 

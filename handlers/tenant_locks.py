@@ -8,6 +8,11 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from typing import Final
+
+from handlers.control import Control
+
+WAIT: Final = "wait_network_lock"
 
 
 class FairLock:
@@ -26,8 +31,12 @@ class FairLock:
         """How often it is held, -1 for exclusively, and how many wait."""
         return self._held, len(self._waiting)
 
+    def available(self, *, exclusive: bool) -> bool:
+        """Whether `acquire` returns at once."""
+        return not self._waiting and self._admits(exclusive)
+
     async def acquire(self, *, exclusive: bool) -> None:
-        if not self._waiting and self._admits(exclusive):
+        if self.available(exclusive=exclusive):
             self._take(exclusive)
             return
         turn = asyncio.get_running_loop().create_future()
@@ -62,7 +71,11 @@ class FairLock:
 
 
 class TenantLocks:
-    """The network locks of all tenants; an idle lock is removed."""
+    """The network locks of all tenants; an idle lock is removed.
+
+    With the `control` of a command that is not final, its deadline, a later command or a shutdown
+    ends the wait: Expired, Superseded or Halted is raised, and the lock is not held.
+    """
 
     def __init__(self) -> None:
         self._locks: dict[str, FairLock] = {}
@@ -72,28 +85,35 @@ class TenantLocks:
         return {key: lock.state for key, lock in self._locks.items()}
 
     @asynccontextmanager
-    async def shared(self, tenant_id: str) -> AsyncGenerator[None]:
+    async def shared(self, tenant_id: str, control: Control | None = None) -> AsyncGenerator[None]:
         """Shared: an instance's network steps."""
-        async with self._lock(tenant_id, exclusive=False):
+        async with self._lock(tenant_id, control, exclusive=False):
             yield
 
     @asynccontextmanager
-    async def exclusive(self, tenant_id: str) -> AsyncGenerator[None]:
+    async def exclusive(
+        self, tenant_id: str, control: Control | None = None
+    ) -> AsyncGenerator[None]:
         """Exclusive: SetupNetwork, TeardownNetwork, repair."""
-        async with self._lock(tenant_id, exclusive=True):
+        async with self._lock(tenant_id, control, exclusive=True):
             yield
 
     @asynccontextmanager
-    async def subnets(self) -> AsyncGenerator[None]:
+    async def subnets(self, control: Control | None = None) -> AsyncGenerator[None]:
         """Exclusive: allocation of net ids and subnets. Taken after a tenant's own lock."""
-        async with self._lock("", exclusive=True):
+        async with self._lock("", control, exclusive=True):
             yield
 
     @asynccontextmanager
-    async def _lock(self, key: str, *, exclusive: bool) -> AsyncGenerator[None]:
+    async def _lock(
+        self, key: str, control: Control | None, *, exclusive: bool
+    ) -> AsyncGenerator[None]:
         lock = self._locks.setdefault(key, FairLock())
         try:
-            await lock.acquire(exclusive=exclusive)
+            if control is None or control.final or lock.available(exclusive=exclusive):
+                await lock.acquire(exclusive=exclusive)
+            else:
+                await control.interruptible(WAIT, lambda: lock.acquire(exclusive=exclusive))
             try:
                 yield
             finally:

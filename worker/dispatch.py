@@ -184,6 +184,7 @@ class Dispatch:
             failures: list[Failure | OSError] = [error]
         if steps.control.final:  # only completion is left: the first attempt does not count
             started_s = self._monotonic_s()
+        started_s -= row.spent_s  # by earlier workers
 
         async def attempt() -> Done:
             # The first failure happened above, so that a command that needs no second attempt
@@ -204,7 +205,9 @@ class Dispatch:
             wait=tenacity.wait_random_exponential(BACKOFF_S, BACKOFF_MAX_S),
             stop=is_spent,
             sleep=lambda seconds: self._pause(steps, seconds),
-            before_sleep=lambda state: self._note_retry(row, state),
+            before_sleep=lambda state: self._note_retry(
+                row, state, self._monotonic_s() - started_s
+            ),
             reraise=True,
         )(attempt)
 
@@ -215,7 +218,8 @@ class Dispatch:
         request = row.command.request
         return await self._handlers[type(request)](request, steps, self._host)
 
-    def _note_retry(self, row: CommandRow, state: tenacity.RetryCallState) -> None:
+    def _note_retry(self, row: CommandRow, state: tenacity.RetryCallState, spent_s: float) -> None:
+        self._journal.commands.spend(row.id, spent_s)
         error = state.outcome and state.outcome.exception()
         failure = of_os_error(error) if isinstance(error, OSError) else error
         if isinstance(failure, Failure):
@@ -223,8 +227,15 @@ class Dispatch:
             log.info("command.retried", code=failure.code.value, reason=failure.message)
 
     async def _pause(self, steps: Steps, seconds: float) -> None:
-        """Wait before the next attempt; a superseding command or the shutdown ends it at once."""
-        await self._journal.store.until_writable()
+        """Wait before the next attempt, and until the journal can commit; what ends the command
+        ends both waits at once."""
+        if not self._journal.store.writable:
+            if steps.control.final:
+                await self._journal.store.until_writable()
+            else:
+                await steps.control.interruptible(
+                    "wait_journal", self._journal.store.until_writable
+                )
         await steps.control.pause(seconds)
 
     async def _undone(self, row: CommandRow, steps: Steps, failure: Failure | None) -> Reply:

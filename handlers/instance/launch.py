@@ -146,7 +146,7 @@ def makes_data_disk(plan: LaunchPlan) -> bool:
 
 async def ensure_port(launch: Launch, steps: Steps, host: Host) -> None:
     """The pin and then the TAP, under the tenant's network lock."""
-    async with host.locks.shared(launch.ref.tenant_id):
+    async with host.locks.shared(launch.ref.tenant_id, steps.control):
         network = host.records.network(launch.ref.tenant_id)
         if network is None or network.status != "up":
             raise Conflict(f"network of tenant {launch.ref.tenant_id} was torn down")

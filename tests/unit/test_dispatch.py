@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import structlog
 
+from handlers.clock import now_ms
 from handlers.errors import (
     Conflict,
     Exhausted,
@@ -24,6 +25,7 @@ from schemas.settings import LimitSettings
 from tests.fakes.clock import FakeClock
 from tests.fakes.shell_worker import FakeHandlers, Thing, shell_worker, start, stop
 from worker import dispatch
+from worker.journal.writer import JournalFault
 
 DONE = Done(changed=True, status="running", detail={})
 
@@ -154,6 +156,33 @@ async def test_attempts_end_with_the_budget(tmp_path: Path) -> None:
 
     assert (reply.code, reply.retryable, reply.attempts) == (Code.UNAVAILABLE, True, 3)
     assert reply.finished_at_ms - reply.received_at_ms == 375
+
+
+@pytest.mark.usefixtures("no_backoff")
+async def test_the_budget_that_one_worker_spent_the_next_one_does_not_have(tmp_path: Path) -> None:
+    clock, limits = FakeClock(), LimitSettings(retry_budget_s=0.3)
+    at_second, runs = asyncio.Event(), 0
+
+    async def fails_then_hangs(_request: object, steps: Steps) -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            clock.at_ms += 200
+            raise Unavailable("busy")
+        at_second.set()
+        await steps.interruptible("gate", asyncio.Event().wait)
+
+    machine = FakeHandlers(behave=fails_then_hangs)
+    async with shell_worker(tmp_path / "j", machine=machine, limits=limits, clock=clock) as worker:
+        worker.send(start())
+        await at_second.wait()
+        bus = worker.bus
+    clock.at_ms -= 3_600_000  # whatever the wall clock does meanwhile
+    machine = slow(clock, 125, Unavailable("busy"))
+    async with shell_worker(tmp_path / "j", bus, machine, limits=limits, clock=clock) as worker:
+        reply = await worker.reply()
+
+    assert (reply.code, reply.attempts) == (Code.UNAVAILABLE, 3)  # two, and one more
 
 
 @pytest.mark.usefixtures("no_backoff")
@@ -363,3 +392,20 @@ async def test_a_snapshot_is_measured_by_all_its_steps_not_only_those_in_the_rep
 
 async def nothing() -> None:
     """The commit of a point of no return in these tests."""
+
+
+async def test_the_wait_for_a_journal_that_cannot_commit_ends_with_the_deadline(
+    tmp_path: Path,
+) -> None:
+    async def fails(_request: object, _steps: Steps) -> None:
+        worker.journal.store.writer.writable = False
+        worker.journal.store._writable_changed(False)
+        raise JournalFault("cannot commit")
+
+    machine = FakeHandlers(behave=fails)
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
+        worker.send(start(), deadline_ms=now_ms() + 500)
+        reply = await worker.reply()
+
+    assert (reply.code, reply.attempts) == (Code.EXPIRED, 1)
+    assert len(machine.runs) == 1

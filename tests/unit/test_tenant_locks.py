@@ -5,6 +5,8 @@ from contextlib import AbstractAsyncContextManager
 
 import pytest
 
+from handlers.control import Control, Halted
+from handlers.errors import Expired, Superseded
 from handlers.tenant_locks import TenantLocks
 
 
@@ -137,3 +139,43 @@ async def test_an_idle_lock_is_removed() -> None:
         pass
 
     assert locks._locks == {}
+
+
+@pytest.mark.parametrize("why", ["deadline", "superseded", "shutdown"])
+async def test_what_ends_a_command_ends_its_wait_for_a_lock(why: str) -> None:
+    locks, now_ms = TenantLocks(), [0]
+    first = Hold(locks.exclusive("acme"))
+    await first.inside.wait()
+    control = Control(20 if why == "deadline" else None, lambda: now_ms[0])
+    second = Hold(locks.shared("acme", control))
+    await settle()
+    assert not second.inside.is_set()
+
+    if why == "superseded":
+        control.supersede("stop-1")
+    elif why == "shutdown":
+        control.halt()
+    wanted = {"deadline": Expired, "superseded": Superseded, "shutdown": Halted}[why]
+    with pytest.raises(wanted):
+        await second.task
+
+    third = Hold(locks.shared("acme", Control()))
+    await first.leave()
+    await third.inside.wait()
+    await third.leave()
+    assert locks.states() == {}
+
+
+async def test_a_command_past_its_point_of_no_return_waits_on() -> None:
+    locks = TenantLocks()
+    first = Hold(locks.exclusive("acme"))
+    await first.inside.wait()
+    control = Control(0, lambda: 1)
+    control.finalize()
+    second = Hold(locks.shared("acme", control))
+    await settle()
+    assert not second.task.done()
+
+    await first.leave()
+    await second.inside.wait()
+    await second.leave()

@@ -230,6 +230,15 @@ class JournalCommands:
         self._store.writer.later(do)
         return row.attempts
 
+    def spend(self, command_id: str, seconds: float) -> None:
+        """So much of its retry budget the command has spent in all; on disk as `later`."""
+        values = (command_id, int(seconds * 1000))
+
+        def do(tx: Transaction) -> None:
+            tx.execute("INSERT OR REPLACE INTO retry VALUES (?, ?)", values)
+
+        self._store.writer.later(do)
+
     async def finish(
         self,
         reply: Reply,
@@ -272,6 +281,8 @@ class JournalCommands:
                 source.queue(tx, "direct", command.reply_to, data)
             admission.answer_joiners(tx, source, reply.id, data)
             source.queue(tx, "reply", source.subjects.reply(row.lane), data, msg_id=reply.id)
+            if reply.attempts > 1:
+                tx.execute("DELETE FROM retry WHERE command_id = ?", (reply.id,))
             if points:
                 tx.execute("DELETE FROM point WHERE command_id = ?", (reply.id,))
             if gone:

@@ -87,6 +87,11 @@ def _load_commands(connection: sqlite3.Connection, mirror: Mirror) -> None:
         except Exception as error:  # noqa: BLE001 - answered, and named in log, metric and list
             mirror.quarantined.add("command", columns["id"], error)
             mirror.quarantined.commands.append(_unread(columns, error))
+    for command_id, spent_ms in connection.execute("SELECT command_id, spent_ms FROM retry"):
+        with _quarantining(mirror, "retry", command_id):
+            spent_s = max(0, _number(spent_ms)) / 1000
+            if (command := mirror.commands.get(_text(command_id))) is not None:
+                command.spent_s = spent_s
     for command_id, stream_seq, reply_to in connection.execute(
         "SELECT command_id, stream_seq, reply_to FROM joiner"
     ):

@@ -57,6 +57,7 @@ class Admission:
 @dataclass(slots=True)
 class CommandRow:
     """An unfinished command. `attempts` counts over all workers; `n` is the order of intake.
+    `spent_s` of the retry budget were spent by earlier workers, by their monotonic clocks.
 
     `admission` is that of a command that this worker took in; `withdrawn`: its commit failed.
     """
@@ -67,6 +68,7 @@ class CommandRow:
     stream_seq: int
     received_at_ms: int
     attempts: int = 0
+    spent_s: float = 0.0
     admission: Admission | None = None
     withdrawn: bool = False
 

@@ -118,6 +118,20 @@ CREATE INDEX state_dirty ON state (key) WHERE dirty;
 """
 
 
+# How much of its retry budget an unfinished command has spent, over all workers.
+RETRIES: Final = """
+CREATE TABLE IF NOT EXISTS retry (
+    command_id TEXT PRIMARY KEY,
+    spent_ms INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+
+# Of commands that an older hostd, which does not know the table, has finished.
+FORGOTTEN: Final = (
+    "DELETE FROM retry WHERE command_id NOT IN "
+    "(SELECT id FROM command WHERE finished_at_ms IS NULL)"
+)
+
 # Made when they are missing: an older hostd wrote the file, and reads it with them as without.
 INDEXES: Final = """
 CREATE INDEX IF NOT EXISTS command_never_ran ON command (n)
@@ -188,11 +202,12 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
     connection.execute("PRAGMA temp_store=MEMORY")
     connection.execute("PRAGMA cache_size=-4096")
     if version:
-        connection.executescript(INDEXES)
+        connection.executescript(RETRIES + INDEXES)
+        connection.execute(FORGOTTEN)
         _mend_meta(connection)
         _mend_numbers(connection)
     else:
-        connection.executescript(f"BEGIN IMMEDIATE; {TABLES} {INDEXES}")
+        connection.executescript(f"BEGIN IMMEDIATE; {TABLES} {RETRIES} {INDEXES}")
         write_meta(connection, "journal_id", str(uuid.uuid4()))
         write_meta(connection, "seq", "0")
         connection.execute(f"PRAGMA application_id={APPLICATION_ID}")

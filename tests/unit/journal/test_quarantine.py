@@ -53,6 +53,7 @@ OF_A_RECORD = {
 ODD_ROW: dict[str, tuple[str, dict[str, str]]] = {
     "command": ("id = 'odd-command'", {"n": "NULL", "id": "'odd-K'"}),
     "joiner": ("command_id = 'odd-command'", {"stream_seq": "100 + K"}),
+    "retry": ("command_id = 'odd-command'", {"command_id": "'odd-K'"}),
     "step": ("command_id = 'odd-left'", {"n": "NULL", "key": "'tn9iK'"}),
     "point": ("command_id = 'odd-left'", {"name": "'odd-K'"}),
     "instance": (
@@ -81,7 +82,7 @@ ODD_ROW: dict[str, tuple[str, dict[str, str]]] = {
 
 def columns() -> Iterator[tuple[str, str]]:
     with closing(sqlite3.connect(":memory:")) as connection:
-        connection.executescript(schema.TABLES)
+        connection.executescript(schema.TABLES + schema.RETRIES)
         for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
             for row in connection.execute(f"PRAGMA table_info({table})"):
                 yield table, row[1]
@@ -122,6 +123,7 @@ def add_rest(path: Path) -> None:
             "'_INBOX.odd', 1)",
             (str(lane), request),
         )
+        file.execute("INSERT INTO retry VALUES ('odd-command', 7)")
         file.execute("INSERT INTO joiner VALUES ('odd-command', 8, '_INBOX.joined')")
         file.execute(
             "INSERT INTO tombstone VALUES ('acme', 'web', 'odd', ?)",
@@ -196,7 +198,7 @@ async def test_corrupted_rows_are_named_and_stop_nothing_else(
         assert worker.journal.quarantine.counts() == named
 
     with closing(sqlite3.connect(path)) as file:
-        for table in ODD_ROW.keys() - {"joiner"}:  # goes with its command, which was answered
+        for table in ODD_ROW.keys() - {"joiner", "retry"}:  # these go with their command
             (left,) = file.execute(f"SELECT count(*) FROM {table}").fetchone()
             assert left >= named[table]
         answered = file.execute("SELECT count(*) FROM command WHERE code = 'internal'")
