@@ -79,6 +79,7 @@ class EventKind(StrEnum):
     RELEASED = "released"
     DRAIN = "drain"
     VMM_VERSIONS = "vmm_versions"
+    ORPHANS = "orphans"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

@@ -123,6 +123,17 @@ class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retry_budget_s: float = 30.0
 
 
+class SweepSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[sweep]`: orphans are removed (`remove`) or only counted (`report`).
+
+    One is removed once it was seen twice, 60 s apart, and then for another `grace_s`.
+    """
+
+    mode: str = "remove"
+    per_hour: int = 5
+    grace_s: float = 600.0
+
+
 class LogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[log]`: `level` is debug, info, warning or error."""
 
@@ -139,6 +150,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics: MetricsSettings = MetricsSettings()
     network: NetworkSettings = NetworkSettings()
     limits: LimitSettings = LimitSettings()
+    sweep: SweepSettings = SweepSettings()
     log: LogSettings = LogSettings()
 
     @property

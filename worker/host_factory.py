@@ -10,6 +10,7 @@ from handlers.host.jail.jails import Jails
 from handlers.host.jail.layout import JailLayout
 from handlers.host.linux.file_threads import run_in_slow_thread
 from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
+from handlers.host.orphans import OrphanRemoval
 from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.agentd_files import SharedFiles
 from handlers.host.storage.artifacts import Artifacts
@@ -39,11 +40,24 @@ class RealHost:
     facts: HostFacts
     network: NetworkMechanisms
     snapshots: Snapshots
+    cgroups: Cgroups
     jails: Jails
     jail_dirs: JailLayout
     exits: ExitWatch
     warm: WarmPool
     binaries: VmmBinaries
+
+    @property
+    def orphan_removal(self) -> OrphanRemoval:
+        host = self.host
+        return OrphanRemoval(
+            host.settings.paths,
+            self.network,
+            self.cgroups,
+            self.jails,
+            host.artifacts,
+            host.snapshots,
+        )
 
     async def take_inventory(self) -> Inventory:
         """Everything on this host that carries hostd's mark."""
@@ -103,6 +117,7 @@ def open_real_host(
         in_use=in_use,
         max_mib=settings.limits.max_artifact_mib,
     )
+    cgroups = Cgroups(settings)
     host = Host(
         settings=settings,
         locks=TenantLocks(),
@@ -116,7 +131,7 @@ def open_real_host(
         taps=network.taps,
         artifacts=artifacts,
         data_disks=DataDisks(data=paths.data, jail_base=settings.jail_base),
-        cgroups=Cgroups(settings),
+        cgroups=cgroups,
         jails=jails,
         vmms=Vmms(settings, binaries=binaries, tenant_of=records.tenant_of_jail),
         warm=warm,
@@ -136,6 +151,7 @@ def open_real_host(
         facts=facts,
         network=network,
         snapshots=snapshots,
+        cgroups=cgroups,
         jails=jails,
         jail_dirs=JailLayout(settings.jail_base),
         exits=ExitWatch(),

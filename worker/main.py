@@ -61,6 +61,7 @@ from worker.queries.service import query_service
 from worker.reconcile.adoption import Adoption
 from worker.reconcile.reconciler import Reconciler
 from worker.reconcile.recovery import Recovery
+from worker.reconcile.sweep import Sweep
 from worker.reconcile.vmm_versions import VmmVersions, in_use
 from worker.reconcile.vmm_watch import NotifyingRunner, VmmWatch
 from worker.reload import Reload
@@ -254,6 +255,14 @@ class Worker:
             version=version("hostd"),
             inbox_prefixes=settings.nats.inbox_prefixes,
         )
+        self.sweep = Sweep(
+            host,
+            journal,
+            self.lanes,
+            metrics,
+            real.orphan_removal,
+            take_inventory=real.take_inventory,
+        )
         self.reconciler = Reconciler(
             host,
             journal,
@@ -262,7 +271,7 @@ class Worker:
             metrics,
             drift=real.network.watch,
             bound_logs=real.jails.bound_logs,
-            take_inventory=real.take_inventory,
+            sweep=self.sweep,
             calls_hang=lambda: any(hung_calls().values()),
         )
         self.vmm_versions = VmmVersions(real.binaries, journal, self.lease.touch)

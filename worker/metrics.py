@@ -41,6 +41,34 @@ class _Total:
         self._last = total
 
 
+class OrphanMetrics:
+    """What belongs to no record, and what becomes of it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.found = Gauge(
+            "hostd_orphans",
+            "Resources with hostd's mark that belong to no record, by kind.",
+            ["kind"],
+            registry=registry,
+        )
+        self.swept = Counter(
+            "hostd_orphans_swept_total",
+            "Orphans that the sweep tried to remove, by kind and result.",
+            ["kind", "result"],
+            registry=registry,
+        )
+        self.stopped = Gauge(
+            "hostd_sweep_stopped",
+            "1 while orphans are due and the sweep's budget of the hour is used up.",
+            registry=registry,
+        )
+        self.unrecorded = Gauge(
+            "hostd_unrecorded_vmms",
+            "Processes with a uid of [vmm] that belong to no record.",
+            registry=registry,
+        )
+
+
 class Metrics:
     """All metrics of one worker. No method blocks, awaits or raises."""
 
@@ -174,17 +202,7 @@ class Metrics:
             "Parts of running instances that are missing and cannot be made again while they run.",
             registry=registry,
         )
-        self._orphans = Gauge(
-            "hostd_orphans",
-            "Resources with hostd's mark that belong to no record, by kind.",
-            ["kind"],
-            registry=registry,
-        )
-        self._unrecorded_vmms = Gauge(
-            "hostd_unrecorded_vmms",
-            "Processes with a uid of [vmm] that belong to no record.",
-            registry=registry,
-        )
+        self._orphans = OrphanMetrics(registry)
         self._disk_free = Gauge(
             "hostd_disk_free_bytes",
             "Free space on the file system of the state directory, the ballast included.",
@@ -453,8 +471,14 @@ class Metrics:
     def network_warnings(self, count: int) -> None:
         self._network_warnings.set(count)
 
+    def orphan_swept(self, kind: str, result: str) -> None:
+        self._orphans.swept.labels(kind, result).inc()
+
+    def sweep_stopped(self, *, stopped: bool) -> None:
+        self._orphans.stopped.set(stopped)
+
     def unrecorded_vmms(self, count: int) -> None:
-        self._unrecorded_vmms.set(count)
+        self._orphans.unrecorded.set(count)
 
     def lost(self, count: int) -> None:
         """As of the last pass of the reconciler; its `drift` events name them."""
@@ -463,9 +487,9 @@ class Metrics:
     def orphans(self, counts: Mapping[str, int]) -> None:
         """By kind of the inventory; a kind that is left out has no series."""
         self.orphan_counts = counts
-        self._orphans.clear()
+        self._orphans.found.clear()
         for kind, count in counts.items():
-            self._orphans.labels(kind).set(count)
+            self._orphans.found.labels(kind).set(count)
 
 
 async def sample_loop_lag(metrics: Metrics, interval_s: float = LAG_INTERVAL_S) -> None:

@@ -49,6 +49,7 @@ _WANTED: dict[Any, str] = {
     str: "a string",
 }
 UNITS = {"_s": "seconds", "_mib": "MiB", "_bytes": "bytes", "_percent": "percent"}
+SWEEP_MODES = ("remove", "report")
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -399,6 +400,11 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "limits.vmm_overhead_mib": _between(0, 2**20),
     "limits.shutdown_s": _SECONDS,
     "limits.retry_budget_s": _SECONDS,
+    "sweep.mode": lambda value: (
+        "" if value in SWEEP_MODES else f"{value!r} is not one of {', '.join(SWEEP_MODES)}"
+    ),
+    "sweep.per_hour": _between(1, 1000),
+    "sweep.grace_s": _between(0, 86_400),
     "log.level": lambda value: (
         "" if value in LEVELS else f"{value!r} is not one of {', '.join(LEVELS)}"
     ),

@@ -15,7 +15,7 @@ from schemas import codec
 from schemas.envelopes import Reply
 from schemas.records import InstanceRecord
 from schemas.requests import Request
-from schemas.settings import LimitSettings, Settings, VmmSettings
+from schemas.settings import LimitSettings, Settings, SweepSettings, VmmSettings
 from schemas.subjects import Lane
 from tests.constants import REF
 from tests.fakes.host import FakeHost
@@ -95,9 +95,10 @@ async def memory_worker(
     failpoint: Failpoint = no_failpoint,
     limits: LimitSettings = LimitSettings(retry_budget_s=0.0),  # noqa: B008 (frozen)
     vmm: VmmSettings = VmmSettings(),  # noqa: B008 (frozen)
+    sweep: SweepSettings = SweepSettings(),  # noqa: B008 (frozen)
 ) -> AsyncGenerator[MemoryWorker]:
     """A worker on the journal at `path`, with recovery of what is in it."""
-    settings = Settings(limits=limits, vmm=vmm)
+    settings = Settings(limits=limits, vmm=vmm, sweep=sweep)
     journal = await Journal.open(str(path), subjects=SUBJECTS, boot_id="b1")
     host = machine.host(journal.records, settings)
     known = mechanisms(host)

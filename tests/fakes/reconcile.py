@@ -4,17 +4,20 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from handlers.errors import HostFault
+from handlers.claims.orphan import Orphan
+from handlers.errors import Conflict, HostFault
 from handlers.registry import mechanisms
-from handlers.specs import JailSpec
+from handlers.specs import JailSpec, PinSpec, TenantRulesKey
 from handlers.vmm_ends import ExitStatus
 from schemas.records import VmmIdentity
 from tests.fakes.host import FakeHost, FakeJailMetadata
 from tests.fakes.memory_worker import MemoryWorker
 from worker.metrics import Metrics
 from worker.reconcile.adoption import Adoption
+from worker.reconcile.orphans import REMOVED
 from worker.reconcile.reconciler import Reconciler
 from worker.reconcile.recovery import Recovery
+from worker.reconcile.sweep import Sweep
 from worker.reconcile.vmm_watch import VmmWatch
 
 
@@ -81,8 +84,58 @@ class FakeInventory:
     jails: Sequence[str] = ()
     taps: Sequence[str] = ()
     bridges: Sequence[str] = ()
+    nft: Sequence[str] = ()
     cgroups: Sequence[str] = ()
+    snapshots: Sequence[str] = ()
     artifacts: Sequence[str] = ()
+    temp: Sequence[str] = ()
+
+
+def inventory_of(machine: FakeHost) -> FakeInventory:
+    """What the machine has, by the names that the real inventory gives it."""
+    keys: dict[str, list[str]] = {}
+    for kind, key in machine.resources:
+        keys.setdefault(kind, []).append(key)
+    pins = [PinSpec.parse(key).tap for key in keys.get("pin", [])]
+    nets = [TenantRulesKey.parse(key).tenant_net_id for key in keys.get("tenant_rules", [])]
+    return FakeInventory(
+        jails=keys.get("jail", []),
+        taps=keys.get("tap", []),
+        bridges=keys.get("bridge", []),
+        nft=[
+            *(f"bridge guests {tap}" for tap in pins),
+            *(f"inet tenants br-tenant-{net_id}" for net_id in nets),
+        ],
+        cgroups=[f"hostd/{key}" for key in keys.get("cgroup", [])],
+        snapshots=[key.replace("#", "/") for key in keys.get("snapshot", [])],
+        artifacts=keys.get("artifact", []),
+    )
+
+
+@dataclass
+class FakeRemoval:
+    """Removes from the machine; what is in `used` is refused, what is in `broken` fails."""
+
+    machine: FakeHost
+    used: set[Orphan] = field(default_factory=set[Orphan])
+    broken: set[Orphan] = field(default_factory=set[Orphan])
+    removed: list[Orphan] = field(default_factory=list[Orphan])
+
+    async def remove(self, orphan: Orphan) -> None:
+        if orphan in self.used:
+            raise Conflict("a process has it open")
+        if orphan in self.broken:
+            raise HostFault("the kernel refuses")
+        self.removed.append(orphan)
+        for kind, key in list(self.machine.resources):
+            if orphan in orphans_of_resource(kind, key):
+                del self.machine.resources[kind, key]
+
+
+def orphans_of_resource(kind: str, key: str) -> list[Orphan]:
+    one = FakeHost(resources={(kind, key): None})
+    found = inventory_of(one)
+    return [Orphan(name, each) for name in REMOVED for each in getattr(found, name)]
 
 
 @dataclass
@@ -90,20 +143,34 @@ class Reconciled:
     """A reconciler over a worker in memory, and what it reads."""
 
     reconciler: Reconciler
+    sweep: Sweep
+    removal: FakeRemoval
     metrics: Metrics
     drift: FakeDrift
-    inventory: FakeInventory = field(default_factory=FakeInventory)
+    inventory: FakeInventory | None = None
     now_s: float = 0.0
     calls_hang: bool = False
 
 
 def reconciled(worker: MemoryWorker) -> Reconciled:
+    """With an inventory that is what the machine has, unless a test sets another."""
+
     async def bound_logs() -> None: ...
 
     async def take_inventory() -> FakeInventory:
-        return made.inventory
+        return made.inventory or inventory_of(worker.machine)
 
-    metrics, drift = Metrics("0"), FakeDrift()
+    metrics, drift, removal = Metrics("0"), FakeDrift(), FakeRemoval(worker.machine)
+    sweep = Sweep(
+        worker.host,
+        worker.journal,
+        worker.lanes,
+        metrics,
+        removal,
+        take_inventory=take_inventory,
+        calls_hang=lambda: made.calls_hang,
+        clock=lambda: made.now_s,
+    )
     reconciler = Reconciler(
         worker.host,
         worker.journal,
@@ -112,11 +179,11 @@ def reconciled(worker: MemoryWorker) -> Reconciled:
         metrics,
         drift=drift,
         bound_logs=bound_logs,
-        take_inventory=take_inventory,
+        sweep=sweep,
         calls_hang=lambda: made.calls_hang,
         clock=lambda: made.now_s,
     )
-    made = Reconciled(reconciler, metrics, drift)
+    made = Reconciled(reconciler, sweep, removal, metrics, drift)
     return made
 
 

@@ -47,6 +47,8 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_network_warnings": ("gauge", set()),
     "hostd_lost_resources": ("gauge", set()),
     "hostd_orphans": ("gauge", {"kind"}),
+    "hostd_orphans_swept": ("counter", {"kind", "result"}),
+    "hostd_sweep_stopped": ("gauge", set()),
     "hostd_unrecorded_vmms": ("gauge", set()),
     "hostd_artifact_copied_bytes": ("counter", set()),
     "hostd_disk_free_bytes": ("gauge", set()),
@@ -125,6 +127,8 @@ def used() -> Metrics:
     metrics.instances({Status.RUNNING: 5})
     metrics.lost(1)
     metrics.orphans({"taps": 1})
+    metrics.orphan_swept("taps", "removed")
+    metrics.sweep_stopped(stopped=False)
     metrics.unrecorded_vmms(1)
     metrics.quarantined({"step": 1})
     metrics.calls({"netlink": 1, "files": 0}, {"netlink": 1, "files": 2})

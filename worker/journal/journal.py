@@ -1,9 +1,9 @@
 """The only owner of SQLite. What is in the journal will be answered, once, also after kill -9.
 
-`Journal` puts five parts over one store: `commands` takes them in and ends them, `steps` is the
+`Journal` puts six parts over one store: `commands` takes them in and ends them, `steps` is the
 step log, `records` has instances and networks, `outbox` what waits to be sent, `quarantine` what
-this version cannot read. `store` is the file and its one writer thread (`writer.py` says how
-commits work).
+this version cannot read, `audit` what the worker removed by itself. `store` is the file and its one
+writer thread (`writer.py` says how commits work).
 """
 
 import time
@@ -13,6 +13,7 @@ from typing import Self
 from handlers.clock import now_ms
 from schemas.subjects import Subjects
 from worker.journal.admission import Limits
+from worker.journal.audit import JournalAudit
 from worker.journal.commands import JournalCommands
 from worker.journal.outbox import JournalOutbox
 from worker.journal.records import JournalRecords
@@ -37,6 +38,7 @@ class Journal:
         self.records = JournalRecords(store)
         self.outbox = JournalOutbox(store)
         self.quarantine = JournalQuarantine(store)
+        self.audit = JournalAudit(store)
         self.commands = JournalCommands(store, self.records, limits, monotonic_s=monotonic_s)
 
     @classmethod

@@ -134,6 +134,16 @@ FORGOTTEN: Final = (
 
 # Made when they are missing: an older hostd wrote the file, and reads it with them as without.
 INDEXES: Final = """
+-- What the worker removed by itself. `result` is NULL from before the effect until after it.
+CREATE TABLE IF NOT EXISTS audit (
+    n INTEGER PRIMARY KEY,
+    at_ms INTEGER NOT NULL,
+    actor TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    name TEXT NOT NULL,
+    result TEXT,
+    reason TEXT
+);
 CREATE INDEX IF NOT EXISTS command_never_ran ON command (n)
     WHERE attempts = 0 AND finished_at_ms IS NOT NULL;
 CREATE INDEX IF NOT EXISTS command_finished_lane ON command (lane, finished_at_ms)

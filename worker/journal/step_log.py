@@ -68,6 +68,10 @@ class JournalSteps:
         """In the order of `begin`."""
         return tuple(self._store.mirror.steps.get(command_id, {}).values())
 
+    def all_rows(self) -> list[StepRow]:
+        """Of unfinished commands, and what finished ones left behind."""
+        return [row for rows in self._store.mirror.steps.values() for row in rows.values()]
+
     def leftovers(self) -> Mapping[str, Sequence[StepRow]]:
         """What finished commands could not undo, by command ID: for the sweep to remove."""
         return {

@@ -46,11 +46,15 @@ class Claims:
     async def adopt(self, ref: InstanceRef) -> Outcome:
         """Prove what can be proved of the instance, and record it. Raises as `adopt_instance`."""
         steps = Steps(f"adopt-{ref}", self._journal.steps, {})
-        return await self._run("adopt", ref, lambda: adopt_instance(ref, steps, self._host))
+        outcome = await self._run("adopt", ref, lambda: adopt_instance(ref, steps, self._host))
+        log.warning("instance.adopted", instance=str(ref), status=outcome.status)
+        return outcome
 
     async def release(self, ref: InstanceRef) -> Outcome:
         """Give up hostd's claim; nothing is killed. Raises as `release_instance`."""
-        return await self._run("release", ref, lambda: release_instance(ref, self._host))
+        outcome = await self._run("release", ref, lambda: release_instance(ref, self._host))
+        log.warning("instance.released", instance=str(ref), changed=outcome.changed)
+        return outcome
 
     async def _run(
         self, name: str, ref: InstanceRef, do: Callable[[], Awaitable[Outcome]]
@@ -65,17 +69,12 @@ class Claims:
                 self._after(ref)
 
         try:
-            outcome = await run_in_lane(self._lanes, Lane.instance(ref), name, in_lane)
+            return await run_in_lane(self._lanes, Lane.instance(ref), name, in_lane)
         except Failure as failure:
             log.warning(
                 "instance.claim_refused", action=name, instance=str(ref), reason=failure.message
             )
             raise
-        if name == "adopt":
-            log.warning("instance.adopted", instance=str(ref), status=outcome.status)
-        else:
-            log.warning("instance.released", instance=str(ref), status=outcome.status)
-        return outcome
 
 
 async def run_in_lane(lanes: Lanes, lane: Lane, name: str, do: Callable[[], Awaitable[T]]) -> T:

@@ -32,8 +32,8 @@ from worker.journal.journal import Journal
 from worker.lanes import Lanes, MaintenanceTask
 from worker.logs import facts_of
 from worker.metrics import Metrics
-from worker.reconcile.orphans import Inventory, Resources, count_in_both, unowned
 from worker.reconcile.running_check import RunningCheck
+from worker.reconcile.sweep import Sweep
 
 PASS_EVERY_S = 30.0
 
@@ -66,7 +66,7 @@ class Reconciler:
         mechanisms: by name, to remove leftovers.
         drift: reports out-of-band changes of networks.
         bound_logs: cuts the logs of VMMs to their limit.
-        take_inventory: lists what carries hostd's mark.
+        sweep: removes what belongs to nothing.
         calls_hang: whether calls that were abandoned may still take effect: what is removed
             meanwhile is looked at again.
         clock: seconds, monotonic.
@@ -82,7 +82,7 @@ class Reconciler:
         *,
         drift: DriftWatch,
         bound_logs: Callable[[], Awaitable[object]],
-        take_inventory: Callable[[], Awaitable[Inventory]],
+        sweep: Sweep,
         calls_hang: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -93,12 +93,11 @@ class Reconciler:
         self._metrics = metrics
         self._drift = drift
         self._bound_logs = bound_logs
-        self._take_inventory = take_inventory
+        self._sweep_orphans = sweep
         self._calls_hang = calls_hang
         self._clock = clock
         self._running = RunningCheck(host, journal, lanes)
         self._lost: dict[str, tuple[str, ...]] = {}
-        self._unowned: Resources = set()
         self._unrecorded: set[tuple[int, int]] = set()
         self._warnings: set[str] = set()
         self._counted_at: float | None = None
@@ -147,7 +146,7 @@ class Reconciler:
             "stops": self._finish_stops,
             "logs": self._bound_logs,
             "unrecorded": self._look_for_unrecorded,
-            "orphans": self._count_orphans,
+            "orphans": self._find_orphans,
         }
         for name, part in parts.items():
             try:
@@ -294,20 +293,13 @@ class Reconciler:
                 log.warning("vmm.unrecorded", **each.as_map())
         self._unrecorded = seen
 
-    async def _count_orphans(self) -> None:
+    async def _find_orphans(self) -> None:
         """At most once per pass interval: an inventory of the whole host is expensive."""
         now = self._clock()
         if self._counted_at is not None and now - self._counted_at < PASS_EVERY_S:
             return
         self._counted_at = now
-        inventory = await self._take_inventory()
-        resources = unowned(
-            inventory, self._journal.records.instances(), self._journal.records.networks()
-        )
-        if self._journal.quarantine.hides_records:
-            resources.clear()  # what seems to belong to none may belong to one that cannot be read
-        self._metrics.orphans(count_in_both(self._unowned, resources))
-        self._unowned = resources
+        await self._sweep_orphans.once()
 
     def _in_use(self, mechanism: str, key: str) -> bool:
         """Whether a live or sleeping instance uses the resource by now."""

@@ -96,6 +96,27 @@ class Jails:
         """
         return await run_in_thread(self._logs.bound)
 
+    async def remove_unused(self, key: str) -> None:
+        """As `remove`, but if something may still need it: Conflict, and nothing is changed.
+
+        A process whose root it is needs it, and a data disk whose only name is in it. The blocks
+        of a guest's memory are discarded, the log is kept.
+        """
+
+        def unused() -> None:
+            root = FileId.at(self._layout.root(key))
+            if root is not None and (pids := _pids_in(root)):
+                raise Conflict(f"jail {key} is the root directory of process {pids[0]}")
+            with self._layout.file(key, DATA_DISK) as fd:
+                if fd is not None and os.fstat(fd).st_nlink == 1:
+                    raise Conflict(
+                        f"jail {key} has the only name of a data disk, {DATA_DISK}: link it to "
+                        "where it belongs, or delete it"
+                    )
+            self._remove(key)
+
+        await run_in_thread(unused)
+
     async def list_ids(self) -> list[str]:
         """All jails on this host, incomplete ones included."""
         return await run_in_thread(self._layout.list_ids)
@@ -302,6 +323,16 @@ def _new_file(path: str, mode: int, *, uid: int) -> FileId:
         return FileId.of(os.fstat(fd))
     finally:
         os.close(fd)
+
+
+def _pids_in(root: FileId) -> list[int]:
+    """The processes that have this root directory."""
+    found: list[int] = []
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(PermissionError):  # of another user namespace
+            if FileId.at(f"/proc/{name}/root") == root:
+                found.append(int(name))
+    return found
 
 
 def _discard_memory(directory: int, name: str) -> None:

@@ -69,6 +69,18 @@ class Bridges:
 
         await self._netlink.run(lambda kernel: remove_bridge(kernel, key))
 
+    async def remove_unused(self, key: str) -> None:
+        """As `remove`, but of a bridge with a port: Conflict, and nothing is changed."""
+
+        def unused(kernel: Kernel) -> None:
+            link = own_bridge(kernel, key)
+            if link is not None and (ports := kernel.links(master=link.index)):
+                names = ", ".join(sorted(port.name for port in ports)[:8])
+                raise Conflict(f"bridge {key} has ports: {names}")
+            remove_bridge(kernel, key)
+
+        await self._netlink.run(unused)
+
 
 def own_bridge(kernel: Kernel, name: str) -> Link | None:
     """The bridge if it is hostd's. Without an alias its creation was interrupted."""

@@ -125,6 +125,25 @@ class Taps:
             closing = self._closing[key] = asyncio.wrap_future(submitted)
             closing.add_done_callback(closed)
 
+    async def remove_unused(self, key: str) -> None:
+        """As `remove`, but of a TAP that a process has open: Conflict, and nothing is changed."""
+
+        def seize(kernel: Kernel) -> Future[None] | None:
+            if (link := own_tap(kernel, key)) is None:
+                return None
+            descriptor = open_tap(key, FLAGS)  # its only queue: nobody else can attach now
+            try:
+                kernel.unwanted.add(key)
+                delete_neighbours(kernel, key)
+                tap_ioctl(descriptor, TUNSETPERSIST, 0, f"cannot end the persistence of TAP {key}")
+            except BaseException:
+                os.close(descriptor)
+                raise
+            return self._closers.submit(end_tap, SeizedTap(key, link.index, descriptor))
+
+        if (ended := await self._netlink.run(seize)) is not None:
+            await asyncio.wrap_future(ended)
+
     async def settle(self, tenant_net_id: int) -> None:
         """Return when no TAP of the network that was released is left."""
         prefix = naming.tap_name_prefix(tenant_net_id)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from handlers.errors import Failure, HostFault, Invalid, Unavailable, of_os_error
+from handlers.errors import Conflict, Failure, HostFault, Invalid, Unavailable, of_os_error
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.procfs import Mount, read_mounts, read_text
 from handlers.host.vmm import cgroup_limits
@@ -216,6 +216,33 @@ class Cgroups:
             raise
         counts = dict(line.split() for line in text.splitlines())
         return OomCounts(limit_reached=int(counts["oom"]), killed=int(counts["oom_kill"]))
+
+    async def remove_unused(self, name: str) -> None:
+        """Remove a cgroup of hostd's tree, given its path relative to the mount, without waiting.
+
+        Raises:
+            Conflict: a process or another cgroup is in it; the kernel says so, nothing is changed.
+            Invalid: it is not below `[limits] cgroup`.
+        """
+        parts = name.removeprefix(f"{self.tree.base}/").split("/")
+        if not name.startswith(f"{self.tree.base}/") or not all(map(NAME.fullmatch, parts)):
+            raise Invalid(f"cgroup {name} is not below {self.tree.base}")
+        await run_in_thread(self._remove_unused, name, tenant_only=len(parts) == 1)
+
+    def _remove_unused(self, name: str, *, tenant_only: bool) -> None:
+        path = self.tree.path(name)
+        with self._lock_of(f"{path}/leaf" if tenant_only else path):
+            try:
+                os.rmdir(path)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EBUSY, errno.ENOTEMPTY):
+                    raise Conflict(f"a process or another cgroup is in cgroup {name}") from error
+                raise of_os_error(error, f"cannot remove cgroup {name}") from error
+            if not tenant_only:
+                with contextlib.suppress(OSError):  # another leaf is in it
+                    os.rmdir(os.path.dirname(path))
 
     def _leaf(self, key: str) -> str:
         tenant_id, _, jail_id = key.partition("/")

@@ -67,6 +67,7 @@ MATCHED = "digits of a pattern that bounds their number, or of one checked befor
 CONSTANT = "made by hostd from constants or checked values"
 KERNEL = "the kernel's answer, or libnftables' of the kernel's"
 NO_TEXT = "a number, a boolean or an address, not text"
+LISTED = "the number of a snapshot's directory below hostd's own, a file name"
 LABEL = "16 bytes of a superblock; what is not ASCII is escaped"
 BOUNDED = "at most 16 bytes, checked to be ASCII digits"
 JOURNAL = "hostd wrote it into its journal, a file of root"
@@ -188,6 +189,13 @@ TRUSTED = {
     "handlers/host/vmm/exit_watch.py:read_exit_status:int": NO_TEXT,
     "handlers/host/vmm/exit_watch.py:read_exit_status:unpack_from": KERNEL,
     "handlers/host/vmm/vmm_processes.py:_pids:int": PROC,
+    "handlers/host/jail/jails.py:_pids_in:int": PROC,
+    "handlers/host/orphans.py:_remove_snapshot:int": LISTED,
+    "worker/reconcile/orphans.py:net_id_of:int": MATCHED,
+    "worker/reconcile/orphans.py:snapshot_key:int": MATCHED,
+    "worker/reconcile/orphans.py:names_of_row:int": JOURNAL,
+    "worker/journal/audit.py:_begun:msgspec.convert": JOURNAL,
+    "worker/journal/audit.py:spent_within:int": JOURNAL,
     "handlers/host/vmm/vmm_processes.py:_read:int": PROC,
     "handlers/host/vmm/processes.py:read_stat:int": PROC,
     "handlers/host/vmm/processes.py:uids_in_use:int": PROC,

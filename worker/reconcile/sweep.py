@@ -1,0 +1,350 @@
+"""Removes orphans: late, few at a time, each with a row before it and an event after it.
+
+One is due after two sightings, SIGHTINGS_S apart, and a grace period. At most `[sweep] per_hour`
+are removed in any hour; beyond that the sweep stops and alerts. An operator's `sweep` waits for the
+two sightings, not for the rest. Nothing is removed that a record, a row of the step log, an
+unfinished command or a process may need; what the kernel says is checked again at the removal.
+
+Order against commands. A removal runs in the lane of the instance if that is known, and for
+interfaces and rules under the locks of network commands; there the journal is asked again. What a
+command makes is in the journal before it is on the host. The jail and the cgroup of a launch have
+its number in their name, and a launch takes one above every trace: none is made twice.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from handlers.claims.orphan import Orphan
+from handlers.errors import Conflict, Failure
+from handlers.interfaces import Host
+from handlers.specs import ArtifactSpec
+from schemas import naming
+from schemas.envelopes import EventKind
+from schemas.requests import InstanceRef
+from schemas.subjects import Lane
+from worker.journal import audit
+from worker.journal.journal import Journal
+from worker.lanes import Lanes
+from worker.logs import facts_of
+from worker.metrics import Metrics
+from worker.reconcile.claims import run_in_lane
+from worker.reconcile.orphans import (
+    Inventory,
+    Known,
+    busy_names,
+    counts_of,
+    find_orphans,
+    instance_of_files,
+    net_id_of,
+    snapshot_key,
+)
+
+SIGHTINGS_S = 60.0
+HOUR_MS = 3_600_000
+LANE_PATIENCE_S = 5.0
+SWEEP, OPERATOR = "sweep", "operator"
+
+log = structlog.get_logger()
+
+
+class Removal(Protocol):
+    """`handlers/host/orphans.py`."""
+
+    async def remove(self, orphan: Orphan) -> None:
+        """Raises Conflict: something uses it, and it is as it was. Failure: it was not removed."""
+        ...
+
+
+@dataclass(slots=True)
+class Sighting:
+    """When an orphan was seen first and last, in seconds, and what keeps it."""
+
+    first_s: float
+    last_s: float
+    kept: str
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """One orphan in the report of a sweep. `state`: removed, kept, failed, due or waiting."""
+
+    orphan: Orphan
+    state: str
+    seen_s: float
+    reason: str = ""
+
+    def as_map(self) -> dict[str, object]:
+        """For the answer."""
+        return {
+            "kind": self.orphan.kind,
+            "name": self.orphan.name,
+            "state": self.state,
+            "seen_s": round(self.seen_s),
+            "reason": self.reason,
+        }
+
+
+class Sweep:
+    """What was seen of orphans, and their removal.
+
+    Args:
+        removal: removes one, if nothing uses it.
+        take_inventory: lists what carries hostd's mark.
+        calls_hang: whether calls that were abandoned may still take effect.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        journal: Journal,
+        lanes: Lanes,
+        metrics: Metrics,
+        removal: Removal,
+        *,
+        take_inventory: Callable[[], Awaitable[Inventory]],
+        calls_hang: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._host = host
+        self._journal = journal
+        self._lanes = lanes
+        self._metrics = metrics
+        self._removal = removal
+        self._take_inventory = take_inventory
+        self._calls_hang = calls_hang
+        self._clock = clock
+        self._settings = host.settings.sweep
+        self._seen: dict[Orphan, Sighting] = {}
+        self._revisions: frozenset[str] = frozenset()
+        self._lock = asyncio.Lock()
+        self._resumed = False
+        self._stopped = False
+
+    async def once(self) -> None:
+        """A pass of the reconciler: look, and remove what is due, within the budget."""
+        async with self._lock:
+            if not self._resumed:
+                await self._journal.audit.close_cut_off()
+                self._resumed = True
+            await self._look()
+            now_s = self._clock()
+            age_s = SIGHTINGS_S + self._settings.grace_s
+            due = [each for each, seen in self._confirmed() if now_s - seen.first_s >= age_s]
+            if self._settings.mode == "remove":
+                await self._remove_within_budget(due)
+
+    async def now(self, *, dry_run: bool) -> list[Swept]:
+        """An operator's sweep: remove what was seen twice, without grace period and budget.
+
+        With `dry_run` nothing is removed, and the report says what would be.
+        """
+        async with self._lock:
+            await self._look()
+            confirmed = dict(self._confirmed())
+            report: list[Swept] = []
+            for orphan, seen in list(self._seen.items()):
+                seen_s = self._clock() - seen.first_s
+                if seen.kept:
+                    report.append(Swept(orphan, "kept", seen_s, seen.kept))
+                elif orphan not in confirmed:
+                    reason = f"seen for less than {SIGHTINGS_S:g} s: sweep again"
+                    report.append(Swept(orphan, "waiting", seen_s, reason))
+                elif dry_run:
+                    report.append(Swept(orphan, "due", seen_s))
+                else:
+                    state, reason = await self._remove(orphan, OPERATOR)
+                    report.append(Swept(orphan, state, seen_s, reason))
+            return report
+
+    # -- looking -------------------------------------------------------------------------------
+
+    async def _look(self) -> None:
+        """Take the inventory, then ask the journal; what is gone or owned is forgotten."""
+        inventory = await self._take_inventory()
+        self._revisions = await self._revisions_without_records(inventory)
+        orphans = find_orphans(inventory, self._known())
+        if self._journal.quarantine.hides_records:
+            orphans.clear()  # what seems to belong to none may belong to one that cannot be read
+        now_s = self._clock()
+        twice = counts_of(orphan for orphan in orphans if orphan in self._seen)
+        self._seen = {
+            orphan: Sighting(
+                self._seen[orphan].first_s if orphan in self._seen else now_s, now_s, kept
+            )
+            for orphan, kept in orphans.items()
+        }
+        self._metrics.orphans(twice)
+
+    def _confirmed(self) -> list[tuple[Orphan, Sighting]]:
+        """Seen twice, far enough apart, and kept by nothing; interfaces before their bridges."""
+        return [
+            (orphan, seen)
+            for orphan, seen in self._seen.items()
+            if not seen.kept and seen.last_s - seen.first_s >= SIGHTINGS_S
+        ]
+
+    def _known(self) -> Known:
+        """What the journal says now: nothing is awaited."""
+        records, steps = self._journal.records, self._journal.steps
+        unfinished = [row.lane for row in self._journal.commands.unfinished()]
+        refs = [lane.ref for lane in unfinished if lane.ref is not None]
+        pending = self._host.pending_reservations
+        tenants = [lane.tenant_id for lane in unfinished if lane.tenant_id is not None]
+        return Known(
+            instances=[*records.instances(), *pending.values()],
+            networks=records.networks(),
+            rows=steps.all_rows(),
+            busy=busy_names([*refs, *pending], tenants),
+            unrecorded=self._host.unrecorded.vmms,
+            revisions=self._revisions,
+            data=self._host.settings.paths.data,
+            state=self._host.settings.paths.state,
+        )
+
+    async def _revisions_without_records(self, inventory: Inventory) -> frozenset[str]:
+        """Revisions that a sleeping instance, or a VMM, without a record needs."""
+        records, found = self._journal.records, set[str]()
+        if all(records.refers(key) for key in inventory.artifacts):
+            return frozenset()
+        for name in inventory.snapshots:
+            key = snapshot_key(name)
+            info = None if key is None else await self._host.snapshots.read(key.ref)
+            if key is not None and info is not None:
+                found.add(ArtifactSpec(key.ref.tenant_id, key.ref.pool_id, info.revision).key)
+        for jail_id in inventory.jails:
+            metadata = await self._host.jails.metadata(jail_id)
+            record = None if metadata is None else metadata.record
+            if record is not None and (revision := ArtifactSpec.key_of(record)) is not None:
+                found.add(revision)
+        return frozenset(found)
+
+    # -- removing ------------------------------------------------------------------------------
+
+    async def _remove_within_budget(self, due: list[Orphan]) -> None:
+        left = self._settings.per_hour - await self._journal.audit.spent_within(HOUR_MS)
+        for orphan in due:
+            if left <= 0:
+                break
+            state, _ = await self._remove(orphan, SWEEP)
+            left -= state != audit.KEPT
+        remaining = [
+            orphan for orphan in due if orphan in self._seen and not self._seen[orphan].kept
+        ]
+        await self._report_budget(remaining if left <= 0 else [])
+
+    async def _report_budget(self, remaining: list[Orphan]) -> None:
+        """Alert once when the budget is used up and orphans are left."""
+        stopped = bool(remaining)
+        self._metrics.sweep_stopped(stopped=stopped)
+        if stopped and not self._stopped:
+            counts = counts_of(remaining)
+            log.warning("sweep.stopped", per_hour=self._settings.per_hour, left=counts)
+            await self._journal.records.event(
+                EventKind.ORPHANS,
+                reason="the sweep stopped: its budget of this hour is used up",
+                detail={"per_hour": self._settings.per_hour, "left": counts},
+            )
+        self._stopped = stopped
+
+    async def _remove(self, orphan: Orphan, by: str) -> tuple[str, str]:
+        """Remove one; returns the result and why. A row precedes the effect."""
+        number = await self._journal.audit.begin(orphan, by)
+        try:
+            async with asyncio.timeout(LANE_PATIENCE_S) as patience:
+
+                async def remove() -> None:
+                    patience.reschedule(None)  # what has begun is not cut short
+                    async with self._locked(orphan):
+                        self._refuse_needed(orphan)
+                        await self._removal.remove(orphan)
+
+                ref = await self._instance_of(orphan)
+                if ref is None:
+                    await remove()
+                else:
+                    await run_in_lane(self._lanes, Lane.instance(ref), "sweep", remove)
+            result, reason = audit.REMOVED, "an orphan: it belongs to nothing in the journal"
+        except TimeoutError:
+            result, reason = audit.KEPT, "the lane of its instance is busy"
+        except Conflict as failure:
+            result, reason = audit.KEPT, failure.message
+        except (Failure, OSError) as error:
+            result, reason = audit.FAILED, str(facts_of(error).get("reason", error))
+            log.warning(
+                "orphan.remove_failed", kind=orphan.kind, name=orphan.name, **facts_of(error)
+            )
+        await self._journal.audit.end(number, orphan, by, result, reason)
+        self._metrics.orphan_swept(orphan.kind, result)
+        if result == audit.REMOVED:
+            log.warning("orphan.removed", kind=orphan.kind, name=orphan.name, by=by)
+            self._seen.pop(orphan, None)
+        elif orphan in self._seen:
+            # It may be seen again: as if for the first time.
+            self._seen[orphan] = Sighting(self._clock(), self._clock(), reason)
+        return result, reason
+
+    def _refuse_needed(self, orphan: Orphan) -> None:
+        """Ask the journal again, at the last moment: nothing is awaited before the effect.
+
+        Raises:
+            Conflict: it is no orphan any more, or something may need it.
+        """
+        if self._journal.quarantine.hides_records:
+            raise Conflict("it may belong to a record that this version cannot read")
+        if self._calls_hang():
+            raise Conflict("a call that hangs in the kernel may still take effect")
+        now = find_orphans(_only(orphan), self._known())
+        if kept := now.get(orphan, "it belongs to an instance or network by now"):
+            raise Conflict(kept)
+
+    @asynccontextmanager
+    async def _locked(self, orphan: Orphan) -> AsyncGenerator[None]:
+        """No command makes or removes the interface, or the rules of it, meanwhile."""
+        async with AsyncExitStack() as stack:
+            if (net_id := net_id_of(orphan)) is not None:
+                locks, record = self._host.locks, self._journal.records.network_with_id(net_id)
+                if record is not None:
+                    await stack.enter_async_context(locks.exclusive(record.tenant_id))
+                await stack.enter_async_context(locks.subnets())
+            yield
+
+    async def _instance_of(self, orphan: Orphan) -> InstanceRef | None:
+        """Whose it is, by the jail's metadata, the TAP's alias or the path."""
+        if orphan.kind in {"jails", "cgroups"}:
+            jail_id = orphan.name.rpartition("/")[2]
+            if naming.JAIL_ID_PATTERN.fullmatch(jail_id) is None:
+                return None
+            metadata = await self._host.jails.metadata(jail_id)
+            return None if metadata is None else metadata.ref
+        if orphan.kind == "taps":
+            owner = (await self._host.taps.owners()).get(orphan.name)
+            ids = [] if owner is None else owner.instance.split("/")
+            valid = len(ids) == 3 and all(map(naming.ID_PATTERN.fullmatch, ids))
+            return InstanceRef(*ids) if valid else None
+        return instance_of_files(orphan, self._known())
+
+
+@dataclass(frozen=True, slots=True)
+class OneOrphan:
+    """An inventory that has one name."""
+
+    jails: tuple[str, ...] = ()
+    taps: tuple[str, ...] = ()
+    bridges: tuple[str, ...] = ()
+    nft: tuple[str, ...] = ()
+    cgroups: tuple[str, ...] = ()
+    snapshots: tuple[str, ...] = ()
+    artifacts: tuple[str, ...] = ()
+    temp: tuple[str, ...] = ()
+
+
+def _only(orphan: Orphan) -> OneOrphan:
+    fields: dict[str, Any] = {orphan.kind: (orphan.name,)}
+    return OneOrphan(**fields)
