@@ -35,6 +35,7 @@ from schemas.subjects import Subjects
 from worker import logs
 from worker.background import BackgroundTasks
 from worker.bus.nats import NatsBus
+from worker.control.claims import ClaimRoutes
 from worker.control.drain_routes import DrainRoutes
 from worker.control.draining import DrainSwitch
 from worker.control.dump import Dump
@@ -59,6 +60,7 @@ from worker.preflight import prepare_dirs
 from worker.queries.answers import Answers
 from worker.queries.service import query_service
 from worker.reconcile.adoption import Adoption
+from worker.reconcile.claims import Claims
 from worker.reconcile.reconciler import Reconciler
 from worker.reconcile.recovery import Recovery
 from worker.reconcile.sweep import Sweep
@@ -255,6 +257,9 @@ class Worker:
             version=version("hostd"),
             inbox_prefixes=settings.nats.inbox_prefixes,
         )
+        self.claims = Claims(
+            host, journal, self.lanes, ready=self._is_ready, after=self.vmm_watch.sync
+        )
         self.sweep = Sweep(
             host,
             journal,
@@ -356,7 +361,12 @@ class Worker:
             Route("GET", "/v1/drain", drain.state),
             Route("POST", "/v1/drain", drain.drain, writes=True),
             Route("POST", "/v1/undrain", drain.undrain, writes=True),
+            *ClaimRoutes(self.claims, self.sweep, ready=self._is_ready).routes,
         )
+
+    def _is_ready(self) -> bool:
+        """Whether recovery is complete, and the worker does not stop."""
+        return self._phase == "ready"
 
     def _collect(self) -> None:
         self.metrics.lanes(**self.lanes.counts())
@@ -477,6 +487,7 @@ class Worker:
         # 2. Commands, before what they use: each to its end or its next safe point.
         await self.lanes.stop(self.settings.limits.shutdown_s)
         await self._background.close()
+        await self.sweep.close()
         # 3. Replies and events of these commands, while the bus is still connected.
         patience_s = OUTBOX_S if self.bus.connected else 0
         with contextlib.suppress(TimeoutError):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from handlers.claims.facts import Fact, missing, not_proven, proven
+from handlers.claims.look import look_for_unrecorded
 from handlers.claims.traces import Trace, read_trace
 from handlers.claims.vmm_facts import VmmClaim, prove_vmm
 from handlers.errors import Conflict
@@ -85,6 +86,7 @@ async def adopt_vmm(
     await record_adopted(adopted, claim.facts, host)
     await host.jails.set_released(adopted.jail_id, released=False)
     await resume_paused(claim, host)
+    await look_for_unrecorded(host)  # it is recorded now
     await write_running(adopted, host, host.facts.now_ms())
     return Outcome(changed=True, status=str(Status.RUNNING), facts=claim.facts)
 

@@ -28,8 +28,13 @@ async def look_for_unrecorded(host: Host) -> tuple[UnrecordedVmm, ...]:
 
 
 def explained(process: VmmProcess, uid_base: int, host: Host) -> bool:
-    """Whether an instance, a launch being reserved or the warm pool has the uid."""
+    """Whether an instance, a launch being reserved or the warm pool has the uid; or the process is
+    in no jail and no cgroup of this hostd's: of another one on this machine, with the same range.
+    """
     slot = process.uid - uid_base
+    ours = f"{process.cgroup}/".startswith(f"{host.settings.limits.cgroup}/")
+    if process.jail_id is None and not ours:
+        return True
     return (
         host.records.with_slot(slot) is not None
         or slot in host.warm.slots

@@ -2,7 +2,8 @@
 
 What they hold is booked, so that no command collides with it: the uid (as every live process's),
 the memory, the address (of the TAPs that belong to the uid), and the jail ID. They are looked for
-when the worker starts, in every pass of the reconciler, and after a release.
+when the worker starts, in every pass of the reconciler, after a release or adoption, and, while
+there is one, before a launch.
 """
 
 import asyncio

@@ -22,6 +22,7 @@ from handlers.admission.budgets import (
     vcpu_capacity,
 )
 from handlers.admission.ranking import Share
+from handlers.claims.look import look_for_unrecorded
 from handlers.errors import Conflict
 from handlers.instance.artifact_refs import collect_revision
 from handlers.interfaces import Host
@@ -123,6 +124,8 @@ class Reservations:
         host, ref = self._host, before.ref
         jails, cgroups = await asyncio.gather(host.jails.launches(ref), host.vmms.launches(ref))
         found = sorted({*jails, *cgroups})
+        if host.unrecorded.vmms:
+            await look_for_unrecorded(host)  # one may have ended since the last look
         if (stray := host.unrecorded.of_instance(ref)) is not None:
             raise Conflict(
                 f"cannot launch {ref}: process {stray.process.pid} runs in its jail "

@@ -40,6 +40,9 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "doctor": "worker.cli.doctor:doctor",
         "top": "worker.cli.state:top",
         "dump": "worker.cli.state:dump",
+        "adopt": "worker.cli.claims:adopt",
+        "release": "worker.cli.claims:release",
+        "sweep": "worker.cli.claims:sweep",
     },
     "Local files and kernel state (as root)": {
         "logs": "worker.cli.local:logs",

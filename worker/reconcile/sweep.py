@@ -124,6 +124,7 @@ class Sweep:
         self._seen: dict[Orphan, Sighting] = {}
         self._revisions: frozenset[str] = frozenset()
         self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[list[Swept]]] = set()
         self._resumed = False
         self._stopped = False
 
@@ -139,6 +140,20 @@ class Sweep:
             due = [each for each, seen in self._confirmed() if now_s - seen.first_s >= age_s]
             if self._settings.mode == "remove":
                 await self._remove_within_budget(due)
+
+    def start_now(self, *, dry_run: bool) -> asyncio.Task[list[Swept]]:
+        """`now` as a task that its caller may abandon."""
+        task = asyncio.create_task(self.now(dry_run=dry_run), name="sweep")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Cancel what was abandoned; the next worker reports a removal that is cut off by it."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def now(self, *, dry_run: bool) -> list[Swept]:
         """An operator's sweep: remove what was seen twice, without grace period and budget.

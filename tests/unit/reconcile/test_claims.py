@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from handlers.claims.facts import Fact
+from handlers.claims.look import look_for_unrecorded
 from handlers.claims.unrecorded import VmmProcess
 from handlers.errors import Conflict, HostFault, NotFound, Unavailable
 from handlers.specs import LaunchSpec
@@ -316,7 +317,37 @@ async def test_only_an_operator_takes_a_released_vmm_back(tmp_path: Path) -> Non
 
         assert (outcome.changed, outcome.status) == (True, "running")
         assert JAIL not in machine.released_jails
-        assert (await worker.run(STOP)).code is Code.OK
+        assert worker.host.unrecorded.vmms == ()
+        for request in (SLEEP, WAKE, STOP):
+            assert (await worker.run(request)).code is Code.OK
+
+
+async def test_a_released_vmm_that_has_ended_holds_nothing_any_more(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        for request in (UP, START):
+            assert (await worker.run(request)).code is Code.OK
+        await claims(worker).release(REF)
+        assert (await worker.run(START)).code is Code.CONFLICT
+
+        machine.kill(JAIL)
+
+        assert (await worker.run(START)).code is Code.OK
+        assert worker.host.unrecorded.vmms == ()
+
+
+async def test_a_vmm_of_another_hostd_on_this_machine_is_not_this_ones(tmp_path: Path) -> None:
+    machine = seeded()
+    uid = VmmSettings().uid_base + 9
+    machine.stray = [
+        VmmProcess(77, 1, uid, None, "hostd-other/acme/0123456789ab-1", 1),
+        VmmProcess(78, 1, uid, None, "hostd/acme/0123456789ab-1", 1),
+        VmmProcess(79, 1, uid, JAIL, "elsewhere", 1),
+    ]
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        found = await look_for_unrecorded(worker.host)
+
+        assert [each.process.pid for each in found] == [78, 79]
 
 
 async def test_a_release_that_is_cut_before_its_commit_keeps_the_instance(tmp_path: Path) -> None:

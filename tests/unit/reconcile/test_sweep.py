@@ -8,7 +8,7 @@ import pytest
 from handlers.claims.orphan import Orphan
 from handlers.clock import now_ms
 from handlers.errors import HostFault
-from schemas import codec
+from schemas import codec, naming
 from schemas.codes import Code
 from schemas.envelopes import Event
 from schemas.requests import Request, SetupNetwork
@@ -246,10 +246,11 @@ async def test_an_orphan_of_an_instance_whose_lane_is_busy_is_kept(tmp_path: Pat
         for request in (UP, START):
             assert (await worker.run(request)).code is Code.OK
         made = reconciled(worker)
-        made.inventory = FakeInventory(snapshots=(f"{REF}/0",))
+        made.inventory = FakeInventory(jails=(naming.jail_id(REF, 9),))
         await made.sweep.once()
         made.now_s += SIGHTINGS_S
         sleeping = await worker.send(SLEEP)
+        await gate.reached.wait()
 
         (kept,) = await made.sweep.now(dry_run=False)
         gate.opened.set()
@@ -258,7 +259,7 @@ async def test_an_orphan_of_an_instance_whose_lane_is_busy_is_kept(tmp_path: Pat
 
         assert (kept.state, kept.reason) == (
             "kept",
-            "a command of its tenant or instance is unfinished",
+            "a command of its instance is unfinished",
         )
         assert removed.state == "removed"
 
