@@ -266,4 +266,10 @@ def _lstat(path: str) -> os.stat_result | None:
 
 
 def _sorted(names: Iterator[str] | list[str]) -> tuple[str, ...]:
-    return tuple(sorted(names))
+    """In order, each as a text: in a name that is no UTF-8 its other bytes are escaped."""
+    return tuple(
+        sorted(
+            name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            for name in names
+        )
+    )
