@@ -74,6 +74,21 @@ async def test_ids_that_are_taken_in_while_the_file_is_read_stay_known(
             assert (await accept(journal, command(start(), name))).verdict is Verdict.REPLAY
 
 
+async def test_a_damaged_id_hides_no_other(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+        for name in ("c1", "c2"):
+            await accept(journal, command(start(), name))
+            await journal.commands.finish(ok(name), REPLY)
+        await journal.store.writer.submit(
+            lambda tx: tx.execute("UPDATE command SET id = CAST(x'ff' AS TEXT) WHERE id = 'c1'")
+        )
+
+        await journal.commands.read_ids()
+
+        assert denied(journal)
+        assert (await accept(journal, command(start(), "c2"))).verdict is Verdict.REPLAY
+
+
 async def test_pruned_ids_are_forgotten_once_there_are_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
