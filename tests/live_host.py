@@ -52,6 +52,7 @@ from tests.guests.firecracker import FIRECRACKER, JAILER
 from tests.guests.namespace import own_network
 from tests.leaks import own_directory
 from tests.plain import unpacked
+from tests.previous_release import Release
 from worker.cli.client import Client, connect
 from worker.cli.context import CliError
 from worker.cli.seed import Seed, Seeded, write_seed
@@ -142,17 +143,25 @@ class LiveHost:
         ready: bool = True,
         stdout: int | None = None,
         environment: Mapping[str, str | None] | None = None,
+        release: Release | None = None,
     ) -> None:
         """Start it; with `ready` wait until it takes commands.
 
         Its log is `worker.log`, unless it goes to the descriptor `stdout`. A variable of
-        `environment` that is None is not set.
+        `environment` that is None is not set. With `release` it is a worker of that one, which gets
+        the settings that it knows.
         """
-        wanted = os.environ | environment_of(self.settings) | dict(environment or {})
+        settings = environment_of(self.settings)
+        code: dict[str, str] = {}
+        if release is not None:
+            settings = {name: text for name, text in settings.items() if name in release.settings}
+            code = {"PYTHONPATH": release.code}
+        wanted = os.environ | settings | code | dict(environment or {})
         variables = {name: value for name, value in wanted.items() if value is not None}
         with open(f"{self.directory}/worker.log", "ab") as log:
             self.worker = await asyncio.create_subprocess_exec(
                 sys.executable,
+                *(["-P"] if code else []),  # or it is the one of the working directory
                 "-m",
                 "worker",
                 stdout=log if stdout is None else stdout,

@@ -1,8 +1,9 @@
-"""Prints how many points of the commands this run killed at, and how to have the same again."""
+"""Prints what a reader of this run has to know: the seed of the points, the previous release."""
 
 import pytest
 
 from tests.crash.points import SEED, seed
+from tests.previous_release import built
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -14,3 +15,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ]
     if ran:
         terminalreporter.write_line(f"points of kill -9: {len(ran)}, {SEED}={seed()}")
+    for source in dict.fromkeys(release.source for release in built):
+        terminalreporter.write_line(f"previous release: {source}")

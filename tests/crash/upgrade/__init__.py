@@ -1,0 +1,1 @@
+"""From one release of hostd to another."""
