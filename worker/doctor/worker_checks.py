@@ -208,7 +208,7 @@ class WorkerChecks:
                 "orphans",
                 f"{count} {kind} with hostd's mark belong to nothing in the journal",
                 "they take up memory, disk or names, and nothing uses them",
-                "hostd inventory --names",
+                "hostd sweep --dry-run, then hostd sweep",
             )
             for kind, count in self._worker.metrics.orphan_counts.items()
         ]
@@ -273,8 +273,8 @@ def _unknown(record: InstanceRecord) -> Finding:
         "instances",
         f"instance {ref} is quarantined (unknown): its VMM is not proven to be the one launched",
         "every command for it is answered conflict; its uid, address and quota stay taken",
-        f"hostd show {ref.tenant_id} {ref.pool_id} {ref.instance_id}; see docs/operations.md, "
-        "unknown",
+        f"hostd adopt {ref.tenant_id} {ref.pool_id} {ref.instance_id}, or hostd release; see "
+        "docs/operations.md, unknown",
     )
 
 
