@@ -69,6 +69,7 @@ class EventKind(StrEnum):
     STATUS = "status"
     COMMAND = "command"
     VMM_EXITED = "vmm_exited"
+    VMM_HUNG = "vmm_hung"
     NETWORK = "network"
     DRIFT = "drift"
     REMOVED = "removed"

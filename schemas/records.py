@@ -193,6 +193,13 @@ class VmmEnd(msgspec.Struct, frozen=True, kw_only=True):
     signal: int | None = None
 
 
+class Hung(msgspec.Struct, frozen=True):
+    """A VMM that does not answer. `killed`: hostd kills it for that, or has."""
+
+    since_ms: int
+    killed: bool = False
+
+
 class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One instance on this host. Changed with `msgspec.structs.replace`, saved by the journal.
 
@@ -221,6 +228,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     consumed: bool = False
     command_id: str | None = None
     last_end: VmmEnd | None = None
+    hung: Hung | None = None
     before: "InstanceRecord | None" = None
 
     @property

@@ -44,6 +44,8 @@ class VmmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `versions_dir` has several versions side by side, and replaces `firecracker` and `jailer`; of
     these Start uses `version`, empty: the newest. `allow_untested` also allows versions newer than
     hostd knows. `warm_pool` is how many idle VMMs are launched ahead; 0 turns it off.
+    Each running VMM is asked every `probe_interval_s` whether it answers (0: never); `on_hang` is
+    report or kill.
     """
 
     firecracker: str = "/usr/local/bin/firecracker"
@@ -61,6 +63,8 @@ class VmmSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_bytes: int = 1_048_576
     max_file_mib: int = 1_048_576
     warm_pool: int = 0
+    probe_interval_s: float = 60.0
+    on_hang: str = "report"
 
 
 class MetricsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -86,11 +86,16 @@ class _Line:
 
 
 class Lanes:
-    """All lanes of this host. Work can be queued at any time; it runs after `start`."""
+    """All lanes of this host. Work can be queued at any time; it runs after `start`.
+
+    Attributes:
+        on_arrival: called with the lane before work is queued in it; must not block or raise.
+    """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._lines: dict[Lane, _Line] = {}
+        self.on_arrival: Callable[[Lane], None] = lambda lane: None
         self._answers: set[asyncio.Task[None]] = set()
         self._started = False
         self._stopping = False
@@ -103,6 +108,7 @@ class Lanes:
 
     def put(self, row: CommandRow) -> None:
         """Queue a command at the end of its lane, after superseding those that it wins over."""
+        self.on_arrival(row.lane)
         line = self._lines.setdefault(row.lane, _Line())
         for earlier in (line.running, *line.waiting):
             if isinstance(earlier, Work):
@@ -113,10 +119,15 @@ class Lanes:
 
     def put_maintenance(self, lane: Lane, task: MaintenanceTask) -> None:
         """Queue the worker's own work behind all else of the lane."""
+        self.on_arrival(lane)
         line = self._lines.setdefault(lane, _Line())
         line.waiting.append(task)
         if self._started:
             self._wake(lane, line)
+
+    def is_idle(self, lane: Lane) -> bool:
+        """Whether nothing runs or waits in the lane."""
+        return lane not in self._lines
 
     def counts(self) -> dict[str, int]:
         """`busy`: lanes with a running command; `waiting`: lanes with queued commands."""

@@ -61,6 +61,7 @@ from worker.queries.answers import Answers
 from worker.queries.service import query_service
 from worker.reconcile.adoption import Adoption
 from worker.reconcile.claims import Claims
+from worker.reconcile.overwatch import Overwatch
 from worker.reconcile.reconciler import Reconciler
 from worker.reconcile.recovery import Recovery
 from worker.reconcile.sweep import Sweep
@@ -280,6 +281,8 @@ class Worker:
             calls_hang=lambda: any(hung_calls().values()),
         )
         self.vmm_versions = VmmVersions(real.binaries, journal, self.lease.touch)
+        self.overwatch = Overwatch(host, journal, self.lanes, metrics.vmms)
+        self.lanes.on_arrival = self.overwatch.yield_to
         self.recovery = Recovery(
             host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs)
         )
@@ -394,6 +397,7 @@ class Worker:
         self.metrics.draining(self.drain.active is not None)
         self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(self.journal.records.statuses())
+        self.metrics.vmms.hung(self.overwatch.hung)
 
     # -- start and stop ------------------------------------------------------------------------
 
@@ -475,6 +479,7 @@ class Worker:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.reconciler.run())
             group.create_task(self.emptying.run())
+            group.create_task(self.overwatch.run())
 
     async def _shut_down(
         self, working: list[asyncio.Task[None]], sending: asyncio.Task[None]

@@ -22,6 +22,7 @@ from handlers.concurrency import SlotCounts
 from handlers.specs import VersionState
 from schemas.codes import Code
 from schemas.records import Status
+from worker.reconcile.meters import VmmMeters
 
 LAG_INTERVAL_S: Final = 0.5
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -174,12 +175,7 @@ class Metrics:
         )
         self._warm_ended: dict[str, int] = {}
         self.orphan_counts: Mapping[str, int] = {}
-        self._exits = Counter(
-            "hostd_vmm_exits_total",
-            "VMMs that exited without a command, by reason.",
-            ["reason"],
-            registry=registry,
-        )
+        self.vmms = VmmMeters(registry)
         self._snapshot_seconds = Histogram(
             "hostd_snapshot_duration_seconds",
             "Duration of writing one snapshot.",
@@ -195,11 +191,6 @@ class Metrics:
         self._network_warnings = Gauge(
             "hostd_network_warnings",
             "Facts outside of hostd that keep guests from the network: see the network event.",
-            registry=registry,
-        )
-        self._lost = Gauge(
-            "hostd_lost_resources",
-            "Parts of running instances that are missing and cannot be made again while they run.",
             registry=registry,
         )
         self._orphans = OrphanMetrics(registry)
@@ -355,10 +346,6 @@ class Metrics:
         """A command envelope had this many unknown keys: a newer sender, or a misspelt key."""
         self._ignored_keys.inc(count)
 
-    def vmm_exited(self, reason: str) -> None:
-        """`reason` is one of a few words, never text from the VMM."""
-        self._exits.labels(reason).inc()
-
     def snapshot(self, seconds: float, size_bytes: int) -> None:
         self._snapshot_seconds.observe(seconds)
         self._snapshot_bytes.observe(size_bytes)
@@ -479,10 +466,6 @@ class Metrics:
 
     def unrecorded_vmms(self, count: int) -> None:
         self._orphans.unrecorded.set(count)
-
-    def lost(self, count: int) -> None:
-        """As of the last pass of the reconciler; its `drift` events name them."""
-        self._lost.set(count)
 
     def orphans(self, counts: Mapping[str, int]) -> None:
         """By kind of the inventory; a kind that is left out has no series."""

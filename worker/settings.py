@@ -343,6 +343,7 @@ def _cgroup(value: str) -> str:
 
 _COUNT = _between(1, 1_000_000)
 _SECONDS = _between(0.1, 86_400)
+ON_HANG = ("report", "kill")
 RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "host.id": _matches(HOST_ID_PATTERN, "1 to 63 of A-Z a-z 0-9 _ -"),
     "host.cell": _matches(CELL_PATTERN, "1 to 32 of A-Z a-z 0-9 _ -"),
@@ -369,6 +370,10 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "vmm.log_bytes": _between(4096, 2**30),
     "vmm.max_file_mib": _between(64, 2**24),
     "vmm.warm_pool": _between(0, WARM_POOL_MAX),
+    "vmm.probe_interval_s": lambda value: "" if value == 0 else _between(1, 86_400)(value),
+    "vmm.on_hang": lambda value: (
+        "" if value in ON_HANG else f"{value!r} is not one of {', '.join(ON_HANG)}"
+    ),
     "metrics.listen": _or_empty(_listen),
     "network.allowed": lambda value: (
         _each(_cidr)(value) if value else "is empty: list at least one IPv4 network"

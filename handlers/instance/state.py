@@ -102,5 +102,6 @@ async def read_state(ref: InstanceRef, host: Host, now_ms: int) -> InstanceState
 
 
 def final_record(record: InstanceRecord, status: Status, now_ms: int) -> InstanceRecord:
-    """The record at the end of a command: no command in progress."""
-    return replace(record, status=status, since_ms=now_ms, before=None, command_id=None)
+    """The record at the end of a command: no command in progress, and what its VMM is like is not
+    known yet."""
+    return replace(record, status=status, since_ms=now_ms, before=None, command_id=None, hung=None)

@@ -58,6 +58,14 @@ async def why_ended(record: InstanceRecord, status: ExitStatus, log: str, host: 
     at_ms = host.facts.now_ms()
     if record.vmm is not None and record.vmm.boot_id != host.facts.boot_id():
         return VmmEnd(reason="host_reboot", evidence="kernel", launch=record.launch, at_ms=at_ms)
+    if record.hung is not None and record.hung.killed and status.code is None:
+        return VmmEnd(
+            reason="hung",
+            evidence="hostd",
+            launch=record.launch,
+            at_ms=at_ms,
+            signal=status.signal,
+        )
     oom = None
     with contextlib.suppress(Failure, OSError):  # the cleanup itself matters more
         oom = await host.cgroups.oom_counts(record.cgroup_key)

@@ -137,6 +137,7 @@ class FakeHost:
     import_bytes: int = 0
     gates: dict[str, Gate] = field(default_factory=dict[str, Gate])
     exits_on_request: bool = True
+    hanging: set[str] = field(default_factory=set[str])
     memory_in_use: set[str] = field(default_factory=set[str])
     lacking: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     oom: dict[str, OomCounts] = field(default_factory=dict[str, OomCounts])
@@ -789,6 +790,8 @@ class FakeVmmApi:
         await self.machine.effect("resume_vm", lambda: setattr(guest, "state", "Running"))
 
     async def state(self) -> str:
+        if self.jail_id in self.machine.hanging:
+            await asyncio.Event().wait()
         return self.guest.state
 
     async def version(self) -> str:

@@ -46,6 +46,8 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_snapshot_bytes": ("histogram", set()),
     "hostd_network_warnings": ("gauge", set()),
     "hostd_lost_resources": ("gauge", set()),
+    "hostd_vmm_hung": ("gauge", set()),
+    "hostd_vmm_probes": ("counter", {"result"}),
     "hostd_orphans": ("gauge", {"kind"}),
     "hostd_orphans_swept": ("counter", {"kind", "result"}),
     "hostd_sweep_stopped": ("gauge", set()),
@@ -109,7 +111,7 @@ def used() -> Metrics:
     metrics.queries_dropped(1)
     metrics.redelivered()
     metrics.keys_ignored(2)
-    metrics.vmm_exited("exited")
+    metrics.vmms.exited("exited")
     metrics.warm_vmms({"ready": 2, "starting": 1}, {"used": 1})
     metrics.warm_vmms({"ready": 2, "starting": 0}, {"used": 3})
     metrics.snapshot(0.4, 512 << 20)
@@ -125,7 +127,9 @@ def used() -> Metrics:
     metrics.outbox_rows(4, held=1)
     metrics.bus_connected(True)
     metrics.instances({Status.RUNNING: 5})
-    metrics.lost(1)
+    metrics.vmms.lost(1)
+    metrics.vmms.hung(1)
+    metrics.vmms.probed("answered")
     metrics.orphans({"taps": 1})
     metrics.orphan_swept("taps", "removed")
     metrics.sweep_stopped(stopped=False)

@@ -142,6 +142,8 @@ def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default(
         ('[paths]\nstate = "/var/../x"', "paths.state", "absolute path"),
         ("[vmm]\nuid_base = 0", "vmm.uid_base", "not in 65536.."),
         ("[vmm]\nuid_base = 4294967000", "vmm.uid_count", "exceeds 4294967294"),
+        ("[vmm]\nprobe_interval_s = 0.5", "vmm.probe_interval_s", "not in 1..86400"),
+        ('[vmm]\non_hang = "restart"', "vmm.on_hang", "not one of report, kill"),
         ("[vmm]\nwarm_pool = 257", "vmm.warm_pool", "not in 0..256"),
         ("[vmm]\nuid_count = 8\nwarm_pool = 8", "vmm.warm_pool", "not below uid_count (8)"),
         ('[limits]\ncgroup = "/hostd"', "limits.cgroup", "below the cgroup2 mount"),

@@ -143,6 +143,7 @@ def described(record: InstanceRecord) -> Answer:
         "mem_mib": record.mem_mib,
         "snapshot": record.snapshot,
         "command_id": record.command_id,
+        "hung_since_ms": record.hung.since_ms if record.hung is not None else None,
         "last_end": None
         if record.last_end is None
         else {**to_builtins(record.last_end), "text": text_of(record.last_end)},

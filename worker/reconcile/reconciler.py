@@ -153,7 +153,7 @@ class Reconciler:
                 await part()
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 log.warning("reconciler.pass_failed", part=name, **facts_of(error))
-        self._metrics.lost(sum(map(len, self._lost.values())) + self._running.lost)
+        self._metrics.vmms.lost(sum(map(len, self._lost.values())) + self._running.lost)
 
     async def repair_network(self, net_id: int) -> None:
         """Restore the network with this id to its desired state."""

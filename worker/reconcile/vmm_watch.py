@@ -120,7 +120,7 @@ class VmmWatch:
                 self._watch(record, self._retry(record, status))
                 return
             if end is not None:
-                self._metrics.vmm_exited(end.reason)
+                self._metrics.vmms.exited(end.reason)
                 log.warning("vmm.exited", instance=str(record.ref), reason=end.reason)
             self.sync(record.ref)
 

@@ -1,0 +1,1 @@
+"""Tests of hosts and VMMs that fail in ways that kill nothing."""
