@@ -56,6 +56,12 @@ class Abandoned(Unavailable):
         self.pending = pending
 
 
+class Quarantined(Unavailable):
+    """This host launches nothing until one launch succeeds or an operator says so: elsewhere."""
+
+    act = "scheduler"
+
+
 class Exhausted(Failure):
     """Quota, memory, disk, address or uid used up: elsewhere, or later."""
 

@@ -81,6 +81,7 @@ class EventKind(StrEnum):
     DRAIN = "drain"
     VMM_VERSIONS = "vmm_versions"
     ORPHANS = "orphans"
+    HOST = "host"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

@@ -97,6 +97,9 @@ class NetworkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[limits]`: concurrency and quotas.
 
+    After `quarantine_after` launches in a row that failed by the host's fault no Start is taken; 0
+    turns that off.
+
     Of each kind of slot one tenant holds at most half. `mem_reserve_mib`, `disk_reserve_mib` and
     `cpu_reserve` (CPUs) are kept for the host; a part of the disk's is the ballast file. Of the
     other CPUs each carries `vcpu_overcommit` vCPUs. From `disk_high_percent` of the file system
@@ -125,6 +128,7 @@ class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vmm_overhead_mib: int = 64
     shutdown_s: float = 20.0
     retry_budget_s: float = 30.0
+    quarantine_after: int = 10
 
 
 class SweepSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -59,12 +59,35 @@ class CommandMeters(Protocol):
     def snapshot(self, seconds: float, size_bytes: int) -> None: ...
 
 
+class LaunchGate(Protocol):
+    """Whether this host launches anything (`worker/reconcile/launch_quarantine.py`)."""
+
+    def refusal(self, row: CommandRow) -> Failure | None:
+        """Why a command is not begun."""
+        ...
+
+    async def finished(self, row: CommandRow, reply: Reply) -> None:
+        """A command that ran has its outcome."""
+        ...
+
+
+class OpenGate:
+    """Nothing is refused."""
+
+    def refusal(self, row: CommandRow) -> Failure | None:  # noqa: ARG002
+        return None
+
+    async def finished(self, row: CommandRow, reply: Reply) -> None:
+        pass
+
+
 class Dispatch:
     """Runs commands with their handlers; the lanes decide which and when.
 
     Args:
         mechanisms: by name, all that a step row may name; undo removes with them.
         refuse: why a command that has not begun is not run, e.g. because the host drains.
+        gate: asked before a command is begun, and told each outcome.
         clock_ms, monotonic_s: the clocks; tests pass their own.
     """
 
@@ -77,6 +100,7 @@ class Dispatch:
         *,
         meters: CommandMeters,
         refuse: Callable[[Request], Failure | None] = lambda request: None,
+        gate: LaunchGate = OpenGate(),  # noqa: B008 (without state)
         failpoint: Failpoint = no_failpoint,
         clock_ms: Callable[[], int] = now_ms,
         monotonic_s: Callable[[], float] = time.monotonic,
@@ -87,6 +111,7 @@ class Dispatch:
         self._mechanisms = mechanisms
         self._meters = meters
         self._refuse = refuse
+        self._gate = gate
         self._failpoint = failpoint
         self._clock_ms = clock_ms
         self._monotonic_s = monotonic_s
@@ -147,7 +172,7 @@ class Dispatch:
         deadline_ms = row.command.deadline_ms
         if deadline_ms is not None and deadline_ms <= self._clock_ms():
             return Expired("the deadline passed before the command was started")
-        return self._refuse(row.command.request)
+        return self._refuse(row.command.request) or self._gate.refusal(row)
 
     async def _outcome(self, row: CommandRow, steps: Steps) -> tuple[Reply, Done | None]:
         try:
@@ -281,6 +306,7 @@ class Dispatch:
                 await self._journal.store.until_writable()
         if row.withdrawn:
             return
+        await self._gate.finished(row, reply)
         seconds = (reply.finished_at_ms - reply.received_at_ms) / 1000
         kind = row.command.request.kind
         self._meters.command_done(kind, reply.code, seconds)

@@ -61,6 +61,7 @@ from worker.queries.answers import Answers
 from worker.queries.service import query_service
 from worker.reconcile.adoption import Adoption
 from worker.reconcile.claims import Claims
+from worker.reconcile.launch_quarantine import LaunchQuarantine
 from worker.reconcile.overwatch import Overwatch
 from worker.reconcile.reconciler import Reconciler
 from worker.reconcile.recovery import Recovery
@@ -207,6 +208,9 @@ class Worker:
         self.slots, self.locks, self.networks = host.slots, host.locks, host.networks
         self.drain = DrainSwitch(journal)
         stop_at = failpoint(os.environ)
+        self.quarantine = LaunchQuarantine(
+            journal, settings.limits.quarantine_after, changed=self._state_changed
+        )
         runner = NotifyingRunner(
             Dispatch(
                 journal,
@@ -215,6 +219,7 @@ class Worker:
                 removable,
                 meters=metrics,
                 refuse=self.drain.refusal,
+                gate=self.quarantine,
                 failpoint=stop_at,
             )
         )
@@ -301,6 +306,9 @@ class Worker:
             return "draining"
         return "degraded" if self._phase == "ready" and self.trouble() else self._phase
 
+    def _state_changed(self) -> None:
+        self.lease.touch()
+
     def trouble(self) -> list[str]:
         """What keeps a host that is ready from some commands; shown as `degraded_by`."""
         found = {
@@ -309,6 +317,7 @@ class Worker:
             "disk_watermark": self._real.disk.high,
             "hung_calls": bool(exhausted_kinds()),
             "vmm_versions": bool(self.vmm_versions.trouble),
+            "launches": self.quarantine.active,
         }
         return [name for name, is_so in found.items() if is_so]
 
@@ -345,6 +354,7 @@ class Worker:
             "can_commit": self.journal.store.writable,
             "has_disk_space": not self._real.disk.low,
             "below_disk_watermark": not self._real.disk.high,
+            "launches_succeed": not self.quarantine.active,
             "has_descriptors": self._reserve.has_free(),
             "calls_return": not exhausted_kinds(),
             "has_vmm_versions": not self.vmm_versions.trouble,
@@ -356,7 +366,7 @@ class Worker:
 
     def routes(self) -> Sequence[Route]:
         """Those of the control socket: one line each, and one in docs/contract.md."""
-        drain = DrainRoutes(self.drain, self.emptying)
+        drain = DrainRoutes(self.drain, self.emptying, lift=self.quarantine.lift)
         return (
             Route("GET", "/v1/dump", self.dump.answer),
             Route("GET", "/v1/top", Overview(self).answer),
@@ -398,6 +408,7 @@ class Worker:
         self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(self.journal.records.statuses())
         self.metrics.vmms.hung(self.overwatch.hung)
+        self.metrics.vmms.quarantined(self.quarantine.active)
 
     # -- start and stop ------------------------------------------------------------------------
 

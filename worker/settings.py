@@ -410,6 +410,7 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     ),
     "sweep.per_hour": _between(1, 1000),
     "sweep.grace_s": _between(0, 86_400),
+    "limits.quarantine_after": _between(0, 1_000_000),
     "log.level": lambda value: (
         "" if value in LEVELS else f"{value!r} is not one of {', '.join(LEVELS)}"
     ),

@@ -21,7 +21,7 @@ from tests.constants import REF
 from tests.fakes.host import FakeHost
 from tests.fakes.shell_worker import SUBJECTS, NoMeters, command
 from worker.control.draining import DrainSwitch
-from worker.dispatch import Dispatch
+from worker.dispatch import Dispatch, LaunchGate, OpenGate
 from worker.journal.journal import Journal
 from worker.lanes import Lanes
 from worker.reconcile.vmm_watch import NotifyingRunner
@@ -93,6 +93,7 @@ async def memory_worker(
     machine: FakeHost,
     *,
     failpoint: Failpoint = no_failpoint,
+    gate: Callable[[Journal], LaunchGate] = lambda journal: OpenGate(),
     limits: LimitSettings = LimitSettings(retry_budget_s=0.0),  # noqa: B008 (frozen)
     vmm: VmmSettings = VmmSettings(),  # noqa: B008 (frozen)
     sweep: SweepSettings = SweepSettings(),  # noqa: B008 (frozen)
@@ -110,6 +111,7 @@ async def memory_worker(
         known,
         meters=NoMeters(),
         refuse=drain.refusal,
+        gate=gate(journal),
         failpoint=failpoint,
     )
     runner = NotifyingRunner(dispatch)

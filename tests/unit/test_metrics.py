@@ -45,6 +45,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_snapshot_duration_seconds": ("histogram", set()),
     "hostd_snapshot_bytes": ("histogram", set()),
     "hostd_network_warnings": ("gauge", set()),
+    "hostd_launches_quarantined": ("gauge", set()),
     "hostd_lost_resources": ("gauge", set()),
     "hostd_vmm_hung": ("gauge", set()),
     "hostd_vmm_probes": ("counter", {"result"}),
@@ -128,6 +129,7 @@ def used() -> Metrics:
     metrics.bus_connected(True)
     metrics.instances({Status.RUNNING: 5})
     metrics.vmms.lost(1)
+    metrics.vmms.quarantined(False)
     metrics.vmms.hung(1)
     metrics.vmms.probed("answered")
     metrics.orphans({"taps": 1})

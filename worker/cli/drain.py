@@ -59,12 +59,13 @@ def drain(mode: str, timeout_s: float | None, config: str | None, as_json: bool)
 @config_option
 @json_option
 def undrain(config: str | None, as_json: bool) -> None:
-    """End a drain: the host takes new VMs again."""
+    """End a drain, and the quarantine of launches: the host takes new VMs again."""
     answer = ControlClient(settings_of(config)).post("/v1/undrain", {})
     if as_json:
         print_json(answer)
     else:
-        click.echo("ok" if answer["was_draining"] else "ok: the host was not draining (no change)")
+        changed = answer["was_draining"] or answer["was_quarantined"]
+        click.echo("ok" if changed else "ok: the host was not draining (no change)")
 
 
 def describe(counts: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The routes of `hostd drain` and `hostd undrain`."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Annotated, Final
 
 import msgspec
@@ -26,10 +26,20 @@ class _Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DrainRoutes:
-    """Begins, follows and ends a drain."""
+    """Begins, follows and ends a drain.
 
-    def __init__(self, switch: DrainSwitch, emptying: Emptying) -> None:
-        self._switch, self._emptying = switch, emptying
+    Args:
+        lift: ends the quarantine of launches, for a reason; returns whether there was one.
+    """
+
+    def __init__(
+        self,
+        switch: DrainSwitch,
+        emptying: Emptying,
+        *,
+        lift: Callable[[str], Awaitable[bool]],
+    ) -> None:
+        self._switch, self._emptying, self._lift = switch, emptying, lift
 
     async def drain(self, body: Body) -> AsyncGenerator[Answer]:
         """Begin a drain and follow it until it can do no more, or for `timeout_s`.
@@ -57,7 +67,10 @@ class DrainRoutes:
 
     async def undrain(self, body: Body) -> Answer:
         read_body(body, _Nothing)
-        return {"was_draining": await self._switch.end()}
+        return {
+            "was_draining": await self._switch.end(),
+            "was_quarantined": await self._lift("an operator: undrain"),
+        }
 
     async def state(self, body: Body) -> Answer:
         read_body(body, _Nothing)

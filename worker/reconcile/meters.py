@@ -31,6 +31,15 @@ class VmmMeters:
             registry=registry,
         )
 
+        self._quarantined = Gauge(
+            "hostd_launches_quarantined",
+            "1 while no Start is taken because launches kept failing by the host's fault, else 0.",
+            registry=registry,
+        )
+
+    def quarantined(self, active: bool) -> None:
+        self._quarantined.set(int(active))
+
     def exited(self, reason: str) -> None:
         """`reason` is one of a bounded set, never text from the VMM."""
         self._exits.labels(reason).inc()

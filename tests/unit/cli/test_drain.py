@@ -43,7 +43,7 @@ async def run(tmp_path: Path, *args: str, left: int = 0) -> tuple[Result, list[A
 
     async def undrain(body: Body) -> Answer:
         bodies.append(body)
-        return {"was_draining": left > 0}
+        return {"was_draining": left > 0, "was_quarantined": False}
 
     routes = (Route("POST", "/v1/drain", drain), Route("POST", "/v1/undrain", undrain))
     async with control_server(tmp_path, *routes):

@@ -33,6 +33,11 @@ def machine_of(count: int) -> FakeHost:
     return machine
 
 
+async def nothing_to_lift(reason: str) -> bool:
+    assert reason
+    return False
+
+
 async def start_all(worker: MemoryWorker, count: int) -> None:
     assert (await worker.run(UP)).code is Code.OK
     for ref in REFS[:count]:
@@ -71,7 +76,9 @@ async def drained(
     worker: MemoryWorker, emptying: Emptying, **body: object
 ) -> tuple[list[Any], dict[str, Any]]:
     """Progress and result of one request."""
-    lines = [line async for line in DrainRoutes(worker.drain, emptying).drain(body)]
+    lines = [
+        line async for line in DrainRoutes(worker.drain, emptying, lift=nothing_to_lift).drain(body)
+    ]
     result: Any = lines[-1]["result"]
     return [line["progress"] for line in lines[:-1]], result
 
@@ -342,10 +349,10 @@ async def test_an_undrain_meanwhile_ends_the_watching(tmp_path: Path) -> None:
     async with memory_worker(tmp_path / "j", machine_of(1)) as worker:
         await start_all(worker, 1)
         async with emptying_of(worker) as emptying:
-            routes = DrainRoutes(worker.drain, emptying)
+            routes = DrainRoutes(worker.drain, emptying, lift=nothing_to_lift)
             watching = asyncio.create_task(_raised(drained(worker, emptying)))
             await begun(worker, emptying)
-            assert await routes.undrain({}) == {"was_draining": True}
+            assert await routes.undrain({}) == {"was_draining": True, "was_quarantined": False}
             raised = await watching
 
         assert isinstance(raised, Conflict)
