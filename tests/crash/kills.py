@@ -15,6 +15,7 @@ from nats.aio.msg import Msg
 from schemas.requests import Request
 from tests.live_host import LiveHost
 from tests.plain import unpacked
+from worker.cli.control_client import ControlClient
 from worker.failpoints import FILE, POINT
 
 
@@ -43,7 +44,14 @@ async def kill_at(host: LiveHost, moment: str, request: Request, command_id: str
 
 
 async def kill_while(host: LiveHost, request: Request, command_id: str, reached: Path) -> None:
-    """SIGKILL a worker, which was started with an armed failpoint, at that point of the command."""
+    """SIGKILL a worker, which was started with a failpoint to arm, at that point of the command.
+
+    Not at the same point of an earlier command: the replies of those have left its journal.
+    """
+    control = ControlClient(host.settings)
+    async with asyncio.timeout(20):
+        while any((await asyncio.to_thread(control.get, "/v1/dump"))["journal"]["unsent"].values()):
+            await asyncio.sleep(0.02)
     Path(f"{reached}.armed").touch()
     await host.publish(request, command_id)
     await until(reached.exists, f"{command_id} at its failpoint")
