@@ -63,6 +63,8 @@ class Claims:
             raise Unavailable(f"cannot {name} {ref}: the worker is still recovering, try again")
 
         async def in_lane() -> Outcome:
+            if (unread := self._journal.quarantine.refusal(Lane.instance(ref))) is not None:
+                raise unread
             try:
                 return await do()
             finally:

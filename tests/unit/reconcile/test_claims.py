@@ -1,6 +1,8 @@
 """`adopt` and `release`: what is proved, what is refused, and that nothing is ever killed."""
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from msgspec.structs import replace
 from handlers.claims.facts import Fact
 from handlers.claims.look import look_for_unrecorded
 from handlers.claims.unrecorded import VmmProcess
-from handlers.errors import Conflict, HostFault, NotFound, Unavailable
+from handlers.errors import Conflict, Failure, HostFault, NotFound, Unavailable
 from handlers.specs import LaunchSpec
 from schemas import codec, naming
 from schemas.codes import Code
@@ -21,7 +23,7 @@ from schemas.settings import VmmSettings
 from tests.constants import NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, Gate, instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
-from tests.fakes.reconcile import recovery, vmm_watch
+from tests.fakes.reconcile import reconciled, recovery, vmm_watch
 from worker.reconcile.claims import Claims
 
 UP = SetupNetwork("acme", NET)
@@ -407,3 +409,25 @@ async def test_while_the_worker_recovers_nothing_is_claimed(tmp_path: Path) -> N
         for claim in (recovering.adopt, recovering.release):
             with pytest.raises(Unavailable, match="still recovering"):
                 await claim(REF)
+
+
+async def test_an_instance_whose_record_cannot_be_read_is_left_to_the_version_that_can(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    await lived(tmp_path / "j", machine, START)
+    with contextlib.closing(sqlite3.connect(tmp_path / "j")) as file, file:
+        file.execute("UPDATE instance SET record = '{}'")
+    before = dict(machine.resources)
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        for claim in (claims(worker).adopt, claims(worker).release):
+            with pytest.raises(Failure):
+                await claim(REF)
+        made = reconciled(worker)
+        for _ in range(3):
+            assert await made.sweep.now(dry_run=False) == []
+            made.now_s += 60
+
+        assert machine.resources == before
+    with contextlib.closing(sqlite3.connect(tmp_path / "j")) as file:
+        assert file.execute("SELECT record FROM instance").fetchone() == ("{}",)
