@@ -33,12 +33,14 @@ DIRECTORIES = [
 LISTERS = {
     "handlers/host/facts.py": "interfaces of the kernel",
     "handlers/host/inventory.py": "all directories: below",
+    "handlers/host/jail/jails.py": "processes of the kernel",
     "handlers/host/jail/layout.py": "jails: below",
     "handlers/host/jail/logs.py": "logs: below",
     "handlers/host/jail/warm_jails.py": "jails: below",
     "handlers/host/linux/openat2.py": "a directory that is removed as a whole",
     "handlers/host/linux/rmtree.py": "a directory that is removed as a whole",
     "handlers/host/net/nft/libnftables.py": "descriptors of this process",
+    "handlers/host/orphans.py": "an orphan that is removed as a whole",
     "handlers/host/snapshot/discards.py": "a snapshot that is removed as a whole",
     "handlers/host/snapshot/manifest.py": "snapshots: below",
     "handlers/host/storage/data_disks.py": "jails that begin with an instance's ID",
@@ -53,6 +55,7 @@ LISTERS = {
     "handlers/host/vmm/warm_vmms.py": "cgroups of warm VMMs: names of a pattern only",
     "worker/control/dump.py": "descriptors of this process",
     "worker/demo/cleanup.py": "the demo's own directory",
+    "worker/doctor/host_checks.py": "`[vmm] versions_dir`: names of a pattern only",
 }
 
 

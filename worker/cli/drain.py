@@ -59,7 +59,7 @@ def drain(mode: str, timeout_s: float | None, config: str | None, as_json: bool)
 @config_option
 @json_option
 def undrain(config: str | None, as_json: bool) -> None:
-    """End a drain, and the quarantine of launches: the host takes new VMs again."""
+    """Take new VMs again: end a drain, or the quarantine of launches."""
     answer = ControlClient(settings_of(config)).post("/v1/undrain", {})
     if as_json:
         print_json(answer)

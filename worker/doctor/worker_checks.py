@@ -54,6 +54,11 @@ NOT_READY: Final[Mapping[str, tuple[str, str, str]]] = {
         "whatever needs one of them is answered unavailable",
         "hostd dump (threads); dmesg; a wedged kernel needs a reboot",
     ),
+    "launches_succeed": (
+        "launches kept failing by the host's fault: no Start is begun but a probe now and then",
+        "agentd has to use other hosts",
+        "journalctl -u hostd | grep launch; then hostd undrain, which ends it",
+    ),
     "has_vmm_versions": (
         "a version of Firecracker in use is changed, removed or missing",
         "its instances cannot be started or woken, or only by a copy",

@@ -18,6 +18,7 @@ PEAK_BYTES = 1 << 17  # a list of the names alone takes 300 kB
 ONLY_ROOT_FILLS = {
     "handlers/host/facts.py",
     "handlers/host/inventory.py",
+    "handlers/host/jail/jails.py",
     "handlers/host/jail/layout.py",
     "handlers/host/jail/logs.py",
     "handlers/host/jail/warm_jails.py",
@@ -25,10 +26,16 @@ ONLY_ROOT_FILLS = {
     "handlers/host/snapshot/discards.py",
     "handlers/host/snapshot/manifest.py",
     "handlers/host/storage/data_disks.py",
+    "handlers/host/storage/disk_proof.py",
+    "handlers/host/vmm/binaries.py",
+    "handlers/host/vmm/binary_files.py",
     "handlers/host/vmm/cgroups.py",
     "handlers/host/vmm/confinement.py",
     "handlers/host/vmm/processes.py",
+    "handlers/host/vmm/vmm_processes.py",
     "handlers/host/vmm/warm_vmms.py",
+    "worker/control/dump.py",
+    "worker/doctor/host_checks.py",
     "worker/demo/cleanup.py",
 }
 
