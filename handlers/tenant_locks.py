@@ -21,10 +21,7 @@ class FairLock:
     def __init__(self) -> None:
         self._held = 0
         self._waiting: deque[tuple[bool, asyncio.Future[None]]] = deque()
-
-    @property
-    def idle(self) -> bool:
-        return self._held == 0 and not self._waiting
+        self.users = 0  # who holds it, waits for it, or is about to
 
     @property
     def state(self) -> tuple[int, int]:
@@ -109,6 +106,7 @@ class TenantLocks:
         self, key: str, control: Control | None, *, exclusive: bool
     ) -> AsyncGenerator[None]:
         lock = self._locks.setdefault(key, FairLock())
+        lock.users += 1
         try:
             if control is None or control.final or lock.available(exclusive=exclusive):
                 await lock.acquire(exclusive=exclusive)
@@ -119,5 +117,6 @@ class TenantLocks:
             finally:
                 lock.release(exclusive=exclusive)
         finally:
-            if lock.idle:
-                self._locks.pop(key, None)
+            lock.users -= 1
+            if not lock.users:
+                del self._locks[key]

@@ -80,6 +80,9 @@ class Outbox:
                 await self._store.until_writable()
                 continue
             self._woken[kind].clear()
+            if not rows:  # counted, and yet not found
+                await self._back_off(kind, 1)
+                continue
             sent, held = await self._send(rows)
             if sent:
                 self._reported.discard(kind)

@@ -32,11 +32,12 @@ def explained(process: VmmProcess, uid_base: int, host: Host) -> bool:
     in no jail and no cgroup of this hostd's: of another one on this machine, with the same range.
     """
     slot = process.uid - uid_base
+    holder = host.records.with_slot(slot)  # its record may be one that cannot be read
     ours = f"{process.cgroup}/".startswith(f"{host.settings.limits.cgroup}/")
     if process.jail_id is None and not ours:
         return True
     return (
-        host.records.with_slot(slot) is not None
+        (holder is not None and host.records.instance(holder) is not None)
         or slot in host.warm.slots
         or any(each.uid_slot == slot for each in host.pending_reservations.values())
     )

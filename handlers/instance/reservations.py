@@ -92,6 +92,7 @@ class Reservations:
         now = self._host.records.instance(spec.before.ref)
         if now is not None and now.before is not None and now.command_id == spec.command_id:
             return now
+        await self._look_again(spec)
         record = self._decide(spec, await self._newest_launch(spec.before))
         self._host.pending_reservations[record.ref] = record
         try:
@@ -124,8 +125,6 @@ class Reservations:
         host, ref = self._host, before.ref
         jails, cgroups = await asyncio.gather(host.jails.launches(ref), host.vmms.launches(ref))
         found = sorted({*jails, *cgroups})
-        if host.unrecorded.vmms:
-            await look_for_unrecorded(host)  # one may have ended since the last look
         if (stray := host.unrecorded.of_instance(ref)) is not None:
             raise Conflict(
                 f"cannot launch {ref}: process {stray.process.pid} runs in its jail "
@@ -141,6 +140,13 @@ class Reservations:
                     detail={"jail": jail_id},
                 )
         return max([before.launch, *found])
+
+    async def _look_again(self, spec: ReservationSpec) -> None:
+        """The VMM without a record that would refuse this launch may have ended meanwhile. Others
+        are not looked at: that would cost each launch a look at all processes."""
+        unrecorded, ref = self._host.unrecorded, spec.before.ref
+        if unrecorded.of_instance(ref) or unrecorded.with_tap(Names(spec.net, spec.offset).tap):
+            await look_for_unrecorded(self._host)
 
     def _decide(self, spec: ReservationSpec, newest_launch: int) -> InstanceRecord:
         ref = spec.before.ref

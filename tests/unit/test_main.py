@@ -1,17 +1,21 @@
 """How a worker that cannot start ends: exit code and log event."""
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
+from handlers.errors import Unavailable
 from handlers.host.lock import HostLock
+from handlers.host.storage.disk_space import DiskSpace
 from schemas.codes import EXIT_CODES, Code
 from schemas.settings import HostSettings
+from tests.unit.journal.journals import opened
 from tests.unit.test_preflight import settings_in
-from worker import logs
-from worker.main import run
+from worker import logs, main
+from worker.main import run, watch_disk
 from worker.preflight import prepare_dirs
 
 
@@ -33,3 +37,28 @@ def test_a_host_that_is_not_fit_ends_with_the_code_of_a_fault(tmp_path: Path) ->
     settings = settings_in(tmp_path)
 
     assert run(replace(settings, host=HostSettings(id="h1"))) == EXIT_CODES[Code.HOST_FAULT]
+
+
+async def test_a_disk_that_cannot_be_looked_at_does_not_end_the_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+    looked = asyncio.Event()
+
+    class Hanging(DiskSpace):
+        def check(self) -> None:
+            nonlocal looks
+            looks += 1
+            if looks < 3:
+                raise Unavailable("too many calls hang")
+            loop.call_soon_threadsafe(looked.set)
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(main, "DISK_CHECK_S", 0)
+    disk = Hanging(state=str(tmp_path), reserve_mib=1)
+    async with opened(tmp_path) as journal:
+        watching = asyncio.create_task(watch_disk(disk, journal, lambda: None))
+        async with asyncio.timeout(30):
+            await looked.wait()
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)

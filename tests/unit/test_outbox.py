@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,20 @@ async def test_direct_replies_keep_their_order_behind_those_that_wait(tmp_path: 
 
         assert [subject for subject, _ in worker.bus.sent] == ["one", "two", "three"]
         assert outbox_of.held == 1
+
+
+@pytest.mark.parametrize("n", [-7, (1 << 63) - 1])
+async def test_a_row_with_a_damaged_number_is_sent_and_holds_up_nothing(
+    tmp_path: Path, n: int
+) -> None:
+    async with shell_worker(tmp_path / "j", consume=False) as worker:
+        worker.bus.up = False
+        await worker.journal.records.event(EventKind.DRIFT)
+    with sqlite3.connect(tmp_path / "j") as connection:
+        connection.execute("UPDATE outbox SET n = ?", (n,))
+    connection.close()
+
+    async with shell_worker(tmp_path / "j", consume=False) as worker:
+        await worker.journal.records.event(EventKind.DRIFT)
+        await worker.bus.until(events=2)
+        await worker.outbox.drained()

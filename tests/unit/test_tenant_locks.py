@@ -179,3 +179,21 @@ async def test_a_command_past_its_point_of_no_return_waits_on() -> None:
     await first.leave()
     await second.inside.wait()
     await second.leave()
+
+
+async def test_a_lock_that_somebody_is_about_to_wait_for_is_not_replaced() -> None:
+    locks = TenantLocks()
+    first = Hold(locks.subnets())
+    await settle()
+    # In one turn of the loop: the second asks for it, the first leaves, the third asks for it.
+    second = Hold(locks.subnets(Control()))
+    leaving = asyncio.create_task(first.leave())
+    third = Hold(locks.subnets())
+    await settle()
+
+    assert second.inside.is_set() != third.inside.is_set()
+    await leaving
+    for each in (second, third) if second.inside.is_set() else (third, second):
+        await each.inside.wait()
+        await each.leave()
+    assert locks.states() == {}

@@ -344,7 +344,8 @@ class Connection:
                     break
                 self._put(client, subject, payload, "", None)
                 sent += 1
-            client.write_now()
+            if not client.write_now():
+                return 0
         except BusError:
             pass
         return sent

@@ -70,23 +70,30 @@ class LeanClient(StrictClient):
             self._write_due = True
             asyncio.get_running_loop().call_soon(self.write_now)
 
-    def write_now(self) -> None:
-        """Write what was put, now and not in the next turn of the loop."""
+    def write_now(self) -> bool:
+        """Write what was put, now and not in the next turn of the loop.
+
+        False: the connection has just ended, and what was put is lost with it.
+        """
         self._write_due = False
         if not self._pending:
-            return
+            return True
         writer: Any = getattr(self._transport, "_io_writer", None)  # None: a WebSocket
         if self._status != Client.CONNECTED:
-            return  # written once it is connected again, or with the last words of `close`
+            return True  # written once it is connected again, or with the last words of `close`
         if (
             writer is None
             or writer.transport.get_write_buffer_size() + self._pending_data_size > BUFFERED_MAX
         ):
             if self._flush_queue is not None and self._flush_queue.empty():
                 self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
-            return
+            return True
         commands, self._pending, self._pending_data_size = self._pending, [], 0
-        writer.write(b"".join(commands))
+        try:
+            writer.write(b"".join(commands))
+        except (OSError, RuntimeError):  # the transport is closed, which nats-py does not know yet
+            return False
+        return True
 
     @property
     def congested(self) -> bool:

@@ -68,6 +68,7 @@ class JournalCommands:
         self._monotonic_s = monotonic_s
         known_ms = schema.number(store.meta(RETENTION)) or store.now_ms()
         self._retention = known_ms, monotonic_s()  # and as of which monotonic time
+        self._spent: set[str] = set()  # IDs that have a row in `retry`
         self._undecided: set[str] = set()  # IDs that are being looked up in the file
         self._known: KnownIds | None = None  # all that the file has; None: not read yet
         self._new: KnownIds | None = None  # those since the file is being read
@@ -237,6 +238,7 @@ class JournalCommands:
         def do(tx: Transaction) -> None:
             tx.execute("INSERT OR REPLACE INTO retry VALUES (?, ?)", values)
 
+        self._spent.add(command_id)
         self._store.writer.later(do)
 
     async def finish(
@@ -281,7 +283,7 @@ class JournalCommands:
                 source.queue(tx, "direct", command.reply_to, data)
             admission.answer_joiners(tx, source, reply.id, data)
             source.queue(tx, "reply", source.subjects.reply(row.lane), data, msg_id=reply.id)
-            if reply.attempts > 1:
+            if reply.attempts > 1 or reply.id in self._spent:
                 tx.execute("DELETE FROM retry WHERE command_id = ?", (reply.id,))
             if points:
                 tx.execute("DELETE FROM point WHERE command_id = ?", (reply.id,))
@@ -296,6 +298,7 @@ class JournalCommands:
         def apply(_: None) -> None:
             if change is not None:
                 change.remember()
+            self._spent.discard(reply.id)
             mirror = self._store.mirror
             mirror.drop_command(reply.id)
             mirror.points.pop(reply.id, None)

@@ -23,6 +23,7 @@ from worker.journal.transaction import StateRow
 INSTANCE: Final = msgspec.json.Decoder(InstanceRecord)
 TOMBSTONE: Final = msgspec.json.Decoder(Tombstone)
 NETWORK: Final = msgspec.json.Decoder(NetworkRecord)
+FIRST: Final = -(1 << 63)  # below each row: those with a damaged number are sent, too
 MAX: Final = 1 << 53  # of what is counted on, and sent
 _KEY: Final = "tenant_id, pool_id, instance_id"
 
@@ -191,7 +192,7 @@ def _load_outbox(connection: sqlite3.Connection, mirror: Mirror) -> None:
             f"SELECT count(*) FROM outbox WHERE kind = ? AND {READABLE}",  # noqa: S608
             (kind,),
         ).fetchone()
-        queue.refill(read_out(connection, kind, after=0))
+        queue.refill(read_out(connection, kind, after=FIRST))
     known = ", ".join(f"'{kind}'" for kind in OUT_KINDS)
     for n, kind in connection.execute(
         f"SELECT n, kind FROM outbox WHERE kind NOT IN ({known}) OR NOT ({READABLE})"  # noqa: S608

@@ -359,10 +359,14 @@ class Writer:
         loaded: Any,
     ) -> None:
         self._observe(seconds)
-        if recovered:
-            self._reopened(loaded)
-        else:
-            self._committed(transaction)
+        try:
+            if recovered:
+                self._reopened(loaded)
+            else:
+                self._committed(transaction)
+        except Exception:
+            # It is committed: whoever waits for it must go on.
+            log.exception("journal.callback_failed")
         _resolve(batch)
         if recovered:
             log.info("journal.recovered")

@@ -19,6 +19,7 @@ from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status
 from schemas.settings import VmmSettings
 from worker.journal.journal import Journal
+from worker.logs import facts_of
 
 CHECK_S: Final = 10.0
 
@@ -86,7 +87,11 @@ class VmmVersions:
 
     async def check(self) -> None:
         """Look once; an event if what is in trouble has changed."""
-        await self._binaries.look()
+        try:
+            await self._binaries.look()
+        except (Failure, OSError) as error:  # e.g. the directory's disk hangs
+            log.warning("vmm.versions_unseen", **facts_of(error))
+            return
         states = self.states()
         now = {each.version: each.state for each in states if each.in_trouble}
         if now == self._told:

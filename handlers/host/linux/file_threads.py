@@ -71,10 +71,17 @@ async def run_in_import_thread(work: Callable[[CancelToken], T]) -> T:
     return await _run_chunks(_imports, work)
 
 
-def start_in_thread(work: Callable[[], None]) -> None:
-    """Have short `work`, which changes nothing and never raises, done in a thread; none waits."""
-    future: asyncio.Future[None] = _quick.begin(lambda _: work()).future
+def start_in_thread(work: Callable[[], None]) -> bool:
+    """Have short `work`, which changes nothing and never raises, done in a thread; none waits.
+
+    False: too many of these threads hang, and it is not done.
+    """
+    try:
+        future: asyncio.Future[None] = _quick.begin(lambda _: work()).future
+    except Unavailable:
+        return False
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return True
 
 
 async def _run_chunks(threads: CallThreads[None], work: Callable[[CancelToken], T]) -> T:

@@ -29,7 +29,7 @@ class MigrationLock:
         """
         if not self._writing:
             self._writing = True
-            start_in_thread(self._write)
+            self._writing = start_in_thread(self._write)
 
     def _write(self) -> None:
         """Move this process to the cgroup that it is in."""

@@ -205,3 +205,18 @@ def test_a_header_cannot_begin_another_one() -> None:
 
     assert encode_headers({"A": "b\r\nC: d"}) == b"NATS/1.0\r\nA: b  C: d\r\n\r\n"
     assert encode_headers({}) == b""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the handler is closed"), BrokenPipeError()])
+async def test_a_transport_that_has_just_closed_is_reported_not_raised(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, socket = connected()
+
+    def refuse(_: bytes) -> None:
+        raise error
+
+    monkeypatch.setattr(socket, "write", refuse)
+    client.put("a", b"1")
+
+    assert client.write_now() is False

@@ -151,3 +151,17 @@ async def test_finished_commands_are_kept_a_day_and_pruned_in_batches(tmp_path: 
         assert [await journal.commands.prune(limit=3) for _ in range(3)] == [3, 1, 0]
         assert (await accept(journal, command(start(), "c0"))).verdict is Verdict.NEW
         assert journal.commands.is_unfinished("open")
+
+
+async def test_a_command_that_ends_in_its_first_pause_leaves_no_budget_behind(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as journal:
+        await accept(journal, command(start()))
+        journal.commands.spend("c1", 1.5)
+        await finish(journal, ok())
+        left = await journal.store.writer.read(
+            lambda tx: tx.execute("SELECT count(*) FROM retry").fetchone()
+        )
+
+    assert left == (0,)

@@ -218,3 +218,19 @@ async def test_a_running_command_waits_for_the_disk_and_then_succeeds(
         mend()
         reply = await worker.reply()
         assert (reply.code, reply.attempts, machine.things.made) == (Code.OK, 1, ["acme/web/a1"])
+
+
+async def test_a_callback_that_raises_holds_up_nobody_who_waits_for_the_commit(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as journal:
+
+        def fail(_: object) -> None:
+            raise RuntimeError("the handler is closed")
+
+        journal.store.on_commit(fail)
+        with capture_logs() as logged:
+            async with asyncio.timeout(30):
+                await journal.records.event(EventKind.DRIFT)
+
+    assert [line["event"] for line in logged] == ["journal.callback_failed"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from handlers.errors import Abandoned, Unavailable
+from handlers.host.linux import file_threads
 from handlers.host.linux.call_threads import (
     SPARE,
     CallThreads,
@@ -16,6 +17,7 @@ from handlers.host.linux.call_threads import (
     exhausted_kinds,
     hung_calls,
 )
+from handlers.host.vmm.migration import MigrationLock
 
 LIMIT_S = 0.05
 
@@ -281,3 +283,20 @@ async def test_stopping_does_not_wait_for_a_call_that_was_abandoned(rig: Rig) ->
     rig.threads.stop()
 
     assert rig.threads.hung == 1
+
+
+async def test_work_that_nobody_waits_for_is_left_out_while_too_many_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig()
+    monkeypatch.setattr(file_threads, "_quick", rig.threads)
+    migration = MigrationLock("/nowhere")
+    try:
+        await rig.abandon(1 + SPARE)
+        assert file_threads.start_in_thread(lambda: None) is False
+        migration.prepare()
+        await rig.until_returned()
+        assert file_threads.start_in_thread(lambda: None) is True
+    finally:
+        rig.released.set()
+        rig.threads.stop()
