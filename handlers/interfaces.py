@@ -289,7 +289,11 @@ class VmmApi(Protocol):
         ...
 
     async def version(self) -> str:
-        """Firecracker's version, e.g. `1.12.1`."""
+        """Firecracker's version, e.g. `1.12.1`, of what the VMM says.
+
+        Raises:
+            HostFault: that is not a version.
+        """
         ...
 
     async def create_snapshot(self, state_path: str, mem_path: str) -> None:

@@ -280,7 +280,8 @@ class VersionState:
     `installed`; `removed`: its files are gone, hostd has copies; `changed`: its files are not those
     that were read; `missing`: in use and not here; `refused`: here and not used, see `reason`;
     `unknown`: that of records from before hostd kept it. `starts`: new Starts use it. `running` and
-    `sleeping` are numbers of instances, `sha256` is by program.
+    `sleeping` are numbers of instances, `sha256` is by program. `one_pair`: the host has no
+    `[vmm] versions_dir`, so an upgrade replaces the files under the VMMs that run.
     """
 
     version: str
@@ -291,11 +292,12 @@ class VersionState:
     reason: str | None
     sha256: Mapping[str, str]
     lacks: tuple[str, ...]
+    one_pair: bool = False
 
     @property
     def in_trouble(self) -> bool:
         """Launches of it, or of what sleeps by it, fail or soon would."""
-        in_use = bool(self.running or self.sleeping)
+        in_use = bool(self.sleeping or (self.running and not self.one_pair))
         return self.state == "changed" or (in_use and self.state in ("removed", "missing"))
 
 

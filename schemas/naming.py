@@ -13,6 +13,7 @@ HOST_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,63}")
 COMMAND_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 REVISION_PATTERN = re.compile(r"[0-9a-z]{1,64}")
 JAIL_ID_PATTERN = re.compile(r"[0-9a-f]{12}-[0-9]{1,18}")
+VERSION_PATTERN = re.compile(r"v?([0-9]{1,9})\.([0-9]{1,9})\.([0-9]{1,9})(?![0-9])")
 WARM_ID_PATTERN = re.compile(r"warm-[0-9a-f]{12}")
 WARM_CGROUP = "warm_pool"  # in the place of a tenant, and no valid tenant ID
 BRIDGE_NAME_PATTERN = re.compile(r"br-tenant-([0-9]{1,4})")
@@ -88,6 +89,13 @@ def parse_ref(text: str) -> InstanceRef:
     if len(ids) != 3 or not all(ID_PATTERN.fullmatch(each) for each in ids):
         raise DecodeError("key", f"got {quoted(text)}, want t/p/i, each {ID_RULE}")
     return InstanceRef(*ids)
+
+
+def version_text(text: str) -> str:
+    """The version of Firecracker that a text from outside names, as records have it: `1.12.1`, also
+    of `v1.12.1-dev`. Empty if it names none; at most 29 characters."""
+    match = VERSION_PATTERN.match(text)
+    return "" if match is None else ".".join(str(int(number)) for number in match.groups())
 
 
 def cgroup_key(tenant_id: str, jail_id: str) -> str:

@@ -13,6 +13,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -25,6 +26,7 @@ from handlers.host.facts import HostFacts
 from handlers.host.linux.call_threads import abandoned_calls, exhausted_kinds, hung_calls
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.lock import HostLock
+from handlers.host.snapshot.manifest import published_versions
 from handlers.host.storage.disk_space import DiskSpace
 from handlers.host.vmm.binaries import VmmBinaries
 from handlers.registry import HANDLERS, mechanisms
@@ -150,7 +152,8 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
         )
         stack.push_async_callback(journal.close)
         if settings.vmm.versions_dir:
-            (await binaries.read(settings.vmm, in_use(journal)))()
+            published = partial(published_versions, settings.paths.state)
+            (await binaries.read(settings.vmm, await in_use(journal, published)))()
         background = BackgroundTasks()
         real = open_real_host(settings, journal.records, background.start, disk, binaries)
         stack.callback(real.close)
@@ -286,7 +289,12 @@ class Worker:
             sweep=self.sweep,
             calls_hang=lambda: any(hung_calls().values()),
         )
-        self.vmm_versions = VmmVersions(real.binaries, journal, self.lease.touch)
+        self.vmm_versions = VmmVersions(
+            real.binaries,
+            journal,
+            self.lease.touch,
+            partial(published_versions, settings.paths.state),
+        )
         self.overwatch = Overwatch(host, journal, self.lanes, metrics.vmms)
         self.lanes.on_arrival = self.overwatch.yield_to
         self.recovery = Recovery(

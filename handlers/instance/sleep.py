@@ -98,7 +98,7 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
     asleep = replace(
         record,
         vmm=None,
-        vmm_version=info.vmm_version,
+        vmm_version=record.vmm_version or info.vmm_version,
         uid_slot=None,
         snapshot=number,
         consumed=False,
@@ -200,7 +200,8 @@ async def write_snapshot(
         revision=record.revision,
         vcpus=record.vcpus,
         mem_mib=record.mem_mib,
-        vmm_version=await vmm.version(),
+        # What hostd launched; the guest may control the VMM by now.
+        vmm_version=record.vmm_version or await vmm.version(),
         disk=record.disk,
         data_disk_path=host.data_disks.path(record.ref) if record.disk is not None else None,
         keep_drives=drain is not Drain.ACKNOWLEDGED,

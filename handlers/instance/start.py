@@ -1,7 +1,10 @@
 """StartInstance: from not running to a confined VMM whose guest agent answers."""
 
+import dataclasses
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
+
+from msgspec.structs import replace
 
 from handlers.admission.disk_admission import JAIL_BYTES, DiskNeed, admitted
 from handlers.cancellation import Interrupted, race, together
@@ -90,6 +93,7 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
                 await flush_conntrack(record, steps, host)
             async with launched(plan, steps, host) as vm:
                 if vm.state == "Not started":
+                    vm = await record_version(vm, host)  # noqa: PLW2901 - the same VMM
                     await configure_and_boot(vm, steps, host)
                 # Not concurrently: the guest boots meanwhile, and each would slow the other down.
                 await steps.act(
@@ -153,6 +157,17 @@ async def refuse_second_boot(record: InstanceRecord, steps: Steps, host: Host) -
             f"VMM of instance {record.ref} exited during start; not rebooted because the guest may "
             "have run"
         ).not_retryable()
+
+
+async def record_version(vm: LaunchedVmm, host: Host) -> LaunchedVmm:
+    """Journal the version that was launched, if the operator replaced Firecracker's files since
+    the reservation. The VMM is asked before a guest runs in it."""
+    version = await vm.api.version()
+    if version == vm.record.vmm_version:
+        return vm
+    record = replace(vm.record, vmm_version=version)
+    await host.records.put_instance(record)
+    return dataclasses.replace(vm, record=record)
 
 
 async def configure_and_boot(vm: LaunchedVmm, steps: Steps, host: Host) -> None:

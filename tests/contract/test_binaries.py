@@ -12,6 +12,8 @@ from msgspec.structs import replace
 
 from handlers.errors import HostFault
 from handlers.host.vmm.binaries import VmmBinaries
+from handlers.host.vmm.jailer import Jailer
+from handlers.specs import LaunchSpec
 from schemas.settings import PathSettings, Settings, VmmSettings
 from tests.guests.firecracker import BIN, FIRECRACKER, JAILER, PINNED, VERSION, relabelled
 from tests.vm.vmm_rig import need
@@ -281,3 +283,19 @@ async def test_without_the_directory_the_pair_of_the_settings_is_used_as_it_is(
     assert await binaries.version_for(None) == OLDER
     with pytest.raises(HostFault, match="is not on this host"):
         await binaries.version_for(VERSION)
+    # A launch that was admitted before takes the pair that is here.
+    assert binaries.unchanged_pair(VERSION).text == OLDER
+    spec = LaunchSpec("0123456789ab-1", 100_000, "hostd/acme/0123456789ab-1", version=VERSION)
+    arguments = Jailer(Settings(vmm=vmm), binaries).arguments(spec)
+    assert (arguments[0], arguments[4]) == (vmm.jailer, vmm.firecracker)
+
+
+async def test_with_the_directory_a_launch_takes_the_version_it_was_admitted_with(
+    tmp_path: Path,
+) -> None:
+    installed = Installed(tmp_path, OLDER, PINNED)
+    await installed.read()
+
+    assert installed.binaries.unchanged_pair(OLDER).text == OLDER
+    with pytest.raises(HostFault, match="is not on this host"):
+        installed.binaries.launch_pair("1.14.0")

@@ -18,6 +18,7 @@ from handlers.claims.facts import DiskProof, Fact
 from handlers.claims.unrecorded import TapOwner, UnrecordedVmms, VmmProcess
 from handlers.concurrency import Slots
 from handlers.errors import Conflict, Failure, HostFault, Invalid, NotFound, Unavailable
+from handlers.host.vmm.versions import parse_version, text_of
 from handlers.interfaces import Discarded, Host, Records
 from handlers.mechanism import Durability, Keyed
 from handlers.specs import (
@@ -795,7 +796,7 @@ class FakeVmmApi:
         return self.guest.state
 
     async def version(self) -> str:
-        return self.machine.reported_version or self.guest.version
+        return text_of(parse_version(self.machine.reported_version or self.guest.version))
 
     async def create_snapshot(self, state_path: str, mem_path: str) -> None:
         if self.guest.state != "Paused":

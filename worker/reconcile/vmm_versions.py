@@ -6,7 +6,7 @@ here.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import structlog
@@ -17,11 +17,14 @@ from handlers.interfaces import Host
 from handlers.specs import VersionState
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status
+from schemas.requests import InstanceRef
 from schemas.settings import VmmSettings
 from worker.journal.journal import Journal
 from worker.logs import facts_of
 
 CHECK_S: Final = 10.0
+Published = Callable[[Collection[InstanceRef]], Awaitable[Collection[str]]]
+"""The versions of other instances' published snapshots: `handlers/host/snapshot/manifest.py`."""
 
 log = structlog.get_logger()
 
@@ -43,10 +46,18 @@ class VmmVersions:
         binaries: what launches execute.
         journal: what runs and sleeps.
         changed: called when another version is in trouble, or none is any more.
+        published: by which snapshots on disk were written.
     """
 
-    def __init__(self, binaries: Binaries, journal: Journal, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        binaries: Binaries,
+        journal: Journal,
+        changed: Callable[[], None],
+        published: Published,
+    ) -> None:
         self._binaries, self._journal, self._changed = binaries, journal, changed
+        self._published = published
         self._told: dict[str, str] = {}
 
     @property
@@ -117,12 +128,17 @@ class VmmVersions:
         Raises:
             Failure: there is no version to start VMs with, or a program is none.
         """
-        return await self._binaries.read(vmm, in_use(self._journal))
+        return await self._binaries.read(vmm, await in_use(self._journal, self._published))
 
 
-def in_use(journal: Journal) -> set[str]:
-    """The versions that instances run or sleep by."""
-    return {version for version, _ in journal.records.vmm_versions()}
+async def in_use(journal: Journal, published: Published) -> set[str]:
+    """The versions that instances run or sleep by, also those that sleep without a record, as after
+    the journal was lost; "" is one that is not known, as while a record cannot be read."""
+    versions = {version for version, _ in journal.records.vmm_versions()}
+    if journal.quarantine.hides_records:
+        versions.add("")
+    known = {record.ref for record in journal.records.instances()}
+    return versions | set(await published(known))
 
 
 def reason_of(trouble: Mapping[str, str]) -> str:
@@ -137,6 +153,7 @@ async def record_version(record: InstanceRecord, host: Host, journal: Journal) -
     """Write down the version of an instance whose record is from before hostd kept it.
 
     For the instance's lane, or before the lanes start: no command may change the record meanwhile.
+    What is not a version is not written.
     """
     if record.vmm_version:
         return

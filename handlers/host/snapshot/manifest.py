@@ -7,16 +7,21 @@
 `config.ext4`, `secrets.ext4`   for a guest that had not unmounted them.
 """
 
+import glob
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import msgspec
 
-from handlers.errors import HostFault
+from handlers.errors import Failure, HostFault
 from handlers.host.linux.checksummed_json import read_sealed
+from handlers.host.linux.file_threads import run_in_thread
 from handlers.jail_names import CONFIG_DRIVE, MEMORY, SECRETS_DRIVE, STATE
 from handlers.specs import SnapshotInfo
+from schemas.decode_error import DecodeError
+from schemas.naming import parse_ref, version_text
 from schemas.records import DiskIdentity
 from schemas.requests import InstanceRef
 
@@ -116,7 +121,7 @@ class SnapshotDir:
             revision=manifest.revision,
             vcpus=manifest.vcpus,
             mem_mib=manifest.mem_mib,
-            vmm_version=manifest.vmm_version,
+            vmm_version=version_text(manifest.vmm_version),
             size_bytes=manifest.state_bytes + manifest.mem_bytes,
             kept_config=kept.get(CONFIG_DRIVE),
             kept_secrets=kept.get(SECRETS_DRIVE),
@@ -132,3 +137,26 @@ def numbers_of(base: str, ref: InstanceRef) -> list[int]:
     except FileNotFoundError:
         return []
     return sorted((int(name) for name in names if NUMBER.fullmatch(name)), reverse=True)
+
+
+async def published_versions(state: str, known: Collection[InstanceRef]) -> set[str]:
+    """The versions of Firecracker that wrote the published snapshots of other instances than
+    `known`; "" is that of a manifest that cannot be read. `state` is `[paths] state`."""
+    return await run_in_thread(_published_versions, f"{state}/snapshots", frozenset(known))
+
+
+def _published_versions(base: str, known: frozenset[InstanceRef]) -> set[str]:
+    found = set[str]()
+    for path in glob.iglob(f"*/*/*/*/{MANIFEST}", root_dir=base):
+        instance, number = os.path.split(os.path.dirname(path))
+        try:
+            ref = parse_ref(instance)
+        except DecodeError:
+            continue  # no instance of hostd's
+        if ref not in known and NUMBER.fullmatch(number):
+            directory = SnapshotDir(base, ref, int(number))
+            try:
+                found.add(directory.info(directory.manifest()).vmm_version)
+            except (Failure, OSError):
+                found.add("")
+    return found

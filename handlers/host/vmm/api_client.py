@@ -26,7 +26,7 @@ from handlers.host.vmm.api_schema import (
     refusal,
 )
 from handlers.host.vmm.http_answers import Answer, Answers, NotAnAnswer
-from handlers.host.vmm.versions import parse_version
+from handlers.host.vmm.versions import parse_version, text_of
 from handlers.jail_names import API_SOCKET
 from handlers.specs import BootConfig
 
@@ -79,10 +79,14 @@ class VmmApi:
         return info
 
     async def version(self) -> str:
-        """Read once: it does not change while the VMM lives."""
+        """E.g. `1.12.1`. Read once: it does not change while the VMM lives.
+
+        Raises:
+            HostFault: also if what the VMM says is not a version.
+        """
         if self._version is None:
             self._version = (await self._read("/version", VersionInfo)).firecracker_version
-        return self._version
+        return text_of(parse_version(self._version))
 
     async def create_snapshot(self, state_path: str, mem_path: str) -> None:
         body = SnapshotCreate("Full", state_path, mem_path)

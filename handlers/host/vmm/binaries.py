@@ -1,10 +1,10 @@
 """The pairs of firecracker and jailer that launches execute: one, or several versions side by side.
 
 Without `[vmm] versions_dir` it is the pair of `[vmm] firecracker` and `jailer`, whatever version it
-has at the moment. With it, the pairs `firecracker-vX.Y.Z` and `jailer-vX.Y.Z` of that directory.
-Each is copied to `<state>/vmm/vX.Y.Z/`, root-only, since the jailer names the jails' directory
-after the executable; the copy is what runs. So a pair whose files are removed still wakes what
-sleeps by it; one whose files change is refused until the directory is read again (SIGHUP, or a
+has at the moment of a launch. With it, the pairs `firecracker-vX.Y.Z` and `jailer-vX.Y.Z` of that
+directory. Each is copied to `<state>/vmm/vX.Y.Z/`, root-only, since the jailer names the jails'
+directory after the executable; the copy is what runs. So a pair whose files are removed still wakes
+what sleeps by it; one whose files change is refused until the directory is read again (SIGHUP, or a
 start).
 """
 
@@ -131,13 +131,21 @@ class VmmBinaries:
             )
         return found
 
+    def launch_pair(self, version: str) -> Pair:
+        """As `pair`, for a launch that was admitted with this version.
+
+        Without `versions_dir` it is the pair that is here, which the operator may have replaced
+        since: a Start takes it and records what it is; a Wake compares it before the load.
+        """
+        return self.pair(version if self._vmm.versions_dir else "")
+
     def unchanged_pair(self, version: str) -> Pair:
-        """As `pair`, for a launch. It looks at the files and blocks.
+        """As `launch_pair`. It looks at the files and blocks.
 
         Raises:
             HostFault: also if the files changed under the running worker.
         """
-        found = self.pair(version)
+        found = self.launch_pair(version)
         if (path := found.changed()) is not None:
             raise HostFault(
                 f"{path} changed while hostd runs, so Firecracker {found.text} is not launched: "
@@ -195,6 +203,7 @@ class VmmBinaries:
                     sleeping=sleeping,
                     sha256={} if pair is None else pair.sha256,
                     lacks=() if pair is None else tuple(lacks(pair.version)),
+                    one_pair=not self._vmm.versions_dir,
                 )
             )
         return found
@@ -205,7 +214,7 @@ class VmmBinaries:
         """Read what the settings name; what is returned puts it into effect, for later launches.
 
         `in_use`: versions that instances run or sleep by; "" is one that is not known. Their copies
-        are kept, though their files are gone.
+        are kept, though their files are gone; with "" all copies are.
 
         Raises:
             HostFault: there is no version that a Start may use; names each and why.

@@ -82,7 +82,7 @@ class Jailer:
         Raises:
             HostFault: the version is not on this host.
         """
-        pair = self._binaries.pair(spec.version)
+        pair = self._binaries.launch_pair(spec.version)
         return [
             pair.jailer,
             *("--id", spec.jail_id),

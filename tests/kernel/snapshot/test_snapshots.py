@@ -20,7 +20,7 @@ from handlers.errors import Exhausted, HostFault
 from handlers.host.jail.jails import Jails
 from handlers.host.linux.sparse_copy import sha256_of
 from handlers.host.snapshot import memory_file, sealer
-from handlers.host.snapshot.manifest import SnapshotDir, numbers_of
+from handlers.host.snapshot.manifest import SnapshotDir, numbers_of, published_versions
 from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.drive_images import CONFIG, SECRETS
@@ -708,3 +708,20 @@ async def test_a_disk_that_fills_up_at_any_point_of_the_seal_leaves_nothing(
             await asleep.verify()
     finally:
         subprocess.run(["umount", "-l", there], check=True)
+
+
+async def test_the_versions_of_snapshots_without_a_record_are_found(asleep: Asleep) -> None:
+    state = str(asleep.world.state)
+    asleep.facts = replace(asleep.facts, vmm_version=f"v1.17.0-{'x' * 1000}")
+    assert await published_versions(state, ()) == set()
+    await asleep.sleep()
+
+    assert await published_versions(state, ()) == {"1.17.0"}
+    assert await published_versions(state, [REF]) == set()
+    info = await asleep.snapshots.read(REF)
+    assert info is not None
+    assert info.vmm_version == "1.17.0"
+    (asleep.directory / "manifest.json").write_bytes(b"{")
+    assert await published_versions(state, ()) == {""}
+    (asleep.directory / "manifest.json").unlink()
+    assert await published_versions(state, ()) == set()

@@ -197,3 +197,32 @@ async def test_a_wake_takes_the_version_that_slept_and_a_start_the_newest(tmp_pa
             assert (await worker.run(COMMANDS[kind])).code is Code.OK
         assert worker.journal.records.vmm_versions() == {("1.16.1", "running"): 1}
         assert len(machine.warm) == pools - 1
+
+
+async def test_a_start_journals_the_version_that_was_launched(tmp_path: Path) -> None:
+    machine = seeded()
+
+    async def replaced(moment: str) -> None:
+        if moment == "before:vmm":  # the operator, after the reservation
+            machine.reported_version = "1.16.1"
+
+    async with memory_worker(tmp_path / "j", machine, failpoint=replaced) as worker:
+        await prepare(worker, "StartInstance")
+
+        assert (await worker.run(COMMANDS["StartInstance"])).code is Code.OK
+
+        assert worker.journal.records.vmm_versions() == {("1.16.1", "running"): 1}
+
+
+async def test_a_sleep_does_not_ask_the_vmm_for_its_version(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepare(worker, "SleepInstance")
+        machine.reported_version = "9.9.9"
+
+        assert (await worker.run(COMMANDS["SleepInstance"])).code is Code.OK
+
+        assert worker.journal.records.vmm_versions() == {("1.12.1", "sleeping"): 1}
+        info = await worker.host.snapshots.read(worker.record().ref)
+        assert info is not None
+        assert info.vmm_version == "1.12.1"

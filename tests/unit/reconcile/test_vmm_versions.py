@@ -1,21 +1,25 @@
 """Versions of Firecracker in use and on the host: what does not fit together is announced once."""
 
+import sqlite3
 from collections.abc import Callable, Collection, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
+from handlers.errors import HostFault
+from handlers.host.vmm.binaries import VmmBinaries
 from handlers.specs import VersionState
 from schemas import codec
 from schemas.codes import Code
-from schemas.requests import Request, SetupNetwork
-from schemas.settings import VmmSettings
-from tests.constants import NET, SLEEP, START, STOP
+from schemas.requests import InstanceRef, Request, SetupNetwork
+from schemas.settings import Settings, VmmSettings
+from tests.constants import NET, REF, SLEEP, START, STOP
 from tests.fakes.host import seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import recovery
-from worker.reconcile.vmm_versions import VmmVersions
+from worker.reconcile.vmm_versions import VmmVersions, in_use, record_version
 
 UP = SetupNetwork("acme", NET)
 ASLEEP, RUNNING = (UP, START, SLEEP), (UP, START)
@@ -51,6 +55,10 @@ class Binaries:
         return lambda: None
 
 
+async def nothing_published(known: Collection[InstanceRef]) -> Collection[str]:
+    return ()
+
+
 async def prepared(worker: MemoryWorker, requests: tuple[Request, ...]) -> None:
     for each in requests:
         assert (await worker.run(each)).code is Code.OK
@@ -70,7 +78,9 @@ async def test_a_version_in_use_that_goes_is_announced_once_and_when_it_is_back(
     async with memory_worker(tmp_path / "j", seeded()) as worker:
         await prepared(worker, requests)
         binaries, changes = Binaries(**{"1_12_1": "installed"}), list[bool]()
-        versions = VmmVersions(binaries, worker.journal, lambda: changes.append(True))
+        versions = VmmVersions(
+            binaries, worker.journal, lambda: changes.append(True), nothing_published
+        )
         await versions.check()
         assert (await told(worker), dict(versions.trouble)) == ([], {})
 
@@ -91,7 +101,7 @@ async def test_a_version_that_nothing_uses_may_go(tmp_path: Path) -> None:
     async with memory_worker(tmp_path / "j", seeded()) as worker:
         await prepared(worker, (*RUNNING, STOP))
         binaries = Binaries(**{"1_12_1": "removed", "1_13_0": "refused"})
-        versions = VmmVersions(binaries, worker.journal, lambda: None)
+        versions = VmmVersions(binaries, worker.journal, lambda: None, nothing_published)
 
         await versions.check()
 
@@ -103,9 +113,71 @@ async def test_copies_of_what_is_in_use_are_asked_for_when_files_are_read(tmp_pa
         await prepared(worker, ASLEEP)
         binaries = Binaries()
 
-        await VmmVersions(binaries, worker.journal, lambda: None).reread(VmmSettings())
+        await VmmVersions(binaries, worker.journal, lambda: None, nothing_published).reread(
+            VmmSettings()
+        )
 
         assert binaries.asked == {"1.12.1"}
+
+
+@pytest.mark.parametrize("one_pair", [False, True])
+@pytest.mark.parametrize("requests", [ASLEEP, RUNNING], ids=["sleeping", "running"])
+async def test_where_an_upgrade_replaces_the_files_running_vms_do_not_need_the_old_ones(
+    tmp_path: Path, requests: tuple[Request, ...], *, one_pair: bool
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await prepared(worker, requests)
+        counts = worker.journal.records.vmm_versions()
+        vmm = VmmSettings(versions_dir="" if one_pair else "/versions")
+
+        (here, old) = (*VmmBinaries(Settings(vmm=vmm)).states(counts),)
+
+        assert (here.state, old.version, old.state) == ("unknown", "1.12.1", "missing")
+        assert old.in_trouble == (requests is ASLEEP or not one_pair)
+
+
+async def test_what_sleeps_without_a_record_keeps_its_version(tmp_path: Path) -> None:
+    async def published(known: Collection[InstanceRef]) -> Collection[str]:
+        return {"1.15.1", "1.13.0"} if REF in known else {"1.14.0"}
+
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        assert await in_use(worker.journal, published) == {"1.14.0"}  # as when it was lost
+        await prepared(worker, ASLEEP)
+        assert await in_use(worker.journal, published) == {"1.12.1", "1.15.1", "1.13.0"}
+
+
+@pytest.mark.parametrize("table", ["instance", "network"])
+async def test_while_a_record_cannot_be_read_no_version_is_given_up(
+    tmp_path: Path, table: str
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await prepared(worker, ASLEEP)
+    with closing(sqlite3.connect(tmp_path / "j")) as file, file:
+        assert file.execute(f"UPDATE {table} SET record = X'00'").rowcount == 1
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        binaries = Binaries()
+        versions = VmmVersions(binaries, worker.journal, lambda: None, nothing_published)
+
+        await versions.reread(VmmSettings())
+
+        assert "" in binaries.asked
+
+
+@pytest.mark.parametrize("said", ["9.9.9" + "x" * 100_000, "no version", "é" * 9])
+async def test_what_a_vmm_says_of_its_version_is_written_only_if_it_is_one(
+    tmp_path: Path, said: str
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await prepared(worker, RUNNING)
+        record = replace(worker.record(), vmm_version="")
+        await worker.journal.records.put_instance(record)
+        machine.reported_version = said
+
+        with suppress(HostFault):
+            await record_version(record, worker.host, worker.journal)
+
+        assert worker.record().vmm_version == ("9.9.9" if said.startswith("9") else "")
 
 
 async def test_the_summary_has_what_an_operator_asks_for(tmp_path: Path) -> None:
@@ -113,7 +185,7 @@ async def test_the_summary_has_what_an_operator_asks_for(tmp_path: Path) -> None
         await prepared(worker, ASLEEP)
         binaries = Binaries(**{"1_12_1": "removed"})
 
-        (only,) = VmmVersions(binaries, worker.journal, lambda: None).summary()
+        (only,) = VmmVersions(binaries, worker.journal, lambda: None, nothing_published).summary()
 
         assert only == {
             "version": "1.12.1",

@@ -30,6 +30,7 @@ from handlers.host.vmm.guest_agent import GuestAgents
 from handlers.host.vmm.versions import parse_version
 from schemas import unpack
 from schemas.decode_error import DecodeError
+from schemas.naming import version_text
 from schemas.partial import decode
 from schemas.settings import PathSettings, Settings
 from tests.unit.control.control_socket import connect, control_server, request
@@ -98,6 +99,7 @@ FED = {
         "handlers/host/vmm/api_schema.py:refusal:int",
         "handlers/host/vmm/api_schema.py:refusal:msgspec.json.decode",
         "handlers/host/vmm/versions.py:parse_version:int",
+        "schemas/naming.py:version_text:int",
     ),
     "what_a_guest_replies_is_unavailable": (
         "handlers/host/vmm/guest_agent.py:_decode:msgspec.json.decode",
@@ -175,6 +177,7 @@ TRUSTED = {
     "handlers/host/net/taps.py:create_tap:int": NO_TEXT,
     "handlers/host/net/taps.py:port_flags:int": NO_TEXT,
     "handlers/host/net/taps.py:delete_neighbours:int": MATCHED,
+    "handlers/host/snapshot/manifest.py:_published_versions:int": MATCHED,
     "handlers/host/snapshot/manifest.py:numbers_of:int": MATCHED,
     "handlers/host/storage/drive_images.py:_find_inode:unpack_from": CONSTANT,
     "handlers/host/storage/drive_images.py:write:int": NO_TEXT,
@@ -400,6 +403,7 @@ def test_what_a_vmm_says_of_itself_is_bounded(data: bytes) -> None:
     for version in (text, f"1.2.{text}", f"{text}.1.2"):
         with contextlib.suppress(HostFault):
             parse_version(version)
+        assert len(version_text(version)) < 30
 
 
 @pytest.mark.parametrize("data", CORPUS)

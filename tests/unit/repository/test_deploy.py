@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 
 from schemas.settings import Settings
+from worker.reload import RELOADED
 from worker.settings import keys, load_with_origins
 from worker.supervision.watchdog import EVERY_S, FEEDS
 
@@ -73,3 +74,17 @@ def test_the_unit_has_no_mount_namespace_and_no_filter_that_vmms_would_inherit()
 
     names = [name for name, _ in directives() if name not in {"Restart", "RestartSec"}]
     assert [name for name in names if name.startswith((*prefixes, *filters))] == []
+
+
+def test_the_unit_names_all_that_a_reload_reads_again() -> None:
+    before, _, _ = UNIT.partition("ExecReload=")
+    comment = before.rpartition("\n\n")[2].rpartition("Environment=")[2]
+    names = {"log.level": "log level", "nats.url": "servers", "nats.creds": "credentials"} | {
+        "nats.tls": "CA file",
+        "vmm.version": "[vmm] version",
+        "vmm.allow_untested": "allow_untested",
+    }
+
+    assert {*RELOADED} == {*names}
+    for name in (*names.values(), "versions_dir"):
+        assert name in comment

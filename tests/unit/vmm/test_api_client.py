@@ -113,6 +113,33 @@ async def test_after_an_idle_connection_was_closed_one_call_fails_and_the_next_r
     await api.close()
 
 
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [("1.12.1", "1.12.1"), ("v1.17.0-dev", "1.17.0"), ("1.12.1" + "x" * 100_000, "1.12.1")],
+    ids=["release", "dev", "long"],
+)
+async def test_the_version_is_no_longer_than_a_version(
+    server: Server, said: str, version: str
+) -> None:
+    server.reply = http(b'{"firecracker_version": "%s"}' % said.encode())
+    api = client(server)
+
+    assert await api.version() == version
+
+    await api.close()
+
+
+async def test_what_is_not_a_version_is_a_host_fault(server: Server) -> None:
+    server.reply = http(b'{"firecracker_version": "%s"}' % (b"x" * 100_000))
+    api = client(server)
+
+    with pytest.raises(HostFault, match="invalid version of the VMM") as failure:
+        await api.version()
+
+    assert len(failure.value.message) < 200
+    await api.close()
+
+
 async def test_no_socket_is_unavailable(tmp_path: Path) -> None:
     api = VmmApi(str(tmp_path), timeout_s=1, snapshot_timeout_s=1)
 
