@@ -19,12 +19,13 @@ from worker.control.routes import Answer, Body, Route
 
 CONNECT = """
 import os, socket, sys
+os.chdir(sys.argv[1])  # as root: the directories above may be closed to others
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
 os.setresuid(65534, 65534, 65534)
 client = socket.socket(socket.AF_UNIX)
 try:
-    client.connect(sys.argv[1])
+    client.connect(sys.argv[2])
     client.sendall(b"GET /v1/state HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
     print(client.recv(100))
 except OSError as error:
@@ -92,7 +93,7 @@ async def test_curl_gets_an_answer_an_error_and_lines(run: Path) -> None:
 
 async def test_another_user_cannot_connect(run: Path) -> None:
     async with control_server(run, *ROUTES):
-        output = await output_of(sys.executable, "-c", CONNECT, f"{run}/{SOCKET}")
+        output = await output_of(sys.executable, "-c", CONNECT, str(run), SOCKET)
 
     assert output == b"PermissionError\n"
 
@@ -101,7 +102,7 @@ async def test_another_user_gets_nothing_even_if_somebody_opened_the_socket(run:
     with structlog.testing.capture_logs() as logged:
         async with control_server(run, *ROUTES):
             os.chmod(run / SOCKET, 0o666)
-            output = await output_of(sys.executable, "-c", CONNECT, f"{run}/{SOCKET}")
+            output = await output_of(sys.executable, "-c", CONNECT, str(run), SOCKET)
 
     assert output in (b"b''\n", b"BrokenPipeError\n", b"ConnectionResetError\n")
     assert [(line["event"], line["uid"]) for line in logged] == [("control.refused", 65534)]
