@@ -11,7 +11,7 @@ import gc
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +23,7 @@ import uvloop
 from handlers.admission.budgets import capacity
 from handlers.errors import Failure, of_os_error
 from handlers.host.facts import HostFacts
+from handlers.host.jail.layout import launched_versions
 from handlers.host.linux.call_threads import abandoned_calls, exhausted_kinds, hung_calls
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.lock import HostLock
@@ -32,6 +33,7 @@ from handlers.host.vmm.binaries import VmmBinaries
 from handlers.registry import HANDLERS, mechanisms
 from schemas.codes import EXIT_CODES, Code
 from schemas.envelopes import EventKind
+from schemas.requests import InstanceRef
 from schemas.settings import Settings
 from schemas.subjects import Subjects
 from worker import logs
@@ -152,8 +154,8 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
         )
         stack.push_async_callback(journal.close)
         if settings.vmm.versions_dir:
-            published = partial(published_versions, settings.paths.state)
-            (await binaries.read(settings.vmm, await in_use(journal, published)))()
+            unrecorded = partial(versions_without_record, settings)
+            (await binaries.read(settings.vmm, await in_use(journal, unrecorded)))()
         background = BackgroundTasks()
         real = open_real_host(settings, journal.records, background.start, disk, binaries)
         stack.callback(real.close)
@@ -293,7 +295,7 @@ class Worker:
             real.binaries,
             journal,
             self.lease.touch,
-            partial(published_versions, settings.paths.state),
+            partial(versions_without_record, settings),
         )
         self.overwatch = Overwatch(host, journal, self.lanes, metrics.vmms)
         self.lanes.on_arrival = self.overwatch.yield_to
@@ -526,6 +528,13 @@ class Worker:
                 await self.service.close()
         # 5. Health server, VMM watch, bus, host and journal: `_until_stopped` closes its stack.
         log.info("worker.stopped", host=self.settings.host.id)
+
+
+async def versions_without_record(settings: Settings, known: Collection[InstanceRef]) -> set[str]:
+    """The versions of Firecracker of what sleeps or runs here without being `known`, as after the
+    journal was lost; "" is one that cannot be read."""
+    launched = await run_in_thread(launched_versions, settings.jail_base, known)
+    return launched | await published_versions(settings.paths.state, known)
 
 
 async def prune(journal: Journal) -> None:

@@ -24,7 +24,7 @@ from worker.logs import facts_of
 
 CHECK_S: Final = 10.0
 Published = Callable[[Collection[InstanceRef]], Awaitable[Collection[str]]]
-"""The versions of other instances' published snapshots: `handlers/host/snapshot/manifest.py`."""
+"""The versions of what sleeps or runs of other instances: `worker.main.versions_without_record`."""
 
 log = structlog.get_logger()
 

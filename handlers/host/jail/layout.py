@@ -7,7 +7,7 @@ replace anything directly in `root/`, so the last name of a path below it is nev
 import contextlib
 import os
 import stat
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 
 import msgspec
 
@@ -111,3 +111,16 @@ def launch_of(jail_id: str) -> int:
     """The launch number in a jail ID; -1 if it has none."""
     last = jail_id.rpartition("-")[2]
     return int(last) if last.isascii() and last.isdigit() else -1
+
+
+def launched_versions(jail_base: str, known: Collection[InstanceRef]) -> set[str]:
+    """The versions of Firecracker of the jails of other instances than `known`; "" is that of one
+    whose metadata cannot be read or has none."""
+    layout = JailLayout(jail_base)
+    found = set[str]()
+    for jail_id in layout.list_ids():
+        metadata = layout.read_metadata(jail_id)
+        if metadata is None or metadata.ref not in known:
+            record = None if metadata is None else metadata.record
+            found.add("" if record is None else record.vmm_version)
+    return found

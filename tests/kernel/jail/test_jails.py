@@ -13,13 +13,14 @@ import pytest
 from handlers.errors import Conflict, Failure, HostFault, Invalid
 from handlers.host.jail import secrets_tmpfs
 from handlers.host.jail.jails import Jails
-from handlers.host.jail.layout import JailLayout, JailMetadata
+from handlers.host.jail.layout import JailLayout, JailMetadata, launched_versions
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.drive_images import CONFIG, SECRETS
 from handlers.jail_names import METADATA
 from handlers.specs import ArtifactSpec, DataDiskSpec, JailFile, JailSpec
 from schemas import naming
+from schemas.records import InstanceRecord, Status
 from tests.kernel.storage.store_host import REF, REVISION, StoreHost, make_world, write
 
 UID = 2_000_000_007
@@ -401,3 +402,17 @@ async def test_the_metadata_beside_a_jail_says_whose_it_is(ready: Ready) -> None
 async def test_a_jail_id_never_becomes_another_path(ready: Ready, key: str) -> None:
     with pytest.raises(Invalid):
         await ready.jails.remove(key)
+
+
+def test_versions_of_jails_without_a_record_are_known(tmp_path: Path) -> None:
+    layout = JailLayout(str(tmp_path))
+    record = InstanceRecord(ref=REF, status=Status.RUNNING, since_ms=1, vmm_version="1.15.0")
+    metadata = JailMetadata(ref=REF, uid=UID, launch=1, complete=True, record=record)
+    os.makedirs(layout.directory(JAIL))
+
+    unread = launched_versions(str(tmp_path), [])
+    layout.write_metadata(JAIL, metadata)
+
+    assert unread == {""}
+    assert launched_versions(str(tmp_path), []) == {"1.15.0"}
+    assert launched_versions(str(tmp_path), [REF]) == set()
