@@ -138,6 +138,7 @@ class Owned:
     interfaces: frozenset[str]
     revisions: frozenset[str]
     records: Mapping[InstanceRef, InstanceRecord]
+    known: Known
 
     def has(self, orphan: Orphan) -> bool:
         match orphan.kind:
@@ -151,8 +152,16 @@ class Owned:
                 return orphan.name in self.revisions
             case "snapshots":
                 return not self._stale(orphan.name)
+            case "temp":
+                return self._may_map(orphan)
             case _:
                 return False
+
+    def _may_map(self, orphan: Orphan) -> bool:
+        """A VM that was woken maps the memory in its snapshot, also if its jail was removed."""
+        ref = instance_of_files(orphan, self.known)
+        record = None if ref is None else self.records.get(ref)
+        return record is not None and (record.holds_host or record.before is not None)
 
     def _stale(self, name: str) -> bool:
         """A snapshot that can never be woken: the instance was launched again since.
@@ -179,6 +188,7 @@ def owned_by_records(known: Known) -> Owned:
         interfaces=frozenset(taps | {each.net.bridge_name for each in known.networks}),
         revisions=frozenset(keys | known.revisions),
         records={each.ref: each for each in known.instances},
+        known=known,
     )
 
 
@@ -197,7 +207,9 @@ class Held:
         names = {orphan.name, interface or "", last if orphan.kind == "cgroups" else ""} - {""}
         if names & self.rows:
             return "a command is unfinished, or has left it behind for the next pass"
-        if (used := names & self.vmms.keys()) or (used := self._bridge_of_a_vmm(orphan)):
+        if (used := names & self.vmms.keys()) or (
+            used := self._bridge_of_a_vmm(orphan) or self._files_of_a_vmm(orphan)
+        ):
             return f"process {self.vmms[used.pop()]}, a VMM without a record, uses it"
         if orphan.kind == "jails" and orphan.name.partition("-")[0] in self.busy:
             return "a command of its instance is unfinished"
@@ -207,6 +219,14 @@ class Held:
         if orphan.kind == "temp" and not place and self.busy:
             return "commands are unfinished"
         return ""
+
+    def _files_of_a_vmm(self, orphan: Orphan) -> set[str]:
+        """A VMM may map files of its instance's snapshots."""
+        ref = instance_of_files(orphan, self.known)
+        if ref is None:
+            return set()
+        prefix = naming.jail_id_prefix(ref)
+        return {name for name in self.vmms if name.startswith(prefix)}
 
     def _bridge_of_a_vmm(self, orphan: Orphan) -> set[str]:
         """A bridge, and its rules, are needed by the VMMs whose TAPs are of its network."""

@@ -98,7 +98,7 @@ def test_an_instance_at_rest_owns_its_artifact_alone() -> None:
 
 
 def test_all_else_is_an_orphan_that_nothing_keeps() -> None:
-    found = find_orphans(STRAY, known(LIVE))
+    found = find_orphans(STRAY, known(STOPPED))
 
     assert found == {Orphan(kind, name): "" for kind, names in each_kind(STRAY) for name in names}
 
@@ -122,6 +122,36 @@ def test_a_snapshot_that_may_be_needed_is_no_orphan(record: InstanceRecord) -> N
     snapshots = Inventory(snapshots=("acme/web/i-1/1",))
 
     assert find_orphans(snapshots, known(record)) == {}
+
+
+@pytest.mark.parametrize(
+    ("record", "owned"),
+    [
+        (replace(LIVE, snapshot=7, consumed=True), True),
+        (replace(LIVE, status=Status.UNKNOWN), True),
+        (replace(STOPPED, before=STOPPED), True),
+        (STOPPED, False),
+        (replace(LIVE, ref=OTHER), False),
+    ],
+    ids=["woken", "unknown", "command-incomplete", "at-rest", "another"],
+)
+def test_the_files_that_a_live_vm_may_map_are_no_orphans_without_its_jail(
+    record: InstanceRecord, owned: bool
+) -> None:
+    memory = "/s/snapshots/acme/web/i-1/7"
+
+    found = find_orphans(Inventory(temp=(memory,)), known(record))
+
+    assert found == ({} if owned else {Orphan("temp", memory): ""})
+
+
+def test_the_files_that_a_vmm_without_a_record_may_map_are_kept() -> None:
+    process = VmmProcess(77, 1, 2_000_000_009, STOPPED.jail_id, "x", 1)
+    memory = Inventory(temp=("/s/snapshots/acme/web/i-1/7",))
+
+    found = find_orphans(memory, known(unrecorded=[UnrecordedVmm(process, ())]))
+
+    assert ["process 77" in reason for reason in found.values()] == [True]
 
 
 @pytest.mark.parametrize("name", ["acme/web/i-1/x", "acme/web/i-1/-1", "A/web/i-1/1", "a/b/c/1/2"])
@@ -171,7 +201,7 @@ def test_what_a_vmm_without_a_record_uses_is_kept() -> None:
 
 
 def test_files_of_a_tenant_with_an_unfinished_command_are_kept() -> None:
-    found = find_orphans(STRAY, known(LIVE, busy=busy_names([REF], [])))
+    found = find_orphans(STRAY, known(STOPPED, busy=busy_names([REF], [])))
 
     held = {orphan.name for orphan, reason in found.items() if "unfinished" in reason}
     assert held == {"acme/web/r0", "acme/web/i-1/1", *STRAY.temp}
