@@ -11,6 +11,7 @@ from typing import Final, Literal
 import msgspec
 import structlog
 
+from handlers.cancellation import run_shielded
 from handlers.errors import Draining, Failure
 from schemas.envelopes import EventKind
 from schemas.requests import Request, StartInstance, WakeInstance
@@ -50,13 +51,7 @@ class DrainSwitch:
             JournalFault: nothing has changed.
         """
         drain = Drain(mode, secrets.token_hex(4), self._journal.store.now_ms())
-        await self._put(drain, msgspec.json.encode(drain).decode())
-        log.info("drain.begun", mode=mode, drain=drain.id)
-        await self._journal.records.event(
-            EventKind.DRAIN,
-            reason="the host is drained",
-            detail={"active": True, "mode": mode, "drain": drain.id},
-        )
+        await run_shielded(self._change(drain, drain))
         return drain
 
     async def end(self) -> bool:
@@ -67,14 +62,7 @@ class DrainSwitch:
         """
         if self.active is None:
             return False
-        ended = self.active
-        await self._put(None, "")
-        log.info("drain.ended", mode=ended.mode, drain=ended.id)
-        await self._journal.records.event(
-            EventKind.DRAIN,
-            reason="the drain was ended",
-            detail={"active": False, "mode": ended.mode, "drain": ended.id},
-        )
+        await run_shielded(self._change(None, self.active))
         return True
 
     def refusal(self, request: Request) -> Failure | None:
@@ -87,11 +75,20 @@ class DrainSwitch:
             detail={"mode": self.active.mode, "since_ms": self.active.since_ms},
         )
 
-    async def _put(self, drain: Drain | None, kept: str) -> None:
+    async def _change(self, active: Drain | None, subject: Drain) -> None:
+        """Commit it, let it take effect, and announce it: also if who asked for it has gone."""
+        kept = "" if active is None else msgspec.json.encode(active).decode()
         await self._journal.store.put_meta(KEY, kept)
-        self.active = drain
+        self.active = active
         for changed in self._watchers:
             changed()
+        begun = active is not None
+        log.info("drain.begun" if begun else "drain.ended", mode=subject.mode, drain=subject.id)
+        await self._journal.records.event(
+            EventKind.DRAIN,
+            reason="the host is drained" if begun else "the drain was ended",
+            detail={"active": begun, "mode": subject.mode, "drain": subject.id},
+        )
 
 
 def _read(kept: str | None) -> Drain | None:

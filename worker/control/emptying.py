@@ -8,7 +8,9 @@ one command per drain, however often the worker is restarted.
 import asyncio
 import contextlib
 import hashlib
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 import structlog
@@ -16,7 +18,15 @@ import structlog
 from schemas import codec
 from schemas.envelopes import Command, EventKind
 from schemas.records import InstanceRecord, Status
-from schemas.requests import DestroyInstance, Error, InstanceRef, SleepInstance, StopInstance
+from schemas.requests import (
+    DestroyInstance,
+    Error,
+    InstanceRef,
+    SleepInstance,
+    StartInstance,
+    StopInstance,
+    WakeInstance,
+)
 from schemas.subjects import Lane
 from worker.control.draining import Drain, DrainSwitch
 from worker.journal.admission import Verdict
@@ -108,29 +118,51 @@ class Emptying:
         return counts["in_use"] <= counts["failed"] + counts["unknown"]
 
     def counts(self) -> dict[str, int]:
-        """`in_use`: instances that have, or may have, a VMM; of them the drain's, by outcome."""
-        statuses = self._journal.records.statuses()
+        """`in_use`: instances that have, may have, or are about to have a VMM; of them the drain's,
+        by outcome. `unknown`: those that did not fail.
+        """
+        statuses, failed = self._journal.records.statuses(), self._progress.failed
+        in_use = sum(count for status, count in statuses.items() if status.holds_tap)
         return {
-            "in_use": sum(count for status, count in statuses.items() if status.holds_tap),
+            "in_use": in_use + len(self._about_to_start()),
             "in_progress": len(self._progress.sent),
             "done": self._progress.done,
-            "failed": len(self._progress.failed),
-            "unknown": statuses.get(Status.UNKNOWN, 0),
+            "failed": len(failed),
+            "unknown": statuses.get(Status.UNKNOWN, 0) - self._count(failed, (Status.UNKNOWN,)),
+        }
+
+    def _count(self, refs: Iterable[InstanceRef], statuses: Container[Status]) -> int:
+        """How many of the instances have one of the statuses now."""
+        records = map(self._journal.records.instance, refs)
+        return sum(record is not None and record.status in statuses for record in records)
+
+    def _about_to_start(self) -> dict[InstanceRef, Status]:
+        """Instances whose Start or Wake has begun, and is completed, but has no reservation yet."""
+        return {
+            row.lane.ref: Status.STARTING if isinstance(request, StartInstance) else Status.WAKING
+            for row in self._journal.commands.unfinished()
+            if row.attempts
+            and isinstance(request := row.command.request, StartInstance | WakeInstance)
+            and row.lane.ref is not None
+            and not self._in_use(row.lane.ref)
         }
 
     def left(self, limit: int) -> list[dict[str, object]]:
         """The instances that are still in use, with why, as far as the drain knows."""
         found: list[dict[str, object]] = []
-        for record in self._journal.records.instances():
-            if not record.status.holds_tap or len(found) == limit:
-                continue
+        in_use = {
+            record.ref: record.status
+            for record in self._journal.records.instances()
+            if record.status.holds_tap
+        }
+        for ref, status in islice((in_use | self._about_to_start()).items(), limit):
             facts: dict[str, object] = {
-                "tenant_id": record.ref.tenant_id,
-                "pool_id": record.ref.pool_id,
-                "instance_id": record.ref.instance_id,
-                "status": str(record.status),
+                "tenant_id": ref.tenant_id,
+                "pool_id": ref.pool_id,
+                "instance_id": ref.instance_id,
+                "status": str(status),
             }
-            if failed := self._progress.failed.get(record.ref):
+            if failed := self._progress.failed.get(ref):
                 facts |= {
                     "command_id": failed.command_id,
                     "code": failed.code,
@@ -162,7 +194,7 @@ class Emptying:
         await self._settle()
         wanted = STOPPED if drain.mode == "stop" else SLEPT
         statuses = self._journal.records.statuses()
-        known = len(self._progress.sent) + len(self._progress.failed)
+        known = self._count([*self._progress.sent, *self._progress.failed], wanted)
         if sum(statuses.get(status, 0) for status in wanted) <= known:
             return
         for record in self._journal.records.instances():

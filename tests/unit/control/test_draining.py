@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from handlers.errors import Conflict, HostFault, Invalid
 from schemas import codec
@@ -175,6 +176,37 @@ async def test_a_drain_that_cannot_be_committed_is_not_in_effect(tmp_path: Path)
         assert worker.drain.active is None
 
 
+@pytest.mark.parametrize("active", [True, False])
+async def test_a_change_that_is_committed_takes_effect_though_its_sender_has_gone(
+    tmp_path: Path, active: bool
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        if not active:
+            await worker.drain.begin("wait")
+        committed, goes_on, put_meta = (
+            asyncio.Event(),
+            asyncio.Event(),
+            worker.journal.store.put_meta,
+        )
+
+        async def slow(key: str, value: str) -> None:
+            await put_meta(key, value)
+            committed.set()
+            await goes_on.wait()
+
+        worker.journal.store.put_meta = slow  # type: ignore[method-assign]
+        change = worker.drain.begin("wait") if active else worker.drain.end()
+        asking = asyncio.create_task(change)
+        await committed.wait()
+        asking.cancel()
+        goes_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+        assert (worker.drain.active is not None) == active
+        assert (await drain_events(worker))[-1].detail["active"] is active
+
+
 # -- what is emptied -------------------------------------------------------------------------------
 
 
@@ -291,6 +323,88 @@ async def test_a_senders_own_stop_supersedes_the_drains_sleep(tmp_path: Path) ->
 
             assert (await worker.reply(command_id_of(drain, REF))).code is Code.SUPERSEDED
             assert (emptying.counts()["failed"], emptying.counts()["in_use"]) == (0, 0)
+
+
+async def test_a_slow_guest_does_not_hold_up_an_instance_that_starts_running(
+    tmp_path: Path,
+) -> None:
+    """A Start that had begun before the drain, and ends while another guest is being drained."""
+    at_step, goes_on = asyncio.Event(), asyncio.Event()
+    held = False
+
+    async def failpoint(moment: str) -> None:
+        if held and moment == "before:cgroup":
+            at_step.set()
+            await goes_on.wait()
+
+    machine = machine_of(2)
+    gate = machine.gates["drain_guest"] = Gate()
+    async with memory_worker(tmp_path / "j", machine, failpoint=failpoint) as worker:
+        await start_all(worker, 1)
+        held = True
+        late = REFS[1]
+        start = await worker.send(StartInstance(late.tenant_id, late.pool_id, late.instance_id))
+        await at_step.wait()
+        async with emptying_of(worker) as emptying:
+            drain = await worker.drain.begin("sleep")
+            await gate.reached.wait()
+            goes_on.set()
+            async with asyncio.timeout(20):
+                while not worker.journal.commands.is_unfinished(command_id_of(drain, late)):
+                    await emptying.wait_look(emptying.looks, 10)
+            gate.opened.set()
+            await finished(emptying)
+
+        assert (await worker.reply(start)).code is Code.OK
+        assert {record.status for record in worker.journal.records.instances()} == {Status.SLEEPING}
+
+
+async def test_an_unknown_instance_whose_command_failed_is_counted_once(tmp_path: Path) -> None:
+    machine = machine_of(2)
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await start_all(worker, 2)
+        machine.fail["pause"] = HostFault("stuck")
+        async with emptying_of(worker) as emptying:
+            await worker.drain.begin("sleep")
+            await finished(emptying)
+            assert emptying.counts()["failed"] == 2
+            await worker.journal.records.put_instance(
+                replace(worker.record(), status=Status.UNKNOWN)
+            )
+
+            counts = emptying.counts()
+
+    assert (counts["in_use"], counts["failed"], counts["unknown"]) == (2, 2, 0)
+
+
+async def test_a_start_that_has_begun_is_in_use_before_it_has_a_reservation(
+    tmp_path: Path,
+) -> None:
+    first, goes_on = asyncio.Event(), asyncio.Event()
+    armed = False
+
+    async def failpoint(moment: str) -> None:
+        if armed and not first.is_set():
+            first.set()
+            await goes_on.wait()
+
+    async with memory_worker(tmp_path / "j", machine_of(1), failpoint=failpoint) as worker:
+        await worker.run(UP)
+        armed = True
+        start = await worker.send(START)
+        await first.wait()
+        assert worker.journal.records.instance(REF) is None
+        async with emptying_of(worker) as emptying:
+            _, result = await drained(worker, emptying, mode="wait", timeout_s=0)
+            await begun(worker, emptying)
+            assert not emptying.ended
+        goes_on.set()
+
+        assert (await worker.reply(start)).code is Code.OK
+        assert (result["empty"], result["in_use"]) == (False, 1)
+        assert [(each["instance_id"], each["status"]) for each in result["left"]] == [
+            ("i-1", "starting")
+        ]
 
 
 async def test_a_full_lane_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
