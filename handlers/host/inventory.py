@@ -15,6 +15,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import msgspec
 
@@ -35,6 +36,15 @@ DRIVE = ".ext4"
 # The names of files that hostd writes and then renames.
 TEMPORARY_SUFFIXES = (".part", ".tmp")
 TEMPORARY_OF_AGENTD_FILE = re.compile(r"\..+\.hostd")
+AGENTD_FILES_MAX = 1_000
+# The directories in which hostd replaces a file, below `tenants/`.
+AGENTD_LAYOUT = (
+    naming.ID_PATTERN,
+    re.compile("pools"),
+    naming.ID_PATTERN,
+    re.compile("instances"),
+    naming.ID_PATTERN,
+)
 
 
 class Inventory(msgspec.Struct, frozen=True):
@@ -227,8 +237,28 @@ def _temp(settings: Settings) -> Iterator[str]:
             yield from (f"{path}/{name}" for name in names if _temporary(name))
             yield from (f"{path}/{name}" for name in directories if _temporary(name))
             directories[:] = [name for name in directories if not _temporary(name)]
-    for path, _, names in _walk(f"{data}/tenants"):
-        yield from (f"{path}/{name}" for name in names if TEMPORARY_OF_AGENTD_FILE.fullmatch(name))
+    yield from islice(_temporary_of_agentd(f"{data}/tenants"), AGENTD_FILES_MAX)
+
+
+def _temporary_of_agentd(directory: str, depth: int = 0) -> Iterator[str]:
+    """What hostd left in agentd's directories: no deeper than `<t>/pools/<p>/instances/<i>/`.
+
+    agentd may put anything there: what hostd cannot have made, or cannot be read, is left out.
+    """
+    try:
+        with os.scandir(directory) as found:
+            entries = [
+                (entry.path, entry.name, entry.is_dir(follow_symlinks=False)) for entry in found
+            ]
+    except OSError:
+        return
+    for path, name, is_directory in entries:
+        if not name.isprintable():
+            continue
+        if is_directory and depth < len(AGENTD_LAYOUT) and AGENTD_LAYOUT[depth].fullmatch(name):
+            yield from _temporary_of_agentd(path, depth + 1)
+        elif depth and not is_directory and TEMPORARY_OF_AGENTD_FILE.fullmatch(name):
+            yield path
 
 
 def _temporary(path: str) -> bool:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from handlers.claims.orphan import Orphan
-from handlers.errors import Conflict, Invalid
+from handlers.errors import Conflict, Invalid, NotFound
 from handlers.host.jail.jails import Jails
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.rmtree import remove_path
@@ -61,10 +61,10 @@ class OrphanRemoval:
         return frozenset(self._by_kind)
 
     async def remove(self, orphan: Orphan) -> None:
-        """Remove it; success if it is absent.
+        """Remove it; success if it is absent, but for a temporary file.
 
         Raises:
-            Conflict: something uses it, or may; it is as it was.
+            Conflict: something uses it, or may, or the temporary file is gone; all is as it was.
             Failure: it could not be removed.
         """
         if orphan.kind not in self._by_kind:
@@ -84,8 +84,9 @@ class OrphanRemoval:
         snapshots = f"{self._paths.state}/snapshots/"
         name = path.removeprefix(snapshots)
         if path.startswith(snapshots) and SNAPSHOT.fullmatch(name):
-            changed = await run_in_thread(newest_change_s, path)
-            refuse_recent(path, changed or 0.0)
+            if not all(map(naming.ID_PATTERN.fullmatch, name.split("/")[:3])):
+                raise Conflict(f"{path} is not named as hostd names its snapshots: look at it")
+            refuse_recent(path, await run_in_thread(newest_change_s, path))
             await self._remove_snapshot(name)  # the guest's memory in it is discarded
         else:
             await run_in_thread(self._remove_file, path)
@@ -93,28 +94,28 @@ class OrphanRemoval:
     def _remove_file(self, path: str) -> None:
         shared = split_tenant_path(self._paths.data, path)
         if shared is not None:
-            # agentd's directory: by descriptor, without following what it may put there.
-            tenant_id, below = shared
-            directory, _, name = below.rpartition("/")
-            with (
-                open_tenant(self._paths.data, tenant_id) as tenant,
-                tenant.directory(directory) as at,
-            ):
-                found = at.stat(name)
-                if found is not None:
-                    refuse_recent(path, max(found.st_mtime, found.st_ctime))
-                    at.unlink(name)
+            self._remove_shared(path, *shared)
             return
         if not path.startswith(f"{self._paths.state}/") or ".." in path.split("/"):
             raise Invalid(f"{path} is not below {self._paths.state}")
-        newest = newest_change_s(path)
-        if newest is None:
-            return
-        refuse_recent(path, newest)
+        refuse_recent(path, newest_change_s(path))
         if os.path.isdir(path) and not os.path.islink(path):
             remove_path(path)
         else:
             os.unlink(path)
+
+    def _remove_shared(self, path: str, tenant_id: str, below: str) -> None:
+        """In agentd's directory: by descriptor, without following what it may put there."""
+        directory, _, name = below.rpartition("/")
+        try:
+            tenant = open_tenant(self._paths.data, tenant_id)
+            with tenant, tenant.directory(directory) as at:
+                found = at.stat(name)
+                newest = None if found is None else max(found.st_mtime, found.st_ctime)
+                refuse_recent(path, newest)
+                at.unlink(name)
+        except NotFound as error:
+            raise Conflict(f"{path} is not there any more") from error
 
 
 def newest_change_s(path: str) -> float | None:
@@ -136,6 +137,9 @@ def newest_change_s(path: str) -> float | None:
     return max(times)
 
 
-def refuse_recent(path: str, changed_s: float) -> None:
+def refuse_recent(path: str, changed_s: float | None) -> None:
+    """Raises Conflict, also if it is gone: nothing is to be removed."""
+    if changed_s is None:
+        raise Conflict(f"{path} is not there any more")
     if time.time() - changed_s < QUIET_S:
         raise Conflict(f"{path} changed within the last {QUIET_S:g} s")

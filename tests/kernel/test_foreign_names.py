@@ -1,14 +1,16 @@
 """What somebody else puts into hostd's directories is seen or left out, and is fatal to nothing."""
 
 import asyncio
+import contextlib
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from handlers.host.inventory import Inventory, collect
+from handlers.host.inventory import AGENTD_FILES_MAX, Inventory, collect
 from handlers.host.jail.layout import JailLayout
 from handlers.host.jail.logs import JailLogs
 from handlers.host.jail.warm_jails import WarmLayout
@@ -117,6 +119,68 @@ async def test_foreign_names_are_fatal_to_no_listing(
     assert logs.bound() == 0
     disk = DiskSpace(state=state, reserve_mib=1)
     assert (await disk.usage("acme")).total_bytes >= 0
+
+
+def collected(settings: Settings) -> Inventory:
+    namespace = Namespace()
+    try:
+        return collect(settings, enter=namespace.enter)
+    finally:
+        namespace.close()
+
+
+def test_nothing_below_agentds_directories_makes_the_inventory_fail(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """1,200 directories in each other: deeper than Python recurses, longer than a path may be."""
+    for place in ("tenants/acme", "tenants/acme/pools/web/instances/i-1"):
+        (tmp_path / "data" / place).mkdir(parents=True, exist_ok=True)
+        at = os.open(tmp_path / "data" / place, os.O_RDONLY)
+        for _ in range(1200):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir("pools", dir_fd=at)
+            inner = os.open("pools", os.O_RDONLY, dir_fd=at)
+            os.close(at)
+            at = inner
+        os.close(at)
+    left = tmp_path / "data/tenants/acme/pools/web/instances/i-1/.instance.json.hostd"
+    left.touch()
+    try:
+        assert collected(settings).temp == (str(left),)
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "data"], check=True)
+
+
+def test_names_below_agentds_directories_that_hostd_cannot_have_made_are_left_out(
+    settings: Settings, tmp_path: Path
+) -> None:
+    instance = tmp_path / "data/tenants/acme/pools/web/instances/i-1"
+    for directory in (
+        instance / ".directory.hostd",
+        instance / "volumes",
+        tmp_path / "data/tenants/Acme",
+        tmp_path / "data/tenants/acme/pools/we\nb",
+        tmp_path / "data/tenants/acme/other",
+    ):
+        directory.mkdir(parents=True)
+        (directory / ".x.hostd").touch()
+    for name in (b".\xff.hostd", b".\x1b[2J.hostd", b".a\nb.hostd"):
+        Path(os.fsdecode(os.fsencode(instance) + b"/" + name)).touch()
+    left = instance / ".instance.json.hostd"
+    left.touch()
+
+    assert collected(settings).temp == (str(left),)
+
+
+def test_of_agentds_files_no_more_than_a_thousand_are_listed(
+    settings: Settings, tmp_path: Path
+) -> None:
+    instance = tmp_path / "data/tenants/acme/pools/web/instances/i-1"
+    instance.mkdir(parents=True)
+    for n in range(AGENTD_FILES_MAX + 1):
+        (instance / f".{n}.hostd").touch()
+
+    assert len(collected(settings).temp) == AGENTD_FILES_MAX
 
 
 def test_foreign_cgroups_are_no_instances(settings: Settings) -> None:

@@ -281,10 +281,27 @@ async def test_temporary_files_are_removed_once_they_are_not_written_any_more(
     monkeypatch.setattr(time, "time", lambda: later)
     for name in before:
         await desk.remove("temp", name)
-        await desk.remove("temp", name)
+        with pytest.raises(Conflict, match="not there any more"):  # that is no removal
+            await desk.remove("temp", name)
 
     assert (await desk.inventory()).temp == ()
     assert (instance / "instance.json").exists()
+
+
+async def test_a_directory_that_is_not_named_as_a_snapshot_of_hostds_is_kept(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = desk.state / "snapshots/Acme/web/i-1/2"
+    foreign.mkdir(parents=True)
+    later = time.time() + QUIET_S + 1
+    monkeypatch.setattr(time, "time", lambda: later)
+
+    with pytest.raises(Conflict, match="is not named"):
+        await desk.remove("temp", str(foreign))
+
+    gone = f"{desk.settings.paths.data}/tenants/acme/pools/gone/.x.hostd"
+    with pytest.raises(Conflict, match="not there any more"):
+        await desk.remove("temp", gone)
 
 
 @pytest.mark.parametrize(

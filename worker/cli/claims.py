@@ -7,7 +7,14 @@ import click
 
 from schemas.requests import InstanceRef
 from worker.cli.commands import instance_arguments
-from worker.cli.context import config_option, json_option, print_json, progress, settings_of
+from worker.cli.context import (
+    config_option,
+    json_option,
+    print_json,
+    printable,
+    progress,
+    settings_of,
+)
 from worker.cli.control_client import ControlClient
 
 DONE: Final = {"adopt": "adopted", "release": "released"}
@@ -57,10 +64,10 @@ def sweep(dry_run: bool, config: str | None, as_json: bool) -> None:
         return
     orphans: list[dict[str, Any]] = answer["orphans"]
     for each in orphans:
-        click.echo(
+        text = (
             f"{each['state']:<8} {each['kind']:<10} {each['name']}  (seen for {each['seen_s']} s)"
-            + (f": {each['reason']}" if each["reason"] else "")
         )
+        click.echo(printable(text + (f": {each['reason']}" if each["reason"] else "")))
     if not orphans:
         click.echo("no orphans")
 

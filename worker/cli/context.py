@@ -172,6 +172,11 @@ def _plain(value: object) -> str:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
+def printable(text: str) -> str:
+    """On a terminal: a name that another program gave must not steer it, nor begin a line."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def progress(text: str) -> None:
     """A progress line. On stderr: stdout carries the result only."""
     click.echo(text, err=True)

@@ -10,7 +10,14 @@ from handlers.host.inventory import collect
 from handlers.host.jail.jails import Jails
 from schemas.requests import InstanceRef
 from worker.cli.commands import instance_arguments
-from worker.cli.context import CliError, config_option, json_option, print_json, settings_of
+from worker.cli.context import (
+    CliError,
+    config_option,
+    json_option,
+    print_json,
+    printable,
+    settings_of,
+)
 
 
 @click.command()
@@ -72,4 +79,4 @@ def inventory(names: bool, config: str | None, as_json: bool) -> None:
     for kind, count in owned.counts.items():
         click.echo(f"{kind:<10} {count:>6}")
         for name in getattr(owned, kind) if names else ():
-            click.echo(f"  {name}")
+            click.echo(f"  {printable(name)}")

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import structlog
 
 from handlers.claims.orphan import Orphan
-from handlers.errors import Conflict, Failure
+from handlers.errors import Conflict
 from handlers.interfaces import Host
-from handlers.specs import ArtifactSpec
+from handlers.specs import ArtifactSpec, SnapshotKey
 from schemas import naming
 from schemas.envelopes import EventKind
 from schemas.requests import InstanceRef
@@ -123,6 +123,7 @@ class Sweep:
         self._settings = host.settings.sweep
         self._seen: dict[Orphan, Sighting] = {}
         self._revisions: frozenset[str] = frozenset()
+        self._unreadable: set[str] = set()
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[list[Swept]]] = set()
         self._resumed = False
@@ -229,16 +230,36 @@ class Sweep:
         if all(records.refers(key) for key in inventory.artifacts):
             return frozenset()
         for name in inventory.snapshots:
-            key = snapshot_key(name)
-            info = None if key is None else await self._host.snapshots.read(key.ref)
-            if key is not None and info is not None:
-                found.add(ArtifactSpec(key.ref.tenant_id, key.ref.pool_id, info.revision).key)
+            if (key := snapshot_key(name)) is not None:
+                pool = f"{key.ref.tenant_id}/{key.ref.pool_id}/"
+                found |= await self._needed(name, self._of_snapshot(key), inventory, pool)
         for jail_id in inventory.jails:
-            metadata = await self._host.jails.metadata(jail_id)
-            record = None if metadata is None else metadata.record
-            if record is not None and (revision := ArtifactSpec.key_of(record)) is not None:
-                found.add(revision)
+            found |= await self._needed(jail_id, self._of_jail(jail_id), inventory, "")
         return frozenset(found)
+
+    async def _needed(
+        self, name: str, needed: Awaitable[str | None], inventory: Inventory, prefix: str
+    ) -> set[str]:
+        """What one needs; if it cannot be read, each revision whose key begins with `prefix`."""
+        try:
+            key = await needed
+        except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+            if name not in self._unreadable:
+                log.warning("sweep.unreadable", name=name, **facts_of(error))
+            self._unreadable.add(name)
+            return {each for each in inventory.artifacts if each.startswith(prefix)}
+        return set() if key is None else {key}
+
+    async def _of_snapshot(self, key: SnapshotKey) -> str | None:
+        info = await self._host.snapshots.read(key.ref)
+        if info is None:
+            return None
+        return ArtifactSpec(key.ref.tenant_id, key.ref.pool_id, info.revision).key
+
+    async def _of_jail(self, jail_id: str) -> str | None:
+        metadata = await self._host.jails.metadata(jail_id)
+        record = None if metadata is None else metadata.record
+        return None if record is None else ArtifactSpec.key_of(record)
 
     # -- removing ------------------------------------------------------------------------------
 
@@ -290,8 +311,8 @@ class Sweep:
             result, reason = audit.KEPT, "the lane of its instance is busy"
         except Conflict as failure:
             result, reason = audit.KEPT, failure.message
-        except (Failure, OSError) as error:
-            result, reason = audit.FAILED, str(facts_of(error).get("reason", error))
+        except Exception as error:  # noqa: BLE001 - logged; the rest goes on
+            result, reason = audit.FAILED, str(error) or repr(error)
             log.warning(
                 "orphan.remove_failed", kind=orphan.kind, name=orphan.name, **facts_of(error)
             )

@@ -115,6 +115,16 @@ async def test_a_sweep_reports_what_waits_and_removes_what_was_seen_twice(tmp_pa
         assert none.stdout == "no orphans\n"
 
 
+async def test_a_name_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    async with served(tmp_path, seeded()) as (_, made):
+        made.inventory = FakeInventory(temp=["/s/\x1b[2J\n.x.part"])
+
+        swept = await hostd(tmp_path, "sweep")
+
+    assert " /s/\\x1b[2J\\n.x.part  (seen" in swept.stdout
+    assert swept.stdout.count("\n") == 1
+
+
 @pytest.mark.parametrize("args", [("adopt", *NAMES), ("release", *NAMES), ("sweep",)])
 async def test_while_the_worker_recovers_nothing_is_changed(
     tmp_path: Path, args: tuple[str, ...]

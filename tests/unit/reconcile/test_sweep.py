@@ -10,8 +10,9 @@ from handlers.clock import now_ms
 from handlers.errors import HostFault
 from schemas import codec, naming
 from schemas.codes import Code
+from schemas.decode_error import DecodeError
 from schemas.envelopes import Event
-from schemas.requests import Request, SetupNetwork
+from schemas.requests import InstanceRef, Request, SetupNetwork
 from schemas.settings import SweepSettings
 from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, Gate, seeded
@@ -181,6 +182,78 @@ async def test_a_removal_that_fails_is_reported_and_costs_the_budget(tmp_path: P
         (event,) = await events(worker, "removed")
         assert (event.detail["result"], event.reason) == ("failed", "the kernel refuses")
         assert await worker.journal.audit.spent_within(HOUR_MS) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("a bug"), DecodeError("$.t", "a foreign name"), OSError(5)]
+)
+async def test_whatever_fails_at_one_orphan_the_others_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        made = reconciled(worker)
+        made.inventory = FakeInventory(jails=JAILS[:2])
+        remove = made.removal.remove
+
+        async def fail_one(orphan: Orphan) -> None:
+            if orphan.name == JAILS[0]:
+                raise error
+            await remove(orphan)
+
+        monkeypatch.setattr(made.removal, "remove", fail_one)
+        await made.sweep.once()
+        await passes(made, SIGHTINGS_S + GRACE_S)
+
+        results = [event.detail["result"] for event in await events(worker, "removed")]
+        assert (made.removal.removed, results) == (
+            [Orphan("jails", JAILS[1])],
+            ["failed", "removed"],
+        )
+        assert await worker.journal.audit.close_cut_off() == 0
+
+
+@pytest.mark.parametrize("error", [HostFault("damaged"), KeyError("a bug")])
+async def test_a_snapshot_that_cannot_be_read_keeps_the_revisions_of_its_pool_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        made = reconciled(worker)
+        made.inventory = FakeInventory(
+            jails=JAILS[:1],
+            snapshots=["acme/web/i-7/1"],
+            artifacts=["acme/other/r1", "acme/web/r1", "acme/web/r2"],
+        )
+
+        async def fail(ref: InstanceRef) -> None:
+            raise error
+
+        monkeypatch.setattr(worker.host.snapshots, "read", fail)
+        await made.sweep.once()
+        await passes(made, SIGHTINGS_S + GRACE_S)
+
+        assert made.removal.removed == [
+            Orphan("jails", JAILS[0]),
+            Orphan("artifacts", "acme/other/r1"),
+        ]
+
+
+async def test_a_jail_that_cannot_be_read_keeps_all_revisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        made = reconciled(worker)
+        made.inventory = FakeInventory(
+            jails=JAILS[:1], taps=["tn4i9"], artifacts=["acme/web/r1", "umbra/web/r1"]
+        )
+
+        async def fail(jail_id: str) -> None:
+            raise HostFault("damaged")
+
+        monkeypatch.setattr(worker.host.jails, "metadata", fail)
+        await made.sweep.once()
+        await passes(made, SIGHTINGS_S + GRACE_S)
+
+        assert made.removal.removed == [Orphan("taps", "tn4i9")]
 
 
 async def test_a_removal_that_a_kill_cut_off_is_reported_by_the_next_worker(
