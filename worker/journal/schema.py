@@ -246,7 +246,7 @@ def _mend_meta(connection: sqlite3.Connection) -> None:
 
 def _mend_numbers(connection: sqlite3.Connection) -> None:
     """Move rows away from the end of the numbers: SQLite would number what follows at random."""
-    for table in ("command", "step", "outbox"):
+    for table in ("command", "step", "outbox", "audit"):
         connection.execute(f"UPDATE OR IGNORE {table} SET n = -(n / 1024) WHERE n >= {1 << 53}")  # noqa: S608
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from handlers.claims.orphan import Orphan
+from handlers.clock import now_ms
 from handlers.mechanism import Durability, StepIntent
 from schemas import codec
 from schemas.codes import Code
@@ -27,6 +29,8 @@ from tests.fakes.host import FakeHost, instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import reconciled, recovery
 from worker.journal import schema
+from worker.journal.audit import FAILED, JournalAudit
+from worker.reconcile.sweep import HOUR_MS
 
 REF = InstanceRef("acme", "web", "odd")
 ODD = StartInstance("acme", "web", "odd")
@@ -76,13 +80,14 @@ ODD_ROW: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "announced": ("lane = 'network.odd'", {"lane": "'network.odd-K'"}),
     "outbox": ("msg_id = 'odd-command'", {"n": "1000 + K"}),
+    "audit": ("name = 'odd'", {"n": "NULL", "name": "'odd-K'"}),
     "state": ("key LIKE '%network.odd'", {"key": "'h1.network.odd-K'"}),
 }
 
 
 def columns() -> Iterator[tuple[str, str]]:
     with closing(sqlite3.connect(":memory:")) as connection:
-        connection.executescript(schema.TABLES + schema.RETRIES)
+        connection.executescript(schema.TABLES + schema.RETRIES + schema.INDEXES)
         for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
             for row in connection.execute(f"PRAGMA table_info({table})"):
                 yield table, row[1]
@@ -128,6 +133,10 @@ def add_rest(path: Path) -> None:
         file.execute(
             "INSERT INTO tombstone VALUES ('acme', 'web', 'odd', ?)",
             (msgspec.json.encode(tombstone),),
+        )
+        file.execute(
+            "INSERT INTO audit (at_ms, actor, kind, name) VALUES (?, 'sweep', 'jails', 'odd')",
+            (now_ms(),),
         )
         file.execute("DELETE FROM outbox")
         file.execute("INSERT INTO outbox VALUES (900, 'reply', 's', 'odd-command', X'7b7d', X'80')")
@@ -181,6 +190,18 @@ async def everything_else_goes_on(worker: MemoryWorker) -> None:
     assert await worker.journal.commands.prune() >= 0
     await worker.journal.outbox.rewrite_state()
     assert not worker.journal.commands.unfinished()
+    await the_audit_goes_on(worker.journal.audit)
+
+
+async def the_audit_goes_on(audit: JournalAudit) -> None:
+    """Every row has a result, and what is removed from now on counts."""
+    assert await audit.close_cut_off() == 0
+    before = await audit.spent_within(HOUR_MS)
+    number = await audit.begin(Orphan("jails", "next"), "sweep")
+    await audit.end(number, Orphan("jails", "next"), "sweep", FAILED, "a reason")
+    await audit.begin(Orphan("jails", "cut off"), "sweep")
+    assert await audit.spent_within(HOUR_MS) == before + 2
+    assert await audit.close_cut_off() == 1
 
 
 async def test_corrupted_rows_are_named_and_stop_nothing_else(
@@ -192,13 +213,13 @@ async def test_corrupted_rows_are_named_and_stop_nothing_else(
 
     async with memory_worker(path, machine) as worker:
         named = worker.journal.quarantine.counts()
-        assert named.keys() == ODD_ROW.keys()
+        assert named.keys() == ODD_ROW.keys() - {"audit"}  # that has no lane to keep from anything
         assert len(worker.journal.quarantine.rows()) == sum(named.values())
         await everything_else_goes_on(worker)
         assert worker.journal.quarantine.counts() == named
 
     with closing(sqlite3.connect(path)) as file:
-        for table in ODD_ROW.keys() - {"joiner", "retry"}:  # these go with their command
+        for table in named.keys() - {"joiner", "retry"}:  # these go with their command
             (left,) = file.execute(f"SELECT count(*) FROM {table}").fetchone()
             assert left >= named[table]
         answered = file.execute("SELECT count(*) FROM command WHERE code = 'internal'")
@@ -323,3 +344,16 @@ async def test_a_step_of_an_unknown_mechanism_and_each_row_once_are_listed_and_a
         ]
     told = [event for event in events if event.kind is EventKind.QUARANTINED]
     assert [event.detail["key"] for event in told] == ["acme/web/odd"]
+
+
+@pytest.mark.parametrize("value", ["X'c1ff00'", "'a word'", str((1 << 63) - 1)])
+async def test_a_damaged_time_of_a_removal_is_not_spent_for_ever(
+    prepared: tuple[Path, FakeHost], tmp_path: Path, value: str
+) -> None:
+    path, machine = tmp_path / "j", copy.deepcopy(prepared[1])
+    shutil.copy(prepared[0], path)
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute(f"UPDATE audit SET at_ms = {value}")
+
+    async with memory_worker(path, machine) as worker:
+        assert await worker.journal.audit.spent_within(HOUR_MS) == 0
