@@ -83,7 +83,10 @@ class DrainSwitch:
         for changed in self._watchers:
             changed()
         begun = active is not None
-        log.info("drain.begun" if begun else "drain.ended", mode=subject.mode, drain=subject.id)
+        if begun:
+            log.info("drain.begun", mode=subject.mode, drain=subject.id)
+        else:
+            log.info("drain.ended", mode=subject.mode, drain=subject.id)
         await self._journal.records.event(
             EventKind.DRAIN,
             reason="the host is drained" if begun else "the drain was ended",
