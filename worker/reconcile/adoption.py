@@ -131,8 +131,13 @@ class Adoption:
         await self._journal.records.put_instance(record, reason=reason, durable=True)
 
     async def _put_network(self, record: InstanceRecord) -> None:
-        """Record the tenant's network too, so that it is kept in its desired state."""
+        """Record the tenant's network too, so that it is kept in its desired state.
+
+        Not over a row that cannot be read: another version can.
+        """
         tenant_id = record.ref.tenant_id
+        if self._journal.quarantine.holds(Lane.network(tenant_id)):
+            return
         if record.net is not None and self._journal.records.network(tenant_id) is None:
             now_ms = self._host.facts.now_ms()
             await self._journal.records.put_network(

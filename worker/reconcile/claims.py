@@ -63,8 +63,12 @@ class Claims:
             raise Unavailable(f"cannot {name} {ref}: the worker is still recovering, try again")
 
         async def in_lane() -> Outcome:
-            if (unread := self._journal.quarantine.refusal(Lane.instance(ref))) is not None:
-                raise unread
+            lanes = [Lane.instance(ref)]
+            if name == "adopt":  # records the network, too
+                lanes.append(Lane.network(ref.tenant_id))
+            for lane in lanes:
+                if (unread := self._journal.quarantine.refusal(lane)) is not None:
+                    raise unread
             try:
                 return await do()
             finally:

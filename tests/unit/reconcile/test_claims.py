@@ -431,3 +431,22 @@ async def test_an_instance_whose_record_cannot_be_read_is_left_to_the_version_th
         assert machine.resources == before
     with contextlib.closing(sqlite3.connect(tmp_path / "j")) as file:
         assert file.execute("SELECT record FROM instance").fetchone() == ("{}",)
+
+
+async def test_the_row_of_a_network_that_cannot_be_read_is_not_written_over(
+    tmp_path: Path,
+) -> None:
+    """By `adopt`, nor by a start that finds the VMM of a record that is gone."""
+    machine = seeded()
+    await lived(tmp_path / "j", machine, START)
+    with contextlib.closing(sqlite3.connect(tmp_path / "j")) as file, file:
+        file.execute("UPDATE network SET record = '{}'")
+        file.execute("DELETE FROM instance")
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        with pytest.raises(HostFault, match=r"network\.acme"):
+            await claims(worker).adopt(REF)
+
+        assert (await recovery(worker).run()).adopted == 1
+        assert worker.record().status is Status.RUNNING
+    with contextlib.closing(sqlite3.connect(tmp_path / "j")) as file:
+        assert file.execute("SELECT record FROM network").fetchone() == ("{}",)
