@@ -29,7 +29,8 @@ class MigrationLock:
         """
         if not self._writing:
             self._writing = True
-            self._writing = start_in_thread(self._write)
+            if not start_in_thread(self._write):
+                self._writing = False
 
     def _write(self) -> None:
         """Move this process to the cgroup that it is in."""

@@ -44,7 +44,12 @@ async def test_a_tree_that_is_not_there_is_no_error(tmp_path: Path) -> None:
 
 def test_one_write_at_a_time_serves_all_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[object] = []
-    monkeypatch.setattr(migration, "start_in_thread", begun.append)
+
+    def begin(work: object) -> bool:
+        begun.append(work)
+        return True
+
+    monkeypatch.setattr(migration, "start_in_thread", begin)
     lock = MigrationLock(find_mount())
 
     lock.prepare()
