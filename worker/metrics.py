@@ -22,7 +22,7 @@ from handlers.concurrency import SlotCounts
 from handlers.specs import VersionState
 from schemas.codes import Code
 from schemas.records import Status
-from worker.reconcile.meters import VmmMeters
+from worker.reconcile.meters import OrphanMeters, VmmMeters
 
 LAG_INTERVAL_S: Final = 0.5
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -40,34 +40,6 @@ class _Total:
     def set(self, total: int) -> None:
         self._counter.inc(max(0, total - self._last))
         self._last = total
-
-
-class OrphanMetrics:
-    """What belongs to no record, and what becomes of it."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.found = Gauge(
-            "hostd_orphans",
-            "Resources with hostd's mark that belong to no record, by kind.",
-            ["kind"],
-            registry=registry,
-        )
-        self.swept = Counter(
-            "hostd_orphans_swept_total",
-            "Orphans that the sweep tried to remove, by kind and result.",
-            ["kind", "result"],
-            registry=registry,
-        )
-        self.stopped = Gauge(
-            "hostd_sweep_stopped",
-            "1 while orphans are due and the sweep's budget of the hour is used up.",
-            registry=registry,
-        )
-        self.unrecorded = Gauge(
-            "hostd_unrecorded_vmms",
-            "Processes with a uid of [vmm] that belong to no record.",
-            registry=registry,
-        )
 
 
 class Metrics:
@@ -193,7 +165,7 @@ class Metrics:
             "Facts outside of hostd that keep guests from the network: see the network event.",
             registry=registry,
         )
-        self._orphans = OrphanMetrics(registry)
+        self._orphans = OrphanMeters(registry)
         self._disk_free = Gauge(
             "hostd_disk_free_bytes",
             "Free space on the file system of the state directory, the ballast included.",

@@ -23,6 +23,7 @@ from handlers.host.jail.layout import JailLayout
 from handlers.host.jail.warm_jails import WarmLayout
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.kernel_thread import no_namespace
+from handlers.host.linux.procfs import list_pids
 from handlers.host.net.chains import CARRIED
 from handlers.host.net.host_network import open_network_mechanisms
 from handlers.host.snapshot.manifest import CONSUMED, MANIFEST
@@ -149,11 +150,7 @@ def _processes(roots: list[str], cgroup: str) -> tuple[str, ...]:
         for path in (root, f"{root}/{FIRECRACKER}")
         if (found := _lstat(path))
     }
-    return tuple(
-        name
-        for name in sorted(os.listdir("/proc"), key=lambda name: (len(name), name))
-        if name.isdecimal() and _is_ours(int(name), ours, cgroup)
-    )
+    return tuple(str(pid) for pid in list_pids() if _is_ours(pid, ours, cgroup))
 
 
 def _is_ours(pid: int, files: set[FileId], cgroup: str) -> bool:

@@ -8,14 +8,18 @@ import pytest
 from msgspec.structs import replace
 
 from handlers.errors import Unavailable
+from handlers.host.jail.layout import JailLayout, JailMetadata
 from handlers.host.lock import HostLock
 from handlers.host.storage.disk_space import DiskSpace
+from schemas import naming
 from schemas.codes import EXIT_CODES, Code
-from schemas.settings import HostSettings
+from schemas.records import InstanceRecord, Status
+from schemas.requests import InstanceRef
+from schemas.settings import HostSettings, VmmSettings
 from tests.unit.journal.journals import opened
 from tests.unit.test_preflight import settings_in
 from worker import logs, main
-from worker.main import run, watch_disk
+from worker.main import run, versions_without_record, watch_disk
 from worker.preflight import prepare_dirs
 
 
@@ -62,3 +66,17 @@ async def test_a_disk_that_cannot_be_looked_at_does_not_end_the_watch(
             await looked.wait()
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_the_version_of_a_vm_without_a_record_is_in_use(tmp_path: Path) -> None:
+    settings = replace(settings_in(tmp_path), vmm=VmmSettings(jail_base=str(tmp_path / "jails")))
+    ref = InstanceRef("acme", "web", "i-1")
+    record = InstanceRecord(ref=ref, status=Status.RUNNING, since_ms=1, vmm_version="1.15.0")
+    layout, jail_id = JailLayout(settings.jail_base), naming.jail_id(ref, 1)
+    Path(layout.directory(jail_id)).mkdir(parents=True)
+    layout.write_metadata(
+        jail_id, JailMetadata(ref=ref, uid=1, launch=1, complete=True, record=record)
+    )
+
+    assert await versions_without_record(settings, []) == {"1.15.0"}
+    assert await versions_without_record(settings, [ref]) == set()

@@ -1,6 +1,7 @@
 """From the journal to the bus: every message, events in order, also while the broker is down."""
 
 import asyncio
+import itertools
 import random
 import sqlite3
 from pathlib import Path
@@ -270,3 +271,30 @@ async def test_a_row_with_a_damaged_number_is_sent_and_holds_up_nothing(
         await worker.journal.records.event(EventKind.DRIFT)
         await worker.bus.until(events=2)
         await worker.outbox.drained()
+
+
+async def test_rows_that_are_counted_and_not_found_hold_up_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, turns_at_look = 0, list[int]()
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with shell_worker(tmp_path / "j", consume=False) as worker:
+        pending = worker.journal.outbox.pending
+
+        async def look(kind: str, limit: int) -> Any:
+            turns_at_look.append(turns)
+            return [] if len(turns_at_look) <= 20 else await pending(kind, limit)
+
+        monkeypatch.setattr(worker.journal.outbox, "pending", look)
+        other = asyncio.create_task(others())
+        await worker.journal.records.event(EventKind.DRIFT)
+        await worker.bus.until(events=1)
+        other.cancel()
+
+    assert all(earlier < later for earlier, later in itertools.pairwise(turns_at_look[:21]))

@@ -144,7 +144,8 @@ async def _letter(client: Client, subjects: Subjects, seq: int) -> Kept:
     letter = await client.kept_message(subjects.dead_stream, seq)
     if not letter.subject.startswith(f"{subjects.root}.{subjects.host_id}.dead."):
         raise CliError(
-            "not_found", f"message {seq} is no dead letter of host {subjects.host_id}: use --host"
+            "not_found",
+            f"message {seq} is not a dead letter of host {subjects.host_id}: use --host",
         )
     return letter
 

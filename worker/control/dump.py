@@ -6,74 +6,39 @@ tenants can make long are cut at `SHOWN`, with the number left out beside them.
 
 import asyncio
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 import structlog
 
 from handlers.concurrency import FairSlots, Slots
-from handlers.tenant_locks import TenantLocks
+from handlers.thread_stack import FRAMES, frames_of
 from schemas.subjects import Lane
-from worker.bus.nats import NatsBus
-from worker.control.routes import Answer, Body, encode, read_body
-from worker.journal.journal import Journal
+from worker.control.routes import Answer, Body, encode, read_nothing
+from worker.control.view import WorkerView
 from worker.journal.memory import OUT_KINDS, CommandRow
-from worker.lanes import Lanes, MaintenanceTask, Work
+from worker.lanes import MaintenanceTask, Work
 from worker.queries.answers import described
-from worker.reconcile.vmm_versions import VmmVersions
 
 FILE: Final = "dump.json"  # in [paths] run, by SIGUSR1
 SHOWN: Final = 1000
-FRAMES: Final = 8  # of each stack
 Item = Work | MaintenanceTask
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 
-class DumpSource(Protocol):
-    """What a dump reads of the worker."""
-
-    @property
-    def journal(self) -> Journal: ...
-    @property
-    def lanes(self) -> Lanes: ...
-    @property
-    def bus(self) -> NatsBus: ...
-    @property
-    def slots(self) -> Slots: ...
-    @property
-    def locks(self) -> TenantLocks: ...
-    @property
-    def versions(self) -> Mapping[str, str]: ...
-    @property
-    def vmm_versions(self) -> VmmVersions: ...
-    def facts(self) -> Mapping[str, Any]:
-        """Host state and capacity."""
-        ...
-
-    def checks(self) -> Mapping[str, bool]:
-        """Those of `/readyz`."""
-        ...
-
-
-class _Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    pass
-
-
 class Dump:
     """Answers the route; `state` is also for a dump by signal."""
 
-    def __init__(self, worker: DumpSource) -> None:
+    def __init__(self, worker: WorkerView) -> None:
         self._worker = worker
         self._started = time.monotonic()
 
     async def answer(self, body: Body) -> Answer:
-        read_body(body, _Nothing)
+        read_nothing(body)
         return self.state()
 
     def state(self) -> Answer:
@@ -284,26 +249,10 @@ def _slots_of(slots: FairSlots) -> Mapping[str, object]:
 
 
 def _threads() -> object:
-    # The documented way to see other threads.
-    frames = sys._current_frames()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
     return [
-        {
-            "name": thread.name,
-            "native_id": thread.native_id,
-            "at": _stack(frames.get(thread.ident or 0)),
-        }
+        {"name": thread.name, "native_id": thread.native_id, "at": frames_of(thread)}
         for thread in threading.enumerate()
     ]
-
-
-def _stack(frame: FrameType | None) -> Sequence[str]:
-    """The innermost frames, innermost first; names of code only."""
-    found: list[str] = []
-    while frame is not None and len(found) < FRAMES:
-        code = frame.f_code
-        found.append(f"{os.path.basename(code.co_filename)}:{frame.f_lineno} {code.co_qualname}")
-        frame = frame.f_back
-    return found
 
 
 def _tasks() -> object:

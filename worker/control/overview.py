@@ -2,49 +2,24 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol
-
-import msgspec
+from typing import Final
 
 from handlers.concurrency import Slots
-from worker.bus.nats import NatsBus
-from worker.control.routes import Answer, Body, read_body
-from worker.journal.journal import Journal
-from worker.lanes import Lanes, Work
-from worker.metrics import Metrics
+from worker.control.routes import Answer, Body, read_nothing
+from worker.control.view import WorkerView
+from worker.lanes import Work
 
 RUNNING_SHOWN: Final = 20
-
-
-class OverviewSource(Protocol):
-    """What an overview reads of the worker."""
-
-    @property
-    def journal(self) -> Journal: ...
-    @property
-    def lanes(self) -> Lanes: ...
-    @property
-    def bus(self) -> NatsBus: ...
-    @property
-    def slots(self) -> Slots: ...
-    @property
-    def metrics(self) -> Metrics: ...
-    def facts(self) -> Mapping[str, Any]: ...
-    def checks(self) -> Mapping[str, bool]: ...
-
-
-class _Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    pass
 
 
 class Overview:
     """Answers the route; cheap enough for one request a second on a crowded host."""
 
-    def __init__(self, worker: OverviewSource) -> None:
+    def __init__(self, worker: WorkerView) -> None:
         self._worker = worker
 
     async def answer(self, body: Body) -> Answer:
-        read_body(body, _Nothing)
+        read_nothing(body)
         journal = self._worker.journal
         facts = self._worker.facts()
         slots = {name: getattr(self._worker.slots, name) for name in Slots.__dataclass_fields__}

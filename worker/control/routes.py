@@ -54,6 +54,10 @@ class Route:
     writes: bool = False
 
 
+class _Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
 class MethodNotAllowed(Invalid):
     """The path exists, with another method."""
 
@@ -84,6 +88,11 @@ def read_body(body: Body, kind: type[T]) -> T:
         return unpack.convert(dict(body), kind)
     except DecodeError as error:
         raise Invalid(str(error), path=error.path) from error
+
+
+def read_nothing(body: Body) -> None:
+    """For handlers whose route takes no field. Raises Invalid: names the first one."""
+    read_body(body, _Nothing)
 
 
 def error_of(failure: Failure | None) -> Answer:

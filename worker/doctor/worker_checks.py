@@ -2,22 +2,18 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
-from handlers.interfaces import Networks
 from schemas.records import InstanceRecord, Status
-from worker.bus.nats import NatsBus
-from worker.control.draining import DrainSwitch
-from worker.control.routes import Answer, Body, read_body
+from worker.control.routes import Answer, Body, read_nothing
+from worker.control.view import WorkerView
 from worker.doctor.findings import Checks, Finding, Severity, run_checks
-from worker.journal.journal import Journal
-from worker.lanes import Lanes, Work
-from worker.metrics import Metrics
+from worker.lanes import Work
 
 SHOWN: Final = 100  # findings of one kind
-LONG_S: Final = 120.0  # for one step that is no wait
+LONG_S: Final = 120.0  # of one step that is not a wait
 UNSENT_ROWS: Final = 1000
 # Steps that take as long as somebody else lets them.
 WAITS: Final = ("wait_", "drain_guest", "stop_vmm", "wipe_volumes", "artifact")
@@ -82,38 +78,14 @@ NOT_READY: Final[Mapping[str, tuple[str, str, str]]] = {
 }
 
 
-class Patient(Protocol):
-    """What the checks read of the worker."""
-
-    @property
-    def journal(self) -> Journal: ...
-    @property
-    def lanes(self) -> Lanes: ...
-    @property
-    def bus(self) -> NatsBus: ...
-    @property
-    def drain(self) -> DrainSwitch: ...
-    @property
-    def metrics(self) -> Metrics: ...
-    @property
-    def networks(self) -> Networks: ...
-    @property
-    def versions(self) -> Mapping[str, str]: ...
-    def checks(self) -> Mapping[str, bool]: ...
-
-
-class _Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    pass
-
-
 class WorkerChecks:
     """Each method is one check and returns its findings."""
 
-    def __init__(self, worker: Patient) -> None:
+    def __init__(self, worker: WorkerView) -> None:
         self._worker = worker
 
     async def answer(self, body: Body) -> Answer:
-        read_body(body, _Nothing)
+        read_nothing(body)
         found = await run_checks(self.all())
         return {
             "version": self._worker.versions["hostd"],

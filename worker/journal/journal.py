@@ -16,8 +16,8 @@ from worker.journal.admission import Limits
 from worker.journal.audit import JournalAudit
 from worker.journal.commands import JournalCommands
 from worker.journal.outbox import JournalOutbox
+from worker.journal.quarantine import JournalQuarantine
 from worker.journal.records import JournalRecords
-from worker.journal.set_aside import JournalQuarantine
 from worker.journal.step_log import JournalSteps
 from worker.journal.store import Store
 from worker.journal.writer import Relieve, keep_space

@@ -17,7 +17,7 @@ from schemas.records import InstanceRecord, NetworkRecord, Tombstone
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane
 from worker.journal.memory import OUT_KINDS, READABLE, CommandRow, Mirror, OutQueue, read_out
-from worker.journal.quarantine import UnreadCommand, lane_of
+from worker.journal.quarantined_rows import UnreadCommand, lane_of
 from worker.journal.transaction import StateRow
 
 INSTANCE: Final = msgspec.json.Decoder(InstanceRecord)

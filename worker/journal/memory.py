@@ -10,7 +10,7 @@ from schemas.envelopes import Command
 from schemas.subjects import Lane
 from worker.journal.instances import Instances, Tombstones
 from worker.journal.networks import Networks
-from worker.journal.quarantine import Quarantined
+from worker.journal.quarantined_rows import Quarantined
 from worker.journal.transaction import OutRow, StateRow
 
 OUT_KINDS: Final = ("reply", "direct", "dead", "event")

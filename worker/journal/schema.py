@@ -226,7 +226,7 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
 
 
 def _mend_meta(connection: sqlite3.Connection) -> None:
-    """Without its ID or the number of its last event, a journal begins to count anew, as another.
+    """Without its ID or the number of its last event, a journal counts from 1 again, as another.
 
     Readers of events know each by journal and number. What the rows held is kept beside them.
     """

@@ -12,12 +12,13 @@ from typing import Protocol
 import structlog
 from msgspec.structs import replace
 
+from handlers.claims.adopt import put_network
 from handlers.errors import Failure, HostFault
 from handlers.interfaces import Host, JailMetadata
 from handlers.specs import LaunchSpec
 from schemas.decode_error import quoted
 from schemas.envelopes import EventKind
-from schemas.records import InstanceRecord, NetworkRecord, Status, VmmIdentity
+from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.logs import facts_of
@@ -135,12 +136,5 @@ class Adoption:
 
         Not over a row that cannot be read: another version can.
         """
-        tenant_id = record.ref.tenant_id
-        if self._journal.quarantine.holds(Lane.network(tenant_id)):
-            return
-        if record.net is not None and self._journal.records.network(tenant_id) is None:
-            now_ms = self._host.facts.now_ms()
-            await self._journal.records.put_network(
-                NetworkRecord(tenant_id=tenant_id, net=record.net, status="up", since_ms=now_ms),
-                durable=True,
-            )
+        if not self._journal.quarantine.holds(Lane.network(record.ref.tenant_id)):
+            await put_network(record, self._host)

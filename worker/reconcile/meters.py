@@ -1,4 +1,4 @@
-"""What is counted of VMMs: their ends, probes, and what reconciliation found of them.
+"""What is counted of VMMs and orphans: ends, probes, and what reconciliation found of them.
 
 Part of the worker's metrics (`worker/metrics.py`), whose rules hold here too.
 """
@@ -30,7 +30,6 @@ class VmmMeters:
             "Parts of running instances that are missing and cannot be made again while they run.",
             registry=registry,
         )
-
         self._quarantined = Gauge(
             "hostd_launches_quarantined",
             "1 while no Start is taken because launches kept failing by the host's fault, else 0.",
@@ -54,3 +53,31 @@ class VmmMeters:
     def lost(self, count: int) -> None:
         """As of the last pass of the reconciler; its `drift` events name them."""
         self._lost.set(count)
+
+
+class OrphanMeters:
+    """What belongs to no record, and what becomes of it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.found = Gauge(
+            "hostd_orphans",
+            "Resources with hostd's mark that belong to no record, by kind.",
+            ["kind"],
+            registry=registry,
+        )
+        self.swept = Counter(
+            "hostd_orphans_swept_total",
+            "Orphans that the sweep tried to remove, by kind and result.",
+            ["kind", "result"],
+            registry=registry,
+        )
+        self.stopped = Gauge(
+            "hostd_sweep_stopped",
+            "1 while orphans are due and the sweep's budget of the hour is used up.",
+            registry=registry,
+        )
+        self.unrecorded = Gauge(
+            "hostd_unrecorded_vmms",
+            "Processes with a uid of [vmm] that belong to no record.",
+            registry=registry,
+        )

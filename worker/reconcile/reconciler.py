@@ -83,7 +83,7 @@ class Reconciler:
         drift: DriftWatch,
         bound_logs: Callable[[], Awaitable[object]],
         sweep: Sweep,
-        calls_hang: Callable[[], bool] = lambda: False,
+        calls_hang: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._host = host

@@ -109,7 +109,7 @@ class Sweep:
         removal: Removal,
         *,
         take_inventory: Callable[[], Awaitable[Inventory]],
-        calls_hang: Callable[[], bool] = lambda: False,
+        calls_hang: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._host = host

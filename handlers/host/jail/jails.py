@@ -21,6 +21,7 @@ from handlers.host.jail.warm_jails import WarmJails
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.openat2 import Directory
+from handlers.host.linux.procfs import list_pids
 from handlers.host.linux.rmtree import remove_names, remove_tree
 from handlers.host.linux.state_dirs import make_dir
 from handlers.host.linux.syscalls import link_open
@@ -328,10 +329,10 @@ def _new_file(path: str, mode: int, *, uid: int) -> FileId:
 def _pids_in(root: FileId) -> list[int]:
     """The processes that have this root directory."""
     found: list[int] = []
-    for name in filter(str.isdecimal, os.listdir("/proc")):
+    for pid in list_pids():
         with contextlib.suppress(PermissionError):  # of another user namespace
-            if FileId.at(f"/proc/{name}/root") == root:
-                found.append(int(name))
+            if FileId.at(f"/proc/{pid}/root") == root:
+                found.append(pid)
     return found
 
 

@@ -37,6 +37,11 @@ def read_text(path: str) -> str:
     return b"".join(parts).decode(errors="replace")
 
 
+def list_pids() -> list[int]:
+    """All processes of this pid namespace, in ascending order; some may have ended on return."""
+    return sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
+
+
 @cache
 def boot_id() -> str:
     """The ID of this boot; under another one every process known before is gone.

@@ -9,12 +9,13 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from handlers.claims.facts import DiskProof, Fact
 from handlers.errors import of_os_error
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.openat2 import MARK, NO_MARK
+from handlers.host.linux.procfs import list_pids
 from handlers.host.storage.disk_ownership import DiskMark, described, identity_of, parse_mark
 from handlers.specs import MIB
 from schemas.requests import InstanceRef
@@ -91,7 +92,7 @@ def read_label(fd: int) -> str | None:
 def openers(fd: int) -> list[int]:
     """The other processes that have the file open. Those that end meanwhile are left out."""
     wanted = FileId.of(os.fstat(fd))
-    return sorted(pid for pid in _pids() if pid != os.getpid() and _has_open(pid, wanted))
+    return sorted(pid for pid in list_pids() if pid != os.getpid() and _has_open(pid, wanted))
 
 
 def _is(name: str, proven: bool, found: str, expected: str, *, required: bool = True) -> Fact:
@@ -132,10 +133,6 @@ def _raw_mark(fd: int) -> DiskMark | None:
         if error.errno in NO_MARK:
             return None
         raise of_os_error(error, "cannot read the mark of a data disk") from error
-
-
-def _pids() -> Iterator[int]:
-    return (int(name) for name in os.listdir("/proc") if name.isdecimal())
 
 
 def _has_open(pid: int, wanted: FileId) -> bool:

@@ -15,7 +15,7 @@ from msgspec import to_builtins
 
 from handlers.errors import HostFault
 from handlers.host.linux.file_id import FileId
-from handlers.host.linux.procfs import boot_id, read_status, read_text
+from handlers.host.linux.procfs import boot_id, list_pids, read_status, read_text
 from schemas.records import VmmIdentity
 
 
@@ -62,11 +62,11 @@ def uids_in_use(uids: range) -> set[int]:
     Source: proc_pid(5), proc_pid_status(5).
     """
     found: set[int] = set()
-    for name in filter(str.isdecimal, os.listdir("/proc")):
+    for pid in list_pids():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            owner = os.stat(f"/proc/{name}").st_uid
+            owner = os.stat(f"/proc/{pid}").st_uid
             if owner == 0 or owner in uids:
-                status = read_status(f"/proc/{name}/status")
+                status = read_status(f"/proc/{pid}/status")
                 uid = int(status["Uid"].split()[0])
                 if uid in uids and status["State"][0] not in "ZX":
                     found.add(uid)

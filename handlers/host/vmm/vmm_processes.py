@@ -8,7 +8,7 @@ import os
 from handlers.claims.unrecorded import VmmProcess
 from handlers.host.jail.layout import JailLayout
 from handlers.host.linux.file_id import FileId
-from handlers.host.linux.procfs import read_status
+from handlers.host.linux.procfs import list_pids, read_status
 from handlers.host.vmm.processes import read_cgroup, read_stat
 from handlers.jail_names import jail_root
 
@@ -17,7 +17,7 @@ KIB_PER_MIB = 1024
 
 def list_vmm_processes(uids: range, layout: JailLayout) -> list[VmmProcess]:
     """All live ones, by pid. Those that end meanwhile are left out; zombies are dead."""
-    found = [each for pid in _pids() if (each := _read(pid, uids)) is not None]
+    found = [each for pid in list_pids() if (each := _read(pid, uids)) is not None]
     if not found:
         return []
     roots = {
@@ -36,10 +36,6 @@ def list_vmm_processes(uids: range, layout: JailLayout) -> list[VmmProcess]:
         )
         for pid, start_ticks, uid, size_mib in found
     ]
-
-
-def _pids() -> list[int]:
-    return sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
 
 
 def _read(pid: int, uids: range) -> tuple[int, int, int, int] | None:

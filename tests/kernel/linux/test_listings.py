@@ -17,11 +17,10 @@ PEAK_BYTES = 1 << 17  # a list of the names alone takes 300 kB
 # What is listed as a whole: directories that only root fills, and /proc.
 ONLY_ROOT_FILLS = {
     "handlers/host/facts.py",
-    "handlers/host/inventory.py",
-    "handlers/host/jail/jails.py",
     "handlers/host/jail/layout.py",
     "handlers/host/jail/logs.py",
     "handlers/host/jail/warm_jails.py",
+    "handlers/host/linux/procfs.py",
     "handlers/host/net/nft/libnftables.py",  # hostd's own descriptors
     "handlers/host/snapshot/discards.py",
     "handlers/host/snapshot/manifest.py",
@@ -31,8 +30,6 @@ ONLY_ROOT_FILLS = {
     "handlers/host/vmm/binary_files.py",
     "handlers/host/vmm/cgroups.py",
     "handlers/host/vmm/confinement.py",
-    "handlers/host/vmm/processes.py",
-    "handlers/host/vmm/vmm_processes.py",
     "handlers/host/vmm/warm_vmms.py",
     "worker/control/dump.py",
     "worker/doctor/host_checks.py",

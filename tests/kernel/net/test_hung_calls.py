@@ -1,6 +1,7 @@
 """A netlink or nftables call that hangs is left; the mechanisms go on in a thread of their own."""
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 
@@ -55,6 +56,7 @@ async def test_rules_that_a_hung_call_owns_are_unavailable_until_it_returns(
     await desk.setup("acme", ACME)
     nft = desk.net.mechanisms.nft
     if not await nft.run(lambda tables: tables.can_own):
+        assert not os.environ.get("CI"), "libnftables1 is missing"
         pytest.skip("this host has no libnftables, so that nothing owns a table")
     with pytest.raises(Abandoned):
         await nft.run(lambda _: released.wait(60))

@@ -1,11 +1,12 @@
 """The connection without a server: it ends when it is asked to, whatever nats-py waits for."""
 
 import asyncio
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from schemas.settings import NatsSettings
+from tests.unit.bus.test_lean_client import connected
 from worker.bus.connection import Connection
 
 
@@ -41,3 +42,18 @@ async def test_a_connection_ends_though_it_is_refused_at_the_same_time(
     await asyncio.gather(again, closing, return_exceptions=True)
 
     assert not lost
+
+
+async def test_replies_to_a_connection_that_has_just_closed_do_not_count_as_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connection: Any = Connection(NatsSettings(url="nats://127.0.0.1:1"), name="t", inbox="_INBOX.t")
+    connection._client, socket = connected()
+
+    assert connection.send_now([("_INBOX.1", b"a")]) == 1
+
+    def refuse(_: bytes) -> NoReturn:
+        raise RuntimeError("the handler is closed")
+
+    monkeypatch.setattr(socket, "write", refuse)
+    assert connection.send_now([("_INBOX.1", b"a")]) == 0

@@ -15,7 +15,8 @@ from handlers.tenant_locks import TenantLocks
 from schemas.settings import LimitSettings
 from tests.fakes.shell_worker import FakeHandlers, ShellWorker, shell_worker, start, stop
 from worker.control import dump as dump_module
-from worker.control.dump import Dump, DumpSource
+from worker.control.dump import Dump
+from worker.control.view import WorkerView
 
 
 class Worker:
@@ -45,7 +46,7 @@ class Worker:
 
 def dump_of(worker: Worker) -> dict[str, Any]:
     """As a client sees it."""
-    state = Dump(cast("DumpSource", worker)).state()
+    state = Dump(cast("WorkerView", worker)).state()
     decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(state))
     return decoded
 

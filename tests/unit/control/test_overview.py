@@ -14,8 +14,9 @@ from handlers.errors import Invalid
 from schemas.codes import Code
 from tests.fakes.shell_worker import FakeHandlers, ShellWorker, shell_worker, start
 from tests.unit.control.test_dump import Worker
-from worker.control.dump import FILE, Dump, DumpSource
-from worker.control.overview import Overview, OverviewSource
+from worker.control.dump import FILE, Dump
+from worker.control.overview import Overview
+from worker.control.view import WorkerView
 from worker.metrics import Metrics
 
 
@@ -25,7 +26,7 @@ def overview_of(shell: ShellWorker) -> Overview:
     worker.metrics.command_done("StartInstance", Code.OK, 0.1)
     worker.metrics.command_done("StopInstance", Code.OK, 0.1)
     worker.metrics.command_done("StartInstance", Code.CONFLICT, 0.1)
-    return Overview(cast("OverviewSource", worker))
+    return Overview(cast("WorkerView", worker))
 
 
 async def test_what_runs_and_what_was_done_is_counted(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ async def test_a_signal_writes_the_state_for_root_only_and_again_for_the_next(
     requested = asyncio.Event()
     path = tmp_path / FILE
     async with shell_worker(tmp_path / "j.db") as shell:
-        dump = Dump(cast("DumpSource", Worker(shell)))
+        dump = Dump(cast("WorkerView", Worker(shell)))
         writing = asyncio.create_task(dump.on_signal(requested, str(tmp_path)))
         for _ in range(2):
             path.unlink(missing_ok=True)
@@ -74,7 +75,7 @@ async def test_a_signal_writes_the_state_for_root_only_and_again_for_the_next(
 async def test_a_dump_that_cannot_be_written_is_logged(tmp_path: Path) -> None:
     requested = asyncio.Event()
     async with shell_worker(tmp_path / "j.db") as shell:
-        dump = Dump(cast("DumpSource", Worker(shell)))
+        dump = Dump(cast("WorkerView", Worker(shell)))
         with structlog.testing.capture_logs() as logged:
             writing = asyncio.create_task(dump.on_signal(requested, str(tmp_path / "none")))
             requested.set()

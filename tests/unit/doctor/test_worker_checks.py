@@ -21,9 +21,10 @@ from tests.fakes.host import seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.unit.control.test_draining import UP, start_all
 from worker import main
+from worker.control.view import WorkerView
 from worker.doctor import worker_checks
 from worker.doctor.findings import Finding
-from worker.doctor.worker_checks import NOT_READY, Patient, WorkerChecks
+from worker.doctor.worker_checks import NOT_READY, WorkerChecks
 
 
 class Worker:
@@ -50,7 +51,7 @@ async def running(path: Path) -> AsyncGenerator[Worker]:
 
 
 async def findings(worker: Worker) -> list[dict[str, Any]]:
-    answer = await WorkerChecks(cast("Patient", worker)).answer({})
+    answer = await WorkerChecks(cast("WorkerView", worker)).answer({})
     decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(answer))
     assert decoded["version"] == "9.9"
     found: list[dict[str, Any]] = decoded["findings"]
@@ -159,7 +160,7 @@ async def test_a_step_that_hangs_is_named_and_a_wait_is_not(
 async def test_the_route_takes_no_arguments(tmp_path: Path) -> None:
     async with running(tmp_path / "j") as worker:
         with pytest.raises(Invalid):
-            await WorkerChecks(cast("Patient", worker)).answer({"all": True})
+            await WorkerChecks(cast("WorkerView", worker)).answer({"all": True})
 
 
 def test_every_finding_says_what_why_and_what_to_run() -> None:

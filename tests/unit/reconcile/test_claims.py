@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from handlers.claims.facts import Fact
 from handlers.claims.look import look_for_unrecorded
-from handlers.claims.unrecorded import VmmProcess
+from handlers.claims.unrecorded import UnrecordedVmm, VmmProcess
 from handlers.errors import Conflict, Failure, HostFault, NotFound, Unavailable
 from handlers.specs import LaunchSpec
 from schemas import codec, naming
@@ -450,3 +450,35 @@ async def test_the_row_of_a_network_that_cannot_be_read_is_not_written_over(
         assert worker.record().status is Status.RUNNING
     with contextlib.closing(sqlite3.connect(tmp_path / "j")) as file:
         assert file.execute("SELECT record FROM network").fetchone() == ("{}",)
+
+
+async def test_a_vmm_whose_record_cannot_be_read_books_its_memory(tmp_path: Path) -> None:
+    machine = seeded()
+    await lived(tmp_path / "j", machine, START)
+    with contextlib.closing(sqlite3.connect(tmp_path / "j")) as file, file:
+        file.execute("UPDATE instance SET record = '{}'")
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        (found,) = await look_for_unrecorded(worker.host)
+
+        assert worker.host.unrecorded.usage.mem_mib == found.process.size_mib > 0
+
+
+async def test_a_launch_looks_again_only_for_the_vmm_that_would_refuse_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[bool] = []
+
+    async def no_processes() -> list[VmmProcess]:
+        looks.append(True)
+        return []
+
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        assert (await worker.run(UP)).code is Code.OK
+        monkeypatch.setattr(worker.host.vmms, "processes", no_processes)
+        for jail_id, expected in (("0" * 12 + "-1", 0), (naming.jail_id(REF, 7), 1)):
+            stray = VmmProcess(4_000_000, 1, 1, jail_id, "hostd/acme", 130)
+            worker.host.unrecorded.set([UnrecordedVmm(stray)])
+            reply = await worker.run(START)
+
+            assert (reply.code, len(looks)) == (Code.OK, expected)
+            await worker.run(STOP)

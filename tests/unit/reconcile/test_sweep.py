@@ -1,5 +1,7 @@
 """When orphans are removed, how many, and what a removal leaves in the journal."""
 
+import contextlib
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -397,3 +399,34 @@ async def test_nothing_that_an_undo_has_still_to_remove_is_an_orphan(
 
         taps = [orphan for orphan in failpoint.made.removal.removed if orphan.kind == "taps"]
         assert taps == []
+
+
+async def test_while_a_call_hangs_in_the_kernel_nothing_is_removed(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        made = reconciled(worker)
+        made.inventory = FakeInventory(jails=JAILS[:1])
+        await made.sweep.once()
+        made.calls_hang = True
+        await passes(made, SIGHTINGS_S + GRACE_S)
+        assert made.removal.removed == []
+
+        made.calls_hang = False
+        await passes(made, SIGHTINGS_S + GRACE_S)
+        assert made.removal.removed == [Orphan("jails", JAILS[0])]
+
+
+async def test_while_a_record_cannot_be_read_there_are_no_orphans(tmp_path: Path) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        for request in (UP, START):
+            assert (await worker.run(request)).code is Code.OK
+    with contextlib.closing(sqlite3.connect(tmp_path / "j")) as file, file:
+        file.execute("UPDATE instance SET record = '{}'")
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        made = reconciled(worker)
+        made.inventory = FakeInventory(jails=JAILS[:1])
+        await made.sweep.once()
+        made.now_s += SIGHTINGS_S
+
+        assert await made.sweep.now(dry_run=False) == []
+        assert made.removal.removed == []

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from structlog.testing import capture_logs
 
-from handlers.errors import HostFault
+from handlers.errors import HostFault, Unavailable
 from handlers.host.vmm.binaries import VmmBinaries
 from handlers.specs import VersionState
 from schemas import codec
@@ -216,3 +217,21 @@ async def test_the_version_of_an_older_record_is_found_at_the_next_start(
         await worker.lanes.idle()
 
         assert worker.record() == before
+
+
+async def test_files_that_cannot_be_looked_at_end_nothing_and_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang() -> None:
+        raise Unavailable("too many calls hang")
+
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await prepared(worker, RUNNING)
+        binaries = Binaries(**{"1_12_1": "removed"})
+        monkeypatch.setattr(binaries, "look", hang)
+        versions = VmmVersions(binaries, worker.journal, lambda: None, nothing_published)
+        with capture_logs() as logged:
+            await versions.check()
+
+        assert [line["event"] for line in logged] == ["vmm.versions_unseen"]
+        assert await told(worker) == []

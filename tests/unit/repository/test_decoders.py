@@ -141,7 +141,6 @@ FED = {
     ),
 }
 TRUSTED = {
-    "handlers/host/inventory.py:_processes:int": PROC,
     "handlers/host/jail/layout.py:launch_of:int": NAME,
     "handlers/host/jail/logs.py:_kept:int": NAME,
     "handlers/host/linux/procfs.py:_unescape:int": MATCHED,
@@ -187,12 +186,9 @@ TRUSTED = {
     "handlers/host/vmm/cgroups.py:launches:int": MATCHED,
     "handlers/host/vmm/cgroups.py:pids:int": PROC,
     "handlers/host/vmm/confinement.py:read_uid:int": PROC,
-    "handlers/host/storage/disk_proof.py:_pids:int": PROC,
     "handlers/host/storage/disk_proof.py:read_label:decode": LABEL,
     "handlers/host/vmm/exit_watch.py:read_exit_status:int": NO_TEXT,
     "handlers/host/vmm/exit_watch.py:read_exit_status:unpack_from": KERNEL,
-    "handlers/host/vmm/vmm_processes.py:_pids:int": PROC,
-    "handlers/host/jail/jails.py:_pids_in:int": PROC,
     "handlers/host/orphans.py:_remove_snapshot:int": LISTED,
     "worker/reconcile/orphans.py:net_id_of:int": MATCHED,
     "worker/reconcile/orphans.py:snapshot_key:int": MATCHED,
@@ -202,6 +198,7 @@ TRUSTED = {
     "handlers/host/vmm/vmm_processes.py:_read:int": PROC,
     "handlers/host/vmm/processes.py:read_stat:int": PROC,
     "handlers/host/vmm/processes.py:uids_in_use:int": PROC,
+    "handlers/host/linux/procfs.py:list_pids:int": PROC,
     "handlers/host/vmm/versions.py:_version:int": MATCHED,
     "handlers/host/vmm/vmms.py:_launched:int": BOUNDED,
     "handlers/host/vmm/vmms.py:_peer_pid:int": KERNEL,
@@ -251,7 +248,7 @@ TRUSTED = {
     "worker/journal/schema.py:number:int": MATCHED,
     "worker/journal/loading.py:_load_records:decode": CAUGHT,
     "worker/journal/loading.py:_command_row:msgspec.convert": CAUGHT,
-    "worker/journal/quarantine.py:shown:decode": CONSTANT,
+    "worker/journal/quarantined_rows.py:shown:decode": CONSTANT,
 }
 
 JAIL = "0123456789ab-1"
