@@ -4,12 +4,25 @@ import contextlib
 import os
 
 
+ATTEMPTS = 16  # of making a directory whose parent others remove as empty meanwhile
+
+
 def make_dir(path: str, *, sync: bool = False) -> str:
-    """Make a directory and its parents, 0700; with `sync`, each new name survives a power loss."""
+    """Make a directory and its parents, 0700; with `sync`, each new name survives a power loss.
+
+    A parent that `remove_empty` takes away in between is made again.
+    """
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return _make_dir(path, sync=sync)
+    return _make_dir(path, sync=sync)
+
+
+def _make_dir(path: str, *, sync: bool) -> str:
     if os.path.isdir(path):
         return path
     above = os.path.dirname(path)
-    make_dir(above, sync=sync)
+    _make_dir(above, sync=sync)
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     if sync:

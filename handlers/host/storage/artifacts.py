@@ -91,10 +91,10 @@ class Artifacts:
             Exhausted: the file system is full.
             Unavailable: a file changed while it was copied; try again.
         """
-        found = await run_in_thread(self._look, spec.key)
-        if found is not None:
-            return found
-        async with self._lock(spec.key):
+        async with self._lock(spec.key):  # or a removal would take away what was found
+            found = await run_in_thread(self._look, spec.key)
+            if found is not None:
+                return found
             return await run_in_import_thread(lambda token: self._ensure(spec, token))
 
     async def size_of_import(self, spec: ArtifactSpec) -> int:
@@ -234,6 +234,10 @@ class Artifacts:
     def _remove(self, key: str) -> None:
         directory = self._dir(key)
         try:
+            # First, so that half of it is never taken for an import.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{directory}/{FACTS}")
+                sync_dir(directory)
             remove_path(directory)
             remove_path(f"{os.path.dirname(directory)}/.{os.path.basename(directory)}{PART}")
             with self._dirs:

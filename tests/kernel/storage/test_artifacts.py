@@ -6,12 +6,15 @@ import os
 import shutil
 import stat
 import subprocess
-from dataclasses import replace
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from handlers.errors import Exhausted, HostFault, Invalid, NotFound, Unavailable
+from handlers.host.linux.rmtree import remove_path
 from handlers.host.linux.sparse_copy import copy_sparse
 from handlers.host.storage.artifacts import Artifacts
 from handlers.specs import ArtifactSpec
@@ -254,6 +257,59 @@ async def test_an_import_holds_up_no_removal_and_no_other_import(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+@dataclass
+class HeldRemoval:
+    """`remove_path`, which stops once half of a revision is gone."""
+
+    half: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, path: str) -> None:
+        if os.path.exists(f"{path}/rootfs.ext4"):
+            os.unlink(f"{path}/rootfs.ext4")
+            self.half.set()
+            assert self.go_on.wait(20)
+        remove_path(path)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldRemoval]:
+    removal = HeldRemoval()
+    monkeypatch.setattr("handlers.host.storage.artifacts.remove_path", removal)
+    yield removal
+    removal.go_on.set()
+
+
+async def test_a_revision_that_is_being_removed_is_imported_again(
+    artifacts: Artifacts, held: HeldRemoval
+) -> None:
+    await artifacts.ensure(SPEC)
+    removal = asyncio.create_task(artifacts.remove(SPEC.key))
+    assert await asyncio.to_thread(held.half.wait, 20)
+
+    asked = asyncio.create_task(artifacts.ensure(SPEC))
+    await asyncio.sleep(0)
+    held.go_on.set()
+
+    found = await asked
+    await removal
+    assert Path(found.rootfs).exists()
+
+
+async def test_half_a_removal_is_no_import(artifacts: Artifacts, held: HeldRemoval) -> None:
+    """The worker may be killed in the middle of it."""
+    await artifacts.ensure(SPEC)
+    removal = asyncio.create_task(artifacts.remove(SPEC.key))
+    assert await asyncio.to_thread(held.half.wait, 20)
+
+    next_workers = Artifacts(data=artifacts._data, state=os.path.dirname(artifacts._base))
+    found = await next_workers.ensure(SPEC)
+
+    assert Path(found.rootfs).exists()
+    held.go_on.set()
+    await removal
 
 
 async def test_an_import_that_grows_beyond_what_was_admitted_ends(
