@@ -3,7 +3,6 @@
 import contextlib
 import os
 
-
 ATTEMPTS = 16  # of making a directory whose parent others remove as empty meanwhile
 
 
