@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 KINDS := unit contract kernel broker vm crash lab
 
-.PHONY: help setup venv demo test unit crash soak check bench lab fmt
+.PHONY: help setup venv demo test unit crash soak check bench deb lab fmt
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -35,6 +35,9 @@ check: venv ## Lint, spelling, types, layers, as any user
 
 bench: setup ## Measure, side by side with the raw alternative; writes bench/results.json
 	@$(PY) -m bench
+
+deb: venv ## Build the Debian package in build/deb
+	@$(PY) deploy/debian/build.py
 
 lab: setup ## Open a shell in the lab VM (true KVM, cgroup v2)
 	@$(PY) -m tests.lab.open

@@ -3,13 +3,13 @@
 `python fetch_pip.py VERSION SHA256`; with the standard library alone. The wheel is checked before
 anything of it runs. The index is PIP_INDEX_URL, which must be set: without pip there is no default.
 PIP_CERT is used as pip uses it.
-"""  # noqa: INP001 - a script, in no package
+"""
 
 import hashlib
 import os
 import re
 import ssl
-import subprocess  # noqa: TID251 - part of setting up, not of hostd
+import subprocess
 import sys
 import tempfile
 import urllib.parse
@@ -29,7 +29,7 @@ def main(version: str, sha256: str) -> None:
         with open(path, "wb") as file:
             file.write(wheel)
         pip = [sys.executable, os.path.join(path, "pip"), "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", "--quiet", "--no-index", path], check=True)  # noqa: S603
+        subprocess.run([*pip, "install", "--quiet", "--no-index", path], check=True)
 
 
 def fetch_wheel(name: str) -> bytes:

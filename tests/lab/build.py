@@ -76,7 +76,9 @@ def _build_system(directory: Path) -> None:
         userland.make_userland(tree)
         _add_modules(tree / "lib" / "modules" / kernel.release())
         subprocess.run(["depmod", "-b", str(tree), kernel.release()], check=True)
-        _copy_program(BOOT / "lab-init", tree / "sbin" / "lab-init")
+        for name in ("lab-init", "lab-command"):
+            _copy_program(BOOT / name, tree / "sbin" / name)
+        shutil.copy(BOOT / "lab-command.service", tree / "etc/systemd/system")
         hold_vm = ["gcc", "-O2", "-static", "-s", str(BOOT / "hold_vm.c")]
         subprocess.run([*hold_vm, "-o", str(tree / "sbin" / "hold-vm")], check=True)
         make_image(tree, directory / "root.ext4", free_mib=ROOT_FREE_MIB)

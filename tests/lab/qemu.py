@@ -30,10 +30,13 @@ KERNEL_ARGUMENTS = (
 )
 
 
-def command_line(source: Path, *, mem_mib: int, shell: bool) -> list[str]:
+def command_line(
+    source: Path, *, mem_mib: int, shell: bool = False, systemd: bool = False
+) -> list[str]:
     """QEMU with the lab's three drives: system (changes are dropped), payload, `source`."""
     # Without its frequency the kernel measures the clock against an emulated timer and may hang.
-    arguments = f"{KERNEL_ARGUMENTS} tsc_early_khz={tsc_khz()}{' lab.shell' if shell else ''}"
+    arguments = f"{KERNEL_ARGUMENTS} tsc_early_khz={tsc_khz()}"
+    arguments += " lab.shell" * shell + " lab.systemd" * systemd
     command = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
     command += ["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"]
     command += ["-M", "microvm,x-option-roms=off", "-accel", "tcg,thread=multi,tb-size=512"]

@@ -59,6 +59,7 @@ def run_in_lab(
     environment: Mapping[str, str] | None = None,
     timeout_s: float = 600.0,
     mem_mib: int = 3072,
+    systemd: bool = False,
     sink: Sink = lambda text: None,
     error_sink: Sink | None = None,
 ) -> LabResult:
@@ -69,6 +70,7 @@ def run_in_lab(
         files: additional files: path in the lab -> file or directory here.
         environment: variables set for it, besides HOSTD_LAB=1 and CI as it is here.
         timeout_s: for each attempt, boot included.
+        systemd: it is the first process, and the command a service of it.
         sink: gets the output as it comes.
         error_sink: gets stderr and news of the lab itself; without it they go to `sink` too.
 
@@ -82,7 +84,7 @@ def run_in_lab(
     with tempfile.TemporaryDirectory(prefix="lab-", dir=cache.BUILD) as scratch:
         source = Path(scratch) / "source.tar"
         qemu.write_source(source, argv, files or {}, variables)
-        command = qemu.command_line(source, mem_mib=mem_mib, shell=False)
+        command = qemu.command_line(source, mem_mib=mem_mib, systemd=systemd)
         for attempt in range(1, ATTEMPTS + 1):
             if attempt > 1:
                 errors("lab: started once more, all from the beginning\n")
@@ -198,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run a command in the lab.")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="default: %(default)s")
     parser.add_argument("--mem-mib", type=int, default=3072, help="default: %(default)s")
+    parser.add_argument("--systemd", action="store_true", help="boot systemd, which runs COMMAND")
     parser.add_argument("argv", nargs="+", metavar="COMMAND", help="after a --")
     options = parser.parse_args()
     # So that QEMU and the scratch directory go with this process.
@@ -207,6 +210,7 @@ def main() -> None:
             options.argv,
             timeout_s=options.timeout_s,
             mem_mib=options.mem_mib,
+            systemd=options.systemd,
             sink=lambda text: _show(sys.stdout, text),
             error_sink=lambda text: _show(sys.stderr, text),
         )

@@ -1,7 +1,5 @@
 """Run the tests of tests/lab/inside in the lab, with one boot for all of them."""
 
-import ast
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,21 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.guests import cache
+from tests.lab.inside_run import PYTEST, names_in, outcomes
 from tests.lab.run import LabResult, run_in_lab
 
 INSIDE = Path(__file__).parent / "inside"
-OUTCOME = re.compile(r"::(test_\w+(?:\[[^\]]*\])?) (PASSED|FAILED|ERROR|SKIPPED)")
-
-
-def names_inside() -> list[str]:
-    """Names of the test functions, read from the source: importing needs the lab's machine."""
-    return [
-        node.name
-        for file in sorted(INSIDE.glob("test_*.py"))
-        for node in ast.parse(file.read_text()).body
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.name.startswith("test_")
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +19,14 @@ def lab_run() -> LabResult:
         pytest.fail("qemu-system-x86_64 is missing: run `make setup`")
     directory = str(INSIDE.relative_to(cache.REPOSITORY))
     return run_in_lab(
-        ["python", "-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider", directory],
+        [*PYTEST, directory],
         sink=sys.stderr.write,
     )
 
 
-@pytest.mark.parametrize("name", names_inside())
+@pytest.mark.parametrize("name", names_in(INSIDE))
 def test_in_the_lab(lab_run: LabResult, name: str) -> None:
-    outcomes = {
-        outcome for test, outcome in OUTCOME.findall(lab_run.output) if test.split("[")[0] == name
-    }
-
-    assert outcomes == {"PASSED"}, lab_run.output[-6000:]
+    assert outcomes(lab_run.output, name) == {"PASSED"}, lab_run.output[-6000:]
 
 
 def test_the_lab_run_as_a_whole_succeeds(lab_run: LabResult) -> None:

@@ -16,21 +16,26 @@ PACKAGES = (
     "busybox-static",
     "coreutils",
     "dash",
+    "diffutils",
+    "dpkg",
     "e2fsprogs",
     "findutils",
     "grep",
     "iproute2",
     "kmod",
     "libc-bin",
+    "libnftables1",
     "mount",
     "nftables",
     "procps",
     "python3.11",
     "sed",
+    "systemd",
+    "tar",
     "util-linux",
 )
 UNWANTED = ("/usr/share/doc", "/usr/share/man", "/usr/share/locale", "/usr/share/bash-completion")
-UNWANTED_PACKAGES = {"perl-base", "debconf", "dpkg", "tar", "systemd", "libpam-modules"}
+UNWANTED_PACKAGES = {"perl-base", "debconf", "libpam-modules"}
 MERGED = ("bin", "sbin", "lib", "lib64")  # symlinks into usr/, as on every Debian since 12
 ETC = {
     "passwd": "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534::/nonexistent:/bin/false\n",
@@ -58,8 +63,10 @@ def make_userland(tree: Path) -> None:
     for directory in ("tmp", "var/tmp"):
         (tree / directory).mkdir(parents=True)
         (tree / directory).chmod(0o1777)
-    for package in _closure(_installed()):
+    packages = _closure(_installed())
+    for package in packages:
         _copy_package(package, tree)
+    _write_package_database(packages, tree / "var/lib/dpkg")
     for name, content in ETC.items():
         (tree / "etc" / name).write_text(content)
     subprocess.run(["ldconfig", "-r", str(tree)], check=True)
@@ -104,6 +111,18 @@ def _closure(facts: dict[str, tuple[str, list[str]]]) -> list[str]:
                 wanted.add(name)
                 todo.append(name)
     return sorted(wanted)
+
+
+def _write_package_database(packages: list[str], directory: Path) -> None:
+    """So that dpkg there knows what is installed; the files of packages are not listed."""
+    for name in ("info", "updates", "triggers", "parts"):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    for name in ("available", "diversions", "statoverride"):
+        (directory / name).touch()
+    status = subprocess.run(["dpkg-query", "-s", *packages], check=True, capture_output=True)
+    (directory / "status").write_bytes(status.stdout)
+    for package in packages:
+        (directory / "info" / f"{package}.list").touch()
 
 
 def _copy_package(package: str, tree: Path) -> None:
