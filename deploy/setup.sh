@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that `make` needs, on a bare Debian 12: apt packages, .venv, promtool, test guests.
+# Everything that `make` needs, on a bare Debian 12: apt packages, .venv, Prometheus, test guests.
 # `setup.sh venv`: .venv alone, from PyPI; for that no root, no apt and no Debian is needed.
 # Idempotent: each part is done again only when what it is made from has changed.
 set -euo pipefail
@@ -70,17 +70,20 @@ packages() {
     done_with packages "$(digest deploy/setup.sh <(printf '%s\n' "${wanted[@]}"))"
 }
 
-# Only the one program: the package as a whole would start a Prometheus on this machine.
+# Only the two programs: the package as a whole would start a Prometheus on this machine.
 # Always Debian's, whatever is in PATH: a verdict of the tests must not depend on it.
-promtool() {
-    [[ -x $TOOLS/promtool && ! -L $TOOLS/promtool ]] && return
-    say "fetching promtool with apt"
-    missing=(promtool)
+prometheus() {
+    [[ -x $TOOLS/promtool && ! -L $TOOLS/promtool && -x $TOOLS/prometheus ]] && return
+    say "fetching prometheus and promtool with apt"
+    missing=(prometheus)
     rm -f "$TOOLS"/prometheus_*.deb
     (cd "$TOOLS" && apt -o APT::Sandbox::User=root download prometheus)
-    dpkg-deb --fsys-tarfile "$TOOLS"/prometheus_*.deb | tar -xO ./usr/bin/promtool >"$TOOLS/promtool.new"
-    chmod 755 "$TOOLS/promtool.new"
-    mv "$TOOLS/promtool.new" "$TOOLS/promtool"
+    local name
+    for name in prometheus promtool; do
+        dpkg-deb --fsys-tarfile "$TOOLS"/prometheus_*.deb | tar -xO "./usr/bin/$name" >"$TOOLS/$name.new"
+        chmod 755 "$TOOLS/$name.new"
+        mv "$TOOLS/$name.new" "$TOOLS/$name"
+    done
     rm -f "$TOOLS"/prometheus_*.deb
 }
 
@@ -161,7 +164,7 @@ if [[ $part == venv ]]; then
     exit
 fi
 packages
-promtool
+prometheus
 nats_server
 venv
 guests

@@ -517,8 +517,12 @@ class DiskSpace(Protocol):
         """Whether it is above its high watermark, or was and is not below the low one yet."""
         ...
 
+    def usage_bytes(self) -> tuple[int, int]:
+        """What is used, and the size, as df(1) has them, the ballast counted as free."""
+        ...
+
     def used_percent(self) -> float:
-        """How much of it is used, as df(1) has it, the ballast counted as free."""
+        """How much of it is used, as df(1) has it."""
         ...
 
     def free_bytes(self) -> int:

@@ -77,6 +77,7 @@ class LiveHost:
         versions_dir: str = "",
         version: str = "",
         max_flows: int = NetworkSettings().max_flows,
+        metrics: str = "",
         **limits: Any,
     ) -> None:
         """With `disk_mib`, data and state are on a file system of that size and nothing else is."""
@@ -91,6 +92,7 @@ class LiveHost:
         self.warm_pool = warm_pool
         self.versions_dir, self.version = versions_dir, version
         self.max_flows = max_flows
+        self.metrics = metrics
         self.production = production
         self.limits = {"disk_reserve_mib": 16 if disk_mib else 256} | limits
         self.worker: asyncio.subprocess.Process | None = None
@@ -119,7 +121,7 @@ class LiveHost:
                 boot_args=self.boot_args,
                 warm_pool=self.warm_pool,
             ),
-            metrics=MetricsSettings(listen=""),
+            metrics=MetricsSettings(listen=self.metrics),
             network=NetworkSettings(max_flows=self.max_flows),
             limits=LimitSettings(
                 enforce="memory" in controllers, cgroup=f"hostd-test-{unique}", **self.limits

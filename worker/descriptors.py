@@ -57,6 +57,15 @@ def check_limit(settings: Settings, memory_mib: int) -> None:
         )
 
 
+def in_use() -> tuple[int, int]:
+    """How many descriptors are open, and the limit; the one that lists them is not counted."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        return len(os.listdir("/proc/self/fd")) - 1, limit
+    except OSError:  # none is left
+        return limit, limit
+
+
 class DescriptorReserve:
     """Descriptors kept open, to be closed when one is needed and none is free. Not thread-safe."""
 

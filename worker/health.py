@@ -54,7 +54,7 @@ class HealthServer:
         self._host, self._port = host.strip("[]"), int(port)
         self._metrics = metrics
         self._checks = checks
-        self._connections = Connections(
+        self.connections = Connections(
             self._serve,
             reserve,
             Bounds(MAX_CONNECTIONS, MAX_PER_ADDRESS, MAX_HEADER_BYTES),
@@ -79,7 +79,7 @@ class HealthServer:
                 f"cannot listen on {self._host}:{self._port}: {why}: change [metrics] listen, or "
                 "stop the process that uses this address"
             ) from error
-        self._connections.accept(self._listeners)
+        self.connections.accept(self._listeners)
         return self
 
     async def __aexit__(
@@ -88,7 +88,7 @@ class HealthServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._connections.close()
+        await self.connections.close()
         self._listeners.clear()
 
     @property

@@ -71,6 +71,11 @@ class LogWriter:
             self._waking = False
             self._changed.notify()
 
+    @property
+    def waiting(self) -> int:
+        """Lines in the queue."""
+        return len(self._lines)
+
     debug = info = warning = error = critical = log = msg
 
     def close(self, timeout_s: float = CLOSE_S) -> None:

@@ -32,11 +32,17 @@ LIMITED: Final = frozenset({"warning", "error", "critical"})
 
 log = structlog.get_logger()
 _counts: list[Callable[[], int]] = []
+_queues: list[LogWriter] = []
 
 
 def dropped() -> int:
     """Lines of this process that were not written, or suppressed because they repeat."""
     return sum(count() for count in _counts)
+
+
+def waiting() -> int:
+    """Lines of this process that wait to be written."""
+    return sum(each.waiting for each in _queues)
 
 
 def configure(level: str, *, stream: str = "stdout", writer: LogWriter | None = None) -> None:
@@ -52,6 +58,7 @@ def configure(level: str, *, stream: str = "stdout", writer: LogWriter | None = 
     limit = [] if writer is None else [LogLimit()]
     if writer is not None:
         logging.basicConfig(level=logging.WARNING, handlers=[_OfLibraries()], force=True)
+        _queues[:] = [writer]
         _counts[:] = [
             lambda: writer.dropped,
             *(partial(getattr, each, "suppressed") for each in limit),

@@ -24,7 +24,12 @@ from handlers.admission.budgets import capacity
 from handlers.errors import Failure, of_os_error
 from handlers.host.facts import HostFacts
 from handlers.host.jail.layout import launched_versions
-from handlers.host.linux.call_threads import abandoned_calls, exhausted_kinds, hung_calls
+from handlers.host.linux.call_threads import (
+    abandoned_calls,
+    exhausted_kinds,
+    hung_calls,
+    thread_counts,
+)
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.lock import HostLock
 from handlers.host.snapshot.manifest import published_versions
@@ -40,6 +45,7 @@ from worker import logs
 from worker.background import BackgroundTasks
 from worker.bus.nats import NatsBus
 from worker.control.claims import ClaimRoutes
+from worker.control.connections import Connections
 from worker.control.drain_routes import DrainRoutes
 from worker.control.draining import DrainSwitch
 from worker.control.dump import Dump
@@ -58,6 +64,7 @@ from worker.intake import Intake
 from worker.journal.journal import Journal
 from worker.lanes import Lanes
 from worker.lease import Holder, Lease, LeaseHeld
+from worker.meters import reading
 from worker.metrics import Metrics, sample_loop_lag
 from worker.outbox import Outbox
 from worker.preflight import prepare_dirs
@@ -175,16 +182,18 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
         stack.push_async_callback(real.warm.close)
         if settings.metrics.listen:
             await stack.enter_async_context(
-                HealthServer(settings.metrics.listen, metrics, worker.checks, reserve)
+                health := HealthServer(settings.metrics.listen, metrics, worker.checks, reserve)
             )
+            worker.connections["metrics"] = health.connections, MAX_CONNECTIONS
         await stack.enter_async_context(
-            ControlServer(
+            control := ControlServer(
                 settings.paths.run,
                 worker.routes(),
                 writable=lambda: journal.store.writable,
                 reserve=reserve,
             )
         )
+        worker.connections["control"] = control.connections, CONTROL_CONNECTIONS
         reload = Reload(settings, read, bus.connection, worker.vmm_versions.reread)
         await worker.run(signals, reload, manager)
 
@@ -211,6 +220,7 @@ class Worker:
         self._background = background
         self._reserve = reserve
         self.slots, self.locks, self.networks = host.slots, host.locks, host.networks
+        self.connections: dict[str, tuple[Connections, int]] = {}
         self.drain = DrainSwitch(journal)
         stop_at = failpoint(os.environ)
         self.quarantine = LaunchQuarantine(
@@ -303,6 +313,7 @@ class Worker:
             host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs)
         )
         self.dump = Dump(self)
+        self._bounded = reading.Parts(host, journal, bus, self.service, self.quarantine, self.sweep)
         metrics.on_collect(self._collect)
         self.drain.watch(self.lease.touch)
         bus.on_connection(self.outbox.wake)
@@ -408,8 +419,14 @@ class Worker:
         self.metrics.artifact_copied_bytes(self._real.artifacts.copied_bytes)
         disk = self._real.disk
         self.metrics.disk(disk.free_bytes(), low=disk.low, high=disk.high)
-        self.metrics.capacity(capacity(self._real.host))
-        self.metrics.slots(self._real.host.slots.counts())
+        now = capacity(self._real.host)
+        self.metrics.disk_claimed(now.disk_claimed_bytes)
+        self.metrics.bounded(reading.of_worker(self._bounded, now))
+        self.metrics.bounded(reading.of_threads(thread_counts()))
+        self.metrics.bounded(reading.of_connections(self.connections))
+        self.metrics.journal_bytes(reading.journal_bytes(self.journal.store.path))
+        self.metrics.pending_commands(self.bus.ack_window.pending)
+        self.metrics.slots_waiting(self.slots.counts())
         self.metrics.vmm_versions(self.vmm_versions.states())
         self.metrics.warm_vmms(self._real.warm.counts(), self._real.warm.totals)
         self.metrics.log_dropped(logs.dropped())

@@ -574,6 +574,10 @@ class FakeDisk:
     def high(self) -> bool:
         return self.machine.disk_high
 
+    def usage_bytes(self) -> tuple[int, int]:
+        free = self.machine.disk_free_bytes
+        return (99 * free, 100 * free) if self.machine.disk_high else (free, 2 * free)
+
     def used_percent(self) -> float:
         return 99.0 if self.machine.disk_high else 50.0
 

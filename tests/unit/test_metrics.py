@@ -7,12 +7,12 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from handlers.admission.budgets import Capacity
 from handlers.concurrency import Slots
 from handlers.specs import VersionState
 from schemas.codes import Code
 from schemas.records import Status
 from schemas.settings import LimitSettings
+from worker.meters.resources import RESOURCES, Bounded
 from worker.metrics import Metrics, sample_loop_lag
 
 ROOT = Path(__file__).parents[2]
@@ -60,8 +60,8 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_disk_claimed_bytes": ("gauge", set()),
     "hostd_capacity_limit": ("gauge", {"resource"}),
     "hostd_capacity_used": ("gauge", {"resource"}),
-    "hostd_slots": ("gauge", {"kind"}),
-    "hostd_slots_used": ("gauge", {"kind"}),
+    "hostd_journal_bytes": ("gauge", set()),
+    "hostd_bus_pending_commands": ("gauge", set()),
     "hostd_slots_waiting": ("gauge", {"kind"}),
     "hostd_draining": ("gauge", set()),
     "hostd_vmm_versions": ("gauge", {"version", "state"}),
@@ -70,22 +70,6 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_build_info": ("gauge", {"version"}),
     "hostd_limits_enforced": ("gauge", set()),
 }
-
-
-CAPACITY = Capacity(
-    instances=2,
-    vcpus=1024,
-    vcpus_used=3,
-    mem_mib=8192,
-    mem_used_mib=640,
-    disk_free_bytes=1 << 30,
-    disk_claimed_bytes=16 << 20,
-    uids=65_536,
-    uids_used=2,
-    uids_warm=1,
-    addresses=252,
-    addresses_used=4,
-)
 
 
 def version_state(version: str, state: str = "installed") -> VersionState:
@@ -118,9 +102,12 @@ def used() -> Metrics:
     metrics.snapshot(0.4, 512 << 20)
     metrics.artifact_copied_bytes(4096)
     metrics.disk(1 << 30, low=False, high=False)
-    metrics.capacity(CAPACITY)
+    metrics.bounded({name: Bounded(3, 8) for name in RESOURCES})
+    metrics.disk_claimed(16 << 20)
+    metrics.journal_bytes(4096)
+    metrics.pending_commands(2)
     metrics.vmm_versions([version_state("1.12.1"), version_state("1.13.0", "removed")])
-    metrics.slots(Slots.of(LimitSettings()).counts())
+    metrics.slots_waiting(Slots.of(LimitSettings()).counts())
     metrics.draining(True)
     metrics.loop_lag(0.0001)
     metrics.lanes(busy=2, waiting=1)
@@ -184,7 +171,7 @@ def test_values_are_what_was_counted() -> None:
     assert registry.get_sample_value("hostd_vmm_versions", asleep) == 2
     assert registry.get_sample_value("hostd_vmm_versions_in_trouble") == 1
     assert registry.get_sample_value("hostd_capacity_used", {"resource": "uids"}) == 3
-    assert registry.get_sample_value("hostd_slots", {"kind": "boots"}) == 8
+    assert registry.get_sample_value("hostd_capacity_limit", {"resource": "slots_boots"}) == 8
     assert registry.get_sample_value("hostd_lanes", {"state": "waiting"}) == 1
     assert registry.get_sample_value("hostd_snapshot_bytes_sum") == 512 << 20
 

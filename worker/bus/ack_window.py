@@ -8,16 +8,23 @@ from typing import Any, Final
 
 import structlog
 
+from worker.bus import api_reply
+
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 EVERY_S: Final = 10.0
 
 
 class AckWindow:
-    """Compares what the server reports of the consumer with its previous report."""
+    """Compares what the server reports of the consumer with its previous report.
+
+    Of the last report: `unacked` messages of at most `limit` are delivered and not acknowledged,
+    `pending` wait in the stream.
+    """
 
     def __init__(self) -> None:
         self.stuck = False
+        self.unacked = self.limit = self.pending = 0
         self._full_at: tuple[int, int] | None = None
 
     def observe(self, info: dict[str, Any]) -> None:
@@ -28,6 +35,8 @@ class AckWindow:
         """
         limit = info["config"].get("max_ack_pending", -1)
         pending = info["num_ack_pending"]
+        waiting = api_reply.sequence_of(info, "num_pending", "consumer")
+        self.unacked, self.limit, self.pending = pending, limit, waiting
         at = (info["ack_floor"]["stream_seq"], info["delivered"]["stream_seq"])
         full_at = at if 0 < limit <= pending else None
         stuck = full_at is not None and full_at == self._full_at

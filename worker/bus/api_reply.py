@@ -47,6 +47,12 @@ def sequence_of(reply: dict[str, Any], name: str, what: str) -> int:
     return found
 
 
+def limit_of(reply: dict[str, Any], name: str, what: str) -> int:
+    """A bound within the reply, -1: none. Raises BusError if it is none of 64 bits."""
+    found: object = reply.get(name)
+    return -1 if found == -1 else sequence_of(reply, name, what)
+
+
 def header_number(text: str) -> int | None:
     """The number in a header; None if it is not one."""
     if not (text.isascii() and text.isdigit()) or len(text) > DIGITS_MAX:

@@ -74,6 +74,7 @@ class NatsBus:
         self.taken_msg_ids = 0
         self.trouble = ""
         self.ack_window = AckWindow()
+        self.stream_sizes: dict[str, tuple[int, int]] = {}  # by kind: bytes and bound, at a check
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -121,9 +122,13 @@ class NatsBus:
             NotProvisioned: what is missing or wrong, and what to run.
             BusError: no answer now; try again.
         """
-        last = await verify.verify(self.connection, self.subjects, self._js_domain)
+        found = await verify.verify(self.connection, self.subjects, self._js_domain)
+        kinds = streams.kinds(self.subjects)
+        self.stream_sizes = {
+            kinds[name]: (each.size_bytes, each.max_bytes) for name, each in found.items()
+        }
         if not self._last_before:
-            self._last_before = last
+            self._last_before = {name: each.last_seq for name, each in found.items()}
 
     async def wait_provisioned(self) -> None:
         """Return when `verify` succeeds; log what is wrong each time that it changes."""
@@ -217,7 +222,7 @@ class NatsBus:
         while True:
             try:
                 answer = await self.connection.request(
-                    f"$JS.API.CONSUMER.INFO.{stream}.{consumer}", b""
+                    f"{self._api}CONSUMER.INFO.{stream}.{consumer}", b""
                 )
                 self.ack_window.observe(api_reply.read_reply(answer.data, consumer))
             except (BusError, KeyError, TypeError, AttributeError) as error:

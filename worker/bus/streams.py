@@ -120,6 +120,17 @@ def stream_configs(
     )
 
 
+def kinds(subjects: Subjects) -> dict[str, str]:
+    """What each stream of the cell holds, by its name: a word that is the same in every cell."""
+    return {
+        subjects.commands_stream: "commands",
+        subjects.events_stream: "events",
+        subjects.replies_stream: "replies",
+        subjects.dead_stream: "dead",
+        bucket_stream(subjects): "state",
+    }
+
+
 def consumer_config(subjects: Subjects, *, ack_wait_ns: int = ACK_WAIT_NS) -> dict[str, Any]:
     """This host's durable pull consumer. No `max_deliver`: a command is delivered until acked."""
     return {

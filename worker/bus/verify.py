@@ -3,6 +3,7 @@
 Only reads, with the worker's own credentials; `provision.py` creates and changes.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from schemas.subjects import Subjects
@@ -14,11 +15,22 @@ from worker.bus.protocol import BusError, NotProvisioned
 NOT_FOUND = (10014, 10059)
 
 
-async def verify(connection: Connection, subjects: Subjects, js_domain: str = "") -> dict[str, int]:
+@dataclass(frozen=True, slots=True)
+class StreamFound:
+    """The last sequence number, the size, and its bound (-1: none)."""
+
+    last_seq: int
+    size_bytes: int
+    max_bytes: int
+
+
+async def verify(
+    connection: Connection, subjects: Subjects, js_domain: str = ""
+) -> dict[str, StreamFound]:
     """Check streams, consumer and bucket, and with accounts what this host's account imports.
 
     Returns:
-        The last sequence number of each stream.
+        What each stream has, by name.
 
     Raises:
         NotProvisioned: what is missing or wrong, and what to run.
@@ -28,7 +40,7 @@ async def verify(connection: Connection, subjects: Subjects, js_domain: str = ""
     if js_domain:
         await _check_imports(connection, subjects, js_domain)
     wrong: list[str] = []
-    last: dict[str, int] = {}
+    streams_found: dict[str, StreamFound] = {}
     for config in streams.stream_configs(subjects):
         name = str(config["name"])
         found = await _info(connection, f"{api}STREAM.INFO.{name}", f"stream {name}")
@@ -36,7 +48,11 @@ async def verify(connection: Connection, subjects: Subjects, js_domain: str = ""
             wrong.append(f"stream {name} is missing")
             continue
         state = api_reply.member(found, "state", f"stream {name}")
-        last[name] = api_reply.sequence_of(state, "last_seq", f"stream {name}")
+        streams_found[name] = StreamFound(
+            last_seq=api_reply.sequence_of(state, "last_seq", f"stream {name}"),
+            size_bytes=api_reply.sequence_of(state, "bytes", f"stream {name}"),
+            max_bytes=api_reply.limit_of(found["config"], "max_bytes", f"stream {name}"),
+        )
         ignored = streams.STREAM_NEUTRAL | streams.STREAM_TUNABLE
         different = streams.differences(config, found["config"], ignored)
         wrong += [f"stream {name}: {text}" for text in different]
@@ -55,7 +71,7 @@ async def verify(connection: Connection, subjects: Subjects, js_domain: str = ""
             f"{'; '.join(wrong)}. Run `hostd provision` with an admin's credentials"
             f" for cell {subjects.cell} and host {subjects.host_id}"
         )
-    return last
+    return streams_found
 
 
 async def _check_imports(connection: Connection, subjects: Subjects, js_domain: str) -> None:

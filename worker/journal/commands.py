@@ -72,6 +72,7 @@ class JournalCommands:
         self._undecided: set[str] = set()  # IDs that are being looked up in the file
         self._known: KnownIds | None = None  # all that the file has; None: not read yet
         self._new: KnownIds | None = None  # those since the file is being read
+        self.kept: tuple[int, int] | None = None  # finished and refused rows, as of the last prune
         store.on_reload(self._reloaded)
 
     # -- admission -----------------------------------------------------------------------------
@@ -207,6 +208,12 @@ class JournalCommands:
     def count(self) -> int:
         """How many commands have no outcome."""
         return len(self._store.mirror.commands)
+
+    def fullest(self) -> tuple[int, int]:
+        """How many unfinished commands the lane and the tenant have that have most."""
+        mirror = self._store.mirror
+        tenants = (count for tenant, count in mirror.tenants.items() if tenant is not None)
+        return max(mirror.lanes.values(), default=0), max(tenants, default=0)
 
     def is_unfinished(self, command_id: str) -> bool:
         return command_id in self._store.mirror.commands
@@ -393,13 +400,23 @@ class JournalCommands:
                 "WHERE finished_at_ms <= ? ORDER BY finished_at_ms LIMIT ?)",
                 (before_ms, limit),
             ).rowcount
-            return (
+            pruned = (
                 old
                 + _prune_refused(tx, refused_max, limit)
                 + _prune_largest(tx, finished_max, limit)
             )
+            self.kept = _count_kept(tx)
+            return pruned
 
         return await self._store.writer.submit(do)
+
+
+def _count_kept(tx: Transaction) -> tuple[int, int]:
+    """Finished commands, and those of them that never ran; each by an index alone."""
+    finished = "SELECT count(*) FROM command WHERE finished_at_ms IS NOT NULL"
+    (all_of_them,) = tx.execute(finished).fetchone()
+    (never_ran,) = tx.execute(f"{finished} AND attempts = 0").fetchone()
+    return all_of_them, never_ran
 
 
 def _prune_refused(tx: Transaction, keep: int, limit: int) -> int:

@@ -204,6 +204,11 @@ class Tombstones:
     def all(self) -> Collection[Tombstone]:
         return self._records.values()
 
+    @property
+    def prunable_count(self) -> int:
+        """Those without kept volumes; the cost is one of tenants that kept some."""
+        return len(self._records) - sum(map(len, self._kept.values()))
+
     def kept(self, tenant_id: str) -> Collection[Tombstone]:
         """The tenant's with kept volumes."""
         return self._kept.get(tenant_id, {}).values()

@@ -245,6 +245,10 @@ class JournalRecords:
     def tombstone(self, ref: InstanceRef) -> Tombstone | None:
         return self._store.mirror.tombstones.get(ref)
 
+    def tombstone_count(self) -> int:
+        """Destroyed instances that are remembered, without those with kept volumes."""
+        return self._store.mirror.tombstones.prunable_count
+
     def kept_volumes(self, tenant_id: str) -> Sequence[Tombstone]:
         return tuple(self._store.mirror.tombstones.kept(tenant_id))
 

@@ -32,6 +32,14 @@ class FairQueue:
         """Whether something runs or waits."""
         return bool(self._tasks or self._count)
 
+    @property
+    def running(self) -> int:
+        return len(self._tasks)
+
+    @property
+    def waiting(self) -> int:
+        return self._count
+
     def put(self, asker: str, work: Work) -> None:
         """Run it when it is its asker's turn, or drop it, or the last one of who has the most."""
         mine = self._waiting.setdefault(asker, deque())

@@ -92,6 +92,16 @@ class MicroService:
         """Requests without an allowed reply subject, and those beyond their asker's share."""
         return self._invalid + self._queue.dropped
 
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return self._queue.running
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return self._queue.waiting
+
     async def start(self) -> None:
         """Start serving; returns at once, with or without a connection."""
         self._connection.on_up(lambda fresh: self._fresh.set() if fresh else None)

@@ -70,6 +70,16 @@ class LaunchQuarantine:
         self._probe: str | None = None
 
     @property
+    def after(self) -> int:
+        """How many failures in a row begin it; 0: it is turned off."""
+        return self._after
+
+    @property
+    def failures(self) -> int:
+        """Launches in a row that failed by the host's fault."""
+        return self._failures
+
+    @property
     def active(self) -> bool:
         return self._since is not None
 

@@ -36,7 +36,7 @@ log = structlog.get_logger()
 
 
 class ProbeMeters(Protocol):
-    """What is counted (`worker/reconcile/meters.py`)."""
+    """What is counted (`worker/meters/vmms.py`)."""
 
     def probed(self, result: str) -> None:
         """`answered`, `missed`, `failed` (no verdict), `yielded` to a command, `busy`: not made."""

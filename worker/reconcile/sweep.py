@@ -128,6 +128,7 @@ class Sweep:
         self._tasks: set[asyncio.Task[list[Swept]]] = set()
         self._resumed = False
         self._stopped = False
+        self.spent = 0  # of the budget of the hour, as of the last pass
 
     async def once(self) -> None:
         """A pass of the reconciler: look, and remove what is due, within the budget."""
@@ -264,12 +265,14 @@ class Sweep:
     # -- removing ------------------------------------------------------------------------------
 
     async def _remove_within_budget(self, due: list[Orphan]) -> None:
-        left = self._settings.per_hour - await self._journal.audit.spent_within(HOUR_MS)
+        self.spent = await self._journal.audit.spent_within(HOUR_MS)
+        left = self._settings.per_hour - self.spent
         for orphan in due:
             if left <= 0:
                 break
             state, _ = await self._remove(orphan, SWEEP)
             left -= state != audit.KEPT
+            self.spent = self._settings.per_hour - left
         remaining = [
             orphan for orphan in due if orphan in self._seen and not self._seen[orphan].kept
         ]

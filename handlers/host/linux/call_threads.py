@@ -207,6 +207,11 @@ class CallThreads(Generic[S]):
         return sum(not each.returned for each in self._hung)
 
     @property
+    def counts(self) -> tuple[int, int]:
+        """Threads in a call, abandoned ones included, and how many there may be at most."""
+        return sum(each.call is not None for each in self._live) + self.hung, self._count + SPARE
+
+    @property
     def has_room(self) -> bool:
         """Whether a call that is made now gets a thread, now or after others."""
         return bool(self._live) or self.hung < self._count + SPARE
@@ -313,6 +318,15 @@ def abandoned_calls() -> Mapping[str, int]:
     counts: dict[str, int] = {}
     for each in tuple(_all):
         counts[each.kind] = counts.get(each.kind, 0) + each.abandoned
+    return counts
+
+
+def thread_counts() -> Mapping[str, tuple[int, int]]:
+    """By kind, of this process: threads in a call, and how many there may be at most."""
+    counts: dict[str, tuple[int, int]] = {}
+    for each in tuple(_all):
+        used, limit = counts.get(each.kind, (0, 0))
+        counts[each.kind] = used + each.counts[0], limit + each.counts[1]
     return counts
 
 

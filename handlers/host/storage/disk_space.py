@@ -64,12 +64,17 @@ class DiskSpace:
         the last `check`."""
         return self._high
 
-    def used_percent(self) -> float:
-        """How much of it is used, as df(1) has it, the ballast counted as free."""
+    def usage_bytes(self) -> tuple[int, int]:
+        """What is used, and the size, as df(1) has them, the ballast counted as free."""
         found = os.statvfs(self.path)
         ballast = self._ballast_bytes if self._held else 0
         used = (found.f_blocks - found.f_bfree) * found.f_frsize - ballast
-        return PERCENT * used / max(1, used + found.f_bavail * found.f_frsize + ballast)
+        return used, used + found.f_bavail * found.f_frsize + ballast
+
+    def used_percent(self) -> float:
+        """How much of it is used, as df(1) has it."""
+        used, size = self.usage_bytes()
+        return PERCENT * used / max(1, size)
 
     async def usage(self, tenant_id: str, *, without: InstanceRef | None = None) -> DiskUsage:
         """What the tenant's artifacts, snapshots and logs take up below `<state>`.

@@ -11,6 +11,7 @@ def info(pending: int, floor: int, last: int, limit: int = 256) -> dict[str, Any
     return {
         "config": {"max_ack_pending": limit},
         "num_ack_pending": pending,
+        "num_pending": 0,
         "ack_floor": {"consumer_seq": 0, "stream_seq": floor},
         "delivered": {"consumer_seq": last + 999, "stream_seq": last},
     }

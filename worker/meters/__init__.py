@@ -1,0 +1,1 @@
+"""The worker's metrics by subject; `worker/metrics.py` puts them together."""
