@@ -71,6 +71,12 @@ def test_each_alert_fires_when_it_should_and_not_before() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_each_recorded_series_has_the_value_of_its_name() -> None:
+    done = promtool("test", "rules", "hostd.recording.test.yml")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_promtool_finds_nothing_to_improve_in_the_metrics() -> None:
     done = promtool("check", "metrics", text=used().render())
 

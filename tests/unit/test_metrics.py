@@ -220,6 +220,8 @@ def test_each_alert_reads_exported_metrics_and_has_a_case_that_fires() -> None:
     alerts = re.findall(r"- alert: (\w+)", rules)
     read = {re.sub(r"_(total|bucket)$", "", name) for name in re.findall(r"\bhostd_\w+", rules)}
 
+    silent = re.findall(r"alertname: (\w+), exp_alerts: \[\]}", cases)
+    assert set(silent) == set(alerts)
     firing = re.findall(r"alertname: (\w+)\n +exp_alerts:\n", cases)
     assert sorted(set(firing)) == sorted(alerts)
     assert read <= set(CONTRACT)

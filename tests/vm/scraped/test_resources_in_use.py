@@ -8,30 +8,23 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from schemas.requests import StartInstance
-from tests.live_host import LiveHost, live_host
-from tests.vm.whole_host.shared_host import ref_of
+from tests.live_host import LiveHost
+from tests.vm.scraped.scraped_host import LISTEN, scraped_host
 from worker.bus.streams import SIZES_MIB
 from worker.meters.resources import RESOURCES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LISTEN = "127.0.0.1:9464"
 # None of them is the default.
 LIMITS: dict[str, Any] = {
     "imports": 3, "boots": 7, "restores": 11, "snapshots": 5, "networks": 6, "lane_depth": 90,
     "tenant_depth": 900, "host_depth": 4000, "quarantine_after": 9,
 }  # fmt: skip
-REF = ref_of("scraped")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def host() -> AsyncIterator[LiveHost]:
-    async with live_host(metrics=LISTEN, warm_pool=1, **LIMITS) as made:
-        seeded = made.seed(REF, offset=5, mem_mib=32)
-        assert (await made.net_up(seeded))["code"] == "ok"
-        started = await made.run(StartInstance(REF.tenant_id, REF.pool_id, REF.instance_id))
-        assert started["code"] == "ok"
+    async with scraped_host(**LIMITS) as made:
         yield made
 
 
