@@ -15,6 +15,7 @@ from bench import (
     networks,
     packets,
     scaling,
+    scrape,
     wake,
 )
 from bench.bench_host import BenchHost, bench_host
@@ -54,6 +55,7 @@ GROUPS: dict[str, Group] = {
     "footprint": on_host(
         footprint.measure, footprint.INTERVALS, vmm_overhead_mib=footprint.OVERHEAD_MIB
     ),
+    "scrape": on_host(scrape.measure, scrape.ROUNDS, metrics=scrape.LISTEN),
     "scaling": Group(scaling.measure, scaling.ROUNDS),
     "crowded": Group(crowded.measure, crowded.ROUNDS),
     "floors": on_host(floors.measure, floors.ROUNDS),

@@ -36,6 +36,7 @@ WANTED: Mapping[str, tuple[str, ...]] = {
         "500 VMs running: CPU",
         "10 foreign nftables changes a second, 40 tenants: CPU",
     ),
+    "scrape": ("scrape of /metrics, 1000 instances, p50",),
     "scaling": (
         "no-op, 2000 instances",
         "SetupNetwork, 2000 instances",
