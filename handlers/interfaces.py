@@ -24,6 +24,7 @@ from handlers.specs import (
     BootConfig,
     BridgeSpec,
     CgroupSpec,
+    CgroupUsage,
     DataDisk,
     DataDiskSpec,
     DiskUsage,
@@ -36,6 +37,7 @@ from handlers.specs import (
     SnapshotFacts,
     SnapshotInfo,
     TapSpec,
+    TapTraffic,
     TenantRulesSpec,
 )
 from handlers.tenant_locks import TenantLocks
@@ -100,6 +102,10 @@ class Taps(Mechanism[TapSpec, bool], Protocol):
 
     async def settle(self, tenant_net_id: int) -> None:
         """Return when no TAP of the network that was released is left."""
+        ...
+
+    async def traffic(self, key: str) -> TapTraffic | None:
+        """What its guest sent and received since it was made; None if it is gone."""
         ...
 
     async def owners(self) -> Mapping[str, TapOwner]:
@@ -208,6 +214,11 @@ class Cgroups(Mechanism[CgroupSpec, None], Protocol):
 
     async def oom_counts(self, key: str) -> OomCounts | None:
         """What the OOM killer did in the leaf; None if nothing counts it. It does not block."""
+        ...
+
+    async def usage(self, key: str) -> CgroupUsage | None:
+        """What the processes in the leaf have used since it was made; None if it is gone. It does
+        not block."""
         ...
 
     async def differing(self, specs: Sequence[CgroupSpec]) -> Mapping[str, Sequence[str]]:

@@ -142,6 +142,25 @@ class Artifact:
     sha256: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class CgroupUsage:
+    """Of a VMM's leaf, made anew for each launch. `memory_bytes` is None without the controller."""
+
+    cpu_us: int
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TapTraffic:
+    """What a guest sent and received since its TAP was made: frames with their Ethernet headers,
+    also those that the host's rules dropped."""
+
+    sent_bytes: int
+    sent_packets: int
+    received_bytes: int
+    received_packets: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskUsage:
     """The disk space of one tenant's files below `<state>`."""

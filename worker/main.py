@@ -70,6 +70,7 @@ from worker.outbox import Outbox
 from worker.preflight import prepare_dirs
 from worker.queries.answers import Answers
 from worker.queries.service import query_service
+from worker.queries.usage import usage_of
 from worker.reconcile.adoption import Adoption
 from worker.reconcile.claims import Claims
 from worker.reconcile.launch_quarantine import LaunchQuarantine
@@ -274,6 +275,7 @@ class Worker:
                 real.facts.boot_id(),
                 host_state=lambda: self.host_state,
                 warm_vmms=lambda: self._real.warm.counts()["ready"],
+                usage=partial(usage_of, host),
             ),
             version=version("hostd"),
             inbox_prefixes=settings.nats.inbox_prefixes,

@@ -12,6 +12,7 @@ import pytest
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
 from handlers.errors import NotFound
+from schemas.requests import InstanceRef
 from schemas.settings import NatsSettings
 from tests.broker.server import (
     HOST,
@@ -53,6 +54,9 @@ class Answers:
         self, tenant_id: str, pool_id: str | None, instance_id: str | None
     ) -> Mapping[str, object]:
         return {"v": 1, "asked": [tenant_id, pool_id, instance_id]}
+
+    async def usage(self, ref: InstanceRef) -> Mapping[str, object]:
+        return {"v": 1, "asked": str(ref)}
 
     async def result(self, command_id: str) -> Mapping[str, object]:
         raise NotFound(f"{command_id} is not known here")
@@ -111,6 +115,7 @@ async def test_each_query_gets_its_answer(server: Server) -> None:
         assert await to.ask("describe", {"tenant_id": "a"}) == {"v": 1, "asked": ["a", None, None]}
         body = {"tenant_id": "a", "pool_id": "p", "instance_id": "i", "newer": 1}
         assert (await to.ask("describe", body))["asked"] == ["a", "p", "i"]
+        assert (await to.ask("usage", body))["asked"] == "a/p/i"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +126,7 @@ async def test_each_query_gets_its_answer(server: Server) -> None:
         ("result", {"id": 5}, "invalid", "$.id"),
         ("result", [1], "invalid", "expected a map"),
         ("describe", {"tenant_id": "a", "pool_id": "p"}, "invalid", "set both or neither"),
+        ("usage", {"tenant_id": "a"}, "invalid", "pool_id"),
         ("list", None, "internal", "see the worker's log"),
     ],
 )
@@ -206,7 +212,7 @@ async def test_micro_tools_can_read_discovery(server: Server) -> None:
             "protocol": "1-2",
         }
         names = {endpoint.name for endpoint in ServiceInfo.from_dict(info).endpoints}
-        assert names == {"ping", "status", "list", "describe", "result"}
+        assert names == {"ping", "status", "list", "describe", "usage", "result"}
         counts = {e.name: e.num_requests for e in ServiceStats.from_dict(stats).endpoints}
         assert counts["ping"] >= 1
         assert [ping["type"], info["type"], stats["type"]] == [

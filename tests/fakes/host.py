@@ -28,6 +28,7 @@ from handlers.specs import (
     BootConfig,
     BridgeSpec,
     CgroupSpec,
+    CgroupUsage,
     DataDisk,
     DataDiskSpec,
     DiskUsage,
@@ -40,6 +41,7 @@ from handlers.specs import (
     SnapshotFacts,
     SnapshotInfo,
     TapSpec,
+    TapTraffic,
     TenantRulesSpec,
 )
 from handlers.tenant_locks import TenantLocks
@@ -142,6 +144,8 @@ class FakeHost:
     memory_in_use: set[str] = field(default_factory=set[str])
     lacking: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     oom: dict[str, OomCounts] = field(default_factory=dict[str, OomCounts])
+    cgroup_usage: dict[str, CgroupUsage] = field(default_factory=dict[str, CgroupUsage])
+    tap_traffic: dict[str, TapTraffic] = field(default_factory=dict[str, TapTraffic])
     exited: dict[int, asyncio.Event] = field(default_factory=dict[int, asyncio.Event])
     uids: dict[str, int] = field(default_factory=dict[str, int])
     live_uids: set[int] = field(default_factory=set[int])
@@ -290,6 +294,9 @@ class FakeCgroups(Plain[CgroupSpec]):
             return None
         return self.machine.oom.get(key, OomCounts(0, 0))
 
+    async def usage(self, key: str) -> CgroupUsage | None:
+        return self.machine.cgroup_usage.get(key)
+
     async def differing(self, specs: Sequence[CgroupSpec]) -> Mapping[str, Sequence[str]]:
         found = {spec.key: self._differing(spec) for spec in specs}
         return {key: names for key, names in found.items() if names}
@@ -351,6 +358,9 @@ class FakeTaps(Plain[TapSpec]):
 
     async def exists(self, key: str) -> bool:
         return key not in self.machine.released and await super().exists(key)
+
+    async def traffic(self, key: str) -> TapTraffic | None:
+        return self.machine.tap_traffic.get(key)
 
     async def remove(self, key: str) -> None:
         await super().remove(key)

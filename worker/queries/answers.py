@@ -1,7 +1,7 @@
 """The answers to queries: the journal's view, in plain values. Changes nothing."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgpack
 from msgspec import to_builtins
@@ -13,6 +13,7 @@ from schemas.requests import InstanceRef
 from worker.journal.journal import Journal
 
 Answer = Mapping[str, object]
+ReadUsage = Callable[[InstanceRecord], Awaitable[Answer | None]]
 
 
 class Answers:
@@ -25,11 +26,13 @@ class Answers:
         *,
         host_state: Callable[[], str],
         warm_vmms: Callable[[], int],
+        usage: ReadUsage,
     ) -> None:
         self._journal = journal
         self._boot_id = boot_id
         self._host_state = host_state
         self._warm_vmms = warm_vmms
+        self._usage = usage
         self._started = time.monotonic()
 
     async def ping(self) -> Answer:
@@ -112,6 +115,24 @@ class Answers:
                 }
                 for r in self._journal.records.instances(tenant_id)
             ],
+        }
+
+    async def usage(self, ref: InstanceRef) -> Answer:
+        record = self._journal.records.instance(ref)
+        if record is None:
+            raise NotFound(f"instance {ref} is not in the journal of this host")
+        return {
+            "v": 1,
+            "tenant_id": ref.tenant_id,
+            "pool_id": ref.pool_id,
+            "instance_id": ref.instance_id,
+            "status": str(record.status),
+            "since_ms": record.since_ms,
+            "launch": record.launch,
+            "vcpus": record.vcpus,
+            "mem_mib": record.mem_mib,
+            "at_ms": self._journal.store.now_ms(),
+            "vmm": await self._usage(record) if record.holds_host else None,
         }
 
     async def result(self, command_id: str) -> Answer:

@@ -16,7 +16,7 @@ from handlers.errors import Failure, Invalid
 from schemas import unpack
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
-from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN
+from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, InstanceRef
 from schemas.subjects import Subjects
 from worker.bus.connection import Connection
 from worker.queries.micro import Endpoint, MicroService
@@ -48,9 +48,19 @@ class QuerySource(Protocol):
         """One instance, or the tenant's network if pool and instance are None."""
         ...
 
+    async def usage(self, ref: InstanceRef) -> Answer:
+        """What an instance's VMM has used since its launch. Raises NotFound: no such instance."""
+        ...
+
     async def result(self, command_id: str) -> Answer:
         """`{v, id, state: waiting|running|done, reply?}`. Raises NotFound: not in this journal."""
         ...
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    tenant_id: str
+    pool_id: str
+    instance_id: str
 
 
 class _Describe(msgspec.Struct, frozen=True):
@@ -88,6 +98,7 @@ def query_service(
         "status": lambda _: source.status(),
         "list": lambda _: source.list(),
         "describe": partial(_describe, source),
+        "usage": partial(_usage, source),
         "result": partial(_result, source),
     }
     endpoints = [
@@ -121,6 +132,11 @@ async def _describe(source: QuerySource, body: Body) -> Answer:
     if (args.pool_id is None) != (args.instance_id is None):
         raise Invalid("pool_id and instance_id: set both or neither", path="$.pool_id")
     return await source.describe(args.tenant_id, args.pool_id, args.instance_id)
+
+
+async def _usage(source: QuerySource, body: Body) -> Answer:
+    args = unpack.convert(body, _Usage)
+    return await source.usage(InstanceRef(args.tenant_id, args.pool_id, args.instance_id))
 
 
 async def _result(source: QuerySource, body: Body) -> Answer:

@@ -43,6 +43,7 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_EXT_MA
     20,
     29,
 )
+IFLA_STATS64, STATS = 23, struct.Struct("=QQQQ")
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_DATA = 1, 2, 5
 SKIP_STATS = attribute(IFLA_EXT_MASK, struct.pack("=I", 1 << 3))
 # Attributes of Link.info: of a bridge, of a TAP
@@ -86,6 +87,16 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Counters:
+    """Of a link since it was made, from the host's side. Source: rtnl_link_stats64, if_link.h."""
+
+    rx_packets: int
+    tx_packets: int
+    rx_bytes: int
+    tx_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Address:
     address: str
     prefix_len: int
@@ -125,6 +136,14 @@ class Reader:
     def link(self, name: str) -> Link | None:
         wanted = attribute(IFLA_IFNAME, name.encode() + b"\0") + SKIP_STATS
         return self._link(0, wanted)
+
+    def counters(self, name: str) -> Counters | None:
+        """What went through an interface; None if it does not exist."""
+        wanted = attribute(IFLA_IFNAME, name.encode() + b"\0")
+        body = self._get(RTM_GETLINK, LINK.pack(0, 0, 0, 0, 0) + wanted, NONE)
+        if body is None:
+            return None
+        return Counters(*STATS.unpack_from(attributes(body[LINK.size :])[IFLA_STATS64]))
 
     def existing_link(self, name: str) -> Link:
         """The interface of the name, which the caller has created or found before.

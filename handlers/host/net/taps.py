@@ -32,7 +32,7 @@ from handlers.host.net.rtnetlink_reader import (
 )
 from handlers.host.net.sysctl import ensure_sysctl
 from handlers.mechanism import Durability
-from handlers.specs import TapSpec
+from handlers.specs import TapSpec, TapTraffic
 from schemas import naming
 
 # linux/if_tun.h
@@ -149,6 +149,24 @@ class Taps:
         prefix = naming.tap_name_prefix(tenant_net_id)
         for key in [key for key in self._closing if key.startswith(prefix)]:
             await self._closed(key)
+
+    async def traffic(self, key: str) -> TapTraffic | None:
+        """What its guest sent and received since it was made; None if it is gone or not hostd's.
+
+        The kernel counts from the host's side: what the guest sends, the TAP receives.
+        """
+
+        def counted(kernel: Kernel) -> TapTraffic | None:
+            if own_tap(kernel, key) is None or (counters := kernel.counters(key)) is None:
+                return None
+            return TapTraffic(
+                sent_bytes=counters.rx_bytes,
+                sent_packets=counters.rx_packets,
+                received_bytes=counters.tx_bytes,
+                received_packets=counters.tx_packets,
+            )
+
+        return None if key in self._closing else await self._netlink.run(counted)
 
     async def owners(self) -> dict[str, TapOwner]:
         """All TAPs with hostd's alias; those that were released are gone."""

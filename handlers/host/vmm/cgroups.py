@@ -22,7 +22,7 @@ from handlers.host.linux.procfs import Mount, read_mounts, read_text
 from handlers.host.vmm import cgroup_limits
 from handlers.host.vmm.cgroup_limits import write
 from handlers.mechanism import Durability
-from handlers.specs import CgroupSpec, Restored
+from handlers.specs import CgroupSpec, CgroupUsage, Restored
 from handlers.vmm_ends import OomCounts
 from schemas import naming
 from schemas.requests import InstanceRef
@@ -216,6 +216,27 @@ class Cgroups:
             raise
         counts = dict(line.split() for line in text.splitlines())
         return OomCounts(limit_reached=int(counts["oom"]), killed=int(counts["oom_kill"]))
+
+    async def usage(self, key: str) -> CgroupUsage | None:
+        """What the processes in the leaf have used since it was made; None if it is gone. It does
+        not block.
+
+        Source: cgroup-v2.rst, `cpu.stat` `usage_usec` (there without a controller too),
+        `memory.current`.
+        """
+        leaf = self.tree.path(self._leaf(key))
+        try:
+            cpu = dict(line.split() for line in read_text(f"{leaf}/cpu.stat").splitlines())
+            used_us = int(cpu["usage_usec"])
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENODEV):
+                return None
+            raise of_os_error(error, f"cannot read the usage of cgroup {key}") from error
+        try:
+            memory = int(read_text(f"{leaf}/memory.current"))
+        except OSError:
+            memory = None
+        return CgroupUsage(used_us, memory)
 
     async def remove_unused(self, name: str) -> None:
         """Remove a cgroup of hostd's tree, given its path relative to the mount, without waiting.

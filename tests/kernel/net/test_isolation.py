@@ -496,3 +496,35 @@ async def test_the_operators_own_forwarding_is_not_touched(stage: Stage) -> None
         inner.send(ethernet("02:00:00:00:00:09", gateway, IPV4, packet))
 
         assert client.recv(2048).startswith(back)
+
+
+async def test_what_a_guest_sends_and_receives_is_counted_from_its_side(stage: Stage) -> None:
+    taps = stage.net.mechanisms.taps
+    stage.settle()
+    before = await taps.traffic(A1.tap)
+    frames = [to_gateway(udp(A1.ip, INTERNET, 4000, 4000, next(tokens))) for _ in range(7)]
+    spoofed = to_gateway(udp("10.9.9.9", INTERNET, 4000, 4000, next(tokens)))
+
+    for frame in (*frames, spoofed):
+        stage.a1.send(frame)
+
+    after = await taps.traffic(A1.tap)
+    assert before is not None
+    assert after is not None
+    assert after.sent_packets - before.sent_packets == 8
+    assert after.sent_bytes - before.sent_bytes == sum(map(len, (*frames, spoofed)))
+    token = next(tokens)
+    stage.a1.send(to_gateway(echo_request(A1.ip, A1.net.gateway_ip, token)))
+    assert stage.a1.wait_for(token)
+    last = await taps.traffic(A1.tap)
+    assert last is not None
+    assert last.received_packets > after.received_packets
+    assert last.received_bytes >= after.received_bytes + len(token)
+
+
+async def test_a_tap_that_is_gone_or_not_hostds_has_no_counters(stage: Stage) -> None:
+    taps = stage.net.mechanisms.taps
+    stage.net.host.ip("tuntap add dev foreign0 mode tap")
+
+    assert await taps.traffic("foreign0") is None
+    assert await taps.traffic("tn3i99") is None

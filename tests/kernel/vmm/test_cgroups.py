@@ -126,6 +126,22 @@ async def test_enforced_limits_without_controllers_are_refused_by_name_and_nothi
     assert not os.path.exists(enforcing.tree.path(base))
 
 
+async def test_the_cpu_that_a_leafs_processes_used_is_counted(mechanism: Cgroups) -> None:
+    await mechanism.ensure(spec())
+    before = await mechanism.usage("acme/a1-1")
+    path = mechanism.tree.path(mechanism.tree.name("acme", "a1-1"))
+    burn = f"echo $$ > {path}/cgroup.procs; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done"
+
+    subprocess.run(["sh", "-c", burn], check=True, timeout=30)
+
+    after = await mechanism.usage("acme/a1-1")
+    await mechanism.remove("acme/a1-1")
+    assert before is not None
+    assert after is not None
+    assert after.cpu_us > before.cpu_us
+    assert await mechanism.usage("acme/a1-1") is None
+
+
 @pytest.mark.parametrize("key", ["acme", "../x/y", "acme/..", "acme/a/b", "/a", "acme/", ""])
 async def test_an_invalid_key_is_refused(mechanism: Cgroups, key: str) -> None:
     with pytest.raises(Invalid):

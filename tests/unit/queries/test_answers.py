@@ -3,27 +3,38 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from handlers.errors import NotFound
+from tests.constants import REF
+from tests.fakes.host import seeded
 from tests.fakes.shell_worker import shell_worker, start
 from worker.journal.journal import Journal
 from worker.queries.answers import Answer, Answers
+from worker.queries.usage import usage_of
 
 QUESTIONS: dict[str, Callable[[Answers], Awaitable[Answer]]] = {
     "ping": lambda answers: answers.ping(),
     "status": lambda answers: answers.status(),
     "list": lambda answers: answers.list(),
     "describe": lambda answers: answers.describe("none", None, None),
+    "usage": lambda answers: answers.usage(REF),
     "result": lambda answers: answers.result("c1"),
     "result of an unknown command": lambda answers: answers.result("c9"),
 }
 
 
 def answers_of(journal: Journal) -> Answers:
-    return Answers(journal, "b1", host_state=lambda: "ready", warm_vmms=lambda: 3)
+    return Answers(
+        journal,
+        "b1",
+        host_state=lambda: "ready",
+        warm_vmms=lambda: 3,
+        usage=partial(usage_of, seeded().host(journal.records)),
+    )
 
 
 async def blocked(journal: Journal) -> tuple[asyncio.Future[bool], threading.Event]:
@@ -51,7 +62,7 @@ async def test_a_question_is_answered_while_the_writer_is_busy(
         writing, gate = await blocked(worker.journal)
         try:
             async with asyncio.timeout(10):
-                if question in ("describe", "result of an unknown command"):
+                if question in ("describe", "usage", "result of an unknown command"):
                     with pytest.raises(NotFound):
                         await QUESTIONS[question](answers)
                 else:
