@@ -158,9 +158,9 @@ def control(tree: Path, version: str) -> None:
     licences: list[str] = []
     for found in distributions(path=[str(tree / SITE_PACKAGES)]):
         facts = found.metadata
-        licence = facts.get("License-Expression") or facts.get("License", "")
+        names = facts.get_all("License-Expression") or facts.get_all("License") or []
         if facts["Name"] != "hostd":
-            licences.append(f"{facts['Name']} {found.version}: {licence}")
+            licences.append(f"{facts['Name']} {found.version}: {', '.join(names)}")
     text = "Packages in /opt/hostd, with their licence texts beside them in *.dist-info:\n\n"
     (tree / "usr/share/doc/hostd/copyright").write_text(text + "\n".join(sorted(licences)) + "\n")
     kib = sum(path.lstat().st_size for path in tree.rglob("*")) // 1024
