@@ -141,6 +141,96 @@ async def test_an_error_has_its_message_and_leaks_nothing_else(
         assert "secret" not in error["message"]
 
 
+JSON = {"Content-Type": "application/json"}
+
+
+def objects(data: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(data)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b"{}", None),
+        (b' \n{"newer": [1]}', None),
+        (b"", JSON),
+        (b"", {"accept": "text/plain, Application/JSON; q=0.9"}),
+        (b"\x80", {"Accept": "application/json"}),
+        (b"{}", JSON | {"Accept": "*/*"}),
+    ],
+)
+async def test_a_query_in_json_or_that_accepts_json_is_answered_in_json(
+    server: Server, body: bytes, headers: Mapping[str, str] | None
+) -> None:
+    async with asked(server) as to:
+        answer = await to.caller.request(SUBJECTS.ask("ping"), body, headers=headers)
+
+        assert objects(answer.data) == await to.ask("ping")
+
+
+async def test_a_query_in_json_may_be_answered_in_msgpack(server: Server) -> None:
+    async with asked(server) as to:
+        accept = {"Accept": "application/msgpack"}
+        answer = await to.caller.request(SUBJECTS.ask("ping"), b"{}", headers=accept)
+
+        assert unpacked(answer.data)["host_id"] == "h1"
+
+
+@pytest.mark.parametrize(
+    ("verb", "body", "code", "part"),
+    [
+        ("result", b'{"id": "c-1"}', "not_found", "c-1 is not known"),
+        ("result", b"{}", "invalid", "$.id: is missing"),
+        ("result", b'{"id": 5}', "invalid", "$.id"),
+        ("result", b'{"id": "a", "id": "b"}', "invalid", "$.id: duplicate key"),
+        ("result", b'{"id": NaN}', "invalid", "$.id: got NaN"),
+        ("result", b'{"id": 18446744073709551616}', "invalid", "more than 64 bits"),
+        ("result", b'{"id": "\xff"}', "invalid", "invalid JSON"),
+        ("result", b"[1]", "invalid", "expected a map, got array"),
+        ("result", b"id", "invalid", "invalid JSON"),
+        ("result", b"{" * 200, "invalid", "at most 128"),
+        ("result", b'{"id": "' + b"x" * 66_000, "invalid", "at most 65536"),
+        ("describe", b'{"tenant_id": "a", "pool_id": "p"}', "invalid", "set both or neither"),
+        ("list", b"{}", "internal", "see the worker's log"),
+    ],
+)
+async def test_an_error_of_a_query_in_json_is_json_with_the_field_at_fault(
+    server: Server, verb: str, body: bytes, code: str, part: str
+) -> None:
+    async with asked(server) as to:
+        error = objects((await to.caller.request(SUBJECTS.ask(verb), body)).data)["error"]
+
+        assert error["code"] == code
+        assert part in error["message"]
+        assert "secret" not in error["message"]
+
+
+async def test_what_a_tool_without_msgpack_sends_is_answered_as_text(server: Server) -> None:
+    """The bytes of `nats req hostd.v1.test.h1.ask.describe '{"tenant_id": "a"}'`.
+
+    The protocol by hand: that tool is in no package of Debian 12.
+    """
+    async with asked(server):
+        reader, writer = await asyncio.open_connection(
+            *server.url.removeprefix("nats://").split(":")
+        )
+        try:
+            body = b'{"tenant_id": "a"}'
+            subject = SUBJECTS.ask("describe").encode()
+            writer.write(b'CONNECT {"verbose":false,"headers":true}\r\nSUB _INBOX.cli.* 1\r\n')
+            writer.write(b"PUB %s _INBOX.cli.1 %d\r\n%s\r\n" % (subject, len(body), body))
+            async with asyncio.timeout(10):
+                await reader.readuntil(b"MSG _INBOX.cli.1 1 ")
+                size = int(await reader.readline())
+                answer = await reader.readexactly(size)
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+        assert answer == b'{"v":1,"asked":["a",null,null]}'
+
+
 async def test_a_query_that_is_not_msgpack_is_answered_with_an_error(server: Server) -> None:
     async with asked(server) as to:
         answer = await to.caller.request(SUBJECTS.ask("describe"), b"\xc1" * 100)
@@ -158,6 +248,8 @@ async def test_an_answer_above_the_payload_limit_is_an_error(
         to.source.size = size
 
         assert (await to.ask("ping"))["error"]["code"] == "exhausted"
+        in_json = await to.caller.request(SUBJECTS.ask("ping"), b"{}")
+        assert objects(in_json.data)["error"]["code"] == "exhausted"
         assert to.bus.reconnects == 0
 
 

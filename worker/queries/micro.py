@@ -33,18 +33,24 @@ CROSS_ACCOUNT = "_R_."
 
 @dataclass(slots=True)
 class Endpoint:
-    """One query. `handle` answers any bytes with bytes; True beside them means an error.
+    """One query. `handle` answers any message with bytes, and the text of an error or "".
 
     `refuse` makes the answer of an error that prevents the real one, from its message.
     """
 
     name: str
     subject: str
-    handle: Callable[[bytes], Awaitable[tuple[bytes, bool]]]
-    refuse: Callable[[str], bytes]
+    handle: Callable[[Message], Awaitable[tuple[bytes, str]]]
+    refuse: Callable[[Message, str], bytes]
     requests: int = field(default=0, init=False)
     errors: int = field(default=0, init=False)
+    last_error: str = field(default="", init=False)
     took_ns: int = field(default=0, init=False)
+
+    def failed(self, error: str) -> None:
+        """Count an error answer."""
+        self.errors += 1
+        self.last_error = error
 
 
 class MicroService:
@@ -171,14 +177,16 @@ class MicroService:
     async def _serve(self, endpoint: Endpoint, message: Message) -> None:
         began_ns = time.perf_counter_ns()
         endpoint.requests += 1
-        answer, failed = await endpoint.handle(message.data)
-        endpoint.errors += failed
+        answer, failure = await endpoint.handle(message)
+        if failure:
+            endpoint.failed(failure)
         endpoint.took_ns += time.perf_counter_ns() - began_ns
         try:
             await self._connection.send(message.reply, answer)
         except Unsendable as error:
-            endpoint.errors += not failed
-            await self._connection.send(message.reply, endpoint.refuse(str(error)))
+            if not failure:
+                endpoint.failed(str(error))
+            await self._connection.send(message.reply, endpoint.refuse(message, str(error)))
 
     async def _discover(self, describe: Callable[[], dict[str, Any]], message: Message) -> None:
         await self._connection.send(message.reply, json.dumps(describe()).encode())
@@ -213,7 +221,7 @@ class MicroService:
                     "queue_group": queue,
                     "num_requests": e.requests,
                     "num_errors": e.errors,
-                    "last_error": "",
+                    "last_error": e.last_error,
                     "processing_time": e.took_ns,
                     "average_processing_time": e.took_ns // max(1, e.requests),
                     "data": None,

@@ -1,8 +1,8 @@
 """The queries `ask.<verb>`: fast and read-only; none of them changes the host.
 
-Msgpack maps in and out; an empty body is the empty map. Answers come from a `QuerySource`; this
-module decodes, dispatches and builds error answers. Of an exception a caller sees only the message
-of a `Failure`.
+Maps in and out, in one of two forms (`forms.py`). Answers come from a `QuerySource`; this module
+decodes, dispatches and builds error answers. Of an exception a caller sees only the message of a
+`Failure`.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,6 +19,9 @@ from schemas.decode_error import DecodeError
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, InstanceRef
 from schemas.subjects import Subjects
 from worker.bus.connection import Connection
+from worker.bus.message import Message
+from worker.queries import forms
+from worker.queries.forms import Wire
 from worker.queries.micro import Endpoint, MicroService
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -106,7 +109,7 @@ def query_service(
             verb,
             subjects.ask(verb),
             partial(answer, verb, query),
-            refuse=partial(_error, Code.EXHAUSTED),
+            refuse=refusal,
         )
         for verb, query in queries.items()
     ]
@@ -144,26 +147,31 @@ async def _result(source: QuerySource, body: Body) -> Answer:
 
 
 async def answer(
-    verb: str, query: Callable[[Body], Awaitable[Answer]], data: bytes
-) -> tuple[bytes, bool]:
-    """The encoded answer to an encoded query, and whether it is an error."""
+    verb: str, query: Callable[[Body], Awaitable[Answer]], message: Message
+) -> tuple[bytes, str]:
+    """The encoded answer to an encoded query, and the text of its error or ""."""
+    asked, form = forms.forms_of(message)
     try:
-        body = unpack.unpack_map(data) if data else {}
-        packed = unpack.pack(dict(await query(body)))
+        packed = forms.write(await query(forms.read(message.data, asked)), form)
     except DecodeError as error:
-        return _error(error.code, str(error)), True
+        return _error(form, error.code, str(error))
     except Failure as error:
-        return _error(error.code, error.message), True
+        return _error(form, error.code, error.message)
     except Exception:
         log.exception("query.failed", verb=verb)
-        return _error(
-            Code.INTERNAL, f"{verb} failed: see the worker's log, event query.failed"
-        ), True
+        text = f"{verb} failed: see the worker's log, event query.failed"
+        return _error(form, Code.INTERNAL, text)
     if len(packed) > ANSWER_BYTES:
         text = f"the answer has {len(packed)} bytes; the limit is {ANSWER_BYTES}"
-        return _error(Code.EXHAUSTED, text), True
-    return packed, False
+        return _error(form, Code.EXHAUSTED, text)
+    return packed, ""
 
 
-def _error(code: Code, message: str) -> bytes:
-    return unpack.pack({"error": {"code": str(code), "message": message}})
+def refusal(message: Message, text: str) -> bytes:
+    """The answer in place of one that the server does not take."""
+    return _error(forms.forms_of(message).answered, Code.EXHAUSTED, text)[0]
+
+
+def _error(form: Wire, code: Code, message: str) -> tuple[bytes, str]:
+    error = {"code": str(code), "message": message}
+    return forms.write({"error": error}, form), f"{code}: {message}"

@@ -71,6 +71,7 @@ NO_TEXT = "a number, a boolean or an address, not text"
 LISTED = "the number of a snapshot's directory below hostd's own, a file name"
 LABEL = "16 bytes of a superblock; what is not ASCII is escaped"
 BOUNDED = "at most 16 bytes, checked to be ASCII digits"
+PACKED = "packed by the line before"
 JOURNAL = "hostd wrote it into its journal, a file of root"
 CAUGHT = "a handler around the call catches ValueError and RecursionError, or any exception"
 DEMO = "`hostd demo` runs its own guest"
@@ -141,6 +142,7 @@ FED = {
     ),
 }
 TRUSTED = {
+    "worker/queries/forms.py:write:msgspec.msgpack.decode": PACKED,
     "handlers/host/jail/layout.py:launch_of:int": NAME,
     "handlers/host/jail/logs.py:_kept:int": NAME,
     "handlers/host/linux/procfs.py:_unescape:int": MATCHED,
