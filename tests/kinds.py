@@ -5,7 +5,7 @@ from typing import Final
 
 import pytest
 
-KINDS: Final = ("unit", "contract", "kernel", "broker", "vm", "crash", "lab")
+KINDS: Final = ("unit", "contract", "kernel", "broker", "page", "vm", "crash", "lab")
 
 
 def is_whole_suite(config: pytest.Config) -> bool:

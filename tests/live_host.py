@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,9 +78,18 @@ class LiveHost:
         version: str = "",
         max_flows: int = NetworkSettings().max_flows,
         metrics: str = "",
+        host_id: str = "",
+        cell: str = "test",
+        bus: NatsSettings | None = None,
+        enter: Sequence[str] = (),
+        uid_base: int = VmmSettings().uid_base,
         **limits: Any,
     ) -> None:
-        """With `disk_mib`, data and state are on a file system of that size and nothing else is."""
+        """With `disk_mib`, data and state are on a file system of that size and nothing else is.
+
+        With `bus` the host is one of a fleet, whose nats-server is elsewhere; `enter` begins the
+        command of its worker, e.g. to have it in a network namespace.
+        """
         # Not in /tmp: where that is a tmpfs, what a VMM writes there counts as its memory.
         self.directory = tempfile.mkdtemp(prefix="hostd-live-", dir="/var/tmp")
         own_directory(self.directory)
@@ -88,6 +97,11 @@ class LiveHost:
         # A production host connects only with a credential.
         users = "authorization { user: live, password: host }" if production else ""
         self.nats = EmbeddedNats(f"{self.directory}/nats", config=users)
+        self.host_id, self.cell = host_id or f"test-{os.getpid()}", cell
+        self.bus = bus or NatsSettings(
+            url=f"nats://{'live:host@' if production else ''}127.0.0.1:{self.nats.port}"
+        )
+        self.enter, self.uid_base = tuple(enter), uid_base
         self.boot_args = boot_args
         self.warm_pool = warm_pool
         self.versions_dir, self.version = versions_dir, version
@@ -104,10 +118,9 @@ class LiveHost:
     def _settings(self) -> Settings:
         controllers = Path(find_mount(), "cgroup.controllers").read_text(encoding="ascii")
         unique = f"{os.getpid()}-{os.path.basename(self.directory)[-8:].lower()}"
-        user = "live:host@" if self.production else ""
         return Settings(
-            host=HostSettings(id=f"test-{os.getpid()}", cell="test", production=self.production),
-            nats=NatsSettings(url=f"nats://{user}127.0.0.1:{self.nats.port}"),
+            host=HostSettings(id=self.host_id, cell=self.cell, production=self.production),
+            nats=self.bus,
             paths=PathSettings(
                 data=f"{self.directory}/disk/mvm",
                 state=f"{self.directory}/disk/state",
@@ -120,6 +133,7 @@ class LiveHost:
                 version=self.version,
                 boot_args=self.boot_args,
                 warm_pool=self.warm_pool,
+                uid_base=self.uid_base,
             ),
             metrics=MetricsSettings(listen=self.metrics),
             network=NetworkSettings(max_flows=self.max_flows),
@@ -162,6 +176,7 @@ class LiveHost:
         variables = {name: value for name, value in wanted.items() if value is not None}
         with open(f"{self.directory}/worker.log", "ab") as log:
             self.worker = await asyncio.create_subprocess_exec(
+                *self.enter,
                 sys.executable,
                 *(["-P"] if code else []),  # or it is the one of the working directory
                 "-m",

@@ -243,12 +243,13 @@ class Worker:
         self.emptying = Emptying(self.drain, journal, self.lanes)
         self.vmm_watch = VmmWatch(host, journal, self.lanes, metrics, real.exits)
         runner.after = self.vmm_watch.sync
+        own_version = version("hostd")
         self.intake = Intake(
             bus,
             journal,
             self.lanes,
             inbox_prefixes=settings.nats.inbox_prefixes,
-            version=version("hostd"),
+            version=own_version,
             facts=self.facts,
             meters=metrics,
         )
@@ -264,7 +265,7 @@ class Worker:
                 macs=real.facts.macs(),
                 hostname=real.facts.hostname(),
             ),
-            lambda: {**self.facts(), "seq": journal.store.seq},
+            lambda: {**self.facts(), "version": own_version, "seq": journal.store.seq},
         )
         self.state = StateWriter(bus, journal.outbox, journal.store.journal_id, self.lease)
         self.service = query_service(
@@ -277,7 +278,7 @@ class Worker:
                 warm_vmms=lambda: self._real.warm.counts()["ready"],
                 usage=partial(usage_of, host),
             ),
-            version=version("hostd"),
+            version=own_version,
             inbox_prefixes=settings.nats.inbox_prefixes,
         )
         self.claims = Claims(

@@ -19,15 +19,17 @@ from handlers.errors import HostFault
 # quarters of the free space, would refuse them on a small disk.
 STORE = "16GB"
 CONFIG = """\
-listen: "127.0.0.1:{port}"
+listen: "{address}:{port}"
 server_name: hostd-embedded
 jetstream {{ store_dir: "{directory}/jetstream", max_file_store: {store} }}
 {config}
 """
+# Without TLS, so on loopback only; a page of any origin may connect.
+WEBSOCKET = 'websocket {{ listen: "127.0.0.1:{port}", no_tls: true, same_origin: false }}\n'
 
 
 class EmbeddedNats:
-    """One nats-server on 127.0.0.1.
+    """One nats-server.
 
     Args:
         directory: configuration, log and JetStream store; created if missing. Streams persist there
@@ -35,14 +37,24 @@ class EmbeddedNats:
         port: 0 allocates a free port, kept across restarts.
         program: path of nats-server; empty means `find_program()`.
         config: additional configuration, e.g. an `authorization` block.
+        address: where it listens.
+        web: also for browsers, by WebSocket on 127.0.0.1; `web_url` says where.
     """
 
     def __init__(
-        self, directory: str, *, port: int = 0, program: str = "", config: str = ""
+        self,
+        directory: str,
+        *,
+        port: int = 0,
+        program: str = "",
+        config: str = "",
+        address: str = "127.0.0.1",
+        web: bool = False,
     ) -> None:
         os.makedirs(directory, mode=0o700, exist_ok=True)
         self.directory = directory
         self.port = port or _free_port()
+        self.address, self.web_port = address, _free_port() if web else 0
         self._file = os.path.join(directory, "nats.conf")
         self.log = os.path.join(directory, "nats.log")
         self.process = ServerProcess(self._file, self.log, program=program)
@@ -52,12 +64,22 @@ class EmbeddedNats:
     def url(self) -> str:
         return f"nats://127.0.0.1:{self.port}"
 
+    @property
+    def web_url(self) -> str:
+        return f"ws://127.0.0.1:{self.web_port}"
+
     def configure(self, config: str) -> None:
         """Write the configuration. A running server reads it on `reload`."""
+        web = WEBSOCKET.format(port=self.web_port) if self.web_port else ""
+        text = CONFIG.format(
+            address=self.address,
+            store=STORE,
+            port=self.port,
+            directory=self.directory,
+            config=web + config,
+        )
         with open(self._file, "w", encoding="utf-8") as file:
-            file.write(
-                CONFIG.format(store=STORE, port=self.port, directory=self.directory, config=config)
-            )
+            file.write(text)
 
     async def start(self, timeout_s: float = 15.0) -> str:
         """Start the server; return its URL once it accepts connections and JetStream is up.

@@ -6,6 +6,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ async def test_the_hosts_own_value_is_a_live_lease(host: LiveHost, seeded: Seede
     assert value["machine_id"]
     assert value["boot_id"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     assert value["lease_until_ms"] > time.time() * 1000
+    assert value["version"] == version("hostd")
     assert value["capacity"]["instances"] == 0
     assert value["journal_id"] == (await events(host))[0]["journal_id"]
 

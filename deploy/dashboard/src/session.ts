@@ -1,0 +1,144 @@
+/**
+ * Keeps a Fleet up to date: subscribes, reads, and reads again after each reconnect.
+ * `Link` says how far what is shown can be trusted.
+ */
+import type { Msg } from "@nats-io/nats-core";
+import { Bus, each, type Access, type Kept } from "./bus";
+import { Fleet } from "./fleet";
+import { hostEvent } from "./wire";
+
+const EVENTS_READ = 300;
+const RETRY_MS = 2000;
+
+export interface Link {
+  readonly state: "live" | "reading" | "lost";
+  readonly text: string;
+}
+
+export class Session {
+  link: Link = { state: "reading", text: "Reading the state" };
+  currentMs = 0;
+  private reads = 0;
+
+  private constructor(readonly bus: Bus, readonly fleet: Fleet) {}
+
+  /** Raises what the connection or the first read raised: nothing is shown then. */
+  static async open(access: Access, fleet: Fleet): Promise<Session> {
+    const session = new Session(await Bus.open(access), fleet);
+    try {
+      session.subscribe();
+      await session.read();
+    } catch (error) {
+      await session.close();
+      throw error;
+    }
+    void session.follow();
+    return session;
+  }
+
+  async close(): Promise<void> {
+    this.reads += 1;
+    await this.bus.nats.close();
+  }
+
+  private subscribe(): void {
+    const { bus, fleet } = this;
+    bus.subscribe(`${bus.root}.*.evt.>`, (message) => {
+      const event = hostEvent(bus.root, message.subject, message.data);
+      if (event) fleet.event(event);
+    });
+    bus.subscribe(`$KV.${bus.bucket}.>`, (message) => {
+      const key = this.key(message.subject);
+      if (fleet.feed(key, valueOf(message))) void this.readBack(key);
+    });
+  }
+
+  /** Reads everything, again until it worked; a later call replaces it. */
+  private async read(): Promise<void> {
+    const turn = ++this.reads;
+    const { bus, fleet } = this;
+    const stream = `KV_${bus.bucket}`;
+    await bus.nats.flush();
+    fleet.beginRead();
+    const subjects = await bus.subjects(stream, `$KV.${bus.bucket}.>`);
+    let done = 0;
+    await each(subjects.keys(), async (subject) => {
+      const kept = await bus.last(stream, subject);
+      if (turn !== this.reads) return;
+      fleet.read(this.key(subject), kept && valueOfKept(kept));
+      done += 1;
+      if (done % 100 === 0) this.link = { state: "reading", text: `Reading the state: ${done} of ${subjects.size}` };
+    });
+    if (turn !== this.reads) return;
+    fleet.endRead();
+    await this.readEvents();
+    if (turn !== this.reads) return;
+    this.currentMs = Date.now();
+    this.link = { state: "live", text: "Live" };
+  }
+
+  private async readEvents(): Promise<void> {
+    const { bus, fleet } = this;
+    const { first, last } = await bus.bounds(bus.events);
+    const from = Math.max(first, last - EVENTS_READ + 1, 1);
+    await each(
+      Array.from({ length: Math.max(0, last - from + 1) }, (_, at) => from + at),
+      async (seq) => {
+        const kept = await bus.at(bus.events, seq);
+        const event = kept && hostEvent(bus.root, kept.subject, kept.data);
+        if (event) fleet.event(event);
+      },
+    );
+  }
+
+  private async readBack(key: string): Promise<void> {
+    const { bus, fleet } = this;
+    try {
+      const kept = await bus.last(`KV_${bus.bucket}`, `$KV.${bus.bucket}.${key}`);
+      fleet.feed(key, kept && valueOfKept(kept));
+    } catch {
+      this.lose("Could not read a value back");
+      this.readSoon();
+    }
+  }
+
+  private async follow(): Promise<void> {
+    for await (const status of this.bus.nats.status()) {
+      if (status.type === "disconnect" || status.type === "staleConnection") {
+        this.reads += 1;
+        this.lose("Connection lost, reconnecting");
+      }
+      if (status.type === "reconnect") this.readSoon(0);
+      if (status.type === "slowConsumer") this.readSoon(0);
+    }
+  }
+
+  private readSoon(afterMs = RETRY_MS): void {
+    const turn = ++this.reads;
+    setTimeout(() => {
+      if (turn !== this.reads || this.bus.nats.isClosed()) return;
+      this.link = { state: "reading", text: "Reading the state" };
+      this.read().catch((error: unknown) => {
+        if (turn + 1 !== this.reads) return;
+        this.lose(error instanceof Error ? error.message : String(error));
+        this.readSoon();
+      });
+    }, afterMs);
+  }
+
+  private lose(text: string): void {
+    this.link = { state: "lost", text };
+  }
+
+  private key(subject: string): string {
+    return subject.slice(`$KV.${this.bus.bucket}.`.length);
+  }
+}
+
+function valueOf(message: Msg): Uint8Array | null {
+  return message.headers?.get("KV-Operation") ? null : message.data;
+}
+
+function valueOfKept(kept: Kept): Uint8Array | null {
+  return kept.header("KV-Operation") ? null : kept.data;
+}
