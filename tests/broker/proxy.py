@@ -45,7 +45,8 @@ class Proxy:
     async def start(self) -> None:
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", self.port))  # again the same after `close`
         self.port = listener.getsockname()[1]
         self._server = await asyncio.start_server(self._serve, sock=listener)
 

@@ -5,9 +5,12 @@ the nats-server and the browser are. Agentd, dashboard and worker have the crede
 roles, whose passwords are the names of their users.
 """
 
+import asyncio
 import contextlib
+import json
 import os
 import subprocess
+from collections import Counter
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +19,15 @@ from typing import Any
 import msgspec
 
 from schemas.requests import Request
-from schemas.settings import NatsSettings
+from schemas.settings import HostSettings, NatsSettings, Settings
 from schemas.subjects import Subjects
 from tests.broker.server import Server, connection_to
 from tests.guests.namespace import own_network
 from tests.live_host import LiveHost
+from tests.plain import unpacked
 from worker.bus import accounts
 from worker.bus.provision import provision
+from worker.bus.streams import bucket_stream
 from worker.cli.client import connect
 
 CELL = "default"
@@ -33,14 +38,38 @@ UIDS = 65536
 
 
 @dataclass
-class PageFleet:
-    """The server, and the hosts by ID."""
+class Cell:
+    """A provisioned server, in a network namespace of the test's."""
 
     server: Server
-    hosts: dict[str, LiveHost]
 
     def url(self, user: str) -> str:
         return f"nats://{user}:{user}@127.0.0.1:{self.server.port}"
+
+    async def statuses(self, host_id: str) -> dict[str, int]:
+        """How many instances of a host the bucket has, by status."""
+        nats = NatsSettings(url=self.url("dashboard"), js_domain=DOMAIN)
+        settings = Settings(host=HostSettings(id=host_id, cell=CELL), nats=nats)
+        found: Counter[str] = Counter()
+        async with connect(settings) as client:
+            stream = bucket_stream(SUBJECTS)
+            answer = await client.nats.request(
+                f"$JS.{DOMAIN}.API.STREAM.INFO.{stream}", b'{"subjects_filter": ">"}'
+            )
+            for subject in json.loads(answer.data)["state"]["subjects"]:
+                if f".{host_id}.instance." not in subject:
+                    continue
+                kept = await client.nats.request(f"$JS.{DOMAIN}.API.DIRECT.GET.{stream}.{subject}")
+                if "KV-Operation" not in (kept.headers or {}):
+                    found[unpacked(kept.data)["status"]] += 1
+        return dict(found)
+
+
+@dataclass
+class PageFleet(Cell):
+    """The server, and the hosts by ID."""
+
+    hosts: dict[str, LiveHost]
 
     async def send(self, host_id: str, request: Request, **more: Any) -> dict[str, Any]:
         """As the host's agentd; returns the reply envelope."""
@@ -51,8 +80,8 @@ class PageFleet:
 
 
 @contextlib.asynccontextmanager
-async def page_fleet(directory: Path, *, program: str = "") -> AsyncGenerator[PageFleet]:
-    """Three hosts that are ready; all is removed afterwards."""
+async def cell(directory: Path, *, program: str = "") -> AsyncGenerator[Cell]:
+    """A server with the accounts and the streams of the cell, and no worker."""
     passwords = "".join(
         f"PASSWORD_{account}: {user}\n" for account, user in accounts.users(HOSTS).items()
     )
@@ -62,12 +91,20 @@ async def page_fleet(directory: Path, *, program: str = "") -> AsyncGenerator[Pa
         server = Server(str(directory), config=config, program=program, address="0.0.0.0", web=True)
         await server.start()
         stack.push_async_callback(server.stop)
-        fleet = PageFleet(server, {})
-        async with connection_to(fleet.url("admin")) as admin:
+        made = Cell(server)
+        async with connection_to(made.url("admin")) as admin:
             await provision(admin, SUBJECTS, HOSTS)
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def page_fleet(directory: Path) -> AsyncGenerator[PageFleet]:
+    """Three hosts that are ready; all is removed afterwards."""
+    async with contextlib.AsyncExitStack() as stack:
+        fleet = PageFleet((await stack.enter_async_context(cell(directory))).server, {})
         for number, host_id in enumerate(HOSTS, start=1):
             space = stack.enter_context(_host_network(number))
-            url = f"nats://host-{host_id}:host-{host_id}@10.99.{number}.1:{server.port}"
+            url = f"nats://host-{host_id}:host-{host_id}@10.99.{number}.1:{fleet.server.port}"
             host = LiveHost(
                 host_id=host_id,
                 cell=CELL,
@@ -77,7 +114,7 @@ async def page_fleet(directory: Path, *, program: str = "") -> AsyncGenerator[Pa
             )
             stack.push_async_callback(host.close)
             fleet.hosts[host_id] = host
-            await host.start_worker()
+        await asyncio.gather(*(host.start_worker() for host in fleet.hosts.values()))
         yield fleet
 
 

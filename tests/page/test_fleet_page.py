@@ -1,13 +1,15 @@
 """The fleet page shows what real hosts do, as it happens."""
 
+import asyncio
 import re
 
 import pytest
 from playwright.async_api import Page, expect
 
 from schemas.requests import InstanceRef, SetupNetwork, StartInstance, StopInstance
+from tests.broker.server import connection_to
 from tests.page.browser import Browser, sign_in
-from tests.page.fleet import DOMAIN, PageFleet
+from tests.page.fleet import DOMAIN, SUBJECTS, PageFleet
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -56,4 +58,74 @@ async def test_an_instance_and_its_events_appear_as_they_happen(
         await expect(events).to_contain_text("StopInstance ok")
 
     assert (up["code"], started["code"]) == ("ok", "ok")
+    assert chromium.complaints == []
+
+
+async def test_the_history_of_a_host_and_an_instance_is_there(
+    fleet: PageFleet, chromium: Browser
+) -> None:
+    """Of the instance that the test before started and stopped; read from the stream."""
+    async with chromium.page("#/instance/h2/acme/web/i-1") as page:
+        await enter(page, fleet)
+        history = page.get_by_role("table", name="History")
+
+        await expect(page.get_by_role("heading", level=2)).to_have_text("Instance acme/web/i-1")
+        await expect(history).to_contain_text("starting → running")
+        await expect(history).to_contain_text("StopInstance ok")
+        await expect(page.get_by_text("That is all that is kept")).to_be_visible()
+        await expect(page.locator("dl").first).to_contain_text("stopped")
+        await expect(page.get_by_text("What the worker answers")).to_be_visible()
+        await page.get_by_role("link", name="h2").first.click()
+        await expect(page.get_by_role("heading", level=2)).to_have_text("Host h2")
+        await expect(history).to_contain_text("SetupNetwork ok")
+        await expect(page.locator("dl").first).to_contain_text("ready")
+    assert chromium.complaints == []
+
+
+async def test_a_command_is_seen_in_flight_and_then_with_its_outcome_and_steps(
+    fleet: PageFleet, chromium: Browser
+) -> None:
+    """The worker is held in the middle of a Start, and killed; the next one completes it."""
+    host = fleet.hosts["h3"]
+    seeded = host.seed(InstanceRef("acme", "slow", "i-3"))
+    await host.stop_worker()
+    held = {"HOSTD_FAILPOINT": "before:vmm", "HOSTD_FAILPOINT_FILE": f"{host.directory}/held"}
+    await host.start_worker(environment=held)
+    async with chromium.page("#/commands") as page:
+        await enter(page, fleet)
+        await fleet.send("h3", SetupNetwork("acme", seeded.net))
+        start = StartInstance("acme", "slow", "i-3")
+        sent = asyncio.create_task(fleet.send("h3", start, command_id="start-slow"))
+
+        row = page.get_by_role("table", name="In flight").get_by_role("row").nth(1)
+        await expect(row).to_contain_text("acme/slow/i-3")
+        await expect(row).to_contain_text("starting")
+        await expect(row).to_contain_text("start-slow")
+        await host.kill_worker()
+        await host.start_worker()
+        reply = await sent
+        outcomes = page.get_by_role("table", name="Outcomes")
+        outcome = outcomes.get_by_role("row").filter(has_text="start-slow")
+        await expect(outcome).to_contain_text(f"StartInstance{reply['code']}")
+        await expect(row).to_be_hidden()
+        await outcome.get_by_role("link", name="start-slow").click()
+        await expect(page.get_by_role("table", name="Steps")).to_contain_text("vmm")
+        await expect(page.locator("dl").last).to_contain_text("done")
+    assert chromium.complaints == []
+
+
+async def test_a_dead_letter_is_listed_with_its_reason_and_its_bytes(
+    fleet: PageFleet, chromium: Browser
+) -> None:
+    async with chromium.page("#/dead") as page:
+        await enter(page, fleet)
+        async with connection_to(fleet.url("agentd-h1"), inbox="_INBOX.agentd") as agentd:
+            await agentd.request(f"{SUBJECTS.root}.h1.cmd.network.acme", b"\xc1\x00no command")
+
+        row = page.get_by_role("table", name="Dead letters").get_by_role("row").nth(1)
+        await expect(row).to_contain_text("h1")
+        await expect(row).to_contain_text("acme")
+        await row.get_by_role("link").first.click()
+        await expect(page.locator("dl")).to_contain_text("sha256")
+        await expect(page.locator("pre").last).to_contain_text("c1 00 6e 6f 20 63")
     assert chromium.complaints == []

@@ -89,18 +89,23 @@ def _stream_names(subjects: Subjects) -> tuple[str, ...]:
 
 def _info_grants(subjects: Subjects, hosts: Sequence[str]) -> Iterator[Grant]:
     """Hosts compare the configurations with what they need."""
-    shown = (subjects.events_stream, streams.bucket_stream(subjects))
     for name in _stream_names(subjects):
-        to = tuple(map(host_account, hosts)) + ((DASHBOARD,) if name in shown else ())
+        shown = (DASHBOARD,) if name in _shown(subjects) else ()
+        to = tuple(map(host_account, hosts)) + shown
         yield Grant("service", OWNER, f"$JS.API.STREAM.INFO.{name}", to)
         for event in ("UPDATED", "DELETED"):
             advisory = f"$JS.EVENT.ADVISORY.STREAM.{event}.{name}"
             yield Grant("stream", OWNER, advisory, tuple(map(host_account, hosts)))
 
 
+def _shown(subjects: Subjects) -> tuple[str, ...]:
+    """What dashboards read of all hosts: no commands, no replies (ADR 1072)."""
+    return (subjects.events_stream, subjects.dead_stream, streams.bucket_stream(subjects))
+
+
 def _dashboard_grants(subjects: Subjects) -> Iterator[Grant]:
     """History is read message by message: a consumer of its own would be more than reading."""
-    for name in (subjects.events_stream, streams.bucket_stream(subjects)):
+    for name in _shown(subjects):
         get = f"$JS.API.DIRECT.GET.{name}"
         yield Grant("service", OWNER, get, (DASHBOARD,), many=True)
         yield Grant("service", OWNER, f"{get}.>", (DASHBOARD,))

@@ -1,5 +1,7 @@
 /** The page: the form, the views, and when they are drawn. */
-import type { Access } from "./bus";
+import type { Access, Bus } from "./bus";
+import { commandsView, deadLettersView } from "./commands";
+import { commandDetail, deadLetterDetail, hostDetail, instanceDetail } from "./details";
 import { byId, clock, el, say } from "./dom";
 import { Fleet } from "./fleet";
 import { Session } from "./session";
@@ -7,11 +9,20 @@ import { eventsView, hostsView, instancesView, type View } from "./views";
 
 const DRAW_MS = 250;
 const KEPT = "hostd-dashboard";
-const VIEWS: readonly (readonly [string, string, (fleet: Fleet) => View])[] = [
+const VIEWS: readonly (readonly [string, string, (fleet: Fleet, bus: Bus) => View])[] = [
   ["hosts", "Hosts", hostsView],
   ["instances", "Instances", instancesView],
   ["events", "Events", eventsView],
+  ["commands", "Commands", commandsView],
+  ["dead", "Dead letters", (_, bus) => deadLettersView(bus)],
 ];
+
+const PARENTS: ReadonlyMap<string, string> = new Map([
+  ["host", "hosts"],
+  ["instance", "instances"],
+  ["command", "commands"],
+  ["letter", "dead"],
+]);
 
 const form = byId("access", HTMLFormElement);
 const section = byId("view", HTMLElement);
@@ -85,16 +96,29 @@ function show(state: { readonly state: string; readonly text: string }): void {
 
 function route(): void {
   if (!session) return;
-  const [, name] = location.hash.split("/");
-  const [key, , make] = VIEWS.find(([each]) => each === name) ?? VIEWS[0]!;
+  const { fleet, bus } = session;
+  const [name = "", id = "", ...more] = location.hash.split("/").slice(1).map(decoded);
+  const [key, , make] = VIEWS.find(([each]) => each === name || each === PARENTS.get(name)) ?? VIEWS[0]!;
   view?.close();
-  view = make(session.fleet);
+  if (name === "host") view = hostDetail(fleet, bus, id);
+  else if (name === "instance") view = instanceDetail(fleet, bus, id, more);
+  else if (name === "command") view = commandDetail(bus, id, more[0] ?? "");
+  else if (name === "letter") view = deadLetterDetail(bus, Number(id) || 0);
+  else view = make(fleet, bus);
   section.replaceChildren(view.element);
   for (const each of tabs.children) {
     if (each.getAttribute("href") === `#/${key}`) each.setAttribute("aria-current", "page");
     else each.removeAttribute("aria-current");
   }
   view.draw();
+}
+
+function decoded(part: string): string {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
 }
 
 function draw(): void {

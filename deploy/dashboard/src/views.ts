@@ -10,12 +10,16 @@ export interface View {
   close(): void;
 }
 
-export const hostHref = (host: string): string => `#/host/${host}`;
-export const laneHref = (host: string, lane: string): string =>
-  lane.startsWith("instance.") ? `#/instance/${host}/${lane.split(".").slice(1).join("/")}` : hostHref(host);
+export const hostHref = (host: string): string => `#/host/${encodeURIComponent(host)}`;
+export const laneHref = (host: string, lane: string): string => {
+  const ids = lane.split(".").slice(1).map(encodeURIComponent);
+  return lane.startsWith("instance.") ? `#/instance/${[encodeURIComponent(host), ...ids].join("/")}` : hostHref(host);
+};
+/** The IDs in a lane: T/P/I, T, or nothing for the host's. */
+export const laneText = (lane: string): string => lane.split(".").slice(1).join("/");
 
 /** A table below a search field and a choice; `all` gives the rows, in the order of rest. */
-class TableView<T> implements View {
+export class TableView<T> implements View {
   readonly element: HTMLElement;
   private readonly table: VirtualTable<T>;
   private readonly search = el("input", { type: "search", "aria-keyshortcuts": "/" });
@@ -33,7 +37,7 @@ class TableView<T> implements View {
     this.table = new VirtualTable(title, columns, () => this.draw());
     this.search.addEventListener("input", () => this.draw());
     this.choice.addEventListener("change", () => this.draw());
-    const filters = el("div", { class: "filters", role: "search" }, el("label", {}, "Search", this.search), el("label", {}, group.name, this.choice), this.count);
+    const filters = el("div", { class: "filters", role: "search", "aria-label": `Filter of ${title}` }, el("label", {}, "Search", this.search), el("label", {}, group.name, this.choice), this.count);
     this.element = el("div", {}, el("h2", {}, title), filters, this.table.element);
   }
 
@@ -124,12 +128,12 @@ export const eventColumns: readonly Column<HostEvent>[] = [
   { title: "Time", text: (event) => clock(event.atMs) },
   { title: "Host", text: (event) => event.host, href: (event) => hostHref(event.host) },
   { title: "Kind", text: (event) => event.kind },
-  { title: "About", text: (event) => event.lane.split(".").slice(1).join("/") || event.host, href: (event) => laneHref(event.host, event.lane) },
+  { title: "About", text: (event) => laneText(event.lane) || event.host, href: (event) => laneHref(event.host, event.lane) },
   { title: "Change", text: change, tone: (event) => tone(event.to || text(event.detail["code"])) },
   { title: "Reason", text: (event) => event.reason || text(event.detail["message"]) || text(event.detail["reason"]) },
 ];
 
 export function eventsView(fleet: Fleet): View {
-  const words = (event: HostEvent): string => `${event.host} ${event.lane.replaceAll(".", "/")} ${event.kind} ${change(event)} ${event.commandId} ${event.reason}`.toLowerCase();
+  const words = (event: HostEvent): string => `${event.host} ${laneText(event.lane)} ${event.kind} ${change(event)} ${event.commandId} ${event.reason}`.toLowerCase();
   return new TableView("Events", eventColumns, () => fleet.events.toReversed(), words, { name: "Kind", of: (event) => event.kind });
 }

@@ -7,6 +7,7 @@ import { decode } from "@msgpack/msgpack";
 
 const LIMITS = { maxStrLength: 1 << 16, maxBinLength: 1 << 20, maxArrayLength: 1 << 16, maxMapLength: 1 << 16, maxDepth: 32 };
 const TEXT_MAX = 4096;
+const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
 
 export type Fields = { readonly [name: string]: unknown };
 
@@ -72,8 +73,9 @@ export function fields(value: unknown): Fields | null {
   return isMap ? (value as Fields) : null;
 }
 
+/** Control characters, and those that turn the direction of what follows, are made visible. */
 export function text(value: unknown): string {
-  return typeof value === "string" ? value.slice(0, TEXT_MAX) : "";
+  return typeof value === "string" ? value.slice(0, TEXT_MAX).replace(HIDDEN, "\u{fffd}") : "";
 }
 
 export function number(value: unknown): number {

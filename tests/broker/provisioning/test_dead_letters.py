@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.broker.provisioning.test_permissions import DOMAIN, H1, Roles, password
+from tests.broker.provisioning.test_permissions import API, DOMAIN, H1, Roles, password
 from tests.broker.provisioning.test_permissions import roles as roles_fixture
 from tests.broker.server import Receiver
+from worker.bus.message import NoResponder
 from worker.cli.main import main
 
 roles = roles_fixture
@@ -61,7 +62,22 @@ async def test_the_administrator_reads_and_drops_and_the_agentd_sends_again(
     assert empty.stdout == "no dead letters\n"
 
 
-@pytest.mark.parametrize("user", ["host-h1", "agentd-h1", "dashboard"])
+async def test_a_dashboard_reads_them_and_drops_none(roles: Roles, tmp_path: Path) -> None:
+    """As the fleet page does; the commands `hostd dead` are the administrator's."""
+    host, dashboard = await roles.host(), await roles.role("dashboard")
+    await host.publish(f"{H1.root}.{H1.host_id}.dead.host", LETTER, msg_id="c-1")
+    stream, credential = H1.dead_stream, credentials(tmp_path, "dashboard")
+
+    kept = await dashboard.request(f"{API}DIRECT.GET.{stream}", b'{"seq":1}')
+    with pytest.raises(NoResponder):
+        await dashboard.request(f"{API}STREAM.MSG.DELETE.{stream}", b'{"seq":1}', timeout_s=2)
+    refused = await hostd(roles, "dead", "drop", "1", "--creds", credential)
+    still = await dashboard.request(f"{API}DIRECT.GET.{stream}", b'{"seq":1}')
+
+    assert (kept.data, still.data, refused.exit_code) == (LETTER, LETTER, 30)
+
+
+@pytest.mark.parametrize("user", ["host-h1", "agentd-h1"])
 async def test_no_other_role_reads_or_drops_them(roles: Roles, tmp_path: Path, user: str) -> None:
     host = await roles.host()
     dead = f"{H1.root}.{H1.host_id}.dead.host"

@@ -586,7 +586,7 @@ READS = [
 async def test_no_role_reads_what_is_not_its_own(roles: Roles, user: str) -> None:
     await fill(roles)
     connection = await roles.role(user)
-    allowed = ("HOSTD_EVT_default", "KV_HOSTD_STATE_default")
+    allowed = ("HOSTD_EVT_default", "HOSTD_DEAD_default", "KV_HOSTD_STATE_default")
     for endpoint in READS:
         if (
             user == "dashboard"

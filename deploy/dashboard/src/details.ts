@@ -1,0 +1,211 @@
+/** One host, one instance, one command, one dead letter. */
+import { BusFailure, type Bus, type Kept } from "./bus";
+import { clock, el, facts, gib, say, tone } from "./dom";
+import type { Fleet } from "./fleet";
+import { History } from "./history";
+import { VirtualTable } from "./table";
+import { eventColumns, hostHref, type View } from "./views";
+import { fields, list, number, text, unpack, type Fields, type HostEvent } from "./wire";
+
+const SHOWN_BYTES = 4096;
+
+/** Kept and live events of one subject, with a button for older ones. */
+class HistoryTable implements View {
+  readonly element: HTMLElement;
+  private readonly table = new VirtualTable<HostEvent>("History", eventColumns, () => {});
+  private readonly more = el("button", { type: "button" }, "Older");
+  private readonly note = el("p", { class: "faint", "aria-live": "polite" });
+  private readonly history: History;
+
+  constructor(bus: Bus, filter: string, private readonly fleet: Fleet, private readonly matches: (event: HostEvent) => boolean) {
+    this.history = new History(bus, filter);
+    this.more.addEventListener("click", () => void this.read());
+    this.element = el("div", {}, el("h3", {}, "History"), this.table.element, el("div", { class: "filters" }, this.more, this.note));
+    void this.read();
+  }
+
+  draw(): void {
+    const events = new Map(this.history.events);
+    for (const event of this.fleet.events) if (this.matches(event)) events.set(event.id, event);
+    this.table.show([...events.values()].sort((a, b) => b.atMs - a.atMs || b.seq - a.seq));
+  }
+
+  close(): void {
+    this.table.close();
+  }
+
+  private async read(): Promise<void> {
+    this.more.disabled = true;
+    say(this.note, "Reading");
+    try {
+      await this.history.older();
+      say(this.note, this.history.isComplete ? "That is all that is kept" : "");
+    } catch (error) {
+      say(this.note, reasonOf(error));
+    }
+    this.more.disabled = this.history.isComplete;
+    this.draw();
+  }
+}
+
+/** A heading, facts that are drawn again, what the host answers to a question, and a history. */
+class DetailView implements View {
+  readonly element: HTMLElement;
+  private readonly now = el("div");
+  private readonly answer = el("div");
+  private drawn = "";
+
+  constructor(title: string, private readonly rows: () => readonly (readonly [string, string])[], private readonly history: HistoryTable | null, links: readonly Node[] = []) {
+    this.element = el("div", {}, el("h2", {}, title), ...links, this.now, this.answer, ...(history ? [history.element] : []));
+  }
+
+  /** Shows what `ask` resolves to below the facts. */
+  with(ask: Promise<readonly Node[]>): this {
+    ask.then(
+      (nodes) => this.answer.replaceChildren(...nodes),
+      (error: unknown) => this.answer.replaceChildren(el("p", { class: "faint" }, reasonOf(error))),
+    );
+    return this;
+  }
+
+  draw(): void {
+    const rows = this.rows();
+    const drawn = JSON.stringify(rows);
+    if (drawn !== this.drawn && rows.length) this.now.replaceChildren(facts(rows));
+    this.drawn = drawn;
+    this.history?.draw();
+  }
+
+  close(): void {
+    this.history?.close();
+  }
+}
+
+export function hostDetail(fleet: Fleet, bus: Bus, id: string): View {
+  const rows = (): (readonly [string, string])[] => {
+    const host = fleet.hosts.get(id);
+    if (!host) return [["State", "This host has no lease in the state bucket"]];
+    const { value } = host;
+    return [
+      ["State", fleet.stateOf(host)],
+      ["Degraded by", value.degradedBy.join(", ")],
+      ["Lease renewed", clock(value.atMs)],
+      ["Hostname", value.hostname],
+      ["hostd", value.version],
+      ["Firecracker", value.vmmVersions.join(", ")],
+      ["vCPUs used", `${value.vcpusUsed} of ${value.vcpus}`],
+      ["Memory free", `${gib(value.memFreeMib)} of ${gib(value.memMib)} GiB`],
+      ["Disk free", `${gib(value.diskFreeMib)} GiB`],
+      ["Warm VMMs", `${value.warmVmms}`],
+      ["Boot ID", value.bootId],
+      ["Journal ID", value.journalId],
+    ];
+  };
+  const history = new HistoryTable(bus, `${bus.root}.${id}.evt.>`, fleet, (event) => event.host === id);
+  const asked = bus.ask(id, "status").then((answer) => {
+    const counts = Object.entries(fields(answer["instances"]) ?? {}).map(([status, count]) => [status, `${number(count)}`] as const);
+    return [el("h3", {}, "What the worker answers"), facts([["Unfinished commands", `${number(answer["unfinished"])}`], ...counts])];
+  });
+  return new DetailView(`Host ${id}`, rows, history).with(asked);
+}
+
+export function instanceDetail(fleet: Fleet, bus: Bus, host: string, ids: readonly string[]): View {
+  const [tenant = "", pool = "", id = ""] = ids;
+  const lane = `instance.${ids.join(".")}`;
+  const rows = (): (readonly [string, string])[] => {
+    const value = fleet.instances.get(`${host}.${lane}`)?.value;
+    if (!value) return [["Status", "The host has no such instance now"]];
+    return [
+      ["Status", value.status],
+      ["Since", clock(value.sinceMs)],
+      ["Reason", value.reason],
+      ["Launch", `${value.launch}`],
+      ["Revision", value.revision],
+      ["Last command", value.commandId],
+    ];
+  };
+  const history = new HistoryTable(bus, `${bus.root}.*.evt.${lane}.*`, fleet, (event) => event.lane === lane);
+  const asked = bus.ask(host, "describe", { tenant_id: tenant, pool_id: pool, instance_id: id }).then((answer) => [
+    el("h3", {}, "What the worker answers"),
+    facts([
+      ["vCPUs", plain(answer["vcpus"])],
+      ["Memory, MiB", plain(answer["mem_mib"])],
+      ["pid", plain(answer["pid"])],
+      ["Jail", plain(answer["jail_id"])],
+      ["Snapshot", plain(answer["snapshot"])],
+      ["Hung since", clock(number(answer["hung_since_ms"]))],
+      ["Last end", text(fields(answer["last_end"])?.["text"])],
+    ]),
+  ]);
+  const link = el("p", {}, "on host ", el("a", { href: hostHref(host) }, host));
+  return new DetailView(`Instance ${ids.join("/")}`, rows, history, [link]).with(asked);
+}
+
+export function commandDetail(bus: Bus, host: string, id: string): View {
+  const asked = bus.ask(host, "result", { id }).then((answer) => {
+    const reply = fields(answer["reply"]);
+    if (!reply) return [facts([["State", text(answer["state"])]])];
+    return [facts([["State", text(answer["state"])], ...replyRows(reply)]), ...stepsOf(reply)];
+  });
+  const link = el("p", {}, "on host ", el("a", { href: hostHref(host) }, host));
+  return new DetailView(`Command ${id}`, () => [], null, [link]).with(asked);
+}
+
+function replyRows(reply: Fields): (readonly [string, string])[] {
+  const response = fields(reply["response"]);
+  return [
+    ["Code", text(reply["code"])],
+    ["Message", text(fields(response?.["Error"])?.["message"])],
+    ["Status of the instance", text(reply["status"])],
+    ["Changed", plain(reply["changed"])],
+    ["Attempts", plain(reply["attempts"])],
+    ["Received", clock(number(reply["received_at_ms"]))],
+    ["Finished", clock(number(reply["finished_at_ms"]))],
+    ["Left behind", list(reply["left_behind"]).map(text).join(", ")],
+    ["Detail", JSON.stringify(reply["detail"] ?? {}, plainly)],
+  ];
+}
+
+function stepsOf(reply: Fields): Node[] {
+  const rows = list(reply["steps"]).map((each) => {
+    const step = fields(each) ?? {};
+    const outcome = text(step["outcome"]);
+    return el("tr", {}, el("td", {}, text(step["name"])), el("td", { class: "number" }, (number(step["took_us"]) / 1000).toFixed(1)), el("td", { class: tone(outcome) }, outcome));
+  });
+  if (!rows.length) return [];
+  const head = el("tr", {}, ...["Step", "ms", "Outcome"].map((title) => el("th", { scope: "col" }, title)));
+  return [el("table", { "aria-label": "Steps" }, el("thead", {}, head), el("tbody", {}, ...rows))];
+}
+
+export function deadLetterDetail(bus: Bus, seq: number): View {
+  const asked = bus.at(bus.deadLetters, seq).then((kept) => (kept ? letter(kept) : [el("p", {}, "It is not kept any more")]));
+  return new DetailView(`Dead letter ${seq}`, () => [], null).with(asked);
+}
+
+function letter(kept: Kept): Node[] {
+  const hex = [...kept.data.subarray(0, SHOWN_BYTES)].map((byte) => byte.toString(16).padStart(2, "0")).join(" ");
+  const map = unpack(kept.data);
+  const rows: (readonly [string, string])[] = [
+    ["Time", clock(kept.atMs)],
+    ["Subject", kept.subject],
+    ["Reason", text(kept.header("Hostd-Reason"))],
+    ["ID", text(kept.header("Nats-Msg-Id"))],
+    ["sha256", text(kept.header("Hostd-Sha256"))],
+    ["Size, bytes", kept.header("Hostd-Truncated") || `${kept.data.length}`],
+  ];
+  const read = map ? [el("h3", {}, "As msgpack"), el("pre", {}, JSON.stringify(map, plainly, 2).slice(0, 4 * SHOWN_BYTES))] : [];
+  return [facts(rows), ...read, el("h3", {}, "Bytes"), el("pre", {}, hex)];
+}
+
+function plain(value: unknown): string {
+  return value === null || value === undefined ? "" : text(value) || String(value).slice(0, 100);
+}
+
+function plainly(_: string, value: unknown): unknown {
+  if (value instanceof Uint8Array) return `${value.length} bytes`;
+  return typeof value === "string" ? text(value) : typeof value === "bigint" ? String(value) : value;
+}
+
+export function reasonOf(error: unknown): string {
+  return error instanceof BusFailure ? `No answer: ${error.message}` : String(error);
+}
