@@ -170,6 +170,8 @@ class Reconciler:
         except Exception as error:  # noqa: BLE001 - logged; each network is tried by itself
             log.warning("network.survey_failed", **facts_of(error))
             base, damaged = False, [each.tenant_id for each in self._journal.records.networks()]
+        if not rules_only:  # what a network that is whole had lost is there again
+            self._lost = {each: lost for each, lost in self._lost.items() if each in set(damaged)}
         if base:
             await self._journal.records.event(
                 EventKind.DRIFT,

@@ -42,7 +42,11 @@ class RunningCheck:
 
     async def run(self) -> None:
         """Compare the next slice; each that differs is restored in its lane."""
-        for record in await survey_running(self._next(), self._host):
+        slice_ = self._next()
+        differing = await survey_running(slice_, self._host)
+        for ref in {record.ref for record in slice_} - {record.ref for record in differing}:
+            self._lost.pop(ref, None)
+        for record in differing:
             task = MaintenanceTask("restore", partial(self._restore, record))
             self._lanes.put_maintenance(Lane.instance(record.ref), task)
 

@@ -144,6 +144,25 @@ async def test_a_tap_that_is_lost_for_good_is_announced_once(running: Running) -
     assert running.lost() == 1
 
 
+@pytest.mark.parametrize("lost", ["tap", "api.sock"])
+async def test_what_was_lost_counts_no_more_once_the_next_launch_has_it(
+    running: Running, lost: str
+) -> None:
+    if lost == "tap":
+        del running.machine.resources["tap", "tn3i5"]
+    else:
+        running.machine.lacking[running.worker.record().jail_id] = (lost,)
+    await running.once()
+    await running.once()  # the first one's look at the instance is counted
+    assert running.lost() == 1
+
+    for command in (STOP, START):
+        assert (await running.worker.run(command)).code is Code.OK
+    await running.once()
+
+    assert running.lost() == 0
+
+
 async def test_a_file_that_agentd_broke_is_announced_and_not_written(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
