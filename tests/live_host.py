@@ -160,6 +160,7 @@ class LiveHost:
         stdout: int | None = None,
         environment: Mapping[str, str | None] | None = None,
         release: Release | None = None,
+        module: str = "worker",
     ) -> None:
         """Start it; with `ready` wait until it takes commands.
 
@@ -180,7 +181,7 @@ class LiveHost:
                 sys.executable,
                 *(["-P"] if code else []),  # or it is the one of the working directory
                 "-m",
-                "worker",
+                module,
                 stdout=log if stdout is None else stdout,
                 stderr=log,
                 env=variables,

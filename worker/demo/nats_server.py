@@ -55,9 +55,9 @@ class EmbeddedNats:
         self.directory = directory
         self.port = port or _free_port()
         self.address, self.web_port = address, _free_port() if web else 0
-        self._file = os.path.join(directory, "nats.conf")
+        self.config_file = os.path.join(directory, "nats.conf")
         self.log = os.path.join(directory, "nats.log")
-        self.process = ServerProcess(self._file, self.log, program=program)
+        self.process = ServerProcess(self.config_file, self.log, program=program)
         self.configure(config)
 
     @property
@@ -78,7 +78,7 @@ class EmbeddedNats:
             directory=self.directory,
             config=web + config,
         )
-        with open(self._file, "w", encoding="utf-8") as file:
+        with open(self.config_file, "w", encoding="utf-8") as file:
             file.write(text)
 
     async def start(self, timeout_s: float = 15.0) -> str:

@@ -59,8 +59,11 @@ def test_every_quoted_subcommand_exists() -> None:
 def in_shell_blocks() -> Iterator[tuple[str, str]]:
     """Page and subcommand of each line of a shell block that runs `hostd`."""
     for page in pages():
-        for block in re.findall(r"^```sh\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL):
-            for command in re.findall(r"^(?:\S*/)?hostd ([a-z][a-z-]*)", block, re.MULTILINE):
+        for block in re.findall(
+            r"^```(?:sh|console)\b[^\n]*\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL
+        ):
+            typed = re.finditer(r"^(?:# )?(?:\S*/)?hostd ([a-z][a-z-]*)", block, re.MULTILINE)
+            for command in (each[1] for each in typed):
                 yield name_of(page), command
 
 

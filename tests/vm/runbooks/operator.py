@@ -1,0 +1,202 @@
+"""An operator at a host's shell, who types what a page says.
+
+The host's directories are elsewhere than a page says, so that paths of the default settings are
+replaced. There is no systemd in a test: `systemctl` does to the worker and to nats-server what it
+would (stop by SIGTERM, reload by SIGHUP, wait until started), and `journalctl -u hostd -o cat`
+prints the worker's log.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
+from typing import Final
+
+from handlers.host.vmm.cgroups import find_mount
+from tests.console import Command, commands
+from tests.crash.kills import until
+from tests.live_host import LiveHost
+from worker.demo.host import environment_of
+
+LISTEN: Final = "127.0.0.1:9464"  # free in the host's own network namespace
+CONFIG: Final = "/etc/hostd/hostd.toml"
+END: Final = "a command has ended with"
+COMMAND_S: Final = 60.0
+UNTIL_S: Final = 60.0
+AGAIN_S: Final = 0.1
+SYSTEMCTL: Final = re.compile(
+    r"systemctl (start|stop|restart|reload|is-active) (hostd|nats-server)"
+)
+JOURNALCTL: Final = """#!/bin/sh
+[ "$*" = "-u hostd -o cat" ] || {{ echo "not played in a test: journalctl $*"; exit 64; }}
+exec cat {log}
+"""
+
+
+class Operator:
+    """One shell, and the service manager: see `operator_of`."""
+
+    def __init__(
+        self,
+        host: LiveHost,
+        worker: Mapping[str, str | None],
+        words: Mapping[str, str],
+        module: str,
+    ) -> None:
+        self._host = host
+        self._module = module
+        settings = Path(host.directory, "hostd.toml")
+        settings.touch()
+        self._worker = {"HOSTD_METRICS_LISTEN": LISTEN, "HOSTD_CONFIG": str(settings), **worker}
+        self._words = {**_paths(host), **words}
+        self._shell: asyncio.subprocess.Process | None = None
+
+    async def start_worker(self, *, ready: bool = True) -> None:
+        await self._host.start_worker(ready=ready, environment=self._worker, module=self._module)
+
+    async def follow(self, page: Path) -> None:
+        """Type all commands of a page.
+
+        Raises:
+            AssertionError: one does not print what the page says, with its line in the page.
+        """
+        typed = commands(page)
+        assert typed, f"{page} has no commands"
+        for command in typed:
+            await self._follow(command)
+
+    async def _follow(self, command: Command) -> None:
+        end = time.monotonic() + UNTIL_S
+        wanted = Command(
+            command.block,
+            self._here(command.text),
+            tuple(self._here(line) for line in command.expected),
+            command.code,
+        )
+        while True:
+            code, output = await self.type(wanted.text)
+            if wanted.matches(code, output):
+                return
+            told = (
+                f"{command.block.page.name}:{command.block.line}: {command.text}\n"
+                f"-- printed\n{output}-- with exit code {code}; the page says\n"
+                + "\n".join([*wanted.expected, f"-- with exit code {wanted.code}"])
+            )
+            assert wanted.repeated, told
+            assert time.monotonic() < end, told
+            await asyncio.sleep(AGAIN_S)
+
+    def _here(self, text: str) -> str:
+        """The text with this host's paths and words."""
+        for there, here in sorted(self._words.items(), key=lambda word: -len(word[0])):
+            text = text.replace(there, here)
+        return text
+
+    async def type(self, text: str) -> tuple[int, str]:
+        """Run it in the shell; its exit code and all it printed."""
+        if found := SYSTEMCTL.fullmatch(text):
+            return await self._systemctl(found[1], found[2])
+        assert self._shell is not None
+        assert self._shell.stdin is not None
+        assert self._shell.stdout is not None
+        # The code is on a line of its own, also after an output without an end of its line.
+        ending = f"printf '\\n%s %s\\n' '{END}' $?"
+        self._shell.stdin.write(f"{{ {text}\n}} </dev/null\n{ending}\n".encode())
+        printed = b""
+        async with asyncio.timeout(COMMAND_S):
+            while not (line := await self._shell.stdout.readline()).startswith(END.encode()):
+                assert line, f"the shell ended: {printed!r}"
+                printed += line
+        output = printed.decode().removesuffix("\n")  # of the echo alone
+        return int(line.split()[-1]), output if not output or output[-1] == "\n" else f"{output}\n"
+
+    async def _systemctl(self, verb: str, unit: str) -> tuple[int, str]:
+        if unit == "nats-server":
+            if verb == "reload":
+                self._host.nats.reload()
+            else:
+                await self._host.nats.start()
+        elif verb == "is-active":
+            alive = self._host.worker is not None and self._host.worker.returncode is None
+            return (0, "active\n") if alive else (3, "inactive\n")
+        elif verb == "reload":
+            assert self._host.worker is not None
+            reloads = self._reloads()
+            self._host.worker.send_signal(signal.SIGHUP)
+            await until(lambda: self._reloads() > reloads, "the reload")
+        else:
+            if verb != "start":
+                await self._host.stop_worker()
+            if verb != "stop":
+                await self.start_worker(ready=False)
+                await self._answering()
+        return 0, ""
+
+    def _reloads(self) -> int:
+        log = self._host.log()
+        return sum(log.count(f'"settings.{end}"') for end in ("reloaded", "reload_failed"))
+
+    async def _answering(self) -> None:
+        """As systemd's start with Type=notify: until the worker's recovery is complete."""
+        recovered = '"recovered": true'
+        async with asyncio.timeout(COMMAND_S):
+            while recovered not in (await self.type(f"curl -s http://{LISTEN}/readyz"))[1]:
+                await asyncio.sleep(AGAIN_S)
+
+    async def __aenter__(self) -> "Operator":
+        programs = Path(self._host.directory, "programs")
+        programs.mkdir()
+        journalctl = programs / "journalctl"
+        journalctl.write_text(JOURNALCTL.format(log=f"{self._host.directory}/worker.log"))
+        journalctl.chmod(0o755)
+        settings = environment_of(self._host.settings)
+        path = f"{programs}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+        variables = {**os.environ, **settings, **self._worker, "PATH": path}
+        self._shell = await asyncio.create_subprocess_exec(
+            "bash",
+            "--norc",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={name: value for name, value in variables.items() if value is not None},
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._shell is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._shell.kill()
+        await self._shell.wait()
+
+
+def _paths(host: LiveHost) -> dict[str, str]:
+    """Where the default paths of a page are on this host."""
+    paths = host.settings.paths
+    return {
+        "/var/lib/hostd": paths.state,
+        "/var/lib/mvm": paths.data,
+        "/run/hostd": paths.run,
+        CONFIG: f"{host.directory}/hostd.toml",
+        "/etc/nats-server.conf": host.nats.config_file,
+        "/root/": f"{host.directory}/",
+        "/sys/fs/cgroup/hostd": f"{find_mount()}/{host.settings.limits.cgroup}",
+    }
+
+
+@contextlib.asynccontextmanager
+async def operator_of(
+    host: LiveHost,
+    worker: Mapping[str, str | None] | None = None,
+    words: Mapping[str, str] | None = None,
+    *,
+    module: str = "worker",
+) -> AsyncGenerator[Operator]:
+    """A shell on the host. `worker`: variables of each worker, beside the host's settings; `words`:
+    what else a page calls by another name; `module`: what is executed as the worker."""
+    async with Operator(host, worker or {}, words or {}, module) as made:
+        yield made
