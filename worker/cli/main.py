@@ -47,6 +47,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     "Local files and kernel state (as root)": {
         "logs": "worker.cli.local:logs",
         "inventory": "worker.cli.local:inventory",
+        "journal": "worker.cli.journal:journal",
         "seed": "worker.cli.seed:seed",
     },
     "Message debugging": {

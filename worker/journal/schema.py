@@ -9,8 +9,9 @@ from urllib.parse import quote
 import structlog
 
 from handlers.errors import HostFault
+from worker.journal.migration import backup, migrations
+from worker.journal.migration.migrations import VERSION
 
-VERSION: Final = 1
 APPLICATION_ID: Final = 0x686F7374  # "host"
 
 JOURNAL_ID: Final = re.compile(r"[0-9a-f-]{36}")
@@ -18,6 +19,7 @@ NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 log = structlog.get_logger()
 
+# Version 1; what later versions changed is in migration/migrations.py.
 TABLES: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 
@@ -118,37 +120,11 @@ CREATE INDEX state_dirty ON state (key) WHERE dirty;
 """
 
 
-# How much of its retry budget an unfinished command has spent, over all workers.
-RETRIES: Final = """
-CREATE TABLE IF NOT EXISTS retry (
-    command_id TEXT PRIMARY KEY,
-    spent_ms INTEGER NOT NULL
-) WITHOUT ROWID;
-"""
-
 # Of commands that an older hostd, which does not know the table, has finished.
 FORGOTTEN: Final = (
     "DELETE FROM retry WHERE command_id NOT IN "
     "(SELECT id FROM command WHERE finished_at_ms IS NULL)"
 )
-
-# Made when they are missing: an older hostd wrote the file, and reads it with them as without.
-INDEXES: Final = """
--- What the worker removed by itself. `result` is NULL from before the effect until after it.
-CREATE TABLE IF NOT EXISTS audit (
-    n INTEGER PRIMARY KEY,
-    at_ms INTEGER NOT NULL,
-    actor TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    name TEXT NOT NULL,
-    result TEXT,
-    reason TEXT
-);
-CREATE INDEX IF NOT EXISTS command_never_ran ON command (n)
-    WHERE attempts = 0 AND finished_at_ms IS NOT NULL;
-CREATE INDEX IF NOT EXISTS command_finished_lane ON command (lane, finished_at_ms)
-    WHERE finished_at_ms IS NOT NULL;
-"""
 
 
 def open_file(path: str) -> sqlite3.Connection:
@@ -156,7 +132,7 @@ def open_file(path: str) -> sqlite3.Connection:
 
     Raises:
         HostFault: the file is not a journal, or a newer hostd wrote it; says what to do.
-        sqlite3.Error: it cannot be opened now.
+        sqlite3.Error, OSError: it cannot be opened now, or not be backed up before a migration.
     """
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
     connection.text_factory = text_of
@@ -187,7 +163,7 @@ def number(text: str | None) -> int | None:
 
 def _prepare(connection: sqlite3.Connection, path: str) -> None:
     try:
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (min_reader,) = connection.execute("PRAGMA user_version").fetchone()
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError):
             raise
@@ -196,33 +172,41 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
             "start with an empty one"
         ) from error
     (application,) = connection.execute("PRAGMA application_id").fetchone()
-    if version and application != APPLICATION_ID:
+    if min_reader and application != APPLICATION_ID:
         raise HostFault(
             f"cannot open {path}: an SQLite database, but not a journal of hostd (application_id "
             f"{application}, want {APPLICATION_ID}); move it away"
         )
-    if version > VERSION:
-        raise HostFault(
-            f"cannot open the journal {path}: schema version {version}, this hostd reads up to "
-            f"{VERSION}; run the newer hostd again, or move the journal away"
-        )
+    if min_reader > VERSION:
+        raise HostFault(_too_new(connection, path, min_reader))
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=OFF")
     connection.execute("PRAGMA temp_store=MEMORY")
     connection.execute("PRAGMA cache_size=-4096")
-    if version:
-        connection.executescript(RETRIES + INDEXES)
+    if min_reader:
+        migrations.migrate(connection, path)
         connection.execute(FORGOTTEN)
         _mend_meta(connection)
         _mend_numbers(connection)
     else:
-        connection.executescript(f"BEGIN IMMEDIATE; {TABLES} {RETRIES} {INDEXES}")
+        connection.executescript(f"BEGIN IMMEDIATE; {TABLES}")
+        migrations.apply(connection)
         write_meta(connection, "journal_id", str(uuid.uuid4()))
         write_meta(connection, "seq", "0")
         connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version={VERSION}")
         connection.execute("COMMIT")
+
+
+def _too_new(connection: sqlite3.Connection, path: str, min_reader: int) -> str:
+    """Why it cannot be opened, and the two ways on."""
+    usable = [each for each in backup.backups(path) if backup.version_in_name(each) <= VERSION]
+    way = f"`hostd journal restore {usable[0]}` of that one" if usable else "move the journal away"
+    version = migrations.version_of(connection)
+    return (
+        f"cannot open the journal {path}: schema version {version}, which needs a hostd that reads "
+        f"version {min_reader}; this one reads up to {VERSION}; run the newer hostd again, or {way}"
+    )
 
 
 def _mend_meta(connection: sqlite3.Connection) -> None:

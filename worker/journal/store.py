@@ -14,6 +14,7 @@ from handlers.errors import HostFault
 from schemas.subjects import Subjects
 from worker.journal import loading, schema
 from worker.journal.memory import Mirror
+from worker.journal.migration import backup
 from worker.journal.reader import JournalReader
 from worker.journal.transaction import EventSource, Transaction
 from worker.journal.writer import Relieve, Writer, keep_space
@@ -81,7 +82,8 @@ class Store:
         """
         try:
             connection = await asyncio.to_thread(schema.open_file, path)
-        except sqlite3.Error as error:
+            await asyncio.to_thread(backup.prune, path)
+        except (sqlite3.Error, OSError) as error:
             raise HostFault(
                 f"cannot open the journal {path}: {error}; check [paths] state"
             ) from error

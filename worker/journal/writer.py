@@ -283,7 +283,7 @@ class Writer:
             transaction = self._transact(connection, batch)
             if self._faulty:
                 loaded = self._load(connection)
-        except (sqlite3.Error, HostFault) as error:
+        except (sqlite3.Error, OSError, HostFault) as error:
             self._fail(batch, error)
             return
         self._seq, self._n = transaction.seq, transaction.n
@@ -338,7 +338,7 @@ class Writer:
             self._connection.close()  # rolls back
         self._connection = None
         self._relieve(full=getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL)
-        with contextlib.suppress(sqlite3.Error, HostFault):
+        with contextlib.suppress(sqlite3.Error, OSError, HostFault):
             self._adopt(schema.open_file(self._path))
         for part in batch:
             part.result = None

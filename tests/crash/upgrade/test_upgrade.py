@@ -1,5 +1,6 @@
 """From the previous release to this one and back, with VMs that run and sleep."""
 
+import json
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from schemas.requests import (
 )
 from tests.live_host import LiveHost, live_host
 from tests.previous_release import Release, built, previous_release
+from tests.vm.control.local_cli import hostd
+from worker.journal.migration.backup import backups
 
 RUNS, SLEEPS, LATER = (InstanceRef("acme", "web", f"i-{n}") for n in (1, 2, 3))
 
@@ -42,8 +45,19 @@ async def ok(host: LiveHost, request: Request, command_id: str | None = None) ->
     assert reply["code"] == "ok", reply
 
 
-@pytest.mark.parametrize("ends", ["stopped", "killed"])
-async def test_vms_outlive_an_upgrade_and_the_way_back(old: Release, ends: str) -> None:
+async def restore_backup(host: LiveHost) -> None:
+    """As docs/operations.md has it, before the older version is installed."""
+    (backup,) = backups(f"{host.settings.paths.state}/journal.db")
+    answer = json.loads((await hostd(host, "journal", "restore", backup, "--json")).stdout)
+    assert (answer["schema_version"], answer["stale"]) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("ends", "back"),
+    [("stopped", "by the backup"), ("killed", "by the backup"), ("killed", "as it is")],
+)
+async def test_vms_outlive_an_upgrade_and_the_way_back(old: Release, ends: str, back: str) -> None:
+    """The tables were only added to: the older one can also go on with them as they are."""
     start = StartInstance(*names(RUNS))
     async with live_host(worker=False) as host:
         clean = await host.inventory()
@@ -65,6 +79,8 @@ async def test_vms_outlive_an_upgrade_and_the_way_back(old: Release, ends: str) 
             await ok(host, SleepInstance(*names(SLEEPS), force=False))
             await ok(host, StartInstance(*names(LATER)))
             later = await host.describe(LATER)
+        if back == "by the backup" and old.source.startswith("commit"):
+            await restore_backup(host)
 
         async with worker_of(host, old, ends=ends):
             assert await running_as(host, RUNS) == first["pid"]

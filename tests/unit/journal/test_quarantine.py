@@ -30,6 +30,7 @@ from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import reconciled, recovery
 from worker.journal import schema
 from worker.journal.audit import FAILED, JournalAudit
+from worker.journal.migration import migrations
 from worker.reconcile.sweep import HOUR_MS
 
 REF = InstanceRef("acme", "web", "odd")
@@ -87,7 +88,8 @@ ODD_ROW: dict[str, tuple[str, dict[str, str]]] = {
 
 def columns() -> Iterator[tuple[str, str]]:
     with closing(sqlite3.connect(":memory:")) as connection:
-        connection.executescript(schema.TABLES + schema.RETRIES + schema.INDEXES)
+        connection.executescript(schema.TABLES)
+        migrations.apply(connection)
         for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'"):
             for row in connection.execute(f"PRAGMA table_info({table})"):
                 yield table, row[1]

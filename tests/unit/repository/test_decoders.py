@@ -249,6 +249,8 @@ TRUSTED = {
     "worker/preflight.py:_read_ids:int": OPERATOR,
     "worker/queries/answers.py:result:msgpack.unpackb": JOURNAL,
     "worker/supervision/service_manager.py:__init__:int": MATCHED,
+    "worker/journal/migration/backup.py:version_in_name:int": MATCHED,
+    "worker/journal/migration/migrations.py:version_of:int": MATCHED,
     "worker/journal/schema.py:number:int": MATCHED,
     "worker/journal/loading.py:_load_records:decode": CAUGHT,
     "worker/journal/loading.py:_command_row:msgspec.convert": CAUGHT,
