@@ -44,6 +44,7 @@ from schemas.subjects import Subjects
 from worker import logs
 from worker.background import BackgroundTasks
 from worker.bus.nats import NatsBus
+from worker.control.audit import AuditRoute
 from worker.control.claims import ClaimRoutes
 from worker.control.connections import Connections
 from worker.control.drain_routes import DrainRoutes
@@ -394,6 +395,7 @@ class Worker:
         drain = DrainRoutes(self.drain, self.emptying, lift=self.quarantine.lift)
         return (
             Route("GET", "/v1/dump", self.dump.answer),
+            Route("GET", "/v1/audit", AuditRoute(self.journal.audit).answer),
             Route("GET", "/v1/top", Overview(self).answer),
             Route("GET", "/v1/doctor", WorkerChecks(self).answer),
             Route("GET", "/v1/drain", drain.state),

@@ -1,4 +1,4 @@
-"""`hostd journal`: the backups of the journal, and the way back to one. As root."""
+"""`hostd audit`, `hostd journal`: automatic actions; backups, and the way back to one. As root."""
 
 import os
 from typing import Any
@@ -9,14 +9,35 @@ from handlers.errors import of_os_error
 from handlers.host.lock import HostLock
 from worker.cli.context import (
     CliError,
+    clock,
     config_option,
     failures,
     json_option,
     print_json,
+    printable,
     settings_of,
 )
+from worker.cli.control_client import ControlClient
 from worker.journal.migration import backup
 from worker.journal.migration.restore import restore as put_back
+
+
+@click.command()
+@config_option
+@json_option
+def audit(config: str | None, as_json: bool) -> None:
+    """List what was done on this host without a command."""
+    answer = ControlClient(settings_of(config)).get("/v1/audit")
+    if as_json:
+        print_json(answer)
+        return
+    for row in reversed(answer["actions"]):
+        result = row["result"] or "under way"
+        what = f"{row['kind']} {row['name']}: {result}"
+        line = f"{clock(row['at_ms'])}  {row['actor']:<8}  {what}  {row['reason'] or ''}"
+        click.echo(printable(line))
+    if not answer["actions"]:
+        click.echo("no actions")
 
 
 @click.group()

@@ -40,6 +40,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "doctor": "worker.cli.doctor:doctor",
         "top": "worker.cli.state:top",
         "dump": "worker.cli.state:dump",
+        "audit": "worker.cli.journal:audit",
         "adopt": "worker.cli.claims:adopt",
         "release": "worker.cli.claims:release",
         "sweep": "worker.cli.claims:sweep",

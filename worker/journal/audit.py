@@ -1,7 +1,8 @@
-"""What the worker removed by itself: a row before each effect, its result and an event after it.
+"""What was done without a command, newest first: a row each, bounded by age and number.
 
-So a removal that a kill cut off is known, and the hourly budget outlives the worker. Bounded by age
-and number.
+A removal of the sweep has its row before the effect, and its result and event after it: so one that
+a kill cut off is known, and the hourly budget outlives the worker. Every other action is done when
+its event is committed, and gets its row with it (`transaction.AUDITED`).
 """
 
 from functools import partial
@@ -14,13 +15,26 @@ from handlers.claims.orphan import Orphan
 from schemas.envelopes import EventKind
 from schemas.subjects import Lane
 from worker.journal.store import Store
-from worker.journal.transaction import EventDraft, Transaction
+from worker.journal.transaction import AUDIT_KEEP_MS, EventDraft, Transaction, trim_audit
 
-KEEP_MS: Final = 30 * 24 * 3_600_000
-ROWS_MAX: Final = 10_000
+SHOWN: Final = 1000
 REMOVED, KEPT, FAILED, CUT = "removed", "kept", "failed", "cut off"
 
 log = structlog.get_logger()
+
+
+class AuditRow(msgspec.Struct, frozen=True):
+    """One action. `kind`, `name`: of the event and the lane, or of the orphan that was removed.
+    `result`: None until it is known."""
+
+    n: int
+    at_ms: int
+    actor: str
+    kind: str
+    name: str
+    tenant_id: str | None
+    result: str | None
+    reason: str | None
 
 
 class JournalAudit:
@@ -34,16 +48,7 @@ class JournalAudit:
         at_ms = self._store.now_ms()
 
         def do(tx: Transaction) -> int:
-            # Damaged times, also such as are no numbers, are beyond.
-            tx.execute(
-                "DELETE FROM audit WHERE at_ms NOT BETWEEN ? AND ?",
-                (at_ms - KEEP_MS, at_ms + KEEP_MS),
-            )
-            tx.execute(
-                "DELETE FROM audit WHERE n <= "
-                "(SELECT n FROM audit ORDER BY n DESC LIMIT 1 OFFSET ?)",
-                (ROWS_MAX - 1,),
-            )
+            trim_audit(tx, at_ms)
             row = tx.execute(
                 "INSERT INTO audit (at_ms, actor, kind, name) VALUES (?, ?, ?, ?)",
                 (at_ms, by, orphan.kind, orphan.name),
@@ -59,6 +64,7 @@ class JournalAudit:
             Lane.host(),
             reason=reason,
             detail={"kind": orphan.kind, "name": orphan.name, "by": by, "result": result},
+            audited=True,
         )
         at_ms = self._store.now_ms()
 
@@ -91,6 +97,29 @@ class JournalAudit:
             "SELECT n, kind, name, actor FROM audit WHERE result IS NULL ORDER BY n LIMIT 1", ()
         )
 
+    async def newest(self) -> list[AuditRow]:
+        """The newest `SHOWN` rows, newest first; one that is damaged is left out and logged.
+
+        Raises:
+            JournalFault: the file cannot be read now.
+        """
+        columns = ", ".join(AuditRow.__struct_fields__)
+        query = f"SELECT {columns} FROM audit ORDER BY n DESC LIMIT ?"  # noqa: S608
+        rows = await self._store.questions.run(
+            lambda connection: connection.execute(query, (SHOWN,)).fetchall()
+        )
+        shown: list[AuditRow] = []
+        for row in rows:
+            facts = dict(zip(AuditRow.__struct_fields__, row, strict=True))
+            try:
+                found = msgspec.convert(facts, AuditRow)
+                msgspec.json.encode(found)
+            except (msgspec.ValidationError, UnicodeEncodeError) as error:
+                log.error("audit.unreadable", row=row[0], error=str(error))  # noqa: TRY400
+            else:
+                shown.append(found)
+        return shown
+
     async def spent_within(self, period_ms: int) -> int:
         """How many of the sweep's own removals began in that time; those that kept it not counted.
 
@@ -100,7 +129,7 @@ class JournalAudit:
         row = await self._store.questions.first(
             "SELECT count(*) FROM audit WHERE actor = 'sweep' AND at_ms BETWEEN ? AND ? "
             "AND coalesce(result, '') != ?",
-            (now_ms - period_ms, now_ms + KEEP_MS, KEPT),
+            (now_ms - period_ms, now_ms + AUDIT_KEEP_MS, KEPT),
         )
         return 0 if row is None else int(row[0])
 

@@ -25,7 +25,7 @@ from schemas.requests import InstanceRef
 from schemas.subjects import Lane
 from worker.journal.memory import Mirror
 from worker.journal.store import Store
-from worker.journal.transaction import EventDraft, Transaction
+from worker.journal.transaction import OPERATOR, EventDraft, Transaction
 
 TOMBSTONE_KEEP_MS: Final = 30 * 24 * 3_600_000
 TOMBSTONES_MAX: Final = 20_000
@@ -113,9 +113,11 @@ class JournalRecords:
     async def put_with_event(
         self, record: InstanceRecord, kind: EventKind, *, reason: str, detail: dict[str, Any]
     ) -> None:
-        """As `put_instance`, durable, with an event of this kind in the same commit."""
+        """As `put_instance`, durable, with an event of an operator's action in the same commit."""
         put = self.change_put(record, reason=reason)
-        draft = EventDraft(kind, Lane.instance(record.ref), reason=reason, detail=detail)
+        draft = EventDraft(
+            kind, Lane.instance(record.ref), reason=reason, detail=detail, actor=OPERATOR
+        )
         await self._put(record, self._with_event(put, draft), durable=True)
 
     async def release_instance(

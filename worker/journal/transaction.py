@@ -4,9 +4,9 @@ All of it runs in the writer's thread, inside the transaction of the change that
 """
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any, Final, TypeGuard
 
 import msgspec
 
@@ -14,6 +14,26 @@ from schemas import codec
 from schemas.envelopes import Event, EventKind
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane, Subjects
+
+WORKER: Final = "worker"
+OPERATOR: Final = "operator"
+AUDITED: Final[Mapping[EventKind, str]] = {
+    EventKind.VMM_EXITED: WORKER,
+    EventKind.VMM_HUNG: WORKER,
+    EventKind.DRIFT: WORKER,
+    EventKind.REMOVED: WORKER,
+    EventKind.QUARANTINED: WORKER,
+    EventKind.RECOVERED: WORKER,
+    EventKind.DISK: WORKER,
+    EventKind.HOST: WORKER,
+    EventKind.DRAIN: OPERATOR,
+    EventKind.RELEASED: OPERATOR,
+}
+"""Events of what no command asked for, and who did: each has a row in `audit`, in one commit."""
+AUDIT_ROWS_MAX: Final = 10_000
+AUDIT_KEEP_MS: Final = 30 * 24 * 3_600_000
+REASON_MAX: Final = 1000
+TRIM_EVERY: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +77,10 @@ class Transaction:
 
 @dataclass(frozen=True, slots=True)
 class EventDraft:
-    """An event without a place in the order: the journal adds `id`, `seq` and its source."""
+    """An event without a place in the order: the journal adds `id`, `seq` and its source.
+
+    `actor`: who did it, if not who `AUDITED` says; `audited`: it has a row of its own already.
+    """
 
     kind: EventKind
     lane: Lane
@@ -66,6 +89,8 @@ class EventDraft:
     command_id: str | None = None
     reason: str | None = None
     detail: dict[str, Any] | None = None
+    actor: str | None = None
+    audited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +144,9 @@ class EventSource:
         )
         subject = self.subjects.event(draft.lane, draft.kind.value)
         self.queue(transaction, "event", subject, codec.encode_event(event), msg_id=event.id)
+        actor = None if draft.audited else draft.actor or AUDITED.get(draft.kind)
+        if actor is not None:
+            _audit(transaction, actor, draft, at_ms)
         return transaction.seq
 
     def announce(
@@ -155,6 +183,33 @@ class EventSource:
         key = self.subjects.state_key(draft.lane)
         transaction.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?, 1)", (key, value, seq))
         transaction.states.append(StateRow(key, value, seq))
+
+
+def _audit(tx: Transaction, actor: str, draft: EventDraft, at_ms: int) -> None:
+    """Add the row of an action that is done."""
+    # The tail of a VMM's log is the guest's data, and is in its log.
+    detail = {key: each for key, each in (draft.detail or {}).items() if key != "log_tail"}
+    reason = f"{draft.reason or ''} {msgspec.json.encode(detail).decode()}".strip()[:REASON_MAX]
+    row = tx.execute(
+        "INSERT INTO audit (at_ms, actor, kind, name, result, reason, tenant_id) "
+        "VALUES (?, ?, ?, ?, 'done', ?, ?)",
+        (at_ms, actor, draft.kind.value, str(draft.lane), reason, draft.lane.tenant_id),
+    )
+    if (row.lastrowid or 0) % TRIM_EVERY == 0:
+        trim_audit(tx, at_ms)
+
+
+def trim_audit(tx: Transaction, at_ms: int) -> None:
+    """Keep the newest rows, none older than `AUDIT_KEEP_MS`."""
+    # Damaged times, also such as are no numbers, are beyond.
+    tx.execute(
+        "DELETE FROM audit WHERE at_ms NOT BETWEEN ? AND ?",
+        (at_ms - AUDIT_KEEP_MS, at_ms + AUDIT_KEEP_MS),
+    )
+    tx.execute(
+        "DELETE FROM audit WHERE n <= (SELECT n FROM audit ORDER BY n DESC LIMIT 1 OFFSET ?)",
+        (AUDIT_ROWS_MAX - 1,),
+    )
 
 
 def is_text(value: object) -> TypeGuard[str]:

@@ -204,6 +204,7 @@ async def the_audit_goes_on(audit: JournalAudit) -> None:
     await audit.begin(Orphan("jails", "cut off"), "sweep")
     assert await audit.spent_within(HOUR_MS) == before + 2
     assert await audit.close_cut_off() == 1
+    assert (await audit.newest())[0].name == "cut off"
 
 
 async def test_corrupted_rows_are_named_and_stop_nothing_else(

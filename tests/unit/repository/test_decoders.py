@@ -204,6 +204,7 @@ TRUSTED = {
     "worker/reconcile/orphans.py:snapshot_key:int": MATCHED,
     "worker/reconcile/orphans.py:names_of_row:int": JOURNAL,
     "worker/journal/audit.py:close_cut_off:msgspec.convert": JOURNAL,
+    "worker/journal/audit.py:newest:msgspec.convert": JOURNAL,
     "worker/journal/audit.py:spent_within:int": JOURNAL,
     "handlers/host/vmm/vmm_processes.py:_read:int": PROC,
     "handlers/host/vmm/processes.py:read_stat:int": PROC,

@@ -20,6 +20,7 @@ from schemas.requests import (
 )
 from tests.guests import agent
 from tests.live_host import LiveHost, live_host
+from tests.vm.control.local_cli import hostd
 from tests.vm.whole_host import traffic
 from tests.vm.whole_host.shared_host import events, ref_of
 from worker.cli.seed import Seeded
@@ -348,6 +349,10 @@ async def test_a_vmm_that_ends_by_itself_is_cleaned_up_and_announced(
 
     exited = [event["detail"]["launch"] for event in await alive.events("vmm_exited")]
     assert exited.count(alive.started["detail"]["launch"]) == 1
+    actions = json.loads((await hostd(alive.host, "audit", "--json")).stdout)["actions"]
+    launch = f'"launch":{alive.started["detail"]["launch"]}'
+    (row,) = [row for row in actions if row["kind"] == "vmm_exited" and launch in row["reason"]]
+    assert (row["actor"], row["tenant_id"]) == ("worker", alive.ref.tenant_id)
     now = await alive.host.inventory()
     assert not any(now[kind] for kind in ("processes", "taps", "jails", "sockets", "cgroups"))
     assert (await alive.start())["code"] == "ok"
