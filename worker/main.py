@@ -68,7 +68,7 @@ from worker.lease import Holder, Lease, LeaseHeld
 from worker.meters import reading
 from worker.metrics import Metrics, sample_loop_lag
 from worker.outbox import Outbox
-from worker.preflight import prepare_dirs
+from worker.preflight import make_dirs, prepare_dirs
 from worker.queries.answers import Answers
 from worker.queries.service import query_service
 from worker.queries.usage import usage_of
@@ -86,6 +86,7 @@ from worker.settings import machine_id
 from worker.signals import WorkerSignals
 from worker.state_writer import StateWriter
 from worker.supervision.service_manager import ServiceManager
+from worker.supervision.state_directory import RETRIED, StateDirectory
 from worker.supervision.watchdog import JournalPart, PullPart, Watchdog
 
 OUTBOX_S = 5.0
@@ -131,36 +132,51 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
     signals = WorkerSignals()
     signals.install()
     manager = ServiceManager(os.environ)
-    prepare_dirs(settings)
+    try:
+        prepare_dirs(settings)
+    except OSError as error:
+        if error.errno not in RETRIED:
+            raise
+        make_dirs(settings)  # they exist; what cannot be written now is waited for, once locked
     async with AsyncExitStack() as stack:
         owned = (settings.paths.state, settings.jail_base)
         stack.enter_context(HostLock(settings.paths.run, *owned))
-        binaries = VmmBinaries(settings)
-        if not settings.vmm.versions_dir:  # else after the journal, which knows what is in use
-            (await binaries.read(settings.vmm, ()))()
         metrics = Metrics(version("hostd"))
         check_limit(settings, HostFacts().memory_mib())
         reserve = DescriptorReserve(MAX_CONNECTIONS + CONTROL_CONNECTIONS)
         stack.callback(reserve.close)
-        # Before the journal, which cannot be opened on a full file system.
+        binaries = VmmBinaries(settings)
         limits = settings.limits
         disk = DiskSpace(
             state=settings.paths.state,
             reserve_mib=limits.disk_reserve_mib,
             marks=(limits.disk_high_percent, limits.disk_low_percent),
         )
-        await run_in_thread(disk.check)
         subjects = Subjects(settings.root, settings.host.id, settings.host.cell)
-        journal = await Journal.open(
-            f"{settings.paths.state}/journal.db",
-            subjects=subjects,
-            boot_id=HostFacts().boot_id(),
-            lane_depth=limits.lane_depth,
-            tenant_depth=limits.tenant_depth,
-            host_depth=limits.host_depth,
-            observe_commit=metrics.commit,
-            relieve=disk.relieve,
-        )
+
+        async def open_journal() -> Journal:
+            prepare_dirs(settings)
+            if not settings.vmm.versions_dir:  # else after the journal, which knows what is in use
+                (await binaries.read(settings.vmm, ()))()
+            # Before the journal, which cannot be opened on a full file system.
+            await run_in_thread(disk.check)
+            return await Journal.open(
+                f"{settings.paths.state}/journal.db",
+                subjects=subjects,
+                boot_id=HostFacts().boot_id(),
+                lane_depth=limits.lane_depth,
+                tenant_depth=limits.tenant_depth,
+                host_depth=limits.host_depth,
+                observe_commit=metrics.commit,
+                relieve=disk.relieve,
+            )
+
+        directory = StateDirectory(settings, manager, metrics, reserve, signals.stop)
+        journal = await directory.until(open_journal)
+        if journal is None:
+            manager.stopping()
+            log.info("worker.stopped", host=settings.host.id)
+            return
         stack.push_async_callback(journal.close)
         if settings.vmm.versions_dir:
             unrecorded = partial(versions_without_record, settings)

@@ -75,10 +75,8 @@ def prepare_dirs(settings: Settings) -> None:
         )
     check_connection(settings)
     check_controllers(settings)
-    for directory in (settings.paths.state, settings.jail_base, settings.paths.run):
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+    make_dirs(settings)
     os.chmod(settings.paths.state, 0o700)  # an existing one may be open to other users
-    os.makedirs(settings.paths.data, mode=0o755, exist_ok=True)
     check_dirs(settings)
     if settings.vmm.versions_dir:  # its programs are checked one by one, when they are read
         return
@@ -88,6 +86,13 @@ def prepare_dirs(settings: Settings) -> None:
     ):
         if not os.access(program, os.X_OK):
             raise HostFault(f"[vmm] {key}: {program} is missing or not executable")
+
+
+def make_dirs(settings: Settings) -> None:
+    """Make those that are missing."""
+    for directory in (settings.paths.state, settings.jail_base, settings.paths.run):
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    os.makedirs(settings.paths.data, mode=0o755, exist_ok=True)
 
 
 def check_dirs(settings: Settings) -> None:

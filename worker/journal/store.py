@@ -10,14 +10,13 @@ from collections.abc import Callable
 from typing import Final, Self
 
 from handlers.clock import now_ms
-from handlers.errors import HostFault
 from schemas.subjects import Subjects
 from worker.journal import loading, schema
 from worker.journal.memory import Mirror
 from worker.journal.migration import backup
 from worker.journal.reader import JournalReader
 from worker.journal.transaction import EventSource, Transaction
-from worker.journal.writer import Relieve, Writer, keep_space
+from worker.journal.writer import JournalFault, Relieve, Writer, keep_space
 
 JOURNAL_ID: Final = "journal_id"
 
@@ -78,13 +77,14 @@ class Store:
         """Open the file, or make it with a new `journal_id`. One process at a time.
 
         Raises:
-            HostFault: a newer hostd wrote it, it is not a journal, or it cannot be opened.
+            JournalFault: it cannot be opened or written now, e.g. on a read-only file system.
+            HostFault: a newer hostd wrote it, or it is not a journal.
         """
         try:
             connection = await asyncio.to_thread(schema.open_file, path)
             await asyncio.to_thread(backup.prune, path)
         except (sqlite3.Error, OSError) as error:
-            raise HostFault(
+            raise JournalFault(
                 f"cannot open the journal {path}: {error}; check [paths] state"
             ) from error
         try:

@@ -1,0 +1,98 @@
+"""What a worker does while its state directory cannot be written: wait, and say so."""
+
+import asyncio
+import errno
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handlers.errors import HostFault
+from schemas.settings import MetricsSettings, PathSettings, Settings
+from tests.unit.journal.journals import opened
+from worker.descriptors import DescriptorReserve
+from worker.journal import schema
+from worker.journal.writer import JournalFault
+from worker.metrics import Metrics
+from worker.supervision.service_manager import ServiceManager
+from worker.supervision.state_directory import RETRIED, RETRY_S, StateDirectory
+
+
+def failing(*errors: Exception) -> Callable[[], Any]:
+    """An attempt that raises these in turn, then returns `opened`."""
+    left = list(errors)
+
+    async def attempt() -> str:
+        if left:
+            raise left.pop(0)
+        return "opened"
+
+    return attempt
+
+
+def directory(tmp_path: Path, waits: list[float], stop: asyncio.Event) -> StateDirectory:
+    run = tmp_path / "run"
+    run.mkdir(mode=0o700)
+    paths = PathSettings(state=str(tmp_path), run=str(run))
+    settings = Settings(paths=paths, metrics=MetricsSettings(listen=""))
+
+    async def wait(event: asyncio.Event, seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) > 20:
+            event.set()
+
+    return StateDirectory(
+        settings, ServiceManager({}), Metrics("1"), DescriptorReserve(4), stop, wait=wait
+    )
+
+
+def os_error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("number", sorted(RETRIED))
+async def test_it_is_waited_for_with_growing_pauses(tmp_path: Path, number: int) -> None:
+    waits: list[float] = []
+    made = directory(tmp_path, waits, asyncio.Event())
+
+    found = await made.until(failing(*[os_error(number)] * 4, JournalFault("a journal")))
+
+    assert found == "opened"
+    assert tuple(waits) == RETRY_S[:5]
+    assert made.checks() == {"recovered": False, "can_commit": False}
+    assert "a journal" in made.finding().what
+
+
+@pytest.mark.parametrize("error", [HostFault("a newer hostd wrote it"), os_error(errno.EACCES)])
+async def test_what_only_an_operator_can_end_is_not_waited_for(
+    tmp_path: Path, error: Exception
+) -> None:
+    waits: list[float] = []
+    made = directory(tmp_path, waits, asyncio.Event())
+
+    with pytest.raises(type(error)):
+        await made.until(failing(error))
+    assert waits == []
+
+
+async def test_a_stop_ends_the_wait(tmp_path: Path) -> None:
+    made = directory(tmp_path, [], asyncio.Event())
+
+    assert await made.until(failing(*[os_error(errno.EIO)] * 50)) is None
+
+
+@pytest.mark.parametrize("text", ["disk I/O error", "attempt to write a readonly database"])
+async def test_a_journal_that_cannot_be_opened_now_can_be_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    def fail(path: str) -> sqlite3.Connection:
+        raise sqlite3.OperationalError(text)
+
+    monkeypatch.setattr(schema, "open_file", fail)
+
+    with pytest.raises(JournalFault, match=text):
+        async with opened(tmp_path):
+            pass
