@@ -347,11 +347,12 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
         """Numbers of the launches whose cgroup exists, with or without a process."""
         ...
 
-    def free_uid(self, taken: Callable[[int], bool]) -> int | None:
+    def free_uid(self, taken: Callable[[int], bool], *, keep_turn: bool = False) -> int | None:
         """A uid of `[vmm]` that is not `taken` and that no process has, known or not.
 
         The next after the one that was found last: a uid is used again as late as possible, and
         those in use are not gone through each time. None if there is none. It does not block.
+        With `keep_turn` the next call finds the same one.
         """
         ...
 
@@ -719,6 +720,10 @@ class WarmPool(Protocol):
 
     def give_back(self, jail_id: str) -> None:
         """The launch did not come to use its claim. Nothing claimed is success."""
+        ...
+
+    def ready_slot(self, version: str) -> int | None:
+        """The uid slot that `claim` would return. No effect."""
         ...
 
     def has_claim(self, jail_id: str) -> bool:

@@ -35,6 +35,7 @@ from schemas.requests import (
     SetupNetwork,
     TeardownNetwork,
 )
+from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.journal.memory import CommandRow
 from worker.journal.writer import JournalFault
@@ -66,6 +67,10 @@ class LaunchGate(Protocol):
         """Why a command is not begun."""
         ...
 
+    def would_refuse(self, request: Request) -> Failure | None:
+        """As `refusal` of a command that would come now. No effect."""
+        ...
+
     async def finished(self, row: CommandRow, reply: Reply) -> None:
         """A command that ran has its outcome."""
         ...
@@ -75,6 +80,9 @@ class OpenGate:
     """Nothing is refused."""
 
     def refusal(self, row: CommandRow) -> Failure | None:  # noqa: ARG002
+        return None
+
+    def would_refuse(self, request: Request) -> Failure | None:  # noqa: ARG002
         return None
 
     async def finished(self, row: CommandRow, reply: Reply) -> None:
@@ -157,6 +165,14 @@ class Dispatch:
         """The final answer of a command that never ran."""
         bind_contextvars(command_id=work.row.id, lane=str(work.row.lane), attempt=0)
         await self._finish(work.row, self._failed(work.row, _superseded(work), ()))
+
+    def would_refuse(self, request: Request, lane: Lane) -> Failure | None:
+        """Why such a command, if it came now, would not be begun. No effect."""
+        return (
+            self._journal.quarantine.refusal(lane)
+            or self._refuse(request)
+            or self._gate.would_refuse(request)
+        )
 
     # -- one run -------------------------------------------------------------------------------
 

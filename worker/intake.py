@@ -13,6 +13,7 @@ import msgspec
 import structlog
 
 from handlers.clock import now_ms
+from handlers.errors import Exhausted
 from schemas import codec, serde
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
@@ -22,7 +23,7 @@ from schemas.partial import Undecodable, decode
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Ping, Pong, Request
 from schemas.subjects import Lane, check_reply_to
 from worker.bus.protocol import Bus, BusError, Delivery
-from worker.journal.admission import JOINERS_MAX, Refusal, Verdict, refused_id
+from worker.journal.admission import JOINERS_MAX, Refusal, Verdict, refused_id, too_many
 from worker.journal.journal import Journal
 from worker.journal.writer import JournalFault
 from worker.lanes import Lanes
@@ -216,17 +217,11 @@ class Intake:
                     await self._bus.send(command.reply_to, decision.reply)
             case Verdict.CONFLICT:
                 await self._answer_conflict(message)
-            case Verdict.LANE_FULL:
-                limit = self._journal.commands.limits.lane_depth
-                await self._refuse_full(message, command, f"lane {message.lane}", limit)
-            case Verdict.TENANT_FULL:
-                limit = self._journal.commands.limits.tenant_depth
-                await self._refuse_full(message, command, f"tenant {message.lane.tenant_id}", limit)
+            case Verdict.LANE_FULL | Verdict.TENANT_FULL | Verdict.HOST_FULL as full:
+                limits = self._journal.commands.limits
+                await self._refuse_full(message, command, too_many(full, message.lane, limits))
             case Verdict.JOINERS_FULL:
                 await self._answer_too_many_copies(message)
-            case Verdict.HOST_FULL:
-                limit = self._journal.commands.limits.host_depth
-                await self._refuse_full(message, command, "this host", limit)
             case _:
                 pass  # joined: answered when the first one ends
 
@@ -243,15 +238,13 @@ class Intake:
         log.info("command.refused", command_id=message.id, code=error.code.value, reason=str(error))
         await self._refuse(message, reply, dead=str(error))
 
-    async def _refuse_full(
-        self, message: _Message, command: Command, what: str, limit: int
-    ) -> None:
+    async def _refuse_full(self, message: _Message, command: Command, failure: Exhausted) -> None:
         reply = self._error(
             message,
-            Code.EXHAUSTED,
-            f"{what} has {limit} unfinished commands, its limit; retry later with a new id",
-            retryable=True,
-            detail={"act": "scheduler"},
+            failure.code,
+            failure.message,
+            retryable=failure.retryable,
+            detail={"act": failure.act},
         )
         await self._refuse(message, reply, request=command.request)
 

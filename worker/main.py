@@ -51,6 +51,7 @@ from worker.control.drain_routes import DrainRoutes
 from worker.control.draining import DrainSwitch
 from worker.control.dump import Dump
 from worker.control.emptying import Emptying
+from worker.control.explain import ExplainRoute
 from worker.control.overview import Overview
 from worker.control.routes import Route
 from worker.control.server import MAX_CONNECTIONS as CONTROL_CONNECTIONS
@@ -70,6 +71,7 @@ from worker.metrics import Metrics, sample_loop_lag
 from worker.outbox import Outbox
 from worker.preflight import make_dirs, prepare_dirs
 from worker.queries.answers import Answers
+from worker.queries.explain import Explain
 from worker.queries.service import query_service
 from worker.queries.usage import usage_of
 from worker.reconcile.adoption import Adoption
@@ -244,19 +246,19 @@ class Worker:
         self.quarantine = LaunchQuarantine(
             journal, settings.limits.quarantine_after, changed=self._state_changed
         )
-        runner = NotifyingRunner(
-            Dispatch(
-                journal,
-                HANDLERS,
-                host,
-                removable,
-                meters=metrics,
-                refuse=self.drain.refusal,
-                gate=self.quarantine,
-                failpoint=stop_at,
-            )
+        dispatch = Dispatch(
+            journal,
+            HANDLERS,
+            host,
+            removable,
+            meters=metrics,
+            refuse=self.drain.refusal,
+            gate=self.quarantine,
+            failpoint=stop_at,
         )
+        runner = NotifyingRunner(dispatch)
         self.lanes = Lanes(runner)
+        self.explain = Explain(host, journal, self.lanes, dispatch, self._is_ready)
         self.emptying = Emptying(self.drain, journal, self.lanes)
         self.vmm_watch = VmmWatch(host, journal, self.lanes, metrics, real.exits)
         runner.after = self.vmm_watch.sync
@@ -294,6 +296,7 @@ class Worker:
                 host_state=lambda: self.host_state,
                 warm_vmms=lambda: self._real.warm.counts()["ready"],
                 usage=partial(usage_of, host),
+                explain=self.explain.explain,
             ),
             version=own_version,
             inbox_prefixes=settings.nats.inbox_prefixes,
@@ -414,6 +417,7 @@ class Worker:
             Route("GET", "/v1/audit", AuditRoute(self.journal.audit).answer),
             Route("GET", "/v1/top", Overview(self).answer),
             Route("GET", "/v1/doctor", WorkerChecks(self).answer),
+            Route("POST", "/v1/explain", ExplainRoute(self.explain.explain).answer),
             Route("GET", "/v1/drain", drain.state),
             Route("POST", "/v1/drain", drain.drain, writes=True),
             Route("POST", "/v1/undrain", drain.undrain, writes=True),

@@ -61,6 +61,9 @@ class Answers:
     async def result(self, command_id: str) -> Mapping[str, object]:
         raise NotFound(f"{command_id} is not known here")
 
+    async def explain(self, request: object) -> Mapping[str, object]:
+        return {"v": 1, "explained": request}
+
 
 class Asked:
     def __init__(
@@ -113,6 +116,8 @@ async def test_each_query_gets_its_answer(server: Server) -> None:
         assert (await to.ask("ping"))["host_id"] == "h1"
         assert await to.ask("status", {}) == {"v": 1, "host_state": "ready"}
         assert await to.ask("describe", {"tenant_id": "a"}) == {"v": 1, "asked": ["a", None, None]}
+        question = {"request": {"StopInstance": {"tenant_id": "a"}}}
+        assert (await to.ask("explain", question))["explained"] == question["request"]
         body = {"tenant_id": "a", "pool_id": "p", "instance_id": "i", "newer": 1}
         assert (await to.ask("describe", body))["asked"] == ["a", "p", "i"]
         assert (await to.ask("usage", body))["asked"] == "a/p/i"
@@ -127,6 +132,7 @@ async def test_each_query_gets_its_answer(server: Server) -> None:
         ("result", [1], "invalid", "expected a map"),
         ("describe", {"tenant_id": "a", "pool_id": "p"}, "invalid", "set both or neither"),
         ("usage", {"tenant_id": "a"}, "invalid", "pool_id"),
+        ("explain", {}, "invalid", "$.request: is missing"),
         ("list", None, "internal", "see the worker's log"),
     ],
 )
@@ -304,7 +310,7 @@ async def test_micro_tools_can_read_discovery(server: Server) -> None:
             "protocol": "1-2",
         }
         names = {endpoint.name for endpoint in ServiceInfo.from_dict(info).endpoints}
-        assert names == {"ping", "status", "list", "describe", "usage", "result"}
+        assert names == {"ping", "status", "list", "describe", "usage", "result", "explain"}
         counts = {e.name: e.num_requests for e in ServiceStats.from_dict(stats).endpoints}
         assert counts["ping"] >= 1
         assert [ping["type"], info["type"], stats["type"]] == [

@@ -680,12 +680,15 @@ class FakeVmms(Plain[LaunchSpec]):
     async def launches(self, ref: InstanceRef) -> Sequence[int]:
         return launches_of(self.machine, self.name, ref)
 
-    def free_uid(self, taken: Callable[[int], bool]) -> int | None:
+    def free_uid(self, taken: Callable[[int], bool], *, keep_turn: bool = False) -> int | None:
         machine, settings = self.machine, self.settings
+        slot = machine.next_slot
         for _ in range(settings.uid_count):
-            uid = settings.uid_base + machine.next_slot
-            machine.next_slot = (machine.next_slot + 1) % settings.uid_count
+            uid = settings.uid_base + slot
+            slot = (slot + 1) % settings.uid_count
             if not taken(uid) and uid not in machine.foreign_uids | machine.live_uids:
+                if not keep_turn:
+                    machine.next_slot = slot
                 return uid
         return None
 
@@ -744,10 +747,14 @@ class FakeWarmPool:
         return {*self.machine.warm, *self.claims.values()}
 
     def claim(self, jail_id: str, version: str) -> int | None:
-        if not self.machine.warm or version != self.machine.vmm_version:
+        if self.ready_slot(version) is None:
             return None
         self.claims[jail_id] = self.machine.warm.pop(0)
         return self.claims[jail_id]
+
+    def ready_slot(self, version: str) -> int | None:
+        warm = self.machine.warm
+        return warm[0] if warm and version == self.machine.vmm_version else None
 
     def give_back(self, jail_id: str) -> None:
         self.claims.pop(jail_id, None)

@@ -24,6 +24,7 @@ from worker.control.draining import DrainSwitch
 from worker.dispatch import Dispatch, LaunchGate, OpenGate
 from worker.journal.journal import Journal
 from worker.lanes import Lanes
+from worker.queries.explain import Explain
 from worker.reconcile.vmm_watch import NotifyingRunner
 
 INBOX_PREFIXES = ("_INBOX.",)
@@ -40,6 +41,7 @@ class MemoryWorker:
     mechanisms: Mapping[str, Removable]
     runner: NotifyingRunner
     drain: DrainSwitch
+    explain: Explain
     seq: int = 0
     ids: list[str] = field(default_factory=list[str])
     closers: list[Callable[[], Awaitable[None]]] = field(
@@ -121,7 +123,8 @@ async def memory_worker(
     for row in journal.commands.unfinished():
         lanes.put(row)
     lanes.start()
-    made = MemoryWorker(machine, journal, host, lanes, known, runner, drain)
+    explain = Explain(host, journal, lanes, dispatch, lambda: True)
+    made = MemoryWorker(machine, journal, host, lanes, known, runner, drain, explain)
     try:
         yield made
     finally:

@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import click
 
@@ -112,6 +113,17 @@ def instance_arguments(command: F) -> F:
     return command
 
 
+class Sends(Protocol):
+    def __call__(self, request: Request, *, config: str | None, as_json: bool) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Instead:
+    """What a command of the command line does with its request, if it does not send it."""
+
+    do: Sends
+
+
 def send(
     request: Request,
     *,
@@ -124,7 +136,12 @@ def send(
     command_id: str | None,
     deadline: float | None,
 ) -> None:
-    """Send the command, print its reply, exit with the reply's exit code."""
+    """Send the command, print its reply, exit with the reply's exit code; or what is done instead
+    of sending it."""
+    instead = click.get_current_context().find_object(Instead)
+    if instead is not None:
+        instead.do(request, config=config, as_json=as_json)
+        return
     loaded = load(config)
     settings = loaded.settings
     deadline_ms = None if deadline is None else int((time.time() + deadline) * 1000)

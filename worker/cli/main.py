@@ -38,6 +38,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "drain": "worker.cli.drain:drain",
         "undrain": "worker.cli.drain:undrain",
         "doctor": "worker.cli.doctor:doctor",
+        "explain": "worker.cli.explain:explain",
         "top": "worker.cli.state:top",
         "dump": "worker.cli.state:dump",
         "audit": "worker.cli.journal:audit",

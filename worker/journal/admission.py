@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from handlers.errors import Exhausted
 from schemas import codec
 from schemas.codes import Code
-from schemas.envelopes import Command, Form
+from schemas.envelopes import Form
 from schemas.requests import DestroyInstance, Request, StopInstance
 from schemas.subjects import Lane
 from worker.journal.memory import CommandRow
@@ -121,9 +122,20 @@ def refused_id(stream_seq: int, data: bytes) -> str:
     return f"seq:{stream_seq}:{hashlib.sha256(data).hexdigest()[:12]}"
 
 
-def reserved_for(command: Command) -> int:
+def reserved_for(request: Request) -> int:
     """How far beyond the limits this command is still taken."""
-    return RESERVED if isinstance(command.request, StopInstance | DestroyInstance) else 0
+    return RESERVED if isinstance(request, StopInstance | DestroyInstance) else 0
+
+
+def too_many(verdict: Verdict, lane: Lane, limits: Limits) -> Exhausted:
+    """What a command is told that would exceed a limit."""
+    what, limit = {
+        Verdict.LANE_FULL: (f"lane {lane}", limits.lane_depth),
+        Verdict.TENANT_FULL: (f"tenant {lane.tenant_id}", limits.tenant_depth),
+    }.get(verdict, ("this host", limits.host_depth))
+    return Exhausted(
+        f"{what} has {limit} unfinished commands, its limit; retry later with a new id"
+    )
 
 
 def insert(tx: Transaction, row: CommandRow, subject: str, request: bytes) -> None:
@@ -168,7 +180,7 @@ def decide(
         _unfinished(tx, "lane = ?", str(row.lane)),
         _unfinished(tx, *lanes_of_tenant(row.lane.tenant_id)),
         _unfinished(tx, "1"),
-        reserved=reserved_for(command),
+        reserved=reserved_for(command.request),
     )
     if full is not None:
         return Decision(full)

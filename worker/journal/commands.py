@@ -20,7 +20,7 @@ from schemas import codec
 from schemas.decode_error import DecodeError
 from schemas.envelopes import Command, EventKind, Reply
 from schemas.records import InstanceRecord, NetworkRecord, Tombstone
-from schemas.requests import Error
+from schemas.requests import Error, Request
 from schemas.subjects import Lane
 from worker.journal import admission, schema
 from worker.journal.admission import (
@@ -96,7 +96,8 @@ class JournalCommands:
         """
         request = codec.encode_request(command.request)
         row = CommandRow(0, command, lane, stream_seq, received_at_ms)
-        if not redelivered and self._is_new(command.id) and self._has_room(row):
+        has_room = self.limit_reached(command.request, lane) is None
+        if not redelivered and has_room and self._is_new(command.id):
             self._admit(row, subject, request)
             return Decision(Verdict.NEW, row)
 
@@ -139,15 +140,15 @@ class JournalCommands:
             and not self._is_stored(command_id)
         )
 
-    def _has_room(self, row: CommandRow) -> bool:
+    def limit_reached(self, request: Request, lane: Lane) -> Verdict | None:
+        """The limit that one more such command would exceed."""
         mirror = self._store.mirror
-        full = self.limits.full(
-            mirror.lanes.get(row.lane, 0),
-            mirror.tenants.get(row.lane.tenant_id, 0),
+        return self.limits.full(
+            mirror.lanes.get(lane, 0),
+            mirror.tenants.get(lane.tenant_id, 0),
             len(mirror.commands),
-            reserved=reserved_for(row.command),
+            reserved=reserved_for(request),
         )
-        return full is None
 
     def _is_stored(self, command_id: str) -> bool:
         """If that is not ruled out, one read of an index whose pages are in memory, on the loop."""

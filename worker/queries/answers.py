@@ -27,12 +27,14 @@ class Answers:
         host_state: Callable[[], str],
         warm_vmms: Callable[[], int],
         usage: ReadUsage,
+        explain: Callable[[object], Awaitable[Answer]],
     ) -> None:
         self._journal = journal
         self._boot_id = boot_id
         self._host_state = host_state
         self._warm_vmms = warm_vmms
         self._usage = usage
+        self._explain = explain
         self._started = time.monotonic()
 
     async def ping(self) -> Answer:
@@ -143,6 +145,9 @@ class Answers:
         if found.reply is not None:
             answer["reply"] = msgpack.unpackb(found.reply)
         return answer
+
+    async def explain(self, request: object) -> Answer:
+        return await self._explain(request)
 
 
 def described(record: InstanceRecord) -> Answer:

@@ -7,7 +7,7 @@ decodes, dispatches and builds error answers. Of an exception a caller sees only
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -59,6 +59,10 @@ class QuerySource(Protocol):
         """`{v, id, state: waiting|running|done, reply?}`. Raises NotFound: not in this journal."""
         ...
 
+    async def explain(self, request: object) -> Answer:
+        """What a command with this request, as in an envelope, would do now; see `explain.py`."""
+        ...
+
 
 class _Usage(msgspec.Struct, frozen=True):
     tenant_id: str
@@ -74,6 +78,10 @@ class _Describe(msgspec.Struct, frozen=True):
 
 class _Result(msgspec.Struct, frozen=True):
     id: str
+
+
+class _Explain(msgspec.Struct, frozen=True):
+    request: Any
 
 
 Body = dict[str, object]
@@ -103,6 +111,7 @@ def query_service(
         "describe": partial(_describe, source),
         "usage": partial(_usage, source),
         "result": partial(_result, source),
+        "explain": partial(_explain, source),
     }
     endpoints = [
         Endpoint(
@@ -144,6 +153,10 @@ async def _usage(source: QuerySource, body: Body) -> Answer:
 
 async def _result(source: QuerySource, body: Body) -> Answer:
     return await source.result(unpack.convert(body, _Result).id)
+
+
+async def _explain(source: QuerySource, body: Body) -> Answer:
+    return await source.explain(unpack.convert(body, _Explain).request)
 
 
 async def answer(

@@ -18,7 +18,7 @@ from handlers.errors import Failure, Quarantined
 from schemas.codes import Code
 from schemas.envelopes import EventKind, Reply, StepTaken
 from schemas.records import Status
-from schemas.requests import StartInstance, WakeInstance
+from schemas.requests import Request, StartInstance, WakeInstance
 from worker.journal.journal import Journal
 from worker.journal.memory import CommandRow
 
@@ -84,17 +84,27 @@ class LaunchQuarantine:
         return self._since is not None
 
     def refusal(self, row: CommandRow) -> Failure | None:
-        """Why a command that has not begun is refused; a Start of what runs launches nothing."""
-        request, since = row.command.request, self._since
-        if since is None or not isinstance(request, StartInstance) or row.id == self._probe:
+        """Why a command that has not begun is refused; one that is not may be the probe."""
+        request = row.command.request
+        if row.id == self._probe or not self._holds(request):
             return None
-        record = self._journal.records.instance(request.ref)
-        if record is not None and record.status is Status.RUNNING:
-            return None
-        left_s = self._probe_at - self._clock()
-        if left_s <= 0:
+        refused = self.would_refuse(request)
+        if refused is None:
             self._probe, self._probe_at = row.id, self._clock() + self._pause_s
             log.warning("launches.probed", command_id=row.id)
+        return refused
+
+    def _holds(self, request: Request) -> bool:
+        """Whether the quarantine concerns it; a Start of what runs launches nothing."""
+        if self._since is None or not isinstance(request, StartInstance):
+            return False
+        record = self._journal.records.instance(request.ref)
+        return record is None or record.status is not Status.RUNNING
+
+    def would_refuse(self, request: Request) -> Failure | None:
+        """As `refusal` of a command that would come now. No effect."""
+        since, left_s = self._since, self._probe_at - self._clock()
+        if since is None or not self._holds(request) or left_s <= 0:
             return None
         return Quarantined(
             f"this host takes no Starts: {since.failures} launches in a row failed by its own "

@@ -151,10 +151,11 @@ class Vmms:
     async def launches(self, ref: InstanceRef) -> list[int]:
         return self._tree.launches(ref)
 
-    def free_uid(self, taken: Callable[[int], bool]) -> int | None:
+    def free_uid(self, taken: Callable[[int], bool], *, keep_turn: bool = False) -> int | None:
         for uid in self._next_uids():
             if not taken(uid) and not processes.is_listed(uid):
-                self._next = self._uids.index(uid) + 1
+                if not keep_turn:
+                    self._next = self._uids.index(uid) + 1
                 return uid
         # Perhaps some have only zombies, which an init that reaps late leaves behind.
         used = processes.uids_in_use(self._uids)

@@ -85,14 +85,20 @@ class WarmPool:
             return None
         self._asked_at = asyncio.get_running_loop().time()
         self._flush_outdated()
-        if not self._ready or next(iter(self._ready.values())).version != version:
-            return None  # all that are ready have one version, that of new Starts
+        if self.ready_slot(version) is None:
+            return None
         warm = self._ready.pop(next(iter(self._ready)))
         asyncio.get_running_loop().remove_reader(warm.pidfd)
         self._claimed[jail_id] = warm
         self._preparing[warm.warm_id] = asyncio.ensure_future(self._vmms.prepare_move(warm))
         self._changed.set()
         return warm.slot
+
+    def ready_slot(self, version: str) -> int | None:
+        """The uid slot that `claim` would return. No effect."""
+        first = next(iter(self._ready.values()), None)
+        # All that are ready have one version, that of new Starts.
+        return first.slot if first is not None and first.version == version else None
 
     def give_back(self, jail_id: str) -> None:
         """The launch did not come to use its claim. Nothing claimed is success."""

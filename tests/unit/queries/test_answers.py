@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -22,18 +22,23 @@ QUESTIONS: dict[str, Callable[[Answers], Awaitable[Answer]]] = {
     "list": lambda answers: answers.list(),
     "describe": lambda answers: answers.describe("none", None, None),
     "usage": lambda answers: answers.usage(REF),
+    "explain": lambda answers: answers.explain({}),
     "result": lambda answers: answers.result("c1"),
     "result of an unknown command": lambda answers: answers.result("c9"),
 }
 
 
 def answers_of(journal: Journal) -> Answers:
+    async def explain(request: object) -> Mapping[str, object]:
+        return {"v": 1, "explained": request}
+
     return Answers(
         journal,
         "b1",
         host_state=lambda: "ready",
         warm_vmms=lambda: 3,
         usage=partial(usage_of, seeded().host(journal.records)),
+        explain=explain,
     )
 
 

@@ -245,7 +245,7 @@ TRUSTED = {
     "worker/journal/records.py:_delete_tombstone:msgspec.json.decode": JOURNAL,
     "worker/logs.py:__call__:float": NO_TEXT,
     "worker/reconcile/launch_quarantine.py:_kept:msgspec.json.decode": JOURNAL,
-    "worker/reconcile/launch_quarantine.py:refusal:int": NO_TEXT,
+    "worker/reconcile/launch_quarantine.py:would_refuse:int": NO_TEXT,
     "worker/outbox.py:_send_dead:HEADERS.decode": CAUGHT,
     "worker/preflight.py:_read_ids:int": OPERATOR,
     "worker/queries/answers.py:result:msgpack.unpackb": JOURNAL,
