@@ -241,6 +241,7 @@ class Worker:
         self._reserve = reserve
         self.slots, self.locks, self.networks = host.slots, host.locks, host.networks
         self.connections: dict[str, tuple[Connections, int]] = {}
+        self.unrecorded = host.unrecorded
         self.drain = DrainSwitch(journal)
         stop_at = failpoint(os.environ)
         self.quarantine = LaunchQuarantine(

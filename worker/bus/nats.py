@@ -130,6 +130,14 @@ class NatsBus:
         if not self._last_before:
             self._last_before = {name: each.last_seq for name, each in found.items()}
 
+    async def dead_letters(self) -> int:
+        """How many dead letters of this host are kept.
+
+        Raises:
+            BusError: no answer now.
+        """
+        return await verify.count_dead(self.connection, self.subjects, self._js_domain)
+
     async def wait_provisioned(self) -> None:
         """Return when `verify` succeeds; log what is wrong each time that it changes."""
         while True:

@@ -4,6 +4,7 @@ Only reads, with the worker's own credentials; `provision.py` creates and change
 """
 
 from dataclasses import dataclass
+import json
 from typing import Any
 
 from schemas.subjects import Subjects
@@ -74,6 +75,28 @@ async def verify(
     return streams_found
 
 
+async def count_dead(connection: Connection, subjects: Subjects, js_domain: str = "") -> int:
+    """How many dead letters of this host the stream keeps; the first 100,000 lanes count.
+
+    By the right that `verify` needs, too.
+
+    Raises:
+        BusError: no answer now, or one that no server gives.
+    """
+    what = f"stream {subjects.dead_stream}"
+    endpoint = f"{streams.js_api(js_domain)}STREAM.INFO.{subjects.dead_stream}"
+    own = f"{subjects.root}.{subjects.host_id}.dead.>"
+    query = json.dumps({"subjects_filter": own}).encode()
+    found = await _info(connection, endpoint, what, query)
+    if found is None:
+        raise BusError(f"{what} is missing")
+    state = api_reply.member(found, "state", what)
+    if state.get("subjects") is None:  # left out if there are none
+        return 0
+    counts = api_reply.member(state, "subjects", what)
+    return sum(api_reply.sequence_of(counts, subject, what) for subject in counts)
+
+
 async def _check_imports(connection: Connection, subjects: Subjects, js_domain: str) -> None:
     account = accounts.host_account(subjects.host_id)
     lacking = await imports.missing(connection, account, subjects, [subjects.host_id], js_domain)
@@ -85,10 +108,12 @@ async def _check_imports(connection: Connection, subjects: Subjects, js_domain: 
         )
 
 
-async def _info(connection: Connection, endpoint: str, what: str) -> dict[str, Any] | None:
+async def _info(
+    connection: Connection, endpoint: str, what: str, query: bytes = b""
+) -> dict[str, Any] | None:
     """The description of a stream or consumer; None if it does not exist."""
     try:
-        answer = await connection.request(endpoint, b"")
+        answer = await connection.request(endpoint, query)
     except NoResponder as error:
         raise NotProvisioned(
             f"cannot read {what}: nothing answers {endpoint}. Enable JetStream for this NATS"

@@ -54,6 +54,7 @@ class Dump:
             "connections": self._connections,
             "instances": self._instances,
             "networks": self._networks,
+            "unrecorded_vmms": self._unrecorded,
             "left_behind": self._left_behind,
             "quarantined": self._quarantined,
             "threads": _threads,
@@ -162,6 +163,15 @@ class Dump:
             "count": len(records),
             "shown": [msgspec.to_builtins(record) for record in records[:SHOWN]],
             "left_out": max(0, len(records) - SHOWN),
+        }
+
+    def _unrecorded(self) -> object:
+        """VMMs that no record explains, of the last look."""
+        vmms = self._worker.unrecorded.vmms
+        return {
+            "count": len(vmms),
+            "shown": [each.as_map() for each in vmms[:SHOWN]],
+            "left_out": max(0, len(vmms) - SHOWN),
         }
 
     def _left_behind(self) -> object:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from handlers.claims.unrecorded import UnrecordedVmms
 from handlers.concurrency import Slots
 from handlers.interfaces import Networks
 from handlers.tenant_locks import TenantLocks
@@ -29,6 +30,8 @@ class WorkerView(Protocol):
     def locks(self) -> TenantLocks: ...
     @property
     def networks(self) -> Networks: ...
+    @property
+    def unrecorded(self) -> UnrecordedVmms: ...
     @property
     def drain(self) -> DrainSwitch: ...
     @property

@@ -6,7 +6,10 @@ from typing import Final
 
 import msgspec
 
+from handlers.claims.unrecorded import UnrecordedVmm
+from handlers.errors import Unavailable
 from schemas.records import InstanceRecord, Status
+from worker.bus.protocol import BusError
 from worker.control.routes import Answer, Body, read_nothing
 from worker.control.view import WorkerView
 from worker.doctor.findings import Checks, Finding, Severity, run_checks
@@ -100,6 +103,8 @@ class WorkerChecks:
             "instances": self.instances,
             "journal_rows": self.journal_rows,
             "outbox": self.outbox,
+            "dead_letters": self.dead_letters,
+            "unrecorded_vmms": self.unrecorded_vmms,
             "orphans": self.orphans,
             "left_behind": self.left_behind,
             "slow_steps": self.slow_steps,
@@ -178,6 +183,22 @@ class WorkerChecks:
             )
         return found
 
+    async def dead_letters(self) -> Iterable[Finding]:
+        bus = self._worker.bus
+        if not bus.connected or bus.trouble:  # readiness or provisioning say so
+            return []
+        try:
+            count = await bus.dead_letters()
+        except BusError as error:
+            raise Unavailable(str(error)) from error
+        what = f"{count} dead letters: messages to this host that could not be processed"
+        why = "their senders got an error, or no answer; they are kept for 30 days"
+        run = "hostd dead ls, with the administrator's --creds; then hostd dead replay or drop"
+        return [Finding(Severity.WARNING, "dead_letters", what, why, run)] if count else []
+
+    async def unrecorded_vmms(self) -> Iterable[Finding]:
+        return _cut([_unrecorded(each) for each in self._worker.unrecorded.vmms])
+
     async def orphans(self) -> Iterable[Finding]:
         return [
             Finding(
@@ -252,6 +273,20 @@ def _unknown(record: InstanceRecord) -> Finding:
         "every command for it is answered conflict; its uid, address and quota stay taken",
         f"hostd adopt {ref.tenant_id} {ref.pool_id} {ref.instance_id}, or hostd release; see "
         "docs/operations.md, unknown",
+    )
+
+
+def _unrecorded(vmm: UnrecordedVmm) -> Finding:
+    process = vmm.process
+    jail = f"jail {process.jail_id}" if process.jail_id else "no jail of hostd's"
+    taps = f" and TAP {', '.join(vmm.taps)}" if vmm.taps else ""
+    return Finding(
+        Severity.WARNING,
+        "unrecorded_vmms",
+        f"process {process.pid} is a VMM in no record: {jail}, uid {process.uid}, "
+        f"{process.size_mib} MiB{taps}",
+        "it is never killed; its uid, memory, address and jail ID are not given out",
+        "hostd adopt TENANT POOL INSTANCE, or end it: see docs/operations.md, unknown",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.broker.provisioning.test_permissions import API, DOMAIN, H1, Roles, password
+from tests.broker.provisioning.test_permissions import API, DOMAIN, H1, H2, Roles, password
 from tests.broker.provisioning.test_permissions import roles as roles_fixture
 from tests.broker.server import Receiver
 from worker.bus.message import NoResponder
@@ -92,3 +92,13 @@ async def test_no_other_role_reads_or_drops_them(roles: Roles, tmp_path: Path, u
 
     assert [result.exit_code for result in refused] == [30, 30, 30]
     assert len(json.loads(kept.stdout)["dead_letters"]) == 1
+
+
+async def test_a_host_counts_its_own_without_reading_any(roles: Roles) -> None:
+    host, other = await roles.host(), await roles.host(H2)
+    none = await host.dead_letters()
+    for n, lane in enumerate(("network.acme", "network.acme", "host")):
+        await host.publish(f"{H1.root}.h1.dead.{lane}", LETTER, msg_id=f"c-{n}")
+    await other.publish(f"{H1.root}.h2.dead.host", LETTER, msg_id="c-9")
+
+    assert (none, await host.dead_letters(), await other.dead_letters()) == (0, 3, 1)

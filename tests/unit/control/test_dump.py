@@ -10,6 +10,7 @@ from typing import Any, cast
 import msgspec
 import structlog
 
+from handlers.claims.unrecorded import UnrecordedVmm, UnrecordedVmms, VmmProcess
 from handlers.concurrency import Slots
 from handlers.tenant_locks import TenantLocks
 from schemas.settings import LimitSettings
@@ -34,6 +35,7 @@ class Worker:
         )
         self.slots = Slots.of(LimitSettings())
         self.locks = TenantLocks()
+        self.unrecorded = UnrecordedVmms()
         self.versions: Mapping[str, str] = {"hostd": "9.9"}
         self.vmm_versions = SimpleNamespace(summary=lambda: [{"version": "1.12.1"}])
 
@@ -100,6 +102,30 @@ async def test_a_superseded_command_is_shown_with_what_supersedes_it(tmp_path: P
         assert (first["id"], first["superseded_by"]) == ("c1", "c2")
         held.set()
         await shell.lanes.idle()
+
+
+async def test_vmms_without_a_record_are_shown_with_what_they_hold(tmp_path: Path) -> None:
+    async with shell_worker(tmp_path / "j.db") as shell:
+        worker = Worker(shell)
+        process = VmmProcess(77, 1, 2_000_000_009, None, "hostd/acme/0123456789ab-1", 193)
+        worker.unrecorded.set([UnrecordedVmm(process, ("tn3i9",))])
+
+        found = dump_of(worker)["unrecorded_vmms"]
+
+    assert found == {
+        "count": 1,
+        "shown": [
+            {
+                "pid": 77,
+                "uid": 2_000_000_009,
+                "jail": None,
+                "cgroup": "hostd/acme/0123456789ab-1",
+                "mem_mib": 193,
+                "taps": ["tn3i9"],
+            }
+        ],
+        "left_out": 0,
+    }
 
 
 async def test_locks_and_slots_are_shown_with_who_holds_and_who_waits(tmp_path: Path) -> None:

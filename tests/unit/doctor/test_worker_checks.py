@@ -13,6 +13,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from handlers.claims.unrecorded import UnrecordedVmm, VmmProcess
 from handlers.errors import Invalid
 from handlers.mechanism import Durability, StepIntent
 from schemas.records import Status
@@ -21,6 +22,7 @@ from tests.fakes.host import seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.unit.control.test_draining import UP, start_all
 from worker import main
+from worker.bus.protocol import BusError
 from worker.control.view import WorkerView
 from worker.doctor import worker_checks
 from worker.doctor.findings import Finding
@@ -33,7 +35,9 @@ class Worker:
     def __init__(self, memory: MemoryWorker) -> None:
         self.memory = memory
         self.journal, self.lanes, self.drain = memory.journal, memory.lanes, memory.drain
-        self.bus = SimpleNamespace(trouble="")
+        self.dead = 0
+        self.bus = SimpleNamespace(trouble="", connected=True, dead_letters=self.dead_letters)
+        self.unrecorded = memory.host.unrecorded
         self.metrics = SimpleNamespace(orphan_counts=dict[str, int]())
         self.networks = memory.host.networks
         self.versions: Mapping[str, str] = {"hostd": "9.9"}
@@ -41,6 +45,11 @@ class Worker:
 
     def checks(self) -> Mapping[str, bool]:
         return self.passed
+
+    async def dead_letters(self) -> int:
+        if self.dead < 0:
+            raise BusError("no answer in time")
+        return self.dead
 
 
 @contextlib.asynccontextmanager
@@ -70,6 +79,34 @@ async def test_each_failed_check_of_readyz_is_an_error(tmp_path: Path, check: st
         (finding,) = await findings(worker)
 
     assert (finding["severity"], finding["check"]) == ("error", "readiness")
+
+
+async def test_dead_letters_are_counted_with_what_lists_them(tmp_path: Path) -> None:
+    async with running(tmp_path / "j") as worker:
+        worker.dead = 3
+        (found,) = await findings(worker)
+        worker.dead = -1
+        (unchecked,) = await findings(worker)
+        worker.bus.connected = False
+        away = await findings(worker)
+
+    assert (found["check"], found["severity"]) == ("dead_letters", "warning")
+    assert found["what"].startswith("3 dead letters")
+    assert "hostd dead ls" in found["run"]
+    assert "no answer in time" in unchecked["what"]
+    assert away == []  # readiness says that it is not connected
+
+
+async def test_a_vmm_without_a_record_is_named_with_the_way_out(tmp_path: Path) -> None:
+    async with running(tmp_path / "j") as worker:
+        process = VmmProcess(77, 1, 2_000_000_009, "0123456789ab-1", "hostd/a/0123456789ab-1", 193)
+        worker.unrecorded.set([UnrecordedVmm(process, ("tn3i9",))])
+        (found,) = await findings(worker)
+
+    assert (found["check"], found["severity"]) == ("unrecorded_vmms", "warning")
+    for part in ("process 77", "jail 0123456789ab-1", "uid 2000000009", "193 MiB", "TAP tn3i9"):
+        assert part in found["what"]
+    assert "hostd adopt" in found["run"]
 
 
 async def test_a_drain_is_explained_with_what_ends_it(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 from pathlib import Path
 
+from schemas.subjects import Lane
 from tests.constants import START
 from tests.live_host import LiveHost, live_host
 from tests.vm.control.local_cli import hostd
@@ -24,6 +25,11 @@ async def test_a_sound_host_needs_no_action_and_what_is_wrong_is_found() -> None
         assert (await host.run(START))["code"] == "ok"
         sound = await checks_of(host)
 
+        await host.publish_raw(host.subjects.command(Lane.host()), b"\xc1 no envelope")
+        async with asyncio.timeout(30):
+            while (refused := await checks_of(host)) == set():
+                await asyncio.sleep(0.02)
+
         await host.nats.stop()
         await wait_disconnected(host)
         Path(host.settings.paths.state).chmod(0o755)
@@ -33,6 +39,7 @@ async def test_a_sound_host_needs_no_action_and_what_is_wrong_is_found() -> None
         Path(host.settings.paths.state).chmod(0o700)
 
         assert sound == set()
+        assert refused == {"dead_letters"}
         assert troubled == {"readiness", "directories"}
         assert dead == {"worker", "directories"}
 
