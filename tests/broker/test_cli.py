@@ -233,8 +233,17 @@ async def test_ls_and_show_print_what_the_worker_answers(server: Server, worker:
         "pid": None,
     }
 
+    worker.answers["usage"] = {
+        "v": 1,
+        "status": "running",
+        "vmm": {"cpu_us": 1500, "memory_bytes": None},
+    }
+
     listed = await hostd(server, "ls")
     shown = await hostd(server, "show", *REF)
+    used = await hostd(server, "usage", *REF)
+    worker.answers["usage"] = {"v": 1, "status": "stopped", "vmm": None}
+    unused = await hostd(server, "usage", *REF)
 
     assert listed.output.splitlines() == [
         "acme          network   up       br-tenant-7",
@@ -243,10 +252,10 @@ async def test_ls_and_show_print_what_the_worker_answers(server: Server, worker:
     ]
     assert "since: 2023-11-14 22:13:20.123Z" in shown.output
     assert "pid: none" in shown.output
-    assert worker.questions[-1] == (
-        "describe",
-        {"tenant_id": "acme", "pool_id": "web", "instance_id": "i-1"},
-    )
+    assert used.output.splitlines()[-2:] == ["cpu_us: 1500", "memory_bytes: none"]
+    assert unused.output.splitlines()[-1] == "vmm: none"
+    body = {"tenant_id": "acme", "pool_id": "web", "instance_id": "i-1"}
+    assert worker.questions[-3:] == [("describe", body), ("usage", body), ("usage", body)]
 
 
 async def test_an_error_in_an_answer_exits_with_its_class(server: Server, worker: StandIn) -> None:

@@ -31,6 +31,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     "Queries and dead letters (over NATS)": {
         "ls": "worker.cli.queries:ls",
         "show": "worker.cli.queries:show",
+        "usage": "worker.cli.queries:usage",
         "events": "worker.cli.queries:events",
         "dead": "worker.cli.dead:dead",
     },

@@ -93,6 +93,28 @@ def show(
 
 
 @click.command()
+@click.argument("tenant_id", metavar="TENANT")
+@click.argument("pool_id", metavar="POOL")
+@click.argument("instance_id", metavar="INSTANCE")
+@bus_options
+def usage(tenant_id: str, pool_id: str, instance_id: str, as_json: bool, **options: Any) -> None:
+    """Show what an instance's VMM has used since its launch."""
+    body = {"tenant_id": tenant_id, "pool_id": pool_id, "instance_id": instance_id}
+    for kind, value in body.items():
+        check_id(kind.removesuffix("_id"), value)
+    answer = ask("usage", body, options)
+    if as_json:
+        print_json(answer)
+        return
+    counters: dict[str, Any] | None = answer["vmm"]
+    if counters is not None:
+        del answer["vmm"]
+        answer |= counters
+    for name, value in answer.items():
+        click.echo(f"{'since' if name == 'since_ms' else name}: {text_of(value, name)}")
+
+
+@click.command()
 @click.option("--all-hosts", is_flag=True, help="Events of all hosts of the cell.")
 @click.option("--kept", is_flag=True, help="Start with retained events (replay), oldest first.")
 @click.option("--no-follow", is_flag=True, help="Exit after the retained events.")

@@ -78,7 +78,9 @@ def test_a_network_is_up_or_down() -> None:
     assert describe_reply(down, reply()) == "ok: network of acme is down, 42 ms"
 
 
-@pytest.mark.parametrize("verb", ["start", "stop", "sleep", "wake", "destroy", "show", "logs"])
+@pytest.mark.parametrize(
+    "verb", ["start", "stop", "sleep", "wake", "destroy", "show", "usage", "logs"]
+)
 def test_an_invalid_instance_id_is_refused_before_it_is_sent(verb: str) -> None:
     result = hostd(verb, "acme", "web", "I_1")
 
