@@ -41,7 +41,7 @@ from handlers.specs import (
     TenantRulesSpec,
 )
 from handlers.tenant_locks import TenantLocks
-from handlers.vmm_ends import OomCounts
+from handlers.vmm_ends import ExitStatus, OomCounts
 from schemas.envelopes import EventKind
 from schemas.files import InstanceFile, PoolSpec, TenantConfig
 from schemas.records import (
@@ -375,6 +375,10 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
 
     async def wait_exit(self, identity: VmmIdentity, timeout_s: float) -> bool:
         """True once it has exited; false after the timeout."""
+        ...
+
+    async def exit_status(self, identity: VmmIdentity) -> ExitStatus:
+        """How a process exited that has exited, as far as the kernel still says so."""
         ...
 
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:

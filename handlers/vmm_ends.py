@@ -19,6 +19,9 @@ import signal
 from dataclasses import dataclass
 from typing import Final
 
+from msgspec.structs import asdict
+
+from handlers.errors import Failure, HostFault, Unavailable
 from schemas.records import VmmEnd
 
 # Firecracker catches these signals, logs them and exits with its own code (FcExitCode).
@@ -108,6 +111,30 @@ def end_of(
         reason = f"code_{status.code}" if caught is None else f"signal_{caught.value}"
         return end(reason, evidence, status)
     return end("unknown", "none")
+
+
+def killed_from_outside(end: VmmEnd) -> bool:
+    """Whether somebody sent SIGKILL: no OOM killer, and of a VMM that hostd has not ended."""
+    return end.reason == f"signal_{signal.SIGKILL.value}"
+
+
+def failure_of(failure: Failure, end: VmmEnd) -> Failure:
+    """The failure of a launch with why its VMM ended: in the message, and as `detail.vmm_end`.
+
+    Who kills a VMM from outside says nothing about the host: `unavailable`, never `host_fault`.
+    """
+    message = f"{failure.message}: {text_of(end)}"
+    if isinstance(failure, HostFault) and killed_from_outside(end):
+        failure, given = Unavailable(message, path=failure.path, detail=failure.detail), failure
+        failure.final, failure.left_behind = given.final, given.left_behind
+    failure.message = message
+    failure.detail["vmm_end"] = {**facts_of(end), "text": text_of(end)}
+    return failure
+
+
+def facts_of(end: VmmEnd) -> dict[str, object]:
+    """For events and answers; what is not known is left out."""
+    return {name: value for name, value in asdict(end).items() if value is not None}
 
 
 def text_of(end: VmmEnd) -> str:

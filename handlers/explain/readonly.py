@@ -246,7 +246,7 @@ def _vmms(host: Host, seen: Seen) -> Any:
         host.vmms,
         seen,
         made,
-        ("version_for", "launches", "processes", "find", "alive", "lacking"),
+        ("version_for", "launches", "processes", "find", "alive", "lacking", "exit_status"),
         expect_launch=lambda: None,
         free_uid=partial(host.vmms.free_uid, keep_turn=True),
         wait_exit=wait_exit,

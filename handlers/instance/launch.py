@@ -30,7 +30,7 @@ from handlers.errors import Conflict, Failure
 from handlers.instance.jail_contents import jail_spec
 from handlers.instance.launch_plan import Launch, LaunchPlan, cgroup_spec
 from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
-from handlers.instance.vmm_log import add_log
+from handlers.instance.vmm_exit import with_end
 from handlers.interfaces import Host, VmmApi
 from handlers.mechanism import Removable
 from handlers.specs import (
@@ -76,8 +76,8 @@ class VmmFiles:
 async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator[LaunchedVmm]:
     """Make everything that the VMM needs, launch it and journal its identity; or find it running.
 
-    A failure inside the context gets the end of the VMM's log. The connection to the VMM's API is
-    closed at the end of the context; the VMM stays.
+    A failure inside the context gets the end of the VMM's log, and why the VMM ended, if it has.
+    The connection to the VMM's API is closed at the end of the context; the VMM stays.
     """
     runs = await remove_stale_jail(plan, host)
     await steps.announce(*planned_steps(plan, host))
@@ -100,8 +100,10 @@ async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator
             snapshot_paths=made.snapshot_paths,
         )
     except Failure as failure:
-        await add_log(failure, launch.record, host)
-        raise
+        explained = await with_end(failure, replace(launch.record, vmm=made.identity), host)
+        if explained is failure:
+            raise
+        raise explained from failure
     finally:
         await api.close()
 

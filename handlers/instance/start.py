@@ -24,6 +24,7 @@ from handlers.instance.launch_plan import (
 from handlers.instance.release import flush_conntrack
 from handlers.instance.reservations import Reservations
 from handlers.instance.state import final_record, read_state
+from handlers.instance.vmm_exit import with_end
 from handlers.interfaces import Host
 from handlers.specs import MIB
 from handlers.steps import Done, Steps
@@ -153,10 +154,11 @@ async def admitted_launch(
 async def refuse_second_boot(record: InstanceRecord, steps: Steps, host: Host) -> None:
     """No guest boots twice under one id: if it may have booted, its VMM must still run."""
     if steps.marked(BOOT) and await host.vmms.find(record.jail_id) is None:
-        raise Unavailable(
+        failure = Unavailable(
             f"VMM of instance {record.ref} exited during start; not rebooted because the guest may "
             "have run"
         ).not_retryable()
+        raise await with_end(failure, record, host)
 
 
 async def record_version(vm: LaunchedVmm, host: Host) -> LaunchedVmm:

@@ -1,20 +1,24 @@
 """Handle the unexpected exit of a VMM: find out why, clean up, publish an event, set `failed`."""
 
 import contextlib
+from typing import Final
 
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
-from handlers.errors import Failure
+from handlers.errors import Failure, Superseded
 from handlers.instance.instance_file import write_at_rest
 from handlers.instance.release import release
 from handlers.instance.state import final_record
-from handlers.instance.vmm_log import log_tail
+from handlers.instance.vmm_log import add_log, log_tail
 from handlers.interfaces import Host
 from handlers.steps import Steps
-from handlers.vmm_ends import ExitStatus, end_of, text_of
+from handlers.vmm_ends import ExitStatus, end_of, facts_of, failure_of, text_of
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, Status, VmmEnd
 from schemas.requests import InstanceRef
+
+# A VMM that ends closes its connections before it has exited.
+EXIT_S: Final = 0.1
 
 
 async def vmm_exited(
@@ -72,6 +76,19 @@ async def why_ended(record: InstanceRecord, status: ExitStatus, log: str, host: 
     return end_of(status, oom, log.encode(), launch=record.launch, at_ms=at_ms)
 
 
-def facts_of(end: VmmEnd) -> dict[str, object]:
-    """For events and answers; what is not known is left out."""
-    return {name: value for name, value in asdict(end).items() if value is not None}
+async def with_end(failure: Failure, record: InstanceRecord, host: Host) -> Failure:
+    """The failure with the end of the VMM's log, and with why the VMM ended, if it has ended.
+
+    Before anything of the launch is removed: its cgroup and its log say why.
+    """
+    if isinstance(failure, Superseded):
+        return failure
+    await add_log(failure, record, host)
+    if record.vmm is None:
+        return failure
+    with contextlib.suppress(Failure, OSError):  # the failure itself matters more
+        if await host.vmms.wait_exit(record.vmm, EXIT_S):
+            status = await host.vmms.exit_status(record.vmm)
+            log = await log_tail(record, host)
+            return failure_of(failure, await why_ended(record, status, log, host))
+    return failure

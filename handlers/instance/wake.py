@@ -25,7 +25,7 @@ from handlers.instance.launch_plan import (
 from handlers.instance.release import release
 from handlers.instance.reservations import Reservations
 from handlers.instance.state import final_record, read_state
-from handlers.instance.vmm_log import add_log
+from handlers.instance.vmm_exit import with_end
 from handlers.interfaces import Host
 from handlers.specs import SnapshotInfo
 from handlers.steps import Done, Steps
@@ -147,12 +147,12 @@ async def complete_wake(
     """
     await host.snapshots.mark_consumed(record.ref, record.snapshot or 0)
     if identity is None:
-        await fail_consumed(record, steps, host)
         failure = Unavailable(
             f"VMM of instance {record.ref} exited after its snapshot was consumed",
             detail={"status": str(Status.FAILED)},
         ).not_retryable()
-        await add_log(failure, record, host)
+        failure = await with_end(failure, record, host)
+        await fail_consumed(record, steps, host)
         raise failure
     vmm = host.vmms.api(record.jail_id)
     try:

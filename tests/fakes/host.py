@@ -45,7 +45,7 @@ from handlers.specs import (
     TenantRulesSpec,
 )
 from handlers.tenant_locks import TenantLocks
-from handlers.vmm_ends import OomCounts
+from handlers.vmm_ends import ExitStatus, OomCounts
 from schemas import naming
 from schemas.files import (
     InstanceFile,
@@ -147,6 +147,7 @@ class FakeHost:
     cgroup_usage: dict[str, CgroupUsage] = field(default_factory=dict[str, CgroupUsage])
     tap_traffic: dict[str, TapTraffic] = field(default_factory=dict[str, TapTraffic])
     exited: dict[int, asyncio.Event] = field(default_factory=dict[int, asyncio.Event])
+    exit_statuses: dict[int, ExitStatus] = field(default_factory=dict[int, ExitStatus])
     uids: dict[str, int] = field(default_factory=dict[str, int])
     live_uids: set[int] = field(default_factory=set[int])
     next_slot: int = 0
@@ -177,9 +178,11 @@ class FakeHost:
             raise self.fail_late[name]
         return value
 
-    def kill(self, jail_id: str) -> None:
-        """The VMM exits, for whatever reason."""
+    def kill(self, jail_id: str, status: ExitStatus = ExitStatus()) -> None:  # noqa: B008
+        """The VMM exits, for whatever reason; its status is not known if that is not given."""
         identity = self.resources.pop(("vmm", jail_id), None)
+        if identity is not None:
+            self.exit_statuses[identity.pid] = status
         self.guests.pop(jail_id, None)
         self.live_uids.discard(self.uids.pop(jail_id, 0))
         if identity is not None:
@@ -727,6 +730,9 @@ class FakeVmms(Plain[LaunchSpec]):
             if "wait_exit" in self.machine.gates:
                 await self.machine.gates["wait_exit"].passed()
         return gone.is_set()
+
+    async def exit_status(self, identity: VmmIdentity) -> ExitStatus:
+        return self.machine.exit_statuses.get(identity.pid, ExitStatus())
 
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
         await self.machine.effect("check_confinement", lambda: None)

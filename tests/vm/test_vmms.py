@@ -1,10 +1,12 @@
 """A launch through the jailer: what it makes, what it proves, what remains when it fails."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -43,6 +45,15 @@ async def until_started(rig: VmmRig, spec: LaunchSpec) -> None:
     async with asyncio.timeout(10):
         while not (rig.root(spec) / "firecracker.pid").exists():
             await asyncio.sleep(0.001)
+
+
+def held(pids: list[int]) -> bool:
+    """Whether the launch has seen its one process: it has a pidfd of it."""
+    found: set[str] = set()
+    for fd in os.listdir("/proc/self/fdinfo"):
+        with contextlib.suppress(FileNotFoundError):
+            found |= set(Path("/proc/self/fdinfo", fd).read_text().splitlines())
+    return len(pids) == 1 and f"Pid:\t{pids[0]}" in found
 
 
 def left(rig: VmmRig, spec: LaunchSpec) -> list[str]:
@@ -213,6 +224,25 @@ async def test_a_vmm_that_exits_during_startup_is_reported_with_the_end_of_its_l
 
     assert len(failure.value.detail["vmm_log"]) == 4096
     assert failure.value.detail["vmm_log"].endswith("the last words")
+    assert left(rig, spec) == ["log"]
+
+
+async def test_a_vmm_that_is_killed_from_outside_during_startup_is_not_the_hosts_fault(
+    rig: VmmRig,
+) -> None:
+    spec = await rig.prepare()
+    hanging = vmms_with(rig, firecracker=stand_in(rig, payload.WAIT), api_timeout_s=20)
+    launch = asyncio.ensure_future(hanging.ensure(spec))
+    await until_started(rig, spec)
+    async with asyncio.timeout(20):
+        while not held(pids := rig.tree.pids(spec.cgroup)):
+            await asyncio.sleep(0.005)
+
+    os.kill(pids[0], signal.SIGKILL)
+
+    with pytest.raises(Unavailable, match="exited during startup: killed by SIGKILL") as failure:
+        await launch
+    assert failure.value.detail["vmm_end"]["reason"] == "signal_9"
     assert left(rig, spec) == ["log"]
 
 

@@ -208,14 +208,7 @@ class Cgroups:
 
         Source: cgroup-v2.rst, `memory.events`: `oom`, `oom_kill`.
         """
-        try:
-            text = read_text(f"{self.tree.path(self._leaf(key))}/memory.events")
-        except (FileNotFoundError, OSError) as error:
-            if getattr(error, "errno", None) in (errno.ENOENT, errno.ENODEV):
-                return None
-            raise
-        counts = dict(line.split() for line in text.splitlines())
-        return OomCounts(limit_reached=int(counts["oom"]), killed=int(counts["oom_kill"]))
+        return oom_counts_of(self.tree.path(self._leaf(key)))
 
     async def usage(self, key: str) -> CgroupUsage | None:
         """What the processes in the leaf have used since it was made; None if it is gone. It does
@@ -383,3 +376,15 @@ def _rmdir(path: str) -> None:
             return
         time.sleep(wait_s)
         wait_s = min(wait_s * 2, 0.1)
+
+
+def oom_counts_of(path: str) -> OomCounts | None:
+    """`Cgroups.oom_counts` of the leaf at this path."""
+    try:
+        text = read_text(f"{path}/memory.events")
+    except (FileNotFoundError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOENT, errno.ENODEV):
+            return None
+        raise
+    counts = dict(line.split() for line in text.splitlines())
+    return OomCounts(limit_reached=int(counts["oom"]), killed=int(counts["oom_kill"]))

@@ -7,9 +7,11 @@ first, or if the VMM was reaped before anyone watched it.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import struct
+from collections.abc import Sequence
 
 from handlers.host.linux.procfs import boot_id, read_text
 from handlers.host.vmm import processes
@@ -17,6 +19,7 @@ from handlers.vmm_ends import ExitStatus
 from schemas.records import VmmIdentity
 
 EXIT_STATUS_WAIT_S = 0.25
+KNOWN_MAX = 64
 EXIT_CODE_FIELD = 52 - 3  # counted from the state, the first after the name
 PIDFD_INFO_EXIT = 1 << 3
 PIDFD_INFO_BYTES = 64
@@ -59,6 +62,57 @@ class ExitWatch:
             wait_s *= 2
 
 
+class ExitStatuses:
+    """The statuses of VMMs whose end a launch waited for, until it has failed by it."""
+
+    def __init__(self) -> None:
+        self._known: dict[VmmIdentity, ExitStatus] = {}
+
+    def note(self, identity: VmmIdentity, pidfd: int) -> None:
+        """It has just exited; its parent may reap it at any moment."""
+        found = exit_status(identity.pid, pidfd)
+        if found != ExitStatus():
+            self._known[identity] = found
+            while len(self._known) > KNOWN_MAX:
+                del self._known[next(iter(self._known))]
+
+    def of(self, identity: VmmIdentity) -> ExitStatus:
+        return self._known.get(identity) or status_of(_zombie_status(identity))
+
+
+class Newborn:
+    """The process of a launch, held by a pidfd from when it is first seen in its cgroup."""
+
+    def __init__(self) -> None:
+        self._pid = 0
+        self._pidfd: int | None = None
+
+    def see(self, pids: Sequence[int]) -> None:
+        """The jailer is in the cgroup too, until it has exited: the last one seen alone counts."""
+        if len(pids) == 1 and pids[0] != self._pid:
+            self.close()
+            self._pid, self._pidfd = pids[0], processes.open_pidfd(pids[0])
+
+    def status(self) -> ExitStatus:
+        """How it exited; not known if it was never seen."""
+        return ExitStatus() if self._pidfd is None else exit_status(self._pid, self._pidfd)
+
+    def close(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+
+def exit_status(pid: int, pidfd: int) -> ExitStatus:
+    """Of a process that has exited and is held by a pidfd: a zombie's, or a reaped one's."""
+    wait_status = None
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        fields = _stat(pid)
+        if fields[0] in "ZX" and processes.has_exited(pidfd):
+            wait_status = int(fields[EXIT_CODE_FIELD])
+    return status_of(read_exit_status(pidfd) if wait_status is None else wait_status)
+
+
 def status_of(wait_status: int | None) -> ExitStatus:
     """Of a status as waitpid(2) has it; None is not known."""
     if wait_status is None:
@@ -82,6 +136,11 @@ def read_exit_status(pidfd: int) -> int | None:
     return int(status) if mask & PIDFD_INFO_EXIT else None
 
 
+def _stat(pid: int) -> list[str]:
+    """The fields of `/proc/<pid>/stat` from the state on."""
+    return read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+
+
 def _zombie_status(identity: VmmIdentity) -> int | None:
     """The wait status of a zombie; None if the process lives, is reaped, or is another by now.
 
@@ -90,7 +149,7 @@ def _zombie_status(identity: VmmIdentity) -> int | None:
     if identity.boot_id != boot_id():
         return None
     try:
-        fields = read_text(f"/proc/{identity.pid}/stat").rpartition(")")[2].split()
+        fields = _stat(identity.pid)
     except (FileNotFoundError, ProcessLookupError):
         return None
     if fields[0] not in "ZX" or int(fields[19]) != identity.start_ticks:

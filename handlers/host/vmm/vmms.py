@@ -20,6 +20,7 @@ from typing import ClassVar
 
 from handlers.cancellation import run_shielded
 from handlers.claims.unrecorded import VmmProcess
+from handlers.clock import now_ms
 from handlers.errors import Conflict, Failure, HostFault, Unavailable
 from handlers.host.jail.layout import JailLayout
 from handlers.host.jail.sockets import connect, read_tail
@@ -28,13 +29,16 @@ from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.vmm import confinement, processes, survey
 from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.binaries import VmmBinaries
-from handlers.host.vmm.cgroups import CgroupTree
+from handlers.host.vmm.cgroups import CgroupTree, oom_counts_of
+from handlers.host.vmm.exit_watch import ExitStatuses, Newborn
 from handlers.host.vmm.jailer import Jailer, clear
 from handlers.host.vmm.migration import MigrationLock
 from handlers.host.vmm.vmm_processes import list_vmm_processes
 from handlers.jail_names import API_SOCKET, FIRECRACKER, LOG, PID_FILE
 from handlers.mechanism import Durability
 from handlers.specs import LaunchSpec
+from handlers.vmm_ends import ExitStatus, end_of, failure_of
+from schemas import naming
 from schemas.records import VmmIdentity
 from schemas.requests import InstanceRef
 from schemas.settings import Settings
@@ -79,6 +83,7 @@ class Vmms:
         self._tenant_of = tenant_of
         self._binaries = binaries or VmmBinaries(settings)
         self._jailer = Jailer(settings, self._binaries)
+        self._exits = ExitStatuses()
         self._migration = MigrationLock(self._tree.mount)
 
     def expect_launch(self) -> None:
@@ -184,7 +189,14 @@ class Vmms:
 
     async def wait_exit(self, identity: VmmIdentity, timeout_s: float) -> bool:
         with _proven(identity) as pidfd:
-            return pidfd is None or await processes.wait_exit(pidfd, timeout_s)
+            if pidfd is not None and not await processes.wait_exit(pidfd, timeout_s):
+                return False
+            if pidfd is not None:
+                self._exits.note(identity, pidfd)
+            return True
+
+    async def exit_status(self, identity: VmmIdentity) -> ExitStatus:
+        return self._exits.of(identity)
 
     async def check_confinement(self, identity: VmmIdentity, spec: LaunchSpec) -> None:
         root = self._layout.root(spec.jail_id)
@@ -227,18 +239,21 @@ class Vmms:
     # -- launching -----------------------------------------------------------------------------
 
     async def _launch(self, spec: LaunchSpec, root: str) -> VmmIdentity:
-        with os.fdopen(os.memfd_create("jailer", os.MFD_CLOEXEC), "w+b") as jailer_output:
+        with (
+            os.fdopen(os.memfd_create("jailer", os.MFD_CLOEXEC), "w+b") as jailer_output,
+            contextlib.closing(Newborn()) as born,
+        ):
             try:
                 async with asyncio.timeout(self._settings.api_timeout_s):
                     await self._jailer.run(spec, root, jailer_output.fileno())
                     # The rest takes 1 to 2 ms, too short for the event loop's timers, which have a
                     # resolution of 1 ms. No inotify: closing one costs 10 ms.
-                    identity = await run_in_thread(self._poll_launched, spec, root)
+                    identity = await run_in_thread(self._poll_launched, spec, root, born)
                     wait_s = FIRST_POLL_S
                     while identity is None:
                         await asyncio.sleep(wait_s)
                         wait_s = min(wait_s * 1.5, LAST_POLL_S)
-                        identity = self._launched(spec, root)
+                        identity = self._launched(spec, root, born)
             except TimeoutError as error:
                 raise Unavailable(
                     f"the API of jail {spec.jail_id} did not listen within "
@@ -246,13 +261,13 @@ class Vmms:
                 ) from error
         return identity
 
-    def _poll_launched(self, spec: LaunchSpec, root: str) -> VmmIdentity | None:
+    def _poll_launched(self, spec: LaunchSpec, root: str, born: Newborn) -> VmmIdentity | None:
         until = time.monotonic() + BUSY_POLL_S
-        while (identity := self._launched(spec, root)) is None and time.monotonic() < until:
+        while (identity := self._launched(spec, root, born)) is None and time.monotonic() < until:
             time.sleep(FIRST_POLL_S / 2)
         return identity
 
-    def _launched(self, spec: LaunchSpec, root: str) -> VmmIdentity | None:
+    def _launched(self, spec: LaunchSpec, root: str, born: Newborn) -> VmmIdentity | None:
         """The VMM, once its pid file is written and its API listens; None until then.
 
         The pid file alone proves nothing, as the VMM can write to the directory: the cgroup shows
@@ -260,7 +275,8 @@ class Vmms:
         """
         pids = self._tree.pids(spec.cgroup)
         if not pids:
-            raise HostFault(f"VMM of jail {spec.jail_id} exited during startup")
+            raise self._exited(spec, root, born.status())
+        born.see(pids)
         written = read_tail(root, PID_FILE, 16)
         if not (written.isascii() and written.isdigit()) or int(written) not in pids:
             return None
@@ -277,6 +293,15 @@ class Vmms:
                 detail={"listener": listener, "pids": pids},
             )
         return identity
+
+    def _exited(self, spec: LaunchSpec, root: str, status: ExitStatus) -> Failure:
+        """The failure of a launch whose VMM ended before its API listened."""
+        log = read_tail(root, LOG, LOG_TAIL_BYTES)
+        oom = oom_counts_of(self._tree.path(spec.cgroup))
+        warm = naming.WARM_ID_PATTERN.fullmatch(spec.jail_id)
+        launch = 0 if warm else int(spec.jail_id.rpartition("-")[2])
+        end = end_of(status, oom, log.encode(), launch=launch, at_ms=now_ms())
+        return failure_of(HostFault(f"VMM of jail {spec.jail_id} exited during startup"), end)
 
     def _check_matches(self, found: VmmIdentity, spec: LaunchSpec) -> VmmIdentity:
         uid = confinement.read_uid(found.pid)
