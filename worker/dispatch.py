@@ -33,7 +33,9 @@ from schemas.requests import (
     Ping,
     Request,
     SetupNetwork,
+    StartInstance,
     TeardownNetwork,
+    WakeInstance,
 )
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
@@ -44,6 +46,7 @@ from worker.lanes import Work
 BACKOFF_S: Final = 0.1
 BACKOFF_MAX_S: Final = 5.0
 STEPS_SHOWN: Final = 100
+SLOW_LAUNCH_S: Final = 5.0  # from receipt to outcome
 
 log = structlog.get_logger()
 
@@ -330,6 +333,10 @@ class Dispatch:
             self._meters.snapshot(done.snapshot.seconds, done.snapshot.size_bytes)
         for name, work in done.afterwards if done is not None else ():
             self._host.later(name, work)
+        slowest = slowest_steps(reply)
+        launches = isinstance(row.command.request, StartInstance | WakeInstance)
+        if launches and seconds >= SLOW_LAUNCH_S:
+            log.warning("launch.slow", type=kind, took_s=seconds, steps_ms=slowest)
         log.info(
             "command.done",
             type=kind,
@@ -337,6 +344,7 @@ class Dispatch:
             changed=reply.changed,
             attempts=reply.attempts,
             took_ms=reply.finished_at_ms - reply.received_at_ms,
+            slowest_step=next(iter(slowest), None),
             left_behind=list(reply.left_behind),
         )
 
@@ -399,6 +407,12 @@ class Dispatch:
             return None
         instance = self._journal.records.instance(request.ref)
         return None if instance is None else instance.status.value
+
+
+def slowest_steps(reply: Reply) -> Mapping[str, int]:
+    """The three steps that took longest, in milliseconds; the slowest first."""
+    steps = sorted(reply.steps, key=lambda step: step.took_us, reverse=True)
+    return {step.name: step.took_us // 1000 for step in steps[:3]}
 
 
 def _may_retry(error: BaseException, steps: Steps) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -409,3 +410,37 @@ async def test_the_wait_for_a_journal_that_cannot_commit_ends_with_the_deadline(
 
     assert (reply.code, reply.attempts) == (Code.EXPIRED, 1)
     assert len(machine.runs) == 1
+
+
+async def test_a_slow_launch_names_its_slowest_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr("handlers.steps.time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    took = {"cgroup": 0.002, "start_vm": 4.5, "tap": 0.001, "wait_agent": 0.75}
+
+    async def launch(request: Request, steps: Steps) -> Done:
+        for name, seconds in took.items():
+
+            async def do(seconds: float = seconds) -> None:
+                now.seconds += seconds
+
+            await steps.act(name, do)
+        return DONE
+
+    logged: list[list[Any]] = []
+    for limit_s in (0.0, 1e6):
+        monkeypatch.setattr(dispatch, "SLOW_LAUNCH_S", limit_s)
+        path = tmp_path / f"j{limit_s:.0f}"
+        async with shell_worker(path, machine=FakeHandlers(behave=launch)) as shell:
+            with structlog.testing.capture_logs() as logs:
+                shell.send(start(), "c1")
+                await shell.reply()
+        logged.append([each for each in logs if each["event"] in {"launch.slow", "command.done"}])
+
+    slow, quick = logged
+    assert [each["event"] for each in slow] == ["launch.slow", "command.done"]
+    assert list(slow[0]["steps_ms"].items()) == [
+        ("start_vm", 4500), ("wait_agent", 750), ("cgroup", 2),
+    ]  # fmt: skip
+    assert [each.get("slowest_step") for each in quick] == ["start_vm"]

@@ -56,6 +56,12 @@ def held(pids: list[int]) -> bool:
     return len(pids) == 1 and f"Pid:\t{pids[0]}" in found
 
 
+def has_vm(pid: int) -> bool:
+    """Whether KVM has created a VM for the process. Source: KVM_CREATE_VM of kvm/api.rst."""
+    links = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+    return "anon_inode:kvm-vm" in links
+
+
 def left(rig: VmmRig, spec: LaunchSpec) -> list[str]:
     """Names in the jail's root."""
     return sorted(os.listdir(rig.root(spec)))
@@ -96,6 +102,23 @@ async def test_a_started_vmm_is_confined_and_its_removal_leaves_no_process(rig: 
     assert not await rig.vmms.alive(identity)
     assert not await rig.vmms.exists(spec.jail_id)
     assert await rig.vmms.find(spec.jail_id) is None
+
+
+async def test_kvm_creates_the_vm_in_the_step_start_vm(rig: VmmRig) -> None:
+    """So that step's duration is where a slow creation by KVM is seen."""
+    spec = await rig.prepare()
+    identity = await rig.vmms.ensure(spec)
+    add_tap("tap0", UID)
+    seen = [has_vm(identity.pid)]
+    api = rig.vmms.api(spec.jail_id)
+
+    await api.configure(rig.boot_config(spec, payload.HALT))
+    seen.append(has_vm(identity.pid))
+    await api.start()
+    seen.append(has_vm(identity.pid))
+    await api.close()
+
+    assert seen == [False, False, True]
 
 
 async def test_another_worker_finds_the_same_vmm_and_launches_no_second(rig: VmmRig) -> None:

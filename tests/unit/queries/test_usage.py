@@ -1,5 +1,6 @@
 """`ask.usage`: what the kernel counts of an instance's VMM, and null for what it cannot tell."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from worker.queries.usage import usage_of
 TAP = naming.tap_name(NET.tenant_net_id, 5)
 
 
+async def not_asked(request: object) -> Mapping[str, object]:
+    raise AssertionError(request)
+
+
 async def ask(worker: MemoryWorker, ref: InstanceRef = REF) -> Answer:
     answers = Answers(
         worker.journal,
@@ -25,6 +30,7 @@ async def ask(worker: MemoryWorker, ref: InstanceRef = REF) -> Answer:
         host_state=lambda: "ready",
         warm_vmms=lambda: 0,
         usage=partial(usage_of, worker.host),
+        explain=not_asked,
     )
     return await answers.usage(ref)
 
