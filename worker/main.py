@@ -83,6 +83,7 @@ from worker.reconcile.recovery import Recovery
 from worker.reconcile.sweep import Sweep
 from worker.reconcile.vmm_versions import VmmVersions, in_use
 from worker.reconcile.vmm_watch import NotifyingRunner, VmmWatch
+from worker.release.build import this_build
 from worker.reload import Reload
 from worker.settings import machine_id
 from worker.signals import WorkerSignals
@@ -285,7 +286,7 @@ class Worker:
                 macs=real.facts.macs(),
                 hostname=real.facts.hostname(),
             ),
-            lambda: {**self.facts(), "version": own_version, "seq": journal.store.seq},
+            lambda: {"version": version("hostd"), **self.facts(), "version": own_version, "seq": journal.store.seq},
         )
         self.state = StateWriter(bus, journal.outbox, journal.store.journal_id, self.lease)
         self.service = query_service(
@@ -372,6 +373,7 @@ class Worker:
         """Of what this host runs; Firecracker's is that of new Starts."""
         return {
             "hostd": version("hostd"),
+            "commit": this_build().commit,
             "python": platform.python_version(),
             "kernel": self._real.facts.kernel_release(),
             "firecracker": self._real.binaries.start,
@@ -380,6 +382,7 @@ class Worker:
     def facts(self) -> dict[str, Any]:
         """Shown in a Pong and in the lease: state and capacity of this host."""
         return {
+            "commit": this_build().commit,
             "boot_id": self._real.facts.boot_id(),
             "host_state": self.host_state,
             "degraded_by": self.trouble(),

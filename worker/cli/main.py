@@ -1,7 +1,6 @@
 """The `hostd` command: one explicit table of subcommands, each imported on first use."""
 
 import importlib
-from importlib.metadata import version
 from typing import Any, Final
 
 import click
@@ -9,6 +8,7 @@ import structlog
 
 from worker import logs
 from worker.cli.context import CliError, config_option, exit_code, print_json
+from worker.release.build import this_build
 from worker.settings import nearest
 
 SECTIONS: Final[dict[str, dict[str, str]]] = {
@@ -116,8 +116,22 @@ class LazyGroup(click.Group):
             ctx.exit(exit_code(error.code))
 
 
+def show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    """Print which build this is, and end."""
+    if asked and not ctx.resilient_parsing:
+        click.echo(f"hostd, version {this_build()}")
+        ctx.exit()
+
+
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("hostd"), prog_name="hostd")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_version,
+    help="Show the version and the commit, and exit.",
+)
 @config_option
 @click.pass_context
 def main(ctx: click.Context, config: str | None) -> None:

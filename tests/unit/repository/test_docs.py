@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[3]
 SOURCES = ("worker", "handlers", "schemas", "tests", "bench", "deploy", "docs", "typings")
 CONTRACT = ROOT / "docs" / "contract.md"
 NOT_YET = "## Not yet"
-GENERATED = {"bench/results.json"}
+GENERATED = {"bench/results.json", "worker/release/commit.txt"}
 SUFFIXES = {".py", ".md", ".toml", ".sh", ".service", ".yml", ".conf", ".json"}
 
 

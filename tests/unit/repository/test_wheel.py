@@ -1,5 +1,6 @@
 """The wheel works when it is installed elsewhere, from any directory, without the sources."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+COMMIT = "0123456789" * 4
 ROOT = Path(__file__).parents[3]
 
 
@@ -24,7 +26,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out,
         ROOT,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "HOSTD_COMMIT": COMMIT},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = out.glob("hostd-*.whl")
     return made
@@ -81,6 +90,12 @@ def test_the_command_runs_from_another_directory(bin_dir: Path, tmp_path: Path) 
 
     assert version.stdout.startswith("hostd, version "), version.stderr
     assert 'id = "h1"' in config.stdout, config.stderr
+
+
+def test_a_wheel_says_its_commit(bin_dir: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, bin_dir / "hostd", "--version")
+
+    assert done.stdout.endswith(f", commit {COMMIT[:12]} (package)\n"), done.stdout + done.stderr
 
 
 def test_a_directory_named_worker_in_the_working_directory_is_not_run(

@@ -26,6 +26,7 @@ from tests.live_host import LiveHost
 from tests.plain import unpacked
 from tests.vm.whole_host.shared_host import events, ref_of
 from worker.cli.seed import Seeded
+from worker.release.build import this_build
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -156,6 +157,10 @@ async def test_the_hosts_own_value_is_a_live_lease(host: LiveHost, seeded: Seede
     assert value["boot_id"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     assert value["lease_until_ms"] > time.time() * 1000
     assert value["version"] == version("hostd")
+    here = this_build()
+    assert (value["version"], value["commit"]) == (here.version, here.commit)
+    pong = (await host.ping())["detail"]
+    assert (pong["version"], pong["commit"]) == (here.version, here.commit)
     assert value["capacity"]["instances"] == 0
     assert value["journal_id"] == (await events(host))[0]["journal_id"]
 

@@ -1,0 +1,1 @@
+"""Which build of hostd this is."""
