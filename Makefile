@@ -3,7 +3,8 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 KINDS := unit contract kernel broker page vm crash lab
 
-.PHONY: help setup venv demo test unit crash soak check bench deb lab fmt
+
+.PHONY: help setup venv demo test unit crash soak check bench bench-page deb lab fmt
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -16,6 +17,7 @@ venv: ## Build .venv alone, from PyPI, as any user
 
 demo: setup ## The whole job end to end, with real Firecracker and a Linux guest
 	@.venv/bin/hostd demo
+	@echo "To watch it in a browser: .venv/bin/hostd demo --page"
 
 test: setup ## All tests, the slowest last
 	@$(PY) -m pytest $(KINDS:%=tests/%) && $(PY) -m tests.guests.versions tests/contract tests/vm tests/crash
@@ -38,6 +40,9 @@ bench: setup ## Measure, side by side with the raw alternative; writes bench/res
 
 deb: venv ## Build the Debian package in build/deb
 	@$(PY) deploy/debian/build.py
+
+bench-page: setup ## Frames of the fleet page under load, measured in Chromium
+	@$(PY) -m bench.page
 
 lab: setup ## Open a shell in the lab VM (true KVM, cgroup v2)
 	@$(PY) -m tests.lab.open

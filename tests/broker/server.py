@@ -63,10 +63,10 @@ class Server(EmbeddedNats):
 
 @asynccontextmanager
 async def running_server(
-    directory: Path, *, config: str = "", program: str = ""
+    directory: Path, *, config: str = "", program: str = "", web: bool = False
 ) -> AsyncGenerator[Server]:
     """A running server with its own directory, stopped afterwards."""
-    server = Server(str(directory), config=config, program=program)
+    server = Server(str(directory), config=config, program=program, web=web)
     await server.start()
     try:
         yield server

@@ -1,7 +1,9 @@
 """The fleet page shows what real hosts do, as it happens."""
 
 import asyncio
+import os
 import re
+from pathlib import Path
 
 import pytest
 from playwright.async_api import Page, expect
@@ -129,3 +131,23 @@ async def test_a_dead_letter_is_listed_with_its_reason_and_its_bytes(
         await expect(page.locator("dl")).to_contain_text("sha256")
         await expect(page.locator("pre").last).to_contain_text("c1 00 6e 6f 20 63")
     assert chromium.complaints == []
+
+
+async def test_pictures_of_it_can_be_taken(
+    fleet: PageFleet, chromium: Browser, tmp_path: Path
+) -> None:
+    """Of what the tests before left; with PICTURES=1 they are those of the docs."""
+    to = Path("docs/images") if os.environ.get("PICTURES") else tmp_path
+    size = {"width": 1100, "height": 420}
+    # Without the name of the machine, the last column of the hosts.
+    style = "th:last-child, td:last-child { display: none } .scroller { height: 14rem }"
+    async with chromium.page(viewport=size, bypass_csp=True) as page:  # else no style
+        await enter(page, fleet)
+        for view, heading in (("hosts", "Hosts"), ("instance/h2/acme/web/i-1", "Instance")):
+            await page.evaluate(f"location.hash = '#/{view}'")
+            await expect(page.locator("#view h2").first).to_contain_text(heading)
+            await expect(page.locator("#view tbody tr:visible:not(.space)").nth(2)).to_be_visible()
+            picture = await page.screenshot(style=style, full_page=True)
+            (to / f"{view.split('/', 1)[0]}.png").write_bytes(picture)
+
+            assert len(picture) < 200_000

@@ -48,6 +48,7 @@ from worker.demo.host import (
 )
 from worker.demo.nats_server import EmbeddedNats
 from worker.demo.netns import enter_new_network
+from worker.demo.page import PagePorts, page_served
 from worker.demo.progress import DemoFailed, Progress
 
 REF = InstanceRef("acme", "web", "i-1")
@@ -77,12 +78,14 @@ def linux_runs_here() -> bool:
     show_default=True,
     help="Guest image.",
 )
+@click.option("--page", is_flag=True, help="Serve the fleet page and go on until Ctrl-C.")
 @json_option
-def demo(*, build: str, here: bool, guest: str, as_json: bool) -> None:
+def demo(*, build: str, here: bool, guest: str, page: bool, as_json: bool) -> None:
     """Run one microVM through its life cycle. Leaves nothing behind.
 
     Uses a real Firecracker, a private nats-server and worker, and a new network namespace. Requires
-    root and the guests that `make setup` builds.
+    root and the guests that `make setup` builds. With --page it goes on until Ctrl-C, to be watched
+    in a browser; with the mini guest where this machine's KVM cannot run Linux.
     """
     logs.configure("error", stream="stderr")
     if os.geteuid() != 0:
@@ -91,14 +94,17 @@ def demo(*, build: str, here: bool, guest: str, as_json: bool) -> None:
             "cannot run the demo as an ordinary user: it creates interfaces, cgroups and jails; "
             "run it as root",
         )
+    if page and not linux_runs_here():
+        guest = "mini"
     if guest == "linux" and not here and not linux_runs_here():
         hand_over_to_lab(os.path.dirname(os.path.abspath(build)), as_json=as_json)
+    ports = PagePorts() if page else None
     enter_new_network()
     progress = Progress(lambda text, ends: click.echo(text, nl=ends, err=as_json))
     where = "in the lab" if os.environ.get("HOSTD_LAB") else "on this machine's KVM"
     progress.line(f"hostd demo, {where}, guest: {guest}")
     try:
-        asyncio.run(run(progress, os.path.abspath(build), guest))
+        asyncio.run(run(progress, os.path.abspath(build), guest, ports))
     except (DemoFailed, CliError) as error:
         raise click.ClickException(str(error)) from error
     except asyncio.CancelledError:
@@ -130,8 +136,8 @@ def hand_over_to_lab(checkout: str, *, as_json: bool) -> NoReturn:
     os.execv(sys.executable, [sys.executable, "-m", "tests.lab.run", "--", *command])  # noqa: S606
 
 
-async def run(progress: Progress, build: str, guest: str) -> None:
-    """The whole demo; raises DemoFailed on an unexpected observation."""
+async def run(progress: Progress, build: str, guest: str, ports: PagePorts | None = None) -> None:
+    """The whole demo, with `ports` again and again; DemoFailed on an unexpected observation."""
     task = asyncio.current_task()
 
     def stop(number: int) -> None:
@@ -144,7 +150,7 @@ async def run(progress: Progress, build: str, guest: str) -> None:
     async with AsyncExitStack() as stack:
         # Not /tmp: on a tmpfs, pages that a VMM writes are charged to its memory cgroup.
         directory = tempfile.mkdtemp(prefix="hostd-demo-", dir=os.environ.get("TMPDIR", DISK))
-        nats = EmbeddedNats(f"{directory}/nats")
+        nats = EmbeddedNats(f"{directory}/nats", web=ports is not None)
         settings = demo_settings(directory, nats.url, build)
         stack.push_async_callback(clean_up, settings, directory)
         await nats.start()
@@ -156,7 +162,14 @@ async def run(progress: Progress, build: str, guest: str) -> None:
             await stack.enter_async_context(worker_process(settings, directory))
             client = await stack.enter_async_context(connect(settings))
             facts.extend(await wait_ready(client, settings))
+        if ports is not None:
+            files, cell = f"{build}/dashboard", settings.host.cell
+            await stack.enter_async_context(page_served(ports, files, cell, nats.web_port))
+            progress.line(f"The fleet page: {ports.url} (until Ctrl-C)")
         await life(Driver(client, settings, progress), build, guest)
+        while ports is not None:
+            await asyncio.sleep(ASLEEP_S)
+            await life(Driver(client, settings, progress), build, guest)
         after = (await asyncio.to_thread(inventory.collect, settings)).counts
         if after != before:
             raise DemoFailed(f"resources left behind: before {before}, after {after}")
@@ -220,16 +233,16 @@ async def life(driver: Driver, build: str, guest: str) -> None:
         "seed", f"instance {REF}, 1 vCPU, {MEM_MIB} MiB (files as agentd writes them)"
     )
     await driver.send("network up", SetupNetwork(REF.tenant_id, seeded.net))
-    await driver.send("start", StartInstance(*NAMES), "pid", "tap")
+    reply = await driver.send("start", StartInstance(*NAMES), "pid", "tap")
     await driver.echo("traffic", seeded.guest_ip)
-    awake = await driver.stat(launch=1)
+    awake = await driver.stat(reply["detail"]["launch"])
     await driver.owned()
     await driver.send("sleep", SleepInstance(*NAMES, force=False), "drain", "size_bytes")
     with driver.progress.step("asleep") as facts:
         facts.append("no VMM, no TAP; the snapshot is on disk")
         await asyncio.sleep(ASLEEP_S)
     reply = await driver.send("wake", WakeInstance(*NAMES), "pid")
-    woken = await driver.stat(launch=2)
+    woken = await driver.stat(reply["detail"]["launch"])
     driver.progress.note("guest state", check_resumed(awake, woken, reply))
     await driver.echo("traffic after wake", seeded.guest_ip)
     await driver.send("stop", StopInstance(*NAMES), "method")

@@ -5,6 +5,7 @@ import { commandDetail, deadLetterDetail, hostDetail, instanceDetail } from "./d
 import { byId, clock, el, say } from "./dom";
 import { Fleet } from "./fleet";
 import { Session } from "./session";
+import { fields } from "./wire";
 import { eventsView, hostsView, instancesView, type View } from "./views";
 
 const DRAW_MS = 250;
@@ -49,11 +50,12 @@ function accessOf(): Access {
   };
 }
 
-/** Fills the form: what the deployment says, then what this browser was asked to remember. */
+/** Fills the form: what the deployment says, then what this browser was asked to remember; connects if told to. */
 async function prepare(): Promise<void> {
   const sources: unknown[] = [];
   const answer = await fetch("config.json", { cache: "no-store" }).catch(() => null);
   if (answer?.ok) sources.push(await answer.json().catch(() => null));
+  const isToConnect = fields(sources[0])?.["connect"] === true;
   const kept = localStorage.getItem(KEPT);
   if (kept) sources.push(JSON.parse(kept), { remember: true });
   for (const source of sources) {
@@ -63,6 +65,7 @@ async function prepare(): Promise<void> {
       else if ((field instanceof HTMLInputElement || field instanceof HTMLTextAreaElement) && typeof value === "string") field.value = value;
     }
   }
+  if (isToConnect) await enter();
 }
 
 async function enter(): Promise<void> {

@@ -4,7 +4,7 @@
  */
 import { el, say } from "./dom";
 
-const SPARE_ROWS = 8;
+const SPARE_ROWS = 4;
 const PRINT_MAX = 1000;
 
 export interface Column<T> {

@@ -22,6 +22,7 @@ ALLOWED = {
     "worker/demo/command.py": PROCESS_OF_ITS_OWN,
     "worker/demo/host.py": PROCESS_OF_ITS_OWN,
     "worker/demo/nats_server.py": PROCESS_OF_ITS_OWN,
+    "worker/demo/page.py": PROCESS_OF_ITS_OWN,
     "worker/journal/reader.py": "answers questions, which have a limit of their own",
     "worker/journal/store.py": START,
     "worker/journal/writer.py": WATCHED,
