@@ -3,7 +3,6 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 KINDS := unit contract kernel broker page vm crash lab
 
-
 .PHONY: help setup venv demo test unit crash soak check bench bench-page deb lab fmt
 
 help: ## Show the targets

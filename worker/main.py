@@ -286,7 +286,11 @@ class Worker:
                 macs=real.facts.macs(),
                 hostname=real.facts.hostname(),
             ),
-            lambda: {"version": version("hostd"), **self.facts(), "version": own_version, "seq": journal.store.seq},
+            lambda: {
+                **self.facts(),
+                "version": own_version,
+                "seq": journal.store.seq,
+            },
         )
         self.state = StateWriter(bus, journal.outbox, journal.store.journal_id, self.lease)
         self.service = query_service(

@@ -3,8 +3,8 @@
 Only reads, with the worker's own credentials; `provision.py` creates and changes.
 """
 
-from dataclasses import dataclass
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from schemas.subjects import Subjects
