@@ -335,6 +335,21 @@ async def test_events_of_a_host_without_a_worker_are_followed_with_a_note(
     assert result.stdout == ""
 
 
+async def test_a_dry_run_says_what_is_missing_and_makes_nothing(server: Server) -> None:
+    before = await hostd(server, "provision", "--dry-run", "--json")
+    again = await hostd(server, "provision", "--dry-run")
+    await hostd(server, "provision")
+    after = await hostd(server, "provision", "--dry-run")
+    changed = await hostd(server, "provision", "--dry-run", "--size", "evt=2048")
+
+    assert (before.exit_code, again.exit_code, after.exit_code) == (1, 1, 0)
+    assert {made["how"] for made in json.loads(before.stdout)} == {"missing"}
+    assert "missing consumer h1 of HOSTD_CMD_test" in again.stdout
+    assert changed.exit_code == 1
+    text = "differs stream HOSTD_EVT_test  (max_bytes: is 1073741824, must be 2147483648)"
+    assert text in changed.stdout
+
+
 async def test_provision_may_be_repeated_and_serves_several_hosts(server: Server) -> None:
     first = await hostd(server, "provision", "--host", "h1", "--host", "h2")
     again = await hostd(server, "provision", "--host", "h1", "--host", "h2", "--json")

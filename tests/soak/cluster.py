@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 
 import msgspec
 
@@ -22,6 +23,7 @@ SIZE = 3
 NODE = """\
 listen: "127.0.0.1:{port}"
 server_name: n{number}
+server_tags: [{tags}]
 jetstream {{ store_dir: "{directory}/jetstream", max_file_store: 16GB }}
 cluster {{ name: soak, listen: "127.0.0.1:{route}", routes: [{routes}] }}
 """
@@ -30,14 +32,21 @@ cluster {{ name: soak, listen: "127.0.0.1:{route}", routes: [{routes}] }}
 class Cluster:
     """The servers; each stream has a copy on every one of them."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, tags: Sequence[str] = ()) -> None:
         self.ports, routes = ports(SIZE), ports(SIZE)
         peers = ", ".join(f'"nats://127.0.0.1:{route}"' for route in routes)
         self.nodes: list[ServerProcess] = []
         for number, (port, route) in enumerate(zip(self.ports, routes, strict=True)):
             home = f"{directory}/n{number}"
             os.makedirs(home, mode=0o700)
-            text = NODE.format(port=port, number=number, directory=home, route=route, routes=peers)
+            text = NODE.format(
+                port=port,
+                number=number,
+                directory=home,
+                route=route,
+                routes=peers,
+                tags=", ".join(f'"{tag}"' for tag in tags),
+            )
             with open(f"{home}/nats.conf", "w", encoding="utf-8") as file:
                 file.write(text)
             self.nodes.append(ServerProcess(f"{home}/nats.conf", f"{home}/nats.log"))

@@ -6,7 +6,7 @@ drops fields that it does not know without an error.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,8 +18,6 @@ from worker.bus.protocol import BusError, NotProvisioned
 
 NOT_FOUND = (10014, 10059)
 FIXED = ("retention", "storage", "max_consumers", "deny_delete", "deny_purge", "name", "sealed")
-_STREAM_KEPT = streams.STREAM_NEUTRAL - {"num_replicas"}
-
 NO_STORAGE = (10023, 10047)  # insufficient resources, insufficient storage
 
 
@@ -31,7 +29,10 @@ class Requester(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """One object of the cell: `what`, and `how`: made, changed, remade, or found as needed."""
+    """One object of the cell: `what`, and `how`: made, changed, remade, or found as needed.
+
+    Of a dry run: missing, differs, or found.
+    """
 
     what: str
     how: str
@@ -46,21 +47,27 @@ async def provision(
     subjects: Subjects,
     hosts: Sequence[str],
     *,
-    replicas: int = 1,
+    replicas: int | None = None,
+    placement: Mapping[str, Any] | None = None,
     sizes_mib: Mapping[str, int] = streams.SIZES_MIB,
     ack_wait_ns: int = streams.ACK_WAIT_NS,
+    dry_run: bool = False,
 ) -> list[Made]:
     """Create or correct all of the cell, and a consumer for each of `hosts`.
 
-    Idempotent. Ages and sizes that an operator changed are reset.
+    Idempotent. Ages and sizes that an operator changed are reset; replicas and placement are kept,
+    unless others are asked for.
 
     Args:
         connection: connected with the administrator's credentials.
         subjects: of the cell; their host is not used.
         hosts: IDs of the hosts that get a consumer.
-        replicas: of the streams.
+        replicas: of the streams and the bucket; None: those that they have, 1 of a new one.
+        placement: of the streams and the bucket, `{"cluster": str, "tags": [str]}`, each optional;
+            None: the one that they have.
         sizes_mib: of the streams and the bucket, by kind.
         ack_wait_ns: when a command that was not acknowledged is delivered again.
+        dry_run: only read and compare.
 
     Raises:
         NotProvisioned: an existing object cannot be changed to what is needed; the text says
@@ -68,21 +75,32 @@ async def provision(
         BusError: no answer; run it again.
     """
     api = _Api(connection)
-    wanted = streams.stream_configs(subjects, replicas=replicas, sizes_mib=sizes_mib)
-    made = [await _stream(api, config) for config in wanted]
-    made += [await _consumer(api, replace(subjects, host_id=host), ack_wait_ns) for host in hosts]
-    return made
+    asked: dict[str, Any] = {}
+    if replicas is not None:
+        asked["num_replicas"] = replicas
+    if placement is not None:
+        asked["placement"] = dict(placement)
+    wanted = streams.stream_configs(subjects, sizes_mib=sizes_mib)
+    made = [await _stream(api, config, asked, dry_run) for config in wanted]
+    of_hosts = [replace(subjects, host_id=host) for host in hosts]
+    return made + [await _consumer(api, one, ack_wait_ns, dry_run) for one in of_hosts]
 
 
-async def _stream(api: "_Api", config: Mapping[str, Any]) -> Made:
+async def _stream(
+    api: "_Api", config: Mapping[str, Any], asked: Mapping[str, Any], dry_run: bool
+) -> Made:
     name = str(config["name"])
     what = f"bucket {name.removeprefix('KV_')}" if name.startswith("KV_") else f"stream {name}"
     info = await api.info(f"STREAM.INFO.{name}")
+    config = {**config, **asked}
+    ignored = streams.STREAM_NEUTRAL - asked.keys()
     if info is None:
+        if dry_run:
+            return Made(what, "missing")
         got = await api.make(f"STREAM.CREATE.{name}", config, what)
-        return Made(what, "made", _short_of(config, got, what))
+        return Made(what, "made", _short_of(config, got, what, ignored))
     found = info["config"]
-    wrong = streams.differences(config, found, _STREAM_KEPT)
+    wrong = streams.differences(config, found, ignored)
     if not wrong:
         return Made(what, "found")
     fixed = [text for text in wrong if text.split(":")[0] in FIXED]
@@ -90,17 +108,19 @@ async def _stream(api: "_Api", config: Mapping[str, Any]) -> Made:
         raise NotProvisioned(
             f"{what} exists with {'; '.join(fixed)}, which cannot be changed: remove it first"
         )
-    kept = {field: value for field, value in found.items() if field in _STREAM_KEPT}
+    if dry_run:
+        return Made(what, "differs", "; ".join(wrong))
+    kept = {field: value for field, value in found.items() if field in ignored}
     try:
-        got = await api.make(f"STREAM.UPDATE.{name}", {**kept, **config}, what)
+        got = await api.make(f"STREAM.UPDATE.{name}", {**config, **kept}, what)
     except NotProvisioned as error:
         raise NotProvisioned(
             f"{error}: cannot change {'; '.join(wrong)}: remove the stream first"
         ) from error
-    return Made(what, "changed", "; ".join(wrong) + _short_of(config, got, what))
+    return Made(what, "changed", "; ".join(wrong) + _short_of(config, got, what, ignored))
 
 
-async def _consumer(api: "_Api", subjects: Subjects, ack_wait_ns: int) -> Made:
+async def _consumer(api: "_Api", subjects: Subjects, ack_wait_ns: int, dry_run: bool) -> Made:
     """Create or repair the consumer; one that cannot be changed is deleted and created again.
 
     Nothing is lost by that: the stream keeps what was not acknowledged.
@@ -111,12 +131,16 @@ async def _consumer(api: "_Api", subjects: Subjects, ack_wait_ns: int) -> Made:
     create = f"CONSUMER.DURABLE.CREATE.{stream}.{name}"
     info = await api.info(f"CONSUMER.INFO.{stream}.{name}")
     if info is None:
+        if dry_run:
+            return Made(what, "missing")
         got = await api.make(create, {"stream_name": stream, "config": config}, what)
-        return Made(what, "made", _short_of(config, got, what))
+        return Made(what, "made", _short_of(config, got, what, streams.NEUTRAL))
     found = streams.consumer_found(info)
     wrong = streams.differences(config, found, streams.NEUTRAL)
     if not wrong:
         return Made(what, "found")
+    if dry_run:
+        return Made(what, "differs", "; ".join(wrong))
     kept = {field: value for field, value in found.items() if field in streams.NEUTRAL}
     body = {"stream_name": stream, "config": {**kept, **config}}
     how = "changed"
@@ -144,10 +168,12 @@ async def _left_of_consumer(
     return streams.differences(config, found, streams.NEUTRAL)
 
 
-def _short_of(config: Mapping[str, Any], got: Mapping[str, Any], what: str) -> str:
+def _short_of(
+    config: Mapping[str, Any], got: Mapping[str, Any], what: str, ignored: Set[str]
+) -> str:
     """What the server did not store, as a text; raises if the worker cannot work without it."""
     got = streams.consumer_found({"config": got}) if "durable_name" in got else got
-    short = streams.differences(config, got, _STREAM_KEPT)
+    short = streams.differences(config, got, ignored)
     tunable = streams.STREAM_TUNABLE | streams.CONSUMER_TUNABLE
     fatal = [text for text in short if text.split(":")[0] not in tunable]
     if fatal:

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import click
 import msgspec
@@ -33,6 +34,7 @@ from worker.cli.context import (
 CONNECT_TIMEOUT_S = 10.0
 SIZE_MIB = re.compile(r"[0-9]{1,10}")
 LACKING = "lacking"
+TO_DO = 1  # the exit code of a dry run that finds something, as of `hostd doctor`
 JS_DOMAIN = "hostd"  # in the printed accounts, if [nats] js_domain is empty
 
 
@@ -47,9 +49,20 @@ JS_DOMAIN = "hostd"  # in the printed accounts, if [nats] js_domain is empty
 @click.option(
     "--replicas",
     type=click.IntRange(1, 5),
-    default=1,
-    show_default=True,
-    help="Replicas of each stream and the bucket.",
+    help="Replicas of each stream and the bucket. Default: as they are; 1 for new ones.",
+)
+@click.option(
+    "--placement-tag",
+    "tags",
+    metavar="TAG",
+    multiple=True,
+    help="Keep streams and bucket on servers with this tag; repeatable. Default: as they are.",
+)
+@click.option(
+    "--placement-cluster",
+    "cluster",
+    metavar="NAME",
+    help="Keep streams and bucket on servers of this cluster. Default: as they are.",
 )
 @click.option(
     "--size",
@@ -68,6 +81,11 @@ JS_DOMAIN = "hostd"  # in the printed accounts, if [nats] js_domain is empty
     "of its users; e.g. HOST_h1=h1.creds; repeatable.",
 )
 @click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print what is missing or differs and change nothing; exit code 1 if there is something.",
+)
+@click.option(
     "--server-config",
     is_flag=True,
     help="Print the accounts of nats-server.conf for the cell and its hosts; change nothing.",
@@ -79,9 +97,12 @@ def provision(
     url: str | None,
     creds: str | None,
     hosts: tuple[str, ...],
-    replicas: int,
+    replicas: int | None,
+    tags: tuple[str, ...],
+    cluster: str | None,
     sizes: tuple[str, ...],
     checks: tuple[str, ...],
+    dry_run: bool,
     server_config: bool,
     config: str | None,
     as_json: bool,
@@ -114,7 +135,13 @@ def provision(
         try:
             await asyncio.wait_for(connection.wait_connected(), CONNECT_TIMEOUT_S)
             made = await provision_cell(
-                connection, subjects, hosts, replicas=replicas, sizes_mib=sizes_mib
+                connection,
+                subjects,
+                hosts,
+                replicas=replicas,
+                placement=_placement(cluster, tags),
+                sizes_mib=sizes_mib,
+                dry_run=dry_run,
             )
             for account, path in accounts_to_check:
                 made.append(await _check(nats, account, path, subjects, hosts))
@@ -130,7 +157,8 @@ def provision(
     if nats.creds:
         check_credentials(nats.creds)
     logs.configure("critical", stream="stderr")  # a failure is reported once, in words
-    progress(f"provisioning cell {settings.host.cell} at {shown}, hosts: {', '.join(hosts)}")
+    verb = "comparing" if dry_run else "provisioning"
+    progress(f"{verb} cell {settings.host.cell} at {shown}, hosts: {', '.join(hosts)}")
     try:
         made = asyncio.run(work())
     except NotProvisioned as error:
@@ -143,6 +171,14 @@ def provision(
         click.echo("\n".join(str(one) for one in made))
     if any(one.how == LACKING for one in made):
         raise CliError("conflict", "the NATS server's configuration is incomplete, see above")
+    if dry_run and any(one.how != "found" for one in made):
+        raise SystemExit(TO_DO)
+
+
+def _placement(cluster: str | None, tags: Sequence[str]) -> dict[str, Any] | None:
+    """None if none is asked for; without the parts that are not, as servers return it."""
+    asked = {"cluster": cluster, "tags": list(tags)}
+    return {part: value for part, value in asked.items() if value} or None
 
 
 async def _check(

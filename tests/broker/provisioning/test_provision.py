@@ -1,5 +1,6 @@
 """Provisioning: complete, repeatable, corrects what differs, names what it cannot; old servers."""
 
+import asyncio
 import json
 import os
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from tests.broker.server import (
     consuming_host,
     running_server,
 )
+from tests.soak.cluster import Cluster
 from worker.bus import streams
 from worker.bus.connection import Connection
 from worker.bus.nats import NatsBus
@@ -79,6 +81,66 @@ async def test_it_resets_what_was_changed(server: Server) -> None:
         assert "max_age: is 60000000000, must be 604800000000000" in changed[f"stream {name}"]
         assert changed[f"consumer {HOST} of {stream}"] == "max_deliver: is 3, must be -1"
         assert {one.how for one in await provision(admin, SUBJECTS, [HOST])} == {"found"}
+
+
+async def test_a_dry_run_tells_the_differences_and_corrects_nothing(server: Server) -> None:
+    async with connection_to(server.url) as admin:
+        await provision(admin, SUBJECTS, [HOST])
+        stream = SUBJECTS.commands_stream
+        consumer = (await api(admin, f"CONSUMER.INFO.{stream}.{HOST}"))["config"]
+        body = {"stream_name": stream, "config": {**consumer, "max_deliver": 3}}
+        assert "error" not in await api(admin, f"CONSUMER.DURABLE.CREATE.{stream}.{HOST}", body)
+
+        for _ in range(2):
+            found = await provision(admin, SUBJECTS, [HOST], dry_run=True)
+            wrong = [(one.how, one.detail) for one in found if one.how != "found"]
+            assert wrong == [("differs", "max_deliver: is 3, must be -1")]
+
+
+async def test_replicas_and_placement_are_kept_unless_others_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    cluster = Cluster(str(tmp_path), tags=("fast",))
+    await cluster.start()
+    try:
+        async with connection_to(cluster.url) as admin:
+            # Until the servers have elected a leader, nothing is made.
+            placement = {"tags": ["fast"]}
+            async with asyncio.timeout(60):
+                while True:
+                    try:
+                        await provision(admin, SUBJECTS, [HOST], replicas=3, placement=placement)
+                    except (BusError, NotProvisioned):
+                        await asyncio.sleep(0.2)
+                    else:
+                        break
+            config = await stream_config(admin) | {"max_age": streams.DAY_NS}
+            answer = await api(admin, f"STREAM.UPDATE.{SUBJECTS.events_stream}", config)
+            assert "error" not in answer
+
+            made = await provision(admin, SUBJECTS, [HOST])
+            again = await provision(
+                admin, SUBJECTS, [HOST], replicas=3, placement=placement, dry_run=True
+            )
+
+            changed = [one.what for one in made if one.how == "changed"]
+            assert changed == [f"stream {SUBJECTS.events_stream}"]
+            assert {one.how for one in again} == {"found"}
+            config = await stream_config(admin)
+            assert config["num_replicas"] == 3
+            assert config["placement"] == placement
+            assert config["max_age"] == 7 * streams.DAY_NS
+
+            fewer = await provision(admin, SUBJECTS, [HOST], replicas=1)
+            assert {one.how for one in fewer if "consumer" not in one.what} == {"changed"}
+            assert (await stream_config(admin))["num_replicas"] == 1
+    finally:
+        await cluster.stop()
+
+
+async def stream_config(admin: Connection) -> dict[str, Any]:
+    config: dict[str, Any] = (await api(admin, f"STREAM.INFO.{SUBJECTS.events_stream}"))["config"]
+    return config
 
 
 async def test_it_names_what_it_cannot_change(server: Server) -> None:
