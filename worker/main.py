@@ -303,6 +303,7 @@ class Worker:
                 warm_vmms=lambda: self._real.warm.counts()["ready"],
                 usage=partial(usage_of, host),
                 explain=self.explain.explain,
+                vmm_versions=lambda: self.vmm_versions.facts(),  # noqa: PLW0108 (made below)
             ),
             version=own_version,
             inbox_prefixes=settings.nats.inbox_prefixes,

@@ -47,6 +47,9 @@ class Answers:
         await self.gate.wait()
         return {"v": 1, "host_state": "ready"}
 
+    def stats(self) -> Mapping[str, object]:
+        return {"unfinished": 3}
+
     async def list(self) -> Mapping[str, object]:
         raise RuntimeError("secret of the host")
 
@@ -316,6 +319,22 @@ async def test_micro_tools_can_read_discovery(server: Server) -> None:
         assert [ping["type"], info["type"], stats["type"]] == [
             f"io.nats.micro.v1.{kind}_response" for kind in ("ping", "info", "stats")
         ]
+
+
+async def test_the_statistics_have_the_last_error_the_time_and_the_hosts_numbers(
+    server: Server,
+) -> None:
+    async with asked(server) as to:
+        await to.ask("result", {"id": "c-1"})
+        await to.ask("result", {"id": 5})
+        stats = json.loads((await to.caller.request("$SRV.STATS.hostd", b"")).data)
+
+        of = {endpoint["name"]: endpoint for endpoint in stats["endpoints"]}
+        assert (of["result"]["num_requests"], of["result"]["num_errors"]) == (2, 2)
+        assert of["result"]["last_error"] == "invalid: $.id: Expected str, got int"
+        assert of["result"]["processing_time"] >= of["result"]["average_processing_time"] > 0
+        assert of["ping"]["last_error"] == ""
+        assert of["status"]["data"] == {"unfinished": 3}
 
 
 @pytest.mark.parametrize("how", ["restart", "rebuild"])

@@ -28,6 +28,7 @@ class Answers:
         warm_vmms: Callable[[], int],
         usage: ReadUsage,
         explain: Callable[[object], Awaitable[Answer]],
+        vmm_versions: Callable[[], object],
     ) -> None:
         self._journal = journal
         self._boot_id = boot_id
@@ -35,6 +36,7 @@ class Answers:
         self._warm_vmms = warm_vmms
         self._usage = usage
         self._explain = explain
+        self._vmm_versions = vmm_versions
         self._started = time.monotonic()
 
     async def ping(self) -> Answer:
@@ -57,6 +59,17 @@ class Answers:
             "instances": {
                 str(status): count for status, count in self._journal.records.statuses().items()
             },
+        }
+
+    def stats(self) -> Answer:
+        return {
+            "host_state": self._host_state(),
+            "unfinished": self._journal.commands.count(),
+            "lanes": len(self._journal.commands.lanes()),
+            "instances": {
+                str(status): count for status, count in self._journal.records.statuses().items()
+            },
+            "vmm_versions": self._vmm_versions(),
         }
 
     async def list(self) -> Answer:

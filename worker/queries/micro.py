@@ -35,13 +35,15 @@ CROSS_ACCOUNT = "_R_."
 class Endpoint:
     """One query. `handle` answers any message with bytes, and the text of an error or "".
 
-    `refuse` makes the answer of an error that prevents the real one, from its message.
+    `refuse` makes the answer of an error that prevents the real one, from its message. `data` is
+    shown by `$SRV.STATS`.
     """
 
     name: str
     subject: str
     handle: Callable[[Message], Awaitable[tuple[bytes, str]]]
     refuse: Callable[[Message, str], bytes]
+    data: Callable[[], Mapping[str, object]] | None = None
     requests: int = field(default=0, init=False)
     errors: int = field(default=0, init=False)
     last_error: str = field(default="", init=False)
@@ -224,7 +226,7 @@ class MicroService:
                     "last_error": e.last_error,
                     "processing_time": e.took_ns,
                     "average_processing_time": e.took_ns // max(1, e.requests),
-                    "data": None,
+                    "data": e.data() if e.data is not None else None,
                 }
                 for e in self._endpoints
             ],

@@ -41,6 +41,10 @@ class QuerySource(Protocol):
         """`{v, host_id, host_state, boot_id, journal_id, unfinished, lanes, instances}`."""
         ...
 
+    def stats(self) -> Answer:
+        """`{host_state, unfinished, lanes, instances, vmm_versions}`: numbers, no names."""
+        ...
+
     async def list(self) -> Answer:
         """`{v, instances: [...], networks: [...], warm_vmms}`."""
         ...
@@ -119,6 +123,7 @@ def query_service(
             subjects.ask(verb),
             partial(answer, verb, query),
             refuse=refusal,
+            data=source.stats if verb == "status" else None,
         )
         for verb, query in queries.items()
     ]

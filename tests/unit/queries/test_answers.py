@@ -11,7 +11,7 @@ import pytest
 from handlers.errors import NotFound
 from tests.constants import REF
 from tests.fakes.host import seeded
-from tests.fakes.shell_worker import shell_worker, start
+from tests.fakes.shell_worker import FakeHandlers, shell_worker, start
 from worker.journal.journal import Journal
 from worker.queries.answers import Answer, Answers
 from worker.queries.usage import usage_of
@@ -39,6 +39,7 @@ def answers_of(journal: Journal) -> Answers:
         warm_vmms=lambda: 3,
         usage=partial(usage_of, seeded().host(journal.records)),
         explain=explain,
+        vmm_versions=lambda: [{"version": "1.12.1"}],
     )
 
 
@@ -86,6 +87,26 @@ async def test_a_finished_command_has_its_result_at_once(tmp_path: Path) -> None
             await worker.reply(f"c{n}")
 
             assert (await answers.result(f"c{n}"))["state"] == "done"
+
+
+async def test_the_statistics_count_and_name_no_tenant(tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
+        answers = answers_of(worker.journal)
+        before = answers.stats()
+        worker.send(start())
+        async with asyncio.timeout(10):
+            await machine.at_gate.wait()
+
+        during = answers.stats()
+
+        gate.set()
+        await worker.reply()
+        assert (before["unfinished"], before["lanes"]) == (0, 0)
+        assert (during["unfinished"], during["lanes"]) == (1, 1)
+        assert during["host_state"] == "ready"
+        assert during["vmm_versions"] == [{"version": "1.12.1"}]
 
 
 async def test_a_list_says_how_many_vmms_are_warm(tmp_path: Path) -> None:

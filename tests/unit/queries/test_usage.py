@@ -31,6 +31,7 @@ async def ask(worker: MemoryWorker, ref: InstanceRef = REF) -> Answer:
         warm_vmms=lambda: 0,
         usage=partial(usage_of, worker.host),
         explain=not_asked,
+        vmm_versions=list,
     )
     return await answers.usage(ref)
 
