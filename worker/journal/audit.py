@@ -5,6 +5,7 @@ a kill cut off is known, and the hourly budget outlives the worker. Every other 
 its event is committed, and gets its row with it (`transaction.AUDITED`).
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -43,15 +44,18 @@ class JournalAudit:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def begin(self, orphan: Orphan, by: str) -> int:
-        """Commit, durably, that it is about to be removed; returns the row's number."""
+    async def begin(self, orphan: Orphan, by: str, tenant_id: str | None = None) -> int:
+        """Commit, durably, that it is about to be removed; returns the row's number.
+
+        `tenant_id`: in whose directory it is.
+        """
         at_ms = self._store.now_ms()
 
         def do(tx: Transaction) -> int:
             trim_audit(tx, at_ms)
             row = tx.execute(
-                "INSERT INTO audit (at_ms, actor, kind, name) VALUES (?, ?, ?, ?)",
-                (at_ms, by, orphan.kind, orphan.name),
+                "INSERT INTO audit (at_ms, actor, kind, name, tenant_id) VALUES (?, ?, ?, ?, ?)",
+                (at_ms, by, orphan.kind, orphan.name, tenant_id),
             )
             return row.lastrowid or 0
 
@@ -75,12 +79,18 @@ class JournalAudit:
 
         await self._store.writer.submit(do)
 
-    async def close_cut_off(self) -> int:
-        """End the rows that a killed worker began; returns how many. A damaged one has no event."""
+    async def close_cut_off(self, is_there: Callable[[Orphan], bool] | None = None) -> int:
+        """End the rows whose result is not known; returns how many. A damaged one has no event.
+
+        Their worker was killed, or could not commit the result.
+
+        Args:
+            is_there: whether it is still on the host, for the row's reason.
+        """
         count = 0
         while (row := await self._begun()) is not None:
             number, *columns = row
-            reason = "the worker was killed while it removed it"
+            reason = "the worker was killed, or could not commit, while it removed it"
             try:
                 kind, name, actor = msgspec.convert(columns, tuple[str, str, str])
                 f"{kind}{name}{actor}".encode()
@@ -88,7 +98,10 @@ class JournalAudit:
                 log.error("audit.unreadable", row=number, error=str(error))  # noqa: TRY400
                 await self._store.writer.submit(partial(_set_result, number, CUT, reason))
             else:
-                await self.end(number, Orphan(kind, name), actor, CUT, reason)
+                orphan = Orphan(kind, name)
+                if is_there is not None:
+                    reason += "; it is still there" if is_there(orphan) else "; it is gone"
+                await self.end(number, orphan, actor, CUT, reason)
             count += 1
         return count
 
@@ -132,6 +145,20 @@ class JournalAudit:
             (now_ms - period_ms, now_ms + AUDIT_KEEP_MS, KEPT),
         )
         return 0 if row is None else int(row[0])
+
+    async def shares(self, period_ms: int) -> Mapping[str | None, tuple[int, int]]:
+        """By the tenant in whose directory it was, or None, to share the sweep's budget out: how
+        much of it was spent within that time, and the number of the last row."""
+        now_ms = self._store.now_ms()
+        rows = await self._store.questions.run(
+            lambda connection: connection.execute(
+                "SELECT tenant_id, sum(at_ms BETWEEN ? AND ? "
+                "AND coalesce(result, '') != ?), max(n) FROM audit WHERE actor = 'sweep' "
+                "GROUP BY tenant_id",
+                (now_ms - period_ms, now_ms + AUDIT_KEEP_MS, KEPT),
+            ).fetchall()
+        )
+        return {tenant_id: (spent, last) for tenant_id, spent, last in rows}
 
 
 def _set_result(number: int, result: str, reason: str, tx: Transaction) -> None:

@@ -123,6 +123,14 @@ def place_of(orphan: Orphan, known: Known) -> Sequence[str]:
     return ()
 
 
+def tenant_of(orphan: Orphan, data: str) -> str | None:
+    """In whose directory of `[paths] data` it is, where agentd can make such names; None: none."""
+    base = f"{data}/tenants/"
+    if orphan.kind != "temp" or not orphan.name.startswith(base):
+        return None
+    return orphan.name.removeprefix(base).split("/")[0]
+
+
 def instance_of_files(orphan: Orphan, known: Known) -> InstanceRef | None:
     """The instance that a snapshot or temporary file belongs to, by its path."""
     place = place_of(orphan, known) if orphan.kind in {"snapshots", "temp"} else ()

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import structlog
 
 from handlers.claims.orphan import Orphan
-from handlers.errors import Conflict
+from handlers.errors import Conflict, Failure
 from handlers.interfaces import Host
 from handlers.specs import ArtifactSpec, SnapshotKey
 from schemas import naming
@@ -43,6 +43,7 @@ from worker.reconcile.orphans import (
     instance_of_files,
     net_id_of,
     snapshot_key,
+    tenant_of,
 )
 
 SIGHTINGS_S = 60.0
@@ -133,10 +134,12 @@ class Sweep:
     async def once(self) -> None:
         """A pass of the reconciler: look, and remove what is due, within the budget."""
         async with self._lock:
-            if not self._resumed:
-                await self._journal.audit.close_cut_off()
-                self._resumed = True
             await self._look()
+            if not self._resumed:
+                hidden = self._journal.quarantine.hides_records  # then nothing counts as seen
+                is_there = None if hidden else self._seen.__contains__
+                await self._journal.audit.close_cut_off(is_there)
+                self._resumed = True
             now_s = self._clock()
             age_s = SIGHTINGS_S + self._settings.grace_s
             due = [each for each, seen in self._confirmed() if now_s - seen.first_s >= age_s]
@@ -267,7 +270,7 @@ class Sweep:
     async def _remove_within_budget(self, due: list[Orphan]) -> None:
         self.spent = await self._journal.audit.spent_within(HOUR_MS)
         left = self._settings.per_hour - self.spent
-        for orphan in due:
+        for orphan in await self._shared_out(due):
             if left <= 0:
                 break
             state, _ = await self._remove(orphan, SWEEP)
@@ -277,6 +280,22 @@ class Sweep:
             orphan for orphan in due if orphan in self._seen and not self._seen[orphan].kept
         ]
         await self._report_budget(remaining if left <= 0 else [])
+
+    async def _shared_out(self, due: list[Orphan]) -> list[Orphan]:
+        """In turn, one of hostd's own and one of each tenant in whose directory agentd makes names:
+        whose had the least of this hour first, then hostd's own, then whose turn is longest ago.
+
+        Else names that agentd makes would use up the budget of all others, hour by hour.
+        """
+        shares = await self._journal.audit.shares(HOUR_MS)
+        spent = {tenant_id: share[0] for tenant_id, share in shares.items()}
+        turns: list[tuple[int, bool, int, int, Orphan]] = []
+        for place, orphan in enumerate(due):
+            tenant_id = tenant_of(orphan, self._host.settings.paths.data)
+            had, (_, last) = spent.get(tenant_id, 0), shares.get(tenant_id, (0, 0))
+            turns.append((had, tenant_id is not None, last, place, orphan))
+            spent[tenant_id] = had + 1
+        return [orphan for *_, orphan in sorted(turns)]
 
     async def _report_budget(self, remaining: list[Orphan]) -> None:
         """Alert once when the budget is used up and orphans are left."""
@@ -294,7 +313,8 @@ class Sweep:
 
     async def _remove(self, orphan: Orphan, by: str) -> tuple[str, str]:
         """Remove one; returns the result and why. A row precedes the effect."""
-        number = await self._journal.audit.begin(orphan, by)
+        tenant_id = tenant_of(orphan, self._host.settings.paths.data)
+        number = await self._journal.audit.begin(orphan, by, tenant_id)
         try:
             async with asyncio.timeout(LANE_PATIENCE_S) as patience:
 
@@ -319,7 +339,11 @@ class Sweep:
             log.warning(
                 "orphan.remove_failed", kind=orphan.kind, name=orphan.name, **facts_of(error)
             )
-        await self._journal.audit.end(number, orphan, by, result, reason)
+        try:
+            await self._journal.audit.end(number, orphan, by, result, reason)
+        except Failure:
+            self._resumed = False  # the next pass ends the row with what it finds
+            raise
         self._metrics.orphan_swept(orphan.kind, result)
         if result == audit.REMOVED:
             log.warning("orphan.removed", kind=orphan.kind, name=orphan.name, by=by)

@@ -20,6 +20,7 @@ from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, Gate, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import FakeInventory, Reconciled, reconciled
+from worker.journal.writer import JournalFault
 from worker.reconcile.sweep import HOUR_MS, SIGHTINGS_S
 
 UP = SetupNetwork("acme", NET)
@@ -256,6 +257,54 @@ async def test_a_jail_that_cannot_be_read_keeps_all_revisions(
         await passes(made, SIGHTINGS_S + GRACE_S)
 
         assert made.removal.removed == [Orphan("taps", "tn4i9")]
+
+
+async def test_names_that_agentd_makes_use_up_no_other_share_of_the_budget(tmp_path: Path) -> None:
+    """Not in one hour, nor one tenant's that of the others over the hours."""
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        made = reconciled(worker)
+        base = f"{worker.host.settings.paths.data}/tenants"
+        many = [f"{base}/acme/.{n:03}.hostd" for n in range(100)]
+        few = [f"{base}/{tenant}/.x.hostd" for tenant in ("b", "c", "d", "e", "f", "g")]
+        made.inventory = FakeInventory(jails=JAILS[:2], temp=[*many, *few])
+        await passes(made, SIGHTINGS_S + GRACE_S + 60)
+        first = [each.name for each in made.removal.removed]
+        left = [each for each in (*JAILS[:2], *many, *few) if each not in first]
+        an_hour_later = now_ms() + HOUR_MS + 1000
+        worker.journal.store.now_ms = lambda: an_hour_later
+        made.inventory = FakeInventory(
+            jails=[each for each in left if each in JAILS],
+            temp=[each for each in left if each not in JAILS],
+        )
+        await passes(made, 30)
+        second = [each.name for each in made.removal.removed][len(first) :]
+
+    assert first == [JAILS[0], many[0], *few[:3]]
+    assert second == [JAILS[1], *few[3:], many[1]]
+
+
+async def test_a_result_that_cannot_be_committed_is_found_out_by_the_next_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        made = reconciled(worker)
+        made.inventory = FakeInventory(jails=JAILS[:1])
+
+        async def fail(*_: object) -> None:
+            raise JournalFault("the disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(worker.journal.audit, "end", fail)
+            with pytest.raises(JournalFault):
+                await passes(made, SIGHTINGS_S + GRACE_S + 60)
+        assert made.removal.removed == [Orphan("jails", JAILS[0])]
+        made.inventory = FakeInventory()
+        await made.sweep.once()
+
+        (row,) = await worker.journal.audit.newest()
+        (event,) = await events(worker, "removed")
+    assert (row.result, event.detail["result"]) == ("cut off", "cut off")
+    assert (row.reason or "").endswith("; it is gone")
 
 
 async def test_a_removal_that_a_kill_cut_off_is_reported_by_the_next_worker(
