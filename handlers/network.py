@@ -21,7 +21,7 @@ from schemas.envelopes import EventKind
 from schemas.files import TenantConfig
 from schemas.records import ABSENT, NetworkRecord
 from schemas.requests import NetworkRequest, SetupNetwork, TeardownNetwork, TenantNet
-from schemas.tenant_net import check_net
+from schemas.tenant_net import check_net_of
 
 
 async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
@@ -218,7 +218,7 @@ def net_differs(cmd: NetworkRequest, tenant: TenantConfig) -> Conflict:
 
 def validate_net(cmd: NetworkRequest, allowed: tuple[str, ...]) -> None:
     try:
-        check_net(cmd.net, allowed, f"$.request.{cmd.kind}.net")
+        check_net_of(cmd, allowed)
     except DecodeError as error:
         raise Invalid(error.message, path=error.path) from error
 

@@ -1,8 +1,8 @@
 """The rules of a `TenantNet` that need no host: it is checked, not trusted.
 
 The decoder only checks types and ranges, because the allowed range is a setting; the network
-handlers call `check_net`. The handlers also check that a net belongs to one tenant, overlaps
-nothing and equals that of `tenant.json`, since they know the host.
+handlers and `hostd decode` call `check_net_of`. The handlers also check that a net belongs to one
+tenant, overlaps nothing and equals that of `tenant.json`, since they know the host.
 """
 
 import ipaddress
@@ -10,9 +10,18 @@ from collections.abc import Sequence
 
 from schemas import naming
 from schemas.decode_error import DecodeError, quoted
-from schemas.requests import TENANT_NET_ID_MAX, TenantNet
+from schemas.requests import TENANT_NET_ID_MAX, NetworkRequest, TenantNet
 
 PREFIX_MIN, PREFIX_MAX = 8, 29
+
+
+def check_net_of(request: NetworkRequest, allowed: Sequence[str]) -> None:
+    """As `check_net`, for the net of a command.
+
+    Raises:
+        DecodeError: with the path in its envelope.
+    """
+    check_net(request.net, allowed, f"$.request.{request.kind}.net")
 
 
 def check_net(net: TenantNet, allowed: Sequence[str], path: str = "$.net") -> None:

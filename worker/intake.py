@@ -15,13 +15,13 @@ import structlog
 from handlers.clock import now_ms
 from handlers.errors import Exhausted
 from schemas import codec, serde
+from schemas.acceptance import judge
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
 from schemas.envelopes import Command, Form, Reply
 from schemas.naming import COMMAND_ID_PATTERN
-from schemas.partial import Undecodable, decode
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Ping, Pong, Request
-from schemas.subjects import Lane, check_reply_to
+from schemas.subjects import Lane
 from worker.bus.protocol import Bus, BusError, Delivery
 from worker.journal.admission import JOINERS_MAX, Refusal, Verdict, refused_id, too_many
 from worker.journal.journal import Journal
@@ -158,35 +158,28 @@ class Intake:
     def _decode(self, delivery: Delivery) -> _Message:
         """Decode and check. An error in the subject is reported before one in the bytes."""
         received_at_ms = self._clock_ms()
-        decoded = decode(delivery.data)
-        error = decoded.error if isinstance(decoded, Undecodable) else None
-        reply_to = decoded.reply_to
-        if reply_to is not None:
-            try:
-                check_reply_to(reply_to, self._prefixes)
-            except DecodeError as refused:
-                reply_to, error = None, error or refused
-        lane = Lane.host()
-        try:
-            lane = self._subjects.parse_command(delivery.subject)
-            if isinstance(decoded, Command) and error is None:
-                lane.check(decoded.request)
-        except DecodeError as refused:
-            error = refused
+        judged = judge(
+            delivery.data,
+            self._prefixes,
+            lambda: self._subjects.parse_command(delivery.subject),
+        )
+        content = judged.content
         if delivery.server_headers:
             found = ", ".join(delivery.server_headers)
-            error = DecodeError("headers", f"got {found}, want a command that no server copied")
-        message_id = decoded.id or _fallback_id(delivery)
-        if isinstance(decoded, Undecodable) or error is not None:
-            content: Command | DecodeError = error or DecodeError("$", "does not decode")
-        else:
-            content = decoded
-            if decoded.unknown_keys:
-                self._meters.keys_ignored(len(decoded.unknown_keys))
-                log.debug("envelope.keys_ignored", command_id=message_id, keys=decoded.unknown_keys)
-        owns_id = isinstance(decoded, Command) or decoded.owns_id
+            content = DecodeError("headers", f"got {found}, want a command that no server copied")
+        message_id = judged.id or _fallback_id(delivery)
+        if isinstance(content, Command) and content.unknown_keys:
+            self._meters.keys_ignored(len(content.unknown_keys))
+            log.debug("envelope.keys_ignored", command_id=message_id, keys=content.unknown_keys)
         return _Message(
-            delivery, received_at_ms, message_id, lane, reply_to, decoded.form, content, owns_id
+            delivery,
+            received_at_ms,
+            message_id,
+            judged.lane or Lane.host(),
+            judged.reply_to,
+            judged.form,
+            content,
+            judged.owns_id,
         )
 
     async def _handle(self, message: _Message) -> None:

@@ -1,8 +1,8 @@
 """`hostd decode` and `hostd encode`: debugging tools for authors of an agentd.
 
-Neither uses NATS or the settings. Both accept commands, replies and events, distinguished by their
-keys, and are as strict as the worker: what a worker would refuse is refused here with the same code
-and path.
+Neither uses NATS. Both accept commands, replies and events, distinguished by their keys, and are as
+strict as a worker with the same settings: a command that it would refuse before it looks at the
+host is refused here by the same functions, with the same code and path.
 """
 
 import json
@@ -12,11 +12,16 @@ from typing import BinaryIO
 import click
 
 from schemas import codec
+from schemas.acceptance import judge
 from schemas.codes import EXIT_CODES, Code
 from schemas.decode_error import DecodeError, quoted
-from schemas.envelopes import Form
+from schemas.envelopes import Command, Form
+from schemas.requests import SetupNetwork, TeardownNetwork
+from schemas.settings import Settings
 from schemas.subjects import lane_of_any
+from schemas.tenant_net import check_net_of
 from schemas.unpack import ANSWER, COMMAND, check, pack, read_json, unpack_map
+from worker.cli.context import config_option, settings_of
 
 JSON_FLAG = click.option(
     "--json", "as_json", is_flag=True, help="Accepted for consistency; the output is always JSON."
@@ -30,23 +35,30 @@ FILE = click.argument("file", type=click.File("rb"), default="-")
     "--lines", is_flag=True, help="Read one hex string per line, write one JSON object per line."
 )
 @JSON_FLAG
+@config_option
 @FILE
 @click.pass_context
 def decode(
-    ctx: click.Context, file: BinaryIO, subject: str | None, lines: bool, as_json: bool
+    ctx: click.Context,
+    file: BinaryIO,
+    subject: str | None,
+    lines: bool,
+    as_json: bool,
+    config: str | None,
 ) -> None:
     """Decode a msgpack envelope to JSON.
 
     The output is what serde_json would write. FILE is one raw message; without it, or with "-",
-    stdin is read. A message that a worker would refuse prints {"error": {"code", "path",
-    "message"}} and exits with 10 (invalid) or 11 (unsupported). With --lines every line gets a
-    line of output and the first error sets the exit code.
+    stdin is read. A message that a worker with these settings would refuse prints {"error":
+    {"code", "path", "message"}} and exits with 10 (invalid) or 11 (unsupported). With --lines
+    every line gets a line of output and the first error sets the exit code.
     """
     del as_json
+    settings = settings_of(config)
 
     def one(text: bytes) -> bytes:
         data = _from_hex(text) if lines else text
-        return _json(_read_bytes(data, subject)) + b"\n"
+        return _json(_read_bytes(data, subject, settings)) + b"\n"
 
     _run(ctx, file, one, lines=lines)
 
@@ -63,18 +75,27 @@ def decode(
     "--lines", is_flag=True, help="Read one JSON object per line, write one hex string per line."
 )
 @click.option("--json", "as_json", is_flag=True, help='Print {"hex": ...} instead of raw bytes.')
+@config_option
 @FILE
 @click.pass_context
-def encode(ctx: click.Context, file: BinaryIO, form: str, lines: bool, as_json: bool) -> None:
+def encode(
+    ctx: click.Context,
+    file: BinaryIO,
+    form: str,
+    lines: bool,
+    as_json: bool,
+    config: str | None,
+) -> None:
     """Encode a JSON envelope to msgpack, the inverse of decode.
 
     FILE is one JSON object; without it, or with "-", stdin is read. Errors are reported as by
     decode: on stdout, with the same exit codes.
     """
+    settings = settings_of(config)
 
     def one(text: bytes) -> bytes:
         data = pack(_read_json(text, compact=form == Form.COMPACT))
-        _read_bytes(data, None)  # the worker's size limits apply to the result too
+        _read_bytes(data, None, settings)  # what decode refuses is not encoded
         if as_json:
             return _json({"hex": data.hex()}) + b"\n"
         return data.hex().encode() + b"\n" if lines else data
@@ -97,17 +118,29 @@ def _run(ctx: click.Context, file: BinaryIO, one: Callable[[bytes], bytes], *, l
     ctx.exit(EXIT_CODES[first])
 
 
-def _read_bytes(data: bytes, subject: str | None) -> dict[str, object]:
-    raw = unpack_map(data, ANSWER)
+def _read_bytes(data: bytes, subject: str | None, settings: Settings) -> dict[str, object]:
+    try:
+        raw = unpack_map(data, ANSWER)
+    except DecodeError:
+        return _read_command(data, subject, settings)
     kind = _kind_of(raw)
-    lane = None if subject is None else lane_of_any(subject, kind)
+    if kind == "cmd":
+        return _read_command(data, subject, settings)
+    if subject is not None:
+        lane_of_any(subject, kind)
     if kind == "reply":
         return codec.write_reply(codec.read_reply(raw))
-    if kind == "evt":
-        return codec.write_event(codec.read_event(raw))
-    command = codec.decode_command(data)
-    if lane is not None:
-        lane.check(command.request)
+    return codec.write_event(codec.read_event(raw))
+
+
+def _read_command(data: bytes, subject: str | None, settings: Settings) -> dict[str, object]:
+    """The command as plain objects, if a worker with these settings takes it."""
+    lane_of = None if subject is None else lambda: lane_of_any(subject, "cmd")
+    command = judge(data, settings.nats.inbox_prefixes, lane_of).content
+    if not isinstance(command, Command):
+        raise command
+    if isinstance(command.request, SetupNetwork | TeardownNetwork):
+        check_net_of(command.request, settings.network.allowed)
     _report_ignored(command.unknown_keys)
     return codec.write_command(command)
 

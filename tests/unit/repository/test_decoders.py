@@ -240,7 +240,7 @@ TRUSTED = {
     "worker/doctor/host_checks.py:kernel:int": MATCHED,
     "worker/health.py:__init__:int": SETTING,
     "worker/health.py:port:int": NO_TEXT,
-    "worker/intake.py:_decode:decode": ITSELF,
+    "schemas/acceptance.py:judge:decode": ITSELF,
     "worker/journal/admission.py:_unfinished:int": JOURNAL,
     "worker/journal/networks.py:_found:int": NO_TEXT,
     "worker/journal/networks.py:_subnet_of:int": NO_TEXT,

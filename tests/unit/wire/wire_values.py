@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from schemas import codec
 from schemas.codes import Code
 from schemas.envelopes import Command, Event, EventKind, Form, Reply, StepTaken
-from schemas.naming import COMMAND_ID_PATTERN, ID_PATTERN
+from schemas.naming import COMMAND_ID_PATTERN, ID_PATTERN, bridge_name
 from schemas.requests import (
     DestroyInstance,
     Error,
@@ -58,6 +58,17 @@ requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(TeardownNetwork, ids, nets),
     st.just(Ping()),
 )
+taken_nets = st.integers(0, 4095).map(
+    lambda n: TenantNet(
+        n, f"10.{240 + n // 256}.{n % 256}.0/24", f"10.{240 + n // 256}.{n % 256}.1", bridge_name(n)
+    )
+)
+taken_requests: st.SearchStrategy[Request] = st.one_of(
+    requests.filter(lambda request: not isinstance(request, SetupNetwork | TeardownNetwork)),
+    st.builds(SetupNetwork, ids, taken_nets),
+    st.builds(TeardownNetwork, ids, taken_nets),
+)
+taken_inboxes = st.none() | st.from_regex(r"_INBOX(\.[A-Za-z0-9]{1,20}){1,3}", fullmatch=True)
 responses: st.SearchStrategy[Response] = st.one_of(
     st.just(Ok()), st.just(Pong()), st.builds(Error, text)
 )
@@ -73,8 +84,9 @@ details = st.dictionaries(
 
 
 @st.composite
-def commands(draw: st.DrawFn) -> Command:
-    request = draw(requests)
+def commands(draw: st.DrawFn, *, taken: bool = False) -> Command:
+    """What decodes; with `taken`, also what a worker with the default settings takes."""
+    request = draw(taken_requests if taken else requests)
     later = getattr(request, "workspace_id", None) is not None
     units = isinstance(request, Ping)
     return Command(
@@ -83,7 +95,7 @@ def commands(draw: st.DrawFn) -> Command:
         form=Form.NAMED if units else draw(st.sampled_from(Form)),
         issued_at_ms=draw(st.none() | times),
         deadline_ms=draw(st.none() | times),
-        reply_to=draw(workspaces),
+        reply_to=draw(taken_inboxes if taken else workspaces),
         issuer=draw(workspaces),
         traceparent=draw(workspaces),
         protocol=2 if later else 1,
