@@ -140,8 +140,12 @@ class SharedFiles(Protocol):
         """The three files that a launch needs, read in this order."""
         ...
 
-    async def current_revision(self, tenant_id: str, pool_id: str) -> str:
-        """The revision that the pool's symlink `artifacts/current` names."""
+    async def of_start(self, ref: InstanceRef) -> tuple[TenantConfig, PoolSpec, InstanceFile, str]:
+        """As `of_launch`, and then the revision that the pool's symlink `artifacts/current` names.
+
+        Raises:
+            NotFound: the pool has no artifacts. Invalid: not a symlink `revisions/<hash>`.
+        """
         ...
 
     async def secrets(self, tenant_id: str) -> bytes | None:

@@ -96,6 +96,26 @@ async def read_launch_files(ref: InstanceRef, record: InstanceRecord, host: Host
         Conflict: the tenant's network is not set up, or the journal has another address.
     """
     tenant, pool, file = await host.shared.of_launch(ref)
+    return checked_files(tenant, pool, file, record, host)
+
+
+async def read_start_files(
+    ref: InstanceRef, record: InstanceRecord, host: Host
+) -> tuple[LaunchFiles, str]:
+    """As `read_launch_files`, and the revision that the pool starts now.
+
+    Raises:
+        NotFound, Invalid: also if the pool has no current revision.
+    """
+    tenant, pool, file, revision = await host.shared.of_start(ref)
+    return checked_files(tenant, pool, file, record, host), revision
+
+
+def checked_files(
+    tenant: TenantConfig, pool: PoolSpec, file: InstanceFile, record: InstanceRecord, host: Host
+) -> LaunchFiles:
+    """What `read_launch_files` returns and raises, for files that were read."""
+    ref = record.ref
     try:
         offset = offset_of(file.net.guest_ip, tenant.net)
         check_instance_net(file, tenant.net, offset)

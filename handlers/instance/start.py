@@ -18,7 +18,7 @@ from handlers.instance.launch_plan import (
     LaunchFiles,
     LaunchPlan,
     launch_of,
-    read_launch_files,
+    read_start_files,
     reservation_spec,
 )
 from handlers.instance.release import flush_conntrack
@@ -58,12 +58,8 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
         raise state.conflict("start it", "created, stopped or failed")
     await refuse_second_boot(state.record, steps, host)
     host.vmms.expect_launch()
-    files, (version, revision) = await together(
-        read_launch_files(cmd.ref, state.record, host),
-        together(
-            host.vmms.version_for(None),
-            host.shared.current_revision(cmd.tenant_id, cmd.pool_id),
-        ),
+    (files, revision), version = await together(
+        read_start_files(cmd.ref, state.record, host), host.vmms.version_for(None)
     )
     async with admitted_launch(files, state.record, steps, host):
         record = await steps.ensure(

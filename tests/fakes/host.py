@@ -480,8 +480,10 @@ class FakeShared:
         tenant = await self.tenant(ref.tenant_id)
         return tenant, await self.pool(ref.tenant_id, ref.pool_id), await self.instance(ref)
 
-    async def current_revision(self, tenant_id: str, pool_id: str) -> str:
-        return _known(self.machine.revisions, (tenant_id, pool_id), "artifacts/current")
+    async def of_start(self, ref: InstanceRef) -> tuple[TenantConfig, PoolSpec, InstanceFile, str]:
+        key = (ref.tenant_id, ref.pool_id)
+        files = await self.of_launch(ref)
+        return *files, _known(self.machine.revisions, key, "artifacts/current")
 
     async def secrets(self, tenant_id: str) -> bytes | None:
         return self.machine.secrets.get(tenant_id)

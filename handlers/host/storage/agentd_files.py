@@ -85,13 +85,17 @@ def open_tenant(data: str, tenant_id: str) -> Directory:
 
 def open_instance(data: str, ref: InstanceRef) -> Directory:
     """The instance's directory. Raises as `open_tenant`."""
+    _check_ids(ref)
+    with open_tenant(data, ref.tenant_id) as tenant:
+        return tenant.directory(instance_path(ref))
+
+
+def _check_ids(ref: InstanceRef) -> None:
     for each in (ref.pool_id, ref.instance_id):
         if naming.ID_PATTERN.fullmatch(each) is None:
             raise Invalid(
                 f"invalid ID {each[:64]!r}: use 1-63 characters a-z, 0-9 or '-', not at the ends"
             )
-    with open_tenant(data, ref.tenant_id) as tenant:
-        return tenant.directory(instance_path(ref))
 
 
 class SharedFiles:
@@ -116,33 +120,24 @@ class SharedFiles:
         """The three files that a launch needs, read in this order in one thread call."""
 
         def read() -> tuple[TenantConfig, PoolSpec, InstanceFile]:
-            tenant = self._tenant(ref.tenant_id)
-            return tenant, self._pool(ref.tenant_id, ref.pool_id), self._instance(ref)
+            with open_tenant(self._data, ref.tenant_id) as tenant:
+                return _files_of(tenant, ref)
 
         return await run_in_thread(read)
 
-    async def current_revision(self, tenant_id: str, pool_id: str) -> str:
-        """The revision that `artifacts/current` names now.
+    async def of_start(self, ref: InstanceRef) -> tuple[TenantConfig, PoolSpec, InstanceFile, str]:
+        """As `of_launch`, and the revision that `artifacts/current` names, in one thread call.
 
         Raises:
-            NotFound: the pool has no artifacts.
-            Invalid: `current` is not a relative symlink `revisions/<hash>`.
+            NotFound: also if the pool has no artifacts.
+            Invalid: also if `current` is not a relative symlink `revisions/<hash>`.
         """
 
-        def look() -> str:
-            with open_tenant(self._data, tenant_id) as tenant:
-                name = f"pools/{pool_id}/artifacts/current"
-                path = tenant.named(name)
-                try:
-                    target = tenant.link_target(name)
-                except NotFound as error:
-                    raise NotFound(f"the pool has no artifacts: {path}", path=path) from error
-                found = CURRENT.fullmatch(target)
-                if found is None:
-                    raise Invalid(f"invalid target of {path}: want revisions/<hash>", path=path)
-                return found[1]
+        def read() -> tuple[TenantConfig, PoolSpec, InstanceFile, str]:
+            with open_tenant(self._data, ref.tenant_id) as tenant:
+                return *_files_of(tenant, ref), _current_revision(tenant, ref.pool_id)
 
-        return await run_in_thread(look)
+        return await run_in_thread(read)
 
     async def secrets(self, tenant_id: str) -> bytes | None:
         """The content of the tenant's `secrets.json`, or None. Never log it."""
@@ -179,16 +174,15 @@ class SharedFiles:
 
     def _tenant(self, tenant_id: str) -> TenantConfig:
         with open_tenant(self._data, tenant_id) as tenant:
-            return _parsed(tenant, "tenant.json", lambda d, f: parse_tenant(d, f, tenant_id))
+            return _tenant_config(tenant, tenant_id)
 
     def _pool(self, tenant_id: str, pool_id: str) -> PoolSpec:
         with open_tenant(self._data, tenant_id) as tenant:
-            name = f"pools/{pool_id}/pool.json"
-            return _parsed(tenant, name, lambda d, f: parse_pool(d, f, tenant_id, pool_id))
+            return _pool_spec(tenant, tenant_id, pool_id)
 
     def _instance(self, ref: InstanceRef) -> InstanceFile:
         with open_instance(self._data, ref) as directory:
-            return _parsed(directory, "instance.json", lambda d, f: parse_instance(d, f, ref))
+            return _instance_file(directory, ref)
 
     def _update(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
         with open_instance(self._data, ref) as directory:
@@ -234,6 +228,40 @@ class SharedFiles:
             except OSError as error:
                 if error.errno != errno.ENOTEMPTY:  # agentd put something there again
                     raise
+
+
+def _files_of(tenant: Directory, ref: InstanceRef) -> tuple[TenantConfig, PoolSpec, InstanceFile]:
+    _check_ids(ref)
+    config = _tenant_config(tenant, ref.tenant_id)
+    pool = _pool_spec(tenant, ref.tenant_id, ref.pool_id)
+    with tenant.directory(instance_path(ref)) as directory:
+        return config, pool, _instance_file(directory, ref)
+
+
+def _tenant_config(tenant: Directory, tenant_id: str) -> TenantConfig:
+    return _parsed(tenant, "tenant.json", lambda d, f: parse_tenant(d, f, tenant_id))
+
+
+def _pool_spec(tenant: Directory, tenant_id: str, pool_id: str) -> PoolSpec:
+    name = f"pools/{pool_id}/pool.json"
+    return _parsed(tenant, name, lambda d, f: parse_pool(d, f, tenant_id, pool_id))
+
+
+def _instance_file(directory: Directory, ref: InstanceRef) -> InstanceFile:
+    return _parsed(directory, "instance.json", lambda d, f: parse_instance(d, f, ref))
+
+
+def _current_revision(tenant: Directory, pool_id: str) -> str:
+    name = f"pools/{pool_id}/artifacts/current"
+    path = tenant.named(name)
+    try:
+        target = tenant.link_target(name)
+    except NotFound as error:
+        raise NotFound(f"the pool has no artifacts: {path}", path=path) from error
+    found = CURRENT.fullmatch(target)
+    if found is None:
+        raise Invalid(f"invalid target of {path}: want revisions/<hash>", path=path)
+    return found[1]
 
 
 def _parsed(directory: Directory, name: str, parse: Callable[[bytes, str], T]) -> T:

@@ -4,16 +4,22 @@ import asyncio
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from handlers.errors import Invalid, NotFound, Unavailable
+from handlers.host.linux.file_threads import run_in_thread
+from handlers.host.storage import agentd_files
 from handlers.host.storage.agentd_files import SharedFiles, merged
 from schemas.requests import InstanceRef
 from tests.kernel.storage.store_host import REF, REVISION, StoreHost, give_to, make_world, write
 
 AGENTD = 12345
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -30,8 +36,40 @@ async def test_tenant_pool_and_instance_are_read(shared: SharedFiles) -> None:
     assert (await shared.tenant("acme")).net.tenant_net_id == 7
     assert (await shared.pool("acme", "web")).instance_resources.mem_mib == 128
     assert (await shared.instance(REF)).net.guest_ip == "10.240.7.3"
-    assert await shared.current_revision("acme", "web") == REVISION
+    assert (await shared.of_start(REF))[3] == REVISION
     assert await shared.secrets("acme") is None
+
+
+async def test_what_a_launch_reads_takes_one_thread_call(
+    shared: SharedFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = (
+        await shared.tenant("acme"),
+        await shared.pool("acme", "web"),
+        await shared.instance(REF),
+    )
+    begun: list[object] = []
+
+    async def counted(work: Callable[[], T]) -> T:
+        begun.append(work)
+        return await run_in_thread(work)
+
+    monkeypatch.setattr(agentd_files, "run_in_thread", counted)
+
+    assert await shared.of_launch(REF) == each
+    assert await shared.of_start(REF) == (*each, REVISION)
+    assert len(begun) == 2  # one each
+
+
+@pytest.mark.parametrize(
+    "hostile", [InstanceRef("acme", "..", "i-1"), InstanceRef("acme", "web", "../i-0a1b2c3d")]
+)
+async def test_a_launch_reads_nothing_at_an_invalid_id(
+    shared: SharedFiles, hostile: InstanceRef
+) -> None:
+    for read in (shared.of_launch, shared.of_start):
+        with pytest.raises(Invalid, match="invalid ID"):
+            await read(hostile)
 
 
 async def test_a_missing_file_is_not_found_and_named(shared: SharedFiles, world: StoreHost) -> None:
@@ -151,18 +189,18 @@ async def test_current_says_nothing_but_a_revision(
     current.symlink_to(target)
 
     with pytest.raises(Invalid, match="current"):
-        await shared.current_revision("acme", "web")
+        await shared.of_start(REF)
 
 
 async def test_current_must_be_a_link_and_there(shared: SharedFiles, world: StoreHost) -> None:
     current = world.pool / "artifacts" / "current"
     current.unlink()
     with pytest.raises(NotFound, match="the pool has no artifacts"):
-        await shared.current_revision("acme", "web")
+        await shared.of_start(REF)
 
     current.write_text(f"revisions/{REVISION}")
     with pytest.raises(Invalid, match="not a symlink"):
-        await shared.current_revision("acme", "web")
+        await shared.of_start(REF)
 
 
 async def test_an_update_keeps_all_that_is_not_hostds(

@@ -67,7 +67,7 @@ READ: dict[str, tuple[Callable[[StoreHost], Path], Read]] = {
     ),
     "current": (
         lambda w: w.pool / "artifacts" / "current",
-        lambda w: shared(w).current_revision("acme", "web"),
+        lambda w: shared(w).of_start(REF),
     ),
     "vmlinux": (lambda w: w.revision / "vmlinux", import_revision),
     "rootfs.ext4": (lambda w: w.revision / "rootfs.ext4", import_revision),
