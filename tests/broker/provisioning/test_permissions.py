@@ -112,6 +112,32 @@ def test_nats_server_accepts_the_example_configuration(program: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_nats_server_accepts_the_example_for_browsers(tmp_path: Path, program: str) -> None:
+    block = re.search(r"(?m)^# websocket \{\n(?:# .*\n)*?# \}\n", EXAMPLE.read_text())
+    assert block is not None
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x"),
+            *("-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=20,
+    )
+    path = tmp_path / "nats.conf"
+    path.write_text(block[0].replace("# ", "").replace("/etc/nats", str(tmp_path)))
+
+    done = subprocess.run(
+        [program or find_program(), "-t", "-c", str(path)],
+        capture_output=True,
+        check=False,
+        timeout=20,
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_example_is_what_the_command_prints() -> None:
     printed = CliRunner().invoke(
         main, ["provision", "--server-config", "--host", "h1", "--host", "h2"]
