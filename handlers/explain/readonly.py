@@ -126,7 +126,11 @@ def readonly_host(host: Host, seen: Seen) -> Host:
         ),
         data_disks=_data_disks(host, seen),
         cgroups=_mechanism(
-            host.cgroups, seen, _nothing, ("oom_counts", "differing"), restore=_later(Restored())
+            host.cgroups,
+            seen,
+            _nothing,
+            ("oom_counts", "differing", "usage"),
+            restore=_later(Restored()),
         ),
         jails=_mechanism(
             host.jails,
@@ -212,7 +216,7 @@ def _mechanism(
 
 
 def _taps(host: Host, seen: Seen) -> Any:
-    taps = _mechanism(host.taps, seen, _changed, ("owners",), settle=_later(None))
+    taps = _mechanism(host.taps, seen, _changed, ("owners", "traffic"), settle=_later(None))
     taps.predicted["release"] = taps.remove
     return taps
 
@@ -280,7 +284,7 @@ def _warm(host: Host) -> Any:
 
 
 def _shared(host: Host) -> Any:
-    reads = ("tenant", "pool", "instance", "of_launch", "current_revision", "secrets")
+    reads = ("tenant", "pool", "instance", "of_launch", "of_start", "secrets")
     nothing = _later(None)
     return ReadOnly(host.shared, reads, update_instance=nothing, remove_instance=nothing)
 

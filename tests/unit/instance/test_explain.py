@@ -279,7 +279,7 @@ async def test_a_question_that_takes_too_long_is_unavailable(
         question = REQUEST.write(START, compact=False)
         with monkeypatch.context() as patched:
             patched.setattr("worker.queries.explain.EXPLAIN_S", 0.05)
-            patched.setattr(worker.host.shared, "current_revision", hang)
+            patched.setattr(worker.host.shared, "of_start", hang)
             answers = await asyncio.gather(
                 worker.explain.explain(question),
                 worker.explain.explain(question),
