@@ -56,7 +56,7 @@ async def provision(
     """Create or correct all of the cell, and a consumer for each of `hosts`.
 
     Idempotent. Ages and sizes that an operator changed are reset; replicas and placement are kept,
-    unless others are asked for.
+    unless others are asked for, and so are descriptions and metadata that there are.
 
     Args:
         connection: connected with the administrator's credentials.
@@ -100,7 +100,7 @@ async def _stream(
         got = await api.make(f"STREAM.CREATE.{name}", config, what)
         return Made(what, "made", _short_of(config, got, what, ignored))
     found = info["config"]
-    wrong = streams.differences(config, found, ignored)
+    wrong = streams.differences(config, found, ignored) + _unlabelled(found)
     if not wrong:
         return Made(what, "found")
     fixed = [text for text in wrong if text.split(":")[0] in FIXED]
@@ -136,13 +136,13 @@ async def _consumer(api: "_Api", subjects: Subjects, ack_wait_ns: int, dry_run: 
         got = await api.make(create, {"stream_name": stream, "config": config}, what)
         return Made(what, "made", _short_of(config, got, what, streams.NEUTRAL))
     found = streams.consumer_found(info)
-    wrong = streams.differences(config, found, streams.NEUTRAL)
+    wrong = streams.differences(config, found, streams.NEUTRAL) + _unlabelled(found)
     if not wrong:
         return Made(what, "found")
     if dry_run:
         return Made(what, "differs", "; ".join(wrong))
     kept = {field: value for field, value in found.items() if field in streams.NEUTRAL}
-    body = {"stream_name": stream, "config": {**kept, **config}}
+    body = {"stream_name": stream, "config": {**config, **kept}}
     how = "changed"
     try:
         await api.make(create, body, what)
@@ -157,6 +157,12 @@ async def _consumer(api: "_Api", subjects: Subjects, ack_wait_ns: int, dry_run: 
     if left:
         raise NotProvisioned(f"{what}: the server did not store {'; '.join(left)}: upgrade it")
     return Made(what, how, "; ".join(wrong))
+
+
+def _unlabelled(found: Mapping[str, Any]) -> list[str]:
+    """An administrator's own description stays; metadata come with it, and a server before 2.10
+    drops them."""
+    return [] if found.get("description") else ["description: is missing"]
 
 
 async def _left_of_consumer(

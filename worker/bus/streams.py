@@ -6,6 +6,7 @@ error.
 """
 
 from collections.abc import Mapping, Set
+from importlib.metadata import version
 from typing import Any
 
 from schemas.subjects import Subjects
@@ -26,6 +27,8 @@ ACK_WAIT_NS = 3 * NS
 MAX_CONSUMERS = 1000
 ACK_PENDING = 256
 MAX_WAITING = 16
+# For an administrator: whose it is, and which hostd made or changed it last.
+METADATA = {"owner": "hostd", "hostd_version": version("hostd")}
 
 
 def bucket_stream(subjects: Subjects) -> str:
@@ -67,9 +70,13 @@ def stream_configs(
 ) -> tuple[dict[str, Any], ...]:
     """The four streams and the bucket of a cell. `max_consumers` is explicit: servers differ."""
 
+    texts = descriptions(subjects)
+
     def stream(name: str, kind: str, **more: Any) -> dict[str, Any]:
         return {
             "name": name,
+            "description": texts[name],
+            "metadata": METADATA,
             "subjects": [subjects.of_all_hosts(kind)],
             "retention": "limits",
             "storage": "file",
@@ -102,6 +109,8 @@ def stream_configs(
         stream(subjects.dead_stream, "dead", max_age=30 * DAY_NS, allow_direct=True),
         {
             "name": bucket_stream(subjects),
+            "description": texts[bucket_stream(subjects)],
+            "metadata": METADATA,
             "subjects": [f"$KV.{subjects.state_bucket}.>"],
             "retention": "limits",
             "storage": "file",
@@ -120,6 +129,18 @@ def stream_configs(
     )
 
 
+def descriptions(subjects: Subjects) -> dict[str, str]:
+    """One line about each stream of the cell, by its name."""
+    cell = f"hostd, cell {subjects.cell}"
+    return {
+        subjects.commands_stream: f"{cell}: commands of agentd, until journalled by their host",
+        subjects.events_stream: f"{cell}: events of hosts, networks and instances",
+        subjects.replies_stream: f"{cell}: replies to commands, for senders that ask later",
+        subjects.dead_stream: f"{cell}: messages that no host could take, see `hostd dead`",
+        bucket_stream(subjects): f"{cell}: present state of hosts, networks and instances",
+    }
+
+
 def kinds(subjects: Subjects) -> dict[str, str]:
     """What each stream of the cell holds, by its name: a word that is the same in every cell."""
     return {
@@ -135,6 +156,8 @@ def consumer_config(subjects: Subjects, *, ack_wait_ns: int = ACK_WAIT_NS) -> di
     """This host's durable pull consumer. No `max_deliver`: a command is delivered until acked."""
     return {
         "durable_name": subjects.consumer,
+        "description": f"hostd, cell {subjects.cell}: the worker of host {subjects.host_id}",
+        "metadata": METADATA,
         "filter_subject": subjects.command_filter,
         "deliver_policy": "all",
         "ack_policy": "explicit",

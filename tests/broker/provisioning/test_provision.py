@@ -143,6 +143,62 @@ async def stream_config(admin: Connection) -> dict[str, Any]:
     return config
 
 
+async def configurations(admin: Connection) -> dict[str, dict[str, Any]]:
+    """Of all streams, the bucket's among them, and of the consumer of `HOST`."""
+    found = {
+        name: (await api(admin, f"STREAM.INFO.{name}"))["config"]
+        for name in streams.kinds(SUBJECTS)
+    }
+    stream = SUBJECTS.commands_stream
+    found[HOST] = (await api(admin, f"CONSUMER.INFO.{stream}.{HOST}"))["config"]
+    return found
+
+
+@pytest.mark.parametrize("program", ["", str(OLD_SERVER)])
+async def test_each_object_says_what_it_is_and_whose(tmp_path: Path, program: str) -> None:
+    async with (
+        running_server(tmp_path / "nats", program=program) as server,
+        connection_to(server.url) as admin,
+    ):
+        await provision(admin, SUBJECTS, [HOST])
+
+        found = await configurations(admin)
+
+        assert all(config["description"].startswith("hostd, cell ") for config in found.values())
+        if not program:  # a server before 2.10 has no metadata
+            for config in found.values():
+                assert streams.METADATA.items() <= config["metadata"].items()
+
+
+@pytest.mark.parametrize("program", ["", str(OLD_SERVER)])
+async def test_a_cell_without_descriptions_gets_them_once_and_others_stay(
+    tmp_path: Path, program: str
+) -> None:
+    own = SUBJECTS.events_stream
+    async with (
+        running_server(tmp_path / "nats", program=program) as server,
+        connection_to(server.url) as admin,
+    ):
+        await provision(admin, SUBJECTS, [HOST])
+        for name, config in (await configurations(admin)).items():
+            config["description"] = "ours" if name == own else ""
+            endpoint, body = f"STREAM.UPDATE.{name}", config
+            if name == HOST:
+                stream = SUBJECTS.commands_stream
+                endpoint = f"CONSUMER.DURABLE.CREATE.{stream}.{HOST}"
+                body = {"stream_name": stream, "config": config}
+            assert "error" not in await api(admin, endpoint, body)
+
+        first = await provision(admin, SUBJECTS, [HOST])
+        second = await provision(admin, SUBJECTS, [HOST])
+
+        assert [one.what for one in first if one.how == "found"] == [f"stream {own}"]
+        assert {one.how for one in second} == {"found"}
+        found = await configurations(admin)
+        assert found.pop(own)["description"] == "ours"
+        assert all(config["description"].startswith("hostd, cell ") for config in found.values())
+
+
 async def test_it_names_what_it_cannot_change(server: Server) -> None:
     async with connection_to(server.url) as admin:
         name = SUBJECTS.commands_stream
