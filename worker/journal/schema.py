@@ -177,6 +177,8 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
             f"cannot open {path}: an SQLite database, but not a journal of hostd (application_id "
             f"{application}, want {APPLICATION_ID}); move it away"
         )
+    if not min_reader and connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
+        raise HostFault(f"cannot open {path}: an SQLite database of another program; move it away")
     if min_reader > VERSION:
         raise HostFault(_too_new(connection, path, min_reader))
     connection.execute("PRAGMA journal_mode=WAL")

@@ -5,11 +5,13 @@ changes to its `writer` and read its `mirror`; state that concerns one part is t
 """
 
 import asyncio
+import contextlib
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Final, Self
 
 from handlers.clock import now_ms
+from handlers.errors import HostFault
 from schemas.subjects import Subjects
 from worker.journal import loading, schema
 from worker.journal.memory import Mirror
@@ -19,6 +21,26 @@ from worker.journal.transaction import EventSource, Transaction
 from worker.journal.writer import JournalFault, Relieve, Writer, keep_space
 
 JOURNAL_ID: Final = "journal_id"
+
+
+@contextlib.contextmanager
+def _faults(path: str) -> Generator[None]:
+    """What can be waited for is told from what an operator has to end.
+
+    Source: sqlite3 raises OperationalError for what the system refuses (full, busy, I/O error), and
+    DatabaseError itself for a file that is damaged.
+    """
+    try:
+        yield
+    except (sqlite3.OperationalError, OSError) as error:
+        raise JournalFault(
+            f"cannot open the journal {path}: {error}; check [paths] state"
+        ) from error
+    except sqlite3.Error as error:
+        raise HostFault(
+            f"cannot open the journal {path}: it is damaged ({error}); put a backup back with "
+            "`hostd journal restore`, or move it away to start with an empty one"
+        ) from error
 
 
 class Store:
@@ -78,29 +100,25 @@ class Store:
 
         Raises:
             JournalFault: it cannot be opened or written now, e.g. on a read-only file system.
-            HostFault: a newer hostd wrote it, or it is not a journal.
+            HostFault: a newer hostd wrote it, it is damaged, or it is not a journal.
         """
-        try:
+        with _faults(path):
             connection = await asyncio.to_thread(schema.open_file, path)
-            await asyncio.to_thread(backup.prune, path)
-        except (sqlite3.Error, OSError) as error:
-            raise JournalFault(
-                f"cannot open the journal {path}: {error}; check [paths] state"
-            ) from error
-        try:
-            mirror = await asyncio.to_thread(loading.load, connection)
-            store = cls(
-                path,
-                mirror,
-                EventSource(subjects, boot_id, mirror.meta[JOURNAL_ID]),
-                schema.open_reader(path),
-                observe_commit=observe_commit,
-                relieve=relieve,
-                clock_ms=clock_ms,
-            )
-        except BaseException:
-            connection.close()
-            raise
+            try:
+                await asyncio.to_thread(backup.prune, path)
+                mirror = await asyncio.to_thread(loading.load, connection)
+                store = cls(
+                    path,
+                    mirror,
+                    EventSource(subjects, boot_id, mirror.meta[JOURNAL_ID]),
+                    schema.open_reader(path),
+                    observe_commit=observe_commit,
+                    relieve=relieve,
+                    clock_ms=clock_ms,
+                )
+            except BaseException:
+                connection.close()
+                raise
         store.writer.start(connection)
         return store
 

@@ -32,6 +32,7 @@ AUDITED: Final[Mapping[EventKind, str]] = {
 """Events of what no command asked for, and who did: each has a row in `audit`, in one commit."""
 AUDIT_ROWS_MAX: Final = 10_000
 AUDIT_KEEP_MS: Final = 30 * 24 * 3_600_000
+AUDIT_SPENT_MS: Final = 2 * 3_600_000  # more than the hour of the sweep's budget
 REASON_MAX: Final = 1000
 TRIM_EVERY: Final = 64
 
@@ -196,7 +197,7 @@ def _audit(tx: Transaction, actor: str, draft: EventDraft, at_ms: int) -> None:
         (at_ms, actor, draft.kind.value, str(draft.lane), reason, draft.lane.tenant_id),
     )
     if (row.lastrowid or 0) % TRIM_EVERY == 0:
-        trim_audit(tx, at_ms)
+        trim_audit_rows(tx, at_ms)
 
 
 def trim_audit(tx: Transaction, at_ms: int) -> None:
@@ -206,9 +207,19 @@ def trim_audit(tx: Transaction, at_ms: int) -> None:
         "DELETE FROM audit WHERE at_ms NOT BETWEEN ? AND ?",
         (at_ms - AUDIT_KEEP_MS, at_ms + AUDIT_KEEP_MS),
     )
+    trim_audit_rows(tx, at_ms)
+
+
+def trim_audit_rows(tx: Transaction, at_ms: int) -> None:
+    """Keep the newest rows, and what the sweep's budget and its open removals need.
+
+    Rows of the future stay here: an event may come while the clock is not set yet.
+    """
+    tx.execute("DELETE FROM audit WHERE at_ms < ? AND result IS NOT NULL", (at_ms - AUDIT_KEEP_MS,))
     tx.execute(
-        "DELETE FROM audit WHERE n <= (SELECT n FROM audit ORDER BY n DESC LIMIT 1 OFFSET ?)",
-        (AUDIT_ROWS_MAX - 1,),
+        "DELETE FROM audit WHERE n <= (SELECT n FROM audit ORDER BY n DESC LIMIT 1 OFFSET ?) "
+        "AND result IS NOT NULL AND NOT (actor = 'sweep' AND at_ms > ?)",
+        (AUDIT_ROWS_MAX - 1, at_ms - AUDIT_SPENT_MS),
     )
 
 

@@ -314,7 +314,11 @@ class Sweep:
     async def _remove(self, orphan: Orphan, by: str) -> tuple[str, str]:
         """Remove one; returns the result and why. A row precedes the effect."""
         tenant_id = tenant_of(orphan, self._host.settings.paths.data)
-        number = await self._journal.audit.begin(orphan, by, tenant_id)
+        try:
+            number = await self._journal.audit.begin(orphan, by, tenant_id)
+        except Failure:
+            self._resumed = False  # its commit failed, and the row may be there
+            raise
         try:
             async with asyncio.timeout(LANE_PATIENCE_S) as patience:
 

@@ -71,7 +71,7 @@ class StateDirectory:
             tries = 0
             while not self._stop.is_set():
                 try:
-                    done = await attempt()
+                    done = await self._fed(attempt)
                 except (JournalFault, OSError) as error:
                     if isinstance(error, OSError) and error.errno not in RETRIED:
                         raise
@@ -85,6 +85,18 @@ class StateDirectory:
                 await self._pause(RETRY_S[min(tries, len(RETRY_S) - 1)])
                 tries += 1
         return None
+
+    async def _fed(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """An attempt may take long: an error of a disk, or the copy before a migration."""
+        task = asyncio.ensure_future(attempt())
+        limit_s = self._manager.watchdog_s
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=None if limit_s is None else limit_s / FEEDS)
+                self._manager.alive()
+        finally:
+            task.cancel()  # of one that is done: nothing
+        return await task
 
     def checks(self) -> Mapping[str, bool]:
         """For `/readyz`."""

@@ -15,6 +15,8 @@ from tests.unit.journal.journals import events, opened, record
 from worker.journal import transaction
 from worker.journal.transaction import AUDITED, OPERATOR, REASON_MAX, TRIM_EVERY
 
+HOUR_MS = 3_600_000
+
 # Of these, what was done has a row of another kind, or a command did it.
 NO_ACTION = {
     EventKind.STATUS: "what led to it has its own row, or is a command",
@@ -99,6 +101,28 @@ async def test_rows_are_bounded_by_number_age_and_length(
             await journal.records.event(EventKind.DISK)
 
         assert {row.at_ms for row in await journal.audit.newest()} == {late_ms}
+
+
+@pytest.mark.parametrize("clock_ms", [None, 1000])
+async def test_events_push_out_nothing_that_the_sweep_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock_ms: int | None
+) -> None:
+    """Its budget of the hour, and a removal whose result is not known; nor does a wrong clock."""
+    monkeypatch.setattr(transaction, "AUDIT_ROWS_MAX", 10)
+    orphan = Orphan("temp", "x")
+    async with opened(tmp_path) as journal:
+        number = await journal.audit.begin(orphan, "sweep")
+        await journal.audit.end(number, orphan, "sweep", "removed", "")
+        await journal.audit.begin(Orphan("temp", "y"), "sweep")
+        spent = await journal.audit.spent_within(HOUR_MS)
+        assert spent == 2
+    more = {} if clock_ms is None else {"clock_ms": lambda: clock_ms}
+    async with opened(tmp_path, **more) as journal:
+        for _ in range(3 * TRIM_EVERY):
+            await journal.records.event(EventKind.DISK)
+    async with opened(tmp_path) as journal:
+        assert await journal.audit.spent_within(HOUR_MS) == spent
+        assert await journal.audit.close_cut_off() == 1
 
 
 async def test_a_damaged_row_is_left_out_and_logged(tmp_path: Path) -> None:

@@ -256,3 +256,42 @@ async def test_a_journal_that_only_a_newer_hostd_reads_names_both_ways_on(tmp_pa
 
     assert f"schema version {VERSION + 1}" in refused.value.message
     assert f"run the newer hostd again, or `hostd journal restore {name}`" in refused.value.message
+
+
+def test_a_migration_that_fails_leaves_no_backup_and_no_older_one_goes(tmp_path: Path) -> None:
+    """It is tried again and again while the worker waits for its state directory."""
+    path = tmp_path / "journal"
+    version_1(path)
+    schema.open_file(str(path)).close()
+    older = backup.backups(str(path))
+    wrong = Migration(VERSION + 1, VERSION + 1, ("CREATE TABLE more (a)", "no statement"))
+
+    with closing(schema.open_file(str(path))) as file:
+        for _ in range(4):
+            with pytest.raises(sqlite3.Error):
+                migrations.migrate(file, str(path), (*MIGRATIONS, wrong))
+
+    assert older
+    assert backup.backups(str(path)) == older
+
+
+def test_a_backup_that_cannot_be_removed_stops_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    version_1(path)
+    (tmp_path / "journal.v1-20200101T000000Z.backup.part").mkdir()
+
+    schema.open_file(str(path)).close()
+
+    assert len(backup.backups(str(path))) == 1
+
+
+async def test_a_database_of_another_program_is_not_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with closing(sqlite3.connect(path)) as file:
+        file.execute("CREATE TABLE meta (x)")
+
+    with pytest.raises(HostFault, match="of another program") as caught:
+        async with opened(tmp_path):
+            pass
+
+    assert type(caught.value) is HostFault  # not one that is waited for

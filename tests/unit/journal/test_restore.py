@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from handlers.errors import Conflict, Invalid
+from handlers.errors import Conflict, HostFault, Invalid
 from handlers.host.lock import HostLock
 from tests.fakes.shell_worker import command, start
 from tests.unit.journal.journals import accept, finish, ok, opened, record
@@ -105,6 +105,25 @@ async def test_a_stale_backup_is_put_back_on_demand_and_is_another_journal(
         assert journal.store.journal_id == done.journal_id
         assert journal.store.seq == 0
         assert await journal.commands.result("c1") is not None
+
+
+@pytest.mark.parametrize("text", ["database or disk is full", "database is locked"])
+def test_a_journal_that_cannot_be_kept_now_stays_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    path = tmp_path / "journal"
+    name = upgraded(path)
+    before = path.read_bytes()
+
+    def fail(*_: object, **__: object) -> str:
+        raise sqlite3.OperationalError(text)
+
+    monkeypatch.setattr(backup, "make", fail)
+    with pytest.raises(HostFault, match=text):
+        restore(str(path), name, stale=True)
+
+    assert path.read_bytes() == before
+    assert not [*tmp_path.glob("*.damaged-*"), *tmp_path.glob("*.part*")]
 
 
 def test_a_damaged_journal_is_moved_away_with_its_wal(tmp_path: Path) -> None:

@@ -95,7 +95,6 @@ def test_a_record_counts_before_a_checkout(checkout: Path, commit: str) -> None:
 def test_a_record_that_is_none_is_left_out(checkout: Path, text: str) -> None:
     (checkout / ".git/refs/heads/main").write_text(SHA)
     (checkout / "commit.txt").write_text(text)
-    (checkout / "commit.txt").write_text(text)
 
     assert build_of(checkout, checkout).origin == "checkout"
 

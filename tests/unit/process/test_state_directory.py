@@ -14,7 +14,7 @@ from handlers.errors import HostFault
 from schemas.settings import MetricsSettings, PathSettings, Settings
 from tests.unit.journal.journals import opened
 from worker.descriptors import DescriptorReserve
-from worker.journal import schema
+from worker.journal import loading, schema
 from worker.journal.writer import JournalFault
 from worker.metrics import Metrics
 from worker.supervision.service_manager import ServiceManager
@@ -33,7 +33,12 @@ def failing(*errors: Exception) -> Callable[[], Any]:
     return attempt
 
 
-def directory(tmp_path: Path, waits: list[float], stop: asyncio.Event) -> StateDirectory:
+def directory(
+    tmp_path: Path,
+    waits: list[float],
+    stop: asyncio.Event,
+    manager: ServiceManager | None = None,
+) -> StateDirectory:
     run = tmp_path / "run"
     run.mkdir(mode=0o700)
     paths = PathSettings(state=str(tmp_path), run=str(run))
@@ -45,7 +50,12 @@ def directory(tmp_path: Path, waits: list[float], stop: asyncio.Event) -> StateD
             event.set()
 
     return StateDirectory(
-        settings, ServiceManager({}), Metrics("1"), DescriptorReserve(4), stop, wait=wait
+        settings,
+        manager or ServiceManager({}),
+        Metrics("1"),
+        DescriptorReserve(4),
+        stop,
+        wait=wait,
     )
 
 
@@ -82,6 +92,56 @@ async def test_a_stop_ends_the_wait(tmp_path: Path) -> None:
     made = directory(tmp_path, [], asyncio.Event())
 
     assert await made.until(failing(*[os_error(errno.EIO)] * 50)) is None
+
+
+class CountingManager(ServiceManager):
+    """With a watchdog of a millisecond; counts what it is fed."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.fed = asyncio.Event()
+        self.watchdog_s = 0.001
+
+    def alive(self) -> None:
+        self.fed.set()
+
+
+async def test_the_watchdog_is_fed_while_an_attempt_takes_long(tmp_path: Path) -> None:
+    manager = CountingManager()
+    made = directory(tmp_path, [], asyncio.Event(), manager)
+
+    async def attempt() -> str:
+        async with asyncio.timeout(20):
+            await manager.fed.wait()
+        return "opened"
+
+    assert await made.until(attempt) == "opened"
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), os_error(errno.EIO)])
+async def test_a_journal_that_cannot_be_read_now_can_be_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(connection: sqlite3.Connection) -> None:
+        raise error
+
+    monkeypatch.setattr(loading, "load", fail)
+    with pytest.raises(JournalFault):
+        async with opened(tmp_path):
+            pass
+
+
+async def test_a_damaged_journal_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(connection: sqlite3.Connection) -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    monkeypatch.setattr(loading, "load", fail)
+    with pytest.raises(HostFault, match="damaged") as caught:
+        async with opened(tmp_path):
+            pass
+    assert not isinstance(caught.value, JournalFault)
 
 
 @pytest.mark.parametrize("text", ["disk I/O error", "attempt to write a readonly database"])

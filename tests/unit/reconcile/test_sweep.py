@@ -4,6 +4,7 @@ import contextlib
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -305,6 +306,29 @@ async def test_a_result_that_cannot_be_committed_is_found_out_by_the_next_pass(
         (event,) = await events(worker, "removed")
     assert (row.result, event.detail["result"]) == ("cut off", "cut off")
     assert (row.reason or "").endswith("; it is gone")
+
+
+async def test_a_row_whose_commit_failed_and_is_there_is_ended_by_the_next_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        made = reconciled(worker)
+        made.inventory = FakeInventory(jails=JAILS[:1])
+        begin = worker.journal.audit.begin
+
+        async def fail(*given: Any) -> int:
+            await begin(*given)
+            raise JournalFault("the disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(worker.journal.audit, "begin", fail)
+            with pytest.raises(JournalFault):
+                await passes(made, SIGHTINGS_S + GRACE_S + 60)
+        made.inventory = FakeInventory()
+        await made.sweep.once()
+
+        (row,) = await worker.journal.audit.newest()
+    assert row.result == "cut off"
 
 
 async def test_a_removal_that_a_kill_cut_off_is_reported_by_the_next_worker(

@@ -28,7 +28,11 @@ log = structlog.get_logger()
 def backups(path: str) -> list[str]:
     """Those of this journal, newest first."""
     found = [each for each in glob.glob(f"{glob.escape(path)}.v*.backup") if NAME.fullmatch(each)]
-    return sorted(found, key=lambda each: (os.stat(each).st_mtime_ns, each), reverse=True)
+    times: dict[str, int] = {}
+    for name in found:
+        with contextlib.suppress(OSError):  # removed by hand meanwhile
+            times[name] = os.stat(name).st_mtime_ns
+    return sorted(times, key=lambda each: (times[each], each), reverse=True)
 
 
 def version_in_name(backup: str) -> int:
@@ -79,7 +83,8 @@ def copy(
         reached("backup copied")
         twin.execute("PRAGMA journal_mode=DELETE")
         (found,) = twin.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
+        # One that is as damaged as its source is what there is to keep.
+        if found != "ok" and connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
             raise sqlite3.DatabaseError(f"the copy {target} is damaged: {found}")
     file = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -90,15 +95,23 @@ def copy(
 
 
 def prune(path: str, kept: int = KEPT) -> None:
-    """Remove what is left of a backup that was cut off, and all but the newest, not older ones."""
+    """Remove what is left of a backup that was cut off, and all but the newest, not older ones.
+
+    What cannot be removed stays, and is logged.
+    """
     oldest_s = time.time() - KEEP_S
     parts = glob.glob(f"{glob.escape(path)}.v*.backup.part*")
     for number, name in enumerate(backups(path)):
-        if number >= kept or os.stat(name).st_mtime < oldest_s:
-            parts.append(name)
+        with contextlib.suppress(OSError):
+            if number >= kept or os.stat(name).st_mtime < oldest_s:
+                parts.append(name)
     for name in parts:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log.warning("journal.backup_not_removed", path=name, error=str(error))
 
 
 def sync_directory(path: str) -> None:

@@ -6,6 +6,8 @@ so that a new journal and a migrated one are the same. A file says two things of
 know to read and write it. Both are 1 in a file without `schema_version`.
 """
 
+import contextlib
+import os
 import re
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -120,6 +122,8 @@ def migrate(
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+        with contextlib.suppress(OSError):  # or each retry would leave one, and the older ones go
+            os.unlink(made)
         raise
     reached("committed")
     log.info("journal.migrated", before=before, after=due[-1].to, backup=made)

@@ -212,9 +212,12 @@ def _set_aside(path: str, reached: Callable[[str], None]) -> str:
             # The whole file without a `-wal`, which would be taken for one of the restored file.
             connection.execute("PRAGMA journal_mode=DELETE")
             reached("one file")
+    except sqlite3.OperationalError:  # full, busy, or an I/O error: not damaged
+        raise
     except sqlite3.Error:
         kept = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-        for suffix in ("-wal", "-shm", ""):
+        os.link(path, kept)  # there is a journal at any time: the restored one replaces this name
+        for suffix in ("-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path + suffix, kept + suffix)
     return kept
