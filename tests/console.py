@@ -9,7 +9,8 @@
 `# ` is root's prompt; a line that ends in a backslash goes on in the next one. What follows a
 command is all that it prints, with standard error: a line `...` is any number of lines, `...`
 within a line is any text. A last line `[exit code N]` is the code, which is 0 otherwise. After
-```` ```console until ```` the commands only look: each is run again until it prints what follows.
+```` ```console until ```` each command is run again until it prints what follows: it only looks,
+or may be repeated without harm.
 A block that cannot be executed says why: ```` ```console not executed: <reason> ````.
 """
 

@@ -21,7 +21,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lab would spend minutes on that."""
     made = tmp_path_factory.mktemp("packages")
     build = [sys.executable, str(BUILD), "--version", "1", "--output", str(made)]
-    subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(build, check=True, stdout=subprocess.DEVNULL, timeout=600)
     tree = made / "tree"
     subprocess.run(["dpkg-deb", "-R", str(made / "hostd_1_amd64.deb"), str(tree)], check=True)
     control = tree / "DEBIAN/control"

@@ -40,8 +40,13 @@ async def test_the_demo_is_watched_in_a_browser_and_leaves_nothing(tmp_path: Pat
             _, err = await process.communicate()
     finally:
         if process.returncode is None:
-            process.kill()
-            await process.communicate()
+            process.send_signal(signal.SIGINT)  # it removes what it made
+            try:
+                async with asyncio.timeout(60):
+                    await process.communicate()
+            except TimeoutError:
+                process.kill()
+                await process.communicate()
 
     assert complaints == []
     assert process.returncode == 128 + signal.SIGINT, err.decode()

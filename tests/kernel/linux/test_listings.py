@@ -32,8 +32,10 @@ ONLY_ROOT_FILLS = {
     "handlers/host/vmm/confinement.py",
     "handlers/host/vmm/warm_vmms.py",
     "worker/control/dump.py",
+    "worker/descriptors.py",
     "worker/doctor/host_checks.py",
     "worker/demo/cleanup.py",
+    "worker/journal/migration/backup.py",
 }
 
 

@@ -35,6 +35,8 @@ OPERATORS = {
     ("check_config.py", "open"),  # [network] policy
     ("provision.py", "os.path.abspath"),  # --check-creds
     ("context.py", "os.path.exists"),
+    ("journal.py", "os.stat"),  # a backup of the journal
+    ("journal.py", "os.makedirs"),  # [paths] run, for the lock
     ("context.py", "os.environ"),
 }
 NO_PATH = ("os.environ", "os.urandom", "os.geteuid")

@@ -23,7 +23,7 @@ from schemas.serde import REQUEST
 from tests.constants import NAMES, REF
 from tests.fakes.host import FakeHost, Gate, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
-from tests.unit.instance.pairs import COMMANDS, DOWN, UP
+from tests.unit.instance.pairs import COMMANDS, UP
 from tests.unit.instance.test_contract_table import KEEP, SLEEP, START, STOP, WAKE, WIPE
 
 VOLUME: Final = {"workspace_id": "w", "name": "n", "mount_path": "/m", "mode": "read_only"}
@@ -319,12 +319,21 @@ async def test_a_method_that_is_neither_is_refused() -> None:
         ReadOnly(seeded(), ("fail",)).kill  # noqa: B018
 
 
-async def test_a_crash_of_a_handler_reaches_the_caller(tmp_path: Path) -> None:
+async def test_a_crash_of_a_handler_reaches_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bug is logged by who asked, as of any query; nothing is left held."""
     async with memory_worker(tmp_path / "j", seeded()) as worker:
         await after(UP)(worker)
-        worker.machine.fail["ignored"] = RuntimeError("never reached: no effect is made")
+        before = everything(worker)
 
-        found = await plan(DOWN, worker.host)
+        async def crash(*_: object) -> None:
+            raise RuntimeError("a bug")
 
-        assert found.failure is None
+        with monkeypatch.context() as patched:
+            patched.setattr(worker.host.shared, "of_start", crash)
+            with pytest.raises(RuntimeError, match="a bug"):
+                await plan(START, worker.host)
+
+        assert everything(worker) == before
+        assert (await plan(START, worker.host)).failure is None

@@ -425,7 +425,7 @@ async def nftables_is_wedged(directory: Path) -> AsyncGenerator[Operator]:
     name = f"bad-{os.getpid()}"
     program = shutil.copy(shutil.which("sleep") or "", directory / name)
     words = {"bad-firewall": name}
-    once = {"HOSTD_LIMITS_RETRY_BUDGET_S": "1"}
+    once = {"HOSTD_LIMITS_RETRY_BUDGET_S": "1", "HURRIED_CALLS": "1"}
     async with host_with_operator(once, words, module=HURRIED) as (host, operator):
         umbra = host.seed(InstanceRef("umbra", "web", "i-1"), net_id=8)
         holder = await asyncio.create_subprocess_exec(program, "600")
