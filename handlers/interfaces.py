@@ -339,8 +339,10 @@ class Vmms(Mechanism[LaunchSpec, VmmIdentity], Protocol):
         """A launch is coming: begin what the kernel makes it wait for. Changes nothing."""
         ...
 
-    async def version_for(self, wanted: str | None) -> str:
+    async def version_for(self, wanted: str | None, *, reread: bool = True) -> str:
         """The version of Firecracker for a launch: the one `wanted`, or that of new Starts.
+
+        `reread`: files that were replaced are read first, and taken for later launches as well.
 
         Raises:
             HostFault: it is not on this host, or its files changed under the running worker.

@@ -675,7 +675,7 @@ class FakeVmms(Plain[LaunchSpec]):
     async def remove(self, key: str) -> None:
         await self.machine.effect("remove_vmm", lambda: self.machine.kill(key))
 
-    async def version_for(self, wanted: str | None) -> str:
+    async def version_for(self, wanted: str | None, *, reread: bool = True) -> str:
         machine = self.machine
         version = wanted or machine.vmm_version
         if version not in (machine.vmm_version, *machine.older_versions):

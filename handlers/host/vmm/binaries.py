@@ -103,7 +103,7 @@ class VmmBinaries:
 
     # -- what a launch asks --------------------------------------------------------------------
 
-    async def version_for(self, wanted: str | None) -> str:
+    async def version_for(self, wanted: str | None, *, reread: bool = True) -> str:
         """The version of a launch: the `wanted` one, or that of new Starts.
 
         Raises:
@@ -111,7 +111,7 @@ class VmmBinaries:
         """
         if self._vmm.versions_dir:
             return (await run_in_thread(self.unchanged_pair, wanted or "")).text
-        if await run_in_thread(single_stamps, self._vmm) != self._scan.stamps:
+        if reread and await run_in_thread(single_stamps, self._vmm) != self._scan.stamps:
             (await self.read(self._vmm, ()))()
         return self.pair(wanted or "").text
 

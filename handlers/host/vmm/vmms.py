@@ -89,8 +89,8 @@ class Vmms:
     def expect_launch(self) -> None:
         self._migration.prepare()
 
-    async def version_for(self, wanted: str | None) -> str:
-        return await self._binaries.version_for(wanted)
+    async def version_for(self, wanted: str | None, *, reread: bool = True) -> str:
+        return await self._binaries.version_for(wanted, reread=reread)
 
     # -- the mechanism -------------------------------------------------------------------------
 

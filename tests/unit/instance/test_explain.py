@@ -291,6 +291,24 @@ async def test_a_question_that_takes_too_long_is_unavailable(
         assert (await worker.explain.explain(question))["refused"] is None
 
 
+async def test_files_of_firecracker_that_were_replaced_are_not_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reread: list[bool] = []
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await after(UP)(worker)
+        version_for = worker.host.vmms.version_for
+
+        async def spy(wanted: str | None, **how: bool) -> str:
+            reread.append(how.get("reread", True))
+            return await version_for(wanted)
+
+        monkeypatch.setattr(worker.host.vmms, "version_for", spy)
+        assert (await plan(START, worker.host)).failure is None
+
+    assert reread == [False]
+
+
 # Their interfaces have no effect on the host; or they are replaced as a whole.
 READ_AS_THEY_ARE: Final = {"settings", "facts", "disk"}
 REPLACED: Final = {"locks", "slots", "later", "pending_reservations", "disk_claims", "unrecorded"}

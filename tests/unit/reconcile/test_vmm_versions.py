@@ -137,6 +137,17 @@ async def test_where_an_upgrade_replaces_the_files_running_vms_do_not_need_the_o
         assert old.in_trouble == (requests is ASLEEP or not one_pair)
 
 
+async def test_files_are_read_again_only_for_a_launch(tmp_path: Path) -> None:
+    vmm = VmmSettings(firecracker=str(tmp_path / "firecracker"), jailer=str(tmp_path / "jailer"))
+    binaries = VmmBinaries(Settings(vmm=vmm))
+
+    seen = await binaries.version_for(None, reread=False)
+    with pytest.raises(HostFault):  # there are none any more
+        await binaries.version_for(None)
+
+    assert seen == binaries.pair("").text
+
+
 async def test_what_sleeps_without_a_record_keeps_its_version(tmp_path: Path) -> None:
     async def published(known: Collection[InstanceRef]) -> Collection[str]:
         return {"1.15.1", "1.13.0"} if REF in known else {"1.14.0"}
