@@ -2,9 +2,11 @@
 
 Neither uses NATS. Both accept commands, replies and events, distinguished by their keys, and are as
 strict as a worker with the same settings: a command that it would refuse before it looks at the
-host is refused here by the same functions, with the same code and path.
+host is refused here by the same functions, with the same code and path. The settings are read for
+a command only, and a host without valid ones takes the defaults: a message is read anywhere.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from typing import BinaryIO
@@ -21,12 +23,13 @@ from schemas.settings import Settings
 from schemas.subjects import lane_of_any
 from schemas.tenant_net import check_net_of
 from schemas.unpack import ANSWER, COMMAND, check, pack, read_json, unpack_map
-from worker.cli.context import config_option, settings_of
+from worker.cli.context import CliError, chosen_config, config_option, settings_of
 
 JSON_FLAG = click.option(
     "--json", "as_json", is_flag=True, help="Accepted for consistency; the output is always JSON."
 )
 FILE = click.argument("file", type=click.File("rb"), default="-")
+GetSettings = Callable[[], Settings]
 
 
 @click.command()
@@ -51,10 +54,11 @@ def decode(
     The output is what serde_json would write. FILE is one raw message; without it, or with "-",
     stdin is read. A message that a worker with these settings would refuse prints {"error":
     {"code", "path", "message"}} and exits with 10 (invalid) or 11 (unsupported). With --lines
-    every line gets a line of output and the first error sets the exit code.
+    every line gets a line of output and the first error sets the exit code. A host without valid
+    settings uses the defaults, unless --config or $HOSTD_CONFIG names them.
     """
     del as_json
-    settings = settings_of(config)
+    settings = functools.cache(functools.partial(_settings, config))
 
     def one(text: bytes) -> bytes:
         data = _from_hex(text) if lines else text
@@ -91,7 +95,7 @@ def encode(
     FILE is one JSON object; without it, or with "-", stdin is read. Errors are reported as by
     decode: on stdout, with the same exit codes.
     """
-    settings = settings_of(config)
+    settings = functools.cache(functools.partial(_settings, config))
 
     def one(text: bytes) -> bytes:
         data = pack(_read_json(text, compact=form == Form.COMPACT))
@@ -101,6 +105,22 @@ def encode(
         return data.hex().encode() + b"\n" if lines else data
 
     _run(ctx, file, one, lines=lines)
+
+
+def _settings(config: str | None) -> Settings:
+    """Those of this host, or the defaults if it has none that are valid.
+
+    Raises:
+        click.UsageError: the settings file that was asked for is invalid or cannot be read. Its
+            exit code is none of a message's.
+    """
+    try:
+        return settings_of(config)
+    except CliError as error:
+        if chosen_config(config):
+            raise click.UsageError(error.message) from error
+        click.echo(f"default settings are used: {error.message}", err=True)
+        return Settings()
 
 
 def _run(ctx: click.Context, file: BinaryIO, one: Callable[[bytes], bytes], *, lines: bool) -> None:
@@ -118,7 +138,7 @@ def _run(ctx: click.Context, file: BinaryIO, one: Callable[[bytes], bytes], *, l
     ctx.exit(EXIT_CODES[first])
 
 
-def _read_bytes(data: bytes, subject: str | None, settings: Settings) -> dict[str, object]:
+def _read_bytes(data: bytes, subject: str | None, settings: GetSettings) -> dict[str, object]:
     try:
         raw = unpack_map(data, ANSWER)
     except DecodeError:
@@ -133,8 +153,9 @@ def _read_bytes(data: bytes, subject: str | None, settings: Settings) -> dict[st
     return codec.write_event(codec.read_event(raw))
 
 
-def _read_command(data: bytes, subject: str | None, settings: Settings) -> dict[str, object]:
+def _read_command(data: bytes, subject: str | None, get_settings: GetSettings) -> dict[str, object]:
     """The command as plain objects, if a worker with these settings takes it."""
+    settings = get_settings()
     lane_of = None if subject is None else lambda: lane_of_any(subject, "cmd")
     command = judge(data, settings.nats.inbox_prefixes, lane_of).content
     if not isinstance(command, Command):

@@ -116,10 +116,15 @@ def explained_host(loaded: Loaded, host: str | None) -> Generator[None]:
 
 def path_of(config: str | None) -> str | None:
     """The settings file: `--config`, else `$HOSTD_CONFIG`, else the default if it exists."""
-    path = _option(config) or os.environ.get("HOSTD_CONFIG")
+    path = chosen_config(config)
     if not path and os.path.exists(DEFAULT_FILE):
         path = DEFAULT_FILE
     return path or None
+
+
+def chosen_config(config: str | None) -> str | None:
+    """The settings file that somebody named: `--config`, else `$HOSTD_CONFIG`."""
+    return _option(config) or os.environ.get("HOSTD_CONFIG") or None
 
 
 def settings_of(config: str | None) -> Settings:

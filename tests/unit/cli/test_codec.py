@@ -10,7 +10,9 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 
 from schemas import codec
+from schemas.codes import Code
 from schemas.envelopes import Command, Event, Form, Reply
+from schemas.requests import Ok
 from schemas.unpack import pack
 from tests.unit.wire.wire_values import BOUNDED, commands, events, replies
 from worker.cli.codec import decode, encode
@@ -231,3 +233,48 @@ def test_encode_says_where_json_is_invalid() -> None:
     assert json.loads(result.stdout)["error"]["message"] == (
         "invalid JSON: Expecting property name enclosed in double quotes: line 1 column 2"
     )
+
+
+@pytest.mark.parametrize("fault", ["no machine ID", "stray variable", "unreadable file"])
+def test_a_host_without_valid_settings_reads_messages_with_the_defaults(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env: dict[str, str | None] = {"HOSTD_HOST_ID": "h1", "HOSTD_CONFIG": None}
+    if fault == "no machine ID":
+        env["HOSTD_HOST_ID"] = None
+        monkeypatch.setattr("worker.settings.MACHINE_ID_FILE", str(tmp_path / "missing"))
+    elif fault == "stray variable":
+        env["HOSTD_STRAY"] = "1"
+    else:
+        monkeypatch.setattr("worker.cli.context.DEFAULT_FILE", str(tmp_path))  # a directory
+
+    decoded = CliRunner().invoke(decode, input=PING, env=env)
+    encoded = CliRunner().invoke(encode, input=decoded.stdout, env=env)
+
+    assert (decoded.exit_code, encoded.exit_code, encoded.stdout_bytes) == (0, 0, PING)
+    assert decoded.stderr.startswith("default settings are used: ")
+    refused = CliRunner().invoke(decode, input=b"", env=env)
+    assert (refused.exit_code, error_of(refused)["code"]) == (10, "invalid")
+
+
+@pytest.mark.parametrize("named", ["option", "variable"])
+def test_settings_that_were_asked_for_must_be_valid(named: str, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    args = ["--config", missing] if named == "option" else []
+    env = {"HOSTD_HOST_ID": "h1", "HOSTD_CONFIG": None if args else missing}
+
+    result = CliRunner().invoke(decode, args, input=PING, env=env)
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "cannot read the settings file" in result.stderr
+
+
+def test_a_reply_is_read_without_settings(tmp_path: Path) -> None:
+    reply = Reply(
+        id="c-1", host_id="h1", response=Ok(), code=Code.OK, received_at_ms=1, finished_at_ms=2
+    )
+    data = codec.encode_reply(reply, Form.NAMED)
+
+    result = run(decode, "--config", str(tmp_path / "missing"), data=data)
+
+    assert (result.exit_code, result.stderr) == (0, "")
