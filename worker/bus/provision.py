@@ -64,7 +64,7 @@ async def provision(
         hosts: IDs of the hosts that get a consumer.
         replicas: of the streams and the bucket; None: those that they have, 1 of a new one.
         placement: of the streams and the bucket, `{"cluster": str, "tags": [str]}`, each optional;
-            None: the one that they have.
+            None, or a part that is missing: the one that they have.
         sizes_mib: of the streams and the bucket, by kind.
         ack_wait_ns: when a command that was not acknowledged is delivered again.
         dry_run: only read and compare.
@@ -89,6 +89,7 @@ async def provision(
 async def _stream(
     api: "_Api", config: Mapping[str, Any], asked: Mapping[str, Any], dry_run: bool
 ) -> Made:
+    """Create or correct a stream. Of its placement only the part that is asked for changes."""
     name = str(config["name"])
     what = f"bucket {name.removeprefix('KV_')}" if name.startswith("KV_") else f"stream {name}"
     info = await api.info(f"STREAM.INFO.{name}")
@@ -100,6 +101,9 @@ async def _stream(
         got = await api.make(f"STREAM.CREATE.{name}", config, what)
         return Made(what, "made", _short_of(config, got, what, ignored))
     found = info["config"]
+    if "placement" in asked:
+        placement: dict[str, Any] = {**(found.get("placement") or {}), **asked["placement"]}
+        config = {**config, "placement": placement}
     wrong = streams.differences(config, found, ignored) + _unlabelled(found)
     if not wrong:
         return Made(what, "found")
@@ -110,7 +114,7 @@ async def _stream(
         )
     if dry_run:
         return Made(what, "differs", "; ".join(wrong))
-    kept = {field: value for field, value in found.items() if field in ignored}
+    kept = _kept(config, found, ignored)
     try:
         got = await api.make(f"STREAM.UPDATE.{name}", {**config, **kept}, what)
     except NotProvisioned as error:
@@ -141,7 +145,7 @@ async def _consumer(api: "_Api", subjects: Subjects, ack_wait_ns: int, dry_run: 
         return Made(what, "found")
     if dry_run:
         return Made(what, "differs", "; ".join(wrong))
-    kept = {field: value for field, value in found.items() if field in streams.NEUTRAL}
+    kept = _kept(config, found, streams.NEUTRAL)
     body = {"stream_name": stream, "config": {**config, **kept}}
     how = "changed"
     try:
@@ -157,6 +161,16 @@ async def _consumer(api: "_Api", subjects: Subjects, ack_wait_ns: int, dry_run: 
     if left:
         raise NotProvisioned(f"{what}: the server did not store {'; '.join(left)}: upgrade it")
     return Made(what, how, "; ".join(wrong))
+
+
+def _kept(config: Mapping[str, Any], found: Mapping[str, Any], ignored: Set[str]) -> dict[str, Any]:
+    """What a change leaves as it is. The server's and an administrator's metadata stay beside
+    hostd's own; of the description only one that says something."""
+    kept = {field: value for field, value in found.items() if field in ignored}
+    kept["metadata"] = {**(found.get("metadata") or {}), **config["metadata"]}
+    if not found.get("description"):
+        kept.pop("description", None)
+    return kept
 
 
 def _unlabelled(found: Mapping[str, Any]) -> list[str]:

@@ -138,6 +138,22 @@ async def test_replicas_and_placement_are_kept_unless_others_are_asked_for(
         await cluster.stop()
 
 
+@pytest.mark.parametrize("first", ["cluster", "tags"])
+async def test_the_part_of_a_placement_that_is_not_asked_for_stays(
+    server: Server, first: str
+) -> None:
+    both: dict[str, Any] = {"cluster": "east", "tags": ["fast"]}
+    then = "tags" if first == "cluster" else "cluster"
+    async with connection_to(server.url) as admin:
+        await provision(admin, SUBJECTS, [HOST], placement={first: both[first]})
+
+        await provision(admin, SUBJECTS, [HOST], placement={then: both[then]})
+        again = await provision(admin, SUBJECTS, [HOST], placement={first: both[first]})
+
+        assert (await stream_config(admin))["placement"] == both
+        assert {one.how for one in again} == {"found"}
+
+
 async def stream_config(admin: Connection) -> dict[str, Any]:
     config: dict[str, Any] = (await api(admin, f"STREAM.INFO.{SUBJECTS.events_stream}"))["config"]
     return config
@@ -197,6 +213,30 @@ async def test_a_cell_without_descriptions_gets_them_once_and_others_stay(
         found = await configurations(admin)
         assert found.pop(own)["description"] == "ours"
         assert all(config["description"].startswith("hostd, cell ") for config in found.values())
+
+
+async def test_a_change_stores_its_hostd_version_beside_the_metadata_of_others(
+    server: Server,
+) -> None:
+    async with connection_to(server.url) as admin:
+        await provision(admin, SUBJECTS, [HOST])
+        stream = SUBJECTS.commands_stream
+        older = {"team": "platform", "hostd_version": "0.0.0"}
+        for name, config in (await configurations(admin)).items():
+            config |= {"description": "ours", "metadata": {**config["metadata"], **older}}
+            endpoint, body = f"STREAM.UPDATE.{name}", {**config, "duplicate_window": streams.NS}
+            if name == HOST:
+                endpoint = f"CONSUMER.DURABLE.CREATE.{stream}.{HOST}"
+                body = {"stream_name": stream, "config": {**config, "max_deliver": 3}}
+            assert "error" not in await api(admin, endpoint, body)
+
+        made = await provision(admin, SUBJECTS, [HOST])
+
+        assert {one.how for one in made} == {"changed"}
+        for config in (await configurations(admin)).values():
+            assert config["description"] == "ours"
+            own = {key: text for key, text in config["metadata"].items() if key[0] != "_"}
+            assert own == {"team": "platform", **streams.METADATA}
 
 
 async def test_it_names_what_it_cannot_change(server: Server) -> None:
