@@ -98,3 +98,78 @@ def test_a_worker_that_does_not_start_does_not_fail_the_configuration(calls: Pat
     assert done.returncode == 0, done.stderr
     assert "start hostd.service" in calls.read_text().splitlines()
     assert "hostd: does not start, see journalctl -u hostd" in done.stderr
+
+
+# -- purges ----------------------------------------------------------------------------------------
+
+STATE = "/var/lib/hostd"
+LEFT = f"find {STATE} | sort"
+OWN = f"""\
+mkdir -p {STATE}/logs {STATE}/snapshots/t/p {STATE}/jails/firecracker
+touch {STATE}/journal
+"""
+ELSEWHERE = f"""\
+mkdir {STATE}/jails/firecracker/i-1
+mv {STATE} /var/lib/real
+ln -s real {STATE}
+"""
+EVENTS = "/sys/fs/cgroup/hostd/cgroup.events"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        f"mkdir -p {STATE}/jails/firecracker/i-1",
+        f"mkdir -p {STATE}/elsewhere/jails/firecracker/i-1",
+        f"mkdir -p {STATE}/snapshots/t/p/i/1",
+        ELSEWHERE,
+        f"mkdir /sys/fs/cgroup/hostd; echo populated 1 > {EVENTS}",
+    ],
+    ids=["jail", "jail base elsewhere", "snapshot", "symlink", "VM"],
+)
+def test_a_purge_keeps_the_state_while_there_is_something_of_an_instance(
+    calls: Path, made: str
+) -> None:
+    done = run(calls, "postrm", "purge", before=f"{OWN}{made}", after=f"test -e {STATE}/journal")
+
+    assert (done.returncode, f"{STATE} is kept" in done.stderr) == (0, True), done.stderr
+
+
+def test_a_purge_keeps_a_state_that_it_cannot_read(calls: Path) -> None:
+    find = calls.parent / "bin/find"
+    find.write_text("#!/bin/sh\nexit 1\n")
+    find.chmod(0o755)
+
+    done = run(calls, "postrm", "purge", before=OWN, after=f"test -e {STATE}/journal")
+
+    assert (done.returncode, f"{STATE} is kept" in done.stderr) == (0, True), done.stderr
+
+
+def test_a_purge_of_a_mount_point_empties_it(calls: Path) -> None:
+    mount = f"mkdir {STATE}; mount -t tmpfs tmpfs {STATE}\n{OWN}"
+
+    done = run(calls, "postrm", "purge", before=mount, after=LEFT)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{STATE}\n", "")
+
+
+def test_a_purge_goes_into_no_other_file_system(calls: Path) -> None:
+    mount = (
+        f"{OWN}mkdir {STATE}/other; mount -t tmpfs tmpfs {STATE}/other; touch {STATE}/other/file"
+    )
+
+    done = run(calls, "postrm", "purge", before=mount, after=LEFT)
+
+    assert (done.returncode, done.stdout) == (0, f"{STATE}\n{STATE}/other\n{STATE}/other/file\n")
+    assert f"{STATE} is not empty" in done.stderr
+
+
+@pytest.mark.parametrize("before", ["", OWN], ids=["nothing", "own files"])
+def test_a_purge_leaves_nothing_of_a_host_without_instances(calls: Path, before: str) -> None:
+    idle = f"mkdir /sys/fs/cgroup/hostd /run/hostd; echo populated 0 > {EVENTS}\n"
+
+    done = run(
+        calls, "postrm", "purge", before=idle + before, after="! test -e /run/hostd; ls /var/lib"
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
