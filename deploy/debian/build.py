@@ -1,8 +1,8 @@
 """Build the Debian package: `python deploy/debian/build.py [--version V] [--output DIR]`.
 
 It has the wheels of requirements.lock and hostd's own in /opt/hostd, an environment of Debian 12's
-python3.11, with byte code; the unit, an example of the settings as a conffile, man pages and shell
-completions made from the commands themselves, and the docs. Needs python3.11 and dpkg-deb, no root.
+python3.11, with byte code; the unit, an example of the settings, man pages and shell completions
+made from the commands themselves, and the docs. Needs python3.11 and dpkg-deb, no root.
 The same commit gives the same bytes: all times are that of the commit.
 """
 
@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 SITE_PACKAGES = "opt/hostd/lib/python3.11/site-packages"
 SCRIPTS = ("preinst", "postinst", "prerm", "postrm")
+# Not below /usr/share/doc alone: dpkg may be told to leave that out, and postinst copies it.
+EXAMPLE = "usr/share/hostd/hostd.toml"
 COMPLETIONS = {
     "bash": "usr/share/bash-completion/completions/hostd",
     "zsh": "usr/share/zsh/vendor-completions/_hostd",
@@ -103,7 +105,7 @@ def system_files(tree: Path) -> None:
     place = {
         "lib/systemd/system/hostd.service": ROOT / "deploy/hostd.service",
         "usr/lib/tmpfiles.d/hostd.conf": HERE / "hostd.tmpfiles",
-        "etc/hostd/hostd.toml": ROOT / "deploy/config/hostd.toml",
+        EXAMPLE: ROOT / "deploy/config/hostd.toml",
     }
     for name, source in place.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +153,7 @@ def documents(directory: Path) -> None:
     shutil.copytree(ROOT / "deploy/grafana", directory / "examples/grafana")
     shutil.copytree(ROOT / "deploy/nats", directory / "examples/nats")
     shutil.copytree(ROOT / "deploy/prometheus", directory / "examples/prometheus")
+    (directory / "examples/hostd.toml").symlink_to(f"/{EXAMPLE}")
     shutil.copyfile(ROOT / "CHANGELOG.md", directory / "changelog")
     compress(directory / "changelog")
 
@@ -170,19 +173,17 @@ def control(tree: Path, version: str) -> None:
     fields = (HERE / "control").read_text()
     fields = fields.replace("@VERSION@", version).replace("@SIZE@", str(kib))
     (directory / "control").write_text(fields)
-    (directory / "conffiles").write_text("/etc/hostd/hostd.toml\n")
     for name in SCRIPTS:
         shutil.copyfile(HERE / name, directory / name)
 
 
 def settle(tree: Path, epoch: int) -> None:
-    """Modes and times that do not depend on this machine; the settings only root's."""
+    """Modes and times that do not depend on this machine."""
     programs = {tree / "DEBIAN" / name for name in SCRIPTS} | {tree / "opt/hostd/bin/hostd"}
     for path in [tree, *tree.rglob("*")]:
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() or path in programs else 0o644)
         os.utime(path, (epoch, epoch), follow_symlinks=False)
-    (tree / "etc/hostd/hostd.toml").chmod(0o600)
 
 
 def compress(path: Path) -> None:

@@ -13,6 +13,7 @@ from tests.guests.cache import REPOSITORY
 
 SCRIPTS = REPOSITORY / "deploy/debian"
 PRIVATE = ("/run", "/etc", "/var/lib", "/usr/share", "/sys/fs/cgroup")
+EXAMPLE = "mkdir /usr/share/hostd; echo example > /usr/share/hostd/hostd.toml\n"
 SYSTEMCTL = """\
 #!/bin/sh
 [ "$1" != -q ] || shift
@@ -28,10 +29,11 @@ esac
 @pytest.fixture
 def calls(tmp_path: Path) -> Path:
     """The file with the calls of systemctl, one per line."""
-    program = tmp_path / "bin/systemctl"
-    program.parent.mkdir()
-    program.write_text(SYSTEMCTL)
-    program.chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    for name, text in (("systemctl", SYSTEMCTL), ("systemd-tmpfiles", "#!/bin/sh\n")):
+        program = tmp_path / "bin" / name
+        program.write_text(text)
+        program.chmod(0o755)
     file = tmp_path / "calls"
     file.touch()
     return file
@@ -90,7 +92,7 @@ def test_a_worker_that_does_not_start_does_not_fail_the_configuration(calls: Pat
         "postinst",
         "configure",
         "1",
-        before="touch /run/hostd.upgrade",
+        before=f"{EXAMPLE}touch /run/hostd.upgrade",
         after="! test -e /run/hostd.upgrade",
         START_RC="1",
     )
@@ -173,3 +175,41 @@ def test_a_purge_leaves_nothing_of_a_host_without_instances(calls: Path, before:
     )
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+SETTINGS = "/etc/hostd/hostd.toml"
+
+
+def test_a_host_without_settings_gets_the_example_for_root_only(calls: Path) -> None:
+    show = f"stat -c %a {SETTINGS}; cat {SETTINGS}"
+
+    done = run(calls, "postinst", "configure", "1", before=EXAMPLE, after=show)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "600\nexample\n", "")
+
+
+@pytest.mark.parametrize("call", ["configure 1", "abort-upgrade 1"])
+def test_an_upgrade_leaves_the_settings_alone(calls: Path, call: str) -> None:
+    edited = f"{EXAMPLE}mkdir /etc/hostd; echo edited > {SETTINGS}"
+
+    done = run(calls, "postinst", call, before=edited, after=f"cat {SETTINGS}")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "edited\n", "")
+
+
+def test_a_purge_removes_the_settings_and_no_credentials(calls: Path) -> None:
+    made = f"mkdir /etc/hostd; touch {SETTINGS} /etc/hostd/nats.creds"
+
+    done = run(calls, "postrm", "purge", before=made, after="ls /etc/hostd")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "nats.creds\n", "")
+
+
+def test_a_removal_keeps_the_settings(calls: Path) -> None:
+    made = f"mkdir /etc/hostd; touch {SETTINGS}"
+
+    done = run(calls, "postrm", "remove", before=made, after=f"test -e {SETTINGS}")
+
+    assert done.returncode == 0, done.stderr
