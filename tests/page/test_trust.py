@@ -95,6 +95,32 @@ async def test_the_page_itself_refuses_markup_and_foreign_scripts(alone: Browser
     alone.complaints.clear()
 
 
+async def test_a_hidden_page_requests_no_frame_and_a_slow_one_has_one_request(
+    alone: Browser,
+) -> None:
+    """The frames never come, as in a tab that is not drawn; `hidden` is what the page is told."""
+    async with alone.page() as page:
+        await page.evaluate(
+            """() => {
+              globalThis.requested = 0;
+              globalThis.requestAnimationFrame = () => ++requested;
+              globalThis.hide = (isHidden) => {
+                Object.defineProperty(document, "hidden", { value: isHidden, configurable: true });
+                document.dispatchEvent(new Event("visibilitychange"));
+                return requested;
+              };
+            }"""
+        )
+        await page.evaluate("hide(true)")
+        await page.wait_for_timeout(1_000)
+        hidden = await page.evaluate("requested")
+        shown = await page.evaluate("hide(false)")
+        await page.wait_for_timeout(1_000)
+        slow = await page.evaluate("requested")
+
+    assert (hidden, shown, slow) == (0, 1, 1)
+
+
 async def test_what_changes_while_the_state_is_read_is_neither_lost_nor_undone(
     alone: Browser, bus: Cell, host: Connection
 ) -> None:

@@ -34,6 +34,7 @@ const failure = byId("failure", HTMLElement);
 
 let session: Session | null = null;
 let view: View | null = null;
+let pendingFrame = 0;
 
 function accessOf(): Access {
   const data = new FormData(form);
@@ -129,7 +130,16 @@ function draw(): void {
   if (session.link.state === "live") session.currentMs = Date.now();
   const age = session.link.state === "lost" && session.currentMs ? `; shown is the state of ${clock(session.currentMs)}` : "";
   show({ state: session.link.state, text: session.link.text + age });
-  if (!document.hidden) view?.draw();
+  view?.draw();
+}
+
+/** In the next frame, once: a hidden tab has no frames, and would keep each request until it is shown. */
+function drawSoon(): void {
+  if (document.hidden || pendingFrame) return;
+  pendingFrame = requestAnimationFrame(() => {
+    pendingFrame = 0;
+    draw();
+  });
 }
 
 tabs.append(...VIEWS.map(([key, title]) => el("a", { href: `#/${key}` }, title)));
@@ -154,5 +164,10 @@ addEventListener("keydown", (event) => {
   event.preventDefault();
   search.focus();
 });
-setInterval(() => requestAnimationFrame(draw), DRAW_MS);
+document.addEventListener("visibilitychange", () => {
+  cancelAnimationFrame(pendingFrame);
+  pendingFrame = 0;
+  drawSoon();
+});
+setInterval(drawSoon, DRAW_MS);
 void prepare();
