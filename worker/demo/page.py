@@ -53,9 +53,14 @@ async def page_served(
     server.socket = ports.files
     thread = threading.Thread(target=server.serve_forever, name="demo-page", daemon=True)
     thread.start()
+    forward = _Forward(web_port)
     try:
-        async with await asyncio.start_server(_Forward(web_port), sock=ports.bus):
-            yield
+        async with await asyncio.start_server(forward, sock=ports.bus) as listener:
+            try:
+                yield
+            finally:
+                listener.close()
+                await forward.end()
     finally:
         server.shutdown()
         server.server_close()
@@ -87,8 +92,25 @@ class _Forward:
 
     def __init__(self, port: int) -> None:
         self._port = port
+        self._open: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._forward(reader, writer))
+        self._open[task] = writer
+        task.add_done_callback(self._open.pop)
+
+    async def end(self) -> None:
+        """End what browsers keep open: since Python 3.12 a server that is left waits for it.
+
+        Aborted, not closed: a browser that does not read would keep what is not sent yet.
+        """
+        tasks = dict(self._open)
+        for task, writer in tasks.items():
+            task.cancel()
+            writer.transport.abort()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError), contextlib.closing(writer):
             there, back = await asyncio.open_connection("127.0.0.1", self._port)
             with contextlib.closing(back):
