@@ -205,6 +205,43 @@ async def test_it_says_when_it_is_stale_and_reads_again_after_a_reconnect(
     alone.complaints.clear()  # the browser's own lines about the refused connection
 
 
+async def test_it_is_not_live_while_the_server_denies_a_subscription(
+    alone: Browser, bus: Cell, host: Connection
+) -> None:
+    granted = Path(bus.server.config_file).read_text(encoding="utf-8")
+    deny = r'\1, permissions: { subscribe: { deny: "$KV.>" } }'
+    denied, count = re.subn(r'(user: "dashboard", password: [^ ]+)', deny, granted)
+    async with alone.page("#/instances") as page:
+        await enter(page, bus.server.web_url)
+        status = page.get_by_role("status")
+
+        reconfigure(bus, denied)
+        await expect(status).to_contain_text(f"{BUCKET}.>: Permissions Violation")
+        await expect(status).to_contain_text("shown is the state of")
+        await put(host, "instance.t.p.denied", 1)
+        shown = {await status.inner_text()}
+        for _ in range(30):  # it tries again meanwhile
+            await page.wait_for_timeout(100)
+            shown.add(await status.inner_text())
+
+        reconfigure(bus, granted)
+        await expect(status).to_have_text("Live")
+        await expect(page.get_by_role("row").filter(has_text="t/p/denied")).to_have_count(1)
+        await put(host, "instance.t.p.granted", 1)
+        await expect(page.get_by_role("row").filter(has_text="t/p/granted")).to_have_count(1)
+
+    assert count == 1
+    assert "Live" not in shown
+    for name in ("denied", "granted"):
+        await delete(host, f"instance.t.p.{name}")
+    alone.complaints.clear()
+
+
+def reconfigure(bus: Cell, config: str) -> None:
+    Path(bus.server.config_file).write_text(config, encoding="utf-8")
+    bus.server.reload()
+
+
 async def test_a_host_whose_lease_is_not_renewed_is_stale(
     alone: Browser, bus: Cell, host: Connection
 ) -> None:

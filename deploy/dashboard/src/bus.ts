@@ -10,6 +10,7 @@ import {
   type Authenticator,
   type Msg,
   type NatsConnection,
+  type Subscription,
 } from "@nats-io/nats-core";
 import { decode, encode } from "@msgpack/msgpack";
 import { fields, number, text, type Fields } from "./wire";
@@ -79,10 +80,12 @@ export class Bus {
     return new Bus(nats, access);
   }
 
-  subscribe(subject: string, got: (message: Msg) => void): void {
-    this.nats.subscribe(subject, {
+  /** `ended` is told why, if the server refuses or withdraws the subscription: no message arrives any more. */
+  subscribe(subject: string, got: (message: Msg) => void, ended: (why: string) => void): Subscription {
+    return this.nats.subscribe(subject, {
       callback: (error, message) => {
-        if (!error) got(message);
+        if (error) ended(`${subject}: ${error.message}`);
+        else got(message);
       },
     });
   }

@@ -1,9 +1,10 @@
 /**
- * Keeps a Fleet up to date: subscribes, reads, and reads again after each reconnect.
+ * Keeps a Fleet up to date: subscribes, reads, and reads again after each reconnect. A subscription that
+ * the server ended is made again before the next read.
  * `Link` says how far what is shown can be trusted.
  */
-import type { Msg } from "@nats-io/nats-core";
-import { Bus, each, type Access, type Kept } from "./bus";
+import type { Msg, Subscription } from "@nats-io/nats-core";
+import { Bus, BusFailure, each, type Access, type Kept } from "./bus";
 import { Fleet } from "./fleet";
 import { hostEvent } from "./wire";
 
@@ -19,6 +20,9 @@ export class Session {
   link: Link = { state: "reading", text: "Reading the state" };
   currentMs = 0;
   private reads = 0;
+  private subscriptions: Subscription[] = [];
+  /** Why a subscription has ended; empty: all go on. */
+  private ended = "";
 
   private constructor(readonly bus: Bus, readonly fleet: Fleet) {}
 
@@ -26,7 +30,6 @@ export class Session {
   static async open(access: Access, fleet: Fleet): Promise<Session> {
     const session = new Session(await Bus.open(access), fleet);
     try {
-      session.subscribe();
       await session.read();
     } catch (error) {
       await session.close();
@@ -41,16 +44,25 @@ export class Session {
     await this.bus.nats.close();
   }
 
+  /** Makes both subscriptions, in place of those that there are. */
   private subscribe(): void {
     const { bus, fleet } = this;
-    bus.subscribe(`${bus.root}.*.evt.>`, (message) => {
+    this.subscriptions.forEach((each) => each.unsubscribe());
+    this.ended = "";
+    const ended = (why: string): void => {
+      this.ended = why;
+      this.lose(why);
+      this.readSoon();
+    };
+    const events = bus.subscribe(`${bus.root}.*.evt.>`, (message) => {
       const event = hostEvent(bus.root, message.subject, message.data);
       if (event) fleet.event(event);
-    });
-    bus.subscribe(`$KV.${bus.bucket}.>`, (message) => {
+    }, ended);
+    const state = bus.subscribe(`$KV.${bus.bucket}.>`, (message) => {
       const key = this.key(message.subject);
       if (fleet.feed(key, valueOf(message))) void this.readBack(key);
-    });
+    }, ended);
+    this.subscriptions = [events, state];
   }
 
   /** Reads everything, again until it worked; a later call replaces it. */
@@ -58,7 +70,9 @@ export class Session {
     const turn = ++this.reads;
     const { bus, fleet } = this;
     const stream = `KV_${bus.bucket}`;
-    await bus.nats.flush();
+    if (this.ended || !this.subscriptions.length) this.subscribe();
+    await bus.nats.flush(); // the server has answered the subscriptions before
+    if (this.ended) throw new BusFailure(this.ended);
     fleet.beginRead();
     const subjects = await bus.subjects(stream, `$KV.${bus.bucket}.>`);
     let done = 0;
