@@ -86,6 +86,49 @@ async def test_hostile_text_is_text(alone: Browser, bus: Cell, host: Connection)
     await delete(host, lane)
 
 
+async def test_no_host_hides_or_outlasts_the_events_of_another(
+    alone: Browser, bus: Cell, host: Connection
+) -> None:
+    """By an ID that the other uses too, or by a time to come."""
+    event = {"id": "same", "journal_id": "j", "seq": 2, "at_ms": 4_102_444_800_000}  # in 2100
+    async with alone.page("#/events") as page:
+        await enter(page, bus.server.web_url)
+        events = page.get_by_role("table", name="Events")
+        await publish(host, "h3", "status", event | {"to": "first", "reason": "from-h3"})
+        await expect(events).to_contain_text("from-h3")
+        async with connection_to(bus.url("host-h1"), inbox="_INBOX_HOSTD.h1") as other:
+            await publish(other, "h1", "status", event | {"to": "second", "reason": "from-h1"})
+        await expect(events).to_contain_text("from-h1")
+        await expect(events).not_to_contain_text("2100-")
+    assert alone.complaints == []
+
+
+async def test_an_outcome_is_shown_once_though_its_event_was_pushed_out(
+    alone: Browser, bus: Cell, host: Connection
+) -> None:
+    outcome = {"id": "o", "seq": 1, "at_ms": 1, "command_id": "once", "detail": {"code": "ok"}}
+    async with alone.page("#/commands") as page:
+        await enter(page, bus.server.web_url)
+        outcomes = page.get_by_role("table", name="Outcomes")
+        row = outcomes.get_by_role("row").filter(has_text="once")
+        await publish(host, "h3", "command", outcome)
+        await expect(row).to_have_count(1)
+        for at in range(20):
+            numbers = range(at * 100, at * 100 + 100)
+            fillers = [{"id": f"f{number}", "at_ms": 2} for number in numbers]
+            await asyncio.gather(*(publish(host, "h3", "status", filler) for filler in fillers))
+        await publish(host, "h3", "command", outcome)
+        await publish(host, "h3", "command", outcome | {"id": "p", "command_id": "last"})
+        await expect(outcomes.get_by_role("row").filter(has_text="last")).to_have_count(1)
+        await expect(row).to_have_count(1)
+    assert alone.complaints == []
+
+
+async def publish(host: Connection, host_id: str, kind: str, event: dict[str, object]) -> None:
+    subject = f"{SUBJECTS.root}.{host_id}.evt.host.{kind}"
+    await host.request(subject, msgpack.packb(event))
+
+
 async def test_the_page_itself_refuses_markup_and_foreign_scripts(alone: Browser) -> None:
     async with alone.page() as page:
         refused = await page.evaluate(

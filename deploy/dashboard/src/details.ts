@@ -26,7 +26,7 @@ class HistoryTable implements View {
 
   draw(): void {
     const events = new Map(this.history.events);
-    for (const event of this.fleet.events) if (this.matches(event)) events.set(event.id, event);
+    for (const event of this.fleet.events) if (this.matches(event)) events.set(event.key, event);
     this.table.show([...events.values()].sort((a, b) => b.atMs - a.atMs || b.seq - a.seq));
   }
 

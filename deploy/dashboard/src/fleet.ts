@@ -33,7 +33,9 @@ export class Fleet {
   /** Grows with each change of which instances there are. */
   population = 0;
   received = 0;
+  /** The keys of `events` and of `outcomes`, which last longer. */
   private readonly seen = new Set<string>();
+  private readonly finished = new Set<string>();
   private mentioned = new Set<string>();
   private found: Set<string> | null = null;
 
@@ -74,11 +76,10 @@ export class Fleet {
 
   /** Takes an event, once. Returns false if it was known. */
   event(event: HostEvent): boolean {
-    if (this.seen.has(event.id)) return false;
-    this.seen.add(event.id);
+    if (this.seen.has(event.key) || this.finished.has(event.key)) return false;
     this.received += 1;
-    keep(this.events, event, EVENTS_MAX, (old) => this.seen.delete(old.id));
-    if (event.kind === "command") keep(this.outcomes, event, OUTCOMES_MAX);
+    keep(this.events, this.seen, event, EVENTS_MAX);
+    if (event.kind === "command") keep(this.outcomes, this.finished, event, OUTCOMES_MAX);
     if (event.kind !== "status") return true;
     const known = this.instances.get(`${event.host}.${event.lane}`);
     const isNewer = known && event.journalId === known.value.journalId && event.seq > known.value.seq;
@@ -144,9 +145,11 @@ export class Fleet {
   }
 }
 
-function keep(events: HostEvent[], event: HostEvent, most: number, forget: (old: HostEvent) => void = () => {}): void {
+/** Puts an event where its time is, and its key to the others; the oldest are forgotten. */
+function keep(events: HostEvent[], keys: Set<string>, event: HostEvent, most: number): void {
   let at = events.length;
   while (at > 0 && (events[at - 1]?.atMs ?? 0) > event.atMs) at -= 1;
   events.splice(at, 0, event);
-  if (events.length > most) events.splice(0, events.length - most).forEach(forget);
+  keys.add(event.key);
+  if (events.length > most) events.splice(0, events.length - most).forEach((old) => keys.delete(old.key));
 }

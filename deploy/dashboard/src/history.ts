@@ -28,7 +28,7 @@ export class History {
         const kept = await bus.next(bus.events, seq, this.filter);
         if (!kept || kept.seq >= this.before) break;
         const event = hostEvent(bus.root, kept.subject, kept.data);
-        if (event) this.events.set(event.id, event);
+        if (event) this.events.set(event.key, event);
         seq = kept.seq + 1;
       }
       this.before = from;

@@ -45,7 +45,8 @@ export interface InstanceValue {
 }
 
 export interface HostEvent {
-  readonly id: string;
+  /** Host and ID: no host's event can pass for another's. */
+  readonly key: string;
   readonly host: string;
   readonly lane: string;
   readonly kind: string;
@@ -125,20 +126,23 @@ export function instanceValue(map: Fields): InstanceValue {
   };
 }
 
-/** The event in a message of `<root>.<host>.evt.<lane>.<kind>`; null if it is none. */
+/**
+ * The event in a message of `<root>.<host>.evt.<lane>.<kind>`; null if it is none. One from the future, by
+ * this page's clock, happened now: it would stay the newest, and push out all that follow.
+ */
 export function hostEvent(root: string, subject: string, data: Uint8Array): HostEvent | null {
   const [host, evt, ...lane] = subject.slice(root.length + 1).split(".");
   const kind = lane.pop();
   const map = unpack(data);
   if (!subject.startsWith(`${root}.`) || !host || evt !== "evt" || !kind || !lane.length || !map) return null;
   return {
-    id: text(map["id"]),
+    key: `${host} ${text(map["id"])}`,
     host,
     lane: lane.join("."),
     kind,
     journalId: text(map["journal_id"]),
     seq: number(map["seq"]),
-    atMs: number(map["at_ms"]),
+    atMs: Math.min(number(map["at_ms"]), Date.now()),
     from: text(map["from"]),
     to: text(map["to"]),
     commandId: text(map["command_id"]),
