@@ -1,6 +1,7 @@
 """What the page shows is what is there: hostile text, reconnects, changes while it is read."""
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -121,6 +122,21 @@ async def test_an_outcome_is_shown_once_though_its_event_was_pushed_out(
         await publish(host, "h3", "command", outcome | {"id": "p", "command_id": "last"})
         await expect(outcomes.get_by_role("row").filter(has_text="last")).to_have_count(1)
         await expect(row).to_have_count(1)
+    assert alone.complaints == []
+
+
+@pytest.mark.parametrize("depth", [31, 100_000])
+async def test_the_bytes_of_a_dead_letter_are_shown_however_deep_it_is_nested(
+    alone: Browser, bus: Cell, host: Connection, depth: int
+) -> None:
+    body = b"\x81\xa1a" + b"\x91" * depth + b"\xc0"  # {"a": [[...[nil]...]]}
+    kept = await host.request(f"{SUBJECTS.root}.h3.dead.host", body)
+    seq = json.loads(kept.data)["seq"]
+    async with alone.page(f"#/letter/{seq}") as page:
+        await enter(page, bus.server.web_url)
+        await expect(page.locator("pre").last).to_contain_text("81 a1 61 91 91")
+        read = page.get_by_role("heading", name="As msgpack")
+        await expect(read).to_have_count(1 if depth < 32 else 0)
     assert alone.complaints == []
 
 

@@ -12,8 +12,8 @@ import {
   type NatsConnection,
   type Subscription,
 } from "@nats-io/nats-core";
-import { decode, encode } from "@msgpack/msgpack";
-import { fields, number, text, type Fields } from "./wire";
+import { encode } from "@msgpack/msgpack";
+import { fields, number, text, unpack, type Fields } from "./wire";
 
 const TIMEOUT_MS = 5000;
 const AT_ONCE = 64;
@@ -125,7 +125,8 @@ export class Bus {
   /** A question to a host's worker. Raises BusFailure with what it answered. */
   async ask(host: string, verb: string, body: Fields = {}): Promise<Fields> {
     const answer = await this.request(`${this.root}.${host}.ask.${verb}`, encode(body));
-    const map = fields(decode(answer.data)) ?? {};
+    const map = unpack(answer.data);
+    if (!map) throw new BusFailure(`${host}: the answer to ${verb} cannot be read`);
     const error = fields(map["error"]);
     if (error) throw new BusFailure(`${text(error["code"])}: ${text(error["message"])}`);
     return map;

@@ -1,5 +1,5 @@
 /** Commands in flight with their outcomes, and dead letters: both are asked for while they are shown. */
-import { each, type Bus, type Kept } from "./bus";
+import { each, type Bus } from "./bus";
 import { reasonOf } from "./details";
 import { clock, el, say, tone } from "./dom";
 import type { Fleet } from "./fleet";
@@ -13,6 +13,16 @@ interface Unfinished {
   readonly host: string;
   readonly lane: string;
   readonly count: number;
+}
+
+/** A dead letter without its body: of 500, up to 1 MiB each, only the size is shown. */
+interface Letter {
+  readonly seq: number;
+  readonly atMs: number;
+  readonly where: readonly string[];
+  readonly reason: string;
+  readonly id: string;
+  readonly bytes: number;
 }
 
 export const commandHref = (host: string, id: string): string => `#/command/${host}/${encodeURIComponent(id)}`;
@@ -62,24 +72,23 @@ export function commandsView(fleet: Fleet, bus: Bus): View {
 }
 
 export function deadLettersView(bus: Bus): View {
-  let letters: Kept[] = [];
-  const known = new Map<number, Kept>();
+  let letters: Letter[] = [];
+  const known = new Map<number, Letter>();
   const note = el("p", { class: "faint", "aria-live": "polite" });
-  const where = (kept: Kept): string[] => kept.subject.slice(bus.root.length + 1).split(".").map(text);
-  const table = new TableView<Kept>(
+  const table = new TableView<Letter>(
     "Dead letters",
     [
-      { title: "Number", text: (kept) => `${kept.seq}`, href: (kept) => `#/letter/${kept.seq}` },
-      { title: "Time", text: (kept) => clock(kept.atMs) },
-      { title: "Host", text: (kept) => where(kept)[0] ?? "", href: (kept) => hostHref(where(kept)[0] ?? "") },
-      { title: "Lane", text: (kept) => laneText(where(kept).slice(2).join(".")) || "host" },
-      { title: "Reason", text: (kept) => text(kept.header("Hostd-Reason")) },
-      { title: "ID", text: (kept) => text(kept.header("Nats-Msg-Id")) },
-      { title: "Bytes", isNumber: true, text: (kept) => `${kept.data.length}` },
+      { title: "Number", text: (letter) => `${letter.seq}`, href: (letter) => `#/letter/${letter.seq}` },
+      { title: "Time", text: (letter) => clock(letter.atMs) },
+      { title: "Host", text: (letter) => letter.where[0] ?? "", href: (letter) => hostHref(letter.where[0] ?? "") },
+      { title: "Lane", text: (letter) => laneText(letter.where.slice(2).join(".")) || "host" },
+      { title: "Reason", text: (letter) => letter.reason },
+      { title: "ID", text: (letter) => letter.id },
+      { title: "Bytes", isNumber: true, text: (letter) => `${letter.bytes}` },
     ],
     () => letters,
-    (kept) => `${kept.subject} ${text(kept.header("Hostd-Reason"))} ${text(kept.header("Nats-Msg-Id"))}`.toLowerCase(),
-    { name: "On host", of: (kept) => where(kept)[0] ?? "" },
+    (letter) => `${letter.where.join(".")} ${letter.reason} ${letter.id}`.toLowerCase(),
+    { name: "On host", of: (letter) => letter.where[0] ?? "" },
   );
   const ask = async (): Promise<void> => {
     try {
@@ -88,9 +97,13 @@ export function deadLettersView(bus: Bus): View {
       const wanted = Array.from({ length: Math.max(0, last - from + 1) }, (_, at) => last - at);
       await each(wanted.filter((seq) => !known.has(seq)), async (seq) => {
         const kept = await bus.at(bus.deadLetters, seq);
-        if (kept) known.set(seq, kept);
+        if (!kept) return;
+        const where = kept.subject.slice(bus.root.length + 1).split(".").map(text);
+        const reason = text(kept.header("Hostd-Reason"));
+        known.set(seq, { seq, atMs: kept.atMs, where, reason, id: text(kept.header("Nats-Msg-Id")), bytes: kept.data.length });
       });
-      letters = [...known.values()].filter((kept) => kept.seq >= from).sort((a, b) => b.seq - a.seq);
+      for (const seq of known.keys()) if (seq < from) known.delete(seq);
+      letters = [...known.values()].sort((a, b) => b.seq - a.seq);
       say(note, "");
     } catch (error) {
       say(note, `${reasonOf(error)}. This credential may not be allowed to read dead letters.`);

@@ -5,7 +5,8 @@
  */
 import { decode } from "@msgpack/msgpack";
 
-const LIMITS = { maxStrLength: 1 << 16, maxBinLength: 1 << 20, maxArrayLength: 1 << 16, maxMapLength: 1 << 16, maxDepth: 32 };
+const LIMITS = { maxStrLength: 1 << 16, maxBinLength: 1 << 20, maxArrayLength: 1 << 16, maxMapLength: 1 << 16 };
+const DEPTH_MAX = 32;
 const TEXT_MAX = 4096;
 const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
 
@@ -60,13 +61,20 @@ export interface HostEvent {
   readonly detail: Fields;
 }
 
-/** The map in these bytes; null if they are something else. */
+/** The map in these bytes; null if they are something else, or nested deeper than 32. */
 export function unpack(data: Uint8Array): Fields | null {
   try {
-    return fields(decode(data, LIMITS));
+    const value = decode(data, LIMITS);
+    return isWithin(value, DEPTH_MAX) ? fields(value) : null;
   } catch {
     return null;
   }
+}
+
+/** The decoder has no bound of depth, and what walks a value, e.g. JSON.stringify, runs out of stack. */
+function isWithin(value: unknown, depth: number): boolean {
+  if (typeof value !== "object" || value === null || value instanceof Uint8Array) return true;
+  return depth > 0 && Object.values(value).every((each) => isWithin(each, depth - 1));
 }
 
 export function fields(value: unknown): Fields | null {
