@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -67,7 +67,7 @@ async def test_hostile_text_is_text(alone: Browser, bus: Cell, host: Connection)
     lane = f"instance.{HOSTILE}.pool.i"
     await put(host, lane, 3, status=HOSTILE, reason="<script>pwned=1</script>\u202egnp.exe\x1b[2J")
     event = {"id": "x", "journal_id": "j", "seq": 2, "at_ms": 2, "to": HOSTILE, "reason": HOSTILE}
-    await host.request(f"{SUBJECTS.root}.h3.evt.{lane}.status", msgpack.packb(event))
+    await host.request(f"{SUBJECTS.root}.h3.evt.{lane}.status", msgpack.packb(dict(event)))
     await host.request(f"{SUBJECTS.root}.h3.evt.{lane}.command", b"\xc1 no msgpack")
     async with alone.page("#/instances") as page:
         await enter(page, bus.server.web_url)
@@ -140,9 +140,9 @@ async def test_the_bytes_of_a_dead_letter_are_shown_however_deep_it_is_nested(
     assert alone.complaints == []
 
 
-async def publish(host: Connection, host_id: str, kind: str, event: dict[str, object]) -> None:
+async def publish(host: Connection, host_id: str, kind: str, event: Mapping[str, object]) -> None:
     subject = f"{SUBJECTS.root}.{host_id}.evt.host.{kind}"
-    await host.request(subject, msgpack.packb(event))
+    await host.request(subject, msgpack.packb(dict(event)))
 
 
 async def test_the_page_itself_refuses_markup_and_foreign_scripts(alone: Browser) -> None:
