@@ -160,6 +160,9 @@ dashboard() {
     (
         cd "$work"
         export PATH=$node/bin:$PATH
+        # The authorities of this machine, as for apt, curl and pip; Node.js has only its own.
+        local authorities=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
+        [[ -n ${NODE_EXTRA_CA_CERTS-} || ! -f $authorities ]] || export NODE_EXTRA_CA_CERTS=$authorities
         node "$node/lib/node_modules/npm/bin/npm-cli.js" ci >>"$LOG" 2>&1 &&
             node node_modules/typescript/bin/tsc --noEmit && node build.mjs ../dashboard
     ) || die "cannot build the fleet page: is npm's registry reachable? See $LOG"
