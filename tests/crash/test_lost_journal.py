@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from handlers.host.vmm.cgroups import find_mount
+from handlers.host.vmm.processes import read_stat
 from schemas.codes import EXIT_CODES, Code
 from schemas.requests import (
     DestroyInstance,
@@ -69,8 +70,9 @@ async def until_swept(host: LiveHost, jail: Path) -> None:
 
 
 async def until_gone(pid: int) -> None:
+    """Its memory goes first; until it is a zombie it counts as a process with its uid."""
     async with asyncio.timeout(10):
-        while os.path.exists(f"/proc/{pid}/exe"):
+        while (found := read_stat(pid)) is not None and found[0] not in "ZX":
             await asyncio.sleep(0.01)
 
 

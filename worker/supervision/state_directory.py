@@ -71,7 +71,7 @@ class StateDirectory:
             tries = 0
             while not self._stop.is_set():
                 try:
-                    done = await self._fed(attempt)
+                    done = await (self._fed(attempt) if tries else attempt())
                 except (JournalFault, OSError) as error:
                     if isinstance(error, OSError) and error.errno not in RETRIED:
                         raise
@@ -87,7 +87,10 @@ class StateDirectory:
         return None
 
     async def _fed(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """An attempt may take long: an error of a disk, or the copy before a migration."""
+        """An attempt may take long: an error of a disk, or the copy before a migration.
+
+        Before the first one has failed READY is not sent, and no watchdog runs.
+        """
         task = asyncio.ensure_future(attempt())
         limit_s = self._manager.watchdog_s
         try:

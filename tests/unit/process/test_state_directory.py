@@ -95,12 +95,12 @@ async def test_a_stop_ends_the_wait(tmp_path: Path) -> None:
 
 
 class CountingManager(ServiceManager):
-    """With a watchdog of a millisecond; counts what it is fed."""
+    """With a watchdog of 0.3 s; tells that it is fed."""
 
     def __init__(self) -> None:
         super().__init__({})
         self.fed = asyncio.Event()
-        self.watchdog_s = 0.001
+        self.watchdog_s = 0.3
 
     def alive(self) -> None:
         self.fed.set()
@@ -110,7 +110,15 @@ async def test_the_watchdog_is_fed_while_an_attempt_takes_long(tmp_path: Path) -
     manager = CountingManager()
     made = directory(tmp_path, [], asyncio.Event(), manager)
 
+    tries = 0
+
     async def attempt() -> str:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            assert not manager.fed.is_set()  # it has not said that it is ready
+            raise os_error(errno.EIO)
+        manager.fed.clear()
         async with asyncio.timeout(20):
             await manager.fed.wait()
         return "opened"
