@@ -26,10 +26,10 @@ from worker.health import HealthServer
 from worker.journal.writer import JournalFault
 from worker.metrics import Metrics
 from worker.supervision.service_manager import ServiceManager
+from worker.supervision.watchdog import FEEDS
 
 RETRY_S: Final = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 RETRIED: Final = frozenset({errno.EROFS, errno.EIO, errno.ENOSPC, errno.EDQUOT})
-FEEDS: Final = 3
 
 T = TypeVar("T")
 log = structlog.get_logger()
