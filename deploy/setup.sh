@@ -45,7 +45,8 @@ apt() {
             die "apt-get update failed: is the Debian mirror reachable? See $LOG"
         updated=1
     fi
-    apt-get -q "$@" >>"$LOG" 2>&1 || die "apt-get $* failed. See $LOG"
+    # On a machine that has just started, its automatic upgrades may hold dpkg's lock.
+    apt-get -q -o DPkg::Lock::Timeout=300 "$@" >>"$LOG" 2>&1 || die "apt-get $* failed. See $LOG"
 }
 
 packages() {
