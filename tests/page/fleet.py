@@ -79,13 +79,16 @@ class PageFleet(Cell):
             return await client.send(host_id, request, timeout_s=60, **more)
 
 
+def passwords(*, mirror: bool = False) -> str:
+    """For the accounts that `hostd provision --server-config` prints."""
+    users = accounts.users(HOSTS, mirror=mirror)
+    return "".join(f"PASSWORD_{account}: {user}\n" for account, user in users.items())
+
+
 @contextlib.asynccontextmanager
 async def cell(directory: Path, *, program: str = "") -> AsyncGenerator[Cell]:
     """A server with the accounts and the streams of the cell, and no worker."""
-    passwords = "".join(
-        f"PASSWORD_{account}: {user}\n" for account, user in accounts.users(HOSTS).items()
-    )
-    config = passwords + accounts.server_config(SUBJECTS, HOSTS, DOMAIN)
+    config = passwords() + accounts.server_config(SUBJECTS, HOSTS, DOMAIN)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(own_network())
         server = Server(str(directory), config=config, program=program, address="0.0.0.0", web=True)

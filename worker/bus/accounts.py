@@ -6,8 +6,9 @@ account, whoever may send one JetStream request can make the server publish anyw
 accounts only what is exported and imported crosses, a reply included, so JetStream's account has no
 users, and each host and each agentd has an account that imports what it needs (ADR 0206).
 
-Nobody but the administrator may create a consumer or a stream: `deliver_subject`, `republish`,
-`sources` and `mirror` make the server publish, or read, in JetStream's account.
+Nobody but the administrator may create a stream, and a consumer only a mirror's server besides:
+`deliver_subject`, `republish`, `sources` and `mirror` make the server publish, or read, in
+JetStream's account.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from worker.bus import streams
 OWNER = "HOSTD"
 ADMIN = "ADMIN"
 DASHBOARD = "DASHBOARD"
+MIRROR = "MIRROR"  # a server that keeps copies for dashboards
 SYSTEM = "SYS"
 
 
@@ -65,13 +67,16 @@ class Grant:
     local: str = ""
 
 
-def grants(subjects: Subjects, hosts: Sequence[str], js_domain: str) -> tuple[Grant, ...]:
-    """All exports and imports of a cell with these hosts."""
+def grants(
+    subjects: Subjects, hosts: Sequence[str], js_domain: str, *, mirror: bool = False
+) -> tuple[Grant, ...]:
+    """All exports and imports of a cell with these hosts, and of its mirrors if there are any."""
     api = streams.js_api(js_domain)
     found = [
         Grant("service", OWNER, "$JS.API.>", (ADMIN,), many=True),
         *_info_grants(subjects, hosts),
         *_dashboard_grants(subjects),
+        *(_mirror_grants(subjects) if mirror else ()),
     ]
     for host in hosts:
         found += _host_grants(replace(subjects, host_id=host))
@@ -81,6 +86,17 @@ def grants(subjects: Subjects, hosts: Sequence[str], js_domain: str) -> tuple[Gr
         else grant
         for grant in found
     )
+
+
+def _mirror_grants(subjects: Subjects) -> Iterator[Grant]:
+    """A server that mirrors a stream makes a push consumer of it (ADR 1079)."""
+    for config in streams.mirror_configs(subjects, ""):
+        name = config["name"]
+        create = f"$JS.API.CONSUMER.CREATE.{name}"
+        yield Grant("service", OWNER, create, (MIRROR,))
+        yield Grant("service", OWNER, f"{create}.>", (MIRROR,))
+        yield Grant("service", OWNER, f"$JS.FC.{name}.>", (MIRROR,))  # flow control
+    yield Grant("stream", OWNER, f"{streams.mirror_delivery(subjects)}.>", (MIRROR,))
 
 
 def _stream_names(subjects: Subjects) -> tuple[str, ...]:
@@ -100,7 +116,7 @@ def _info_grants(subjects: Subjects, hosts: Sequence[str]) -> Iterator[Grant]:
 
 def _shown(subjects: Subjects) -> tuple[str, ...]:
     """What dashboards read of all hosts: no commands, no replies (ADR 1072)."""
-    return (subjects.events_stream, subjects.dead_stream, streams.bucket_stream(subjects))
+    return tuple(str(config["name"]) for config in streams.mirror_configs(subjects, ""))
 
 
 def _dashboard_grants(subjects: Subjects) -> Iterator[Grant]:
@@ -154,23 +170,27 @@ def describe(grant: Grant) -> str:
     return f"import {_import(grant)}, or {grant.owner} lacks {grant.kind} export {grant.subject}"
 
 
-def users(hosts: Sequence[str]) -> dict[str, str]:
+def users(hosts: Sequence[str], *, mirror: bool = False) -> dict[str, str]:
     """The user of each account that has one, e.g. `HOST_h1: host-h1`."""
     found = {ADMIN: "admin", DASHBOARD: "dashboard"}
+    if mirror:
+        found[MIRROR] = "mirror"
     for host in hosts:
         found |= {host_account(host): f"host-{host}", agentd_account(host): f"agentd-{host}"}
     return {**found, SYSTEM: "sys"}
 
 
-def server_config(subjects: Subjects, hosts: Sequence[str], js_domain: str) -> str:
+def server_config(
+    subjects: Subjects, hosts: Sequence[str], js_domain: str, *, mirror: bool = False
+) -> str:
     """The `accounts {}` of nats-server's configuration.
 
     Each password is a variable, e.g. `$PASSWORD_HOST_h1`: define it above, or in the environment of
     the server.
     """
-    all_grants = grants(subjects, hosts, js_domain)
+    all_grants = grants(subjects, hosts, js_domain, mirror=mirror)
     parts = ["accounts {", *_account(OWNER, "", all_grants)]
-    for account, user in users(hosts).items():
+    for account, user in users(hosts, mirror=mirror).items():
         parts += _account(account, user, all_grants)
     return "\n".join([*parts, "}", f"system_account: {SYSTEM}", ""])
 

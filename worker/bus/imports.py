@@ -36,7 +36,7 @@ async def missing(
         BusError: no answer now; try again.
     """
     found: list[str] = []
-    for grant in accounts.grants(subjects, hosts, js_domain):
+    for grant in accounts.grants(subjects, hosts, js_domain, mirror=True):
         request = _request(grant) if account in grant.to else None
         if request is None:
             continue
@@ -94,8 +94,8 @@ def _request(grant: accounts.Grant) -> tuple[str, bytes, Mapping[str, str]] | No
             return subject, b'{"seq":1}', {}
         case ["$JS", "API", *_]:
             return subject.replace(".>", ".hostd-check"), b"", {}
-        case ["$JS", "ACK", "*", *_]:
-            return None  # the form of acknowledgements that this server does not use
+        case ["$JS", "FC", *_] | ["$JS", "ACK", "*", *_]:
+            return None  # heard by one consumer; a form that this server does not use
         case ["$JS", "ACK", *_]:
             return subject.replace("*", "0"), IN_PROGRESS, {}
         case _:

@@ -17,7 +17,9 @@ from worker.bus.message import Message, NoResponder
 from worker.bus.protocol import BusError, NotProvisioned
 
 NOT_FOUND = (10014, 10059)
-FIXED = ("retention", "storage", "max_consumers", "deny_delete", "deny_purge", "name", "sealed")
+FIXED = frozenset(
+    {"retention", "storage", "max_consumers", "deny_delete", "deny_purge", "name", "sealed"}
+) | {"mirror"}
 NO_STORAGE = (10023, 10047)  # insufficient resources, insufficient storage
 
 
@@ -75,15 +77,47 @@ async def provision(
         BusError: no answer; run it again.
     """
     api = _Api(connection)
+    asked = _asked(replicas, placement)
+    wanted = streams.stream_configs(subjects, sizes_mib=sizes_mib)
+    made = [await _stream(api, config, asked, dry_run) for config in wanted]
+    of_hosts = [replace(subjects, host_id=host) for host in hosts]
+    return made + [await _consumer(api, one, ack_wait_ns, dry_run) for one in of_hosts]
+
+
+async def provision_mirrors(
+    connection: Connection,
+    subjects: Subjects,
+    js_domain: str,
+    *,
+    replicas: int | None = None,
+    placement: Mapping[str, Any] | None = None,
+    sizes_mib: Mapping[str, int] = streams.SIZES_MIB,
+    dry_run: bool = False,
+) -> list[Made]:
+    """Create or correct copies of what dashboards read of a cell, on a server of theirs.
+
+    Args:
+        connection: to that server, with the rights to make streams in its own JetStream.
+        subjects: of the cell; their host is not used.
+        js_domain: the name under which that server reaches the JetStream of the cell.
+        replicas, placement, sizes_mib, dry_run: as of `provision`.
+
+    Raises:
+        NotProvisioned, BusError: as `provision`.
+    """
+    api, asked = _Api(connection), _asked(replicas, placement)
+    wanted = streams.mirror_configs(subjects, js_domain, sizes_mib=sizes_mib)
+    return [await _stream(api, config, asked, dry_run) for config in wanted]
+
+
+def _asked(replicas: int | None, placement: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields of a stream that are changed only if they are asked for."""
     asked: dict[str, Any] = {}
     if replicas is not None:
         asked["num_replicas"] = replicas
     if placement is not None:
         asked["placement"] = dict(placement)
-    wanted = streams.stream_configs(subjects, sizes_mib=sizes_mib)
-    made = [await _stream(api, config, asked, dry_run) for config in wanted]
-    of_hosts = [replace(subjects, host_id=host) for host in hosts]
-    return made + [await _consumer(api, one, ack_wait_ns, dry_run) for one in of_hosts]
+    return asked
 
 
 async def _stream(
@@ -92,6 +126,8 @@ async def _stream(
     """Create or correct a stream. Of its placement only the part that is asked for changes."""
     name = str(config["name"])
     what = f"bucket {name.removeprefix('KV_')}" if name.startswith("KV_") else f"stream {name}"
+    if "mirror" in config:
+        what = f"mirror of {what}"
     info = await api.info(f"STREAM.INFO.{name}")
     config = {**config, **asked}
     ignored = streams.STREAM_NEUTRAL - asked.keys()

@@ -129,6 +129,40 @@ def stream_configs(
     )
 
 
+def mirror_delivery(subjects: Subjects) -> str:
+    """Prefix of the subjects under which mirrors of the cell get their messages."""
+    return f"HOSTD_MIRROR.{subjects.cell}"
+
+
+def mirror_configs(
+    subjects: Subjects, js_domain: str, *, sizes_mib: Mapping[str, int] = SIZES_MIB
+) -> tuple[dict[str, Any], ...]:
+    """Copies of what dashboards read, of the same names, in the JetStream of another server.
+
+    Args:
+        subjects: of the cell; their host is not used.
+        js_domain: the name under which that server reaches the JetStream of the cell.
+        sizes_mib: as of the cell's own streams; a smaller mirror of a stream keeps less history.
+    """
+    shown = (subjects.events_stream, subjects.dead_stream, bucket_stream(subjects))
+    api = js_api(js_domain).removesuffix(".")
+    found: list[dict[str, Any]] = []
+    for config in stream_configs(subjects, sizes_mib=sizes_mib):
+        name = config["name"]
+        if name not in shown:
+            continue
+        mirror = {field: config[field] for field in config.keys() - OF_THE_ORIGINAL}
+        mirror["description"] += " (mirror)"
+        mirror["discard"] = "old"
+        external = {"api": api, "deliver": mirror_delivery(subjects)}
+        mirror["mirror"] = {"name": name, "external": external}
+        if name == bucket_stream(subjects):
+            # Leaf nodes do not pass `$KV.>` on, and so a reader's feed begins where the copy is.
+            mirror["republish"] = {"src": ">", "dest": ">"}
+        found.append(mirror)
+    return tuple(found)
+
+
 def descriptions(subjects: Subjects) -> dict[str, str]:
     """One line about each stream of the cell, by its name."""
     cell = f"hostd, cell {subjects.cell}"
@@ -178,6 +212,7 @@ STREAM_TUNABLE = frozenset(
     {"storage", "max_age", "max_bytes", "max_msgs", "max_msg_size", "max_consumers"}
 ) | {"duplicate_window", "consumer_limits"}
 CONSUMER_TUNABLE = frozenset({"ack_wait", "max_ack_pending", "max_waiting", "mem_storage"})
+OF_THE_ORIGINAL = frozenset({"subjects", "duplicate_window"})  # what a mirror cannot have
 UNSET: tuple[object, ...] = (0, -1, False, "", [], {}, None)
 
 

@@ -1,10 +1,12 @@
 """`hostd provision`: streams, KV bucket and consumers of a cell, with an admin credential."""
 
 import asyncio
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import click
@@ -17,7 +19,7 @@ from worker import logs
 from worker.bus import accounts, imports, streams
 from worker.bus.connection import Connection
 from worker.bus.protocol import BusError, NotProvisioned
-from worker.bus.provision import Made
+from worker.bus.provision import Made, provision_mirrors
 from worker.bus.provision import provision as provision_cell
 from worker.bus.strict_client import without_password
 from worker.cli.client import check_credentials
@@ -32,6 +34,7 @@ from worker.cli.context import (
 )
 
 CONNECT_TIMEOUT_S = 10.0
+DOMAIN = HOST_ID_PATTERN
 SIZE_MIB = re.compile(r"[0-9]{1,10}")
 LACKING = "lacking"
 TO_DO = 1  # the exit code of a dry run that finds something, as of `hostd doctor`
@@ -90,6 +93,15 @@ JS_DOMAIN = "hostd"  # in the printed accounts, if [nats] js_domain is empty
     is_flag=True,
     help="Print the accounts of nats-server.conf for the cell and its hosts; change nothing.",
 )
+@click.option(
+    "--mirrors", is_flag=True, help="With --server-config: also the account of a mirror's server."
+)
+@click.option(
+    "--mirror-of",
+    metavar="DOMAIN",
+    help="On a server of the dashboards: make copies of events, dead letters and state of the cell "
+    "in that JetStream domain, and nothing else.",
+)
 @config_option
 @json_option
 def provision(
@@ -104,15 +116,22 @@ def provision(
     checks: tuple[str, ...],
     dry_run: bool,
     server_config: bool,
+    mirrors: bool,
+    mirror_of: str | None,
     config: str | None,
     as_json: bool,
 ) -> None:
     """Create a cell's streams, KV bucket and one consumer per host. Idempotent.
 
     With --server-config: print the NATS accounts that give each role exactly what it needs.
+    With --mirror-of: make copies for dashboards instead, on the server that keeps them.
     """
     settings = settings_of(config)
     hosts = hosts or (settings.host.id,)
+    if (mirrors and not server_config) or (mirror_of and (server_config or checks)):
+        raise click.UsageError(
+            "--mirrors is an option of --server-config; --mirror-of excludes that and --check-creds"
+        )
     if bad := [host for host in hosts if not HOST_ID_PATTERN.fullmatch(host)]:
         raise click.UsageError(
             f"invalid host ID {bad[0]!r}: use 1-63 characters A-Z, a-z, 0-9, '_' or '-'"
@@ -126,39 +145,33 @@ def provision(
     subjects = Subjects(settings.root, hosts[0], settings.host.cell)
     if server_config:
         domain = settings.nats.js_domain or JS_DOMAIN
-        click.echo(accounts.server_config(subjects, hosts, domain), nl=False)
+        click.echo(accounts.server_config(subjects, hosts, domain, mirror=mirrors), nl=False)
         return
 
+    asked = partial(
+        partial(provision_mirrors, js_domain=_domain(mirror_of))
+        if mirror_of
+        else partial(provision_cell, hosts=hosts),
+        subjects=subjects,
+        replicas=replicas,
+        placement=_placement(cluster, tags),
+        sizes_mib=sizes_mib,
+        dry_run=dry_run,
+    )
+
     async def work() -> list[Made]:
-        connection = Connection(nats, name="hostd-provision", inbox="_INBOX.hostd-provision")
-        await connection.start()
-        try:
-            await asyncio.wait_for(connection.wait_connected(), CONNECT_TIMEOUT_S)
-            made = await provision_cell(
-                connection,
-                subjects,
-                hosts,
-                replicas=replicas,
-                placement=_placement(cluster, tags),
-                sizes_mib=sizes_mib,
-                dry_run=dry_run,
-            )
-            for account, path in accounts_to_check:
-                made.append(await _check(nats, account, path, subjects, hosts))
-            return made
-        except TimeoutError as error:
-            raise NoAnswer(
-                f"cannot connect to NATS at {shown} within {CONNECT_TIMEOUT_S:g} s: "
-                f"{connection.last_error or 'no connection'}"
-            ) from error
-        finally:
-            await connection.close()
+        async with _connected(nats, f"cannot connect to NATS at {shown}") as connection:
+            made = await asked(connection)
+        for account, path in accounts_to_check:
+            made.append(await _check(nats, account, path, subjects, hosts))
+        return made
 
     if nats.creds:
         check_credentials(nats.creds)
     logs.configure("critical", stream="stderr")  # a failure is reported once, in words
     verb = "comparing" if dry_run else "provisioning"
-    progress(f"{verb} cell {settings.host.cell} at {shown}, hosts: {', '.join(hosts)}")
+    of = f"mirrors of domain {mirror_of}" if mirror_of else f"hosts: {', '.join(hosts)}"
+    progress(f"{verb} cell {settings.host.cell} at {shown}, {of}")
     try:
         made = asyncio.run(work())
     except NotProvisioned as error:
@@ -181,6 +194,24 @@ def _placement(cluster: str | None, tags: Sequence[str]) -> dict[str, Any] | Non
     return {part: value for part, value in asked.items() if value} or None
 
 
+@contextlib.asynccontextmanager
+async def _connected(
+    nats: NatsSettings, failed: str, *, inbox: str = "_INBOX.hostd-provision"
+) -> AsyncGenerator[Connection]:
+    """A connection, closed afterwards; NoAnswer, beginning with `failed`, if there is none."""
+    connection = Connection(nats, name="hostd-provision", inbox=inbox)
+    await connection.start()
+    try:
+        try:
+            await asyncio.wait_for(connection.wait_connected(), CONNECT_TIMEOUT_S)
+        except TimeoutError as error:
+            why = connection.last_error or "no connection"
+            raise NoAnswer(f"{failed} within {CONNECT_TIMEOUT_S:g} s: {why}") from error
+        yield connection
+    finally:
+        await connection.close()
+
+
 async def _check(
     nats: NatsSettings, account: str, path: str, subjects: Subjects, hosts: Sequence[str]
 ) -> Made:
@@ -188,19 +219,10 @@ async def _check(
     settings = msgspec.structs.replace(nats, creds=path)
     host_id = account.partition("_")[2] or hosts[0]
     inbox = streams.inbox_prefix(host_id) if account.startswith("HOST_") else "_INBOX.hostd-check"
-    connection = Connection(settings, name="hostd-provision", inbox=inbox)
-    await connection.start()
-    try:
-        await asyncio.wait_for(connection.wait_connected(), CONNECT_TIMEOUT_S)
+    failed = f"cannot connect to NATS with {path} for account {account}"
+    async with _connected(settings, failed, inbox=inbox) as connection:
         domain = nats.js_domain or JS_DOMAIN
         text = await imports.check(connection, account, subjects, hosts, domain)
-    except TimeoutError as error:
-        raise NoAnswer(
-            f"cannot connect to NATS with {path} for account {account} within "
-            f"{CONNECT_TIMEOUT_S:g} s: {connection.last_error or 'no connection'}"
-        ) from error
-    finally:
-        await connection.close()
     what = f"account {account}"
     return Made(what, "found") if text == "ok" else Made(what, LACKING, text)
 
@@ -208,12 +230,21 @@ async def _check(
 def _account(text: str, hosts: Sequence[str]) -> tuple[str, str]:
     """`ACCOUNT=FILE`."""
     account, _, path = text.partition("=")
-    known = [name for name in accounts.users(hosts) if name != accounts.SYSTEM]
+    known = [name for name in accounts.users(hosts, mirror=True) if name != accounts.SYSTEM]
     if account not in known or not path:
         raise click.UsageError(
             f"invalid --check-creds {text!r}: use ACCOUNT=FILE with ACCOUNT {', '.join(known)}"
         )
     return account, os.path.abspath(path)
+
+
+def _domain(value: str) -> str:
+    """A JetStream domain, one token of a subject."""
+    if not DOMAIN.fullmatch(value):
+        raise click.UsageError(
+            f"invalid --mirror-of {value!r}: use 1-63 characters A-Z, a-z, 0-9, '_' or '-'"
+        )
+    return value
 
 
 def _size(text: str) -> tuple[str, int]:

@@ -107,6 +107,14 @@ export class Bus {
     return { first: number(state["first_seq"]), last: number(state["last_seq"]) };
   }
 
+  /** When a mirror last heard its original, ago; null: the stream is no mirror. */
+  async mirrorSilentMs(stream: string): Promise<number | null> {
+    const mirror = fields((await this.info(stream, {}))["mirror"]);
+    if (!mirror) return null;
+    const active = number(mirror["active"]); // nanoseconds; negative: never
+    return active < 0 ? Infinity : active / 1e6;
+  }
+
   /** The last message of a subject; null: there is none. */
   last(stream: string, subject: string): Promise<Kept | null> {
     return this.get(`${this.api}.DIRECT.GET.${stream}.${subject}`, "");

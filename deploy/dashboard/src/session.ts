@@ -10,6 +10,11 @@ import { hostEvent } from "./wire";
 
 const EVENTS_READ = 300;
 const RETRY_MS = 2000;
+/** A mirror hears its original's heartbeats each second. */
+const SILENT_MS = 10_000;
+const MIRROR_CHECK_MS = 2000;
+
+const SILENT = "The mirror does not hear from the cell's servers";
 
 export interface Link {
   readonly state: "live" | "reading" | "lost";
@@ -36,6 +41,7 @@ export class Session {
       throw error;
     }
     void session.follow();
+    void session.watchMirror();
     return session;
   }
 
@@ -73,6 +79,7 @@ export class Session {
     if (this.ended || !this.subscriptions.length) this.subscribe();
     await bus.nats.flush(); // the server has answered the subscriptions before
     if (this.ended) throw new BusFailure(this.ended);
+    if (((await bus.mirrorSilentMs(stream)) ?? 0) > SILENT_MS) throw new BusFailure(SILENT);
     fleet.beginRead();
     const subjects = await bus.subjects(stream, `$KV.${bus.bucket}.>`);
     let done = 0;
@@ -89,6 +96,25 @@ export class Session {
     if (turn !== this.reads) return;
     this.currentMs = Date.now();
     this.link = { state: "live", text: "Live" };
+  }
+
+  /** Says when a mirror hears nothing of its original: this connection alone does not show it. */
+  private async watchMirror(): Promise<void> {
+    const { bus } = this;
+    const stream = `KV_${bus.bucket}`;
+    while (!bus.nats.isClosed()) {
+      await new Promise((done) => setTimeout(done, MIRROR_CHECK_MS));
+      if (this.link.state !== "live") continue;
+      try {
+        const silentMs = await bus.mirrorSilentMs(stream);
+        if (silentMs === null) return;
+        if (silentMs <= SILENT_MS) continue;
+      } catch {
+        continue; // the connection's own loss is seen by follow()
+      }
+      this.lose(SILENT);
+      this.readSoon();
+    }
   }
 
   private async readEvents(): Promise<void> {

@@ -100,10 +100,11 @@ async def roles(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 # -- the example file ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("example", [EXAMPLE, EXAMPLE.with_name("mirror.conf")])
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_nats_server_accepts_the_example_configuration(program: str) -> None:
+def test_nats_server_accepts_the_example_configuration(program: str, example: Path) -> None:
     done = subprocess.run(
-        [program or find_program(), "-t", "-c", str(EXAMPLE)],
+        [program or find_program(), "-t", "-c", str(example)],
         capture_output=True,
         check=False,
         timeout=20,

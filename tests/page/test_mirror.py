@@ -1,0 +1,164 @@
+"""The fleet page on a mirror, a leaf node with the configuration of deploy/nats/mirror.conf."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgpack
+import pytest
+import pytest_asyncio
+from playwright.async_api import expect
+
+from tests.broker.server import OLD_SERVER, Server, connection_to
+from tests.guests.namespace import own_network
+from tests.page.browser import Browser, browser, served, sign_in
+from tests.page.fleet import CELL, DOMAIN, HOSTS, SUBJECTS, passwords
+from worker.bus import accounts
+from worker.bus.connection import Connection
+from worker.bus.message import NoResponder
+from worker.bus.provision import provision, provision_mirrors
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+EXAMPLE = Path(__file__).parents[2] / "deploy" / "nats" / "mirror.conf"
+LEAF_PORT, WEB_PORT = 7422, 9223  # the example's, in a network namespace of the test's
+KINDS = ("stream", "stream", "bucket")
+BUCKET = f"$KV.{SUBJECTS.state_bucket}"
+
+
+class MirrorServer(Server):
+    """The example's configuration as it stands, but for the store and the port of its clients."""
+
+    def configure(self, config: str) -> None:
+        text = EXAMPLE.read_text(encoding="utf-8")
+        text, count = re.subn(r'store_dir: "[^"]+"', f'store_dir: "{self.directory}"', text)
+        text, ports = re.subn(r'(?m)^listen: "[^"]+"', f'listen: "127.0.0.1:{self.port}"', text)
+        assert (count, ports) == (1, 1)
+        Path(self.config_file).write_text(text, encoding="utf-8")
+
+
+@dataclass
+class Mirrored:
+    cell: Server
+    mirror: Server
+
+    def url(self, user: str) -> str:
+        return self.cell.url.replace("//", f"//{user}:{user}@")
+
+    @property
+    def mirror_url(self) -> str:
+        return self.mirror.url.replace("//", "//mirror:mirror@")
+
+
+@pytest_asyncio.fixture(
+    scope="module", loop_scope="module", params=["", str(OLD_SERVER)], ids=["newest", "oldest"]
+)
+async def mirrored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Mirrored]:
+    config = (
+        f'leafnodes {{ listen: "127.0.0.1:{LEAF_PORT}" }}\n'
+        + passwords(mirror=True)
+        + accounts.server_config(SUBJECTS, HOSTS, DOMAIN, mirror=True)
+    )
+    directory = tmp_path_factory.mktemp("nats")
+    async with AsyncExitStack() as stack:
+        stack.enter_context(own_network())
+        cell = Server(str(directory / "cell"), config=config, program=request.param)
+        mirror = MirrorServer(str(directory / "mirror"))
+        for server in (cell, mirror):
+            await server.start()
+            stack.push_async_callback(server.stop)
+        made = Mirrored(cell, mirror)
+        async with connection_to(made.url("admin")) as admin:
+            await provision(admin, SUBJECTS, HOSTS)
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def alone(mirrored: Mirrored) -> AsyncIterator[Browser]:
+    async with AsyncExitStack() as stack:
+        url = stack.enter_context(served(Path("build/dashboard")))
+        yield await stack.enter_async_context(browser(url))
+
+
+async def put(host: Connection, key: str) -> None:
+    value = {"v": 1, "status": "running", "journal_id": "j", "seq": 1, "at_ms": 1}
+    await host.request(f"{BUCKET}.h3.instance.t.p.{key}", msgpack.packb(value))
+
+
+async def make_mirrors(mirrored: Mirrored) -> list[str]:
+    async with connection_to(mirrored.mirror_url) as connection:
+        made = await provision_mirrors(connection, SUBJECTS, DOMAIN)
+    return [f"{one.how} {one.what} {one.detail}".strip() for one in made]
+
+
+async def test_mirrors_are_made_once_and_the_page_follows_the_cell_through_them(
+    alone: Browser, mirrored: Mirrored
+) -> None:
+    h3 = connection_to(mirrored.url("host-h3"), inbox="_INBOX_HOSTD.h3")
+    async with h3 as host, alone.page("#/instances") as page:
+        await put(host, "before")
+
+        names = [f"HOSTD_EVT_{CELL}", f"HOSTD_DEAD_{CELL}", f"HOSTD_STATE_{CELL}"]
+        copies = [f"mirror of {kind} {name}" for kind, name in zip(KINDS, names, strict=True)]
+        assert await make_mirrors(mirrored) == [f"made {what}" for what in copies]
+        assert await make_mirrors(mirrored) == [f"found {what}" for what in copies]
+        await sign_in(page, f"ws://127.0.0.1:{WEB_PORT}", "dashboard", "dashboard", "mirror")
+        status = page.get_by_role("status")
+        await expect(page.get_by_role("row").filter(has_text="t/p/before")).to_have_count(1)
+        await expect(status).to_have_text("Live")
+        await put(host, "live")
+
+        await expect(page.get_by_role("row").filter(has_text="t/p/live")).to_have_count(1)
+        event = {"id": "e1", "journal_id": "j", "seq": 2, "at_ms": 2, "reason": "by the leaf node"}
+        await host.request(f"{SUBJECTS.root}.h3.evt.host.status", msgpack.packb(event))
+        await page.get_by_role("link", name="Events").click()
+        events = page.get_by_role("table", name="Events")
+        await expect(events).to_contain_text("by the leaf node")
+
+
+async def test_the_page_says_that_a_mirror_hears_nothing_and_goes_on_by_itself(
+    alone: Browser, mirrored: Mirrored
+) -> None:
+    await make_mirrors(mirrored)
+    async with alone.page("#/instances") as page:
+        await sign_in(page, f"ws://127.0.0.1:{WEB_PORT}", "dashboard", "dashboard", "mirror")
+        status = page.get_by_role("status")
+        await expect(status).to_have_text("Live")
+
+        await asyncio.to_thread(mirrored.cell.pause)
+        silent = "The mirror does not hear from the cell's servers; shown is the state of"
+        await expect(status).to_contain_text(silent, timeout=30_000)
+        mirrored.cell.go_on()
+        async with connection_to(mirrored.url("host-h3"), inbox="_INBOX_HOSTD.h3") as host:
+            await put(host, "after")
+
+        await expect(status).to_have_text("Live", timeout=30_000)
+        await expect(page.get_by_role("row").filter(has_text="t/p/after")).to_have_count(1)
+    alone.complaints.clear()
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        f"CONSUMER.CREATE.HOSTD_CMD_{CELL}",
+        f"CONSUMER.CREATE.HOSTD_REPLY_{CELL}",
+        f"CONSUMER.DELETE.HOSTD_CMD_{CELL}.h3",
+        f"STREAM.DELETE.HOSTD_EVT_{CELL}",
+        f"STREAM.UPDATE.HOSTD_EVT_{CELL}",
+        f"STREAM.PURGE.KV_HOSTD_STATE_{CELL}",
+        f"STREAM.MSG.GET.HOSTD_CMD_{CELL}",
+        f"DIRECT.GET.HOSTD_REPLY_{CELL}",
+    ],
+)
+async def test_the_account_of_a_mirror_sees_no_command_and_changes_no_stream(
+    mirrored: Mirrored, endpoint: str
+) -> None:
+    async with connection_to(mirrored.url("mirror")) as connection:
+        await connection.request(f"$JS.{DOMAIN}.API.CONSUMER.CREATE.HOSTD_EVT_{CELL}", b"{}")
+        with pytest.raises(NoResponder):
+            await connection.request(f"$JS.{DOMAIN}.API.{endpoint}", b"{}")
