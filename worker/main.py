@@ -340,7 +340,7 @@ class Worker:
         self.overwatch = Overwatch(host, journal, self.lanes, metrics.vmms)
         self.lanes.on_arrival = self.overwatch.yield_to
         self.recovery = Recovery(
-            host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs)
+            host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs), metrics
         )
         self.dump = Dump(self)
         self._bounded = reading.Parts(host, journal, bus, self.service, self.quarantine, self.sweep)

@@ -201,4 +201,4 @@ def vmm_watch(worker: MemoryWorker, exits: FakeExits | None = None) -> VmmWatch:
 
 def recovery(worker: MemoryWorker, jails: FakeJailLayout | None = None) -> Recovery:
     adoption = Adoption(worker.host, worker.journal, jails or FakeJailLayout(worker.machine))
-    return Recovery(worker.host, worker.journal, vmm_watch(worker), adoption)
+    return Recovery(worker.host, worker.journal, vmm_watch(worker), adoption, Metrics("0"))

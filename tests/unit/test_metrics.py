@@ -47,6 +47,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_network_warnings": ("gauge", set()),
     "hostd_launches_quarantined": ("gauge", set()),
     "hostd_lost_resources": ("gauge", set()),
+    "hostd_drift": ("counter", {"kind", "result"}),
     "hostd_vmm_hung": ("gauge", set()),
     "hostd_vmm_probes": ("counter", {"result"}),
     "hostd_orphans": ("gauge", {"kind"}),
@@ -116,6 +117,7 @@ def used() -> Metrics:
     metrics.bus_connected(True)
     metrics.instances({Status.RUNNING: 5})
     metrics.vmms.lost(1)
+    metrics.vmms.drift("tap", "lost")
     metrics.vmms.quarantined(False)
     metrics.vmms.hung(1)
     metrics.vmms.probed("answered")

@@ -30,6 +30,12 @@ class VmmMeters:
             "Parts of running instances that are missing and cannot be made again while they run.",
             registry=registry,
         )
+        self._drift = Counter(
+            "hostd_drift_total",
+            "Resources that were changed out of band, by kind and what became of them.",
+            ["kind", "result"],
+            registry=registry,
+        )
         self._quarantined = Gauge(
             "hostd_launches_quarantined",
             "1 while no Start is taken because launches kept failing by the host's fault, else 0.",
@@ -49,6 +55,10 @@ class VmmMeters:
 
     def hung(self, count: int) -> None:
         self._hung.set(count)
+
+    def drift(self, kind: str, result: str) -> None:
+        """`kind`: the mechanism's name, or `instance.json`; `result`: `repaired` or `lost`."""
+        self._drift.labels(kind, result).inc()
 
     def lost(self, count: int) -> None:
         """As of the last pass of the reconciler; its `drift` events name them."""

@@ -32,6 +32,7 @@ from worker.journal.journal import Journal
 from worker.lanes import Lanes, MaintenanceTask
 from worker.logs import facts_of
 from worker.metrics import Metrics
+from worker.reconcile.drift import BASE_RULES, report_drift
 from worker.reconcile.running_check import RunningCheck
 from worker.reconcile.sweep import Sweep
 
@@ -96,7 +97,7 @@ class Reconciler:
         self._sweep_orphans = sweep
         self._calls_hang = calls_hang
         self._clock = clock
-        self._running = RunningCheck(host, journal, lanes)
+        self._running = RunningCheck(host, journal, lanes, metrics)
         self._lost: dict[str, tuple[str, ...]] = {}
         self._unrecorded: set[tuple[int, int]] = set()
         self._warnings: set[str] = set()
@@ -173,11 +174,7 @@ class Reconciler:
         if not rules_only:  # what a network that is whole had lost is there again
             self._lost = {each: lost for each, lost in self._lost.items() if each in set(damaged)}
         if base:
-            await self._journal.records.event(
-                EventKind.DRIFT,
-                reason="changed out of band",
-                detail={"repaired": ["base_rules"], "lost": []},
-            )
+            await report_drift(self._journal, self._metrics, BASE_RULES, "changed out of band")
         for tenant_id in damaged:
             if (record := self._journal.records.network(tenant_id)) is not None:
                 await self._restore(record)
@@ -195,11 +192,12 @@ class Reconciler:
         else:
             self._lost.pop(record.tenant_id, None)
         if restored.repaired or is_news:
-            await self._journal.records.event(
-                EventKind.DRIFT,
+            await report_drift(
+                self._journal,
+                self._metrics,
+                restored,
+                "changed out of band",
                 tenant_id=record.tenant_id,
-                reason="changed out of band",
-                detail={"repaired": list(restored.repaired), "lost": list(restored.lost)},
             )
 
     async def _report_warnings(self) -> None:

@@ -24,7 +24,9 @@ from handlers.steps import Steps
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status
 from worker.journal.journal import Journal
+from worker.metrics import Metrics
 from worker.reconcile.adoption import Adoption, note_failed_item
+from worker.reconcile.drift import BASE_RULES, report_drift
 from worker.reconcile.vmm_versions import record_version
 from worker.reconcile.vmm_watch import VmmWatch
 
@@ -50,12 +52,18 @@ class Recovery:
     """Runs once, before the lanes start."""
 
     def __init__(
-        self, host: Host, journal: Journal, vmm_watch: VmmWatch, adoption: Adoption
+        self,
+        host: Host,
+        journal: Journal,
+        vmm_watch: VmmWatch,
+        adoption: Adoption,
+        metrics: Metrics,
     ) -> None:
         self._host = host
         self._journal = journal
         self._vmm_watch = vmm_watch
         self._adoption = adoption
+        self._metrics = metrics
         self._counts = Counts()
 
     async def run(self) -> Counts:
@@ -110,11 +118,7 @@ class Recovery:
             named = set(tenants)
             damaged = tuple(each for each in networks if each.tenant_id in named)
             if base:
-                await self._journal.records.event(
-                    EventKind.DRIFT,
-                    reason="found at start",
-                    detail={"repaired": ["base_rules"], "lost": []},
-                )
+                await report_drift(self._journal, self._metrics, BASE_RULES, "found at start")
         self._counts.networks += len(networks) - len(damaged)
         await self._each(damaged, self._network)
 
@@ -122,11 +126,8 @@ class Recovery:
         restored = await restore_network(record, self._host)
         self._counts.networks += 1
         if restored.repaired or restored.lost:
-            await self._journal.records.event(
-                EventKind.DRIFT,
-                tenant_id=record.tenant_id,
-                reason="found at start",
-                detail={"repaired": list(restored.repaired), "lost": list(restored.lost)},
+            await report_drift(
+                self._journal, self._metrics, restored, "found at start", tenant_id=record.tenant_id
             )
 
     async def _instance(self, record: InstanceRecord, *, rebooted: bool) -> None:

@@ -10,13 +10,14 @@ import structlog
 
 from handlers.instance.running_check import is_running, restore_running, survey_running
 from handlers.interfaces import Host
-from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.lanes import Lanes, MaintenanceTask
 from worker.logs import facts_of
+from worker.metrics import Metrics
+from worker.reconcile.drift import report_drift
 
 SLICE = 64
 PASSES = 4  # in which all are compared, if there are more than one slice of them
@@ -27,9 +28,10 @@ log = structlog.get_logger()
 class RunningCheck:
     """One slice a pass: all of `SLICE` instances, of more a quarter."""
 
-    def __init__(self, host: Host, journal: Journal, lanes: Lanes) -> None:
+    def __init__(self, host: Host, journal: Journal, lanes: Lanes, metrics: Metrics) -> None:
         self._host = host
         self._journal = journal
+        self._metrics = metrics
         self._lanes = lanes
         self._left: list[InstanceRef] = []
         self._size = SLICE
@@ -70,11 +72,8 @@ class RunningCheck:
         lost = (record.launch, restored.lost)
         is_news = self._lost.get(ref) != lost and bool(restored.lost)
         if restored.repaired or is_news:
-            await self._journal.records.event(
-                EventKind.DRIFT,
-                ref=ref,
-                reason="changed out of band",
-                detail={"repaired": list(restored.repaired), "lost": list(restored.lost)},
+            await report_drift(
+                self._journal, self._metrics, restored, "changed out of band", ref=ref
             )
         if restored.lost:
             self._lost[ref] = lost

@@ -19,6 +19,7 @@ from tests.constants import NET, REF, START, STOP
 from tests.fakes.host import FakeHost, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import FakeChange, Reconciled, reconciled
+from worker.metrics import Metrics
 from worker.reconcile import running_check
 from worker.reconcile.reconciler import PASS_EVERY_S
 from worker.reconcile.running_check import PASSES, RunningCheck
@@ -38,6 +39,10 @@ class Running:
         rows = await self.worker.journal.outbox.pending("event", 1000)
         events = [codec.decode_event(row.payload) for row in rows]
         return [event for event in events if event.kind is EventKind.DRIFT]
+
+    def counted(self, kind: str, result: str) -> float | None:
+        labels = {"kind": kind, "result": result}
+        return self.made.metrics.registry.get_sample_value("hostd_drift_total", labels)
 
     def lost(self) -> float | None:
         return self.made.metrics.registry.get_sample_value("hostd_lost_resources")
@@ -95,6 +100,7 @@ async def test_what_is_hostds_is_restored_and_announced_once(
     key = running.worker.record().cgroup_key
     assert event.detail["repaired"] == [each.format(key=key, ref=REF) for each in repaired]
     assert (event.instance_id, event.detail["lost"]) == (REF.instance_id, [])
+    assert running.counted(repaired[0].split()[0], "repaired") == len(repaired)
 
 
 async def test_a_memory_limit_below_what_is_in_use_is_announced_and_kills_nothing(
@@ -142,6 +148,7 @@ async def test_a_tap_that_is_lost_for_good_is_announced_once(running: Running) -
     (event,) = await running.drifts()
     assert event.detail["lost"] == ["tap tn3i5"]
     assert running.lost() == 1
+    assert running.counted("tap", "lost") == 1
 
 
 @pytest.mark.parametrize("lost", ["tap", "api.sock"])
@@ -222,7 +229,7 @@ async def test_all_are_compared_within_a_few_passes_however_many_run(
 
     monkeypatch.setattr(running_check, "survey_running", look)
     monkeypatch.setattr(running_check, "SLICE", 4)
-    check = RunningCheck(worker.host, worker.journal, worker.lanes)
+    check = RunningCheck(worker.host, worker.journal, worker.lanes, Metrics("0"))
 
     for _ in range(PASSES):
         await check.run()
