@@ -12,8 +12,9 @@ import msgspec
 
 from bench.bench_host import BenchHost
 from bench.raw import raw_loop
+from bench.raw.two_commits import two_commits
 from bench.report.budgets import at_least, at_most_more
-from bench.report.rows import Measured, Row, row
+from bench.report.rows import Measured, Row, floor, row
 from bench.sender import Sender, Sent
 from schemas import codec
 from schemas.envelopes import Command
@@ -102,10 +103,15 @@ async def latencies(bench: BenchHost, raw: Sender, net: TenantNet, rounds: int) 
     cpu_ms = (bench.cpu_ms() - before_ms) / rounds
     changed: list[float] = []
     base_of_changed: list[float] = []
-    for _ in range(max(1, rounds // CHANGES_SHARE)):
-        for request in (setup, teardown):
-            changed.append(aside_ms(await sender.send(request)))
-            base_of_changed.append((await raw.send(request)).took_ms)
+    commits: list[float] = []
+    handed_over: list[float] = []
+    with two_commits(f"{bench.host.directory}/two-commits.db") as two:
+        for _ in range(max(1, rounds // CHANGES_SHARE)):
+            for request in (setup, teardown):
+                changed.append(aside_ms(await sender.send(request)))
+                base_of_changed.append((await raw.send(request)).took_ms)
+                commits.append(await two.alone_ms())
+                handed_over.append(await two.handed_over_ms())
     return [
         row(
             "command that changes nothing, p50",
@@ -122,6 +128,8 @@ async def latencies(bench: BenchHost, raw: Sender, net: TenantNet, rounds: int) 
             base_of_changed,
             budget=at_most_more(CHANGED_MS, "ms"),
         ),
+        floor("the two durable commits of such a command, one thread", "ms", commits),
+        floor("the same, each handed to a thread and waited for", "ms", handed_over),
     ]
 
 

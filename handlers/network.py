@@ -6,7 +6,6 @@ effect until its teardown, by drift repair and after a reboot through the same m
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from ipaddress import IPv4Network
 
 from handlers.admission.disk_admission import refuse_low_disk
 from handlers.cancellation import together
@@ -19,6 +18,7 @@ from handlers.steps import Done, Steps
 from schemas.decode_error import DecodeError
 from schemas.envelopes import EventKind
 from schemas.files import TenantConfig
+from schemas.naming import subnet_of
 from schemas.records import ABSENT, NetworkRecord
 from schemas.requests import NetworkRequest, SetupNetwork, TeardownNetwork, TenantNet
 from schemas.tenant_net import check_net_of
@@ -46,8 +46,8 @@ async def setup_network(cmd: SetupNetwork, steps: Steps, host: Host) -> Done:
         rules, bridge = network_specs(cmd.tenant_id, cmd.net)
         planned = (host.tenant_rules, rules.key), (host.bridges, bridge.key)
         recorded, _ = await together(validate_setup(cmd, host), steps.look(*planned))
-        changed, _ = await together(
-            steps.act("prepare_network", host.networks.prepare), steps.announce(*planned)
+        _, changed = await together(
+            steps.announce(*planned), steps.act("prepare_network", host.networks.prepare)
         )
         changed = await steps.ensure(host.tenant_rules, rules) or changed
         made, found = await together(
@@ -86,18 +86,19 @@ async def teardown_network(cmd: TeardownNetwork, steps: Steps, host: Host) -> Do
     async with network_lock(cmd.tenant_id, steps, host):
         recorded = await validate_teardown(cmd, host)
         rules, bridge = network_specs(cmd.tenant_id, cmd.net)
-        _, present = await together(refuse_in_use(cmd, host), exists(rules, bridge, host))
+        await refuse_in_use(cmd, host)
+        changed = recorded is not None or await exists(rules, bridge, host)
         steps.finalize()
         # The bridge is removed first: without its rules it must not forward anything. A worker that
         # is killed before the record is on disk leaves this command, which the next one completes.
         await together(
-            steps.remove(host.bridges, bridge.key),
             note_teardown(cmd, recorded, host),
+            steps.remove(host.bridges, bridge.key),
         )
         await steps.remove(host.tenant_rules, rules.key)
     record = None if recorded is None else record_of(cmd, ABSENT, host)
     return Done(
-        changed=present or recorded is not None,
+        changed=changed,
         status=None,
         detail={"bridge_name": cmd.net.bridge_name},
         network=record,
@@ -228,7 +229,7 @@ def refuse_duplicate(tenant_id: str, net: TenantNet, host: Host) -> None:
     other = host.records.network_with_id(net.tenant_net_id)
     if other is not None and other.tenant_id != tenant_id:
         raise Conflict(f"tenant_net_id {net.tenant_net_id} belongs to tenant {other.tenant_id}")
-    for other in host.records.networks_overlapping(IPv4Network(net.ipv4_subnet)):
+    for other in host.records.networks_overlapping(subnet_of(net.ipv4_subnet)):
         if other.tenant_id != tenant_id:
             raise Conflict(
                 f"subnet {net.ipv4_subnet} overlaps {other.net.ipv4_subnet} of tenant "

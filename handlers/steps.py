@@ -39,7 +39,7 @@ import structlog
 from handlers.cancellation import finish
 from handlers.control import Control
 from handlers.errors import Abandoned, Failure
-from handlers.mechanism import Keyed, Mechanism, Removable, StepIntent, StepLog, StepRow
+from handlers.mechanism import Durability, Keyed, Mechanism, Removable, StepIntent, StepLog, StepRow
 from schemas.envelopes import StepTaken
 from schemas.records import InstanceRecord, NetworkRecord, Tombstone
 
@@ -144,6 +144,7 @@ class Steps:
                 mechanism.name,
                 lambda: mechanism.ensure(spec),
                 outcome="found" if existed and row.existed else "done",
+                on_host=mechanism.durability is not Durability.IMPLIED,
             )
         except Abandoned as error:
             self._pending[mechanism.name, spec.key] = error.pending
@@ -238,9 +239,14 @@ class Steps:
         return pending is not None and pending()
 
     async def _timed(
-        self, name: str, do: Callable[[], Awaitable[T]], *, outcome: str = "done"
+        self,
+        name: str,
+        do: Callable[[], Awaitable[T]],
+        *,
+        outcome: str = "done",
+        on_host: bool = True,
     ) -> T:
-        if self._stored is not None:  # no effect before the command is on disk
+        if self._stored is not None and on_host:  # no effect before the command is on disk
             await self._stored()
             self._stored = None
         await self._failpoint(f"before:{name}")

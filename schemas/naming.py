@@ -3,6 +3,7 @@
 import hashlib
 import ipaddress
 import re
+from functools import lru_cache
 
 from schemas.decode_error import DecodeError, quoted
 from schemas.requests import InstanceRef, TenantNet
@@ -20,6 +21,7 @@ BRIDGE_NAME_PATTERN = re.compile(r"br-tenant-([0-9]{1,4})")
 TAP_NAME_PATTERN = re.compile(r"tn([0-9]{1,4})i([0-9]{1,3})")
 ALIAS_PREFIX = "hostd:"
 OFFSET_MIN, OFFSET_MAX = 3, 254
+SUBNETS_KEPT = 512
 
 
 def bridge_name(tenant_net_id: int) -> str:
@@ -48,25 +50,39 @@ def mac_address(tenant_net_id: int, offset: int) -> str:
     return f"02:fc:{tenant_net_id >> 8:02x}:{tenant_net_id & 255:02x}:00:{offset:02x}"
 
 
+@lru_cache(SUBNETS_KEPT)
+def subnet_of(text: str) -> ipaddress.IPv4Network:
+    """The network of a checked CIDR; kept, since one command of a network asks some ten times.
+
+    Not for texts from outside: `10.0.0.0/0...024` is valid at any length.
+    """
+    return ipaddress.IPv4Network(text)
+
+
 def guest_ip(net: TenantNet, offset: int) -> str:
     """The subnet's base address plus the offset."""
-    return str(ipaddress.IPv4Network(net.ipv4_subnet).network_address + offset)
+    return str(subnet_of(net.ipv4_subnet).network_address + offset)
 
 
 def prefix_len(net: TenantNet) -> int:
-    return ipaddress.IPv4Network(net.ipv4_subnet).prefixlen
+    return subnet_of(net.ipv4_subnet).prefixlen
 
 
 def address_count(net: TenantNet) -> int:
     """How many addresses a checked net has for instances."""
-    subnet = ipaddress.IPv4Network(net.ipv4_subnet)
+    return _address_count(net.ipv4_subnet, net.gateway_ip)
+
+
+@lru_cache(SUBNETS_KEPT)
+def _address_count(ipv4_subnet: str, gateway_ip: str) -> int:
+    subnet = subnet_of(ipv4_subnet)
     last = min(OFFSET_MAX, subnet.num_addresses - 2)  # the broadcast address is none
-    gateway = int(ipaddress.IPv4Address(net.gateway_ip)) - int(subnet.network_address)
+    gateway = int(ipaddress.IPv4Address(gateway_ip)) - int(subnet.network_address)
     return max(0, last - OFFSET_MIN + 1) - (OFFSET_MIN <= gateway <= last)
 
 
 def netmask(net: TenantNet) -> str:
-    return str(ipaddress.IPv4Network(net.ipv4_subnet).netmask)
+    return str(subnet_of(net.ipv4_subnet).netmask)
 
 
 def jail_id(ref: InstanceRef, launch: int) -> str:

@@ -38,7 +38,7 @@ def check_net(net: TenantNet, allowed: Sequence[str], path: str = "$.net") -> No
             f"{path}.tenant_net_id", f"got {net.tenant_net_id}, want 0 to {TENANT_NET_ID_MAX}"
         )
     subnet = _subnet(net.ipv4_subnet, f"{path}.ipv4_subnet")
-    if not any(subnet.subnet_of(ipaddress.IPv4Network(each)) for each in allowed):
+    if not any(subnet.subnet_of(naming.subnet_of(each)) for each in allowed):
         raise DecodeError(
             f"{path}.ipv4_subnet",
             f"got {subnet}, want a subnet within [network] allowed: {', '.join(allowed)}",

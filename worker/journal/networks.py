@@ -75,5 +75,5 @@ class Networks:
 
 
 def _subnet_of(record: NetworkRecord) -> Subnet:
-    network = IPv4Network(record.net.ipv4_subnet)
+    network = naming.subnet_of(record.net.ipv4_subnet)
     return int(network.network_address), network.prefixlen

@@ -4,7 +4,6 @@ The bridge has a fixed MAC (offset 1 of the tenant's range), so that a guest whi
 teardown still reaches its gateway. The interface's alias marks it as hostd's.
 """
 
-from ipaddress import IPv4Network
 from typing import ClassVar
 
 from handlers.errors import Conflict, HostFault
@@ -189,7 +188,7 @@ def has_route(kernel: Kernel, link: Link, spec: BridgeSpec) -> bool:
     Another route may answer for that address, e.g. one of the operator's for a part of the subnet:
     then the bridge's own routes are listed, for which the kernel walks all.
     """
-    subnet = IPv4Network(spec.net.ipv4_subnet)
+    subnet = naming.subnet_of(spec.net.ipv4_subnet)
     guest = next(host for host in map(str, subnet.hosts()) if host != spec.net.gateway_ip)
     wanted = spec.net.ipv4_subnet, RT_TABLE_MAIN, (link.index,)
     found = kernel.route_to(guest)

@@ -78,14 +78,18 @@ class Networks:
         """What outside of hostd keeps the guests of so many tenants from working."""
         if not tenants:
             return ()
-        drops = await self._base.nft.run(self._foreign_drops)
+
+        def read(tables: Tables) -> tuple[tuple[str, ...], str | None]:
+            return self._foreign_drops(tables), read_sysctl(CONNTRACK_MAX)
+
+        # One call, and not behind a bridge that is being made in the other thread.
+        drops, maximum = await self._base.nft.run(read)
         found = [
             f"nftables chain {chain} of another program drops guests' packets by its policy: add "
             'rules to its table that accept iifname and oifname "br-tenant-*"'
             for chain in drops
         ]
         needed = tenants * self._max_flows
-        maximum = await self._netlink.run(lambda _: read_sysctl(CONNTRACK_MAX))
         if maximum is not None and int(maximum) < needed:
             found.append(
                 f"net.{CONNTRACK_MAX.replace('/', '.')} is {maximum}, but {tenants} tenants may "
@@ -107,7 +111,7 @@ class Networks:
         Left out: the default route, those of the bridge itself, and those that lie within one of
         `[network] exempt_routes`.
         """
-        wanted = IPv4Network(subnet)
+        wanted = naming.subnet_of(subnet)
 
         def overlapping(kernel: Kernel) -> str | None:
             bridge = kernel.link(except_bridge)

@@ -4,7 +4,6 @@ All of a tenant's elements come and go in one transaction. Removal also takes wh
 may have left of its guests' pins, and ends its flows: an established one would outlive the rules.
 """
 
-from ipaddress import IPv4Network
 from typing import ClassVar
 
 from handlers.errors import HostFault
@@ -66,7 +65,7 @@ class TenantRules:
 
         await self._nft.run(remove_members)
         await self._netlink.run(
-            lambda kernel: kernel.flush_conntrack(IPv4Network(rules.ipv4_subnet))
+            lambda kernel: kernel.flush_conntrack(naming.subnet_of(rules.ipv4_subnet))
         )
 
     def _ensure_in(self, tables: Tables, spec: TenantRulesSpec) -> bool:

@@ -223,7 +223,7 @@ TRUSTED = {
     "schemas/files.py:_is_port:int": MATCHED,
     "schemas/files.py:agent_port:int": MATCHED,
     "schemas/files.py:offset_of:int": NO_TEXT,
-    "schemas/naming.py:address_count:int": NO_TEXT,
+    "schemas/naming.py:_address_count:int": NO_TEXT,
     "worker/bus/provision.py:make:int": NO_TEXT,
     "worker/cli/codec.py:_from_hex:bytes.fromhex": CAUGHT,
     "worker/cli/codec.py:_from_hex:decode": CAUGHT,
