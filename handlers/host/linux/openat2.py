@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from handlers.errors import Failure, Invalid, NotFound, Unavailable, of_os_error
-from handlers.host.linux.syscalls import openat2
+from handlers.host.linux.syscalls import link_open, openat2
 
 RACES = 16
 MARK = "trusted.hostd.disk"  # on every file that hostd keeps in another's directory: a data disk
@@ -204,6 +204,37 @@ class Directory:
             with contextlib.suppress(OSError):
                 self.unlink(beside)
             raise of_os_error(error, f"cannot write {path}") from error
+
+    def unnamed(self, data: bytes, *, uid: int, gid: int, mode: int) -> int:
+        """A descriptor of a synced file with this content that has no name yet, for `replace_by`.
+
+        Source: open(2), O_TMPFILE.
+
+        Raises:
+            OSError: EOPNOTSUPP: the file system has no such files.
+        """
+        fd = openat2(self.fd, ".", os.O_WRONLY | os.O_TMPFILE, mode=0o600)
+        try:
+            os.fchown(fd, uid, gid)
+            os.fchmod(fd, mode)
+            with open(fd, "wb", closefd=False) as file:
+                file.write(data)
+            os.fsync(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def replace_by(self, name: str, fd: int) -> None:
+        """As `replace`, by what `unnamed` returned.
+
+        Raises:
+            OSError: EXDEV: it is on another file system.
+        """
+        beside = f".{name}.hostd"
+        self.unlink(beside)
+        link_open(fd, self.fd, beside)
+        os.rename(beside, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def unlink(self, name: str) -> None:
         """Unlink a file; absent is success."""

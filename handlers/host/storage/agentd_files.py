@@ -5,19 +5,23 @@
 
 import contextlib
 import errno
-import json
 import os
 import re
-import stat
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import msgspec
-
-from handlers.errors import Invalid, NotFound, Unavailable, of_os_error
+from handlers.errors import Invalid, NotFound, of_os_error
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_names, remove_tree
+from handlers.host.storage.instance_json import (
+    INSTANCE,
+    JSON_MAX_BYTES,
+    PreparedFile,
+    checked,
+    prepare,
+    update,
+)
 from schemas import naming
 from schemas.decode_error import DecodeError
 from schemas.files import (
@@ -30,22 +34,8 @@ from schemas.files import (
 )
 from schemas.requests import InstanceRef
 
-JSON_MAX_BYTES = 1 << 20
 SECRETS_MAX_BYTES = 1 << 20
 CURRENT = re.compile(rf"revisions/({naming.REVISION_PATTERN.pattern})")
-OURS = frozenset(
-    {
-        "status",
-        "firecracker_pid",
-        "revision_hash",
-        "last_started_at",
-        "last_stopped_at",
-        "entered_running_at",
-        "entered_warm_at",
-    }
-)
-STATUSES = frozenset({"created", "ready", "running", "warm", "sleeping", "stopped"})
-REREADS = 8
 
 T = TypeVar("T")
 
@@ -152,6 +142,11 @@ class SharedFiles:
 
         return await run_in_thread(look)
 
+    async def prepare_update(
+        self, ref: InstanceRef, changes: dict[str, Any]
+    ) -> PreparedFile | None:
+        return await run_in_thread(self._prepare, ref, changes)
+
     async def update_instance(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
         """Change hostd's fields of `instance.json`; `failed` is written as `stopped`.
 
@@ -159,14 +154,7 @@ class SharedFiles:
         by agentd between the last check and the rename (microseconds) is lost; hostd does not
         depend on the fields that agentd may write.
         """
-        changes = dict(changes)
-        if changes.get("status") == "failed":
-            changes["status"] = "stopped"
-        if not changes.keys() <= OURS or changes.get("status", "ready") not in STATUSES:
-            raise ValueError(
-                f"cannot update instance.json: not a field or status of hostd's: {changes}"
-            )
-        await run_in_thread(self._update, ref, changes)
+        await run_in_thread(self._update, ref, checked(changes))
 
     async def remove_instance(self, ref: InstanceRef, *, keep_volumes: bool) -> None:
         """Remove the instance's directory, or all of it but `volumes/`; absent is success."""
@@ -184,22 +172,13 @@ class SharedFiles:
         with open_instance(self._data, ref) as directory:
             return _instance_file(directory, ref)
 
+    def _prepare(self, ref: InstanceRef, changes: dict[str, Any]) -> PreparedFile | None:
+        with open_instance(self._data, ref) as directory:
+            return prepare(directory, changes, reopen=lambda: open_instance(self._data, ref))
+
     def _update(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
         with open_instance(self._data, ref) as directory:
-            path = directory.named("instance.json")
-            for _ in range(REREADS):
-                data, read = directory.read("instance.json", JSON_MAX_BYTES)
-                new = merged(data, changes, path)
-                if new == data:
-                    return
-                now = directory.stat("instance.json")
-                if now is not None and _same(now, read):
-                    mode = stat.S_IMODE(read.st_mode) & 0o777
-                    directory.replace(
-                        "instance.json", new, uid=read.st_uid, gid=read.st_gid, mode=mode
-                    )
-                    return
-            raise Unavailable(f"{path} changed during {REREADS} updates: try again", path=path)
+            update(directory, changes)
 
     def _remove(self, ref: InstanceRef, *, keep_volumes: bool) -> None:
         try:
@@ -208,7 +187,7 @@ class SharedFiles:
             return
         with instance:
             try:
-                remove_tree(instance.fd, "instance.json")  # agentd may have put a directory there
+                remove_tree(instance.fd, INSTANCE)  # agentd may have put a directory there
                 keep = frozenset({"volumes"}) if keep_volumes else frozenset[str]()
                 remove_names(instance.fd, keep=keep)
                 os.fsync(instance.fd)
@@ -248,7 +227,7 @@ def _pool_spec(tenant: Directory, tenant_id: str, pool_id: str) -> PoolSpec:
 
 
 def _instance_file(directory: Directory, ref: InstanceRef) -> InstanceFile:
-    return _parsed(directory, "instance.json", lambda d, f: parse_instance(d, f, ref))
+    return _parsed(directory, INSTANCE, lambda d, f: parse_instance(d, f, ref))
 
 
 def _current_revision(tenant: Directory, pool_id: str) -> str:
@@ -271,33 +250,3 @@ def _parsed(directory: Directory, name: str, parse: Callable[[bytes, str], T]) -
         return parse(data, path)
     except DecodeError as error:
         raise Invalid(str(error), path=error.path) from error
-
-
-def merged(data: bytes, changes: dict[str, Any], path: str) -> bytes:
-    """The JSON object with some values changed or added, and every other value's bytes kept.
-
-    Raises:
-        Invalid: not a JSON object.
-    """
-    try:
-        fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    except (ValueError, RecursionError) as error:
-        raise Invalid(f"{path} is not a JSON object", path=path) from error
-    old = {key: bytes(value) for key, value in fields.items()}
-    new = {key: msgspec.json.encode(value) for key, value in changes.items()}
-    if all(old.get(key) == value for key, value in new.items()):
-        return data
-    lines = [
-        json.dumps(key, ensure_ascii=False).encode() + b": " + value
-        for key, value in {**old, **new}.items()
-    ]
-    return b"{\n  " + b",\n  ".join(lines) + b"\n}\n"
-
-
-def _same(one: os.stat_result, other: os.stat_result) -> bool:
-    return (one.st_dev, one.st_ino, one.st_ctime_ns, one.st_size) == (
-        other.st_dev,
-        other.st_ino,
-        other.st_ctime_ns,
-        other.st_size,
-    )

@@ -15,7 +15,7 @@ from typing import Self
 from handlers.errors import Invalid, NotFound, of_os_error
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_tree
-from handlers.host.storage.agentd_files import JSON_MAX_BYTES
+from handlers.host.storage.instance_json import JSON_MAX_BYTES
 
 NAMES_MAX = 4096
 

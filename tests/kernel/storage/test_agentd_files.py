@@ -1,6 +1,7 @@
 """agentd's directories are read with suspicion: each hostile case is refused and names its file."""
 
 import asyncio
+import errno
 import json
 import os
 import stat
@@ -12,8 +13,10 @@ import pytest
 
 from handlers.errors import Invalid, NotFound, Unavailable
 from handlers.host.linux.file_threads import run_in_thread
+from handlers.host.linux.openat2 import Directory
 from handlers.host.storage import agentd_files
-from handlers.host.storage.agentd_files import SharedFiles, merged
+from handlers.host.storage.agentd_files import SharedFiles
+from handlers.host.storage.instance_json import merged
 from schemas.requests import InstanceRef
 from tests.kernel.storage.store_host import REF, REVISION, StoreHost, give_to, make_world, write
 
@@ -265,7 +268,7 @@ async def test_a_file_rewritten_meanwhile_is_read_again(
         new.rename(path)
         return merged(data, changes, name)
 
-    monkeypatch.setattr("handlers.host.storage.agentd_files.merged", agentd_writes_once)
+    monkeypatch.setattr("handlers.host.storage.instance_json.merged", agentd_writes_once)
 
     await shared.update_instance(REF, {"firecracker_pid": 1})
 
@@ -283,12 +286,72 @@ async def test_a_file_that_never_holds_still_is_unavailable(
         write(path, data + b" ")
         return merged(data, changes, name)
 
-    monkeypatch.setattr("handlers.host.storage.agentd_files.merged", agentd_always_writes)
+    monkeypatch.setattr("handlers.host.storage.instance_json.merged", agentd_always_writes)
 
     with pytest.raises(Unavailable):
         await shared.update_instance(REF, {"firecracker_pid": 1})
 
     assert "4711" not in path.read_text()
+
+
+async def test_an_update_that_was_prepared_is_done_and_keeps_what_is_not_hostds(
+    shared: SharedFiles, world: StoreHost
+) -> None:
+    path = world.instance / "instance.json"
+    give_to(world, AGENTD)
+    path.chmod(0o640)
+    old = path.read_bytes()
+    changes = {"status": "running", "firecracker_pid": 4711}
+
+    prepared = await shared.prepare_update(REF, changes)
+    assert prepared is not None
+    assert path.read_bytes() == old
+    assert await prepared.apply(changes)
+    prepared.close()
+
+    assert json.loads(path.read_bytes()) == json.loads(old) | changes
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (AGENTD, AGENTD, 0o640)
+    assert [each.name for each in world.instance.iterdir()] == ["instance.json"]
+
+
+@pytest.mark.parametrize("what", ["other changes", "the file", "the directory", "nothing"])
+async def test_a_prepared_update_is_not_done_if_anything_changed(
+    shared: SharedFiles, world: StoreHost, what: str
+) -> None:
+    path = world.instance / "instance.json"
+    changes = {"status": "running", "firecracker_pid": 4711}
+    prepared = await shared.prepare_update(REF, changes)
+    assert prepared is not None
+
+    if what == "the file":
+        write(path, path.read_bytes().replace(b"0.1", b"0.9"))
+    elif what == "the directory":
+        world.instance.rename(world.instance.with_name("other"))
+        write(path, path.parent.with_name("other").joinpath("instance.json").read_bytes())
+    old = path.read_bytes()
+    done = what != "nothing" and await prepared.apply(
+        changes | {"firecracker_pid": 1} if what == "other changes" else changes
+    )
+    prepared.close()
+
+    assert not done
+    assert path.read_bytes() == old
+    assert [each.name for each in world.instance.iterdir()] == ["instance.json"]
+
+
+async def test_an_update_that_cannot_be_prepared_is_done_all_the_same(
+    shared: SharedFiles, world: StoreHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_such_files(*_: object, **__: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(Directory, "unnamed", no_such_files)
+
+    assert await shared.prepare_update(REF, {"status": "running"}) is None
+    await shared.update_instance(REF, {"status": "running"})
+
+    assert json.loads((world.instance / "instance.json").read_bytes())["status"] == "running"
 
 
 async def test_removal_keeps_volumes_if_asked(shared: SharedFiles, world: StoreHost) -> None:

@@ -22,8 +22,8 @@ from handlers.errors import Failure, HostFault, Invalid, Unavailable
 from handlers.host.linux.checksummed_json import read_sealed
 from handlers.host.net.policy_file import read_policy
 from handlers.host.snapshot.manifest import Manifest
-from handlers.host.storage.agentd_files import merged
 from handlers.host.storage.disk_ownership import parse_mark
+from handlers.host.storage.instance_json import merged
 from handlers.host.vmm.api_client import VmmApi
 from handlers.host.vmm.api_schema import refusal
 from handlers.host.vmm.guest_agent import GuestAgents
@@ -89,7 +89,7 @@ FED = {
         "schemas/network_policy.py:decode_policy:tomllib.loads",
     ),
     "a_file_of_agentd_is_changed_or_invalid": (
-        "handlers/host/storage/agentd_files.py:merged:msgspec.json.decode",
+        "handlers/host/storage/instance_json.py:merged:msgspec.json.decode",
         "handlers/host/storage/disk_ownership.py:parse_mark:msgspec.json.decode",
     ),
     "what_a_vmm_replies_is_a_failure": (
