@@ -152,6 +152,13 @@ class SharedFiles(Protocol):
         """The tenant's secrets as JSON, or None if it has none."""
         ...
 
+    async def prepare_update(
+        self, ref: InstanceRef, changes: dict[str, Any]
+    ) -> "PreparedUpdate | None":
+        """Make ready what `update_instance` will do; the file is as before, and no other has a
+        name. The caller closes it. None if this cannot be prepared."""
+        ...
+
     async def update_instance(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
         """Replace hostd's fields of `instance.json`, atomically; all else in it, owner, group and
         mode are kept."""
@@ -159,6 +166,18 @@ class SharedFiles(Protocol):
 
     async def remove_instance(self, ref: InstanceRef, *, keep_volumes: bool) -> None:
         """Remove the instance's directory, except `volumes/` if kept; success if absent."""
+        ...
+
+
+class PreparedUpdate(Protocol):
+    """An update of `instance.json` that was made ready; it is nowhere until it is done."""
+
+    async def apply(self, changes: dict[str, Any]) -> bool:
+        """Do it, if these are its changes and the file is still as it was; else false."""
+        ...
+
+    def close(self) -> None:
+        """To be called in any case."""
         ...
 
 
@@ -712,6 +731,22 @@ class Records(Protocol):
         ...
 
 
+class ClaimedVmm(Protocol):
+    """The warm VMM that one launch uses."""
+
+    @property
+    def jail_id(self) -> str:
+        """The jail to take with it."""
+        ...
+
+    async def enter(self) -> None:
+        """Move it into the launch's cgroup, which must exist.
+
+        What fails is not raised: the VMM is killed, and the launch runs the jailer.
+        """
+        ...
+
+
 class WarmPool(Protocol):
     """Idle VMMs launched ahead, each with its uid; see `handlers/host/vmm/warm_pool.py`."""
 
@@ -736,15 +771,15 @@ class WarmPool(Protocol):
         """The uid slot that `claim` would return. No effect."""
         ...
 
-    def has_claim(self, jail_id: str) -> bool:
-        """Whether one is set aside for the launch of this jail."""
+    def launch(self) -> AbstractAsyncContextManager[None]:
+        """While a launch goes on, and for a moment after it, nothing is launched ahead."""
         ...
 
-    def used_by(self, spec: LaunchSpec) -> AbstractAsyncContextManager[str | None]:
-        """Move the claimed VMM into the launch's cgroup, meanwhile let its jail be made.
+    def used_by(self, spec: LaunchSpec) -> AbstractAsyncContextManager[ClaimedVmm | None]:
+        """The claimed VMM, to `enter` the launch's cgroup while its jail is made.
 
-        Yields the ID of the jail to take, None without a claim. At the end the VMM is in the
-        cgroup, or it is killed: then the launch runs the jailer. The cgroup must exist.
+        None without a claim. At the end the VMM is in the cgroup, or it is killed: then the launch
+        runs the jailer. It is killed, too, if what is done meanwhile fails.
         """
         ...
 

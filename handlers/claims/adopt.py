@@ -87,7 +87,7 @@ async def adopt_vmm(
     await host.jails.set_released(adopted.jail_id, released=False)
     await resume_paused(claim, host)
     await look_for_unrecorded(host)  # it is recorded now
-    await write_running(adopted, host, host.facts.now_ms())
+    await write_running(adopted, host)
     return Outcome(changed=True, status=str(Status.RUNNING), facts=claim.facts)
 
 

@@ -8,7 +8,7 @@ that is neither raises. `tests/unit/instance/test_explain.py` holds that the lis
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Final
@@ -260,6 +260,16 @@ def _vmms(host: Host, seen: Seen) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class PlannedVmm:
+    """A warm VMM that a launch would use."""
+
+    jail_id: str
+
+    async def enter(self) -> None:
+        """It would."""
+
+
 def _warm(host: Host) -> Any:
     claimed: set[str] = set()
 
@@ -270,15 +280,15 @@ def _warm(host: Host) -> Any:
         return slot
 
     @asynccontextmanager
-    async def used_by(spec: LaunchSpec) -> AsyncGenerator[str | None]:
-        yield spec.jail_id if spec.jail_id in claimed else None
+    async def used_by(spec: LaunchSpec) -> AsyncGenerator[PlannedVmm | None]:
+        yield PlannedVmm(spec.jail_id) if spec.jail_id in claimed else None
 
     return ReadOnly(
         host.warm,
         ("slots", "ready_slot"),
         claim=claim,
         give_back=claimed.discard,
-        has_claim=claimed.__contains__,
+        launch=nullcontext,
         used_by=used_by,
         fit=_unfit,
     )
@@ -287,7 +297,13 @@ def _warm(host: Host) -> Any:
 def _shared(host: Host) -> Any:
     reads = ("tenant", "pool", "instance", "of_launch", "of_start", "secrets")
     nothing = _later(None)
-    return ReadOnly(host.shared, reads, update_instance=nothing, remove_instance=nothing)
+    return ReadOnly(
+        host.shared,
+        reads,
+        prepare_update=nothing,
+        update_instance=nothing,
+        remove_instance=nothing,
+    )
 
 
 def _networks(host: Host) -> Any:

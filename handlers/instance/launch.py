@@ -1,14 +1,19 @@
 r"""Launching, shared by Start and Wake: from a plan to a running VMM with its network.
 
-Two branches run concurrently, since they need nothing of each other:
+The steps are announced; meanwhile a boot's old flows are flushed, or a wake's snapshot is verified.
+Then branches run concurrently, since they need nothing of each other:
 
     port:   pin -> TAP
     files:  cgroup
-            data disk -> jail -> VMM (the jailer) -> record of the VMM
-                           \-> a wake's snapshot: verified, linked into the jail
+            data disk -> jail -> VMM (the jailer)
+                           \-> a wake's snapshot: linked into the jail
 
-and meet before the VMM is told of its devices, i.e. configured or loaded. The cgroup is made beside
-the files, but before a VMM that was launched ahead moves into it. What the order is for:
+    with a VMM that was launched ahead:
+    files:  cgroup -> VMM moves into it
+            data disk -> jail -> a wake's snapshot: linked into the jail
+
+and meet before the VMM is told of its devices, i.e. configured or loaded. Its identity is committed
+beside that, before a guest runs. What the order is for:
 
 - the rules of the network are in force before the TAP is up, and the TAP before its first use;
 - the cgroup exists before the jailer runs, which silently continues without a missing one;
@@ -29,9 +34,10 @@ from handlers.cancellation import together
 from handlers.errors import Conflict, Failure
 from handlers.instance.jail_contents import jail_spec
 from handlers.instance.launch_plan import Launch, LaunchPlan, cgroup_spec
+from handlers.instance.release import flush_conntrack
 from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
 from handlers.instance.vmm_exit import with_end
-from handlers.interfaces import Host, VmmApi
+from handlers.interfaces import ClaimedVmm, Host, VmmApi
 from handlers.mechanism import Removable
 from handlers.specs import (
     Artifact,
@@ -47,7 +53,9 @@ from schemas.records import DiskIdentity, InstanceRecord, VmmIdentity
 
 @dataclass(frozen=True, slots=True)
 class LaunchedVmm:
-    """A VMM whose identity is journalled. `state` is what its API reported after the launch."""
+    """A VMM that runs. `record` has its identity, by which a restarted worker adopts it: to be
+    journalled before a guest runs. `state` is what its API reported after the launch.
+    """
 
     launch: Launch
     record: InstanceRecord
@@ -74,26 +82,28 @@ class VmmFiles:
 
 @asynccontextmanager
 async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator[LaunchedVmm]:
-    """Make everything that the VMM needs, launch it and journal its identity; or find it running.
+    """Make everything that the VMM needs and launch it; or find it running.
 
     A failure inside the context gets the end of the VMM's log, and why the VMM ended, if it has.
     The connection to the VMM's API is closed at the end of the context; the VMM stays.
     """
     runs = await remove_stale_jail(plan, host)
-    await steps.announce(*planned_steps(plan, host))
+    # The rest needs no row: it changes nothing of the launch's own.
+    await together(
+        steps.announce(*planned_steps(plan, host)), clear_the_way(plan, steps, host, runs=runs)
+    )
     made, _ = await together(
         ensure_vmm(plan, steps, host, runs=runs), ensure_port(plan.launch, steps, host)
     )
     launch = made.launch
     api = host.vmms.api(launch.jail_id)
     try:
-        record, state = await together(record_vmm(launch, made.identity, host), api.state())
         yield LaunchedVmm(
             launch=launch,
-            record=record,
+            record=vmm_record(launch, made.identity, host),
             identity=made.identity,
             api=api,
-            state=state,
+            state=await api.state(),
             artifact=plan.artifact,
             jail=made.jail,
             has_data_disk=makes_data_disk(plan),
@@ -106,6 +116,24 @@ async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator
         raise explained from failure
     finally:
         await api.close()
+
+
+async def clear_the_way(plan: LaunchPlan, steps: Steps, host: Host, *, runs: bool) -> None:
+    """What must precede the launch and makes nothing of it: no flow is left at the address of a
+    guest that boots, and the snapshot of one that wakes is what was saved."""
+    launch, snapshot = plan.launch, plan.snapshot
+    if snapshot is not None:
+        if not runs:
+            await verify_snapshot(launch, snapshot, steps, host)
+    elif not plan.may_have_booted:
+        # What a failed start at this address left: its undo removes the TAP, not the flows.
+        await flush_conntrack(launch.record, steps, host)
+
+
+async def verify_snapshot(launch: Launch, info: SnapshotInfo, steps: Steps, host: Host) -> None:
+    """Show that its files are what was saved, by all that needs no VMM."""
+    ref = launch.ref
+    await steps.act("verify_snapshot", lambda: host.snapshots.verify(ref, info.number))
 
 
 async def remove_stale_jail(plan: LaunchPlan, host: Host) -> bool:
@@ -160,18 +188,13 @@ async def ensure_vmm(plan: LaunchPlan, steps: Steps, host: Host, *, runs: bool) 
     """Files and VMM; `runs` if an earlier run launched it, and perhaps loaded the snapshot.
 
     A VMM that was launched ahead enters the launch's cgroup while the files are made; then it is
-    found in the jail that it came with. Without one, or if it was lost, the jailer runs.
+    found in the jail that it came with. Without one, or if it was lost, the jailer runs, and a
+    snapshot is linked meanwhile.
     """
-    paths = None
-    if host.warm.has_claim(plan.launch.jail_id):
-        await ensure_cgroup(plan.launch, steps, host)
-        async with host.warm.used_by(plan.launch.vmm) as warm:
-            launch, jail = await ensure_files(plan, steps, host, warm=warm)
-            if warm is not None and plan.snapshot is not None and not runs:
-                paths = await link_snapshot(launch, plan.snapshot, steps, host)
-    else:
-        (launch, jail), _ = await together(
-            ensure_files(plan, steps, host, warm=None), ensure_cgroup(plan.launch, steps, host)
+    async with host.warm.used_by(plan.launch.vmm) as warm:
+        (launch, jail, paths), _ = await together(
+            ensure_files(plan, steps, host, warm=warm, runs=runs),
+            ensure_cgroup(plan.launch, steps, host, warm=warm),
         )
     if plan.snapshot is None or runs or paths is not None:
         return VmmFiles(launch, jail, await steps.ensure(host.vmms, launch.vmm), paths)
@@ -184,19 +207,21 @@ async def ensure_vmm(plan: LaunchPlan, steps: Steps, host: Host, *, runs: bool) 
 async def link_snapshot(
     launch: Launch, info: SnapshotInfo, steps: Steps, host: Host
 ) -> tuple[str, str]:
-    """Verify the snapshot's files and link them into the jail; their paths as the VMM sees them.
+    """Link the verified snapshot into the jail; the paths of state and memory as the VMM sees them.
 
     Which VMM version wrote them is compared before the load: it is known once the VMM runs.
     """
-    ref, jail_id, uid = launch.ref, launch.jail_id, launch.vmm.uid
-    await steps.act("verify_snapshot", lambda: host.snapshots.verify(ref, info.number))
+    jail_id, uid = launch.jail_id, launch.vmm.uid
     return await steps.act("link_snapshot", lambda: host.snapshots.link(jail_id, uid, info))
 
 
 async def ensure_files(
-    plan: LaunchPlan, steps: Steps, host: Host, *, warm: str | None
-) -> tuple[Launch, Jail]:
-    """Data disk and jail; `warm` is the jail of a VMM that was launched ahead, to be this one's."""
+    plan: LaunchPlan, steps: Steps, host: Host, *, warm: ClaimedVmm | None, runs: bool
+) -> tuple[Launch, Jail, tuple[str, str] | None]:
+    """Data disk and jail: that of a VMM that was launched ahead, if there is one.
+
+    Into such a jail a snapshot is linked at once, since no jailer runs meanwhile; the paths of it.
+    """
     launch, disk = await ensure_data_disk(plan, steps, host)
     snapshot = plan.snapshot
     if snapshot is None:
@@ -217,12 +242,21 @@ async def ensure_files(
             kept_config=snapshot.kept_config,
             kept_secrets=snapshot.kept_secrets,
         )
-    return launch, await steps.ensure(host.jails, dataclasses.replace(spec, warm=warm))
+    if warm is None:
+        return launch, await steps.ensure(host.jails, spec), None
+    jail = await steps.ensure(host.jails, dataclasses.replace(spec, warm=warm.jail_id))
+    if snapshot is None or runs:
+        return launch, jail, None
+    return launch, jail, await link_snapshot(launch, snapshot, steps, host)
 
 
-async def ensure_cgroup(launch: Launch, steps: Steps, host: Host) -> None:
-    """The leaf that the VMM is started in, with its limits in force."""
+async def ensure_cgroup(
+    launch: Launch, steps: Steps, host: Host, *, warm: ClaimedVmm | None
+) -> None:
+    """The leaf that the VMM is started in, with its limits in force; or enters, if it runs."""
     await steps.ensure(host.cgroups, cgroup_spec(launch.record, host))
+    if warm is not None:
+        await warm.enter()
 
 
 async def ensure_data_disk(
@@ -250,14 +284,12 @@ async def ensure_data_disk(
     return await record_disk(launch, disk.identity, host), disk
 
 
-async def record_vmm(launch: Launch, identity: VmmIdentity, host: Host) -> InstanceRecord:
-    """Journal the VMM's identity, by which a restarted worker adopts it."""
+def vmm_record(launch: Launch, identity: VmmIdentity, host: Host) -> InstanceRecord:
+    """The instance's record with the VMM's identity."""
     record = host.records.instance(launch.ref)
     if record is None:
         raise Conflict(f"instance {launch.ref} is no longer in the journal")
-    record = replace(record, vmm=identity)
-    await host.records.put_instance(record)
-    return record
+    return replace(record, vmm=identity)
 
 
 async def record_disk(launch: Launch, disk: DiskIdentity, host: Host) -> Launch:

@@ -1,5 +1,6 @@
 """The plan of a launch, read and checked before anything is made: agentd's files, names, sizes."""
 
+import asyncio
 from dataclasses import dataclass
 
 from handlers.errors import Conflict, Invalid
@@ -156,6 +157,34 @@ def check_file_sizes(pool: PoolSpec, max_file_mib: int) -> None:
             )
 
 
+async def newest_launch(record: InstanceRecord, host: Host) -> int:
+    """The highest launch number of which this host has a trace, whatever the journal says.
+
+    A lost or an older journal counts from a lower one: the jail of that number may be in use, and a
+    second VMM would write to the same data disk. The instance is launched in its lane only, so this
+    can be read before the reservation. One that is reserved has its number.
+
+    Raises:
+        Conflict: processes run in one of the jails.
+    """
+    if record.before is not None:
+        return record.launch
+    ref = record.ref
+    jails, cgroups = await asyncio.gather(host.jails.launches(ref), host.vmms.launches(ref))
+    stray = host.unrecorded.of_instance(ref)
+    for launch in (found := sorted({*jails, *cgroups})):
+        jail_id = naming.jail_id(ref, launch)
+        if stray is not None and stray.process.jail_id == jail_id:
+            continue  # `Reservations` looks whether it still runs
+        if await host.vmms.exists(jail_id):
+            raise Conflict(
+                f"cannot launch {ref}: processes run in its jail {jail_id}, which the journal does "
+                "not know; see docs/operations.md#unknown",
+                detail={"jail": jail_id},
+            )
+    return max([record.launch, *found])
+
+
 def reservation_spec(
     files: LaunchFiles,
     before: InstanceRecord,
@@ -163,6 +192,7 @@ def reservation_spec(
     *,
     status: Status,
     revision: str,
+    newest_launch: int,
     vmm_version: str,
     now_ms: int,
 ) -> ReservationSpec:
@@ -177,6 +207,7 @@ def reservation_spec(
         net=files.net,
         offset=files.offset,
         revision=revision,
+        newest_launch=newest_launch,
         vcpus=resources.vcpus,
         mem_mib=resources.mem_mib,
         agent_port=files.pool.agent_port if files.pool.ready == "agent" else None,

@@ -6,7 +6,6 @@ The launch's claim of disk space, made before (`disk_admission.py`), is held mea
 gets all of it or nothing. Undo restores the instance's record.
 """
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
@@ -46,7 +45,8 @@ NAMES: Final = {
 @dataclass(frozen=True, slots=True)
 class ReservationSpec:
     """`before` is the record that undo restores; `offset` and `net` come from validated files;
-    `vmm_version` is that of the Firecracker to launch."""
+    `newest_launch` is the highest number of which the host has a trace; `vmm_version` that of the
+    Firecracker to launch."""
 
     command_id: str
     before: InstanceRecord
@@ -56,6 +56,7 @@ class ReservationSpec:
     net: TenantNet
     offset: int
     revision: str
+    newest_launch: int
     vcpus: int
     mem_mib: int
     agent_port: int | None
@@ -93,7 +94,7 @@ class Reservations:
         if now is not None and now.before is not None and now.command_id == spec.command_id:
             return now
         await self._look_again(spec)
-        record = self._decide(spec, await self._newest_launch(spec.before))
+        record = self._decide(spec)
         self._host.pending_reservations[record.ref] = record
         try:
             # Not synced by itself: the launch's rows are, before anything of it is made.
@@ -116,31 +117,6 @@ class Reservations:
         if record.revision != before.revision:
             await collect_revision(before.ref, record.revision, self._host)
 
-    async def _newest_launch(self, before: InstanceRecord) -> int:
-        """The highest launch number of which this host has a trace, whatever the journal says.
-
-        A lost or an older journal counts from a lower one: the jail of that number may be in use,
-        and a second VMM would write to the same data disk.
-        """
-        host, ref = self._host, before.ref
-        jails, cgroups = await asyncio.gather(host.jails.launches(ref), host.vmms.launches(ref))
-        found = sorted({*jails, *cgroups})
-        if (stray := host.unrecorded.of_instance(ref)) is not None:
-            raise Conflict(
-                f"cannot launch {ref}: process {stray.process.pid} runs in its jail "
-                f"{stray.process.jail_id} and is in no record; see docs/operations.md#unknown",
-                detail={"jail": stray.process.jail_id},
-            )
-        for launch in found:
-            jail_id = jail_id_of(ref, launch)
-            if await host.vmms.exists(jail_id):
-                raise Conflict(
-                    f"cannot launch {ref}: processes run in its jail {jail_id}, which the journal "
-                    "does not know; see docs/operations.md#unknown",
-                    detail={"jail": jail_id},
-                )
-        return max([before.launch, *found])
-
     async def _look_again(self, spec: ReservationSpec) -> None:
         """The VMM without a record that would refuse this launch may have ended meanwhile. Others
         are not looked at: that would cost each launch a look at all processes."""
@@ -148,8 +124,14 @@ class Reservations:
         if unrecorded.of_instance(ref) or unrecorded.with_tap(Names(spec.net, spec.offset).tap):
             await look_for_unrecorded(self._host)
 
-    def _decide(self, spec: ReservationSpec, newest_launch: int) -> InstanceRecord:
-        ref = spec.before.ref
+    def _decide(self, spec: ReservationSpec) -> InstanceRecord:
+        ref, launch = spec.before.ref, spec.newest_launch + 1
+        if (stray := self._host.unrecorded.of_instance(ref)) is not None:
+            raise Conflict(
+                f"cannot launch {ref}: process {stray.process.pid} runs in its jail "
+                f"{stray.process.jail_id} and is in no record; see docs/operations.md#unknown",
+                detail={"jail": stray.process.jail_id},
+            )
         self._check_quota(spec)
         if (other := self._other_with_offset(ref, spec.offset)) is not None:
             raise Conflict(
@@ -166,12 +148,12 @@ class Reservations:
             )
         left_mib = self._check_host(spec)
         self._host.warm.fit(left_mib)
-        slot = self._host.warm.claim(jail_id_of(ref, newest_launch + 1), spec.vmm_version)
+        slot = self._host.warm.claim(jail_id_of(ref, launch), spec.vmm_version)
         return replace(
             spec.before,
             status=spec.status,
             since_ms=spec.now_ms,
-            launch=newest_launch + 1,
+            launch=launch,
             # A VMM that was launched ahead comes with its uid.
             uid_slot=self._free_slot(ref) if slot is None else slot,
             offset=spec.offset,

@@ -1,6 +1,5 @@
 """StartInstance: from not running to a confined VMM whose guest agent answers."""
 
-import dataclasses
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
@@ -11,17 +10,17 @@ from handlers.cancellation import Interrupted, race, together
 from handlers.concurrency import limited
 from handlers.errors import Unavailable
 from handlers.instance.artifact_refs import ensure_revision, release_revision
-from handlers.instance.instance_file import write_running
+from handlers.instance.instance_file import RunningFile
 from handlers.instance.jail_contents import boot_config
 from handlers.instance.launch import LaunchedVmm, launched
 from handlers.instance.launch_plan import (
     LaunchFiles,
     LaunchPlan,
     launch_of,
+    newest_launch,
     read_start_files,
     reservation_spec,
 )
-from handlers.instance.release import flush_conntrack
 from handlers.instance.reservations import Reservations
 from handlers.instance.state import final_record, read_state
 from handlers.instance.vmm_exit import with_end
@@ -58,10 +57,11 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
         raise state.conflict("start it", "created, stopped or failed")
     await refuse_second_boot(state.record, steps, host)
     host.vmms.expect_launch()
-    (files, revision), version = await together(
-        read_start_files(cmd.ref, state.record, host), host.vmms.version_for(None)
+    (files, revision), (version, newest) = await together(
+        read_start_files(cmd.ref, state.record, host),
+        together(host.vmms.version_for(None), newest_launch(state.record, host)),
     )
-    async with admitted_launch(files, state.record, steps, host):
+    async with admitted_launch(files, state.record, steps, host), host.warm.launch():
         record = await steps.ensure(
             Reservations(host),
             reservation_spec(
@@ -70,6 +70,7 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
                 steps,
                 status=Status.STARTING,
                 revision=revision,
+                newest_launch=newest,
                 vmm_version=version,
                 now_ms=host.facts.now_ms(),
             ),
@@ -85,21 +86,19 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
                 artifact,
                 may_have_booted=steps.marked(BOOT),
             )
-            if not plan.may_have_booted:
-                # What a failed start at this address left: its undo removes the TAP, not the flows.
-                await flush_conntrack(record, steps, host)
-            async with launched(plan, steps, host) as vm:
+            async with launched(plan, steps, host) as vm, RunningFile(host) as file:
+                record = await record_of(vm)
                 if vm.state == "Not started":
-                    vm = await record_version(vm, host)  # noqa: PLW2901 - the same VMM
-                    await configure_and_boot(vm, steps, host)
+                    await configure_and_boot(vm, record, file, steps, host)
+                else:
+                    await host.records.put_instance(record)
                 # Not concurrently: the guest boots meanwhile, and each would slow the other down.
                 await steps.act(
                     "check_confinement",
                     lambda: host.vmms.check_confinement(vm.identity, vm.launch.vmm),
                 )
                 await wait_for_agent(vm, steps, host)
-                record = vm.record
-            left_behind = await write_running(record, host, host.facts.now_ms())
+                left_behind = await file.write(record)
     final = final_record(record, Status.RUNNING, host.facts.now_ms())
     if before != record.revision:
         left_behind += await release_revision(cmd.ref, before, host)
@@ -157,19 +156,17 @@ async def refuse_second_boot(record: InstanceRecord, steps: Steps, host: Host) -
         raise await with_end(failure, record, host)
 
 
-async def record_version(vm: LaunchedVmm, host: Host) -> LaunchedVmm:
-    """Journal the version that was launched, if the operator replaced Firecracker's files since
-    the reservation. The VMM is asked before a guest runs in it."""
-    version = await vm.api.version()
-    if version == vm.record.vmm_version:
-        return vm
-    record = replace(vm.record, vmm_version=version)
-    await host.records.put_instance(record)
-    return dataclasses.replace(vm, record=record)
+async def record_of(vm: LaunchedVmm) -> InstanceRecord:
+    """With the version that was launched: the operator may have replaced Firecracker's files since
+    the reservation."""
+    return replace(vm.record, vmm_version=await vm.api.version())
 
 
-async def configure_and_boot(vm: LaunchedVmm, steps: Steps, host: Host) -> None:
-    """Past the mark `boot` the guest may have run, also if the worker is killed here."""
+async def configure_and_boot(
+    vm: LaunchedVmm, record: InstanceRecord, file: RunningFile, steps: Steps, host: Host
+) -> None:
+    """Journal the VMM while it is configured. Past the mark `boot` the guest may have run, also if
+    the worker is killed here."""
     config = boot_config(
         vm.launch,
         vm.artifact,
@@ -177,8 +174,12 @@ async def configure_and_boot(vm: LaunchedVmm, steps: Steps, host: Host) -> None:
         has_data=vm.has_data_disk,
         boot_args=host.settings.vmm.boot_args,
     )
-    await together(steps.mark(BOOT), steps.act("configure_vm", lambda: vm.api.configure(config)))
-    await steps.act("start_vm", vm.api.start)
+    await together(
+        # In one commit, if the journal is idle.
+        together(host.records.put_instance(record), steps.mark(BOOT)),
+        steps.act("configure_vm", lambda: vm.api.configure(config)),
+    )
+    await together(steps.act("start_vm", vm.api.start), file.prepare(record))
 
 
 async def wait_for_agent(vm: LaunchedVmm, steps: Steps, host: Host) -> None:

@@ -14,11 +14,12 @@ from handlers.cancellation import together
 from handlers.concurrency import limited
 from handlers.errors import Failure, HostFault, Unavailable
 from handlers.instance.artifact_refs import ensure_revision
-from handlers.instance.instance_file import write_at_rest, write_running
-from handlers.instance.launch import LaunchedVmm, launched, link_snapshot
+from handlers.instance.instance_file import RunningFile, write_at_rest
+from handlers.instance.launch import LaunchedVmm, launched, link_snapshot, verify_snapshot
 from handlers.instance.launch_plan import (
     LaunchPlan,
     launch_of,
+    newest_launch,
     read_launch_files,
     reservation_spec,
 )
@@ -60,9 +61,19 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
     state.refuse_incomplete(steps.command_id)
     if state.status is not Status.SLEEPING:
         raise state.conflict("wake it", "sleeping")
+    async with host.warm.launch(), RunningFile(host) as file:
+        record, identity = await restore(cmd, record, file, steps, host)
+        return await wake_resumed(record, identity, file, steps, host)
+
+
+async def restore(
+    cmd: WakeInstance, record: InstanceRecord, file: RunningFile, steps: Steps, host: Host
+) -> tuple[InstanceRecord, VmmIdentity]:
+    """From the record of a sleeping instance to a guest that runs again."""
     host.vmms.expect_launch()
-    (info, version), files = await together(
-        read_sleeper(record, host), read_launch_files(cmd.ref, record, host)
+    (info, version), (files, newest) = await together(
+        read_sleeper(record, host),
+        together(read_launch_files(cmd.ref, record, host), newest_launch(record, host)),
     )
     spec = reservation_spec(
         files,
@@ -70,6 +81,7 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
         steps,
         status=Status.WAKING,
         revision=info.revision,
+        newest_launch=newest,
         vmm_version=version,
         now_ms=host.facts.now_ms(),
     )
@@ -87,7 +99,12 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
             plan = LaunchPlan(launch_of(record, files.pool, host), artifact, snapshot=info)
             async with launched(plan, steps, host) as vm:
                 if vm.state == "Not started":
-                    await load_snapshot(vm, info, steps, host)
+                    await together(
+                        host.records.put_instance(vm.record),
+                        together(load_snapshot(vm, info, steps, host), file.prepare(vm.record)),
+                    )
+                else:
+                    await host.records.put_instance(vm.record)
                 await steps.act(
                     "check_confinement",
                     lambda: host.vmms.check_confinement(vm.identity, vm.launch.vmm),
@@ -99,7 +116,7 @@ async def wake_instance(cmd: WakeInstance, steps: Steps, host: Host) -> Done:
                 await steps.reach(CONSUMED, lambda: host.records.put_instance(record, durable=True))
                 await host.snapshots.mark_consumed(record.ref, info.number)
                 await steps.act("resume_vm", vm.api.resume)
-    return await wake_resumed(record, vm.identity, steps, host)
+    return record, vm.identity
 
 
 async def read_sleeper(record: InstanceRecord, host: Host) -> tuple[SnapshotInfo, str]:
@@ -131,6 +148,7 @@ async def load_snapshot(vm: LaunchedVmm, info: SnapshotInfo, steps: Steps, host:
         )
     paths = vm.snapshot_paths
     if paths is None:  # an earlier run was cut before the load
+        await verify_snapshot(vm.launch, info, steps, host)
         paths = await link_snapshot(vm.launch, info, steps, host)
     await steps.act("load_snapshot", lambda: vm.api.load_snapshot(*paths))
 
@@ -160,16 +178,15 @@ async def complete_wake(
             await steps.act("resume_vm", vmm.resume)
     finally:
         await vmm.close()
-    return await wake_resumed(record, identity, steps, host)
+    async with RunningFile(host) as file:
+        return await wake_resumed(record, identity, file, steps, host)
 
 
 async def wake_resumed(
-    record: InstanceRecord, identity: VmmIdentity, steps: Steps, host: Host
+    record: InstanceRecord, identity: VmmIdentity, file: RunningFile, steps: Steps, host: Host
 ) -> Done:
     """Wake the agent of a guest that runs again, and set its clock; failures are reported."""
-    detail, left_behind = await together(
-        wake_guest(record, steps, host), write_running(record, host, host.facts.now_ms())
-    )
+    detail, left_behind = await together(wake_guest(record, steps, host), file.write(record))
     if failures := {k: v for k, v in detail.items() if k.endswith("_failed")}:
         await host.records.event(
             EventKind.SNAPSHOT,

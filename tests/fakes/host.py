@@ -7,7 +7,7 @@ It passes the same contract tests as the real mechanisms (`tests/contract`).
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
 from typing import Any, ClassVar, Generic, TypeVar
@@ -488,6 +488,9 @@ class FakeShared:
     async def secrets(self, tenant_id: str) -> bytes | None:
         return self.machine.secrets.get(tenant_id)
 
+    async def prepare_update(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
+        """It is all done at the update."""
+
     async def update_instance(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
         def write() -> None:
             _known(self.machine.files, ref, "instance.json")
@@ -743,6 +746,15 @@ class FakeVmms(Plain[LaunchSpec]):
         return FakeVmmApi(self.machine, jail_id)
 
 
+class FakeClaimedVmm:
+    def __init__(self) -> None:
+        self.jail_id = "warm-0123456789ab"
+        self.entered = False
+
+    async def enter(self) -> None:
+        self.entered = True
+
+
 class FakeWarmPool:
     """Each slot in `FakeHost.warm` has an idle VMM; with `lose_warm` the claimed one is dead."""
 
@@ -767,16 +779,17 @@ class FakeWarmPool:
     def give_back(self, jail_id: str) -> None:
         self.claims.pop(jail_id, None)
 
-    def has_claim(self, jail_id: str) -> bool:
-        return jail_id in self.claims
+    def launch(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     @asynccontextmanager
-    async def used_by(self, spec: LaunchSpec) -> AsyncGenerator[str | None]:
+    async def used_by(self, spec: LaunchSpec) -> AsyncGenerator["FakeClaimedVmm | None"]:
         if self.claims.pop(spec.jail_id, None) is None:
             yield None
             return
-        yield "warm-0123456789ab"
-        if not self.machine.lose_warm:
+        claimed = FakeClaimedVmm()
+        yield claimed
+        if claimed.entered and not self.machine.lose_warm:
             self.machine.put_vmm(spec)
 
     def fit(self, free_mib: int) -> None:

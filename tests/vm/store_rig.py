@@ -1,5 +1,6 @@
 """A host with hostd's own jails, drives, data disk and snapshots, on top of the VMM rig."""
 
+import asyncio
 import contextlib
 import shutil
 import subprocess
@@ -62,6 +63,7 @@ class StoreRig:
         await self.rig.cgroups.ensure(CgroupSpec("acme", jail_id, 256 * MIB, 100_000, 64))
         self.rig.launches.append(spec)
         async with pool.used_by(spec) if pool else contextlib.nullcontext() as warm:
+            entering = asyncio.ensure_future(warm.enter()) if warm else None
             await self.jails.ensure(
                 JailSpec(
                     ref=REF,
@@ -74,9 +76,11 @@ class StoreRig:
                     ),
                     config=b'{"vcpus": 1}',
                     secrets=b'{"key": "hush"}',
-                    warm=warm,
+                    warm=warm.jail_id if warm else None,
                 )
             )
+            if entering is not None:
+                await entering
         await self.rig.vmms.ensure(spec)
         return spec
 

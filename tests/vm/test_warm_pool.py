@@ -148,6 +148,31 @@ async def test_one_that_was_used_is_replaced_by_another_and_never_used_again(
     assert warm_pid(pooled) != used
 
 
+async def test_it_is_refilled_after_a_launch_and_not_beside_it(
+    pooled: Pooled, store: StoreRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handlers.host.vmm.warm_pool.PATIENCE_S", 60.0)
+
+    async with pooled.pool.launch():
+        pooled.claim(store, 1)
+        await store.boot(1, pooled.pool)
+        assert pooled.pool.counts() == {"ready": 0, "starting": 0}
+        assert len(pooled.leaves()) == 1  # that of the one that was used, which can wait
+
+    await pooled.until(ready=1)
+
+
+async def test_it_is_refilled_beside_a_guest_that_takes_long_to_boot(
+    pooled: Pooled, store: StoreRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handlers.host.vmm.warm_pool.PATIENCE_S", 0.1)
+
+    async with pooled.pool.launch():
+        pooled.claim(store, 1)
+        await store.boot(1, pooled.pool)
+        await pooled.until(ready=1)
+
+
 async def test_a_claim_that_is_given_back_is_killed(pooled: Pooled) -> None:
     pid = warm_pid(pooled)
     pooled.pool.claim(naming.jail_id(REF, 1), VERSION)
@@ -257,7 +282,7 @@ async def test_a_foreign_process_among_the_leftovers_is_not_killed(rig: VmmRig) 
 
 
 @pytest.mark.parametrize("moved", [False, True])
-async def test_it_is_killed_if_the_launch_fails_beside_its_move(
+async def test_it_is_killed_if_the_launch_fails_before_or_after_its_move(
     pooled: Pooled, store: StoreRig, moved: bool
 ) -> None:
     pid = warm_pid(pooled)
@@ -267,14 +292,16 @@ async def test_it_is_killed_if_the_launch_fails_beside_its_move(
     spec = LaunchSpec(jail_id, store.uid, store.rig.tree.name("acme", jail_id))
     store.rig.launches.append(spec)
 
-    async def fail() -> None:
-        while moved and not store.rig.tree.pids(spec.cgroup):
-            await asyncio.sleep(0.001)
-        raise Invalid("the snapshot is not its own")
+    async def launch() -> None:
+        async with pooled.pool.used_by(spec) as claimed:
+            assert claimed is not None
+            if moved:
+                await claimed.enter()
+                assert store.rig.tree.pids(spec.cgroup) == [pid]
+            raise Invalid("the snapshot is not its own")
 
     with pytest.raises(Invalid):
-        async with pooled.pool.used_by(spec):
-            await fail()
+        await launch()
 
     assert store.rig.tree.pids(spec.cgroup) == []
     assert not os.path.exists(f"/proc/{pid}/exe")

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import structlog
 
-from handlers.cancellation import finish, run_shielded
+from handlers.cancellation import run_shielded
 from handlers.errors import Failure
 from handlers.host.vmm.binaries import VmmBinaries
 from handlers.host.vmm.warm_vmms import WarmVmm, WarmVmms
@@ -26,6 +26,7 @@ from handlers.specs import LaunchSpec
 from schemas.settings import Settings
 
 QUIET_S: Final = 0.05  # no launch for so long before one VMM is launched ahead
+PATIENCE_S: Final = 1.0  # after the last claim, whatever launch still goes on
 NOT_NOW_S: Final = 1.0  # the host is not ready, or has no memory or uid for one more
 REMOVE_AGAIN_S: Final = 1.0
 REMOVAL_S: Final = 10.0
@@ -33,6 +34,28 @@ BACKOFF_MAX_S: Final = 60.0
 RESULTS: Final[tuple[str, ...]] = ("used", "discarded", "failed", "died")
 
 log = structlog.get_logger()
+
+
+class ClaimedVmm:
+    """The warm VMM that one launch uses; `jail_id` is that of the jail to take with it."""
+
+    def __init__(self, warm: WarmVmm, spec: LaunchSpec, vmms: WarmVmms) -> None:
+        self.jail_id = warm.warm_id
+        self.entered = False
+        self.error = "it did not enter the cgroup"
+        self._warm, self._spec, self._vmms = warm, spec, vmms
+
+    async def enter(self) -> None:
+        """Move it into the launch's cgroup, which must exist.
+
+        What fails is not raised: the VMM is killed, and the launch runs the jailer.
+        """
+        try:
+            await self._vmms.enter(self._warm, self._spec)
+        except Exception as error:  # noqa: BLE001 - e.g. what /proc has of one that just exited
+            self.error = repr(error)
+        else:
+            self.entered = True
 
 
 class WarmPool:
@@ -58,13 +81,12 @@ class WarmPool:
         self._slot_in_use, self._free_mib = slot_in_use, free_mib
         self._ready: dict[str, WarmVmm] = {}
         self._claimed: dict[str, WarmVmm] = {}
-        self._preparing: dict[str, asyncio.Future[None]] = {}
         self._slots: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._closing = asyncio.Event()
-        self._starting = self._launching = 0
-        self._asked_at = 0.0
+        self._starting = self._launches = 0
+        self._asked_at = self._ended_at = 0.0
         self.totals: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
         """How many VMMs left the pool, by result; `failed` includes launches that failed."""
 
@@ -90,7 +112,6 @@ class WarmPool:
         warm = self._ready.pop(next(iter(self._ready)))
         asyncio.get_running_loop().remove_reader(warm.pidfd)
         self._claimed[jail_id] = warm
-        self._preparing[warm.warm_id] = asyncio.ensure_future(self._vmms.prepare_move(warm))
         self._changed.set()
         return warm.slot
 
@@ -105,50 +126,41 @@ class WarmPool:
         if (warm := self._claimed.pop(jail_id, None)) is not None:
             self._discard(warm, "discarded")
 
-    def has_claim(self, jail_id: str) -> bool:
-        return jail_id in self._claimed
+    @contextlib.asynccontextmanager
+    async def launch(self) -> AsyncGenerator[None]:
+        """While a launch goes on, and for a moment after it, nothing is launched ahead."""
+        self._launches += 1
+        try:
+            yield
+        finally:
+            self._launches -= 1
+            self._ended_at = asyncio.get_running_loop().time()
 
     @contextlib.asynccontextmanager
-    async def used_by(self, spec: LaunchSpec) -> AsyncGenerator[str | None]:
-        """Move the claimed VMM into the launch's cgroup, meanwhile let its jail be made.
+    async def used_by(self, spec: LaunchSpec) -> AsyncGenerator[ClaimedVmm | None]:
+        """The claimed VMM, to `enter` the launch's cgroup while its jail is made.
 
-        Yields the ID of the jail to take, None without a claim. At the end the VMM is in the
-        cgroup, or it is killed: then the launch runs the jailer. It is killed, too, if what is done
-        meanwhile fails. The cgroup must exist.
+        None without a claim. At the end the VMM is in the cgroup, or it is killed: then the launch
+        runs the jailer. It is killed, too, if what is done meanwhile fails.
         """
         warm = self._claimed.pop(spec.jail_id, None)
         if warm is None:
             yield None
             return
-        self._launching += 1
-        entering = asyncio.ensure_future(self._enter(warm, spec))
+        claimed = ClaimedVmm(warm, spec, self._vmms)
         completed = False
         try:
-            yield warm.warm_id
+            yield claimed
             completed = True
         finally:
-            cancelled = await finish(entering)
-            self._launching -= 1
-            failure = None if entering.cancelled() else entering.exception()
-            if not completed:  # undo knows of no VMM: it was not yet the launch's own
+            if completed and claimed.entered:
+                self._clear(warm, "used")
+            elif completed:
+                log.warning("warm_pool.vmm_lost", warm=warm.warm_id, error=claimed.error)
+                self._clear(warm, "failed")
+            else:  # undo knows of no VMM: it was not yet the launch's own
                 await run_shielded(self._vmms.end(warm))
                 self._clear(warm, "discarded")
-            elif failure is None and not entering.cancelled():
-                self._clear(warm, "used")
-            else:
-                log.warning("warm_pool.vmm_lost", warm=warm.warm_id, error=str(failure))
-                self._clear(warm, "failed")
-            if cancelled is not None:
-                raise cancelled
-
-    async def _enter(self, warm: WarmVmm, spec: LaunchSpec) -> None:
-        await self._prepared(warm)
-        await self._vmms.enter(warm, spec)
-
-    async def _prepared(self, warm: WarmVmm) -> None:
-        """Before it is moved or removed: a write to its old cgroup must not come after that."""
-        if (preparing := self._preparing.pop(warm.warm_id, None)) is not None:
-            await asyncio.wait([preparing])
 
     def fit(self, free_mib: int) -> None:
         """Remove what does not fit into the memory that is free after a launch was admitted."""
@@ -213,10 +225,14 @@ class WarmPool:
     # -- filling -------------------------------------------------------------------------------
 
     def _wait_s(self) -> float:
-        """How long to leave the host to its launches; 0 if there are none."""
-        if self._claimed or self._launching:
-            return QUIET_S
-        return self._asked_at + QUIET_S - asyncio.get_running_loop().time()
+        """How long to leave the host to its launches, then ask again; 0 or less: not at all.
+
+        A launch whose guest takes long to boot does not keep the pool empty.
+        """
+        now = asyncio.get_running_loop().time()
+        if self._launches:
+            return min(QUIET_S, self._asked_at + PATIENCE_S - now)
+        return max(self._asked_at, self._ended_at) + QUIET_S - now
 
     def _has_room(self) -> bool:
         held = (len(self._ready) + len(self._claimed) + 1) * self._overhead_mib
@@ -264,15 +280,18 @@ class WarmPool:
         os.close(warm.pidfd)
         self.totals[result] += 1
         self._changed.set()
-        self._start(self._remove(warm))
+        self._start(self._remove(warm, after_launches=result == "used"))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _remove(self, warm: WarmVmm) -> None:
-        await self._prepared(warm)
+    async def _remove(self, warm: WarmVmm, *, after_launches: bool) -> None:
+        """Of one that was used only its empty cgroup is left, which can wait."""
+        while after_launches and not self._closing.is_set() and (wait_s := self._wait_s()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), wait_s)
         await self._until_removed(warm.warm_id)
         self._slots.discard(warm.slot)
 

@@ -104,18 +104,6 @@ class WarmVmms:
             raise
         return WarmVmm(warm_id, slot, uid, identity, pidfd, spec.version, binaries)
 
-    async def prepare_move(self, warm: WarmVmm) -> None:
-        """Write it to the cgroup that it is in: a move soon after need not wait for RCU again.
-
-        The kernel keeps the lock of `cgroup.procs` in its writers' mode for a grace period.
-        """
-        with contextlib.suppress(Failure, OSError):  # not as made: found when it is to be used
-            await run_in_thread(self._prepare_move, warm)
-
-    def _prepare_move(self, warm: WarmVmm) -> None:
-        os.close(_open(warm.warm_id, warm.identity))  # the pid is its own
-        self._cgroups.tree.move(warm.identity.pid, warm.identity.cgroup)
-
     async def end(self, warm: WarmVmm) -> None:
         """Kill it, in whatever cgroup it is, and wait until it has exited.
 
@@ -129,8 +117,8 @@ class WarmVmms:
     async def enter(self, warm: WarmVmm, spec: LaunchSpec) -> None:
         """Move it into the cgroup of the launch, which exists; it is killed if it is not as made.
 
-        Its threads move with it. Writing to cgroup.procs takes some 10 ms, unless `prepare_move`
-        went before: the kernel waits for an RCU grace period. So callers do other work meanwhile.
+        Its threads move with it. Writing to cgroup.procs takes some 10 ms, unless it was prepared
+        (`migration`): the kernel waits for an RCU grace period. So callers do other work meanwhile.
 
         Raises:
             Failure, OSError: it was killed, or it had exited.

@@ -30,7 +30,15 @@ VMM = {
 CUTS = [
     *((kind, held, at) for kind, at_ in VMM.items() for held in PORT for at in at_),
     *((kind, held, at) for kind, held_ in FILES.items() for held in held_ for at in PORT),
-    ("WakeInstance", "before:verify_snapshot", "after:vmm"),
+    # What needs no row is done beside the commit of the rows.
+    *(
+        (kind, *cut)
+        for kind, moment in (
+            ("StartInstance", "flush_conntrack"),
+            ("WakeInstance", "verify_snapshot"),
+        )
+        for cut in ((f"before:{moment}", "intent:vmm"), ("intent:vmm", f"after:{moment}"))
+    ),
     ("WakeInstance", "before:link_snapshot", "after:vmm"),
     ("WakeInstance", "before:vmm", "after:link_snapshot"),
     # The cgroup is made beside the files.
@@ -102,13 +110,15 @@ async def test_the_vmm_is_not_told_of_its_tap_before_the_tap_is_there(
     )
 
 
+@pytest.mark.parametrize("warm", [[], [40]], ids=["cold", "warm"])
 @pytest.mark.parametrize("kind", ["StartInstance", "WakeInstance"])
-async def test_the_jailer_runs_only_when_both_cgroup_and_jail_are_there(
-    kind: str, tmp_path: Path
+async def test_a_vmm_is_launched_or_taken_only_when_both_cgroup_and_jail_are_there(
+    kind: str, warm: list[int], tmp_path: Path
 ) -> None:
     moments: list[str] = []
     jail = asyncio.Event()
     armed = False
+    machine = seeded()
 
     async def slow_cgroup(moment: str) -> None:
         moments.append(moment)
@@ -117,8 +127,9 @@ async def test_the_jailer_runs_only_when_both_cgroup_and_jail_are_there(
         if armed and moment == "before:cgroup":
             await jail.wait()
 
-    async with memory_worker(tmp_path / "j", seeded(), failpoint=slow_cgroup) as worker:
+    async with memory_worker(tmp_path / "j", machine, failpoint=slow_cgroup) as worker:
         await prepare(worker, kind)
+        machine.warm = [*warm]
         moments.clear()
         jail.clear()
         armed = True
