@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -249,6 +250,18 @@ async def test_a_refusal_is_typed_quoted_and_leaves_the_vmm_usable(
     assert words in failure.message
     assert failure.detail["status"] == 400
     assert await vmm.api.state() == "Not started"
+
+
+async def test_a_refused_part_of_a_configuration_is_named_and_the_vmm_is_usable(vmm: Vmm) -> None:
+    config = vmm.config()
+
+    with pytest.raises(Failure, match="PUT /boot-source"):
+        await vmm.api.configure(replace(config, kernel="nowhere"))
+
+    assert await vmm.api.state() == "Not started"
+    await vmm.api.configure(config)
+    await vmm.api.start()
+    assert await vmm.api.state() == "Running"
 
 
 async def test_a_tap_that_another_vmm_holds_is_unavailable(tmp_path: Path, vmm: Vmm) -> None:

@@ -1,4 +1,4 @@
-"""The API of one live VMM: HTTP on the socket in its jail, one request at a time.
+"""The API of one live VMM: HTTP on the socket in its jail, a request at a time.
 
 Firecracker also serves one request at a time: while it writes a snapshot it answers nothing else,
 so a missing reply does not prove that the VMM is dead; only its pidfd does.
@@ -6,6 +6,7 @@ so a missing reply does not prove that the VMM is dead; only its pidfd does.
 
 import asyncio
 import socket
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -32,6 +33,7 @@ from handlers.specs import BootConfig
 
 READ_BYTES = 65_536
 
+Message = tuple[str, str, bytes]  # method, path, body
 T = TypeVar("T")
 
 
@@ -57,8 +59,16 @@ class VmmApi:
         self._version: str | None = None
 
     async def configure(self, config: BootConfig) -> None:
-        for method, path, body in boot_requests(config):
-            await self._send(method, path, body)
+        """All that precedes the start, sent at once: the VMM answers one request after the other.
+
+        It executes those behind a refused one, too: it is not to be started then.
+        """
+        requests = [
+            (method, path, msgspec.json.encode(accepted))
+            for method, path, body in boot_requests(config)
+            if (accepted := await self._accepted(body)) is not None
+        ]
+        await self._call_all(requests, self._timeout_s)
 
     async def start(self) -> None:
         await self._send("PUT", "/actions", Action("InstanceStart"))
@@ -116,21 +126,36 @@ class VmmApi:
         self, method: str, path: str, body: Body, *, timeout_s: float | None = None
     ) -> None:
         """Send a request with a body; what the VMM's version does not accept is left out."""
-        if is_versioned(body):
-            accepted = for_version(body, parse_version(await self.version()))
-            if accepted is None:
-                return
-            body = accepted
-        await self._call(method, path, msgspec.json.encode(body), timeout_s or self._timeout_s)
+        if (accepted := await self._accepted(body)) is not None:
+            data = msgspec.json.encode(accepted)
+            await self._call(method, path, data, timeout_s or self._timeout_s)
+
+    async def _accepted(self, body: Body) -> Body | None:
+        if not is_versioned(body):
+            return body
+        return for_version(body, parse_version(await self.version()))
 
     async def _call(self, method: str, path: str, body: bytes, timeout_s: float) -> bytes:
-        """One request and its reply. A call that does not complete closes the connection."""
+        """One request and its reply."""
+        return await self._call_all([(method, path, body)], timeout_s)
+
+    async def _call_all(self, requests: Sequence[Message], timeout_s: float) -> bytes:
+        """Send the requests, read their replies up to the first refusal; the body of the last.
+
+        Calls that do not all complete close the connection.
+        """
+        method, path, _ = requests[0]
+        answer = Answer(status=0, body=b"", keeps=True)
         async with self._one_at_a_time:
             done = False
             try:
                 async with asyncio.timeout(timeout_s):
-                    status, answer = await self._exchange(method, path, body)
-                done = True
+                    connection = await self._put(requests)
+                    for method, path, _ in requests:  # noqa: B007 - failures name them
+                        answer = await self._receive(connection, answer)
+                        if answer.status >= 300:
+                            break
+                done = answer.keeps and path == requests[-1][1]
             except TimeoutError as error:
                 raise Unavailable(
                     f"Firecracker did not answer {method} {path} within {timeout_s:g} s"
@@ -146,27 +171,23 @@ class VmmApi:
             finally:
                 if not done:
                     self._drop()
-        if status >= 300:
-            raise refusal(method, path, status, answer)
-        return answer
+        if answer.status >= 300:
+            raise refusal(method, path, answer.status, answer.body)
+        return answer.body
 
-    async def _exchange(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+    async def _put(self, requests: Sequence[Message]) -> socket.socket:
         if self._socket is None:
             self._socket = connect(self._root, API_SOCKET)
             self._answers = Answers()
         if self._answers.pending:
             raise NotAnAnswer("bytes came before the request")
-        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n"
-        if body:
-            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        message = f"{head}\r\n".encode() + body
+        message = b"".join(_encoded(*each) for each in requests)
         await asyncio.get_running_loop().sock_sendall(self._socket, message)
-        answer = await self._receive(self._socket)
-        if not answer.keeps:
-            self._drop()
-        return answer.status, answer.body
+        return self._socket
 
-    async def _receive(self, connection: socket.socket) -> Answer:
+    async def _receive(self, connection: socket.socket, before: Answer) -> Answer:
+        if not before.keeps:
+            raise ConnectionResetError("closed after the reply before")
         while (answer := self._answers.next()) is None:
             data = await asyncio.get_running_loop().sock_recv(connection, READ_BYTES)
             if not data:
@@ -178,3 +199,10 @@ class VmmApi:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+
+def _encoded(method: str, path: str, body: bytes) -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n"
+    if body:
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}\r\n".encode() + body

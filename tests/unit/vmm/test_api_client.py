@@ -30,6 +30,17 @@ CONFIG = BootConfig(
 )
 
 
+def requests_in(data: bytes) -> list[bytes]:
+    """Whole requests that were sent at once."""
+    found: list[bytes] = []
+    while data:
+        head, _, rest = data.partition(b"\r\n\r\n")
+        length = int(head.rpartition(b"Content-Length: ")[2]) if b"Content-Length" in head else 0
+        found.append(data[: len(head) + 4 + length])
+        data = rest[length:]
+    return found
+
+
 class Server:
     """Gives each request the same bytes and then closes, or keeps the connection open."""
 
@@ -37,13 +48,16 @@ class Server:
         self.directory = directory
         self.reply = b""
         self.keep = False
+        self.refuse = b""  # how the request begins that is refused
         self.requests: list[bytes] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            while request := await reader.read(65536):
-                self.requests.append(request)
-                writer.write(self.reply)
+            while data := await reader.read(65536):
+                for request in requests_in(data):
+                    self.requests.append(request)
+                    refused = self.refuse and request.startswith(self.refuse)
+                    writer.write(http(b"{}", "400 Bad") if refused else self.reply)
                 await writer.drain()
                 if not self.keep:
                     break
@@ -214,6 +228,38 @@ async def test_configure_sends_each_version_what_it_accepts(server: Server) -> N
         await api.close()
     assert "/serial" not in paths["1.13.9"]
     assert paths["1.14.0"] == [*paths["1.13.9"], "/serial"]
+
+
+async def test_a_refused_part_of_the_configuration_is_named_and_the_next_call_reconnects(
+    server: Server,
+) -> None:
+    server.keep, server.refuse = True, b"PUT /boot-source "
+    server.reply = http(b'{"id": "a", "state": "Paused", "vmm_version": "1.12.1"}')
+    api = client(server)
+    assert await api.state() == "Paused"
+
+    with pytest.raises(HostFault) as caught:
+        await api.configure(CONFIG)
+
+    assert "PUT /boot-source" in caught.value.message
+    assert len(server.requests) > 3  # what follows it was sent, too
+    assert await api.state() == "Paused"
+    await api.close()
+
+
+async def test_a_connection_that_ends_within_the_configuration_is_unavailable(
+    server: Server,
+) -> None:
+    server.keep = True
+    server.reply = http(b'{"id": "a", "state": "Paused", "vmm_version": "1.12.1"}')
+    api = client(server)
+    assert await api.state() == "Paused"
+    server.reply = http(b"").replace(b"Server: x", b"Connection: close")
+
+    with pytest.raises(Unavailable):
+        await api.configure(CONFIG)
+
+    await api.close()
 
 
 async def test_a_load_is_sent_as_the_version_accepts_it(server: Server) -> None:
