@@ -77,7 +77,8 @@ class Networks(Protocol):
         ...
 
     async def flush_conntrack(self, address: str) -> None:
-        """End all tracked connections from or to this address, on either side of NAT."""
+        """End all tracked connections of a guest's address, from or to it, on either side of NAT.
+        Nothing is done if that was done since the address last had a TAP."""
         ...
 
     async def prepare(self) -> bool:

@@ -159,8 +159,13 @@ class Networks:
         return await self._netlink.run(ports)
 
     async def flush_conntrack(self, address: str) -> None:
-        """Delete the address's conntrack entries, of either direction and side of NAT."""
-        await self._netlink.run(lambda kernel: kernel.flush_conntrack(IPv4Network(address)))
+        """Delete the address's conntrack entries, of either direction and side of NAT.
+
+        At once if that was done since it last had a TAP: the kernel goes through its whole table.
+        """
+        guest = IPv4Network(address)
+        if str(guest.network_address) not in self._netlink.flushed:
+            await self._netlink.run(lambda kernel: kernel.flush_conntrack(guest))
 
     async def owned_links(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the bridges and of the TAPs in this namespace that carry hostd's alias."""

@@ -44,6 +44,8 @@ from handlers.host.net.rtnetlink_reader import RT_TABLE_MAIN, RTM_NEWROUTE, Addr
 
 T = TypeVar("T")
 
+FLUSHED_MAX = 4096  # some more than a host has instances
+
 # linux/rtnetlink.h
 RTPROT_KERNEL, RT_SCOPE_LINK, RTN_UNICAST = 2, 253, 1
 
@@ -56,7 +58,8 @@ class Kernel(Reader):
     trip takes 0.3 ms and more for what the kernel does in 0.03.
 
     `unwanted` are the names of the links that hostd removed last: nobody has to be told that these
-    are gone.
+    are gone. `flushed` are the addresses whose flows hostd ended and that had no TAP since: nothing
+    has to be looked for at the next launch there (ADR 0974).
 
     Source: rtnetlink(7), ip-link(8), bridge(8). Needs: CAP_NET_ADMIN.
     """
@@ -64,6 +67,7 @@ class Kernel(Reader):
     def __init__(self) -> None:
         super().__init__()
         self.unwanted: set[str] = set()
+        self.flushed: set[str] = set()
         self._queued: list[Request] | None = None
         self._kept_routes: KeptRoutes | None = None
         self._ctnetlink: socket.socket | None = None
@@ -92,6 +96,10 @@ class Kernel(Reader):
             self._ctnetlink.close()
             self._ctnetlink = None
             raise
+        if subnet.prefixlen == subnet.max_prefixlen:
+            if len(self.flushed) >= FLUSHED_MAX:
+                self.flushed.clear()  # then the next launches look once more
+            self.flushed.add(str(subnet.network_address))
 
     @contextmanager
     def together(self) -> Generator[None]:
@@ -235,6 +243,11 @@ class Netlink:
     def unwanted(self) -> Collection[str]:
         """The names of the links that hostd removed last."""
         return () if self._kernel is None else self._kernel.unwanted
+
+    @property
+    def flushed(self) -> Collection[str]:
+        """The addresses whose flows hostd ended and that had no TAP since."""
+        return () if self._kernel is None else self._kernel.flushed
 
     def close(self) -> None:
         self._thread.stop()

@@ -199,6 +199,7 @@ def own_tap(kernel: Kernel, name: str) -> Link | None:
 
 def ensure_tap(kernel: Kernel, spec: TapSpec, *, isolate: bool) -> bool:
     kernel.unwanted.discard(spec.name)
+    kernel.flushed.discard(spec.guest_ip)
     bridge = kernel.link(spec.bridge)
     if bridge is None or bridge.kind != "bridge":
         raise Conflict(f"the tenant's network is not set up: there is no bridge {spec.bridge}")

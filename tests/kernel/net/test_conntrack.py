@@ -107,6 +107,22 @@ async def test_the_flush_of_one_address_spares_its_neighbours(net: HostNet) -> N
     assert (tracked(net, f"{A1.ip}/32"), tracked(net, f"{a2.ip}/32")) == (0, 2)
 
 
+async def test_an_address_is_flushed_again_once_it_has_had_a_tap(net: HostNet) -> None:
+    """Until then nothing is looked for: the flows of its guest ended with the first flush."""
+    with udp_socket(net.host, 6100) as client:
+        await take_down(net, A1)
+        await net.mechanisms.networks.flush_conntrack(A1.ip)
+        await set_up(net, "acme", ACME)
+        client.sendto(b"nobody-is-there", (A1.ip, 6200))
+        await net.mechanisms.networks.flush_conntrack(A1.ip)
+        assert tracked(net, f"{A1.ip}/32") == 1
+
+        await plug_in(net, A1)
+        await net.mechanisms.networks.flush_conntrack(A1.ip)
+
+    assert tracked(net, f"{A1.ip}/32") == 0
+
+
 @pytest.mark.parametrize("flushed", [True, False])
 async def test_an_established_flow_does_not_reach_who_has_the_address_next(
     net: HostNet, *, flushed: bool
