@@ -60,7 +60,7 @@ async def test_the_pid_file_holds_the_vmms_pid_in_our_namespace_and_the_cgroup_a
 
     pid = await pid_of(rig, spec)
     await until(lambda: rig.tree.pids(spec.cgroup) == [pid])
-    assert read_status(f"/proc/{pid}/status")["NSpid"] == f"{pid} 1"
+    assert read_status(f"/proc/{pid}/status", ("NSpid",))["NSpid"] == f"{pid} 1"
 
 
 async def test_a_missing_parent_cgroup_is_silently_ignored(rig: VmmRig) -> None:

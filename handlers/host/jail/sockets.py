@@ -16,15 +16,12 @@ def read_tail(root: str, name: str, limit_bytes: int) -> str:
     """The end of a file in the jail as text; empty if it is missing or not a regular file."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with (
-            _dir(root) as directory,
-            os.fdopen(os.open(name, flags, dir_fd=directory), "rb") as file,
-        ):
-            found = os.fstat(file.fileno())
+        with _dir(root) as directory, _opened(name, flags, directory) as fd:
+            found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
                 return ""
-            file.seek(max(0, found.st_size - limit_bytes))
-            return file.read(limit_bytes).decode(errors="replace")
+            tail = os.pread(fd, limit_bytes, max(0, found.st_size - limit_bytes))
+            return tail.decode(errors="replace")
     except OSError:
         return ""
 

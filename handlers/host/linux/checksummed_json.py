@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from handlers.errors import HostFault
+from handlers.host.linux.small_files import read_up_to, write_all
 
 MAX_BYTES = 1 << 20
 
@@ -30,8 +31,7 @@ def write_sealed(path: str, facts: msgspec.Struct, *, sync: bool = True) -> None
     beside = f"{path}.part"
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(data + b"\n")
+        write_all(fd, data + b"\n")
         if sync:
             os.fsync(fd)
     finally:
@@ -46,10 +46,13 @@ def read_sealed(path: str, kind: type[T]) -> T | None:
         HostFault: damaged; names the file.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    try:
+        data = read_up_to(fd, MAX_BYTES)
+    finally:
+        os.close(fd)
     try:
         sealed = msgspec.json.decode(data, type=Sealed)
         if hashlib.sha256(sealed.facts).hexdigest() == sealed.sha256:

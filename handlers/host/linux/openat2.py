@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from handlers.errors import Failure, Invalid, NotFound, Unavailable, of_os_error
+from handlers.host.linux.small_files import read_up_to, write_all
 from handlers.host.linux.syscalls import link_open, openat2
 
 RACES = 16
@@ -117,18 +118,25 @@ class Directory:
     @contextlib.contextmanager
     def file(self, name: str, flags: int = os.O_RDONLY) -> Generator[int, None, None]:
         """Open a regular file of the directory's owner; closed at the end of the block."""
-        with self.marked_file(name, flags) as fd:
-            self._check_owner(fd, self.named(name))
+        with self._regular(name, flags) as (fd, found):
+            self._check_owner(fd, found, self.named(name))
             yield fd
 
     @contextlib.contextmanager
     def marked_file(self, name: str, flags: int = os.O_RDONLY) -> Generator[int, None, None]:
         """Open a regular file whoever owns it. Only for a data disk, whose mark must be checked."""
+        with self._regular(name, flags) as (fd, _):
+            yield fd
+
+    @contextlib.contextmanager
+    def _regular(self, name: str, flags: int) -> Generator[tuple[int, os.stat_result], None, None]:
+        """Open a regular file; its status is that when it was opened."""
         fd = self._open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
                 raise Invalid(f"{self.named(name)} is not a regular file", path=self.named(name))
-            yield fd
+            yield fd, found
         finally:
             os.close(fd)
 
@@ -138,13 +146,12 @@ class Directory:
         Raises:
             Invalid: also if it has more than one hard link or is larger than the limit.
         """
-        with self.file(name) as fd:
-            found = os.fstat(fd)
-            path = self.named(name)
+        path = self.named(name)
+        with self._regular(name, os.O_RDONLY) as (fd, found):
+            self._check_owner(fd, found, path)
             if found.st_nlink > 1:
                 raise Invalid(f"{path} has {found.st_nlink} hard links, expected 1", path=path)
-            with open(fd, "rb", closefd=False) as file:
-                data = file.read(limit_bytes + 1)
+            data = read_up_to(fd, limit_bytes + 1)
         if len(data) > limit_bytes:
             raise Invalid(f"{path} is larger than {limit_bytes} bytes", path=path)
         return data, found
@@ -157,9 +164,10 @@ class Directory:
         path = self.named(name)
         fd = self._open(name, os.O_PATH | os.O_NOFOLLOW)
         try:
-            if not stat.S_ISLNK(os.fstat(fd).st_mode):
+            found = os.fstat(fd)
+            if not stat.S_ISLNK(found.st_mode):
                 raise Invalid(f"{path} is not a symlink", path=path)
-            self._check_owner(fd, path, marks=False)  # a symlink has no `trusted.` attribute
+            self._check_owner(fd, found, path, marks=False)  # a symlink has no `trusted.` attribute
             return os.readlink("", dir_fd=fd)
         except OSError as error:
             raise refused(error, path) from error
@@ -196,8 +204,7 @@ class Directory:
             with self.created(beside) as fd:
                 os.fchown(fd, uid, gid)
                 os.fchmod(fd, mode)
-                with open(fd, "wb", closefd=False) as file:
-                    file.write(data)
+                write_all(fd, data)
                 os.fsync(fd)
                 os.rename(beside, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         except OSError as error:
@@ -250,14 +257,15 @@ class Directory:
         finally:
             os.close(fd)
 
-    def _check_owner(self, fd: int, path: str, *, marks: bool = True) -> None:
+    def _check_owner(
+        self, fd: int, found: os.stat_result, path: str, *, marks: bool = True
+    ) -> None:
         """Refuse what its owner did not put there. A rename gives a file another name, no owner."""
         if self.owner is None:
             return
-        found = os.fstat(fd).st_uid
-        if found != self.owner:
+        if found.st_uid != self.owner:
             raise Invalid(
-                f"{path} belongs to uid {found}, expected uid {self.owner}, the owner of the"
+                f"{path} belongs to uid {found.st_uid}, expected uid {self.owner}, the owner of the"
                 " tenant's directory: copy it as that user",
                 path=path,
             )

@@ -9,7 +9,9 @@ from collections.abc import Collection
 from functools import cache
 from typing import NamedTuple
 
-CHUNK_BYTES = 65_536
+from handlers.host.linux.small_files import read_up_to
+
+TEXT_BYTES = 64 << 20  # the largest, of mounts, has some 100 bytes a line
 OCTAL_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
@@ -29,12 +31,9 @@ def read_text(path: str) -> str:
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        parts: list[bytes] = []
-        while part := os.read(fd, CHUNK_BYTES):
-            parts.append(part)
+        return read_up_to(fd, TEXT_BYTES).decode(errors="replace")
     finally:
         os.close(fd)
-    return b"".join(parts).decode(errors="replace")
 
 
 def list_pids() -> list[int]:
@@ -66,16 +65,17 @@ def parse_mounts(mountinfo: str) -> list[Mount]:
     return mounts
 
 
-def read_status(path: str, names: Collection[str] | None = None) -> dict[str, str]:
-    """A `status` file of a process or thread as a map, e.g. `Uid` -> `0 0 0 0`.
-
-    With `names` only these of its 60 fields, as far as they are there.
+def read_status(path: str, names: Collection[str]) -> dict[str, str]:
+    """These fields of a `status` file of a process or thread, e.g. `Uid` -> `0 0 0 0`, as far as
+    they are there. A file has some 60, so only these are looked for.
 
     Source: proc_pid_status(5).
     """
-    pairs = (line.split(":", 1) for line in read_text(path).splitlines() if ":" in line)
+    text = f"\n{read_text(path)}\n"
     return {
-        name: " ".join(value.split()) for name, value in pairs if names is None or name in names
+        name: " ".join(text[at + len(name) + 2 : text.find("\n", at + 1)].split())
+        for name in names
+        if (at := text.find(f"\n{name}:")) >= 0
     }
 
 

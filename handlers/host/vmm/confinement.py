@@ -31,7 +31,7 @@ Fact = tuple[str, object, object]
 def read_uid(pid: int) -> int | None:
     """The real uid of a process; None if it is gone."""
     try:
-        return int(read_status(f"/proc/{pid}/status")["Uid"].split()[0])
+        return int(read_status(f"/proc/{pid}/status", ("Uid",))["Uid"].split()[0])
     except (FileNotFoundError, ProcessLookupError, KeyError):
         return None
 

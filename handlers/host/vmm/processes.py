@@ -66,7 +66,7 @@ def uids_in_use(uids: range) -> set[int]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             owner = os.stat(f"/proc/{pid}").st_uid
             if owner == 0 or owner in uids:
-                status = read_status(f"/proc/{pid}/status")
+                status = read_status(f"/proc/{pid}/status", ("Uid", "State"))
                 uid = int(status["Uid"].split()[0])
                 if uid in uids and status["State"][0] not in "ZX":
                     found.add(uid)

@@ -136,7 +136,6 @@ def test_only_a_data_disk_is_opened_whoever_owns_it() -> None:
 
     assert callers == {
         "handlers/host/jail/jails.py",
-        "handlers/host/linux/openat2.py",
         "handlers/host/snapshot/sealer.py",
         "handlers/host/storage/data_disks.py",
     }

@@ -29,11 +29,13 @@ def test_proc_is_mounted_on_proc() -> None:
     assert "proc" in {mount.fs_type for mount in read_mounts() if mount.mount_point == "/proc"}
 
 
-def test_a_status_file_is_a_map_with_single_blanks(tmp_path: Path) -> None:
+def test_fields_of_a_status_file_are_found_at_the_start_of_a_line(tmp_path: Path) -> None:
     path = tmp_path / "status"
-    path.write_text("Name:\tfire:cracker\nUid:\t0\t0\t0\t0\nno colon\n")
+    path.write_text("Name:\tfire:Uid:cracker\nNgid:\t0\nUid:\t0\t0\t0\t0\nGroups:\t \nTail:\t1")
 
-    assert read_status(str(path)) == {"Name": "fire:cracker", "Uid": "0 0 0 0"}
+    found = read_status(str(path), ("Name", "Uid", "Groups", "Tail", "Gid"))
+
+    assert found == {"Name": "fire:Uid:cracker", "Uid": "0 0 0 0", "Groups": "", "Tail": "1"}
 
 
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
