@@ -24,9 +24,9 @@ async def finish(*work: asyncio.Future[Any]) -> asyncio.CancelledError | None:
     Returns the last of these cancellations, for the caller to raise or to drop.
     """
     cancelled: asyncio.CancelledError | None = None
-    while not all(each.done() for each in work):
+    while pending := [each for each in work if not each.done()]:
         try:
-            await asyncio.wait(work)
+            await _ended(*pending)
         except asyncio.CancelledError as error:
             cancelled = error
     return cancelled
@@ -42,7 +42,7 @@ async def run_shielded(work: Awaitable[T], *, on_cancel: Callable[[], None] | No
     """
     task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait({task})
+        await _ended(task)
     except asyncio.CancelledError as first:
         if on_cancel is not None:
             on_cancel()
@@ -59,7 +59,7 @@ async def together(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -
     """
     tasks = asyncio.ensure_future(one), asyncio.ensure_future(other)
     try:
-        await asyncio.wait(tasks)
+        await _ended(*tasks)
     except asyncio.CancelledError:
         await _cancel(*tasks)
         raise
@@ -93,6 +93,29 @@ async def race(
         raise Interrupted from (_failure(stopping) if stopping.done() else None)
     finally:
         await _cancel(working, stopping)
+
+
+async def _ended(*work: asyncio.Future[Any]) -> None:
+    """Wait until all of the work has ended; a cancellation ends the wait and leaves the work alone.
+
+    Not `asyncio.wait`, which costs three times as much and is in every step of a command.
+    """
+    waiter = asyncio.get_running_loop().create_future()
+    left = len(work)
+
+    def one_ended(_: asyncio.Future[Any]) -> None:
+        nonlocal left
+        left -= 1
+        if not left and not waiter.done():
+            waiter.set_result(None)
+
+    for each in work:
+        each.add_done_callback(one_ended)
+    try:
+        await waiter
+    finally:
+        for each in work:
+            each.remove_done_callback(one_ended)
 
 
 async def _cancel(*tasks: asyncio.Future[Any]) -> None:
