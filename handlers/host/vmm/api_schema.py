@@ -147,6 +147,11 @@ def versioned_fields(kind: type[Body]) -> dict[str, Since]:
     }
 
 
+@cache
+def fields_of(kind: type[Body]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    return msgspec.structs.fields(kind)
+
+
 def is_versioned(body: Body) -> bool:
     """Whether it depends on the VMM's version what of the body may be sent."""
     nested = (getattr(body, name) for name in body.__struct_fields__)
@@ -162,7 +167,7 @@ def for_version(body: BodyT, version: Version) -> BodyT | None:
     """
     since = versioned_fields(type(body))
     changes: dict[str, object] = {}
-    for field in msgspec.structs.fields(body):
+    for field in fields_of(type(body)):
         value = accepted = getattr(body, field.name)
         if field.name in since and not since[field.name].accepts(version):
             accepted = None

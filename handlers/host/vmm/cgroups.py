@@ -287,16 +287,23 @@ class Cgroups:
         """Make leaf and parents; true if the leaf is new."""
         if self._enforce:
             self._enable_controllers(leaf)
-        else:
-            os.makedirs(os.path.dirname(leaf), exist_ok=True)
         try:
             os.mkdir(leaf)
         except FileExistsError:
             return False
+        except FileNotFoundError:  # the tenant's first
+            os.makedirs(leaf)
         return True
 
     def _enable_controllers(self, leaf: str) -> None:
-        """Enable the controllers in each cgroup above the leaf; make the missing ones."""
+        """Enable the controllers in each cgroup above the leaf; make the missing ones.
+
+        A cgroup can only have enabled what those above it have, so mostly one is read.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            above = read_text(f"{os.path.dirname(leaf)}/cgroup.subtree_control")
+            if set(CONTROLLERS) <= set(above.split()):
+                return
         at = self.tree.mount
         for part in os.path.relpath(leaf, self.tree.mount).split("/"):
             available = read_text(f"{at}/cgroup.controllers").split()

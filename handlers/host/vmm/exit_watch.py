@@ -93,6 +93,11 @@ class Newborn:
             self.close()
             self._pid, self._pidfd = pids[0], processes.open_pidfd(pids[0])
 
+    @property
+    def has_exited(self) -> bool:
+        """Whether it has; false while it was not seen."""
+        return self._pidfd is not None and processes.has_exited(self._pidfd)
+
     def status(self) -> ExitStatus:
         """How it exited; not known if it was never seen."""
         return ExitStatus() if self._pidfd is None else exit_status(self._pid, self._pidfd)

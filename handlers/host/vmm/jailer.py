@@ -54,7 +54,8 @@ class Jailer:
             HostFault: names what is missing, misnamed or changed.
         """
         firecracker = self._binaries.unchanged_pair(spec.version).firecracker
-        executable = os.path.basename(os.path.realpath(firecracker))
+        linked = os.path.islink(firecracker)
+        executable = os.path.basename(os.path.realpath(firecracker) if linked else firecracker)
         if executable != FIRECRACKER:
             raise HostFault(
                 f"invalid [vmm] firecracker {firecracker}: the file is named {executable}, "

@@ -111,7 +111,8 @@ class Vmms:
             Unavailable: the API did not listen within `[vmm] api_timeout_s`.
         """
         root = self._layout.root(spec.jail_id)
-        found, pids = self._find(spec.jail_id), self._pids(spec.jail_id)
+        pids = self._pids(spec.jail_id)
+        found = self._find(spec.jail_id) if pids else None
         if found is not None and os.path.exists(f"{root}/{API_SOCKET}"):
             return self._check_matches(found, spec)
         if pids:
@@ -262,9 +263,16 @@ class Vmms:
         return identity
 
     def _poll_launched(self, spec: LaunchSpec, root: str, born: Newborn) -> VmmIdentity | None:
+        """Look in full once the VMM has made its socket, and at once if it has exited."""
         until = time.monotonic() + BUSY_POLL_S
         while (identity := self._launched(spec, root, born)) is None and time.monotonic() < until:
             time.sleep(FIRST_POLL_S / 2)
+            while not (
+                os.path.lexists(f"{root}/{API_SOCKET}")
+                or born.has_exited
+                or time.monotonic() > until
+            ):
+                time.sleep(FIRST_POLL_S / 2)
         return identity
 
     def _launched(self, spec: LaunchSpec, root: str, born: Newborn) -> VmmIdentity | None:
