@@ -113,13 +113,12 @@ class HostWatch:
 
     async def _of_links(self, links: socket.socket) -> set[Change]:
         """What the messages that have come call for."""
-        last: dict[str, bytes | None] = {}
+        heard: dict[int, tuple[int, bytes]] = {}  # the last message about each link
         routes: set[int] = set()
         found: set[Change] = set()
         for kind, body in received(links):
             if kind in {RTM_NEWLINK, RTM_DELLINK}:
-                name = text(first_attribute(body[LINK.size :], IFLA_IFNAME))
-                last[name] = None if kind == RTM_DELLINK else body
+                heard[LINK.unpack_from(body)[2]] = kind, body
             elif kind in {RTM_NEWADDR, RTM_DELADDR}:
                 label = text(attributes(body[ADDRESS.size :]).get(IFA_LABEL, b""))
                 found |= self._wanted(label)
@@ -133,8 +132,13 @@ class HostWatch:
         if routes:
             for name in await self._netlink.run(partial(names_of, routes)):
                 found |= self._wanted(name)
-        for name, shown in last.items():
-            if named(name) and not is_intact(None if shown is None else link_of(shown)):
+        last = {
+            text(first_attribute(body[LINK.size :], IFLA_IFNAME)): (kind, body)
+            for kind, body in heard.values()  # of two of one name, the later one
+        }
+        for name, (kind, body) in last.items():
+            left = None if kind == RTM_DELLINK else link_of(body, nested=False)
+            if named(name) and not is_intact(left):
                 found |= self._wanted(name)
         return found
 

@@ -10,6 +10,7 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLA_NESTED, NLA_TYPE = 0x8000, 0x3FFF
 
 Attributes = dict[int, bytes]
+ATTRIBUTE = struct.Struct("=HH")  # the header of an attribute: length, type
 
 
 def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
@@ -33,9 +34,9 @@ def pieces(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 def attributes(data: bytes) -> Attributes:
     """Attributes by type, in the order of the message; a cut one ends it."""
     found: Attributes = {}
-    at = 0
-    while at + 4 <= len(data):
-        size, kind = struct.unpack_from("=HH", data, at)
+    at, last = 0, len(data) - 4
+    while at <= last:
+        size, kind = ATTRIBUTE.unpack_from(data, at)
         if size < 4:
             break
         found[kind & NLA_TYPE] = data[at + 4 : at + size]
@@ -45,9 +46,9 @@ def attributes(data: bytes) -> Attributes:
 
 def first_attribute(data: bytes, kind: int) -> bytes:
     """The value of the first attribute of a kind; empty if there is none. Reads no further."""
-    at = 0
-    while at + 4 <= len(data):
-        size, found = struct.unpack_from("=HH", data, at)
+    at, last = 0, len(data) - 4
+    while at <= last:
+        size, found = ATTRIBUTE.unpack_from(data, at)
         if size < 4:
             break
         if found & NLA_TYPE == kind:
@@ -60,4 +61,4 @@ def attribute(kind: int, value: bytes, *, nested: bool = False) -> bytes:
     """One attribute with its header and padding."""
     size = 4 + len(value)
     flags = NLA_NESTED if nested else 0
-    return struct.pack("=HH", size, kind | flags) + value + bytes(-size % 4)
+    return ATTRIBUTE.pack(size, kind | flags) + value + bytes(-size % 4)

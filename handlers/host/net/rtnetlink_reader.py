@@ -363,10 +363,11 @@ def error_of(body: bytes) -> int:
     return -code
 
 
-def link_of(body: bytes) -> Link:
+def link_of(body: bytes, *, nested: bool = True) -> Link:
+    """Without `nested`, `kind`, `info` and `port` are left out: they are most of a message."""
     _, _, index, flags, _ = LINK.unpack_from(body)
     held = attributes(body[LINK.size :])
-    info = attributes(held.get(IFLA_LINKINFO, b""))
+    info = attributes(held.get(IFLA_LINKINFO, b"")) if nested else {}
     master = held.get(IFLA_MASTER)
     return Link(
         index=index,
@@ -407,4 +408,7 @@ def number(value: bytes) -> int:
 
 
 def numbers(nest: bytes) -> dict[int, int]:
-    return {kind: number(value) for kind, value in attributes(nest).items() if len(value) <= 8}
+    read = int.from_bytes
+    return {
+        kind: read(value, "little") for kind, value in attributes(nest).items() if len(value) <= 8
+    }

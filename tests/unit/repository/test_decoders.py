@@ -148,6 +148,7 @@ TRUSTED = {
     "handlers/host/linux/procfs.py:_unescape:int": MATCHED,
     "handlers/host/net/chains.py:one_later:int": CONSTANT,
     "handlers/host/net/conntrack.py:touches_subnet:int": NO_TEXT,
+    "handlers/host/net/drift_watch.py:_of_links:unpack_from": KERNEL,
     "handlers/host/net/drift_watch.py:is_intact:int": MATCHED,
     "handlers/host/net/drift_watch.py:named:int": MATCHED,
     "handlers/host/net/host_network.py:warnings:int": PROC,
