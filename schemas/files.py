@@ -6,7 +6,6 @@ allowed, and kept when hostd rewrites a file; a missing optional field has its d
 the caller passes the bytes, and the file name for messages.
 """
 
-import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -178,7 +177,7 @@ def offset_of(guest_ip: str, net: TenantNet, path: str = "instance.json: $.net.g
         DecodeError: not an IPv4 address, outside the subnet, out of range, broadcast or gateway.
     """
     address = address_of(guest_ip, path)
-    subnet = ipaddress.IPv4Network(net.ipv4_subnet)
+    subnet = naming.ipv4_network(net.ipv4_subnet)
     if address not in subnet:
         raise DecodeError(path, f"got {address}, want an address in {subnet}")
     offset = int(address) - int(subnet.network_address)

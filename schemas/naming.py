@@ -4,6 +4,7 @@ import hashlib
 import ipaddress
 import re
 from functools import lru_cache
+from typing import Final
 
 from schemas.decode_error import DecodeError, quoted
 from schemas.requests import InstanceRef, TenantNet
@@ -21,7 +22,7 @@ BRIDGE_NAME_PATTERN = re.compile(r"br-tenant-([0-9]{1,4})")
 TAP_NAME_PATTERN = re.compile(r"tn([0-9]{1,4})i([0-9]{1,3})")
 ALIAS_PREFIX = "hostd:"
 OFFSET_MIN, OFFSET_MAX = 3, 254
-SUBNETS_KEPT = 512
+CACHED: Final = 4096  # some more than a host has instances; each entry is some 300 bytes
 
 
 def bridge_name(tenant_net_id: int) -> str:
@@ -50,13 +51,10 @@ def mac_address(tenant_net_id: int, offset: int) -> str:
     return f"02:fc:{tenant_net_id >> 8:02x}:{tenant_net_id & 255:02x}:00:{offset:02x}"
 
 
-@lru_cache(SUBNETS_KEPT)
-def subnet_of(text: str) -> ipaddress.IPv4Network:
-    """The network of a checked CIDR; kept, since one command of a network asks some ten times.
-
-    Not for texts from outside: `10.0.0.0/0...024` is valid at any length.
-    """
-    return ipaddress.IPv4Network(text)
+@lru_cache(maxsize=CACHED)
+def ipv4_network(subnet: str) -> ipaddress.IPv4Network:
+    """Of the subnet of a checked net."""
+    return ipaddress.IPv4Network(subnet)
 
 
 def guest_ip(net: TenantNet, offset: int) -> str:
@@ -73,7 +71,7 @@ def address_count(net: TenantNet) -> int:
     return _address_count(net.ipv4_subnet, net.gateway_ip)
 
 
-@lru_cache(SUBNETS_KEPT)
+@lru_cache(CACHED)
 def _address_count(ipv4_subnet: str, gateway_ip: str) -> int:
     subnet = subnet_of(ipv4_subnet)
     last = min(OFFSET_MAX, subnet.num_addresses - 2)  # the broadcast address is none
@@ -90,6 +88,7 @@ def jail_id(ref: InstanceRef, launch: int) -> str:
     return f"{jail_id_prefix(ref)}{launch}"
 
 
+@lru_cache(maxsize=CACHED)
 def jail_id_prefix(ref: InstanceRef) -> str:
     """The start of every jail ID of this instance, up to and including the `-`."""
     return f"{hashlib.sha256(str(ref).encode()).hexdigest()[:12]}-"

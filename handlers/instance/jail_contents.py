@@ -1,7 +1,5 @@
 """The files in an instance's jail, and the VMM's configuration made of them."""
 
-import json
-
 import msgspec
 from msgspec.structs import replace
 
@@ -42,7 +40,7 @@ def config_json(launch: Launch) -> bytes:
         "mem_mib": launch.record.mem_mib,
         "min_runtime_policy": msgspec.to_builtins(launch.pool.runtime_policy),
     }
-    return json.dumps(document, indent=2).encode() + b"\n"
+    return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
 
 
 def jail_spec(

@@ -8,6 +8,7 @@ import errno
 import os
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from handlers.errors import Invalid, NotFound, of_os_error
@@ -36,6 +37,7 @@ from schemas.requests import InstanceRef
 
 SECRETS_MAX_BYTES = 1 << 20
 CURRENT = re.compile(rf"revisions/({naming.REVISION_PATTERN.pattern})")
+KNOWN_FILES, KNOWN_BYTES = 512, 4096
 
 T = TypeVar("T")
 
@@ -217,13 +219,36 @@ def _files_of(tenant: Directory, ref: InstanceRef) -> tuple[TenantConfig, PoolSp
         return config, pool, _instance_file(directory, ref)
 
 
+# These files seldom change, and a launch reads both: the same bytes are not parsed again.
+
+
+@lru_cache(maxsize=KNOWN_FILES)
+def _known_tenant(data: bytes, file: str, tenant_id: str) -> TenantConfig:
+    return parse_tenant(data, file, tenant_id)
+
+
+@lru_cache(maxsize=KNOWN_FILES)
+def _known_pool(data: bytes, file: str, tenant_id: str, pool_id: str) -> PoolSpec:
+    return parse_pool(data, file, tenant_id, pool_id)
+
+
 def _tenant_config(tenant: Directory, tenant_id: str) -> TenantConfig:
-    return _parsed(tenant, "tenant.json", lambda d, f: parse_tenant(d, f, tenant_id))
+    return _parsed(
+        tenant,
+        "tenant.json",
+        lambda d, f: (_known_tenant if len(d) <= KNOWN_BYTES else parse_tenant)(d, f, tenant_id),
+    )
 
 
 def _pool_spec(tenant: Directory, tenant_id: str, pool_id: str) -> PoolSpec:
     name = f"pools/{pool_id}/pool.json"
-    return _parsed(tenant, name, lambda d, f: parse_pool(d, f, tenant_id, pool_id))
+    return _parsed(
+        tenant,
+        name,
+        lambda d, f: (_known_pool if len(d) <= KNOWN_BYTES else parse_pool)(
+            d, f, tenant_id, pool_id
+        ),
+    )
 
 
 def _instance_file(directory: Directory, ref: InstanceRef) -> InstanceFile:
