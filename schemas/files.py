@@ -177,7 +177,7 @@ def offset_of(guest_ip: str, net: TenantNet, path: str = "instance.json: $.net.g
         DecodeError: not an IPv4 address, outside the subnet, out of range, broadcast or gateway.
     """
     address = address_of(guest_ip, path)
-    subnet = naming.ipv4_network(net.ipv4_subnet)
+    subnet = naming.subnet_of(net.ipv4_subnet)
     if address not in subnet:
         raise DecodeError(path, f"got {address}, want an address in {subnet}")
     offset = int(address) - int(subnet.network_address)
