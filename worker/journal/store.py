@@ -84,6 +84,7 @@ class Store:
         self._reload_hooks: list[Callable[[Mirror], None]] = []
         self._writable = asyncio.Event()
         self._writable.set()
+        self._applied = _seq_of(mirror)
 
     @classmethod
     async def open(
@@ -141,6 +142,11 @@ class Store:
     def seq(self) -> int:
         """Of the last event that was committed."""
         return self.writer.seq
+
+    @property
+    def applied(self) -> int:
+        """`seq` of the last event that what is in memory reflects."""
+        return self._applied
 
     # -- whether it can commit -----------------------------------------------------------------
 
@@ -200,6 +206,7 @@ class Store:
         self._reload_hooks.append(hook)
 
     def _committed(self, transaction: Transaction) -> None:
+        self._applied = transaction.seq  # the parts are applied in the same turn of the loop
         for hook in self._commit_hooks:
             hook(transaction)
 
@@ -207,3 +214,8 @@ class Store:
         for hook in self._reload_hooks:
             hook(mirror)
         self.mirror = mirror
+        self._applied = _seq_of(mirror)
+
+
+def _seq_of(mirror: Mirror) -> int:
+    return schema.number(mirror.meta["seq"]) or 0

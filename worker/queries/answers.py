@@ -75,6 +75,8 @@ class Answers:
     async def list(self) -> Answer:
         return {
             "v": 1,
+            "journal_id": self._journal.store.journal_id,
+            "seq": self._journal.store.applied,
             "instances": [
                 {
                     "tenant_id": record.ref.tenant_id,

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from handlers.errors import NotFound
+from schemas.envelopes import EventKind
+from schemas.subjects import Lane
 from tests.constants import REF
 from tests.fakes.host import seeded
 from tests.fakes.shell_worker import FakeHandlers, shell_worker, start
 from worker.journal.journal import Journal
+from worker.journal.transaction import EventDraft
 from worker.queries.answers import Answer, Answers
 from worker.queries.usage import usage_of
 
@@ -112,3 +116,26 @@ async def test_the_statistics_count_and_name_no_tenant(tmp_path: Path) -> None:
 async def test_a_list_says_how_many_vmms_are_warm(tmp_path: Path) -> None:
     async with shell_worker(tmp_path / "j") as worker:
         assert (await answers_of(worker.journal).list())["warm_vmms"] == 3
+
+
+async def test_a_list_reflects_the_events_up_to_its_seq_and_no_later_one(tmp_path: Path) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        answers, store = answers_of(worker.journal), worker.journal.store
+        worker.send(start())
+        await worker.reply()
+        await worker.outbox.drained()
+        first = await answers.list()
+        later = store.writer.submit(
+            lambda tx: store.source.event(tx, EventDraft(EventKind.HOST, Lane.host()), 1)
+        )
+        # Committed by the writer's thread, not yet applied: this task has the loop.
+        while store.seq == first["seq"]:
+            time.sleep(0.001)
+        during = await answers.list()
+        await later
+
+        assert first["journal_id"] == store.journal_id
+        assert first["seq"] == during["seq"] == store.seq - 1
+        assert (await answers.list())["seq"] == store.seq
+    async with shell_worker(tmp_path / "j") as again:
+        assert (await answers_of(again.journal).list())["seq"] == again.journal.store.seq
