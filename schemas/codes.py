@@ -2,6 +2,12 @@
 
 from enum import StrEnum
 
+__all__ = [
+    "EXIT_CODES",
+    "EXIT_NO_ANSWER",
+    "Code",
+]
+
 
 class Code(StrEnum):
     """How a command ended; the class says who must act (see `handlers/errors.py`)."""

@@ -4,6 +4,12 @@ import re
 
 from schemas.codes import Code
 
+__all__ = [
+    "DecodeError",
+    "child",
+    "quoted",
+]
+
 PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 

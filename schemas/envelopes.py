@@ -8,6 +8,15 @@ import msgspec
 from schemas.codes import Code
 from schemas.requests import PROTOCOL_MIN, Request, Response
 
+__all__ = [
+    "Command",
+    "Event",
+    "EventKind",
+    "Form",
+    "Reply",
+    "StepTaken",
+]
+
 
 class Form(StrEnum):
     """Which rmp-serde layout the serde types have: `named` maps or `compact` arrays."""

@@ -4,6 +4,31 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
+__all__ = [
+    "PROTOCOL_MAX",
+    "PROTOCOL_MIN",
+    "TENANT_NET_ID_MAX",
+    "DestroyInstance",
+    "Error",
+    "InstanceRef",
+    "InstanceRequest",
+    "NetworkRequest",
+    "Ok",
+    "Ping",
+    "Pong",
+    "Request",
+    "Response",
+    "SetupNetwork",
+    "SleepInstance",
+    "StartInstance",
+    "StopInstance",
+    "TeardownNetwork",
+    "TenantNet",
+    "TenantNetId",
+    "VolumeAttach",
+    "WakeInstance",
+]
+
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 2
 TENANT_NET_ID_MAX = 4095

@@ -41,6 +41,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
 # After a connection that lasted this long, the backoff starts from its base again.
 STEADY_S = 5.0
+FAILURES_KEPT = 32
 NO_RESPONDERS = "503"
 KEEPER = "nats-connection"  # the name of the task that connects
 UNSENDABLE = (
@@ -59,6 +60,7 @@ class Connection:
         name: shown in the server's connection list.
         inbox: prefix of this process's own inboxes, without the final dot.
         guards: those in effect; tests leave one out.
+        logger: gets what happens to the connection.
 
     Needs: nothing at start; `start` returns at once with or without a server.
     """
@@ -71,8 +73,10 @@ class Connection:
         inbox: str,
         guards: frozenset[Guard] = ALL_GUARDS,
         tuning: Tuning = STANDARD,
+        logger: structlog.typing.FilteringBoundLogger = log,
     ) -> None:
         check_library()
+        self._log = logger
         self.tuning = tuning
         self.guards = guards
         self._name, self._inbox = name, inbox
@@ -83,6 +87,7 @@ class Connection:
         self._loss_listeners: list[Callable[[], None]] = []
         self._up = asyncio.Event()
         self._dead = asyncio.Event()
+        self._news = asyncio.Event()  # it came up, or an attempt to connect failed
         self._backoff = Backoff(
             tuning.backoff_base_s, tuning.backoff_cap_s, jitter=Guard.JITTER in guards
         )
@@ -92,6 +97,7 @@ class Connection:
         self.reconnects = 0
         self.permission_errors = 0
         self.last_error = ""
+        self.failures: list[str] = []  # of the first attempts to connect
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -195,7 +201,8 @@ class Connection:
 
     async def _discard(self, client: GuardedClient) -> None:
         """Close a client in any state; a stalled peer delays this by two seconds."""
-        if self._client is client:
+        was_up = self._client is client
+        if was_up:
             self._client = None
         self._up.clear()
         try:
@@ -210,10 +217,12 @@ class Connection:
             # Whatever state it is in: nobody would connect again if the supervisor ended here.
             if Guard.DISCARD not in self.guards:
                 raise
-            log.exception("bus.discard_failed")
+            self._log.exception("bus.discard_failed")
             client.abort()
         finally:
             await client.end_tasks()
+            if not was_up:
+                await client.drop()  # nats-py's close leaves the socket of a failed attempt open
 
     # -- what nats-py calls ------------------------------------------------------------------------
 
@@ -225,8 +234,8 @@ class Connection:
         async def guarded(*arguments: Any) -> None:
             try:
                 await callback(*arguments)
-            except Exception:
-                log.exception("bus.callback_failed", callback=callback.__name__)
+            except Exception:  # noqa: BLE001 - it is logged
+                self._log.exception("bus.callback_failed", callback=callback.__name__)
 
         return guarded
 
@@ -241,19 +250,22 @@ class Connection:
             self.permission_errors += 1
             if text not in self._denials and len(self._denials) < 100:
                 self._denials.add(text)
-                log.error("bus.permission_denied", error=text)
+                self._log.error("bus.permission_denied", error=text)
             return
         self.last_error = text
+        if not self.connected and len(self.failures) < FAILURES_KEPT:
+            self.failures.append(text)
+            self._news.set()
         if not self.connected and text != self._logged:
             self._logged = text
-            log.warning("bus.connect_failed", url=self._url, error=text)
+            self._log.warning("bus.connect_failed", url=self._url, error=text)
 
     async def _on_lost(self) -> None:
         if self._up.is_set():
             self._up.clear()
             if time.monotonic() - self._up_at > STEADY_S:
                 self._backoff.reset()
-            log.warning("bus.disconnected", error=self.last_error)
+            self._log.warning("bus.disconnected", error=self.last_error)
         for listener in list(self._loss_listeners):
             self._notify(listener)
 
@@ -273,7 +285,8 @@ class Connection:
         self._logged = self.last_error = ""
         self._up_at = time.monotonic()
         self._up.set()
-        log.info("bus.connected", url=self._url, reconnects=self.reconnects)
+        self._news.set()
+        self._log.info("bus.connected", url=self._url, reconnects=self.reconnects)
         for listener in list(self._listeners):
             self._notify(partial(listener, fresh))
 
@@ -284,7 +297,7 @@ class Connection:
         except Exception:
             if Guard.SAFE_CALLBACKS not in self.guards:
                 raise
-            log.exception("bus.listener_failed")
+            self._log.exception("bus.listener_failed")
 
     # -- for the worker ----------------------------------------------------------------------------
 
@@ -299,6 +312,17 @@ class Connection:
 
     async def wait_connected(self) -> None:
         await self._up.wait()
+
+    async def wait_tried(self, attempts: int) -> bool:
+        """Until it is connected, or so many attempts failed (`failures`); whether it is."""
+        while not self._up.is_set() and len(self.failures) < min(attempts, FAILURES_KEPT):
+            self._news.clear()
+            await self._news.wait()
+        return self._up.is_set()
+
+    def denial(self, subject: str) -> str:
+        """What the server said when it refused this subject; empty if it did not."""
+        return next((text for text in self._denials if f'"{subject}"' in text), "")
 
     def on_up(self, listener: Callable[[bool], None]) -> None:
         """Call `listener(fresh)` after each (re)connect; fresh: subscriptions are gone."""
@@ -394,6 +418,15 @@ class Connection:
         """Subscribe until the client is replaced; `receive` must return at once."""
         with _as_bus_errors(subject), self._cancellable():
             return await self._current().listen(subject, receive, queue=queue)
+
+    async def settle(self) -> None:
+        """Return once the server has taken all that was sent, e.g. a subscription.
+
+        Raises:
+            BusError: it does not answer in time, or the connection was lost.
+        """
+        with _as_bus_errors("PING"), self._cancellable():
+            await self._current().settle(self.tuning.request_timeout_s)
 
     @contextlib.contextmanager
     def _cancellable(self) -> Generator[None]:

@@ -104,6 +104,18 @@ class LeanClient(StrictClient):
         """Return once what is unsent was sent, or after the client's `flush_timeout`."""
         await self._flush_pending(force_flush=True)
 
+    async def settle(self, timeout_s: float) -> None:
+        """Return once the server has taken all that was sent before, e.g. a subscription.
+
+        Raises:
+            errors.Error: it does not answer in time, or the connection was lost.
+        """
+        # nats-py's `flush` writes its PING in front of what is pending.
+        self.write_now()
+        if self._pending:
+            await self.relieved()
+        await self.flush(timeout_s)  # type: ignore[arg-type]
+
     # -- requests --------------------------------------------------------------------------------
 
     async def listen_for_answers(self) -> None:

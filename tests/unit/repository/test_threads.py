@@ -16,6 +16,7 @@ ALLOWED = {
     "handlers/host/snapshot/discards.py": NOBODY_WAITS,
     "handlers/host/snapshot/snapshots.py": "hashes memory in the background",
     "worker/bus/connection.py": "reads a CA file while it connects",
+    "worker/client/blocking.py": "of another program, in which it runs the client",
     "worker/control/dump.py": "writes a dump on SIGUSR1, which nothing waits for",
     "worker/control/server.py": "encodes an answer: only computes",
     "worker/doctor/host_checks.py": PROCESS_OF_ITS_OWN,

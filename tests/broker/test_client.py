@@ -1,0 +1,436 @@
+"""The client against a real NATS server: lost messages, refusals, feeds. A stand-in answers."""
+
+# pyright: reportUnknownMemberType=false
+# (nats-py leaves some of its parameters without types)
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from schemas import codec
+from schemas.codes import Code
+from schemas.envelopes import Command, Event, EventKind, Reply
+from schemas.requests import Error, InstanceRef, Ok, Ping, Pong, StartInstance
+from schemas.subjects import Lane
+from schemas.unpack import pack, unpack_map
+from tests.broker.server import CELL, HOST, SUBJECTS, Server
+from tests.broker.test_cli import StandIn
+from tests.broker.test_cli import worker as worker_fixture
+from worker.client import client as module
+from worker.client import errors, queries
+from worker.client.blocking import BlockingClient
+from worker.client.client import HostdClient, new_id
+from worker.client.feed import EventFeed
+
+worker = worker_fixture
+START = StartInstance("acme", "web", "i-1")
+LANE = Lane.of_request(START)
+DEAD_S = 30.0
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[HostdClient]:
+    async with HostdClient.connect(server.url, cell=CELL) as connected:
+        yield connected
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for a lost reply soon."""
+    monkeypatch.setattr(module, "FIRST_LOOK_S", 0.05)
+    monkeypatch.setattr(module, "LOOK_MAX_S", 0.1)
+
+
+async def keep(worker: StandIn, command_id: str, **more: Any) -> None:
+    """Publish a reply to the reply stream, as the worker's outbox does."""
+    reply = Reply(
+        id=command_id, host_id=HOST, response=Ok(), code=Code.OK, changed=True,
+        received_at_ms=1, finished_at_ms=2, **more,
+    )  # fmt: skip
+    await worker.connection.jetstream().publish(SUBJECTS.reply(LANE), codec.encode_reply(reply))
+
+
+def event(seq: int, journal_id: str = "j", **more: Any) -> dict[str, Any]:
+    raw = Event(
+        id=f"{HOST}:{journal_id}:{seq}", host_id=HOST, boot_id="b", journal_id=journal_id, seq=seq,
+        at_ms=seq, kind=EventKind.STATUS, tenant_id="acme", pool_id="web", instance_id="i-1",
+        to="running",
+    )  # fmt: skip
+    return {**codec.write_event(raw), **more}
+
+
+async def soon(feed: EventFeed) -> Event:
+    async with asyncio.timeout(DEAD_S):
+        return await anext(feed)
+
+
+async def publish(worker: StandIn, *events: dict[str, Any]) -> None:
+    for each in events:
+        subject = SUBJECTS.event(LANE, each["kind"])
+        await worker.connection.jetstream().publish(subject, pack(each))
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+async def test_a_command_gets_its_reply_and_names_no_message_id(
+    worker: StandIn, client: HostdClient
+) -> None:
+    worker.reply = {"status": "running"}
+
+    reply = await client.send(HOST, START, timeout_s=DEAD_S, deadline_ms=9, issuer="agentd")
+
+    ((subject, command),) = worker.commands
+    assert (reply.id, reply.status, reply.changed) == (command.id, "running", True)
+    assert subject == SUBJECTS.command(LANE)
+    assert (command.request, command.deadline_ms, command.issuer) == (START, 9, "agentd")
+    kept = await worker.connection.jetstream().get_msg(SUBJECTS.commands_stream, 1)
+    assert "Nats-Msg-Id" not in (kept.headers or {})
+
+
+@pytest.mark.parametrize("code", [code for code in Code if code is not Code.OK])
+async def test_each_code_is_an_exception_that_says_who_must_act(
+    worker: StandIn, client: HostdClient, code: Code
+) -> None:
+    worker.reply = {
+        "response": Error("no such luck"), "code": code, "retryable": True,
+        "detail": {"act": "scheduler", "path": "$.x"},
+    }  # fmt: skip
+
+    with pytest.raises(errors.REFUSALS[code], match="no such luck") as raised:
+        await client.send(HOST, START, timeout_s=DEAD_S)
+
+    refused = raised.value
+    assert (refused.code, refused.act, refused.retryable) == (code, "scheduler", True)
+    assert refused.path == "$.x"
+    assert refused.reply is not None
+    assert refused.reply.code is code
+
+
+async def test_many_commands_at_once_each_get_their_own_reply(
+    worker: StandIn, client: HostdClient
+) -> None:
+    ids = [new_id() for _ in range(100)]
+
+    replies = await asyncio.gather(
+        *(client.send(HOST, Ping(), timeout_s=DEAD_S, command_id=each) for each in ids)
+    )
+
+    assert [reply.id for reply in replies] == ids
+    assert {type(reply.response) for reply in replies} == {Pong}
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_reply_that_was_lost_is_read_from_the_reply_stream(
+    worker: StandIn, client: HostdClient
+) -> None:
+    worker.silent = True
+    sending = asyncio.create_task(client.send(HOST, START, timeout_s=DEAD_S, command_id="c-1"))
+    await keep(worker, "another")
+    await keep(worker, "c-1", status="running")
+
+    assert (await sending).status == "running"
+    assert len(worker.commands) == 1
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_reply_that_was_lost_is_asked_for_in_the_journal(
+    worker: StandIn, client: HostdClient
+) -> None:
+    worker.silent = True
+    done = worker.reply_to(Command(id="c-1", request=START))
+    worker.answers["result"] = {
+        "v": 1, "id": "c-1", "state": "done", "reply": codec.write_reply(done)
+    }  # fmt: skip
+
+    assert await client.send(HOST, START, timeout_s=DEAD_S, command_id="c-1") == done
+    assert await client.kept_reply(HOST, START, "c-1") == done
+    assert len(worker.commands) == 1
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_command_that_the_worker_does_not_know_is_sent_again_a_bounded_number_of_times(
+    worker: StandIn, client: HostdClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "COPIES_MAX", 3)
+    monkeypatch.setattr(module, "LOOK_MAX_S", 0.02)
+    worker.silent = True
+    worker.answers["result"] = {"error": {"code": "not_found", "message": "not in the journal"}}
+
+    with pytest.raises(errors.NoReply) as raised:
+        await client.send(HOST, START, timeout_s=1.5, command_id="c-1")
+
+    assert raised.value.command_id == "c-1"
+    copies = [codec.encode_command(command) for _, command in worker.commands]
+    assert len(copies) == 4
+    assert len(set(copies)) == 1
+
+
+async def test_after_a_timeout_the_same_id_gets_the_outcome(
+    worker: StandIn, client: HostdClient
+) -> None:
+    worker.silent = True
+    with pytest.raises(errors.NoReply, match="send it again under this ID") as raised:
+        await client.send(HOST, START, timeout_s=0.2)
+    worker.silent = False
+    worker.reply = {"replayed": True}
+
+    reply = await client.send(HOST, START, timeout_s=DEAD_S, command_id=raised.value.command_id)
+
+    assert (reply.id, reply.replayed) == (raised.value.command_id, True)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_command_outlives_a_crash_of_the_server(
+    server: Server, worker: StandIn, client: HostdClient
+) -> None:
+    worker.silent = True
+    sending = asyncio.create_task(client.send(HOST, START, timeout_s=DEAD_S, command_id="c-1"))
+    while not worker.commands:
+        await asyncio.sleep(0.01)
+    await server.crash()
+    while not worker.connection.is_connected:
+        await asyncio.sleep(0.01)
+    await keep(worker, "c-1", status="running")
+
+    assert (await sending).status == "running"
+
+
+@pytest.mark.usefixtures("server")
+async def test_what_no_stream_takes_is_said_at_once(client: HostdClient) -> None:
+    with pytest.raises(errors.NotStored, match="run `hostd provision`"):
+        await client.send("h1", START, timeout_s=DEAD_S)
+
+
+async def test_a_server_that_is_not_there_is_no_connection() -> None:
+    with pytest.raises(errors.NoConnection, match=r"cannot connect to NATS at nats://127.0.0.1:1"):
+        async with HostdClient.connect("nats://127.0.0.1:1"):
+            pass
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"cell": "a.b"}, {"root": "a.*"}, {"creds": "/no/such"}, {"ca_file": "/no/such"}]
+)
+async def test_a_setting_that_cannot_be_used_is_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(errors.BadSetting, match=r"a\.b|a\.\*|/no/such"):
+        async with HostdClient.connect("nats://127.0.0.1:1", **wrong):
+            pass
+
+
+# -- queries and state -----------------------------------------------------------------------------
+
+
+async def test_an_answer_is_typed_and_may_have_more_than_is_known(
+    worker: StandIn, client: HostdClient
+) -> None:
+    worker.answers["list"] = {
+        "v": 1, "journal_id": "j", "seq": 7, "networks": [], "new": 1,
+        "instances": [{"tenant_id": "a", "pool_id": "b", "instance_id": "c", "status": "running",
+                       "since_ms": 5}],
+    }  # fmt: skip
+
+    found = await client.ask(HOST, queries.listing())
+
+    assert (found.journal_id, found.seq) == ("j", 7)
+    assert found.instances[0].ref == InstanceRef("a", "b", "c")
+
+
+async def test_a_query_that_is_refused_or_not_answered_says_so(
+    worker: StandIn, client: HostdClient
+) -> None:
+    worker.answers["describe"] = {"error": {"code": "not_found", "message": "no instance"}}
+    worker.answers["usage"] = {"error": {"code": "brand_new", "message": "odd"}}
+    worker.answers["status"] = {"v": 1}
+
+    with pytest.raises(errors.NotFound, match="no instance"):
+        await client.ask(HOST, queries.instance(START.ref))
+    with pytest.raises(errors.BadRefusal) as raised:
+        await client.ask(HOST, queries.usage(START.ref))
+    with pytest.raises(errors.BadAnswer, match=r"\$\.host_id: is missing"):
+        await client.ask(HOST, queries.status())
+    with pytest.raises(errors.NoWorker):
+        await client.ask("h9", queries.ping())
+
+    assert raised.value.code == "brand_new"
+
+
+async def test_state_is_read_while_no_worker_runs_and_none_once_it_is_deleted(
+    worker: StandIn, client: HostdClient
+) -> None:
+    bucket = await worker.connection.jetstream().key_value(SUBJECTS.state_bucket)
+    value = {"v": 1, "status": "running", "journal_id": "j", "seq": 3, "at_ms": 1, "pid": 9}
+    await bucket.put(SUBJECTS.state_key(LANE), pack(value))
+
+    found = await client.state(HOST, LANE)
+    await bucket.delete(SUBJECTS.state_key(LANE))
+
+    assert found is not None
+    assert (found.status, found.journal_id, found.seq) == ("running", "j", 3)
+    assert found.fields["pid"] == 9
+    assert await client.state(HOST, LANE) is None
+    assert await client.state(HOST, Lane.network("none")) is None
+
+
+# -- events ----------------------------------------------------------------------------------------
+
+
+async def test_a_list_and_the_events_after_it_have_no_gap_and_no_overlap(
+    worker: StandIn, client: HostdClient
+) -> None:
+    worker.answers["list"] = {
+        "v": 1, "journal_id": "j", "seq": 2, "networks": [], "instances": []
+    }  # fmt: skip
+    async with client.events(HOST) as feed:
+        await publish(worker, event(1), event(2), event(3), event(3), event(4))
+        feed.after(HOST, await client.ask(HOST, queries.listing()))
+
+        assert [(await soon(feed)).seq for _ in range(2)] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "then",
+    [[event(4)], [event(1, journal_id="k")]],
+    ids=["missing", "another journal"],
+)
+async def test_an_event_that_is_missing_is_an_error(
+    worker: StandIn, client: HostdClient, then: list[dict[str, Any]]
+) -> None:
+    async with client.events(HOST) as feed:
+        await publish(worker, event(1), event(2), *then)
+        assert [(await soon(feed)).seq for _ in range(2)] == [1, 2]
+
+        with pytest.raises(errors.EventsLost, match="expected j:3"):
+            await soon(feed)
+
+
+async def test_a_kind_of_event_that_is_not_known_yet_is_left_out_and_is_no_gap(
+    worker: StandIn, client: HostdClient
+) -> None:
+    async with client.events(HOST) as feed:
+        await publish(worker, event(1), event(2, kind="brand_new"), event(3))
+
+        assert [(await soon(feed)).seq for _ in range(2)] == [1, 3]
+
+
+async def test_a_reader_that_is_too_slow_loses_the_feed_and_no_memory(
+    worker: StandIn, client: HostdClient
+) -> None:
+    async with client.events(HOST, capacity=2) as feed:
+        await publish(worker, event(1), event(2), event(3), event(4))
+        assert [(await soon(feed)).seq for _ in range(2)] == [1, 2]
+
+        with pytest.raises(errors.EventsLost, match="2 messages wait"):
+            await soon(feed)
+
+
+async def test_a_lost_connection_ends_a_feed_and_the_next_one_goes_on(
+    server: Server, worker: StandIn, client: HostdClient
+) -> None:
+    async with client.events(HOST) as feed:
+        await publish(worker, event(1))
+        assert (await soon(feed)).seq == 1
+        await server.crash()
+
+        with pytest.raises(errors.EventsLost, match="the connection was lost"):
+            await soon(feed)
+
+    await asyncio.wait_for(client.link.connection.wait_connected(), DEAD_S)
+    while not worker.connection.is_connected:
+        await asyncio.sleep(0.01)
+    async with client.events(HOST) as feed:
+        await publish(worker, event(2))
+        assert (await soon(feed)).seq == 2
+
+
+async def test_stored_events_resume_after_a_sequence_and_follow(
+    worker: StandIn, client: HostdClient
+) -> None:
+    await publish(worker, event(1), event(2, kind="brand_new"), event(3))
+    whole = [each async for each in client.stored_events(HOST, follow=False)]
+    resumed = client.stored_events(HOST, after=whole[0].stream_seq)
+
+    found = [await anext(resumed)]
+    waiting = asyncio.ensure_future(anext(resumed))
+    await asyncio.sleep(0)
+    await publish(worker, event(4))
+    found.append(await waiting)
+    await resumed.aclose()
+
+    assert [each.event.seq for each in whole] == [1, 3]
+    assert [(each.stream_seq, each.event.seq) for each in found] == [(3, 3), (4, 4)]
+
+
+async def test_dead_letters_have_their_reason_and_bytes(
+    worker: StandIn, client: HostdClient
+) -> None:
+    headers = {"Hostd-Reason": "no map", "Nats-Msg-Id": "c-1", "Hostd-Sha256": "ab"}
+    await worker.connection.jetstream().publish(
+        SUBJECTS.dead(LANE), b"\xc1", headers={**headers, "Hostd-Truncated": "70000"}
+    )
+
+    (letter,) = [each async for each in client.dead_letters(HOST)]
+
+    assert (letter.lane, letter.reason, letter.command_id) == (LANE, "no map", "c-1")
+    assert (letter.data, letter.truncated_from_bytes) == (b"\xc1", 70000)
+
+
+# -- without a loop --------------------------------------------------------------------------------
+
+
+async def test_the_blocking_client_does_the_same_in_a_thread(
+    server: Server, worker: StandIn
+) -> None:
+    worker.answers["list"] = {
+        "v": 1, "journal_id": "j", "seq": 0, "networks": [], "instances": []
+    }  # fmt: skip
+    await publish(worker, event(1))
+
+    def work() -> list[Any]:
+        with BlockingClient.connect(server.url, cell=CELL) as client:
+            found: list[Any] = [client.send(HOST, Ping(), timeout_s=DEAD_S).code]
+            found += [each.event.seq for each in client.stored_events(HOST, follow=False)]
+            with client.events(HOST) as feed:
+                feed.after(HOST, client.ask(HOST, queries.listing()))
+                with pytest.raises(TimeoutError):
+                    feed.take(timeout_s=0.05)
+                client.send(HOST, START, timeout_s=DEAD_S)
+                found.append(next(feed).seq)
+            found += [client.state(HOST, LANE), list(client.dead_letters(HOST))]
+            return [*found, client.kept_reply(HOST, START, "none")]
+
+    sent: list[asyncio.Task[None]] = []
+    answer = worker.reply_to
+
+    def reply_to(command: Command) -> Reply:
+        if command.request == START:
+            sent.append(asyncio.create_task(publish(worker, event(1))))
+        return answer(command)
+
+    worker.reply_to = reply_to  # type: ignore[method-assign]
+
+    assert await asyncio.to_thread(work) == [Code.OK, 1, 1, None, [], None]
+
+
+async def test_the_blocking_client_says_what_is_wrong_and_leaves_no_thread(
+    server: Server, worker: StandIn
+) -> None:
+    def work() -> None:
+        with BlockingClient.connect(server.url, cell=CELL) as client:
+            client.ask("h9", queries.ping())
+
+    with pytest.raises(errors.NoWorker):
+        await asyncio.to_thread(work)
+    with pytest.raises(errors.NoConnection):
+        await asyncio.to_thread(
+            lambda: BlockingClient.connect("nats://127.0.0.1:1", timeout_s=1).__enter__()
+        )
+
+
+def test_ids_are_uuids_that_sort_by_time() -> None:
+    first, second = new_id(), new_id()
+
+    assert first[14] == second[14] == "7"
+    assert first[:8] <= second[:8]
+    assert unpack_map(codec.encode_command(Command(id=first, request=START)))["id"] == first

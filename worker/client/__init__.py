@@ -1,0 +1,1 @@
+"""The client of hostd for Python programs: an agentd, a scheduler, a dashboard."""

@@ -1,0 +1,470 @@
+"""`HostdClient`: commands with their replies, queries, events and state of hosts, over NATS.
+
+    async with HostdClient.connect("nats://127.0.0.1:4222", cell="default") as client:
+        reply = await client.send("h1", StartInstance("acme", "web", "i-1"), timeout_s=60)
+
+One connection for a whole program; it comes back by itself. All methods may be called at once from
+several tasks of its loop. Times are seconds (`_s`) or absolute Unix milliseconds (`_ms`).
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar, cast
+
+from msgspec.structs import replace
+
+from schemas import codec
+from schemas.codes import Code
+from schemas.decode_error import DecodeError
+from schemas.envelopes import Command, Event, Reply
+from schemas.requests import Error, Request
+from schemas.settings import NatsSettings
+from schemas.subjects import Lane, Subjects, lane_of_any
+from schemas.unpack import Limits, convert, pack, unpack_map
+from worker.bus import streams
+from worker.bus.api_reply import header_number
+from worker.bus.message import NoResponder
+from worker.client import errors, queries
+from worker.client.feed import CAPACITY, Buffer, EventFeed, read_event
+from worker.client.inbox import Expected, Inbox
+from worker.client.link import ASK_TIMEOUT_S, Kept, Link, open_link
+
+__all__ = ["DeadLetter", "HostdClient", "StateValue", "StoredEvent", "new_id"]
+
+A = TypeVar("A")
+
+CONNECT_TIMEOUT_S: Final = 3.0
+# Copies of a command wait for its reply, at most 32 of them (the contract, Bounds).
+COPIES_MAX: Final = 16
+FIRST_LOOK_S, LOOK_MAX_S, RETRY_S = 2.0, 15.0, 0.2
+STORED_FIRST_S, STORED_MAX_S = 0.02, 5.0
+_ANSWER = Limits(size_bytes=8 << 20, containers=100_000, items=50_000, depth=16)
+
+
+def new_id() -> str:
+    """A UUIDv7: 48 bits of Unix milliseconds, then random bits; sorts by time. Source: RFC 9562."""
+    now_ms = time.time_ns() // 1_000_000
+    random = int.from_bytes(os.urandom(10), "big")
+    value = now_ms << 80 | random
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    text = f"{value:032x}"
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEvent:
+    """An event of the stream; `stream_seq` is where a reader resumes after it."""
+
+    stream_seq: int
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class StateValue:
+    """The bucket's value of one lane: it reflects event `seq` of `journal_id`.
+
+    `fields` is the whole value; of the lane `host` it is the lease, with `lease_until_ms`.
+    """
+
+    status: str | None
+    journal_id: str | None
+    seq: int | None
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that could not be processed: its bytes, cut if `truncated_from_bytes` is set."""
+
+    stream_seq: int
+    lane: Lane
+    command_id: str
+    reason: str
+    sha256: str
+    data: bytes
+    truncated_from_bytes: int | None
+
+
+class HostdClient:
+    """Opened by `connect`. Raises only what `worker.client.errors` has.
+
+    `link` is not part of the stable surface.
+    """
+
+    def __init__(self, link: Link, inbox: Inbox, root: str, cell: str) -> None:
+        self.link = link
+        self._inbox = inbox
+        self._root = root
+        self._cell = cell
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls,
+        url: str = "nats://127.0.0.1:4222",
+        *,
+        cell: str = "default",
+        root: str = "",
+        creds: str = "",
+        ca_file: str = "",
+        js_domain: str = "",
+        inbox_prefix: str = "_INBOX",
+        name: str = "hostd-client",
+        timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> AsyncGenerator["HostdClient"]:
+        """Connect to NATS.
+
+        Args:
+            url: one or several servers, separated by commas; others are not connected to.
+            root: of the subjects, if it is not `hostd.v1.<cell>`.
+            creds: a NATS credentials file, or one with the line `user:password`; mode 0600.
+            ca_file: connect by TLS only, to servers with a certificate of this authority.
+            js_domain: `hostd` with the accounts that `hostd provision --server-config` prints.
+            inbox_prefix: of replies; the worker must allow it (`[nats] inbox_prefixes`).
+            name: shown in the server's list of connections.
+            timeout_s: of the first connect.
+
+        Raises:
+            BadSetting: an argument or a file cannot be used.
+            NoConnection: no server takes this client.
+        """
+        root = root or f"hostd.v1.{cell}"
+        _subjects(root, "any", cell)
+        prefix = f"{inbox_prefix}.{os.urandom(8).hex()}"
+        nats = NatsSettings(url=url, creds=creds, tls=ca_file, js_domain=js_domain)
+        async with AsyncExitStack() as stack:
+            opened = open_link(nats, name=name, inbox=prefix, timeout_s=timeout_s)
+            link = await stack.enter_async_context(opened)
+            inbox = await stack.enter_async_context(Inbox.open(link, f"{prefix}.reply"))
+            yield cls(link, inbox, root, cell)
+
+    # -- commands --------------------------------------------------------------------------------
+
+    async def send(
+        self,
+        host: str,
+        request: Request,
+        *,
+        timeout_s: float,
+        command_id: str | None = None,
+        deadline_ms: int | None = None,
+        issuer: str | None = None,
+    ) -> Reply:
+        """Send one command; return its reply if it is `ok`.
+
+        A lost message costs nothing: until the reply is there, the client asks for it and sends
+        the command again under the same ID, which has one effect.
+
+        Args:
+            timeout_s: how long to wait for the reply; the command itself goes on.
+            command_id: of an earlier command with the same request, for its outcome (`replayed` is
+                set); else a new one.
+            deadline_ms: the host does not begin, and does not go on trying, after this time.
+
+        Raises:
+            Refused: its subclass says the code: `Conflict`, `Exhausted`, ... Final for this ID.
+            NoReply: it may still run; send it again under `error.command_id`.
+            NotStored: it will not run.
+        """
+        raw = await self.exchange(
+            host,
+            request,
+            timeout_s=timeout_s,
+            command_id=command_id,
+            deadline_ms=deadline_ms,
+            issuer=issuer,
+        )
+        return _succeeded(_reply_of(raw))
+
+    async def exchange(
+        self,
+        host: str,
+        request: Request,
+        *,
+        timeout_s: float,
+        command_id: str | None = None,
+        deadline_ms: int | None = None,
+        issuer: str | None = None,
+    ) -> dict[str, Any]:
+        """As `send`, but returns the reply envelope as a map, whatever its code.
+
+        It has what a newer hostd adds to replies.
+        """
+        command = Command(
+            id=command_id or new_id(),
+            request=request,
+            issued_at_ms=time.time_ns() // 1_000_000,
+            deadline_ms=deadline_ms,
+            reply_to=None,
+            issuer=issuer,
+        )
+        subjects = self._subjects(host)
+        with self._inbox.expect(command.id) as expected:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return _map(await self._reply(subjects, command, expected))
+            except TimeoutError as error:
+                trouble = f" ({expected.trouble})" if expected.trouble else ""
+                raise errors.NoReply(
+                    f"no reply from host {host} to command {command.id} within {timeout_s:g} s"
+                    f"{trouble}; it may still run: send it again under this ID for its outcome",
+                    command.id,
+                ) from error
+
+    async def kept_reply(self, host: str, request: Request, command_id: str) -> Reply | None:
+        """The reply of an earlier command, whatever its code, without sending anything.
+
+        It is looked for in the reply stream, which has the newest reply of a lane also while no
+        worker runs, then in the journal of the worker. None if it is in neither (yet).
+        """
+        found, _ = await self._look(self._subjects(host), Lane.of_request(request), command_id)
+        return None if found is None else _reply_of(_map(found))
+
+    async def _reply(self, subjects: Subjects, command: Command, expected: Expected) -> bytes:
+        lane = Lane.of_request(command.request)
+        subject = subjects.command(lane)
+        data = codec.encode_command(replace(command, reply_to=expected.subject))
+        await self._store(subject, data, expected)
+        copies, wait_s = 0, FIRST_LOOK_S
+        while True:
+            if (arrived := await expected.within(wait_s)) is not None:
+                return arrived
+            wait_s = min(2 * wait_s, LOOK_MAX_S)
+            kept, unknown = await self._look(subjects, lane, command.id)
+            if kept is not None:
+                return kept
+            if unknown and copies < COPIES_MAX:
+                copies += 1
+                await self._store(subject, data, expected)
+
+    async def _store(self, subject: str, data: bytes, expected: Expected) -> None:
+        """Publish, again and again until the stream has it. Raises `NotStored`."""
+        while True:
+            try:
+                await self.link.publish(subject, data)
+            except errors.NotStored:
+                raise
+            except errors.NoAnswer as error:
+                expected.trouble = error.message
+                await asyncio.sleep(RETRY_S)
+            else:
+                expected.trouble = ""
+                return
+
+    async def _look(
+        self, subjects: Subjects, lane: Lane, command_id: str
+    ) -> tuple[bytes | None, bool]:
+        """The kept reply; and whether a worker runs that does not know the command."""
+        with suppress(errors.HostdError):
+            kept = await self.link.last(subjects.replies_stream, subjects.reply(lane))
+            if kept is not None and _map(kept.data).get("id") == command_id:
+                return kept.data, False
+        try:
+            done = await self.ask(subjects.host_id, queries.result(command_id))
+        except errors.NotFound:
+            return None, True
+        except errors.HostdError:
+            return None, False
+        return (None if done.reply is None else pack(done.reply)), False
+
+    # -- queries ---------------------------------------------------------------------------------
+
+    async def ask(
+        self, host: str, query: queries.Query[A], *, timeout_s: float = ASK_TIMEOUT_S
+    ) -> A:
+        """Ask a worker; changes nothing, and waits for no command. See `worker.client.queries`.
+
+        Raises:
+            NoWorker: no worker of this host runs.
+            NoAnswer: it did not answer in time.
+            Refused: e.g. `NotFound`, `Invalid`.
+            BadAnswer: it answered something else.
+        """
+        answer = await self.ask_map(host, query.verb, query.body, timeout_s=timeout_s)
+        try:
+            return convert(answer, query.answer)
+        except DecodeError as error:
+            raise errors.BadAnswer(f"answer of host {host} to {query.verb}: {error}") from error
+
+    async def ask_map(
+        self,
+        host: str,
+        verb: str,
+        body: Mapping[str, object],
+        *,
+        timeout_s: float = ASK_TIMEOUT_S,
+    ) -> dict[str, Any]:
+        """As `ask`, with the last token of the subject, the body and the answer as maps."""
+        subject = self._subjects(host).ask(verb)
+        try:
+            message = await self.link.request(subject, pack(dict(body)), timeout_s=timeout_s)
+        except NoResponder as error:
+            raise errors.NoWorker(
+                f"no worker is running for host {host} (no responders)"
+            ) from error
+        except errors.NoAnswer as error:
+            raise errors.NoAnswer(
+                f"no answer from host {host} to query {verb!r} within {timeout_s:g} s: "
+                f"{error.message}"
+            ) from error
+        answer = _map(message.data)
+        failure = answer.get("error")
+        if isinstance(failure, dict):
+            told = cast("dict[str, object]", failure)
+            raise _refusal(str(told.get("code")), str(told.get("message")))
+        return answer
+
+    # -- events and state ------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def events(self, host: str, *, capacity: int = CAPACITY) -> AsyncGenerator[EventFeed]:
+        """Events from now on, of one host or, for who may, of all (`*`).
+
+        Subscribed on entry: a list that is asked for afterwards joins without a gap.
+
+            async with client.events("h1") as feed:
+                listing = await client.ask("h1", queries.listing())
+                feed.after("h1", listing)
+                async for event in feed: ...
+
+        Args:
+            capacity: how many events wait for the reader at most; more are `EventsLost`.
+        """
+        buffer = Buffer(capacity)
+        subject = f"{self._root}.{host}.evt.>"
+        async with self.link.subscribed(subject, buffer.put, buffer.lose):
+            yield EventFeed(buffer)
+
+    async def stored_events(
+        self, host: str = "*", *, after: int = 0, follow: bool = True
+    ) -> AsyncGenerator[StoredEvent]:
+        """Events of the stream after a stream sequence, oldest first, of one host or of all.
+
+        Needs the right to read the event stream: the dashboards' credential. A reader that keeps
+        the `stream_seq` of the last one that it has dealt with misses none and gets none twice, for
+        as long as the stream keeps them (7 days or 1 GiB). With `follow` it never ends.
+
+        Raises:
+            NoAnswer: the stream cannot be read now, or not by this account.
+        """
+        subject = f"{self._root}.{host}.evt.>"
+        stream = self._subjects("any").events_stream
+        news = asyncio.Event()
+        # A live event says only that there is something to read: what is missed costs time alone.
+        async with self.link.subscribed(subject, lambda _: news.set(), news.set):
+            pause_s = STORED_FIRST_S
+            while True:
+                news.clear()
+                message = await self.link.next(stream, subject, after)
+                if message is not None:
+                    after, pause_s = message.seq, STORED_FIRST_S
+                    event = read_event(message.data)[-1]
+                    if event is not None:
+                        yield StoredEvent(message.seq, event)
+                elif not follow:
+                    return
+                else:
+                    pause_s = await _pause(news, pause_s)
+
+    async def state(self, host: str, lane: Lane) -> StateValue | None:
+        """The bucket's value of a lane of this host; None if it has none (destroyed, torn down).
+
+        Also while no worker runs. It is written after the events: `queries.listing` is newer.
+        """
+        subjects = self._subjects(host)
+        subject = streams.state_subject(subjects, subjects.state_key(lane))
+        kept = await self.link.last(streams.bucket_stream(subjects), subject)
+        if kept is None or "KV-Operation" in kept.headers:
+            return None
+        value = _map(kept.data)
+        seq = value.get("seq")
+        return StateValue(
+            status=_text(value.get("status")),
+            journal_id=_text(value.get("journal_id")),
+            seq=seq if isinstance(seq, int) else None,
+            fields=value,
+        )
+
+    async def dead_letters(self, host: str) -> AsyncGenerator[DeadLetter]:
+        """A host's dead letters, oldest first, up to now. Needs the dashboards' or the
+        administrator's credential.
+
+        Raises:
+            NoAnswer: the stream cannot be read by this account.
+        """
+        subjects = self._subjects(host)
+        stream = subjects.dead_stream
+        async for kept in self.link.kept(stream, f"{self._root}.{host}.dead.>"):
+            yield _dead_letter(kept)
+
+    def _subjects(self, host: str) -> Subjects:
+        return _subjects(self._root, host, self._cell)
+
+
+def _subjects(root: str, host: str, cell: str) -> Subjects:
+    try:
+        return Subjects(root, host, cell)
+    except ValueError as error:
+        raise errors.BadSetting(str(error)) from error
+
+
+async def _pause(news: asyncio.Event, pause_s: float) -> float:
+    """Wait for news; returns the next pause. The stream may store an event a moment after it."""
+    try:
+        async with asyncio.timeout(pause_s):
+            await news.wait()
+    except TimeoutError:
+        return min(2 * pause_s, STORED_MAX_S)
+    return STORED_FIRST_S
+
+
+def _succeeded(reply: Reply) -> Reply:
+    if reply.code is Code.OK:
+        return reply
+    response = reply.response
+    message = response.message if isinstance(response, Error) else str(reply.code)
+    raise _refusal(reply.code, message, reply)
+
+
+def _refusal(code: str, message: str, reply: Reply | None = None) -> errors.Refused:
+    kind = errors.REFUSALS.get(code)
+    return errors.BadRefusal(code, message) if kind is None else kind(message, reply)
+
+
+def _reply_of(raw: dict[str, Any]) -> Reply:
+    try:
+        return codec.read_reply(raw)
+    except DecodeError as error:
+        raise errors.BadAnswer(f"cannot decode the reply: {error}") from error
+
+
+def _map(payload: bytes) -> dict[str, Any]:
+    try:
+        return unpack_map(payload, _ANSWER)
+    except DecodeError as error:
+        raise errors.BadAnswer(f"cannot decode the answer: {error}") from error
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _dead_letter(kept: Kept) -> DeadLetter:
+    try:
+        lane = lane_of_any(kept.subject, "dead")
+    except DecodeError as error:
+        raise errors.BadAnswer(f"dead letter {kept.seq}: {error}") from error
+    return DeadLetter(
+        stream_seq=kept.seq,
+        lane=lane,
+        command_id=kept.headers.get("Nats-Msg-Id", ""),
+        reason=kept.headers.get("Hostd-Reason", ""),
+        sha256=kept.headers.get("Hostd-Sha256", ""),
+        data=kept.data,
+        truncated_from_bytes=header_number(kept.headers.get("Hostd-Truncated", "")),
+    )

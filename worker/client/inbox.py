@@ -1,0 +1,61 @@
+"""One subject for all replies to this client, below which each command has its own."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
+
+from worker.bus.message import Message
+from worker.client.link import Link
+
+
+class Expected:
+    """The reply to one command, on its way.
+
+    Attributes:
+        subject: its `reply_to`.
+        trouble: why the command could not be published last.
+    """
+
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        self.trouble = ""
+        self.arrived: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def within(self, timeout_s: float) -> bytes | None:
+        """The reply's bytes; None if it does not arrive in time."""
+        done, _ = await asyncio.wait((self.arrived,), timeout=timeout_s)
+        return self.arrived.result() if done else None
+
+
+class Inbox:
+    """Hands over replies by command ID; what nobody expects any more is dropped."""
+
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+        self._expected: defaultdict[str, list[Expected]] = defaultdict(list)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, link: Link, subject: str) -> AsyncGenerator["Inbox"]:
+        """Subscribe below `subject`."""
+        inbox = cls(subject)
+        async with link.subscribed(f"{subject}.*", inbox._receive):
+            yield inbox
+
+    @contextmanager
+    def expect(self, command_id: str) -> Generator[Expected]:
+        """Until the end of the block, take the reply to a command."""
+        expected = Expected(f"{self._subject}.{command_id}")
+        self._expected[command_id].append(expected)
+        try:
+            yield expected
+        finally:
+            self._expected[command_id].remove(expected)
+            if not self._expected[command_id]:
+                del self._expected[command_id]
+
+    def _receive(self, message: Message) -> None:
+        for expected in self._expected.get(message.subject.rpartition(".")[2], ()):
+            if not expected.arrived.done():
+                expected.arrived.set_result(message.data)
