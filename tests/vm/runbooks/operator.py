@@ -74,8 +74,8 @@ class Operator:
         end = time.monotonic() + UNTIL_S
         wanted = Command(
             command.block,
-            self._here(command.text),
-            tuple(self._here(line) for line in command.expected),
+            self.here(command.text),
+            tuple(self.here(line) for line in command.expected),
             command.code,
         )
         while True:
@@ -91,7 +91,7 @@ class Operator:
             assert time.monotonic() < end, told
             await asyncio.sleep(AGAIN_S)
 
-    def _here(self, text: str) -> str:
+    def here(self, text: str) -> str:
         """The text with this host's paths and words."""
         for there, here in sorted(self._words.items(), key=lambda word: -len(word[0])):
             text = text.replace(there, here)
