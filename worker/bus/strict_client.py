@@ -51,6 +51,11 @@ class StrictClient(Client):
         if own_parser:
             self._ps: Parser | WireParser = WireParser(self)  # type: ignore[assignment]
 
+    @property
+    def is_clustered(self) -> bool:
+        """Whether the server says that it belongs to a cluster."""
+        return bool(self._server_info.get("cluster"))
+
     def _connect_command(self) -> bytes:
         if self._tls_required and not self._encrypted():
             raise errors.Error(

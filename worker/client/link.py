@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import ssl
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ PUBLISH_TIMEOUT_S: Final = 5.0
 ASK_TIMEOUT_S: Final = 5.0
 # The first attempt at once: a command line connects for one command.
 TUNING: Final = Tuning(backoff_base_s=0.01)
+ELECTION_S: Final = 15.0  # within which a stream of a cluster has a leader again
+AGAIN_S: Final = 0.25
 TRIES: Final = 2  # per server; an attempt may report two errors
 
 _python_log = logging.getLogger("hostd.client")
@@ -74,6 +77,12 @@ class Link:
         self._again: asyncio.Task[None] | None = None
         connection.on_loss(self._on_loss)
         connection.on_up(self._on_up)
+
+    @property
+    def election_s(self) -> float:
+        """How long a stream may be without a leader before it counts as missing; 0: no cluster."""
+        client = self.connection.client
+        return ELECTION_S if client is not None and client.is_clustered else 0.0
 
     async def close(self) -> None:
         """End what the link does in the background."""
@@ -126,9 +135,7 @@ class Link:
             NoAnswer: it is open whether it is.
         """
         try:
-            answer = await self.connection.request(
-                subject, payload, headers=headers, timeout_s=PUBLISH_TIMEOUT_S
-            )
+            answer = await self._ask_leader(subject, payload, headers, PUBLISH_TIMEOUT_S)
             reply = read_reply(answer.data, subject)
         except NoResponder as error:
             raise NotStored(
@@ -233,16 +240,33 @@ class Link:
 
     async def _ask_api(self, endpoint: str, body: Mapping[str, Any], stream: str) -> Message:
         payload = json.dumps(body).encode() if body else b""
+        subject = f"{self._api}{endpoint}"
         try:
-            return await self.request(f"{self._api}{endpoint}", payload, timeout_s=ASK_TIMEOUT_S)
+            return await self._ask_leader(subject, payload, None, ASK_TIMEOUT_S)
         except NoResponder as error:
             raise NoAnswer(
                 f"cannot read stream {stream}: nothing answers {self._api}{endpoint}; check that "
                 "`hostd provision` was run, that this account imports that subject, and "
                 "[nats] js_domain"
             ) from error
-        except NoAnswer as error:
-            raise NoAnswer(f"cannot read stream {stream}: {error.message}") from error
+        except BusError as error:
+            denied = self.connection.denial(subject)
+            raise NoAnswer(f"cannot read stream {stream}: {denied or error}") from error
+
+    async def _ask_leader(
+        self, subject: str, payload: bytes, headers: Mapping[str, str] | None, timeout_s: float
+    ) -> Message:
+        """What a stream's leader answers: a stream without one looks like one that is missing."""
+        end = time.monotonic() + self.election_s
+        while True:
+            try:
+                return await self.connection.request(
+                    subject, payload, headers=headers, timeout_s=timeout_s
+                )
+            except NoResponder:
+                if time.monotonic() >= end:
+                    raise
+                await asyncio.sleep(AGAIN_S)
 
 
 @asynccontextmanager
