@@ -1,4 +1,6 @@
-"""The `console` blocks of a page: commands as typed, and what they print.
+"""The blocks of a page that are commands, and who executes them.
+
+A `console` block shows commands as typed, and what they print:
 
     ```console
     # hostd drain
@@ -12,30 +14,49 @@ within a line is any text. A last line `[exit code N]` is the code, which is 0 o
 ```` ```console until ```` each command is run again until it prints what follows: it only looks,
 or may be repeated without harm.
 A block that cannot be executed says why: ```` ```console not executed: <reason> ````.
+
+An `sh` block is to be copied as a whole. A `text` block right after it is what it prints. A comment
+before the block, or one for all blocks of a page, says who executes it, or why nobody does:
+
+    <!-- executed by test_the_name_of_a_test -->
+    <!-- not executed: <reason> -->
+    <!-- every block is executed by test_the_name_of_a_test -->
 """
 
 import re
+import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 FENCE: Final = re.compile(
-    r"^(?P<fence>`{3,})(?P<info>[^\n`]*)\n(?P<text>.*?)^(?P=fence) *$", re.MULTILINE | re.DOTALL
+    r"^(?: *<!-- (?P<comment>[^\n]*) -->\n+)?"
+    r"(?P<indent> *)(?P<fence>`{3,})(?P<info>[^\n`]*)\n(?P<text>.*?)^ *(?P=fence) *$",
+    re.MULTILINE | re.DOTALL,
 )
 EXIT: Final = re.compile(r"\[exit code (\d+)\]")
 PROMPT: Final = "# "
 NOT_EXECUTED: Final = "not executed:"
+BY: Final = re.compile(r"executed by (\w+)")
+EVERY: Final = re.compile(r"^<!-- every block is executed by (\w+) -->$", re.MULTILINE)
+LANGUAGES: Final = ("sh", "bash", "shell", "console", "python")
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block: `info` is what follows the fence, `line` where the fence is."""
+    """A fenced block: `info` is what follows the fence, `line` where the fence is.
+
+    `comment` is what is before it, `by` the test that executes it, or empty.
+    """
 
     page: Path
     line: int
     info: str
     text: str
+    comment: str = ""
+    by: str = ""
 
     @property
     def language(self) -> str:
@@ -49,7 +70,15 @@ class Block:
     @property
     def reason(self) -> str:
         """Why it is not executed; empty if it is."""
-        return self.mark.removeprefix(NOT_EXECUTED).strip() if NOT_EXECUTED in self.mark else ""
+        for said in (self.mark, self.comment):
+            if said.startswith(NOT_EXECUTED):
+                return said.removeprefix(NOT_EXECUTED).strip()
+        return ""
+
+    @property
+    def is_code(self) -> bool:
+        """Whether a reader may want to execute it."""
+        return self.language in LANGUAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +102,60 @@ class Command:
 def blocks(page: Path) -> list[Block]:
     """All fenced blocks of a page, in its order."""
     text = page.read_text(encoding="utf-8")
-    return [
-        Block(page, text[: found.start()].count("\n") + 1, found["info"].strip(), found["text"])
-        for found in FENCE.finditer(text)
-    ]
+    every = EVERY.search(text)
+    found: list[Block] = []
+    for match in FENCE.finditer(text):
+        comment = match["comment"] or ""
+        by = BY.fullmatch(comment) or every
+        block = Block(
+            page,
+            text[: match.start("fence")].count("\n") + 1,
+            match["info"].strip(),
+            textwrap.dedent(match["text"]),
+            comment,
+            by[1] if by else "",
+        )
+        found.append(block)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A block that is copied, and what it prints; None if the page does not say."""
+
+    block: Block
+    expected: tuple[str, ...] | None
+    chapter: str
+
+    def matches(self, output: str) -> bool:
+        return self.expected is None or bool(pattern(self.expected).fullmatch(output))
+
+
+def steps(page: Path, by: str) -> list[Step]:
+    """The `sh` blocks of a page that a test executes, in its order. `chapter` is the heading above.
+
+    Raises:
+        ValueError: there are none.
+    """
+    text = page.read_text(encoding="utf-8").splitlines()
+    found: list[Step] = []
+    shown = blocks(page)
+    for block, after in zip(shown, [*shown[1:], None], strict=True):
+        if block.language != "sh" or block.reason or block.by != by:
+            continue
+        end = block.line + block.text.count("\n") + 1  # the line of the closing fence
+        prints = (
+            after is not None
+            and after.language == "text"
+            and not "".join(text[end : after.line - 1]).strip()
+        )
+        headings = [line for line in text[: block.line] if line.startswith("## ")]
+        chapter = headings[-1].removeprefix("## ") if headings else ""
+        expected = tuple(after.text.splitlines()) if after is not None and prints else None
+        found.append(Step(block, expected, chapter))
+    if not found:
+        raise ValueError(f"{page}: no block is executed by {by}")
+    return found
 
 
 def commands(page: Path) -> list[Command]:
@@ -110,3 +189,16 @@ def pattern(expected: tuple[str, ...]) -> re.Pattern[str]:
         for line in expected
     )
     return re.compile("".join(lines))
+
+
+def main() -> None:
+    """List the blocks of the pages named, each with who executes it, or why nobody does."""
+    for page in map(Path, sys.argv[1:]):
+        for block in blocks(page):
+            if block.is_code:
+                what = f"executed by {block.by}" if block.by else f"not executed: {block.reason}"
+                print(f"{page}:{block.line}: {what}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,7 @@
-"""`hostd demo --page`: the page shows the demo's instance, from outside of the demo's namespace."""
+"""`hostd demo --page`, as `make demo` offers it.
+
+The page shows the demo's instance, from outside of the demo's namespace.
+"""
 
 import asyncio
 import os
@@ -16,7 +19,7 @@ from tests.page.browser import browser
 async def test_the_demo_is_watched_in_a_browser_and_leaves_nothing(tmp_path: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", "from worker.cli.main import main; main()"),
-        *("demo", "--page", "--guest", "mini", "--build", str(BUILD)),
+        *(*offered(), "--build", str(BUILD)),
         env=os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -51,6 +54,15 @@ async def test_the_demo_is_watched_in_a_browser_and_leaves_nothing(tmp_path: Pat
     assert complaints == []
     assert process.returncode == 128 + signal.SIGINT, err.decode()
     assert list(tmp_path.iterdir()) == []
+
+
+def offered() -> list[str]:
+    """The arguments of the command that `make demo` offers in the end."""
+    (command,) = re.findall(
+        r'@echo "To watch it in a browser: \.venv/bin/hostd (.*)"',
+        (REPOSITORY / "Makefile").read_text(),
+    )
+    return str(command).split()
 
 
 async def address(process: asyncio.subprocess.Process) -> str:

@@ -13,7 +13,7 @@ from worker.settings import SettingsError, keys, load, load_with_origins
 HOST = {"HOSTD_HOST_ID": "h1"}
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs/settings.md").read_text()
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -231,7 +231,7 @@ def test_every_setting_but_true_or_false_has_a_rule() -> None:
     assert {key.dotted for key in keys() if key.type is not bool} == set(settings_module.RULES)
 
 
-def test_the_readme_and_the_example_file_explain_each_setting_in_the_same_words() -> None:
+def test_the_settings_page_and_the_example_file_explain_each_setting_in_the_same_words() -> None:
     table = ""
     explained: dict[str, str] = {}
     for line in (ROOT / "deploy/config/hostd.toml").read_text().splitlines():
@@ -239,9 +239,9 @@ def test_the_readme_and_the_example_file_explain_each_setting_in_the_same_words(
             table = header[1]
         elif setting := re.match(r"(\w+) = .* # (?:(?:s|MiB|bytes|percent): )?(.*)", line):
             explained[f"{table}.{setting[1]}"] = setting[2]
-    readme = dict(re.findall(r"^\| `([a-z_.]+)` \| `HOSTD_.*\| ([^|]*) \|$", README, re.MULTILINE))
+    page = dict(re.findall(r"^\| `([a-z_.]+)` \| `HOSTD_.*\| ([^|]*) \|$", PAGE, re.MULTILINE))
 
-    assert explained == readme
+    assert explained == page
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,14 @@ def drain(mode: str, timeout_s: float | None, config: str | None, as_json: bool)
     in effect, also after a restart or Ctrl-C, until `hostd undrain`.
     """
     settings = settings_of(config)
+    shown = ""
 
     def show(counts: Mapping[str, Any]) -> None:
+        nonlocal shown
         if as_json:
             print_json({"progress": counts})
-        else:
-            progress(describe(counts))
+        elif shown != (shown := describe(counts)):
+            progress(shown)
 
     body = {"mode": mode} | ({} if timeout_s is None else {"timeout_s": timeout_s})
     try:

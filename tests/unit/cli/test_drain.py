@@ -21,6 +21,7 @@ async def run(tmp_path: Path, *args: str, left: int = 0) -> tuple[Result, list[A
     async def drain(body: Body) -> AsyncGenerator[Answer]:
         bodies.append(body)
         yield {"progress": {"mode": "sleep", **COUNTS}}
+        yield {"progress": {"mode": "sleep", **COUNTS}}
         yield {
             "result": {
                 "draining": True,
@@ -51,7 +52,7 @@ async def run(tmp_path: Path, *args: str, left: int = 0) -> tuple[Result, list[A
     return result, bodies
 
 
-async def test_an_empty_host_is_ok_and_progress_is_on_stderr(tmp_path: Path) -> None:
+async def test_an_empty_host_is_ok_and_new_progress_is_on_stderr(tmp_path: Path) -> None:
     result, bodies = await run(tmp_path, "drain", "--mode", "sleep", "--timeout", "5")
 
     assert (result.exit_code, bodies) == (0, [{"mode": "sleep", "timeout_s": 5.0}])
@@ -73,7 +74,7 @@ async def test_what_still_runs_is_named_with_why_and_the_exit_code_says_so(
 async def test_with_json_each_line_is_one_of_the_worker(tmp_path: Path) -> None:
     result, _ = await run(tmp_path, "drain", "--json", left=1)
 
-    progress, last = map(json.loads, result.stdout.splitlines())
+    progress, _, last = map(json.loads, result.stdout.splitlines())
     assert progress["progress"]["done"] == 3
     assert last["result"]["left"][0]["instance_id"] == "i-1"
     assert (result.exit_code, result.stderr) == (15, "")

@@ -1,4 +1,4 @@
-"""What an operator installs agrees with the code: the unit, the example settings, the README."""
+"""What an operator installs agrees with the code: the unit, the example settings, their page."""
 
 from pathlib import Path
 
@@ -29,10 +29,10 @@ def test_the_example_names_every_setting_with_its_default() -> None:
     assert msgspec.structs.replace(loaded.settings, host=Settings().host) == Settings()
 
 
-def test_every_setting_is_in_the_readme_with_variable_default_and_unit() -> None:
+def test_every_setting_is_on_the_settings_page_with_variable_default_and_unit() -> None:
     rows = [
         [cell.strip(" `") for cell in line.strip("|").split(" | ")]
-        for line in (ROOT / "README.md").read_text().splitlines()
+        for line in (ROOT / "docs/settings.md").read_text().splitlines()
         if line.startswith("| `") and "HOSTD_" in line
     ]
 

@@ -21,12 +21,11 @@ from handlers.host.vmm.cgroups import find_mount
 from tests.console import Command, commands
 from tests.crash.kills import until
 from tests.live_host import LiveHost
+from tests.shell import COMMAND_S, Shell, shell
 from worker.demo.host import environment_of
 
 LISTEN: Final = "127.0.0.1:9464"  # free in the host's own network namespace
 CONFIG: Final = "/etc/hostd/hostd.toml"
-END: Final = "a command has ended with"
-COMMAND_S: Final = 60.0
 UNTIL_S: Final = 60.0
 AGAIN_S: Final = 0.1
 SYSTEMCTL: Final = re.compile(
@@ -54,7 +53,8 @@ class Operator:
         settings.touch()
         self._worker = {"HOSTD_METRICS_LISTEN": LISTEN, "HOSTD_CONFIG": str(settings), **worker}
         self._words = {**_paths(host), **words}
-        self._shell: asyncio.subprocess.Process | None = None
+        self._exits = contextlib.AsyncExitStack()
+        self._shell: Shell | None = None
 
     async def start_worker(self, *, ready: bool = True) -> None:
         await self._host.start_worker(ready=ready, environment=self._worker, module=self._module)
@@ -102,18 +102,7 @@ class Operator:
         if found := SYSTEMCTL.fullmatch(text):
             return await self._systemctl(found[1], found[2])
         assert self._shell is not None
-        assert self._shell.stdin is not None
-        assert self._shell.stdout is not None
-        # The code is on a line of its own, also after an output without an end of its line.
-        ending = f"printf '\\n%s %s\\n' '{END}' $?"
-        self._shell.stdin.write(f"{{ {text}\n}} </dev/null\n{ending}\n".encode())
-        printed = b""
-        async with asyncio.timeout(COMMAND_S):
-            while not (line := await self._shell.stdout.readline()).startswith(END.encode()):
-                assert line, f"the shell ended: {printed!r}"
-                printed += line
-        output = printed.decode().removesuffix("\n")  # of the echo alone
-        return int(line.split()[-1]), output if not output or output[-1] == "\n" else f"{output}\n"
+        return await self._shell.type(text)
 
     async def _systemctl(self, verb: str, unit: str) -> tuple[int, str]:
         if unit == "nats-server":
@@ -157,21 +146,12 @@ class Operator:
         settings = environment_of(self._host.settings)
         path = f"{programs}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
         variables = {**os.environ, **settings, **self._worker, "PATH": path}
-        self._shell = await asyncio.create_subprocess_exec(
-            "bash",
-            "--norc",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={name: value for name, value in variables.items() if value is not None},
-        )
+        named = {name: value for name, value in variables.items() if value is not None}
+        self._shell = await self._exits.enter_async_context(shell(named))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._shell is not None
-        with contextlib.suppress(ProcessLookupError):
-            self._shell.kill()
-        await self._shell.wait()
+        await self._exits.aclose()
 
 
 def _paths(host: LiveHost) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,6 +67,9 @@ def test_the_demo_reports_every_step_and_leaves_nothing(demo: Demo, tmp_path: Pa
     assert "processes 1, taps 1, bridges 1" in facts["hostd owns"]
     assert "unchanged" in facts["inventory"]
     assert left_of(process.pid, tmp_path) == []
+    picture = (REPOSITORY / "docs/images/demo.svg").read_text(encoding="utf-8")
+    shown = re.findall(r'<tspan class="name">  (\S.*?) *</tspan>', picture)
+    assert shown == list(facts), "take it again: tests/demo_picture.py"
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
