@@ -1,14 +1,14 @@
 """A shell on a machine of its own, as far as a page's commands can tell.
 
 Network, processes, mounts and cgroups are those of the sandbox; `/run`, `/var/lib`, `/var/tmp`,
-`/etc/hostd` and `/root` are empty directories, and what is written into the clone goes elsewhere.
-All that is left in the end is killed with it.
+`/etc/hostd` and `/root` are empty directories, and what is written into the clone, `/etc`, `/opt`
+and `/usr/local` goes elsewhere. All that is left in the end is killed with it.
 Source: unshare(1), cgroup_namespaces(7).
 """
 
 import contextlib
 import os
-import subprocess
+import re
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,7 @@ from tests.guests.namespace import own_network
 from tests.shell import BASH, Shell, shell
 
 PATHS: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+INDEX: Final = re.compile(r"(?i)pip_|ssl_cert|requests_ca|.*_proxy$")
 UNSHARED: Final = ("--mount", "--pid", "--cgroup", "--fork", "--kill-child", "--mount-proc")
 # The cgroup namespace begins at $1; its processes are one level below, as the controllers want it.
 MADE: Final = """
@@ -36,13 +37,16 @@ mount --bind /var/lib/dpkg $2/lib/dpkg
 mount --rbind $2/lib /var/lib
 mount --bind $2/tmp /var/tmp
 mount --bind $2/root /root
-[ ! -d /etc/hostd ] || mount --bind $2/empty /etc/hostd
 mount -t tmpfs sandbox /run
 mkdir $2/written
 mount -t tmpfs sandbox $2/written
-mkdir $2/written/upper $2/written/work
-mount -t overlay -o lowerdir=$PWD,upperdir=$2/written/upper,workdir=$2/written/work sandbox $PWD
+for place in $PWD /etc /opt /usr/local; do
+    mkdir -p $2/written$place/upper $2/written$place/work
+    above=upperdir=$2/written$place/upper,workdir=$2/written$place/work
+    mount -t overlay -o lowerdir=$place,$above sandbox $place
+done
 cd $PWD
+[ ! -d /etc/hostd ] || mount --bind $2/empty /etc/hostd
 exec {bash}' sandbox "$@"
 """
 
@@ -55,9 +59,12 @@ def limits_here() -> bool:
 
 @contextlib.asynccontextmanager
 async def sandbox(
-    directory: Path, environment: Mapping[str, str] | None = None
+    directory: Path, environment: Mapping[str, str] | None = None, *, online: bool = False
 ) -> AsyncGenerator[Shell]:
-    """A shell in the clone; its files are below `directory`, its network is also the test's."""
+    """A shell in the clone; its files are below `directory`, its network is also the test's.
+
+    With `online` the network is this machine's, with its way to a package index.
+    """
     cgroup = Path(find_mount(), f"hostd-documents-{os.getpid()}")
     variables = {
         "PATH": PATHS,
@@ -66,8 +73,9 @@ async def sandbox(
         "PIP_RETRIES": "0",
         **(environment or {}),
     }
-    with own_network():
-        subprocess.run(["ip", "link", "set", "lo", "up"], check=True, timeout=10)
+    if online:
+        variables |= {name: text for name, text in os.environ.items() if INDEX.match(name)}
+    with contextlib.nullcontext() if online else own_network():
         cgroup.mkdir()
         try:
             if limits_here():

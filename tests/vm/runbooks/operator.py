@@ -70,6 +70,19 @@ class Operator:
         for command in typed:
             await self._follow(command)
 
+    async def copy(self, text: str) -> list[str]:
+        """Type each line of a block, without its comment; what each printed.
+
+        Raises:
+            AssertionError: one failed.
+        """
+        printed: list[str] = []
+        for line in self._here(text).splitlines():
+            code, output = await self.type(re.sub(r" +#.*", "", line))
+            assert code == 0, f"{line}\n{output}"
+            printed.append(output)
+        return printed
+
     async def _follow(self, command: Command) -> None:
         end = time.monotonic() + UNTIL_S
         wanted = Command(
