@@ -54,6 +54,7 @@ from schemas.records import (
 )
 from schemas.requests import InstanceRef
 from schemas.settings import Settings
+from schemas.usage import Moment
 
 # -- network ---------------------------------------------------------------------------------------
 # `ensure` of these mechanisms returns true if anything was made or repaired.
@@ -794,6 +795,10 @@ class HostFacts(Protocol):
 
     def now_ms(self) -> int:
         """Wall clock, Unix milliseconds."""
+        ...
+
+    def moment(self) -> Moment:
+        """Now, by the wall clock and by one that is never set."""
         ...
 
     def boot_id(self) -> str:

@@ -144,10 +144,12 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class CgroupUsage:
-    """Of a VMM's leaf, made anew for each launch. `memory_bytes` is None without the controller."""
+    """Of a VMM's leaf, made anew for each launch. Memory is None without the controller, the peak
+    before Linux 5.19, too."""
 
     cpu_us: int
     memory_bytes: int | None
+    memory_peak_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,6 +400,7 @@ class SnapshotInfo:
     """A sealed snapshot. `kept_config`, `kept_secrets`: images kept with it, or None.
 
     `disk` is the data disk of the sleeping instance; its device number is not recorded (0).
+    `allocated_bytes` are the blocks of state and memory, which `size_bytes` is the length of.
     """
 
     number: int
@@ -414,3 +417,4 @@ class SnapshotInfo:
     kept_secrets: str | None
     has_secrets: bool
     disk: DiskIdentity | None = None
+    allocated_bytes: int = 0

@@ -91,6 +91,7 @@ class EventKind(StrEnum):
     VMM_VERSIONS = "vmm_versions"
     ORPHANS = "orphans"
     HOST = "host"
+    USAGE = "usage"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

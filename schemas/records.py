@@ -7,6 +7,7 @@ import msgspec
 
 from schemas import naming
 from schemas.requests import InstanceRef, TenantNet
+from schemas.usage import Metering
 
 
 class Status(StrEnum):
@@ -208,6 +209,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     sleeps. `vmm_version` is Firecracker's, of the last launch; empty in records from before hostd
     kept it. `before` is the record from before the running command, which a failure restores.
     `last_end` is that of its last VMM that ended without a command, perhaps many launches ago.
+    `metering` is what it used; None in records from before hostd kept it.
     """
 
     ref: InstanceRef
@@ -229,6 +231,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     command_id: str | None = None
     last_end: VmmEnd | None = None
     hung: Hung | None = None
+    metering: Metering | None = None
     before: "InstanceRecord | None" = None
 
     @property

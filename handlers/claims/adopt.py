@@ -98,10 +98,10 @@ async def end_quarantine(record: InstanceRecord, trace: Trace, steps: Steps, hos
     disk = await host.data_disks.prove(ref, trace.owners)
     facts = (*trace.facts, *(disk.facts if disk is not None else ()))
     steps.finalize()
-    await release(record, steps, host)
+    record = await release(record, steps, host, seen=False)
     await host.snapshots.delete_all(ref)
     gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
-    await record_adopted(final_record(gone, Status.STOPPED, host.facts.now_ms()), facts, host)
+    await record_adopted(final_record(gone, Status.STOPPED, host.facts.moment()), facts, host)
     return Outcome(changed=True, status=str(Status.STOPPED), facts=facts)
 
 
@@ -125,7 +125,7 @@ async def adopt_disk(ref: InstanceRef, trace: Trace, host: Host) -> Outcome:
         facts = (*facts, Fact("recorded disk", False, f"another file than recorded: {known}"))
     refuse_unproven(ref, facts)
     adopted = replace(record, disk=disk.identity)
-    await record_adopted(final_record(adopted, Status.STOPPED, host.facts.now_ms()), facts, host)
+    await record_adopted(final_record(adopted, Status.STOPPED, host.facts.moment()), facts, host)
     return Outcome(changed=True, status=str(Status.STOPPED), facts=facts)
 
 

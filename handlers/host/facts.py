@@ -4,8 +4,9 @@ import contextlib
 import os
 from functools import cached_property
 
-from handlers.clock import now_ms
+from handlers.clock import boot_ms, now_ms
 from handlers.host.linux import procfs
+from schemas.usage import Moment
 
 PRODUCT_UUID = "/sys/class/dmi/id/product_uuid"
 NET = "/sys/class/net"
@@ -18,6 +19,10 @@ class HostFacts:
     def now_ms(self) -> int:
         """Wall clock, Unix milliseconds."""
         return now_ms()
+
+    def moment(self) -> Moment:
+        """Now, by the wall clock and by one that is never set."""
+        return Moment(now_ms(), boot_ms(), self.boot_id())
 
     def boot_id(self) -> str:
         """New at each boot."""

@@ -2,12 +2,11 @@
 
 from msgspec.structs import replace
 
-from handlers.cancellation import together
 from handlers.concurrency import limited
 from handlers.errors import NotFound
 from handlers.instance.artifact_refs import collect_revision
-from handlers.instance.release import end_vmm, release_files, release_port
-from handlers.instance.state import read_state
+from handlers.instance.release import end_vmm, release_launch
+from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host
 from handlers.steps import Done, Steps
 from schemas.records import DiskIdentity, InstanceRecord, Status, Tombstone
@@ -47,11 +46,11 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
         await host.records.put_instance(record, durable=True)
     if record.launch:
         await end_vmm(record, steps, host)
-        await together(
-            release_port(record, steps, host, settle=True), delete_files(record, steps, host)
+        record = await release_launch(
+            record, steps, host, settle=True, discard=lambda: delete_snapshots(cmd.ref, steps, host)
         )
     else:
-        await delete_snapshots(record, steps, host)
+        await delete_snapshots(cmd.ref, steps, host)
     if cmd.wipe_volumes:
         await wipe_volumes(record.ref, record.disk, steps, host)
         # Journalled before its name goes: from here on, a disk that is missing was wiped.
@@ -63,19 +62,14 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
         changed=True,
         status=str(Status.DESTROYED),
         detail={"volumes": "wiped" if cmd.wipe_volumes else "kept"},
-        record=record,
+        record=final_record(record, Status.DESTROYED, host.facts.moment()),
         tombstone=tombstone_of(record, cmd, host),
     )
 
 
-async def delete_files(record: InstanceRecord, steps: Steps, host: Host) -> None:
-    """Jail, cgroup and snapshots; the blocks of the memory are free on return."""
-    await release_files(record, steps, host)
-    await delete_snapshots(record, steps, host)
-
-
-async def delete_snapshots(record: InstanceRecord, steps: Steps, host: Host) -> None:
-    await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(record.ref))
+async def delete_snapshots(ref: InstanceRef, steps: Steps, host: Host) -> None:
+    """The blocks of the memory are free on return."""
+    await steps.act("discard_snapshot", lambda: host.snapshots.delete_all(ref))
 
 
 async def destroy_kept(cmd: DestroyInstance, steps: Steps, host: Host) -> Done:

@@ -35,6 +35,7 @@ from handlers.errors import Conflict, Failure
 from handlers.instance.jail_contents import jail_spec
 from handlers.instance.launch_plan import Launch, LaunchPlan, cgroup_spec
 from handlers.instance.release import flush_conntrack
+from handlers.instance.metering import began
 from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
 from handlers.instance.vmm_exit import with_end
 from handlers.interfaces import ClaimedVmm, Host, VmmApi
@@ -285,11 +286,11 @@ async def ensure_data_disk(
 
 
 def vmm_record(launch: Launch, identity: VmmIdentity, host: Host) -> InstanceRecord:
-    """The instance's record with the VMM's identity."""
+    """The instance's record with since when its VMM lives, and the VMM's identity."""
     record = host.records.instance(launch.ref)
     if record is None:
         raise Conflict(f"instance {launch.ref} is no longer in the journal")
-    return replace(record, vmm=identity)
+    return replace(record, vmm=identity, metering=began(record, host.facts.moment()))
 
 
 async def record_disk(launch: Launch, disk: DiskIdentity, host: Host) -> Launch:

@@ -3,13 +3,17 @@
 Each removal succeeds if the resource is absent already, so the release may be repeated after a
 crash until it completes. The uid is free only after the VMM has exited.
 
-The VMM ends first. What is left then needs nothing of each other: the network port (the TAP, then
-what held it to its address) and the files (jail, then cgroup).
+The VMM ends first. What is left then needs little of each other: the network port (what the VMM
+used is read, then go the TAP and what held it to its address) and the files (jail, then cgroup).
 """
+
+import asyncio
+from collections.abc import Awaitable, Callable
 
 import structlog
 
 from handlers.cancellation import together
+from handlers.instance.metering import read_last
 from handlers.interfaces import Discarded, DiskClaim, Host
 from handlers.network_names import names_of
 from handlers.steps import Steps
@@ -19,32 +23,67 @@ from schemas.requests import InstanceRef
 log = structlog.get_logger()
 
 
-async def release(record: InstanceRecord, steps: Steps, host: Host) -> None:
-    """Remove VMM, TAP, flows, pin, jail and cgroup of the record's launch."""
+async def nothing() -> None:
+    """No work, where some may be due."""
+
+
+async def release(
+    record: InstanceRecord, steps: Steps, host: Host, *, seen: bool = True
+) -> InstanceRecord:
+    """Remove VMM, TAP, flows, pin, jail and cgroup of the record's launch; as `release_launch`."""
     await end_vmm(record, steps, host)
-    await together(release_port(record, steps, host), release_files(record, steps, host))
-
-
-async def release_and_discard(
-    record: InstanceRecord,
-    steps: Steps,
-    host: Host,
-    *,
-    keep_flows: bool = False,
-    below: int | None = None,
-) -> None:
-    """After `end_vmm`: all else of the launch, and the snapshots that nothing needs any more."""
-
-    async def files() -> None:
-        await release_files(record, steps, host)
-        await discard_snapshots(record, steps, host, below=below)
-
-    await together(release_port(record, steps, host, keep_flows=keep_flows), files())
+    return await release_launch(record, steps, host, seen=seen)
 
 
 async def end_vmm(record: InstanceRecord, steps: Steps, host: Host) -> None:
     """Kill the VMM, if it runs, and wait until it has exited."""
     await steps.remove(host.vmms, record.jail_id)
+
+
+async def release_launch(
+    record: InstanceRecord,
+    steps: Steps,
+    host: Host,
+    *,
+    keep_flows: bool = False,
+    settle: bool = False,
+    seen: bool = True,
+    discard: Callable[[], Awaitable[None]] = nothing,
+) -> InstanceRecord:
+    """After `end_vmm`: all else of the launch, and what to `discard` after its jail.
+
+    Returns the record with what the VMM used. TAP and cgroup say it until they are removed, so they
+    wait for the reading, which takes less time than the removal of the jail beside it. `seen` is
+    false if the VMM may have ended long ago.
+    """
+    is_read = asyncio.Event()
+
+    async def port() -> InstanceRecord:
+        try:
+            read = await read_usage(record, steps, host, seen=seen)
+        finally:
+            is_read.set()
+        await release_port(record, steps, host, keep_flows=keep_flows, settle=settle)
+        return read
+
+    async def files() -> None:
+        await steps.remove(host.jails, record.jail_id)
+        await is_read.wait()
+        await steps.remove(host.cgroups, record.cgroup_key)
+        await discard()
+
+    read, _ = await together(port(), files())
+    return read
+
+
+async def read_usage(
+    record: InstanceRecord, steps: Steps, host: Host, *, seen: bool
+) -> InstanceRecord:
+    """Once per launch: what an earlier run has read stays."""
+    is_read = record.metering is not None and record.metering.reading is not None
+    if record.vmm is None or is_read:
+        return record
+    return await steps.act("read_usage", lambda: read_last(record, host, seen=seen))
 
 
 async def release_port(
@@ -74,12 +113,6 @@ async def release_port(
             # 10 ms for what the commit freed.
             await flush_conntrack(record, steps, host)
         await steps.remove(host.pins, names.pin.key)
-
-
-async def release_files(record: InstanceRecord, steps: Steps, host: Host) -> None:
-    """Remove jail and cgroup; the VMM has ended."""
-    await steps.remove(host.jails, record.jail_id)
-    await steps.remove(host.cgroups, record.cgroup_key)
 
 
 async def flush_conntrack(record: InstanceRecord, steps: Steps, host: Host) -> None:

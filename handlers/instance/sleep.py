@@ -15,7 +15,8 @@ from handlers.cancellation import together
 from handlers.concurrency import limited
 from handlers.errors import Conflict, Failure, Unavailable
 from handlers.instance.instance_file import write_at_rest
-from handlers.instance.release import end_vmm, release_and_discard
+from handlers.instance.metering import asleep
+from handlers.instance.release import discard_snapshots, end_vmm, release_launch
 from handlers.instance.snapshot_steps import (
     Pauses,
     PauseSpec,
@@ -32,6 +33,7 @@ from schemas.envelopes import EventKind
 from schemas.files import RuntimePolicy, TenantQuota
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef, SleepInstance
+from schemas.usage import SnapshotSize
 
 AGENT_SLACK_S = 2.0
 PUBLISH = "publish_snapshot"
@@ -90,25 +92,32 @@ async def sleep_instance(cmd: SleepInstance, steps: Steps, host: Host) -> Done:
     steps.finalize()
     await end_vmm(record, steps, host)
     number = info.number
-    now_ms = host.facts.now_ms()
-    _, left_behind = await together(
-        release_and_discard(record, steps, host, keep_flows=True, below=number),
-        write_at_rest(record, Status.SLEEPING, host, now_ms),
+    now = host.facts.moment()
+    ended, left_behind = await together(
+        release_launch(
+            record,
+            steps,
+            host,
+            keep_flows=True,
+            discard=lambda: discard_snapshots(record, steps, host, below=number),
+        ),
+        write_at_rest(record, Status.SLEEPING, host, now.wall_ms),
     )
-    asleep = replace(
-        record,
+    sleeper = replace(
+        ended,
         vmm=None,
-        vmm_version=record.vmm_version or info.vmm_version,
+        vmm_version=ended.vmm_version or info.vmm_version,
         uid_slot=None,
         snapshot=number,
         consumed=False,
+        metering=asleep(ended.metering, SnapshotSize(info.size_bytes, info.allocated_bytes)),
     )
     return Done(
         changed=True,
         status=str(Status.SLEEPING),
         detail={"snapshot": number, "size_bytes": info.size_bytes, **outcome.detail()},
         left_behind=left_behind,
-        record=final_record(asleep, Status.SLEEPING, now_ms),
+        record=final_record(sleeper, Status.SLEEPING, now),
         snapshot=SnapshotMeasure(
             seconds=steps.seconds_of(Pauses.name, SnapshotDrafts.name, PUBLISH),
             size_bytes=info.size_bytes,

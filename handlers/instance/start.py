@@ -99,7 +99,7 @@ async def start_instance(cmd: StartInstance, steps: Steps, host: Host) -> Done:
                 )
                 await wait_for_agent(vm, steps, host)
                 left_behind = await file.write(record)
-    final = final_record(record, Status.RUNNING, host.facts.now_ms())
+    final = final_record(record, Status.RUNNING, host.facts.moment())
     if before != record.revision:
         left_behind += await release_revision(cmd.ref, before, host)
     return Done(

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from handlers.errors import Conflict, Failure, NotFound
+from handlers.instance.metering import settled
 from handlers.interfaces import Host
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef
+from schemas.usage import Moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,15 @@ async def read_state(ref: InstanceRef, host: Host, now_ms: int) -> InstanceState
     return InstanceState(record)
 
 
-def final_record(record: InstanceRecord, status: Status, now_ms: int) -> InstanceRecord:
-    """The record at the end of a command: no command in progress, and what its VMM is like is not
-    known yet."""
-    return replace(record, status=status, since_ms=now_ms, before=None, command_id=None, hung=None)
+def final_record(record: InstanceRecord, status: Status, now: Moment) -> InstanceRecord:
+    """The record at the end of a command: no command in progress, what it used is counted, and what
+    its VMM is like is not known yet."""
+    return replace(
+        record,
+        status=status,
+        since_ms=now.wall_ms,
+        before=None,
+        command_id=None,
+        hung=None,
+        metering=settled(record, status, now),
+    )

@@ -12,7 +12,8 @@ from handlers.instance.release import (
     discard_snapshots,
     end_vmm,
     flush_conntrack,
-    release_and_discard,
+    nothing,
+    release_launch,
 )
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host
@@ -81,11 +82,11 @@ async def finish_stop(
     """Release whatever the instance, or an earlier attempt to stop it, still holds."""
     steps.finalize()
     await end_vmm(record, steps, host)
-    _, left_behind = await together(
-        release_and_discard(record, steps, host),
+    ended, left_behind = await together(
+        release_launch(record, steps, host, discard=lambda: discard_snapshots(record, steps, host)),
         write_at_rest(record, Status.STOPPED, host, host.facts.now_ms()),
     )
-    return stopped(record, method, left_behind, host)
+    return stopped(ended, method, left_behind, host)
 
 
 def stopped(
@@ -98,12 +99,8 @@ def stopped(
         status=str(Status.STOPPED),
         detail={} if method is None else {"method": method.value},
         left_behind=left_behind,
-        record=final_record(at_rest, Status.STOPPED, host.facts.now_ms()),
+        record=final_record(at_rest, Status.STOPPED, host.facts.moment()),
     )
-
-
-async def nothing() -> None:
-    """What is recorded already needs no commit."""
 
 
 async def stop_budget_s(record: InstanceRecord, steps: Steps, host: Host) -> float:

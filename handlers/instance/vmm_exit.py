@@ -22,13 +22,19 @@ EXIT_S: Final = 0.1
 
 
 async def vmm_exited(
-    ref: InstanceRef, launch: int, status: ExitStatus, steps: Steps, host: Host
+    ref: InstanceRef,
+    launch: int,
+    status: ExitStatus,
+    steps: Steps,
+    host: Host,
+    *,
+    seen: bool = True,
 ) -> VmmEnd | None:
     """Clean up after the VMM of a launch; None if that launch is no longer the current one.
 
     Exit code 0 does not prove an orderly shutdown: after a guest's triple fault the VMM exits with
     0 too, so the status is `failed` in any case. A VMM that ended because its host was rebooted did
-    not fail.
+    not fail. `seen` is false if no worker watched it when it ended.
     """
     record = host.records.instance(ref)
     if record is None or record.launch != launch or not record.status.expects_vmm:
@@ -38,7 +44,7 @@ async def vmm_exited(
     steps.finalize()
     tail = await log_tail(record, host)
     end = await why_ended(record, status, tail, host)
-    await release(record, steps, host)
+    record = await release(record, steps, host, seen=seen)
     await host.snapshots.delete_all(ref)
     gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False, last_end=end)
     reason, status_now = f"VMM exited unexpectedly: {text_of(end)}", Status.FAILED
@@ -48,7 +54,7 @@ async def vmm_exited(
         EventKind.VMM_EXITED, ref=ref, reason=reason, detail={**facts_of(end), "log_tail": tail}
     )
     await host.records.put_instance(
-        final_record(gone, status_now, end.at_ms),
+        final_record(gone, status_now, replace(host.facts.moment(), wall_ms=end.at_ms)),
         reason=reason,
         detail=facts_of(end),
         durable=True,

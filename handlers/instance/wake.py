@@ -200,7 +200,7 @@ async def wake_resumed(
         status=str(Status.RUNNING),
         detail={"pid": identity.pid, "launch": record.launch, **detail},
         left_behind=left_behind,
-        record=final_record(awake, Status.RUNNING, host.facts.now_ms()),
+        record=final_record(awake, Status.RUNNING, host.facts.moment()),
     )
 
 
@@ -257,11 +257,11 @@ async def set_clock(
 
 async def fail_consumed(record: InstanceRecord, steps: Steps, host: Host) -> None:
     """The guest may have run and its VMM is gone: its snapshot must not be used again."""
-    await release(record, steps, host)
+    record = await release(record, steps, host, seen=False)
     await host.snapshots.delete_all(record.ref)
-    now_ms = host.facts.now_ms()
-    await write_at_rest(record, Status.FAILED, host, now_ms)
+    now = host.facts.moment()
+    await write_at_rest(record, Status.FAILED, host, now.wall_ms)
     gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
     await host.records.put_instance(
-        final_record(gone, Status.FAILED, now_ms), reason="VMM exited during wake", durable=True
+        final_record(gone, Status.FAILED, now), reason="VMM exited during wake", durable=True
     )

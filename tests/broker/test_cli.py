@@ -236,14 +236,21 @@ async def test_ls_and_show_print_what_the_worker_answers(server: Server, worker:
     worker.answers["usage"] = {
         "v": 1,
         "status": "running",
-        "vmm": {"cpu_us": 1500, "memory_bytes": None},
+        "vmm": {"duration_ms": 7, "cpu_us": 1500, "memory_bytes": None},
+        "span": {"state": "running", "duration_ms": 60_000},
+        "snapshot": None,
+        "totals": {"from_ms": 0, "launches": 2, "running_ms": 5000, "cpu_us": 70_000},
     }
 
     listed = await hostd(server, "ls")
     shown = await hostd(server, "show", *REF)
     used = await hostd(server, "usage", *REF)
-    worker.answers["usage"] = {"v": 1, "status": "stopped", "vmm": None}
-    unused = await hostd(server, "usage", *REF)
+    worker.answers["usage"] = {
+        "v": 1,
+        "current": {"running": 1, "cpu_us": 30},
+        "totals": {"launches": 2, "cpu_us": 70_000},
+    }
+    of_tenant = await hostd(server, "usage", "acme")
 
     assert listed.output.splitlines() == [
         "acme          network   up       br-tenant-7",
@@ -252,10 +259,29 @@ async def test_ls_and_show_print_what_the_worker_answers(server: Server, worker:
     ]
     assert "since: 2023-11-14 22:13:20.123Z" in shown.output
     assert "pid: none" in shown.output
-    assert used.output.splitlines()[-2:] == ["cpu_us: 1500", "memory_bytes: none"]
-    assert unused.output.splitlines()[-1] == "vmm: none"
+    assert used.output.splitlines() == [
+        "v: 1",
+        "status: running",
+        "snapshot: none",
+        "counted since: 1970-01-01 00:00:00.000Z",
+        "              CURRENT  ENDED",
+        "launches                   2",
+        "running_ms      60000   5000",
+        "cpu_us           1500  70000",
+        "memory_bytes     none",
+    ]
+    assert of_tenant.output.splitlines()[1:] == [
+        "          CURRENT  ENDED",
+        "launches               2",
+        "cpu_us         30  70000",
+        "running         1",
+    ]
     body = {"tenant_id": "acme", "pool_id": "web", "instance_id": "i-1"}
-    assert worker.questions[-3:] == [("describe", body), ("usage", body), ("usage", body)]
+    assert worker.questions[-3:] == [
+        ("describe", body),
+        ("usage", body),
+        ("usage", {"tenant_id": "acme"}),
+    ]
 
 
 async def test_an_error_in_an_answer_exits_with_its_class(server: Server, worker: StandIn) -> None:

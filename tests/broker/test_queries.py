@@ -12,7 +12,6 @@ import pytest
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
 from handlers.errors import NotFound
-from schemas.requests import InstanceRef
 from schemas.settings import NatsSettings
 from tests.broker.server import (
     HOST,
@@ -58,8 +57,10 @@ class Answers:
     ) -> Mapping[str, object]:
         return {"v": 1, "asked": [tenant_id, pool_id, instance_id]}
 
-    async def usage(self, ref: InstanceRef) -> Mapping[str, object]:
-        return {"v": 1, "asked": str(ref)}
+    async def usage(
+        self, tenant_id: str, pool_id: str | None, instance_id: str | None
+    ) -> Mapping[str, object]:
+        return {"v": 1, "asked": [tenant_id, pool_id, instance_id]}
 
     async def result(self, command_id: str) -> Mapping[str, object]:
         raise NotFound(f"{command_id} is not known here")
@@ -123,7 +124,7 @@ async def test_each_query_gets_its_answer(server: Server) -> None:
         assert (await to.ask("explain", question))["explained"] == question["request"]
         body = {"tenant_id": "a", "pool_id": "p", "instance_id": "i", "newer": 1}
         assert (await to.ask("describe", body))["asked"] == ["a", "p", "i"]
-        assert (await to.ask("usage", body))["asked"] == "a/p/i"
+        assert (await to.ask("usage", body))["asked"] == ["a", "p", "i"]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,8 @@ async def test_each_query_gets_its_answer(server: Server) -> None:
         ("result", {"id": 5}, "invalid", "$.id"),
         ("result", [1], "invalid", "expected a map"),
         ("describe", {"tenant_id": "a", "pool_id": "p"}, "invalid", "set both or neither"),
-        ("usage", {"tenant_id": "a"}, "invalid", "pool_id"),
+        ("usage", {"tenant_id": "a", "pool_id": "p"}, "invalid", "set both or neither"),
+        ("usage", {}, "invalid", "$.tenant_id: is missing"),
         ("explain", {}, "invalid", "$.request: is missing"),
         ("list", None, "internal", "see the worker's log"),
     ],

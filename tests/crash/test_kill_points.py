@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.constants import DESTROY, REF, WAKE
-from tests.crash.kills import assert_one_outcome, kill_while
+from tests.crash.kills import assert_one_outcome, events, kill_while, wait_event
 from tests.crash.points import BEFORE, ENDS, KINDS, chosen, every_point, points, requests, seed
 from tests.crash.undisturbed import End, statuses, undisturbed
 from tests.live_host import LiveHost, live_host
@@ -51,6 +51,7 @@ async def test_a_killed_command_has_one_effect_and_one_reply(kind: str, point: s
         assert (await host.run(DESTROY))["code"] == "ok"
         assert (await host.run(wanted["TeardownNetwork"]))["code"] == "ok"
         await assert_inventory(host, clean)
+        await assert_usage_once(host)
 
 
 async def assert_same_end(host: LiveHost, want: End) -> None:
@@ -66,6 +67,22 @@ async def assert_same_end(host: LiveHost, want: End) -> None:
     # A jailer that was cut before its VMM ran is executed again; a guest is not booted again.
     assert want.launches <= host.jailer_runs() <= want.launches + 1
     assert len(host.vm_pids()) == want.inventory["processes"]
+
+
+async def assert_usage_once(host: LiveHost) -> None:
+    """Each launch that ran is one event, with its counters; their sums go with the instance."""
+    gone = await wait_event(host, lambda event: event.get("to") == "destroyed")
+    used = [each["detail"] for each in await events(host) if each["kind"] == "usage"]
+    launches = [each["launch"] for each in used if each["launch"] is not None]
+    numbers = [each["launch"] for each in launches]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert all(each["cpu_us"] > 0 and each["guest_sent_bytes"] is not None for each in launches)
+    totals = gone["detail"].get("totals")
+    if launches:
+        assert totals["launches"] == len(launches)
+        assert totals["incomplete"] == 0
+        for name in ("cpu_us", "vcpu_ms", "memory_mib_s", "guest_sent_bytes"):
+            assert totals[name] == sum(each[name] for each in launches)
 
 
 async def assert_inventory(host: LiveHost, want: dict[str, int]) -> None:

@@ -58,6 +58,7 @@ from schemas.files import (
 from schemas.records import DiskIdentity, InstanceRecord, VmmIdentity
 from schemas.requests import InstanceRef
 from schemas.settings import Settings, VmmSettings
+from schemas.usage import Moment
 from tests.constants import NET
 
 T = TypeVar("T")
@@ -121,6 +122,7 @@ class FakeHost:
     network_warnings: tuple[str, ...] = ()
     prepared: bool = False
     boot_id: str = BOOT_ID
+    boot_ms: int = 1_000_000
     vmm_version: str = "1.12.1"
     older_versions: tuple[str, ...] = ()
     reported_version: str | None = None
@@ -298,7 +300,8 @@ class FakeCgroups(Plain[CgroupSpec]):
         return self.machine.oom.get(key, OomCounts(0, 0))
 
     async def usage(self, key: str) -> CgroupUsage | None:
-        return self.machine.cgroup_usage.get(key)
+        there = (self.name, key) in self.machine.resources
+        return self.machine.cgroup_usage.get(key) if there else None
 
     async def differing(self, specs: Sequence[CgroupSpec]) -> Mapping[str, Sequence[str]]:
         found = {spec.key: self._differing(spec) for spec in specs}
@@ -363,7 +366,7 @@ class FakeTaps(Plain[TapSpec]):
         return key not in self.machine.released and await super().exists(key)
 
     async def traffic(self, key: str) -> TapTraffic | None:
-        return self.machine.tap_traffic.get(key)
+        return self.machine.tap_traffic.get(key) if await self.exists(key) else None
 
     async def remove(self, key: str) -> None:
         await super().remove(key)
@@ -406,6 +409,9 @@ class FakeFacts:
     def now_ms(self) -> int:
         self.clock_ms += 1
         return self.clock_ms
+
+    def moment(self) -> Moment:
+        return Moment(self.now_ms(), self.machine.boot_ms, self.machine.boot_id)
 
     def boot_id(self) -> str:
         return self.machine.boot_id
@@ -910,6 +916,7 @@ class FakeSnapshots:
                 mem_mib=facts.mem_mib,
                 vmm_version=facts.vmm_version,
                 size_bytes=counter,
+                allocated_bytes=counter // 2,
                 kept_config="/s/config.ext4" if facts.keep_drives else None,
                 kept_secrets=None,
                 has_secrets=False,

@@ -37,6 +37,18 @@ def ask(question: str, body: dict[str, Any], options: dict[str, Any]) -> dict[st
         return asyncio.run(exchange())
 
 
+def named(tenant_id: str, pool_id: str | None, instance_id: str | None) -> dict[str, Any]:
+    """The body of a query about an instance, or a tenant, with the IDs checked."""
+    if (pool_id is None) != (instance_id is None):
+        raise click.UsageError("expected TENANT or TENANT POOL INSTANCE")
+    body = {"tenant_id": tenant_id}
+    if pool_id is not None and instance_id is not None:
+        body |= {"pool_id": pool_id, "instance_id": instance_id}
+    for kind, value in body.items():
+        check_id(kind.removesuffix("_id"), value)
+    return body
+
+
 @click.command("ls")
 @bus_options
 def ls(as_json: bool, **options: Any) -> None:
@@ -77,14 +89,7 @@ def show(
     tenant_id: str, pool_id: str | None, instance_id: str | None, as_json: bool, **options: Any
 ) -> None:
     """Show a tenant's network or an instance in full."""
-    if (pool_id is None) != (instance_id is None):
-        raise click.UsageError("expected TENANT or TENANT POOL INSTANCE")
-    body = {"tenant_id": tenant_id}
-    if pool_id is not None and instance_id is not None:
-        body |= {"pool_id": pool_id, "instance_id": instance_id}
-    for kind, value in body.items():
-        check_id(kind.removesuffix("_id"), value)
-    answer = ask("describe", body, options)
+    answer = ask("describe", named(tenant_id, pool_id, instance_id), options)
     if as_json:
         print_json(answer)
         return
@@ -94,24 +99,46 @@ def show(
 
 @click.command()
 @click.argument("tenant_id", metavar="TENANT")
-@click.argument("pool_id", metavar="POOL")
-@click.argument("instance_id", metavar="INSTANCE")
+@click.argument("pool_id", metavar="[POOL", required=False)
+@click.argument("instance_id", metavar="INSTANCE]", required=False)
 @bus_options
-def usage(tenant_id: str, pool_id: str, instance_id: str, as_json: bool, **options: Any) -> None:
-    """Show what an instance's VMM has used since its launch."""
-    body = {"tenant_id": tenant_id, "pool_id": pool_id, "instance_id": instance_id}
-    for kind, value in body.items():
-        check_id(kind.removesuffix("_id"), value)
-    answer = ask("usage", body, options)
+def usage(
+    tenant_id: str, pool_id: str | None, instance_id: str | None, as_json: bool, **options: Any
+) -> None:
+    """Show what an instance, or all of a tenant's on a host, has used.
+
+    CURRENT is the launch that runs, or the rest that lasts; ENDED is the sum of those before.
+    """
+    answer = ask("usage", named(tenant_id, pool_id, instance_id), options)
     if as_json:
         print_json(answer)
         return
-    counters: dict[str, Any] | None = answer["vmm"]
-    if counters is not None:
-        del answer["vmm"]
-        answer |= counters
-    for name, value in answer.items():
+    facts = {name: value for name, value in answer.items() if not isinstance(value, dict)}
+    for name, value in facts.items():
         click.echo(f"{'since' if name == 'since_ms' else name}: {text_of(value, name)}")
+    current: dict[str, Any] = answer.get("current") or current_of(answer)
+    ended: dict[str, Any] = answer.get("totals") or {}
+    if (from_ms := ended.pop("from_ms", None)) is not None:
+        click.echo(f"counted since: {clock(from_ms)}")
+    rows: list[tuple[str, ...]] = [("", "CURRENT", "ENDED")]
+    for name in dict.fromkeys((*ended, *current)):
+        cells = (text_of(part[name], name) if name in part else "" for part in (current, ended))
+        rows.append((name, *cells))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        name, *numbers = row
+        right = (cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True))
+        click.echo("  ".join((name.ljust(widths[0]), *right)).rstrip())
+
+
+def current_of(answer: dict[str, Any]) -> dict[str, Any]:
+    """The current launch, state and snapshot of an instance, by the names of the sums."""
+    span: dict[str, Any] = answer.get("span") or {}
+    vmm: dict[str, Any] = dict(answer.get("vmm") or {})
+    snapshot: dict[str, Any] = answer.get("snapshot") or {}
+    vmm.pop("duration_ms", None)
+    times = {f"{span['state']}_ms": span["duration_ms"]} if span else {}
+    return {**times, **vmm, **{f"snapshot_{name}": size for name, size in snapshot.items()}}
 
 
 @click.command()

@@ -343,7 +343,9 @@ class JournalCommands:
         if record is None:
             return None
         if tombstone is not None:
-            return self._records.change_drop(record.ref, tombstone, command_id=command_id)
+            return self._records.change_drop(
+                record.ref, tombstone, command_id=command_id, metering=record.metering
+            )
         return self._records.change_put(record, command_id=command_id)
 
     def _reloaded(self, mirror: Mirror) -> None:

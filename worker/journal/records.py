@@ -8,6 +8,8 @@ from ipaddress import IPv4Network
 from typing import Any, Final
 
 import msgspec
+from msgspec import to_builtins
+from msgspec.structs import replace
 
 from handlers.admission.ranking import Ranking
 from handlers.errors import Conflict
@@ -23,6 +25,7 @@ from schemas.records import (
 )
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane
+from schemas.usage import Metering, UsageDetail
 from worker.journal.memory import Mirror
 from worker.journal.store import Store
 from worker.journal.transaction import OPERATOR, EventDraft, Transaction
@@ -169,6 +172,8 @@ class JournalRecords:
             reason=reason,
             detail=detail,
         )
+        due = record.metering.due if record.metering is not None else ()
+        record = _published(record)
         packed = msgspec.json.encode(record)
         offset = record.offset if record.holds_offset else None
         at_ms = self._store.now_ms()
@@ -190,6 +195,7 @@ class JournalRecords:
                 (*key, record.uid_slot, offset, packed),
             )
             self._store.source.announce(tx, draft, at_ms, state)
+            self._publish_usage(tx, draft, due, at_ms)
 
         def remember() -> None:
             self._store.mirror.instances.put(record)
@@ -207,14 +213,21 @@ class JournalRecords:
         *,
         command_id: str | None = None,
         to: str = Status.DESTROYED.value,
+        metering: Metering | None = None,
     ) -> Change:
-        """What `drop_instance` commits, for a transaction that does more."""
+        """What `drop_instance` commits, for a transaction that does more.
+
+        The event has the instance's totals, which go with the record: those of `metering`.
+        """
         record = self._store.mirror.instances.get(ref)
+        if metering is None and record is not None:
+            metering = record.metering
         draft = EventDraft(
             kind=EventKind.STATUS,
             lane=Lane.instance(ref),
             to=to,
             command_id=command_id or (record.command_id if record else None),
+            detail=None if metering is None else {"totals": to_builtins(metering.totals)},
         )
         key = (ref.tenant_id, ref.pool_id, ref.instance_id)
         at_ms = self._store.now_ms()
@@ -228,6 +241,8 @@ class JournalRecords:
                 packed = msgspec.json.encode(tombstone)
                 tx.execute("INSERT OR REPLACE INTO tombstone VALUES (?, ?, ?, ?)", (*key, packed))
             if gone:
+                if metering is not None:
+                    self._publish_usage(tx, draft, metering.due, at_ms)
                 self._store.source.announce(tx, draft, at_ms, None)
 
         def remember() -> None:
@@ -237,6 +252,19 @@ class JournalRecords:
                 self._store.mirror.tombstones.put(tombstone)
 
         return Change(save, remember)
+
+    def _publish_usage(
+        self, tx: Transaction, cause: EventDraft, due: Sequence[UsageDetail], at_ms: int
+    ) -> None:
+        """Each span that ended is one event, in the commit of the record that has ended it."""
+        for detail in due:
+            draft = EventDraft(
+                EventKind.USAGE,
+                cause.lane,
+                command_id=cause.command_id,
+                detail=to_builtins(detail),
+            )
+            self._store.source.event(tx, draft, at_ms)
 
     async def _submit(self, change: Change, *, durable: bool) -> None:
         def apply(_: None) -> None:
@@ -411,6 +439,13 @@ class JournalRecords:
         draft = EventDraft(kind, lane, command_id=command_id, reason=reason, detail=detail)
         at_ms = self._store.now_ms()
         await self._store.writer.submit(lambda tx: self._store.source.event(tx, draft, at_ms))
+
+
+def _published(record: InstanceRecord) -> InstanceRecord:
+    """As it is stored: what is due goes out with it, and is not found again."""
+    if record.metering is None or not record.metering.due:
+        return record
+    return replace(record, metering=replace(record.metering, due=()))
 
 
 def _delete_tombstone(tx: Transaction, tombstone: Tombstone) -> bool:

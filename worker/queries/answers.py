@@ -10,10 +10,11 @@ from handlers.errors import NotFound
 from handlers.vmm_ends import text_of
 from schemas.records import InstanceRecord
 from schemas.requests import InstanceRef
+from schemas.usage import InstanceUsage, TenantUsage
 from worker.journal.journal import Journal
+from worker.queries.usage import ReadUsage, usage_of_tenant
 
 Answer = Mapping[str, object]
-ReadUsage = Callable[[InstanceRecord], Awaitable[Answer | None]]
 
 
 class Answers:
@@ -134,23 +135,18 @@ class Answers:
             ],
         }
 
-    async def usage(self, ref: InstanceRef) -> Answer:
+    async def usage(self, tenant_id: str, pool_id: str | None, instance_id: str | None) -> Answer:
+        if pool_id is None or instance_id is None:
+            records = self._journal.records.instances(tenant_id)
+            if not records and self._journal.records.network(tenant_id) is None:
+                raise NotFound(f"tenant {tenant_id} has neither instances nor a network here")
+            at_ms = self._journal.store.now_ms()
+            return as_map(await usage_of_tenant(tenant_id, records, self._usage, at_ms))
+        ref = InstanceRef(tenant_id, pool_id, instance_id)
         record = self._journal.records.instance(ref)
         if record is None:
             raise NotFound(f"instance {ref} is not in the journal of this host")
-        return {
-            "v": 1,
-            "tenant_id": ref.tenant_id,
-            "pool_id": ref.pool_id,
-            "instance_id": ref.instance_id,
-            "status": str(record.status),
-            "since_ms": record.since_ms,
-            "launch": record.launch,
-            "vcpus": record.vcpus,
-            "mem_mib": record.mem_mib,
-            "at_ms": self._journal.store.now_ms(),
-            "vmm": await self._usage(record) if record.holds_host else None,
-        }
+        return as_map(await self._usage(record))
 
     async def result(self, command_id: str) -> Answer:
         found = await self._journal.commands.result(command_id)
@@ -163,6 +159,12 @@ class Answers:
 
     async def explain(self, request: object) -> Answer:
         return await self._explain(request)
+
+
+def as_map(answer: InstanceUsage | TenantUsage) -> Answer:
+    """The answer in plain values."""
+    plain: Answer = to_builtins(answer)
+    return plain
 
 
 def described(record: InstanceRecord) -> Answer:

@@ -16,7 +16,7 @@ from handlers.errors import Failure, Invalid
 from schemas import unpack
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
-from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, InstanceRef
+from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN
 from schemas.subjects import Subjects
 from worker.bus.connection import Connection
 from worker.bus.message import Message
@@ -55,8 +55,11 @@ class QuerySource(Protocol):
         """One instance, or the tenant's network if pool and instance are None."""
         ...
 
-    async def usage(self, ref: InstanceRef) -> Answer:
-        """What an instance's VMM has used since its launch. Raises NotFound: no such instance."""
+    async def usage(self, tenant_id: str, pool_id: str | None, instance_id: str | None) -> Answer:
+        """`schemas.usage.InstanceUsage`, or `TenantUsage` if pool and instance are None.
+
+        Raises NotFound: no such instance or tenant.
+        """
         ...
 
     async def result(self, command_id: str) -> Answer:
@@ -68,13 +71,9 @@ class QuerySource(Protocol):
         ...
 
 
-class _Usage(msgspec.Struct, frozen=True):
-    tenant_id: str
-    pool_id: str
-    instance_id: str
+class _Named(msgspec.Struct, frozen=True):
+    """An instance, or a tenant."""
 
-
-class _Describe(msgspec.Struct, frozen=True):
     tenant_id: str
     pool_id: str | None = None
     instance_id: str | None = None
@@ -145,15 +144,18 @@ def query_service(
 
 
 async def _describe(source: QuerySource, body: Body) -> Answer:
-    args = unpack.convert(body, _Describe)
-    if (args.pool_id is None) != (args.instance_id is None):
-        raise Invalid("pool_id and instance_id: set both or neither", path="$.pool_id")
-    return await source.describe(args.tenant_id, args.pool_id, args.instance_id)
+    return await source.describe(*_named(body))
 
 
 async def _usage(source: QuerySource, body: Body) -> Answer:
-    args = unpack.convert(body, _Usage)
-    return await source.usage(InstanceRef(args.tenant_id, args.pool_id, args.instance_id))
+    return await source.usage(*_named(body))
+
+
+def _named(body: Body) -> tuple[str, str | None, str | None]:
+    args = unpack.convert(body, _Named)
+    if (args.pool_id is None) != (args.instance_id is None):
+        raise Invalid("pool_id and instance_id: set both or neither", path="$.pool_id")
+    return args.tenant_id, args.pool_id, args.instance_id
 
 
 async def _result(source: QuerySource, body: Body) -> Answer:

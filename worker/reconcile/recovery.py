@@ -211,11 +211,11 @@ class Recovery:
         """After a reboot: nothing volatile is left; remove what is left on disk."""
         steps = Steps(f"reboot-{record.jail_id}", self._journal.steps, {})
         steps.finalize()
-        await release(record, steps, self._host)
+        record = await release(record, steps, self._host, seen=False)
         await self._host.snapshots.delete_all(record.ref)
         gone = replace(record, vmm=None, uid_slot=None, snapshot=None, consumed=False)
-        now_ms = self._host.facts.now_ms()
+        stopped = final_record(gone, Status.STOPPED, self._host.facts.moment())
         await self._journal.records.put_instance(
-            final_record(gone, Status.STOPPED, now_ms), reason="the host was rebooted", durable=True
+            stopped, reason="the host was rebooted", durable=True
         )
         self._counts.ended += 1

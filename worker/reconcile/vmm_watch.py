@@ -106,18 +106,21 @@ class VmmWatch:
 
     def found_ended(self, record: InstanceRecord) -> None:
         """Handle the exit of a VMM that ended while no worker watched it."""
-        self.exited(record, ExitStatus() if record.vmm is None else self._exits.left_by(record.vmm))
+        status = ExitStatus() if record.vmm is None else self._exits.left_by(record.vmm)
+        self.exited(record, status, seen=False)
 
-    def exited(self, record: InstanceRecord, status: ExitStatus) -> None:
-        """Handle the exit of a VMM in its instance's lane."""
+    def exited(self, record: InstanceRecord, status: ExitStatus, *, seen: bool = True) -> None:
+        """Handle the exit of a VMM in its instance's lane; `seen`: when it ended is known."""
 
         async def handle() -> None:
             steps = Steps(f"exit-{record.jail_id}", self._journal.steps, {})
             try:
-                end = await vmm_exited(record.ref, record.launch, status, steps, self._host)
+                end = await vmm_exited(
+                    record.ref, record.launch, status, steps, self._host, seen=seen
+                )
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 log.warning("vmm.cleanup_failed", instance=str(record.ref), **facts_of(error))
-                self._watch(record, self._retry(record, status))
+                self._watch(record, self._retry(record, status, seen=seen))
                 return
             if end is not None:
                 self._metrics.vmms.exited(end.reason)
@@ -139,10 +142,10 @@ class VmmWatch:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _retry(self, record: InstanceRecord, status: ExitStatus) -> None:
+    async def _retry(self, record: InstanceRecord, status: ExitStatus, *, seen: bool) -> None:
         """Try a cleanup again that failed, e.g. on a full disk."""
         await self._sleep(RETRY_S)
-        self.exited(record, status)
+        self.exited(record, status, seen=seen)
 
     async def _until_exit(self, record: InstanceRecord) -> None:
         """Whatever fails, the VMM is watched again: nothing else would see its exit."""

@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 UNPUBLISHED = "manifest.json.tmp"
 CONSUMED = "consumed.json"
 MEMORY_FACTS = "memory.json"
+BLOCK_BYTES = 512  # of `st_blocks`
 NUMBER = re.compile(r"[0-9]{1,15}")
 
 
@@ -127,7 +128,15 @@ class SnapshotDir:
             kept_secrets=kept.get(SECRETS_DRIVE),
             has_secrets=manifest.has_secrets,
             disk=DiskIdentity(0, disk.ino, disk.size_bytes) if disk is not None else None,
+            allocated_bytes=sum(map(_allocated, (self.file(STATE), self.file(MEMORY)))),
         )
+
+
+def _allocated(path: str) -> int:
+    try:
+        return os.lstat(path).st_blocks * BLOCK_BYTES
+    except FileNotFoundError:  # for `verify` to say
+        return 0
 
 
 def numbers_of(base: str, ref: InstanceRef) -> list[int]:

@@ -21,6 +21,7 @@ from handlers.host.linux.state_dirs import remove_empty, sync_dir
 from handlers.host.linux.syscalls import link_open
 from handlers.host.snapshot.discards import MemoryFreer, be_nice, discard_dir, unname_dir
 from handlers.host.snapshot.manifest import (
+    BLOCK_BYTES,
     CONSUMED,
     MANIFEST,
     UNPUBLISHED,
@@ -42,8 +43,6 @@ from handlers.jail_names import (
 )
 from handlers.specs import SnapshotFacts, SnapshotInfo
 from schemas.requests import InstanceRef
-
-BLOCK_BYTES = 512  # of `st_blocks`
 
 
 class Snapshots:
@@ -96,8 +95,8 @@ class Snapshots:
             HostFault: the VMM's files are not a whole snapshot, or not the VMM's own.
             Exhausted: the disk is full.
         """
-        manifest = await run_in_thread(self._sealer.seal, jail_id, facts)
-        return SnapshotDir(self._base, facts.ref, facts.number).info(manifest)
+        directory = SnapshotDir(self._base, facts.ref, facts.number)
+        return await run_in_thread(lambda: directory.info(self._sealer.seal(jail_id, facts)))
 
     async def publish(self, ref: InstanceRef, number: int) -> None:
         """Rename the manifest into place, durably. Published already is success."""

@@ -215,7 +215,7 @@ class Cgroups:
         not block.
 
         Source: cgroup-v2.rst, `cpu.stat` `usage_usec` (there without a controller too),
-        `memory.current`.
+        `memory.current`, `memory.peak` (Linux 5.19).
         """
         leaf = self.tree.path(self._leaf(key))
         try:
@@ -225,11 +225,9 @@ class Cgroups:
             if error.errno in (errno.ENOENT, errno.ENODEV):
                 return None
             raise of_os_error(error, f"cannot read the usage of cgroup {key}") from error
-        try:
-            memory = int(read_text(f"{leaf}/memory.current"))
-        except OSError:
-            memory = None
-        return CgroupUsage(used_us, memory)
+        return CgroupUsage(
+            used_us, memory_of(leaf, "memory.current"), memory_of(leaf, "memory.peak")
+        )
 
     async def remove_unused(self, name: str) -> None:
         """Remove a cgroup of hostd's tree, given its path relative to the mount, without waiting.
@@ -383,6 +381,14 @@ def _rmdir(path: str) -> None:
             return
         time.sleep(wait_s)
         wait_s = min(wait_s * 2, 0.1)
+
+
+def memory_of(leaf: str, name: str) -> int | None:
+    """Without the controller, and without the file in an older kernel, None."""
+    try:
+        return int(read_text(f"{leaf}/{name}"))
+    except OSError:
+        return None
 
 
 def oom_counts_of(path: str) -> OomCounts | None:

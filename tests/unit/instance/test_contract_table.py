@@ -132,7 +132,7 @@ async def test_steps_are_nouns_of_mechanisms_or_verbs_with_an_object(tmp_path: P
         nouns = worker.mechanisms.keys()
     verbs = {
         "check", "configure", "discard", "drain",
-    "flush", "link", "load", "prepare", "publish", "remove",
+    "flush", "link", "load", "prepare", "publish", "read", "remove",
         "resume", "set", "start", "stop", "verify", "wait", "wake", "wipe",
     }  # fmt: skip
 

@@ -24,6 +24,7 @@ NO_ACTION = {
     EventKind.NETWORK: "of a command; what repairs a network says so with `drift`",
     EventKind.SNAPSHOT: "of a command",
     EventKind.VMM_VERSIONS: "an observation",
+    EventKind.USAGE: "of what ended, which has its own",
     EventKind.ORPHANS: "an observation; a removal is `removed`",
 }
 

@@ -12,7 +12,6 @@ import pytest
 from handlers.errors import NotFound
 from schemas.envelopes import EventKind
 from schemas.subjects import Lane
-from tests.constants import REF
 from tests.fakes.host import seeded
 from tests.fakes.shell_worker import FakeHandlers, shell_worker, start
 from worker.journal.journal import Journal
@@ -25,7 +24,7 @@ QUESTIONS: dict[str, Callable[[Answers], Awaitable[Answer]]] = {
     "status": lambda answers: answers.status(),
     "list": lambda answers: answers.list(),
     "describe": lambda answers: answers.describe("none", None, None),
-    "usage": lambda answers: answers.usage(REF),
+    "usage": lambda answers: answers.usage("acme", "web", "i-1"),
     "explain": lambda answers: answers.explain({}),
     "result": lambda answers: answers.result("c1"),
     "result of an unknown command": lambda answers: answers.result("c9"),

@@ -9,12 +9,13 @@ import pytest
 from handlers.errors import NotFound
 from handlers.specs import CgroupUsage, TapTraffic
 from schemas import naming
-from schemas.requests import InstanceRef, SetupNetwork
-from tests.constants import NET, REF, START, STOP
-from tests.fakes.host import seeded
+from schemas.requests import InstanceRef, SetupNetwork, StartInstance
+from schemas.usage import COUNT_MAX, Totals
+from tests.constants import NET, REF, SLEEP, START, STOP
+from tests.fakes.host import instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from worker.queries.answers import Answer, Answers
-from worker.queries.usage import usage_of
+from worker.queries.usage import total, usage_of
 
 TAP = naming.tap_name(NET.tenant_net_id, 5)
 
@@ -24,7 +25,11 @@ async def not_asked(request: object) -> Mapping[str, object]:
 
 
 async def ask(worker: MemoryWorker, ref: InstanceRef = REF) -> Answer:
-    answers = Answers(
+    return await answers_of(worker).usage(ref.tenant_id, ref.pool_id, ref.instance_id)
+
+
+def answers_of(worker: MemoryWorker) -> Answers:
+    return Answers(
         worker.journal,
         "b1",
         host_state=lambda: "ready",
@@ -33,13 +38,14 @@ async def ask(worker: MemoryWorker, ref: InstanceRef = REF) -> Answer:
         explain=not_asked,
         vmm_versions=list,
     )
-    return await answers.usage(ref)
 
 
 def count(worker: MemoryWorker, memory_bytes: int | None = 4096) -> None:
     record = worker.journal.records.instance(REF)
     assert record is not None
-    worker.machine.cgroup_usage[record.cgroup_key] = CgroupUsage(1_500_000, memory_bytes)
+    worker.machine.cgroup_usage[record.cgroup_key] = CgroupUsage(
+        1_500_000, memory_bytes, memory_bytes and 8192
+    )
     worker.machine.tap_traffic[TAP] = TapTraffic(10, 1, 2000, 3)
 
 
@@ -48,12 +54,17 @@ async def test_it_is_what_the_kernel_counts_of_this_launch(tmp_path: Path) -> No
         await worker.run(SetupNetwork("acme", NET))
         await worker.run(START)
         count(worker)
+        worker.machine.boot_ms += 10_000
 
         answer = await ask(worker)
 
     assert answer["vmm"] == {
+        "duration_ms": 10_000,
+        "vcpu_ms": 10_000,
+        "memory_mib_s": 1280,
         "cpu_us": 1_500_000,
         "memory_bytes": 4096,
+        "memory_peak_bytes": 8192,
         "guest_sent_bytes": 10,
         "guest_sent_packets": 1,
         "guest_received_bytes": 2000,
@@ -86,6 +97,49 @@ async def test_an_instance_without_a_vmm_has_no_counters(tmp_path: Path) -> None
         answer = await ask(worker)
 
     assert (answer["status"], answer["vmm"]) == ("stopped", None)
+    totals, span = answer["totals"], answer["span"]
+    assert isinstance(totals, dict)
+    assert isinstance(span, dict)
+    assert (totals["launches"], totals["cpu_us"], span["state"]) == (1, 1_500_000, "stopped")
+
+
+async def test_a_tenants_sums_are_those_of_its_instances(tmp_path: Path) -> None:
+    other = InstanceRef("acme", "web", "i-2")
+    machine = seeded()
+    machine.files[other] = instance_file(other, 6)
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        for request in (SetupNetwork("acme", NET), START, StartInstance("acme", "web", "i-2")):
+            await worker.run(request)
+        count(worker)
+        machine.boot_ms += 10_000
+        machine.guests[worker.record().jail_id].counter = 4 << 20
+        await worker.run(SLEEP)
+        machine.boot_ms += 5_000
+
+        answer = await answers_of(worker).usage("acme", None, None)
+        with pytest.raises(NotFound, match="tenant globex"):
+            await answers_of(worker).usage("globex", None, None)
+
+    current, totals = answer["current"], answer["totals"]
+    assert isinstance(current, dict)
+    assert isinstance(totals, dict)
+    assert answer["instances"] == 2
+    assert (current["running"], current["sleeping"], current["stopped"]) == (1, 1, 0)
+    assert (current["running_ms"], current["sleeping_ms"]) == (15_000, 5_000)
+    assert current["snapshot_size_bytes"] == 4 << 20
+    assert current["snapshot_allocated_bytes"] == 2 << 20
+    assert current["incomplete"] == 1  # of the other the kernel says nothing in this test
+    assert (totals["launches"], totals["running_ms"], totals["cpu_us"]) == (1, 10_000, 1_500_000)
+
+
+async def test_sums_leave_out_what_is_not_known_and_say_so() -> None:
+    one = Totals(from_ms=5, cpu_us=1, memory_peak_bytes=None, running_ms=1 << 52)
+    two = Totals(from_ms=3, cpu_us=2, memory_peak_bytes=7, incomplete=1, running_ms=1 << 52)
+
+    found = total((Totals(), one, two))
+
+    assert (found.from_ms, found.cpu_us, found.memory_peak_bytes, found.incomplete) == (3, 3, 7, 1)
+    assert total((Totals(cpu_us=COUNT_MAX), one)).cpu_us == COUNT_MAX
 
 
 async def test_an_unknown_instance_is_not_found(tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ TRUSTED = {
     "handlers/host/vmm/cgroups.py:launches:int": MATCHED,
     "handlers/host/vmm/cgroups.py:pids:int": PROC,
     "handlers/host/vmm/cgroups.py:usage:int": PROC,
+    "handlers/host/vmm/cgroups.py:memory_of:int": PROC,
     "handlers/host/vmm/confinement.py:read_uid:int": PROC,
     "handlers/host/storage/disk_proof.py:read_label:decode": LABEL,
     "handlers/host/vmm/exit_watch.py:read_exit_status:int": NO_TEXT,
