@@ -79,6 +79,7 @@ class Steps:
         self.command_id = command_id
         self.control = control or Control()
         self.taken: list[StepTaken] = []
+        self.ended_s: list[float] = []  # when each of them did, by perf_counter()
         self.doing: list[tuple[str, float]] = []  # steps that run now, since which perf_counter()
         self._log = step_log
         self._stored = stored
@@ -225,8 +226,7 @@ class Steps:
                     log.warning("step.left_behind", step=row.mechanism, key=row.key, error=error)
                     left.append(f"{row.mechanism} {row.key}")
                     continue
-                took_us = int((time.perf_counter() - started) * 1e6)
-                self.taken.append(StepTaken(name=row.mechanism, took_us=took_us, outcome="undone"))
+                self._note(row.mechanism, started, "undone")
                 if self._may_still_be_made(row):
                     left.append(f"{row.mechanism} {row.key}")
                     continue
@@ -258,12 +258,18 @@ class Steps:
             outcome = "failed"
             raise
         finally:
-            seconds = time.perf_counter() - started
             self.doing.remove((name, started))
-            self._observe(name, seconds)
-            self.taken.append(StepTaken(name=name, took_us=int(seconds * 1e6), outcome=outcome))
+            self._observe(name, self._note(name, started, outcome))
         await self._failpoint(f"after:{name}")
         return value
+
+    def _note(self, name: str, started_s: float, outcome: str) -> float:
+        """Add a step that ended now; returns how long it took, in seconds."""
+        now_s = time.perf_counter()
+        seconds = now_s - started_s
+        self.ended_s.append(now_s)
+        self.taken.append(StepTaken(name=name, took_us=int(seconds * 1e6), outcome=outcome))
+        return seconds
 
 
 def _intent(mechanism: Removable, key: str, *, existed: bool) -> StepIntent:

@@ -7,10 +7,12 @@ it does not. The rules for a network that need no host are in `schemas/tenant_ne
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from schemas import trace_context
 from schemas.decode_error import DecodeError
 from schemas.envelopes import Command, Form
 from schemas.partial import Undecodable, decode
 from schemas.subjects import Lane, check_reply_to
+from schemas.trace_context import TraceContext
 
 
 class Judged(NamedTuple):
@@ -18,7 +20,7 @@ class Judged(NamedTuple):
 
     `id` is None if it cannot be read; `reply_to` is set only if hostd may publish there; `lane` is
     None if the subject has none. `owns_id`: the ID is that of a valid envelope, whatever else is
-    wrong.
+    wrong. `trace` is the envelope's, if it has a valid one.
     """
 
     content: Command | DecodeError
@@ -27,6 +29,7 @@ class Judged(NamedTuple):
     reply_to: str | None
     form: Form
     owns_id: bool
+    trace: TraceContext | None
 
 
 def judge(
@@ -56,4 +59,6 @@ def judge(
         except DecodeError as refused:
             content = refused
     owns_id = isinstance(decoded, Command) or decoded.owns_id
-    return Judged(content, decoded.id, lane, reply_to, decoded.form, owns_id)
+    state = decoded.tracestate if isinstance(decoded, Command) else None
+    trace = trace_context.parse(decoded.traceparent, state)
+    return Judged(content, decoded.id, lane, reply_to, decoded.form, owns_id, trace)

@@ -35,7 +35,8 @@ class _CommandKeys(msgspec.Struct, frozen=True):
     deadline_ms: TimeMs | None = None
     reply_to: Line | None = None
     issuer: Line | None = None
-    traceparent: Line | None = None
+    traceparent: str | None = None  # any text: an invalid one is ignored, not refused
+    tracestate: str | None = None
 
 
 class _ReplyKeys(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +56,8 @@ class _ReplyKeys(msgspec.Struct, frozen=True, kw_only=True):
     left_behind: tuple[str, ...] = ()
     supported: tuple[str, ...] = ()
     detail: dict[str, Any] = {}
+    traceparent: str | None = None
+    tracestate: str | None = None
 
 
 class _Versioned(msgspec.Struct, frozen=True):
@@ -62,6 +65,7 @@ class _Versioned(msgspec.Struct, frozen=True):
 
 
 COMMAND_KEYS = frozenset(_CommandKeys.__struct_fields__)
+OPTIONAL_KEYS = _CommandKeys.__struct_fields__[3:]
 
 
 # -- requests ----------------------------------------------------------------------------------
@@ -113,6 +117,7 @@ def read_command(raw: dict[str, object]) -> Command:
         reply_to=keys.reply_to,
         issuer=keys.issuer,
         traceparent=keys.traceparent,
+        tracestate=keys.tracestate,
         unknown_keys=tuple(key for key in raw if key not in COMMAND_KEYS),
         protocol=PROTOCOL_MAX if later else PROTOCOL_MIN,
     )
@@ -152,7 +157,7 @@ def write_command(command: Command, *, compact: bool = False) -> dict[str, objec
         "id": command.id,
         "request": REQUEST.write(command.request, compact=compact, later=later),
     }
-    for name in ("issued_at_ms", "deadline_ms", "reply_to", "issuer", "traceparent"):
+    for name in OPTIONAL_KEYS:
         value = getattr(command, name)
         if value is not None:
             raw[name] = value
@@ -204,7 +209,7 @@ def encode_reply(reply: Reply, form: Form = Form.NAMED) -> bytes:
 
 
 def write_reply(reply: Reply, *, compact: bool = False) -> dict[str, object]:
-    """The envelope as plain objects in wire order; `supported` only if it is not empty."""
+    """The envelope as plain objects in wire order; `supported` and the trace only if set."""
     raw: dict[str, object] = {name: getattr(reply, name) for name in Reply.__struct_fields__}
     raw["response"] = RESPONSE.write(reply.response, compact=compact)
     raw["steps"] = [
@@ -213,6 +218,9 @@ def write_reply(reply: Reply, *, compact: bool = False) -> dict[str, object]:
     ]
     if not reply.supported:
         del raw["supported"]
+    for name in ("traceparent", "tracestate"):
+        if raw[name] is None:
+            del raw[name]
     return raw
 
 

@@ -28,6 +28,7 @@ class Form(StrEnum):
 class Command(msgspec.Struct, frozen=True):
     """One decoded command envelope; times are absolute Unix milliseconds.
 
+    `traceparent` and `tracestate` are as sent; `schemas/trace_context.py` says what is valid.
     `form` and `protocol` are the encoding of the request, not part of its meaning.
     """
 
@@ -39,6 +40,7 @@ class Command(msgspec.Struct, frozen=True):
     reply_to: str | None = None
     issuer: str | None = None
     traceparent: str | None = None
+    tracestate: str | None = None
     unknown_keys: tuple[str, ...] = ()
     protocol: int = PROTOCOL_MIN
 
@@ -52,7 +54,7 @@ class StepTaken(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A reply envelope."""
+    """A reply envelope. `traceparent` names the span of the command, if it is part of a trace."""
 
     v: int = 1
     id: str
@@ -70,6 +72,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     left_behind: tuple[str, ...] = ()
     supported: tuple[str, ...] = ()
     detail: dict[str, Any] = {}
+    traceparent: str | None = None
+    tracestate: str | None = None
 
 
 class EventKind(StrEnum):
@@ -95,7 +99,10 @@ class EventKind(StrEnum):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """An event envelope; `id` is `<host_id>:<journal_id>:<seq>`. The journal gives `seq`."""
+    """An event envelope; `id` is `<host_id>:<journal_id>:<seq>`. The journal gives `seq`.
+
+    `traceparent` names the span of the command that it is an effect of.
+    """
 
     v: int = 1
     id: str
@@ -113,3 +120,5 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     command_id: str | None = None
     reason: str | None = None
     detail: dict[str, Any] = {}
+    traceparent: str | None = None
+    tracestate: str | None = None

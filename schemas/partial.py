@@ -15,16 +15,20 @@ from schemas.envelopes import Command, Form
 from schemas.subjects import REPLY_TO_PATTERN
 from schemas.unpack import COMMAND, MESSAGE_MAX_BYTES, UNREADABLE
 
+_ANY = re.compile(r"(?s).*")
+
 
 class PartialEnvelope(NamedTuple):
     """`id` and `reply_to` are None if missing or unusable; `form` is named if it cannot be read.
 
-    `subjects.check_reply_to` decides whether hostd may publish to `reply_to`.
+    `subjects.check_reply_to` decides whether hostd may publish to `reply_to`, and
+    `trace_context.parse` whether `traceparent` is valid.
     """
 
     id: str | None = None
     reply_to: str | None = None
     form: Form = Form.NAMED
+    traceparent: str | None = None
 
 
 class Undecodable(NamedTuple):
@@ -37,6 +41,7 @@ class Undecodable(NamedTuple):
     id: str | None
     reply_to: str | None
     form: Form
+    traceparent: str | None
     owns_id: bool
 
 
@@ -68,6 +73,7 @@ def peek(data: bytes) -> PartialEnvelope:
     reader.feed(data)
     ids: list[object] = []
     inboxes: list[object] = []
+    parents: list[object] = []
     form = Form.NAMED
     with contextlib.suppress(*UNREADABLE):
         for _ in range(min(reader.read_map_header(), COMMAND.items)):
@@ -76,13 +82,16 @@ def peek(data: bytes) -> PartialEnvelope:
                     ids.append(reader.unpack())
                 case "reply_to":
                     inboxes.append(reader.unpack())
+                case "traceparent":
+                    parents.append(reader.unpack())
                 case "request":
                     form = _form_at(data[reader.tell() :])
                     reader.skip()
                 case _:
                     reader.skip()
     command_id = _only(ids, naming.COMMAND_ID_PATTERN)
-    return PartialEnvelope(command_id, _only(inboxes, REPLY_TO_PATTERN), form)
+    reply_to = _only(inboxes, REPLY_TO_PATTERN)
+    return PartialEnvelope(command_id, reply_to, form, _only(parents, _ANY))
 
 
 def _only(values: list[object], pattern: re.Pattern[str]) -> str | None:

@@ -148,6 +148,18 @@ class LogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     level: str = "info"
 
 
+class TraceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[trace]`: spans go to `endpoint`, an OTLP/HTTP base URL (`/v1/traces` is added); empty: off.
+
+    `ca` is a file with the authorities of an https endpoint; empty: the system's. `sample_ratio` is
+    the part of the traces that begin on this host; of others the sender decides.
+    """
+
+    endpoint: str = ""
+    ca: str = ""
+    sample_ratio: float = 1.0
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file; each key `a.b` is also `HOSTD_A_B` in the environment, which overrides it."""
 
@@ -160,6 +172,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: LimitSettings = LimitSettings()
     sweep: SweepSettings = SweepSettings()
     log: LogSettings = LogSettings()
+    trace: TraceSettings = TraceSettings()
 
     @property
     def root(self) -> str:

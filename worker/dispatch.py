@@ -38,10 +38,12 @@ from schemas.requests import (
     WakeInstance,
 )
 from schemas.subjects import Lane
+from schemas.trace_context import fields_of
 from worker.journal.journal import Journal
 from worker.journal.memory import CommandRow
 from worker.journal.writer import JournalFault
 from worker.lanes import Work
+from worker.tracing.tracing import Tracing
 
 BACKOFF_S: Final = 0.1
 BACKOFF_MAX_S: Final = 5.0
@@ -98,6 +100,7 @@ class Dispatch:
     Args:
         mechanisms: by name, all that a step row may name; undo removes with them.
         refuse: why a command that has not begun is not run, e.g. because the host drains.
+        tracing: makes the spans of what runs.
         gate: asked before a command is begun, and told each outcome.
         clock_ms, monotonic_s: the clocks; tests pass their own.
     """
@@ -112,6 +115,7 @@ class Dispatch:
         meters: CommandMeters,
         refuse: Callable[[Request], Failure | None] = lambda request: None,
         gate: LaunchGate = OpenGate(),  # noqa: B008 (without state)
+        tracing: Tracing | None = None,
         failpoint: Failpoint = no_failpoint,
         clock_ms: Callable[[], int] = now_ms,
         monotonic_s: Callable[[], float] = time.monotonic,
@@ -123,6 +127,7 @@ class Dispatch:
         self._meters = meters
         self._refuse = refuse
         self._gate = gate
+        self._tracing = tracing or Tracing("")
         self._failpoint = failpoint
         self._clock_ms = clock_ms
         self._monotonic_s = monotonic_s
@@ -134,7 +139,8 @@ class Dispatch:
         if row.withdrawn:
             return
         # no unbinding: each task of a lane, and of an answer, has its own context
-        bind_contextvars(command_id=row.id, lane=str(row.lane), attempt=row.attempts)
+        self._bind(row)
+        row.trace = self._tracing.begin(row)
         refusal = self._refusal(work)
         if refusal is not None:
             made = (each for each in self._journal.steps.rows(row.id) if not each.existed)
@@ -151,6 +157,8 @@ class Dispatch:
             observe=self._meters.step,
         )
         work.began(steps)
+        if row.trace is not None:
+            row.trace.steps = steps
         try:
             reply, done = await self._outcome(row, steps)
             try:
@@ -166,7 +174,8 @@ class Dispatch:
 
     async def answer_superseded(self, work: Work) -> None:
         """The final answer of a command that never ran."""
-        bind_contextvars(command_id=work.row.id, lane=str(work.row.lane), attempt=0)
+        self._bind(work.row)
+        work.row.trace = self._tracing.begin(work.row)
         await self._finish(work.row, self._failed(work.row, _superseded(work), ()))
 
     def would_refuse(self, request: Request, lane: Lane) -> Failure | None:
@@ -176,6 +185,12 @@ class Dispatch:
             or self._refuse(request)
             or self._gate.would_refuse(request)
         )
+
+    def _bind(self, row: CommandRow) -> None:
+        """Name the command in each line of the log that is written while it runs."""
+        trace = self._journal.store.trace_of(row.command)
+        found = {} if trace is None else {"trace_id": trace.trace_id, "span_id": trace.span_id}
+        bind_contextvars(command_id=row.id, lane=str(row.lane), attempt=row.attempts, **found)
 
     # -- one run -------------------------------------------------------------------------------
 
@@ -258,9 +273,11 @@ class Dispatch:
     async def _attempt(self, row: CommandRow, steps: Steps) -> Done:
         if row.withdrawn:
             raise Halted  # its message is still in the stream and is redelivered
-        bind_contextvars(attempt=self._journal.commands.begin_attempt(row.id))
+        attempt = self._journal.commands.begin_attempt(row.id)
+        bind_contextvars(attempt=attempt)
         request = row.command.request
-        return await self._handlers[type(request)](request, steps, self._host)
+        work = self._handlers[type(request)](request, steps, self._host)
+        return await (work if row.trace is None else row.trace.attempt(attempt, work))
 
     def _note_retry(self, row: CommandRow, state: tenacity.RetryCallState, spent_s: float) -> None:
         self._journal.commands.spend(row.id, spent_s)
@@ -325,6 +342,8 @@ class Dispatch:
                 await self._journal.store.until_writable()
         if row.withdrawn:
             return
+        if row.trace is not None:
+            row.trace.end(reply)
         await self._gate.finished(row, reply)
         seconds = (reply.finished_at_ms - reply.received_at_ms) / 1000
         kind = row.command.request.kind
@@ -397,6 +416,7 @@ class Dispatch:
             received_at_ms=row.received_at_ms,
             finished_at_ms=self._clock_ms(),
             steps=tuple(taken[-STEPS_SHOWN:]),
+            **fields_of(self._journal.store.trace_of(row.command)),
             **facts,
         )
 

@@ -14,7 +14,7 @@ import structlog
 
 from handlers.clock import now_ms
 from handlers.errors import Exhausted
-from schemas import codec, serde
+from schemas import codec, serde, trace_context
 from schemas.acceptance import judge
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
@@ -22,11 +22,13 @@ from schemas.envelopes import Command, Form, Reply
 from schemas.naming import COMMAND_ID_PATTERN
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Ping, Pong, Request
 from schemas.subjects import Lane
+from schemas.trace_context import TraceContext, fields_of
 from worker.bus.protocol import Bus, BusError, Delivery
 from worker.journal.admission import JOINERS_MAX, Refusal, Verdict, refused_id, too_many
 from worker.journal.journal import Journal
 from worker.journal.writer import JournalFault
 from worker.lanes import Lanes
+from worker.tracing.tracing import Tracing
 
 TRIES: Final = 3  # deliveries of a message that crashes intake before it is given up
 
@@ -47,7 +49,7 @@ class IntakeMeters(Protocol):
 class _Message:
     """One delivery, decoded. `reply_to` is set only if hostd may publish there.
 
-    `owns_id`: the ID is that of a valid envelope, whatever else is wrong.
+    `owns_id`: the ID is that of a valid envelope, whatever else is wrong. `trace` is the sender's.
     """
 
     delivery: Delivery
@@ -58,6 +60,7 @@ class _Message:
     form: Form
     content: Command | DecodeError
     owns_id: bool
+    trace: TraceContext | None
 
 
 class Intake:
@@ -79,6 +82,7 @@ class Intake:
         version: str,
         facts: Callable[[], dict[str, Any]],
         meters: IntakeMeters,
+        tracing: Tracing | None = None,
         clock_ms: Callable[[], int] = now_ms,
     ) -> None:
         self._bus = bus
@@ -88,6 +92,7 @@ class Intake:
         self._version = version
         self._facts = facts
         self._meters = meters
+        self._tracing = tracing or Tracing("")
         self._clock_ms = clock_ms
         self._subjects = journal.store.subjects
         self._started = time.monotonic()
@@ -146,6 +151,7 @@ class Intake:
             Form.NAMED,
             DecodeError("$", "crashed intake"),
             owns_id=False,
+            trace=None,
         )
         reply = self._error(
             message,
@@ -167,6 +173,9 @@ class Intake:
         if delivery.server_headers:
             found = ", ".join(delivery.server_headers)
             content = DecodeError("headers", f"got {found}, want a command that no server copied")
+        trace = judged.trace or trace_context.parse(delivery.traceparent, delivery.tracestate)
+        if isinstance(content, Command):
+            content = _with_trace(content, trace)
         message_id = judged.id or _fallback_id(delivery)
         if isinstance(content, Command) and content.unknown_keys:
             self._meters.keys_ignored(len(content.unknown_keys))
@@ -180,6 +189,7 @@ class Intake:
             judged.form,
             content,
             judged.owns_id,
+            trace,
         )
 
     async def _handle(self, message: _Message) -> None:
@@ -228,7 +238,13 @@ class Intake:
             supported=serde.SUPPORTED if error.code is Code.UNSUPPORTED else (),
             detail={"act": "sender", "path": error.path},
         )
-        log.info("command.refused", command_id=message.id, code=error.code.value, reason=str(error))
+        log.info(
+            "command.refused",
+            command_id=message.id,
+            code=error.code.value,
+            reason=str(error),
+            **({} if (trace := self._trace_of(message)) is None else {"trace_id": trace.trace_id}),
+        )
         await self._refuse(message, reply, dead=str(error))
 
     async def _refuse_full(self, message: _Message, command: Command, failure: Exhausted) -> None:
@@ -268,10 +284,11 @@ class Intake:
                 request=request,
                 owns_id=message.owns_id,
                 dead=dead,
+                trace=self._trace_of(message),
             )
         )
         kind = "unknown" if request is None else request.kind
-        self._meters.command_done(kind, reply.code, 0.0)
+        self._answered(message, kind, reply)
 
     async def _answer_conflict(self, message: _Message) -> None:
         """The ID is in use: only the sender of this message gets the answer."""
@@ -324,12 +341,21 @@ class Intake:
                     "uptime_s": int(time.monotonic() - self._started),
                     **self._facts(),
                 },
+                **fields_of(self._trace_of(message)),
             )
         data = codec.encode_reply(reply, message.form)
         if message.reply_to is not None:
             await self._bus.send(message.reply_to, data)
         await self._bus.publish(self._subjects.reply(message.lane), data, msg_id=message.id)
-        self._meters.command_done(Ping.kind, reply.code, 0.0)
+        self._answered(message, Ping.kind, reply)
+
+    def _answered(self, message: _Message, kind: str, reply: Reply) -> None:
+        self._meters.command_done(kind, reply.code, 0.0)
+        self._tracing.answered(_key(message), message.trace, kind, message.lane, reply)
+
+    def _trace_of(self, message: _Message) -> TraceContext | None:
+        """The span of an answer that intake gives."""
+        return self._tracing.of(_key(message), message.trace)
 
     def _error(
         self,
@@ -351,6 +377,7 @@ class Intake:
             finished_at_ms=self._clock_ms(),
             supported=supported,
             detail=detail,
+            **fields_of(self._trace_of(message)),
         )
 
 
@@ -363,6 +390,23 @@ def _unclaimed(reply: Reply, delivery: Delivery) -> Reply:
         reply,
         id=refused_id(delivery.stream_seq, delivery.data),
         detail={**reply.detail, "claimed_id": reply.id},
+    )
+
+
+def _key(message: _Message) -> str:
+    """Not the ID alone: another command may have it."""
+    return f"{message.id}:{message.delivery.stream_seq}"
+
+
+def _with_trace(command: Command, trace: TraceContext | None) -> Command:
+    """The command as it is journalled: with a valid context, of the envelope or else of the headers
+    of its message, or with none."""
+    if trace is None and command.traceparent is None and command.tracestate is None:
+        return command
+    return msgspec.structs.replace(
+        command,
+        traceparent=None if trace is None else trace.traceparent,
+        tracestate=None if trace is None else trace.state or None,
     )
 
 

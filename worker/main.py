@@ -91,6 +91,8 @@ from worker.state_writer import StateWriter
 from worker.supervision.service_manager import ServiceManager
 from worker.supervision.state_directory import RETRIED, StateDirectory
 from worker.supervision.watchdog import JournalPart, PullPart, Watchdog
+from worker.tracing.exporter import SpanExporter
+from worker.tracing.setup import exporting, tracing_of
 
 OUTBOX_S = 5.0
 LEASE_PATIENCE_S = 2.0
@@ -145,6 +147,8 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
         owned = (settings.paths.state, settings.jail_base)
         stack.enter_context(HostLock(settings.paths.run, *owned))
         metrics = Metrics(version("hostd"))
+        # Closed after all that it is given spans by.
+        exporter = stack.enter_context(exporting(settings, HostFacts().hostname()))
         check_limit(settings, HostFacts().memory_mib())
         reserve = DescriptorReserve(MAX_CONNECTIONS + CONTROL_CONNECTIONS)
         stack.callback(reserve.close)
@@ -198,6 +202,7 @@ async def _until_stopped(settings: Settings, read: Callable[[], Settings]) -> No
             bus,
             background,
             reserve,
+            exporter=exporter,
         )
         stack.push_async_callback(worker.vmm_watch.close)
         stack.push_async_callback(real.warm.close)
@@ -232,6 +237,8 @@ class Worker:
         bus: NatsBus,
         background: BackgroundTasks,
         reserve: DescriptorReserve,
+        *,
+        exporter: SpanExporter | None,
     ) -> None:
         host, removable = real.host, mechanisms(real.host)
         self.settings, self.metrics, self.journal, self.bus = settings, metrics, journal, bus
@@ -240,6 +247,9 @@ class Worker:
         self._mechanisms = removable
         self._background = background
         self._reserve = reserve
+        self.exporter = exporter
+        tracing = tracing_of(settings, exporter)
+        journal.store.trace_of = tracing.of_command
         self.slots, self.locks, self.networks = host.slots, host.locks, host.networks
         self.connections: dict[str, tuple[Connections, int]] = {}
         self.unrecorded = host.unrecorded
@@ -256,6 +266,7 @@ class Worker:
             meters=metrics,
             refuse=self.drain.refusal,
             gate=self.quarantine,
+            tracing=tracing,
             failpoint=stop_at,
         )
         runner = NotifyingRunner(dispatch)
@@ -273,8 +284,9 @@ class Worker:
             version=own_version,
             facts=self.facts,
             meters=metrics,
+            tracing=tracing,
         )
-        self.outbox = Outbox(bus, journal, failpoint=stop_at)
+        self.outbox = Outbox(bus, journal, failpoint=stop_at, sent=tracing.sent)
         self.lease = Lease(
             bus,
             subjects.host_key,
@@ -343,7 +355,9 @@ class Worker:
             host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs), metrics
         )
         self.dump = Dump(self)
-        self._bounded = reading.Parts(host, journal, bus, self.service, self.quarantine, self.sweep)
+        self._bounded = reading.Parts(
+            host, journal, bus, self.service, self.quarantine, self.sweep, exporter
+        )
         metrics.on_collect(self._collect)
         self.drain.watch(self.lease.touch)
         bus.on_connection(self.outbox.wake)
@@ -463,6 +477,7 @@ class Worker:
         self.metrics.slots_waiting(self.slots.counts())
         self.metrics.vmm_versions(self.vmm_versions.states())
         self.metrics.warm_vmms(self._real.warm.counts(), self._real.warm.totals)
+        self.metrics.spans(self.exporter)
         self.metrics.log_dropped(logs.dropped())
         self.metrics.quarantined(self.journal.quarantine.counts())
         self.metrics.calls(hung_calls(), abandoned_calls())

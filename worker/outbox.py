@@ -9,7 +9,8 @@ any other row is held back in the journal until the next connection.
 
 import asyncio
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -35,8 +36,17 @@ HEADERS = msgspec.json.Decoder(dict[str, str])
 class Outbox:
     """Runs until cancelled. A restart sends rows that are not deleted yet again, same ID."""
 
-    def __init__(self, bus: Bus, journal: Journal, *, failpoint: Failpoint = no_failpoint) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        journal: Journal,
+        *,
+        failpoint: Failpoint = no_failpoint,
+        sent: Callable[[OutRow, float], None] = lambda row, seconds: None,
+    ) -> None:
+        """`sent` is called with each row that the bus confirmed, and how many seconds it took."""
         self._bus = bus
+        self._note_sent = sent
         self._failpoint = failpoint
         self._outbox = journal.outbox
         self._store = journal.store
@@ -119,6 +129,7 @@ class Outbox:
             log.warning("outbox.send_failed", kind=row.kind, msg_id=row.msg_id, error=str(error))
 
     async def _send_one(self, row: OutRow) -> BusError | None:
+        started_s = time.perf_counter()
         try:
             match row.kind:
                 case "direct":
@@ -137,6 +148,7 @@ class Outbox:
             # Of this row only: an exception here would end the worker, and again at each start.
             log.exception("outbox.send_crashed", kind=row.kind, msg_id=row.msg_id)
             return Unsendable(f"{type(error).__name__}: {error}")
+        self._note_sent(row, time.perf_counter() - started_s)
         return None
 
     async def _send_dead(self, row: OutRow) -> None:

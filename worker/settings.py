@@ -38,6 +38,10 @@ OTHER_VARIABLES = frozenset(
 _PORT = re.compile(r"[0-9]{1,5}")
 _SERVICE = re.compile(r"(tcp|udp)/([0-9]{1,5})")
 _URL = re.compile(r"(nats|tls|ws|wss)://[^\s,]+")
+_COLLECTOR = re.compile(
+    r"https?://(?:[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(?:/[!-~]*)?"
+)
+_EXAMPLE = "http://127.0.0.1:4318"
 _UID_MIN, _UID_MAX = 65_536, 2**32 - 2
 _INTERFACE = re.compile(r"[^\s/:]{1,15}")
 _VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}")
@@ -341,6 +345,12 @@ def _cgroup(value: str) -> str:
     return "" if good else f"{value!r} is not a path below the cgroup2 mount, e.g. hostd"
 
 
+def _collector(value: str) -> str:
+    match = _COLLECTOR.fullmatch(value)
+    good = match is not None and int(match[1] or 80) <= 65_535
+    return "" if good else f"{value!r} is not http(s)://host[:port][/path], e.g. {_EXAMPLE}"
+
+
 _COUNT = _between(1, 1_000_000)
 _SECONDS = _between(0.1, 86_400)
 ON_HANG = ("report", "kill")
@@ -411,6 +421,9 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "sweep.per_hour": _between(1, 1000),
     "sweep.grace_s": _between(0, 86_400),
     "limits.quarantine_after": _between(0, 1_000_000),
+    "trace.endpoint": _or_empty(_collector),
+    "trace.ca": _or_empty(_absolute),
+    "trace.sample_ratio": _between(0, 1),
     "log.level": lambda value: (
         "" if value in LEVELS else f"{value!r} is not one of {', '.join(LEVELS)}"
     ),

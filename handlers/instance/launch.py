@@ -34,8 +34,8 @@ from handlers.cancellation import together
 from handlers.errors import Conflict, Failure
 from handlers.instance.jail_contents import jail_spec
 from handlers.instance.launch_plan import Launch, LaunchPlan, cgroup_spec
-from handlers.instance.release import flush_conntrack
 from handlers.instance.metering import began
+from handlers.instance.release import flush_conntrack
 from handlers.instance.snapshot_steps import SnapshotUses, SnapshotUseSpec
 from handlers.instance.vmm_exit import with_end
 from handlers.interfaces import ClaimedVmm, Host, VmmApi

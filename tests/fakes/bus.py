@@ -25,6 +25,7 @@ class _Command:
     seq: int
     delivered: int = 0
     server_headers: tuple[str, ...] = ()
+    traceparent: str | None = None
 
 
 @dataclass(slots=True)
@@ -62,6 +63,7 @@ class FakeBus:
         data: bytes,
         msg_id: str | None = None,
         server_headers: tuple[str, ...] = (),
+        traceparent: str | None = None,
     ) -> int | None:
         """Put a command into the stream; None if the stream dropped a duplicate `msg_id`."""
         if msg_id is not None and self.dedupe_commands:
@@ -70,7 +72,12 @@ class FakeBus:
             self._known_commands.add(msg_id)
         self._seq += 1
         self.commands[self._seq] = _Command(
-            subject, data, msg_id, self._seq, server_headers=server_headers
+            subject,
+            data,
+            msg_id,
+            self._seq,
+            server_headers=server_headers,
+            traceparent=traceparent,
         )
         self._due.put_nowait(self._seq)
         return self._seq
@@ -148,6 +155,7 @@ class FakeBus:
             delivered=command.delivered,
             ack=ack,
             server_headers=command.server_headers,
+            traceparent=command.traceparent,
         )
 
     def pause(self) -> None:

@@ -38,6 +38,7 @@ from worker.intake import Intake
 from worker.journal.journal import Journal
 from worker.lanes import Lanes
 from worker.outbox import Outbox
+from worker.tracing.tracing import Tracing
 
 SUBJECTS = Subjects("hostd.v1.test", "h1", "test")
 REF = InstanceRef("acme", "web", "a1")
@@ -214,8 +215,10 @@ async def shell_worker(
     send: bool = True,
     run: bool = True,
     clock: FakeClock | None = None,
+    tracing: Tracing | None = None,
 ) -> AsyncGenerator[ShellWorker]:
     """A worker on the journal at `path`, recovering what is in it."""
+    tracing = tracing or Tracing(SUBJECTS.host_id)
     bus = bus or FakeBus()
     clock_ms = now_ms if clock is None else clock.now_ms
     monotonic_s = time.monotonic if clock is None else clock.monotonic_s
@@ -230,6 +233,7 @@ async def shell_worker(
         host_depth=limits.host_depth,
         clock_ms=clock_ms,
     )
+    journal.store.trace_of = tracing.of_command
     host = cast("Host", SimpleNamespace(settings=Settings(limits=limits)))
     mechanisms: Mapping[str, Removable] = {machine.things.name: machine.things}
     dispatch = Dispatch(
@@ -238,6 +242,7 @@ async def shell_worker(
         host,
         mechanisms,
         meters=meters,
+        tracing=tracing,
         clock_ms=clock_ms,
         monotonic_s=monotonic_s,
     )
@@ -250,9 +255,10 @@ async def shell_worker(
         version="0.0.0",
         facts=lambda: {"boot_id": "b1", "host_state": "ready", "capacity": {}},
         meters=meters,
+        tracing=tracing,
         clock_ms=clock_ms,
     )
-    outbox = Outbox(bus, journal)
+    outbox = Outbox(bus, journal, sent=tracing.sent)
     for row in journal.commands.unfinished():
         lanes.put(row)
     if run:

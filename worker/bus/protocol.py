@@ -34,7 +34,7 @@ class Delivery:
 
     `delivered` counts from 1, but a server that crashed may restart the count: 1 does not prove a
     first delivery. `server_headers` are headers that only a server adds: the message is a copy that
-    a server made of another one (ADR 0208).
+    a server made of another one (ADR 0208). `traceparent` and `tracestate` are headers, as sent.
     """
 
     subject: str
@@ -44,6 +44,8 @@ class Delivery:
     delivered: int
     ack: Callable[[], Awaitable[None]]
     server_headers: tuple[str, ...] = ()
+    traceparent: str | None = None
+    tracestate: str | None = None
 
 
 Receive = Callable[[Delivery], Awaitable[None]]

@@ -344,4 +344,6 @@ def to_delivery(message: Message, connection: Connection) -> Delivery:
         delivered=delivered,
         ack=ack,
         server_headers=tuple(sorted(SERVER_HEADERS & headers.keys())),
+        traceparent=headers.get("traceparent"),
+        tracestate=headers.get("tracestate"),
     )

@@ -13,9 +13,10 @@ from typing import Final
 from handlers.errors import Exhausted
 from schemas import codec
 from schemas.codes import Code
-from schemas.envelopes import Form
+from schemas.envelopes import Command, Form
 from schemas.requests import DestroyInstance, Request, StopInstance
 from schemas.subjects import Lane
+from schemas.trace_context import TraceContext
 from worker.journal.memory import CommandRow
 from worker.journal.transaction import EventSource, Transaction, is_text
 
@@ -92,7 +93,7 @@ class Refusal:
     there. `request` is the identity of one that was decoded (a limit was reached); else the bytes
     are. Unless it `owns_id`, the ID was read from something that is no valid envelope and may be
     another's: then the row has one that no command can have. `dead` is the reason if the bytes are
-    kept as a dead letter.
+    kept as a dead letter, with `trace` in its headers.
     """
 
     id: str
@@ -110,6 +111,7 @@ class Refusal:
     request: Request | None = None
     owns_id: bool = True
     dead: str | None = None
+    trace: TraceContext | None = None
 
     @property
     def key(self) -> str:
@@ -138,13 +140,19 @@ def too_many(verdict: Verdict, lane: Lane, limits: Limits) -> Exhausted:
     )
 
 
+def joined_trace(command: Command) -> str | None:
+    """Both texts of the trace context in one column: a space is in no `traceparent`."""
+    parent, state = command.traceparent, command.tracestate
+    return f"{parent} {state}" if parent and state else parent
+
+
 def insert(tx: Transaction, row: CommandRow, subject: str, request: bytes) -> None:
     """Write a new command and give its row the place in the order of intake."""
     command = row.command
     values = (
         command.id, str(row.lane), subject, row.stream_seq, command.request.kind, request,
         command.form.value, command.issued_at_ms, command.deadline_ms, command.reply_to,
-        command.issuer, command.traceparent, row.received_at_ms,
+        command.issuer, joined_trace(command), row.received_at_ms,
     )  # fmt: skip
     row.n = tx.execute(INSERT, values).lastrowid or 0
 
@@ -224,7 +232,11 @@ def refuse(tx: Transaction, source: EventSource, refusal: Refusal) -> None:
             source.subjects.dead(refusal.lane),
             refusal.data,
             msg_id=refusal.key if first else f"{refusal.key}:{refusal.stream_seq}",
-            headers={"Hostd-Sha256": digest.hex(), "Hostd-Reason": refusal.dead},
+            headers={
+                "Hostd-Sha256": digest.hex(),
+                "Hostd-Reason": refusal.dead,
+                **(refusal.trace.headers if refusal.trace is not None else {}),
+            },
         )
 
 

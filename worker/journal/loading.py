@@ -104,6 +104,7 @@ def _command_row(columns: dict[str, Any]) -> CommandRow:
     typed = msgspec.convert(columns, _CommandColumns, builtin_types=(bytes,))
     if naming.COMMAND_ID_PATTERN.fullmatch(typed.id) is None:
         raise Unreadable("id: not the ID of a command")
+    parent, _, state = _text(typed.traceparent or "").partition(" ")
     command = Command(
         id=typed.id,
         request=codec.decode_request(typed.request),
@@ -112,7 +113,8 @@ def _command_row(columns: dict[str, Any]) -> CommandRow:
         deadline_ms=typed.deadline_ms,
         reply_to=None if typed.reply_to is None else _text(typed.reply_to),
         issuer=None if typed.issuer is None else _text(typed.issuer),
-        traceparent=None if typed.traceparent is None else _text(typed.traceparent),
+        traceparent=parent or None,
+        tracestate=state or None,
     )
     lane = Lane.parse(typed.lane)
     if lane != Lane.of_request(command.request):

@@ -2,11 +2,13 @@
 
 import asyncio
 import sqlite3
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 from handlers.mechanism import StepRow
-from schemas.envelopes import Command
+from handlers.steps import Steps
+from schemas.envelopes import Command, Reply
 from schemas.subjects import Lane
 from worker.journal.instances import Instances, Tombstones
 from worker.journal.networks import Networks
@@ -15,6 +17,8 @@ from worker.journal.transaction import OutRow, StateRow
 
 OUT_KINDS: Final = ("reply", "direct", "dead", "event")
 OUT_CACHE: Final = 2000
+
+T = TypeVar("T")
 # Of an outbox row; SQLite keeps any type in any column.
 READABLE: Final = (
     "typeof(subject) = 'text' AND typeof(msg_id) = 'text' AND typeof(payload) = 'blob' "
@@ -54,12 +58,27 @@ class Admission:
             raise self._error
 
 
+class RunTrace(Protocol):
+    """What is noted of one run of a command (`worker/tracing/tracing.py`)."""
+
+    steps: Steps | None
+
+    async def attempt(self, number: int, work: Awaitable[T]) -> T:
+        """Await one attempt."""
+        ...
+
+    def end(self, reply: Reply) -> None:
+        """The outcome is committed."""
+        ...
+
+
 @dataclass(slots=True)
 class CommandRow:
     """An unfinished command. `attempts` counts over all workers; `n` is the order of intake.
     `spent_s` of the retry budget were spent by earlier workers, by their monotonic clocks.
 
     `admission` is that of a command that this worker took in; `withdrawn`: its commit failed.
+    `trace` notes its run, if that will be seen.
     """
 
     n: int
@@ -71,6 +90,7 @@ class CommandRow:
     spent_s: float = 0.0
     admission: Admission | None = None
     withdrawn: bool = False
+    trace: RunTrace | None = None
 
     @property
     def id(self) -> str:

@@ -8,11 +8,14 @@ import asyncio
 import contextlib
 import sqlite3
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Final, Self
 
 from handlers.clock import now_ms
 from handlers.errors import HostFault
+from schemas.envelopes import Command
 from schemas.subjects import Subjects
+from schemas.trace_context import TraceContext, parse
 from worker.journal import loading, schema
 from worker.journal.memory import Mirror
 from worker.journal.migration import backup
@@ -21,6 +24,11 @@ from worker.journal.transaction import EventSource, Transaction
 from worker.journal.writer import JournalFault, Relieve, Writer, keep_space
 
 JOURNAL_ID: Final = "journal_id"
+
+
+def trace_as_sent(command: Command) -> TraceContext | None:
+    """Without spans of hostd's own: what follows is below the sender's."""
+    return parse(command.traceparent, command.tracestate)
 
 
 @contextlib.contextmanager
@@ -51,6 +59,7 @@ class Store:
         reader: a second connection, for short reads on the loop.
         questions: a third one with its own thread, for reads that no command waits for.
         now_ms: Unix time in milliseconds.
+        trace_of: the span of a command, for its replies and events; None: it has no trace.
     """
 
     def __init__(
@@ -65,7 +74,8 @@ class Store:
         clock_ms: Callable[[], int],
     ) -> None:
         self.path = path
-        self.source = source
+        self.trace_of: Callable[[Command], TraceContext | None] = trace_as_sent
+        self.source = replace(source, trace_of=self._trace_of)
         self.mirror = mirror
         self.reader = reader
         self.questions = JournalReader(path)
@@ -191,6 +201,10 @@ class Store:
             apply=apply,
             durable=True,
         )
+
+    def _trace_of(self, command_id: str) -> TraceContext | None:
+        row = self.mirror.commands.get(command_id)
+        return None if row is None else self.trace_of(row.command)
 
     # -- for the parts -------------------------------------------------------------------------
 

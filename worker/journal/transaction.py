@@ -4,7 +4,7 @@ All of it runs in the writer's thread, inside the transaction of the change that
 """
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeGuard
 
@@ -14,6 +14,7 @@ from schemas import codec
 from schemas.envelopes import Event, EventKind
 from schemas.requests import InstanceRef
 from schemas.subjects import Lane, Subjects
+from schemas.trace_context import TraceContext, fields_of
 
 WORKER: Final = "worker"
 OPERATOR: Final = "operator"
@@ -96,11 +97,15 @@ class EventDraft:
 
 @dataclass(frozen=True, slots=True)
 class EventSource:
-    """Adds messages to a transaction; its fields are the same in all events of one worker."""
+    """Adds messages to a transaction; its fields are the same in all events of one worker.
+
+    `trace_of`: the span of an unfinished command, by its ID.
+    """
 
     subjects: Subjects
     boot_id: str
     journal_id: str
+    trace_of: Callable[[str], TraceContext | None] = lambda command_id: None
 
     def queue(
         self,
@@ -126,6 +131,7 @@ class EventSource:
         transaction.at_ms = max(transaction.at_ms, at_ms)
         host_id = self.subjects.host_id
         ref = draft.lane.ref or InstanceRef("", "", "")
+        trace = None if draft.command_id is None else self.trace_of(draft.command_id)
         event = Event(
             id=f"{host_id}:{self.journal_id}:{transaction.seq}",
             host_id=host_id,
@@ -142,6 +148,7 @@ class EventSource:
             command_id=draft.command_id,
             reason=draft.reason,
             detail=draft.detail or {},
+            **fields_of(trace),
         )
         subject = self.subjects.event(draft.lane, draft.kind.value)
         self.queue(transaction, "event", subject, codec.encode_event(event), msg_id=event.id)

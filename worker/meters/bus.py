@@ -3,9 +3,25 @@
 Part of the worker's metrics (`worker/metrics.py`), whose rules hold here too.
 """
 
+from typing import Final, Protocol
+
 from prometheus_client import CollectorRegistry, Gauge
 
 from worker.meters.kinds import Total
+
+SPANS: Final = {
+    "exported": "a collector took",
+    "dropped": "were not queued: the queue was full",
+    "failed": "no collector took",
+}
+
+
+class SpanCounts(Protocol):
+    """What the exporter counts (`worker/tracing/exporter.py`)."""
+
+    exported: int
+    dropped: int
+    failed: int
 
 
 class BusMeters:
@@ -42,6 +58,12 @@ class BusMeters:
             "Queries not answered: too many at once, or an invalid reply subject.",
             registry,
         )
+        self._spans = {
+            result: Total(
+                f"hostd_trace_spans_{result}_total", f"Spans of traces that {text}.", registry
+            )
+            for result, text in SPANS.items()
+        }
         self._log_dropped = Total(
             "hostd_log_dropped_total",
             "Log lines that could not be written or repeat too often.",
@@ -66,6 +88,13 @@ class BusMeters:
 
     def queries_dropped(self, total: int) -> None:
         self._queries_dropped.set(total)
+
+    def spans(self, counts: SpanCounts | None) -> None:
+        """Totals since the worker started; None: it makes no spans."""
+        if counts is not None:
+            self._spans["exported"].set(counts.exported)
+            self._spans["dropped"].set(counts.dropped)
+            self._spans["failed"].set(counts.failed)
 
     def log_dropped(self, total: int) -> None:
         self._log_dropped.set(total)

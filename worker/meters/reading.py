@@ -23,6 +23,7 @@ from worker.queries.fair_queue import RUNNING_MAX, WAITING_MAX
 from worker.queries.micro import MicroService
 from worker.reconcile.launch_quarantine import LaunchQuarantine
 from worker.reconcile.sweep import Sweep
+from worker.tracing.exporter import QUEUE_SPANS, SpanExporter
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Parts:
     queries: MicroService
     quarantine: LaunchQuarantine
     sweep: Sweep
+    exporter: SpanExporter | None
 
 
 def of_worker(parts: Parts, now: Capacity) -> dict[str, Bounded]:
@@ -44,6 +46,9 @@ def of_worker(parts: Parts, now: Capacity) -> dict[str, Bounded]:
         **_of_journal(parts.journal),
         **_of_bus(parts.bus, parts.queries),
         **of_process(),
+        "trace_spans": Bounded(
+            0 if parts.exporter is None else parts.exporter.waiting, QUEUE_SPANS
+        ),
         "failed_launches": Bounded(parts.quarantine.failures, parts.quarantine.after),
         "removals_of_hour": Bounded(parts.sweep.spent, parts.host.settings.sweep.per_hour),
     }

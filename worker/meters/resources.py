@@ -49,6 +49,7 @@ RESOURCES: Final[Mapping[str, tuple[str, ...]]] = {
     "descriptors": (),
     "threads": (),
     "log_lines": (),
+    "trace_spans": (),
 }
 
 

@@ -26,6 +26,7 @@ NO_RESOURCE: Final = {
     "limits.shutdown_s": "a time",
     "limits.retry_budget_s": "a time of one command",
     "sweep.grace_s": "a time",
+    "trace.sample_ratio": "a part of all",
 }
 
 

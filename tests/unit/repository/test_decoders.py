@@ -130,6 +130,7 @@ FED = {
         "worker/control/server.py:_serve:h11.Connection",
     ),
     "a_setting_is_read_or_refused": (
+        "worker/settings.py:_collector:int",
         "worker/settings.py:_convert:msgspec.convert",
         "worker/settings.py:_listen:int",
         "worker/settings.py:_parse:float",
@@ -142,6 +143,11 @@ FED = {
     ),
 }
 TRUSTED = {
+    "schemas/trace_context.py:parse:int": MATCHED,
+    "worker/tracing/collector.py:_span_context:int": MATCHED,
+    "worker/tracing/collector.py:send:int": NO_TEXT,
+    "worker/tracing/tracing.py:of:int": CONSTANT,
+    "worker/tracing/tracing.py:sent:decode": CAUGHT,
     "worker/queries/forms.py:write:msgspec.msgpack.decode": PACKED,
     "handlers/host/jail/layout.py:launch_of:int": NAME,
     "handlers/host/jail/logs.py:_kept:int": NAME,

@@ -29,6 +29,7 @@ ALLOWED = {
     "worker/journal/writer.py": WATCHED,
     "worker/log_writer.py": "a log that is not taken is dropped",
     "worker/reconcile/adoption.py": START,
+    "worker/tracing/exporter.py": "spans that nobody takes are dropped",
     "worker/reload.py": "reads the settings again on SIGHUP",
 }
 

@@ -1,9 +1,11 @@
 """The wheel works when it is installed elsewhere, from any directory, without the sources."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -118,3 +120,13 @@ def test_the_module_fails_as_the_command_does(bin_dir: Path, tmp_path: Path) -> 
         done.stderr
         == "invalid: /nonexistent: cannot read the settings file: No such file or directory\n"
     )
+
+
+def test_the_debian_package_has_the_extras() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    locked = re.findall(r"(?m)^([a-z0-9-]+)==", (ROOT / "requirements.lock").read_text())
+
+    wanted = {re.split(r"[>=<\[]", each)[0] for extra in extras.values() for each in extra}
+    assert wanted <= set(locked)

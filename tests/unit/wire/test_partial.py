@@ -82,5 +82,5 @@ def test_an_invalid_message_has_its_error_and_what_an_answer_needs() -> None:
     decoded = decode(data)
 
     assert isinstance(decoded, Undecodable)
-    assert decoded[1:] == ("a", "_INBOX.x", Form.COMPACT, True)
+    assert decoded[1:] == ("a", "_INBOX.x", Form.COMPACT, None, True)
     assert (decoded.error.code, decoded.error.path) == (Code.UNSUPPORTED, "$.request.Grow")

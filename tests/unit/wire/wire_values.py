@@ -98,6 +98,7 @@ def commands(draw: st.DrawFn, *, taken: bool = False) -> Command:
         reply_to=draw(taken_inboxes if taken else workspaces),
         issuer=draw(workspaces),
         traceparent=draw(workspaces),
+        tracestate=draw(workspaces),
         protocol=2 if later else 1,
     )
 
@@ -120,6 +121,8 @@ replies = st.builds(
     left_behind=st.lists(text, max_size=3).map(tuple),
     supported=st.lists(text, max_size=3).map(tuple),
     detail=details,
+    traceparent=workspaces,
+    tracestate=workspaces,
 )
 events = st.builds(
     Event,
@@ -139,6 +142,8 @@ events = st.builds(
     command_id=workspaces,
     reason=workspaces,
     detail=details,
+    traceparent=workspaces,
+    tracestate=workspaces,
 )
 
 
