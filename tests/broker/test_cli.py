@@ -105,6 +105,7 @@ async def worker(server: Server) -> AsyncIterator[StandIn]:
 
 
 Body = Callable[[], Awaitable[None]]
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 REF = ("acme", "web", "i-1")
 
 
@@ -177,11 +178,13 @@ async def test_a_failure_exits_with_its_class_and_says_all_that_helps(
 async def test_json_is_the_reply_envelope(server: Server, worker: StandIn) -> None:
     worker.reply = {"status": "running", "detail": {"a": [1]}}
 
-    result = await hostd(server, "start", *REF, "--json", "--id", "my-1", "--deadline", "60")
+    options = ("--json", "--id", "my-1", "--deadline", "60", "--traceparent", PARENT)
+    result = await hostd(server, "start", *REF, *options)
 
     reply = json.loads(result.output)
     assert (reply["id"], reply["response"], reply["status"]) == ("my-1", "Ok", "running")
     (_, command) = worker.commands[0]
+    assert command.traceparent == PARENT
     assert command.deadline_ms is not None
     assert 50_000 < command.deadline_ms - time.time() * 1000 < 60_000
 

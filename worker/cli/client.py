@@ -53,6 +53,7 @@ class Client:
         command_id: str | None = None,
         deadline_ms: int | None = None,
         issuer: str = "hostd-cli",
+        traceparent: str | None = None,
     ) -> dict[str, Any]:
         """Publish one command and return its reply envelope as a map, whatever its code.
 
@@ -68,6 +69,7 @@ class Client:
                     command_id=command_id,
                     deadline_ms=deadline_ms,
                     issuer=issuer,
+                    traceparent=traceparent,
                 )
             except errors.NoReply as error:
                 raise NoAnswer(

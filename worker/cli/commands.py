@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import click
 
 from handlers.host.storage.agentd_files import SharedFiles
-from schemas import codec
+from schemas import codec, trace_context
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
 from schemas.envelopes import Reply
@@ -71,6 +71,12 @@ def send_options(command: F) -> F:
             help="Reject the command if it has not started within S seconds.",
         ),
         click.option(
+            "--traceparent",
+            metavar="TEXT",
+            callback=_checked_traceparent,
+            help="Make the command part of a trace: W3C Trace Context, 00-TRACE-SPAN-01.",
+        ),
+        click.option(
             "--id",
             "command_id",
             metavar="ID",
@@ -106,6 +112,18 @@ def _checked_command_id(
     return value
 
 
+def _checked_traceparent(
+    _context: click.Context, _option: click.Parameter, value: str | None
+) -> str | None:
+    if value is not None and trace_context.parse(value) is None:
+        raise CliError(
+            "invalid",
+            f"--traceparent {value[:200]!r}: use 00-<32 hex digits>-<16 hex digits>-<2 hex "
+            "digits>, lower case, no ID all zero",
+        )
+    return value
+
+
 def instance_arguments(command: F) -> F:
     for name in ("instance_id", "pool_id", "tenant_id"):
         metavar = name.removesuffix("_id").upper()
@@ -135,6 +153,7 @@ def send(
     timeout_s: float,
     command_id: str | None,
     deadline: float | None,
+    traceparent: str | None,
 ) -> None:
     """Send the command, print its reply, exit with the reply's exit code; or what is done instead
     of sending it."""
@@ -154,6 +173,7 @@ def send(
                 timeout_s=timeout_s,
                 command_id=command_id or new_id(),
                 deadline_ms=deadline_ms,
+                traceparent=traceparent,
             )
 
     with explained_host(loaded, host):
@@ -188,6 +208,8 @@ def describe_reply(request: Request, reply: Reply) -> str:
         lines = [f"{' '.join(words)}, {reply.finished_at_ms - reply.received_at_ms} ms"]
         lines += [f"  {name}: {text_of(value, name)}" for name, value in reply.detail.items()]
     lines.extend(f"left behind: {what}" for what in reply.left_behind)
+    if (trace := trace_context.parse(reply.traceparent)) is not None:
+        lines.append(f"trace: {trace.trace_id}")
     return "\n".join(lines)
 
 

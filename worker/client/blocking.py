@@ -138,6 +138,7 @@ class BlockingClient:
         command_id: str | None = None,
         deadline_ms: int | None = None,
         issuer: str | None = None,
+        traceparent: str | None = None,
     ) -> Reply:
         """See `HostdClient.send`."""
         work = self._client.send(
@@ -147,6 +148,7 @@ class BlockingClient:
             command_id=command_id,
             deadline_ms=deadline_ms,
             issuer=issuer,
+            traceparent=traceparent,
         )
         return self._loop.run(work)
 

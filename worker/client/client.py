@@ -154,6 +154,7 @@ class HostdClient:
         command_id: str | None = None,
         deadline_ms: int | None = None,
         issuer: str | None = None,
+        traceparent: str | None = None,
     ) -> Reply:
         """Send one command; return its reply if it is `ok`.
 
@@ -165,6 +166,7 @@ class HostdClient:
             command_id: of an earlier command with the same request, for its outcome (`replayed` is
                 set); else a new one.
             deadline_ms: the host does not begin, and does not go on trying, after this time.
+            traceparent: W3C Trace Context of the caller's span; one that is invalid is ignored.
 
         Raises:
             Refused: its subclass says the code: `Conflict`, `Exhausted`, ... Final for this ID.
@@ -178,6 +180,7 @@ class HostdClient:
             command_id=command_id,
             deadline_ms=deadline_ms,
             issuer=issuer,
+            traceparent=traceparent,
         )
         return _succeeded(_reply_of(raw))
 
@@ -190,6 +193,7 @@ class HostdClient:
         command_id: str | None = None,
         deadline_ms: int | None = None,
         issuer: str | None = None,
+        traceparent: str | None = None,
     ) -> dict[str, Any]:
         """As `send`, but returns the reply envelope as a map, whatever its code.
 
@@ -202,6 +206,7 @@ class HostdClient:
             deadline_ms=deadline_ms,
             reply_to=None,
             issuer=issuer,
+            traceparent=traceparent,
         )
         subjects = self._subjects(host)
         with self._inbox.expect(command.id) as expected:

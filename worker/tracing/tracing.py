@@ -159,7 +159,7 @@ class CommandTrace:
         workspace_id: Any = getattr(request, "workspace_id", None)
         answered = Answered(self._context, parent, request.kind, row.lane, reply, workspace_id)
         spans = [command_span(answered, now_ns, recovered=self._recovered)]
-        waited = self._context, "lane.wait", row.received_at_ms * 1_000_000, at_ns(self._began_s)
+        waited = self._context, "lane wait", row.received_at_ms * 1_000_000, at_ns(self._began_s)
         spans.append(inner_span(*waited, {"hostd.lane": str(row.lane)}))
         attempts = [
             inner_span(

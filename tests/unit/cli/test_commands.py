@@ -44,6 +44,10 @@ def reply(**facts: Any) -> Reply:
         ({"changed": False}, "ok: acme/web/i-1 (no change), 42 ms"),
         ({"replayed": True}, "ok: acme/web/i-1 (replayed), 42 ms"),
         ({"detail": {"pid": 7}}, "ok: acme/web/i-1, 42 ms\n  pid: 7"),
+        (
+            {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"},
+            f"ok: acme/web/i-1, 42 ms\ntrace: {'ab' * 16}",
+        ),
         ({"left_behind": ("tap tn7i3",)}, "ok: acme/web/i-1, 42 ms\nleft behind: tap tn7i3"),
         (
             {"response": Error("busy"), "code": Code.UNAVAILABLE, "retryable": True},
@@ -114,6 +118,14 @@ def test_a_missing_tenant_file_is_not_found_and_named(tmp_path: Path) -> None:
 
     assert result.exit_code == 13
     assert f"{tmp_path}/tenants/acme/tenant.json: no such file" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["", "x", f"00-{'0' * 32}-{'cd' * 8}-01"])
+def test_an_invalid_traceparent_is_refused_before_anything_is_sent(text: str) -> None:
+    result = hostd("start", "acme", "web", "i-1", f"--traceparent={text}")
+
+    assert result.exit_code == 10
+    assert "--traceparent" in result.output
 
 
 @pytest.mark.parametrize("deadline", ["-1", "0"])

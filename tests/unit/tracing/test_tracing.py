@@ -205,7 +205,7 @@ async def test_a_command_has_a_span_for_each_attempt_and_step(tmp_path: Path) ->
         "messaging.operation.type": "process",
         "messaging.message.id": "c1",
     }
-    wait, *attempts = spans.of("lane.wait", "attempt")
+    wait, *attempts = spans.of("lane wait", "attempt")
     assert [each.parent for each in (wait, *attempts)] == [root.context] * 3
     assert [each.attributes["hostd.attempt"] for each in attempts] == [1, 2]
     assert [each.error for each in attempts] == ["unavailable", None]

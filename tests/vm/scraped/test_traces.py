@@ -57,7 +57,7 @@ async def test_a_command_is_one_trace_from_its_envelope_to_the_collector() -> No
     steps = {step["name"] for step in reply["steps"]}
     assert {"vmm", "tap", "cgroup"} <= steps <= above.keys()
     assert all(above[name] == attempt for name in steps)
-    for name in ("attempt", "lane.wait", "publish reply", "publish event"):
+    for name in ("attempt", "lane wait", "publish reply", "publish event"):
         assert above[name] == root
     found = attributes_of(root)
     assert (found["hostd.code"], found["hostd.attempts"]) == ("ok", 1)
