@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import Page, Route, expect
 
 from schemas.requests import InstanceRef, SetupNetwork, StartInstance, StopInstance
 from tests.broker.server import connection_to
 from tests.page.browser import Browser, sign_in
 from tests.page.fleet import DOMAIN, SUBJECTS, PageFleet
 
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -151,3 +152,43 @@ async def test_pictures_of_it_can_be_taken(
             (to / f"{view.split('/', 1)[0]}.png").write_bytes(picture)
 
             assert len(picture) < 200_000
+
+
+@pytest.mark.parametrize(
+    ("template", "href"),
+    [
+        ("https://tempo.example/trace/{traceId}?x=1", f"https://tempo.example/trace/{TRACE}?x=1"),
+        ("javascript:alert('{traceId}')", None),
+        ("https://{traceId}.example/", None),
+        ("https://tempo.example/", None),
+        (7, None),
+    ],
+)
+async def test_a_command_leads_to_its_trace(
+    fleet: PageFleet, chromium: Browser, template: object, href: str | None
+) -> None:
+    gone = StopInstance("acme", "web", "i-9")
+    parent = f"00-{TRACE}-00f067aa0ba902b7-01"
+    await fleet.send("h1", gone, command_id="traced-1", traceparent=parent)
+
+    async def configure(route: Route) -> None:
+        await route.fulfill(json={"traceUrl": template})
+
+    async with chromium.page("#/events") as page:
+        await page.route("**/config.json", configure)
+        await page.reload()
+        await enter(page, fleet)
+        await expect(page.get_by_role("table", name="Events")).to_contain_text("StopInstance")
+        link = page.get_by_role("link", name=TRACE[:8]).first
+        if href is None:
+            await expect(link).to_have_count(0)
+        else:
+            await expect(link).to_have_attribute("href", href)
+            await expect(link).to_have_attribute("rel", "noopener noreferrer")
+        await page.goto(f"{chromium.url}#/command/h1/traced-1")
+        await expect(page.get_by_text("Attempts")).to_be_visible()
+        link = page.get_by_role("link", name=TRACE)
+        await expect(link).to_have_count(0 if href is None else 1)
+        if href is not None:
+            await expect(link).to_have_attribute("href", href)
+    assert chromium.complaints == []

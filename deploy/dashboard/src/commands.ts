@@ -3,7 +3,7 @@ import { each, type Bus } from "./bus";
 import { reasonOf } from "./details";
 import { clock, el, say, tone } from "./dom";
 import type { Fleet } from "./fleet";
-import { hostHref, laneHref, laneText, TableView, type View } from "./views";
+import { hostHref, laneHref, laneText, TableView, traceColumn, type View } from "./views";
 import { fields, number, text, type HostEvent } from "./wire";
 
 const ASK_EVERY_MS = 5000;
@@ -54,6 +54,7 @@ export function commandsView(fleet: Fleet, bus: Bus): View {
       { title: "Host", text: (event) => event.host, href: (event) => hostHref(event.host) },
       { title: "Attempts", isNumber: true, text: (event) => `${number(event.detail["attempts"])}` },
       { title: "Message", text: (event) => text(event.detail["message"]) },
+      traceColumn,
     ],
     () => fleet.outcomes.toReversed(),
     (event) => `${event.host} ${laneText(event.lane)} ${event.commandId} ${text(event.detail["type"])}`.toLowerCase(),

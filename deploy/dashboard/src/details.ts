@@ -1,9 +1,10 @@
 /** One host, one instance, one command, one dead letter. */
 import { BusFailure, type Bus, type Kept } from "./bus";
-import { clock, el, facts, gib, say, tone } from "./dom";
+import { clock, el, facts, gib, OUTSIDE, say, tone } from "./dom";
 import type { Fleet } from "./fleet";
 import { History } from "./history";
 import { VirtualTable } from "./table";
+import { traceHref, traceId } from "./trace";
 import { eventColumns, hostHref, type View } from "./views";
 import { fields, list, number, text, unpack, type Fields, type HostEvent } from "./wire";
 
@@ -145,7 +146,7 @@ export function commandDetail(bus: Bus, host: string, id: string): View {
   const asked = bus.ask(host, "result", { id }).then((answer) => {
     const reply = fields(answer["reply"]);
     if (!reply) return [facts([["State", text(answer["state"])]])];
-    return [facts([["State", text(answer["state"])], ...replyRows(reply)]), ...stepsOf(reply)];
+    return [facts([["State", text(answer["state"])], ...replyRows(reply)]), ...traceOf(reply), ...stepsOf(reply)];
   });
   const link = el("p", {}, "on host ", el("a", { href: hostHref(host) }, host));
   return new DetailView(`Command ${id}`, () => [], null, [link]).with(asked);
@@ -164,6 +165,12 @@ function replyRows(reply: Fields): (readonly [string, string])[] {
     ["Left behind", list(reply["left_behind"]).map(text).join(", ")],
     ["Detail", JSON.stringify(reply["detail"] ?? {}, plainly)],
   ];
+}
+
+function traceOf(reply: Fields): Node[] {
+  const traceparent = text(reply["traceparent"]);
+  const href = traceHref(traceparent);
+  return href ? [el("p", {}, "in trace ", el("a", { ...OUTSIDE, href }, traceId(traceparent)))] : [];
 }
 
 function stepsOf(reply: Fields): Node[] {

@@ -30,6 +30,9 @@ export function facts(rows: readonly (readonly [string, string])[]): HTMLDListEl
   return el("dl", {}, ...shown.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)]));
 }
 
+/** Of a link to another site, which learns nothing of this page. */
+export const OUTSIDE: Readonly<Record<string, string>> = { target: "_blank", rel: "noopener noreferrer" };
+
 export function clock(ms: number): string {
   if (!ms) return "";
   const at = new Date(ms);

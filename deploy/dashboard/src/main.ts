@@ -5,6 +5,7 @@ import { commandDetail, deadLetterDetail, hostDetail, instanceDetail } from "./d
 import { byId, clock, el, say } from "./dom";
 import { Fleet } from "./fleet";
 import { Session } from "./session";
+import { useTraceUrl } from "./trace";
 import { fields } from "./wire";
 import { eventsView, hostsView, instancesView, type View } from "./views";
 
@@ -56,6 +57,7 @@ async function prepare(): Promise<void> {
   const sources: unknown[] = [];
   const answer = await fetch("config.json", { cache: "no-store" }).catch(() => null);
   if (answer?.ok) sources.push(await answer.json().catch(() => null));
+  useTraceUrl(fields(sources[0])?.["traceUrl"]);
   const isToConnect = fields(sources[0])?.["connect"] === true;
   const kept = localStorage.getItem(KEPT);
   if (kept) sources.push(JSON.parse(kept), { remember: true });

@@ -2,7 +2,7 @@
  * A table that has elements only for the rows in sight, however many rows there are.
  * Rows have one height, that of the first; `rows` is shown in its order.
  */
-import { el, say } from "./dom";
+import { el, OUTSIDE, say } from "./dom";
 
 const SPARE_ROWS = 4;
 const PRINT_MAX = 1000;
@@ -11,6 +11,8 @@ export interface Column<T> {
   readonly title: string;
   readonly text: (row: T) => string;
   readonly href?: (row: T) => string;
+  /** Its links lead to another site. */
+  readonly isOutside?: boolean;
   readonly tone?: (row: T) => string;
   readonly isNumber?: boolean;
   /** By what the column sorts; without it, it does not. */
@@ -101,7 +103,8 @@ export class VirtualTable<T> {
       say(cell.link ?? cell.td, column.text(row));
       if (cell.link && column.href) {
         const href = column.href(row);
-        if (cell.link.getAttribute("href") !== href) cell.link.setAttribute("href", href);
+        if (!href) cell.link.removeAttribute("href");
+        else if (cell.link.getAttribute("href") !== href) cell.link.setAttribute("href", href);
       }
       if (column.tone) {
         const name = column.tone(row);
@@ -112,7 +115,7 @@ export class VirtualTable<T> {
 
   private add(): void {
     const cells = this.columns.map((column) => {
-      const link = column.href ? el("a") : null;
+      const link = column.href ? el("a", column.isOutside ? OUTSIDE : {}) : null;
       return { td: el("td", column.isNumber ? { class: "number" } : {}, ...(link ? [link] : [])), link };
     });
     const tr = el("tr", {}, ...cells.map((cell) => cell.td));

@@ -2,6 +2,7 @@
 import { clock, el, gib, say, tone } from "./dom";
 import type { Fleet, Host, Instance } from "./fleet";
 import { inOrder, VirtualTable, type Column } from "./table";
+import { traceHref, traceId } from "./trace";
 import { text, type HostEvent } from "./wire";
 
 export interface View {
@@ -124,6 +125,13 @@ export function change(event: HostEvent): string {
   return [...outcome, to].filter(Boolean).join(" ");
 }
 
+export const traceColumn: Column<HostEvent> = {
+  title: "Trace",
+  text: (event) => traceId(event.traceparent).slice(0, 8),
+  href: (event) => traceHref(event.traceparent),
+  isOutside: true,
+};
+
 export const eventColumns: readonly Column<HostEvent>[] = [
   { title: "Time", text: (event) => clock(event.atMs) },
   { title: "Host", text: (event) => event.host, href: (event) => hostHref(event.host) },
@@ -131,6 +139,7 @@ export const eventColumns: readonly Column<HostEvent>[] = [
   { title: "About", text: (event) => laneText(event.lane) || event.host, href: (event) => laneHref(event.host, event.lane) },
   { title: "Change", text: change, tone: (event) => tone(event.to || text(event.detail["code"])) },
   { title: "Reason", text: (event) => event.reason || text(event.detail["message"]) || text(event.detail["reason"]) },
+  traceColumn,
 ];
 
 export function eventsView(fleet: Fleet): View {

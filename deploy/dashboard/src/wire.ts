@@ -58,6 +58,7 @@ export interface HostEvent {
   readonly to: string;
   readonly commandId: string;
   readonly reason: string;
+  readonly traceparent: string;
   readonly detail: Fields;
 }
 
@@ -155,6 +156,7 @@ export function hostEvent(root: string, subject: string, data: Uint8Array): Host
     to: text(map["to"]),
     commandId: text(map["command_id"]),
     reason: text(map["reason"]),
+    traceparent: text(map["traceparent"]),
     detail: fields(map["detail"]) ?? {},
   };
 }
