@@ -167,6 +167,9 @@ async def test_a_jailed_vmm_boots_within_its_limits(host: VmmRig) -> None:
 
     assert not await host.vmms.exists(spec.jail_id)
     assert (leaf / "cgroup.procs").read_text() == ""
+    # What it used is read only now.
+    assert int((leaf / "memory.peak").read_text()) > MIB
+    assert (leaf / "cpu.stat").read_text().startswith("usage_usec ")
 
 
 async def test_changed_limits_of_a_leaf_are_named_and_restored(cgroups: Cgroups) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec import convert
@@ -13,7 +14,7 @@ from handlers.specs import CgroupUsage, TapTraffic
 from schemas import codec, naming
 from schemas.codes import Code
 from schemas.envelopes import Event, EventKind
-from schemas.records import Status
+from schemas.records import InstanceRecord, Status
 from schemas.requests import Request
 from schemas.usage import SPAN_MAX_MS, Clock, Metering, Moment, Rest, State, Totals, UsageDetail
 from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
@@ -280,6 +281,39 @@ async def test_a_counter_that_the_kernel_does_not_give_fails_no_stop(tmp_path: P
     assert found.launch is not None
     assert found.launch.guest_sent_bytes is None
     assert (found.totals.incomplete, found.totals.guest_sent_bytes) == (1, 0)
+
+
+async def test_a_reading_that_cannot_be_committed_is_counted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await run_all(worker, UP, START)
+        run_guest(worker)
+        put = worker.journal.records.put_instance
+
+        async def full(record: InstanceRecord, **more: Any) -> None:
+            if record.metering is not None and record.metering.reading is not None:
+                raise HostFault("the disk is full")
+            await put(record, **more)
+
+        monkeypatch.setattr(worker.journal.records, "put_instance", full)
+        await run_all(worker, STOP)
+        (found,) = await used(worker)
+
+    assert found.launch is not None
+    assert found.launch.cpu_us == 1_500_000
+
+
+async def test_the_totals_of_a_released_instance_are_in_its_last_event(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await run_all(worker, UP, START)
+        run_guest(worker)
+        await run_all(worker, STOP)
+        await worker.journal.records.release_instance(REF, reason="given up", detail={})
+
+        (gone,) = [event for event in await events(worker) if event.to == "released"]
+
+    assert gone.detail["totals"]["cpu_us"] == 1_500_000
 
 
 async def test_a_record_from_before_is_counted_from_now_on(tmp_path: Path) -> None:
