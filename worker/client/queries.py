@@ -11,6 +11,7 @@ import msgspec
 
 from schemas.requests import InstanceRef, Request
 from schemas.serde import REQUEST
+from schemas.usage import InstanceUsage, TenantUsage
 
 __all__ = [
     "CommandResult",
@@ -23,8 +24,6 @@ __all__ = [
     "Listing",
     "NetworkShown",
     "Query",
-    "Usage",
-    "VmmCounters",
     "explain",
     "instance",
     "listing",
@@ -32,6 +31,7 @@ __all__ = [
     "ping",
     "result",
     "status",
+    "tenant_usage",
     "usage",
 ]
 
@@ -135,32 +135,6 @@ class NetworkShown(msgspec.Struct, frozen=True, kw_only=True):
     instances: tuple[dict[str, str], ...] = ()
 
 
-class VmmCounters(msgspec.Struct, frozen=True, kw_only=True):
-    """Since the launch; None where nothing counts it. Bytes and packets as the guest sees them."""
-
-    cpu_us: int | None = None
-    memory_bytes: int | None = None
-    guest_sent_bytes: int | None = None
-    guest_sent_packets: int | None = None
-    guest_received_bytes: int | None = None
-    guest_received_packets: int | None = None
-
-
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """What an instance's VMM used since launch number `launch`; `vmm` is None without a VMM."""
-
-    tenant_id: str
-    pool_id: str
-    instance_id: str
-    status: str
-    since_ms: int
-    launch: int
-    vcpus: int
-    mem_mib: int
-    at_ms: int
-    vmm: VmmCounters | None = None
-
-
 class CommandResult(msgspec.Struct, frozen=True, kw_only=True):
     """`state`: waiting, running or done; `reply`: the reply envelope as a map, once it is done."""
 
@@ -209,9 +183,14 @@ def network(tenant_id: str) -> Query[NetworkShown]:
     return Query("describe", {"tenant_id": tenant_id}, NetworkShown)
 
 
-def usage(ref: InstanceRef) -> Query[Usage]:
-    """CPU time, memory and traffic of an instance. `NotFound` if the host does not know it."""
-    return Query("usage", _ids(ref), Usage)
+def usage(ref: InstanceRef) -> Query[InstanceUsage]:
+    """What an instance uses and has used. `NotFound` if the host does not know it."""
+    return Query("usage", _ids(ref), InstanceUsage)
+
+
+def tenant_usage(tenant_id: str) -> Query[TenantUsage]:
+    """The sums over a tenant's instances on this host; what was destroyed is not in them."""
+    return Query("usage", {"tenant_id": tenant_id}, TenantUsage)
 
 
 def result(command_id: str) -> Query[CommandResult]:

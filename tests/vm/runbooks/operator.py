@@ -77,7 +77,7 @@ class Operator:
             AssertionError: one failed.
         """
         printed: list[str] = []
-        for line in self._here(text).splitlines():
+        for line in self.here(text).splitlines():
             code, output = await self.type(re.sub(r" +#.*", "", line))
             assert code == 0, f"{line}\n{output}"
             printed.append(output)
