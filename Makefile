@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 KINDS := unit contract kernel broker page vm crash lab
 
-.PHONY: help setup venv demo test unit crash soak check bench bench-page deb lab fmt
+.PHONY: help setup venv demo test unit crash soak check bench bench-page deb lab fmt protocol
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -36,6 +36,9 @@ check: venv ## Lint, spelling, types, layers, as any user
 
 bench: setup ## Measure, side by side with the raw alternative; writes bench/results.json
 	@$(PY) -m bench
+
+protocol: venv ## Write docs/protocol from the types and the examples
+	@$(PY) -m tests.protocol
 
 deb: venv ## Build the Debian package in build/deb
 	@$(PY) deploy/debian/build.py

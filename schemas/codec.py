@@ -27,7 +27,9 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Line = Annotated[str, msgspec.Meta(max_length=LINE_MAX)]
 
 
-class _CommandKeys(msgspec.Struct, frozen=True):
+class CommandKeys(msgspec.Struct, frozen=True):
+    """A command envelope, its request not interpreted. Unknown keys are ignored."""
+
     v: Literal[1]
     id: str
     request: Any
@@ -39,7 +41,9 @@ class _CommandKeys(msgspec.Struct, frozen=True):
     tracestate: str | None = None
 
 
-class _ReplyKeys(msgspec.Struct, frozen=True, kw_only=True):
+class ReplyKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """A reply envelope, its response not interpreted."""
+
     v: Literal[1]
     id: str
     host_id: str
@@ -64,8 +68,8 @@ class _Versioned(msgspec.Struct, frozen=True):
     v: Literal[1]
 
 
-COMMAND_KEYS = frozenset(_CommandKeys.__struct_fields__)
-OPTIONAL_KEYS = _CommandKeys.__struct_fields__[3:]
+COMMAND_KEYS = frozenset(CommandKeys.__struct_fields__)
+OPTIONAL_KEYS = CommandKeys.__struct_fields__[3:]
 
 
 # -- requests ----------------------------------------------------------------------------------
@@ -88,13 +92,13 @@ def decode_request(data: bytes) -> Request:
 # -- commands ----------------------------------------------------------------------------------
 
 
-def read_envelope(raw: dict[str, object]) -> _CommandKeys:
+def read_envelope(raw: dict[str, object]) -> CommandKeys:
     """The keys of a command envelope, its request not interpreted.
 
     Raises:
         DecodeError: `invalid`.
     """
-    keys = convert(raw, _CommandKeys)
+    keys = convert(raw, CommandKeys)
     if not naming.COMMAND_ID_PATTERN.fullmatch(keys.id):
         raise DecodeError("$.id", "want 1 to 64 characters A-Z, a-z, 0-9, '_' or '-'")
     return keys
@@ -173,9 +177,9 @@ def read_reply(raw: dict[str, object]) -> Reply:
     Raises:
         DecodeError: with the path of the error.
     """
-    keys = convert(raw, _ReplyKeys)
+    keys = convert(raw, ReplyKeys)
     response = RESPONSE.read(keys.response, "$.response").value
-    fields: dict[str, Any] = {name: getattr(keys, name) for name in _ReplyKeys.__struct_fields__}
+    fields: dict[str, Any] = {name: getattr(keys, name) for name in ReplyKeys.__struct_fields__}
     fields["response"] = response
     return Reply(**fields)
 

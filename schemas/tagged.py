@@ -55,6 +55,7 @@ class Tagged(Generic[T]):
         self, name: str, variants: Sequence[type[T]], *, later: frozenset[str] = frozenset()
     ) -> None:
         self.name = name
+        self.variants = tuple(variants)
         self._later = later
         self._shapes = {kind.__name__: _shape(kind) for kind in variants}
         self._units: dict[str, T] = {

@@ -12,6 +12,9 @@ import pytest
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
 from handlers.errors import NotFound
+from schemas.protocol.ids import SCHEMA_VERSION
+from schemas.protocol.json_schema import documents
+from schemas.protocol.queries import REQUESTS
 from schemas.settings import NatsSettings
 from tests.broker.server import (
     HOST,
@@ -321,6 +324,23 @@ async def test_micro_tools_can_read_discovery(server: Server) -> None:
         assert [ping["type"], info["type"], stats["type"]] == [
             f"io.nats.micro.v1.{kind}_response" for kind in ("ping", "info", "stats")
         ]
+
+
+async def test_discovery_names_the_schemas_of_each_endpoint(server: Server) -> None:
+    ids = {name: document["$id"] for name, document in documents().items()}
+
+    async with asked(server) as to:
+        info = json.loads((await to.caller.request("$SRV.INFO.hostd", b"")).data)
+
+    found = {each.name: each.metadata for each in ServiceInfo.from_dict(info).endpoints}
+    assert found == {
+        verb: {
+            "request_schema": ids[f"ask.{verb}.request"],
+            "response_schema": ids[f"ask.{verb}.answer"],
+            "schema_version": SCHEMA_VERSION,
+        }
+        for verb in REQUESTS
+    }
 
 
 async def test_the_statistics_have_the_last_error_the_time_and_the_hosts_numbers(

@@ -20,6 +20,8 @@ from schemas.subjects import Lane
 from tests.constants import REF
 from tests.fakes.host import FakeHost
 from tests.fakes.shell_worker import SUBJECTS, NoMeters, command
+from tests.plain import unpacked
+from tests.protocol.validators import faults
 from worker.control.draining import DrainSwitch
 from worker.dispatch import Dispatch, LaunchGate, OpenGate
 from worker.journal.journal import Journal
@@ -27,6 +29,7 @@ from worker.lanes import Lanes
 from worker.queries.explain import Explain
 from worker.reconcile.vmm_watch import NotifyingRunner
 
+EVENTS_MAX = 10_000
 INBOX_PREFIXES = ("_INBOX.",)
 
 
@@ -71,6 +74,7 @@ class MemoryWorker:
             found = await self.journal.commands.result(command_id)
         assert found is not None
         assert found.reply is not None, f"{command_id} is {found.state}"
+        assert faults("reply", unpacked(found.reply)) == []
         return codec.decode_reply(found.reply)
 
     async def run(self, request: Request, command_id: str | None = None, **more: object) -> Reply:
@@ -86,6 +90,8 @@ class MemoryWorker:
         await self.lanes.stop(0)
         for close in self.closers:
             await close()
+        for event in await self.journal.outbox.pending("event", EVENTS_MAX):
+            assert faults("event", unpacked(event.payload)) == []
         await self.journal.close()
 
 

@@ -36,7 +36,7 @@ class Endpoint:
     """One query. `handle` answers any message with bytes, and the text of an error or "".
 
     `refuse` makes the answer of an error that prevents the real one, from its message. `data` is
-    shown by `$SRV.STATS`.
+    shown by `$SRV.STATS`, `metadata` by `$SRV.INFO`.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Endpoint:
     handle: Callable[[Message], Awaitable[tuple[bytes, str]]]
     refuse: Callable[[Message, str], bytes]
     data: Callable[[], Mapping[str, object]] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     requests: int = field(default=0, init=False)
     errors: int = field(default=0, init=False)
     last_error: str = field(default="", init=False)
@@ -205,7 +206,12 @@ class MicroService:
             **self._identity,
             "description": "One host of a Firecracker fleet",
             "endpoints": [
-                {"name": e.name, "subject": e.subject, "queue_group": queue, "metadata": {}}
+                {
+                    "name": e.name,
+                    "subject": e.subject,
+                    "queue_group": queue,
+                    "metadata": dict(e.metadata),
+                }
                 for e in self._endpoints
             ],
         }

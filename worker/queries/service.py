@@ -7,15 +7,16 @@ decodes, dispatches and builds error answers. Of an exception a caller sees only
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
-import msgspec
 import structlog
 
 from handlers.errors import Failure, Invalid
 from schemas import unpack
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
+from schemas.protocol.ids import SCHEMA_VERSION, answer_name, request_name, schema_id
+from schemas.protocol.queries import AskDescribe, AskExplain, AskResult, AskUsage
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN
 from schemas.subjects import Subjects
 from worker.bus.connection import Connection
@@ -71,22 +72,6 @@ class QuerySource(Protocol):
         ...
 
 
-class _Named(msgspec.Struct, frozen=True):
-    """An instance, or a tenant."""
-
-    tenant_id: str
-    pool_id: str | None = None
-    instance_id: str | None = None
-
-
-class _Result(msgspec.Struct, frozen=True):
-    id: str
-
-
-class _Explain(msgspec.Struct, frozen=True):
-    request: Any
-
-
 Body = dict[str, object]
 
 
@@ -123,6 +108,11 @@ def query_service(
             partial(answer, verb, query),
             refuse=refusal,
             data=source.stats if verb == "status" else None,
+            metadata={
+                "request_schema": schema_id(request_name(verb)),
+                "response_schema": schema_id(answer_name(verb)),
+                "schema_version": SCHEMA_VERSION,
+            },
         )
         for verb, query in queries.items()
     ]
@@ -144,26 +134,28 @@ def query_service(
 
 
 async def _describe(source: QuerySource, body: Body) -> Answer:
-    return await source.describe(*_named(body))
+    return await source.describe(*_named(body, AskDescribe))
 
 
 async def _usage(source: QuerySource, body: Body) -> Answer:
-    return await source.usage(*_named(body))
+    return await source.usage(*_named(body, AskUsage))
 
 
-def _named(body: Body) -> tuple[str, str | None, str | None]:
-    args = unpack.convert(body, _Named)
+def _named(
+    body: Body, question: type[AskDescribe] | type[AskUsage]
+) -> tuple[str, str | None, str | None]:
+    args = unpack.convert(body, question)
     if (args.pool_id is None) != (args.instance_id is None):
         raise Invalid("pool_id and instance_id: set both or neither", path="$.pool_id")
     return args.tenant_id, args.pool_id, args.instance_id
 
 
 async def _result(source: QuerySource, body: Body) -> Answer:
-    return await source.result(unpack.convert(body, _Result).id)
+    return await source.result(unpack.convert(body, AskResult).id)
 
 
 async def _explain(source: QuerySource, body: Body) -> Answer:
-    return await source.explain(unpack.convert(body, _Explain).request)
+    return await source.explain(unpack.convert(body, AskExplain).request)
 
 
 async def answer(

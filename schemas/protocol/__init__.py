@@ -1,0 +1,1 @@
+"""The protocol as documents: JSON Schema and AsyncAPI, generated from the types of the wire."""

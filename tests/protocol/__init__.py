@@ -1,0 +1,1 @@
+"""The documents of the protocol: `python -m tests.protocol` writes them."""

@@ -1,0 +1,13 @@
+"""`make protocol`: write the files of docs/protocol that are generated, and delete stale ones."""
+
+from tests.protocol.documents import DIRECTORY, generated
+
+made = generated()
+for stale in DIRECTORY.glob("schema/*.json"):
+    if str(stale.relative_to(DIRECTORY)) not in made:
+        stale.unlink()
+for name, text in made.items():
+    path = DIRECTORY / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+print(f"{len(made)} files in {DIRECTORY}")

@@ -1,0 +1,17 @@
+"""The files of docs/protocol, as they would be generated now."""
+
+import json
+from pathlib import Path
+
+from schemas.protocol.json_schema import documents
+
+DIRECTORY = Path(__file__).parents[2] / "docs" / "protocol"
+
+
+def generated() -> dict[str, str]:
+    """The text of each file, by its path below `DIRECTORY`."""
+    return {f"schema/{name}.json": as_text(each) for name, each in documents().items()}
+
+
+def as_text(document: object) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
