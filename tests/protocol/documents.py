@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from schemas.protocol.asyncapi import asyncapi_documents
 from schemas.protocol.json_schema import documents
 
 DIRECTORY = Path(__file__).parents[2] / "docs" / "protocol"
@@ -10,7 +11,9 @@ DIRECTORY = Path(__file__).parents[2] / "docs" / "protocol"
 
 def generated() -> dict[str, str]:
     """The text of each file, by its path below `DIRECTORY`."""
-    return {f"schema/{name}.json": as_text(each) for name, each in documents().items()}
+    made = {f"schema/{name}.json": each for name, each in documents().items()}
+    made |= {f"asyncapi/{role}.json": each for role, each in asyncapi_documents().items()}
+    return {name: as_text(each) for name, each in made.items()}
 
 
 def as_text(document: object) -> str:

@@ -7,8 +7,6 @@ from typing import Any
 
 import jsonschema
 from jsonschema.protocols import Validator
-from referencing import Registry
-from referencing.jsonschema import DRAFT202012
 
 from schemas.protocol.json_schema import Schema, closed, documents
 
@@ -33,22 +31,10 @@ _Strict: Any = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
 )
 
 
-_REGISTRY: Any = Registry
-
-
-@functools.cache
-def _all(*, strict: bool) -> tuple[dict[str, Schema], Any]:
-    made = documents()
-    if strict:
-        made = {name: closed(each) for name, each in made.items()}
-    resources = [(each["$id"], DRAFT202012.create_resource(each)) for each in made.values()]
-    return made, _REGISTRY().with_resources(resources)
-
-
 @functools.cache
 def _validator(name: str, *, strict: bool) -> Any:
-    made, registry = _all(strict=strict)
-    return _Strict(made[name], registry=registry)
+    made = documents()[name]
+    return _Strict(closed(made) if strict else made)
 
 
 def accepts(name: str, value: object) -> bool:
