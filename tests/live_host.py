@@ -53,6 +53,7 @@ from tests.guests.namespace import own_network
 from tests.leaks import own_directory
 from tests.plain import unpacked
 from tests.previous_release import Release
+from tests.protocol.sent import SENT_TO, faults_in, read
 from worker.cli.client import Client, connect
 from worker.cli.context import CliError
 from worker.cli.seed import Seed, Seeded, write_seed
@@ -61,6 +62,7 @@ from worker.demo.host import environment_of, provision_cell
 from worker.demo.nats_server import EmbeddedNats
 
 NET_ID = 7
+RECORDED = "tests.protocol.sent"
 
 
 class LiveHost:
@@ -93,6 +95,7 @@ class LiveHost:
         # Not in /tmp: where that is a tmpfs, what a VMM writes there counts as its memory.
         self.directory = tempfile.mkdtemp(prefix="hostd-live-", dir="/var/tmp")
         own_directory(self.directory)
+        self.sent = f"{self.directory}/sent"
         self.guest = guest
         # A production host connects only with a credential.
         users = "authorization { user: live, password: host }" if production else ""
@@ -166,14 +169,16 @@ class LiveHost:
 
         Its log is `worker.log`, unless it goes to the descriptor `stdout`. A variable of
         `environment` that is None is not set. With `release` it is a worker of that one, which gets
-        the settings that it knows.
+        the settings that it knows; else every message that it sends is held against its schema
+        when the host is closed.
         """
         settings = environment_of(self.settings)
         code: dict[str, str] = {}
         if release is not None:
             settings = {name: text for name, text in settings.items() if name in release.settings}
             code = {"PYTHONPATH": release.code}
-        wanted = os.environ | settings | code | dict(environment or {})
+        sent_to = {SENT_TO: self.sent}
+        wanted = os.environ | settings | code | sent_to | dict(environment or {})
         variables = {name: value for name, value in wanted.items() if value is not None}
         with open(f"{self.directory}/worker.log", "ab") as log:
             self.worker = await asyncio.create_subprocess_exec(
@@ -181,6 +186,7 @@ class LiveHost:
                 sys.executable,
                 *(["-P"] if code else []),  # or it is the one of the working directory
                 "-m",
+                *([] if code else [RECORDED]),
                 module,
                 stdout=log if stdout is None else stdout,
                 stderr=log,
@@ -385,8 +391,10 @@ class LiveHost:
     async def close(self) -> None:
         await self.kill_worker()
         await self.nats.stop()
+        wrong = await asyncio.to_thread(lambda: faults_in(read(self.sent)))
         left = await asyncio.to_thread(remove_host, self.settings, self.directory)
         assert not left, left
+        assert not wrong, wrong
 
 
 @contextlib.asynccontextmanager

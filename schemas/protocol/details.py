@@ -250,6 +250,7 @@ class ErrorDetail(TypedDict, total=False):
     path: str
     claimed_id: str
     status: str
+    http_status: int
     errno: str
     by: str
     budget: str

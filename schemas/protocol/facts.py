@@ -7,6 +7,8 @@ Trouble = Literal[
     "journal", "disk_full", "disk_watermark", "hung_calls", "vmm_versions", "launches"
 ]
 
+Evidence = Literal["kernel", "cgroup", "log", "hostd", "none"]
+
 
 class Capacity(TypedDict):
     """What agentd schedules by."""
@@ -54,7 +56,7 @@ class VmmEndFacts(TypedDict):
     """Why a VMM ended without a command."""
 
     reason: str
-    evidence: Literal["kernel", "cgroup", "log", "hostd", "none"]
+    evidence: Evidence
     launch: int
     at_ms: int
     code: NotRequired[int]
@@ -64,6 +66,18 @@ class VmmEndFacts(TypedDict):
 class VmmEndText(VmmEndFacts):
     """The same with a sentence for an operator."""
 
+    text: str
+
+
+class LastEnd(TypedDict):
+    """Why the last VMM of an instance ended that ended without a command."""
+
+    reason: str
+    evidence: Evidence
+    launch: int
+    at_ms: int
+    code: int | None
+    signal: int | None
     text: str
 
 

@@ -80,7 +80,7 @@ RULES: Final[Mapping[str, Rule]] = {
     },
 }
 
-_ENDS = ("VmmEndFacts", "VmmEndText", "VmmExited")
+_ENDS = ("VmmEndFacts", "VmmEndText", "VmmExited", "LastEnd")
 _MEANING_OF_IDS = {
     "tenant_id": f"Tenant: {naming.ID_RULE}.",
     "pool_id": f"Pool of the tenant: {naming.ID_RULE}.",
@@ -146,6 +146,7 @@ _MEANING_OF_REPLIES = {
     "name": "Name.",
     "act": "Who must act: the sender, the scheduler (another host, or later) or the operator.",
     "path": "The field at fault, as a path in the message or in a shared file.",
+    "http_status": "What Firecracker's API answered with.",
     "errno": "Name of the kernel's error.",
     "by": "Who did it; of `superseded`: the ID of the later command.",
     "budget": "The budget that is used up.",
@@ -184,7 +185,6 @@ _MEANING_OF_EVENTS = {
     "type": "Variant of the request.",
     "evidence": "Who says so; `log` is Firecracker's own word.",
     "launch": "Number of the launch, from 1 per instance; 0 before the first.",
-    "signal": "Signal that ended the VMM; absent if none did or it is not known.",
     "text": "The same in one sentence.",
     "log_tail": "The end of the VMM's log.",
     "hung": "True if it does not answer, false if it answers again.",
@@ -295,7 +295,8 @@ _MEANING_OF_ANSWERS = {
 _MEANING_OF_EXTENDED = {
     f"{kind}.{name}": meaning
     for kinds, name, meaning in (
-        (_ENDS, "code", "Exit code of the VMM; absent if it has none or it is not known."),
+        (_ENDS, "code", "Exit code of the VMM; absent or null if it has none or it is not known."),
+        (_ENDS, "signal", "Signal that ended it; absent or null if none did or it is not known."),
         (_ENDS, "reason", "Why the VMM ended: one of a bounded set of words."),
         (("PongDetail", "HostValue"), "version", "Version of hostd."),
     )

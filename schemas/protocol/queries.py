@@ -8,7 +8,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 import msgspec
 
 from schemas.codes import Code
-from schemas.protocol.facts import HostState, VmmEndText
+from schemas.protocol.facts import HostState, LastEnd
 from schemas.records import Status
 from schemas.usage import InstanceUsage, TenantUsage
 
@@ -118,7 +118,7 @@ class InstanceAnswer(TypedDict):
     snapshot: int | None
     command_id: str | None
     hung_since_ms: int | None
-    last_end: VmmEndText | None
+    last_end: LastEnd | None
 
 
 class InstanceOfTenant(TypedDict):

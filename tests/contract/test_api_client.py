@@ -248,7 +248,7 @@ async def test_a_refusal_is_typed_quoted_and_leaves_the_vmm_usable(
 
     assert type(failure) is kind
     assert words in failure.message
-    assert failure.detail["status"] == 400
+    assert failure.detail["http_status"] == 400
     assert await vmm.api.state() == "Not started"
 
 

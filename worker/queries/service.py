@@ -73,6 +73,7 @@ class QuerySource(Protocol):
 
 
 Body = dict[str, object]
+Query = Callable[[Body], Awaitable[Answer]]
 
 
 def query_service(
@@ -92,15 +93,6 @@ def query_service(
         version: semantic version of hostd.
         inbox_prefixes: `[nats] inbox_prefixes`.
     """
-    queries: dict[str, Callable[[Body], Awaitable[Answer]]] = {
-        "ping": lambda _: source.ping(),
-        "status": lambda _: source.status(),
-        "list": lambda _: source.list(),
-        "describe": partial(_describe, source),
-        "usage": partial(_usage, source),
-        "result": partial(_result, source),
-        "explain": partial(_explain, source),
-    }
     endpoints = [
         Endpoint(
             verb,
@@ -114,7 +106,7 @@ def query_service(
                 "schema_version": SCHEMA_VERSION,
             },
         )
-        for verb, query in queries.items()
+        for verb, query in queries_of(source).items()
     ]
     metadata = {
         "host_id": subjects.host_id,
@@ -131,6 +123,19 @@ def query_service(
         endpoints=endpoints,
         inbox_prefixes=inbox_prefixes,
     )
+
+
+def queries_of(source: QuerySource) -> dict[str, Query]:
+    """What answers each verb."""
+    return {
+        "ping": lambda _: source.ping(),
+        "status": lambda _: source.status(),
+        "list": lambda _: source.list(),
+        "describe": partial(_describe, source),
+        "usage": partial(_usage, source),
+        "result": partial(_result, source),
+        "explain": partial(_explain, source),
+    }
 
 
 async def _describe(source: QuerySource, body: Body) -> Answer:
@@ -158,9 +163,7 @@ async def _explain(source: QuerySource, body: Body) -> Answer:
     return await source.explain(unpack.convert(body, AskExplain).request)
 
 
-async def answer(
-    verb: str, query: Callable[[Body], Awaitable[Answer]], message: Message
-) -> tuple[bytes, str]:
+async def answer(verb: str, query: Query, message: Message) -> tuple[bytes, str]:
     """The encoded answer to an encoded query, and the text of its error or ""."""
     asked, form = forms.forms_of(message)
     try:

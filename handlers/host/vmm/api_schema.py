@@ -243,7 +243,7 @@ def refusal(method: str, path: str, status: int, body: bytes) -> Failure:
             f"the pool's {name} cannot be booted with its instance_resources.mem_mib:"
             f" Firecracker refused {method} {path}: {message}",
             path=name,
-            detail={"status": status},
+            detail={"http_status": status},
         )
     found = OS_ERROR.search(message)
     number = int(found[1]) if found else None
@@ -251,7 +251,7 @@ def refusal(method: str, path: str, status: int, body: bytes) -> Failure:
         kind: type[Failure] = Conflict
     else:
         kind = failure_class(number)
+    errno = {} if number is None else {"errno": errno_name(number)}
     return kind(
-        f"Firecracker refused {method} {path}: {message}",
-        detail={"status": status, "errno": None if number is None else errno_name(number)},
+        f"Firecracker refused {method} {path}: {message}", detail={"http_status": status, **errno}
     )
