@@ -1,7 +1,10 @@
 """`make protocol`: write the files of docs/protocol that are generated, and delete stale ones."""
 
+import structlog
+
 from tests.protocol.documents import DIRECTORY, generated
 
+structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # the worker's log
 made = generated()
 for stale in DIRECTORY.glob("*/*.json"):
     if str(stale.relative_to(DIRECTORY)) not in made:
