@@ -53,7 +53,8 @@ from tests.guests.namespace import own_network
 from tests.leaks import own_directory
 from tests.plain import unpacked
 from tests.previous_release import Release
-from tests.protocol.sent import SENT_TO, faults_in, read
+from tests.protocol.sent import SENT_TO, read
+from tests.protocol.validators import faults_in
 from worker.cli.client import Client, connect
 from worker.cli.context import CliError
 from worker.cli.seed import Seed, Seeded, write_seed

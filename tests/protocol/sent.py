@@ -1,4 +1,4 @@
-"""Every message that a worker sends, kept in a file and held against the schemas.
+"""Every message that a worker sends, kept in a file; `validators.py` holds it against the schemas.
 
 `python -m tests.protocol.sent MODULE` is `python -m MODULE`, a worker, and appends what it hands
 to the bus to the file that `SENT_TO` names: events, replies, dead letters, state values and answers
@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from schemas.protocol.ids import answer_name
-from tests.plain import unpacked
-from tests.protocol.validators import faults
 from worker.intake import Intake
 from worker.lease import Lease
 from worker.outbox import Outbox
@@ -119,21 +117,6 @@ def read(path: str) -> Iterator[Sent]:
             if line.endswith(b"\n") and line not in seen:
                 seen.add(line)
                 yield msgspec.json.decode(line, type=Sent)
-
-
-def value_of(sent: Sent) -> Any:
-    """The message as plain objects."""
-    if sent.headers:
-        return sent.headers
-    if sent.payload[:1] in (b"{", b"["):
-        return msgspec.json.decode(sent.payload)
-    return unpacked(sent.payload)
-
-
-def faults_in(messages: Iterable[Sent]) -> list[str]:
-    """What is wrong with the messages of a worker: each fault once."""
-    found = (fault for sent in messages for fault in faults(sent.schema, value_of(sent)))
-    return list(dict.fromkeys(found))
 
 
 if __name__ == "__main__":

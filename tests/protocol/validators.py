@@ -2,13 +2,16 @@
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jsonschema
+import msgspec
 from jsonschema.protocols import Validator
 
 from schemas.protocol.json_schema import Schema, closed, documents
+from tests.plain import unpacked
+from tests.protocol.sent import Sent
 
 
 def _matches(
@@ -49,6 +52,21 @@ def faults(name: str, value: object) -> list[str]:
     """
     found = _validator(name, strict=True).iter_errors(value)
     return [f"{name} {_deepest(each)}" for each in found]
+
+
+def value_of(sent: Sent) -> Any:
+    """The message as plain objects."""
+    if sent.headers:
+        return sent.headers
+    if sent.payload[:1] in (b"{", b"["):
+        return msgspec.json.decode(sent.payload)
+    return unpacked(sent.payload)
+
+
+def faults_in(messages: Iterable[Sent]) -> list[str]:
+    """What is wrong with the messages of a worker: each fault once."""
+    found = (fault for sent in messages for fault in faults(sent.schema, value_of(sent)))
+    return list(dict.fromkeys(found))
 
 
 def _deepest(error: jsonschema.ValidationError) -> str:

@@ -5,7 +5,8 @@ import pytest
 from schemas.protocol.json_schema import documents
 from tests.constants import DESTROY, SLEEP, START, STOP, WAKE
 from tests.live_host import LiveHost, live_host
-from tests.protocol.sent import Sent, faults_in, read
+from tests.protocol.sent import Sent, read
+from tests.protocol.validators import faults_in
 from worker.cli.context import CliError
 
 
