@@ -9,6 +9,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from schemas.codes import Code
 from schemas.envelopes import EventKind
 from schemas.protocol.facts import FoundFact, HostFacts, ProtocolRange, VmmEndFacts, VmmEndText
+from schemas.usage import Totals, UsageDetail
 
 Act = Literal["sender", "scheduler", "operator"]
 Drained = Literal["acknowledged", "refused", "no_answer", "no_agent", "forced", "unknown"]
@@ -22,6 +23,12 @@ class Shortened(TypedDict):
     """In place of the detail of a message that was too long."""
 
     shortened_from_bytes: int
+
+
+class WithTotals(TypedDict):
+    """The record of an instance is gone; what it has used."""
+
+    totals: Totals
 
 
 class CommandEnded(TypedDict):
@@ -193,7 +200,7 @@ class LaunchesQuarantined(TypedDict):
 
 
 DETAILS: dict[EventKind, tuple[type, ...]] = {
-    EventKind.STATUS: (Nothing, VmmEndFacts),
+    EventKind.STATUS: (Nothing, VmmEndFacts, WithTotals),
     EventKind.COMMAND: (CommandEnded,),
     EventKind.VMM_EXITED: (VmmExited,),
     EventKind.VMM_HUNG: (VmmHung,),
@@ -209,6 +216,7 @@ DETAILS: dict[EventKind, tuple[type, ...]] = {
     EventKind.VMM_VERSIONS: (VersionsInTrouble,),
     EventKind.ORPHANS: (OrphansLeft,),
     EventKind.HOST: (LaunchesQuarantined,),
+    EventKind.USAGE: (UsageDetail,),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Final
 
 from schemas import naming, subjects
 from schemas.codec import TIME_MAX_MS
+from schemas.protocol import usage_fields
 from schemas.records import ABSENT, RELEASED, Status
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN
 from schemas.serde import LINE_MAX, U64_MAX
@@ -108,7 +109,10 @@ _MEANING_OF_COMMANDS = {
     "deadline_ms": "Not started, retried or waited for after this: Unix time in milliseconds.",
     "reply_to": "Subject for a copy of the reply; begins with one of `[nats] inbox_prefixes`.",
     "issuer": f"Who sent it, for logs: at most {LINE_MAX} characters.",
-    "traceparent": f"W3C trace context: at most {LINE_MAX} characters.",
+    "traceparent": "W3C trace context of the span that this is part of.",
+    "CommandKeys.traceparent": "W3C trace context, `00-<trace>-<span>-<flags>`; an invalid one is "
+    "ignored.",
+    "tracestate": "W3C tracestate, passed on; one that is invalid is ignored.",
     "force": "Do not ask the guest to finish its work; also ends the drain of an earlier Sleep.",
     "drain_timeout_secs": "Time for the guest to finish its work, in seconds; null: the pool's.",
     "wipe_volumes": "Wipe and delete the data disk; else it is kept.",
@@ -310,5 +314,6 @@ MEANINGS: Final[Mapping[str, str]] = {
     **_MEANING_OF_STATE,
     **_MEANING_OF_ANSWERS,
     **_MEANING_OF_EXTENDED,
+    **usage_fields.MEANINGS,
 }
 """The description of each field; a field without one fails the generation."""
