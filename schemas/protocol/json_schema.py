@@ -24,6 +24,7 @@ Schema = dict[str, Any]
 
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 REF: Final = "#/$defs/{name}"
+TRACE: Final = frozenset({"traceparent", "tracestate"})  # left out if there is none
 STATES: Final = {"instance": InstanceState, "network": NetworkState, "host": HostValue}
 
 
@@ -90,7 +91,7 @@ def _reply() -> Schema:
     envelope = defs.pop("ReplyKeys")
     properties = envelope["properties"]
     properties["response"] |= {"$ref": REF.format(name="HostdResponse")}
-    envelope["required"] = [name for name in properties if name != "supported"]
+    envelope["required"] = [name for name in properties if name not in {"supported", *TRACE}]
     for name in properties:
         properties[name].pop("default", None)
     envelope["allOf"] = [
@@ -117,6 +118,7 @@ def _event() -> Schema:
         properties[name] = _without_null(value)
     properties["v"]["enum"] = [1]
     optional = {"tenant_id", "pool_id", "instance_id", "from", "to", "command_id", "reason"}
+    optional |= TRACE
     envelope["required"] = [name for name in properties if name not in optional]
     envelope["allOf"] = [
         {

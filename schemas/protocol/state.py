@@ -57,6 +57,8 @@ DeadHeaders = TypedDict(
         "Hostd-Sha256": str,
         "Hostd-Reason": str,
         "Hostd-Truncated": NotRequired[str],
+        "traceparent": NotRequired[str],
+        "tracestate": NotRequired[str],
     },
 )
 DeadHeaders.__doc__ = "Headers of a dead letter; its payload is the original bytes."

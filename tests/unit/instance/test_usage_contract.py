@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from msgspec import to_builtins
 
 from schemas.usage import InstanceUsage, TenantUsage, Totals, UsageDetail
+from tests.console import blocks
 from tests.constants import DESTROY, SLEEP, START, STOP, WAKE
 from tests.fakes.host import seeded
 from tests.fakes.memory_worker import memory_worker
@@ -23,11 +23,8 @@ CONTRACT = Path(__file__).parents[3] / "docs" / "contract.md"
 
 def block(name: str) -> str:
     """The code of the block with this name."""
-    found = re.search(
-        f"^```{name}\n(.*?)^```", CONTRACT.read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
-    assert found is not None
-    return found[1]
+    (found,) = (each for each in blocks(CONTRACT) if each.info == name)
+    return found.text
 
 
 @pytest.mark.parametrize(
