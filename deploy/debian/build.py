@@ -148,8 +148,9 @@ def documents(directory: Path) -> None:
     directory.mkdir(parents=True)
     for source in sorted((ROOT / "docs").glob("*.md")):
         shutil.copyfile(source, directory / source.name)
-    for name in ("runbooks", "images", "adr"):
-        shutil.copytree(ROOT / "docs" / name, directory / name)
+    for name in ("runbooks", "images", "adr", "protocol", "rust"):
+        ignored = shutil.ignore_patterns("target")
+        shutil.copytree(ROOT / "docs" / name, directory / name, ignore=ignored)
     shutil.copytree(ROOT / "deploy/grafana", directory / "examples/grafana")
     shutil.copytree(ROOT / "deploy/nats", directory / "examples/nats")
     shutil.copytree(ROOT / "deploy/prometheus", directory / "examples/prometheus")

@@ -91,8 +91,8 @@ class Tracing:
             return
         try:
             found = _SENT.decode(row.payload)
-        except msgspec.MsgspecError:
-            return
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return  # a damaged row, which the bus took all the same
         parent = parse(found.traceparent, found.tracestate)
         if parent is None or not parent.sampled:
             return

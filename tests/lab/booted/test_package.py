@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
-from tests.guests.cache import BUILD
+from tests.console import steps
+from tests.guests.cache import BUILD, REPOSITORY
 from tests.guests.firecracker import FIRECRACKER, JAILER
 from worker.demo.nats_server import EmbeddedNats
 
 PACKAGES = Path("/packages")
+OPERATIONS = REPOSITORY / "docs" / "operations.md"
 FIRST, NEXT = "hostd_1.deb", "hostd_2.deb"
 HOST, CREDENTIALS = "lab-host", "live:host"
 USERS = "authorization { user: live, password: host }"
@@ -139,6 +141,33 @@ def settle_settings(port: int) -> None:
     credentials.chmod(0o600)
 
 
+def first_hour(port: int) -> list[str]:
+    """The commands of the block in docs/operations.md.
+
+    There is no apt in the lab, and what an editor would do is done by `cp`; the files that are
+    named without a directory are in one of the test's.
+    """
+    (step,) = steps(OPERATIONS, "test_an_operators_first_hour_works_by_copying")
+    directory = Path("/var/tmp/first-hour")
+    directory.mkdir()
+    (directory / "hostd.toml").write_text(SETTINGS.format(port=port))
+    for name in ("h1.creds", "admin.creds", "agentd-h1.creds"):
+        (directory / name).write_text(CREDENTIALS + "\n")
+        (directory / name).chmod(0o600)
+    words = {
+        "apt install ./hostd_0.1.0_amd64.deb": f"dpkg --force-unsafe-io -i {PACKAGES / FIRST}",
+        "editor ": f"cp {directory}/hostd.toml ",
+        " h1.creds": f" {directory}/h1.creds",
+        " admin.creds": f" {directory}/admin.creds",
+        " agentd-h1.creds": f" {directory}/agentd-h1.creds",
+    }
+    text = step.block.text
+    for there, here in words.items():
+        assert there in text
+        text = text.replace(there, here)
+    return [re.sub(r" +#.*", "", line) for line in text.splitlines()]
+
+
 def here() -> list[str]:
     """What the package, its unit or its worker may have made."""
     places = ("/opt/hostd", "/etc/hostd", "/var/lib/hostd", "/run/hostd", "/usr/bin/hostd")
@@ -148,15 +177,13 @@ def here() -> list[str]:
 
 async def live(nats: EmbeddedNats) -> Package:
     package = Package()
-    package.said["first"] = install(FIRST)
+    commands = first_hour(nats.port)
+    package.said["first"] = run("bash", "-c", commands[0])
     package.facts["enabled"] = run("systemctl", "is-enabled", "hostd", ok=False).strip()
     package.facts["active"] = run("systemctl", "is-active", "hostd", ok=False).strip()
     package.facts["verify"] = run("systemd-analyze", "verify", "hostd.service", ok=False)
     package.facts["security"] = run("systemd-analyze", "security", "hostd", "--no-pager")
-    settle_settings(nats.port)
-    run("hostd", "check-config")
-    run("hostd", "provision", "--creds", "/etc/hostd/nats.creds", "--host", HOST)
-    run("systemctl", "enable", "--now", "hostd")
+    package.facts["hour"] = {line: run("bash", "-c", line) for line in commands[1:]}
     mini = BUILD / "guests/mini"
     artifacts = ["--vmlinux", str(mini / "vmlinux"), "--rootfs", str(mini / "rootfs.ext4")]
     hostd("seed", *INSTANCE, "--net-id", "7", "--mem-mib", "32", *artifacts)
@@ -218,6 +245,13 @@ def package() -> Package:
 def test_a_new_host_is_told_what_to_write_and_nothing_runs(package: Package) -> None:
     assert "hostd check-config; systemctl enable --now hostd" in package.said["first"]
     assert (package.facts["enabled"], package.facts["active"]) == ("disabled", "inactive")
+
+
+def test_an_operators_first_hour_works_by_copying(package: Package) -> None:
+    *_, before, _, _, after, pong = package.facts["hour"].values()
+
+    assert "error:" not in before + after
+    assert pong.startswith("ok: host, ")
 
 
 def test_the_unit_is_ready_once_the_worker_answers(package: Package) -> None:

@@ -26,6 +26,7 @@ from tests.fakes.shell_worker import (
     stop,
 )
 from tests.plain import unpacked
+from worker.journal.transaction import OutRow
 from worker.tracing.spans import Span
 from worker.tracing.tracing import Tracing
 
@@ -45,6 +46,19 @@ class Spans(list[Span]):
 
     def of(self, *names: str) -> list[Span]:
         return [each for each in self if each.name in names]
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"\xc1", b"\x81\xa1\xff\x01", b"\x91" * 100_000],
+    ids=["empty", "reserved", "no UTF-8", "deep"],
+)
+def test_a_damaged_row_that_was_sent_has_no_span(payload: bytes) -> None:
+    spans = Spans()
+
+    spans.tracing().sent(OutRow(1, "event", "s.evt", "id", b"", payload), 0.1)
+
+    assert spans == []
 
 
 def test_the_span_of_a_command_is_the_same_in_every_worker() -> None:
