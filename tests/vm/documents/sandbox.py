@@ -1,8 +1,8 @@
 """A shell on a machine of its own, as far as a page's commands can tell.
 
-Network, processes, mounts and cgroups are those of the sandbox; `/run`, `/var/lib`, `/var/tmp`,
-`/etc/hostd` and `/root` are empty directories, and what is written into the clone, `/etc`, `/opt`
-and `/usr/local` goes elsewhere. All that is left in the end is killed with it.
+Network, processes, mounts and cgroups are those of the sandbox; `/run`, `/var/lib`, `/var/tmp` and
+`/etc/hostd` are empty directories, and what is written into the clone, `/root`, `/etc`, `/opt` and
+`/usr/local` goes elsewhere. All that is left in the end is killed with it.
 Source: unshare(1), cgroup_namespaces(7).
 """
 
@@ -32,15 +32,14 @@ umount -lR /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir /sys/fs/cgroup/shell
 echo $$ > /sys/fs/cgroup/shell/cgroup.procs
-mkdir -p $2/lib/dpkg $2/tmp $2/empty $2/root
+mkdir -p $2/lib/dpkg $2/tmp $2/empty
 mount --bind /var/lib/dpkg $2/lib/dpkg
 mount --rbind $2/lib /var/lib
 mount --bind $2/tmp /var/tmp
-mount --bind $2/root /root
 mount -t tmpfs sandbox /run
 mkdir $2/written
 mount -t tmpfs sandbox $2/written
-for place in $PWD /etc /opt /usr/local; do
+for place in /root $PWD /etc /opt /usr/local; do
     mkdir -p $2/written$place/upper $2/written$place/work
     above=upperdir=$2/written$place/upper,workdir=$2/written$place/work
     mount -t overlay -o lowerdir=$place,$above sandbox $place
