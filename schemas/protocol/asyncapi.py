@@ -103,7 +103,7 @@ def _document(role: Role) -> Schema:
             "nats": {
                 "host": "{nats}",
                 "protocol": "nats",
-                "description": "NATS with JetStream, 2.10 or later.",
+                "description": "NATS with JetStream, 2.9.10 or later.",
                 "variables": {"nats": {"default": "127.0.0.1:4222"}},
             }
         },

@@ -1,4 +1,4 @@
-//! The wire types of hostd, protocol 2 (docs/contract.md, section 2).
+//! The wire types of hostd, protocol 1 (docs/contract.md, section 2); protocol 2 adds `workspace_id` and `volumes`.
 //!
 //! Envelopes are always maps (`rmp_serde::to_vec_named`). The serde types inside them may be maps or
 //! arrays; hostd answers in the form of the request. Ignore what you do not know, as serde does.
@@ -55,6 +55,10 @@ pub struct Command {
     pub reply_to: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub issuer: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracestate: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,6 +88,10 @@ pub struct Reply {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub supported: Vec<String>,
     pub detail: BTreeMap<String, Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracestate: Option<String>,
 }
 
 impl Reply {
@@ -119,4 +127,8 @@ pub struct Event {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     pub detail: BTreeMap<String, Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracestate: Option<String>,
 }
