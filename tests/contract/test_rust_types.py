@@ -50,17 +50,18 @@ REQUESTS: tuple[Request, ...] = (
     TeardownNetwork("acme", net_of(4095)),
 )
 RESPONSES: tuple[Response, ...] = (Ok(), Pong(), Error("it's ü"))
-TRACE = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01", "tracestate": "a=1"}
+TRACEPARENT = f"00-{'ab' * 16}-{'cd' * 8}-01"
 REPLY = Reply(
     id="c-1", host_id="h1", response=Error("no"), code=Code.CONFLICT, retryable=True, changed=True,
     status="running", attempts=2, replayed=True, received_at_ms=1, finished_at_ms=2**41,
     steps=(StepTaken("tap", 5, "done"),), left_behind=("tap x",), supported=("1", "2"),
-    detail={"act": "sender", "n": 2**53, "deep": {"a": [1.5, None, True, "x"]}}, **TRACE,
+    detail={"act": "sender", "n": 2**53, "deep": {"a": [1.5, None, True, "x"]}},
+    traceparent=TRACEPARENT, tracestate="a=1",
 )  # fmt: skip
 EVENT = Event(
     id="h1:j:1", host_id="h1", boot_id="b", journal_id="j", seq=2**40, at_ms=3,
     kind=EventKind.STATUS, tenant_id="acme", from_="stopped", to="running", detail={"n": 1},
-    **TRACE,
+    traceparent=TRACEPARENT, tracestate="a=1",
 )  # fmt: skip
 
 
