@@ -828,7 +828,8 @@ class Host:
     """Everything that a handler uses. The worker has one, each test makes one.
 
     `pending_reservations` are the records of launches whose reservation is being committed;
-    `disk_claims` the disk space of what is being made; `unrecorded` the VMMs without a record.
+    `disk_claims` the disk space of what is being made; `unrecorded` the VMMs without a record;
+    `seen_alive`, by instance, the VMM that this worker has launched or has seen alive.
     """
 
     settings: Settings
@@ -855,3 +856,4 @@ class Host:
     pending_reservations: dict[InstanceRef, InstanceRecord]
     disk_claims: set[DiskClaim]
     unrecorded: UnrecordedVmms
+    seen_alive: dict[InstanceRef, VmmIdentity]

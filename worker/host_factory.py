@@ -143,6 +143,7 @@ def open_real_host(
         pending_reservations=pending_reservations,
         disk_claims=set(),
         unrecorded=unrecorded,
+        seen_alive={},
     )
     return RealHost(
         host=host,

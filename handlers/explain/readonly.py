@@ -147,6 +147,7 @@ def readonly_host(host: Host, seen: Seen) -> Host:
         pending_reservations=dict(host.pending_reservations),
         disk_claims=set(host.disk_claims),
         unrecorded=unrecorded,
+        seen_alive=dict(host.seen_alive),
     )
 
 

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 from handlers.concurrency import limited
 from handlers.errors import NotFound
 from handlers.instance.artifact_refs import collect_revision
-from handlers.instance.release import end_vmm, release_launch
+from handlers.instance.release import end_vmm, read_unseen, release_launch
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host
 from handlers.steps import Done, Steps
@@ -36,6 +36,8 @@ async def destroy_instance(cmd: DestroyInstance, steps: Steps, host: Host) -> Do
         await host.data_disks.check_wipe(cmd.ref, record.disk)
     steps.finalize()
     if record.status is not Status.DESTROYING:
+        if record.status is not Status.STOPPING:
+            record = await read_unseen(record, steps, host)
         record = replace(
             record,
             status=Status.DESTROYING,

@@ -290,6 +290,7 @@ def vmm_record(launch: Launch, identity: VmmIdentity, host: Host) -> InstanceRec
     record = host.records.instance(launch.ref)
     if record is None:
         raise Conflict(f"instance {launch.ref} is no longer in the journal")
+    host.seen_alive[launch.ref] = identity
     return replace(record, vmm=identity, metering=began(record, host.facts.moment()))
 
 

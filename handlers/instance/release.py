@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from handlers.cancellation import together
+from handlers.errors import HostFault
 from handlers.instance.metering import read_last
 from handlers.interfaces import Discarded, DiskClaim, Host
 from handlers.network_names import names_of
@@ -84,6 +85,27 @@ async def read_usage(
     if record.vmm is None or is_read:
         return record
     return await steps.act("read_usage", lambda: read_last(record, host, seen=seen))
+
+
+async def ended_unseen(record: InstanceRecord, host: Host) -> bool:
+    """Whether its VMM has ended, perhaps while no worker ran: then nothing says how long it lived.
+
+    False of a VMM that this worker has launched or has seen alive.
+    """
+    if record.vmm is None or host.seen_alive.get(record.ref) == record.vmm:
+        return False
+    try:
+        return not await host.vmms.alive(record.vmm)
+    except HostFault:  # it lives, and is not what was launched
+        return False
+
+
+async def read_unseen(record: InstanceRecord, steps: Steps, host: Host) -> InstanceRecord:
+    """What the VMM used, if it is `ended_unseen`. Before a command changes the record, so that a
+    run that continues the command does not take the end for its own."""
+    if await ended_unseen(record, host):
+        return await read_usage(record, steps, host, seen=False)
+    return record
 
 
 async def release_port(

@@ -13,6 +13,7 @@ from handlers.instance.release import (
     end_vmm,
     flush_conntrack,
     nothing,
+    read_unseen,
     release_launch,
 )
 from handlers.instance.state import final_record, read_state
@@ -56,6 +57,7 @@ async def stop_instance(cmd: StopInstance, steps: Steps, host: Host) -> Done:
         return stopped(record, None, left_behind, host)
     before = record
     if record.status is not Status.STOPPING:
+        record = before = await read_unseen(record, steps, host)
         record = replace(
             record,
             status=Status.STOPPING,

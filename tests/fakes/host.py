@@ -251,6 +251,7 @@ class FakeHost:
             later=lambda name, work: self.later.append(work),
             pending_reservations={},
             unrecorded=UnrecordedVmms(),
+            seen_alive={},
         )
 
 

@@ -13,6 +13,7 @@ import structlog
 from msgspec.structs import replace
 
 from handlers.errors import Failure, HostFault
+from handlers.instance.release import ended_unseen
 from handlers.instance.vmm_exit import vmm_exited
 from handlers.interfaces import Host
 from handlers.steps import Steps
@@ -92,6 +93,8 @@ class VmmWatch:
         runs = record is not None and record.status.expects_vmm and record.vmm is not None
         jail_id = record.jail_id if record is not None and runs else None
         watched = self._watched.get(ref)
+        if not runs:
+            self._host.seen_alive.pop(ref, None)
         if watched is not None and watched.jail_id != jail_id:
             del self._watched[ref]
             watched.task.cancel()
@@ -109,7 +112,7 @@ class VmmWatch:
         status = ExitStatus() if record.vmm is None else self._exits.left_by(record.vmm)
         self.exited(record, status, seen=False)
 
-    def exited(self, record: InstanceRecord, status: ExitStatus, *, seen: bool = True) -> None:
+    def exited(self, record: InstanceRecord, status: ExitStatus, *, seen: bool) -> None:
         """Handle the exit of a VMM in its instance's lane; `seen`: when it ended is known."""
 
         async def handle() -> None:
@@ -151,6 +154,8 @@ class VmmWatch:
         """Whatever fails, the VMM is watched again: nothing else would see its exit."""
         while record.vmm is not None:
             try:
+                if seen := not await ended_unseen(record, self._host):
+                    self._host.seen_alive[record.ref] = record.vmm
                 status = await self._exits.watch(record.vmm)
             except HostFault as failure:
                 # A live process that is not the VMM launched: it is not killed.
@@ -160,7 +165,7 @@ class VmmWatch:
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 log.warning("vmm.watch_failed", instance=str(record.ref), **facts_of(error))
             else:
-                self.exited(record, status)
+                self.exited(record, status, seen=seen)
                 return
             await self._sleep(RETRY_S)
 

@@ -131,6 +131,7 @@ def host_of(net: HostNet, journal: MemoryRecords, settings: NetworkSettings | No
         disk=DiskSpace(state="/", reserve_mib=0),
         disk_claims=set(),
         unrecorded=UnrecordedVmms(),
+        seen_alive={},
         slots=Slots.of(LimitSettings()),
         later=nothing,
         pending_reservations={},

@@ -108,7 +108,12 @@ def everything(worker: MemoryWorker) -> dict[str, Any]:
         "machine": {
             each.name: repr(getattr(machine, each.name)) for each in dataclasses.fields(machine)
         },
-        "claims": (repr(host.pending_reservations), repr(host.disk_claims), host.locks.states()),
+        "claims": (
+            repr(host.pending_reservations),
+            repr(host.disk_claims),
+            repr(host.seen_alive),
+            host.locks.states(),
+        ),
         "slots": host.slots.counts(),
         "unrecorded": host.unrecorded.vmms,
         "lanes": worker.lanes.counts(),
@@ -311,7 +316,15 @@ async def test_files_of_firecracker_that_were_replaced_are_not_taken_up(
 
 # Their interfaces have no effect on the host; or they are replaced as a whole.
 READ_AS_THEY_ARE: Final = {"settings", "facts", "disk"}
-REPLACED: Final = {"locks", "slots", "later", "pending_reservations", "disk_claims", "unrecorded"}
+REPLACED: Final = {
+    "locks",
+    "slots",
+    "later",
+    "pending_reservations",
+    "disk_claims",
+    "unrecorded",
+    "seen_alive",
+}
 
 
 async def test_every_method_of_a_host_is_a_read_or_predicted(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ async def test_a_cleanup_that_fails_is_tried_again_after_a_pause(tmp_path: Path)
         machine.kill(record.jail_id)
         machine.fail["remove_jail"] = HostFault("the disk does not answer")
 
-        watch.exited(record, ExitStatus())
+        watch.exited(record, ExitStatus(), seen=True)
         async with asyncio.timeout(10):
             assert await pauses.get() == RETRY_S
         assert worker.record().status is Status.RUNNING
