@@ -4,8 +4,10 @@ Unless a call hangs, e.g. on a disk that does not answer: then it is abandoned (
 """
 
 import asyncio
+import contextlib
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
@@ -50,6 +52,32 @@ class CancelToken:
         self.progress.made()
         if self._stop.is_set():
             raise Unavailable("file work interrupted: nobody waits for it any more")
+
+
+class HandedFd:
+    """A descriptor for one call in a thread, which takes it over and closes it: an abandoned call
+    may still use it, and its number must not become another file's until then.
+
+    Who made it calls `close` in any case: it is the thread's, or is closed.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    @contextlib.contextmanager
+    def taken(self) -> Generator[int]:
+        """In the thread, around all that the call does; closed at the end of the block."""
+        fd, self._fd = self._fd, -1
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """In the loop, once the call has ended, was abandoned or was never made."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 async def run_in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

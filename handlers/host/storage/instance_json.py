@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from handlers.errors import Invalid, Unavailable
-from handlers.host.linux.file_threads import run_in_thread
+from handlers.host.linux.file_threads import HandedFd, run_in_thread
 from handlers.host.linux.openat2 import Directory
 
 INSTANCE = "instance.json"
@@ -43,7 +43,7 @@ class PreparedFile:
 
     changes: dict[str, Any]
     read: os.stat_result
-    fd: int
+    fd: HandedFd
     reopen: Callable[[], Directory]
 
     async def apply(self, changes: dict[str, Any]) -> bool:
@@ -52,18 +52,18 @@ class PreparedFile:
         return await run_in_thread(self._apply)
 
     def _apply(self) -> bool:
-        with self.reopen() as directory:
+        with self.fd.taken() as fd, self.reopen() as directory:
             now = directory.stat(INSTANCE)
             if now is None or not _same(now, self.read):
                 return False
             try:
-                directory.replace_by(INSTANCE, self.fd)
+                directory.replace_by(INSTANCE, fd)
             except OSError:  # e.g. on another file system by now
                 return False
             return True
 
     def close(self) -> None:
-        os.close(self.fd)
+        self.fd.close()
 
 
 def checked(changes: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def prepare(
         fd = directory.unnamed(new, uid=read.st_uid, gid=read.st_gid, mode=mode)
     except OSError:
         return None
-    return PreparedFile(dict(changes), read, fd, reopen)
+    return PreparedFile(dict(changes), read, HandedFd(fd), reopen)
 
 
 def update(directory: Directory, changes: dict[str, Any]) -> None:

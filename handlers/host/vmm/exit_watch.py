@@ -86,12 +86,15 @@ class Newborn:
     def __init__(self) -> None:
         self._pid = 0
         self._pidfd: int | None = None
+        self._closed = False
 
     def see(self, pids: Sequence[int]) -> None:
         """The jailer is in the cgroup too, until it has exited: the last one seen alone counts."""
         if len(pids) == 1 and pids[0] != self._pid:
-            self.close()
+            self._forget()
             self._pid, self._pidfd = pids[0], processes.open_pidfd(pids[0])
+            if self._closed:  # meanwhile: this call was abandoned
+                self._forget()
 
     @property
     def has_exited(self) -> bool:
@@ -103,9 +106,13 @@ class Newborn:
         return ExitStatus() if self._pidfd is None else exit_status(self._pid, self._pidfd)
 
     def close(self) -> None:
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+        self._closed = True
+        self._forget()
+
+    def _forget(self) -> None:
+        pidfd, self._pidfd = self._pidfd, None
+        if pidfd is not None:
+            os.close(pidfd)
 
 
 def exit_status(pid: int, pidfd: int) -> ExitStatus:

@@ -11,7 +11,8 @@ import signal
 from collections.abc import Callable, Sequence
 
 from handlers.cancellation import run_shielded
-from handlers.host.linux.file_threads import run_in_thread
+from handlers.errors import Unavailable
+from handlers.host.linux.file_threads import HandedFd, run_in_thread
 from handlers.host.vmm import processes
 
 SETSIGDEF, SETSIGMASK = 0x04, 0x08
@@ -29,7 +30,7 @@ async def run(argv: Sequence[str], output: int, *, first: Callable[[], None] = n
 
     stdin is empty, stdout and stderr go to the descriptor `output`. If cancelled, the program is
     killed. Its child processes are not waited for. `first` is called before, in the same thread;
-    what it raises is raised, and nothing is executed.
+    what it raises is raised, and nothing is executed; so it is if the call was abandoned in it.
 
     Source: posix_spawn(3), pidfd_open(2).
 
@@ -37,9 +38,15 @@ async def run(argv: Sequence[str], output: int, *, first: Callable[[], None] = n
         OSError: it cannot be executed.
     """
 
+    waited_for = True
+    handed = HandedFd(os.dup(output))
+
     def spawn() -> int:
-        first()
-        return _spawn(argv, output)
+        with handed.taken() as own:
+            first()
+            if not waited_for:
+                raise Unavailable(f"{argv[0]} was not executed: nobody waits for it any more")
+            return _spawn(argv, own)
 
     spawning = asyncio.ensure_future(run_in_thread(spawn))
     try:
@@ -48,6 +55,9 @@ async def run(argv: Sequence[str], output: int, *, first: Callable[[], None] = n
         if not spawning.cancelled() and spawning.exception() is None:
             await run_shielded(_end(spawning.result()))
         raise
+    finally:
+        waited_for = False
+        handed.close()
     pidfd = os.pidfd_open(pid)
     try:
         await processes.wait_exit(pidfd)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from handlers.host.vmm import processes
-from handlers.host.vmm.exit_watch import ExitWatch, read_exit_status, status_of
+from handlers.host.vmm.exit_watch import ExitWatch, Newborn, read_exit_status, status_of
 from handlers.vmm_ends import ExitStatus
 from schemas.records import VmmIdentity
 
@@ -96,6 +96,18 @@ async def test_the_status_of_another_process_with_that_pid_is_not_taken() -> Non
     finally:
         os.close(pidfd)
         os.waitpid(pid, 0)
+
+
+def test_a_call_that_goes_on_after_its_launch_has_failed_holds_no_process() -> None:
+    before = os.listdir("/proc/self/fd")
+    born = Newborn()
+    born.see([os.getppid()])
+
+    born.close()
+    born.see([os.getpid()])
+
+    assert os.listdir("/proc/self/fd") == before
+    assert (born.has_exited, born.status()) == (False, ExitStatus())
 
 
 async def test_a_cancelled_watch_leaves_no_descriptor_and_no_reader() -> None:
