@@ -186,7 +186,8 @@ class Reconciler:
         except Exception as error:  # noqa: BLE001 - logged; the rest goes on
             log.warning("network.repair_failed", tenant=record.tenant_id, **facts_of(error))
             return
-        is_news = bool(restored.lost) and self._lost.get(record.tenant_id) != restored.lost
+        known = self._lost.get(record.tenant_id, ())
+        is_news = bool(restored.lost) and known != restored.lost
         if restored.lost:
             self._lost[record.tenant_id] = restored.lost
         else:
@@ -198,6 +199,7 @@ class Reconciler:
                 restored,
                 "changed out of band",
                 tenant_id=record.tenant_id,
+                known=known,
             )
 
     async def _report_warnings(self) -> None:

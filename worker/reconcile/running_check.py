@@ -69,13 +69,20 @@ class RunningCheck:
         except Exception as error:  # noqa: BLE001 - logged; the rest goes on
             log.warning("instance.repair_failed", instance=str(ref), **facts_of(error))
             return
-        lost = (record.launch, restored.lost)
-        is_news = self._lost.get(ref) != lost and bool(restored.lost)
+        launch, known = self._lost.get(ref, (record.launch, ()))
+        if launch != record.launch:
+            known = ()
+        is_news = bool(restored.lost) and known != restored.lost
         if restored.repaired or is_news:
             await report_drift(
-                self._journal, self._metrics, restored, "changed out of band", ref=ref
+                self._journal,
+                self._metrics,
+                restored,
+                "changed out of band",
+                ref=ref,
+                known=known,
             )
         if restored.lost:
-            self._lost[ref] = lost
+            self._lost[ref] = (record.launch, restored.lost)
         else:
             self._lost.pop(ref, None)

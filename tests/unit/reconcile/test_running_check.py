@@ -151,6 +151,35 @@ async def test_a_tap_that_is_lost_for_good_is_announced_once(running: Running) -
     assert running.counted("tap", "lost") == 1
 
 
+async def test_a_loss_is_counted_once_whatever_else_is_announced_later(running: Running) -> None:
+    record = running.worker.record()
+    running.machine.lacking[record.jail_id] = ("api.sock",)
+    await running.once()
+    change_file(running)
+    await running.once()
+    running.machine.lacking[record.jail_id] = ("api.sock", "v.sock")
+    await running.once()
+
+    events = await running.drifts()
+    assert [len(event.detail["lost"]) for event in events] == [1, 1, 2]
+    assert running.counted("jail", "lost") == 2
+    assert running.counted("instance.json", "repaired") == 2
+
+
+async def test_a_loss_in_a_network_is_counted_once_whatever_is_repaired_later(
+    running: Running,
+) -> None:
+    del running.machine.resources["tap", "tn3i5"]
+    await running.once()
+    (rules,) = [key for kind, key in running.machine.resources if kind == "tenant_rules"]
+    del running.machine.resources["tenant_rules", rules]
+    await running.once()
+
+    assert len(await running.drifts()) == 2
+    assert running.counted("tenant_rules", "repaired") == 1
+    assert running.counted("tap", "lost") == 1
+
+
 @pytest.mark.parametrize("lost", ["tap", "api.sock"])
 async def test_what_was_lost_counts_no_more_once_the_next_launch_has_it(
     running: Running, lost: str
