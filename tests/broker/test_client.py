@@ -204,6 +204,89 @@ async def test_what_no_stream_takes_is_said_at_once(client: HostdClient) -> None
         await client.send("h1", START, timeout_s=DEAD_S)
 
 
+@pytest.mark.usefixtures("quick")
+async def test_a_command_whose_first_publication_is_open_is_not_called_not_stored(
+    worker: StandIn, client: HostdClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.silent = True
+    publish_ = client.link.publish
+    tries = 0
+
+    async def lossy(subject: str, payload: bytes) -> None:
+        nonlocal tries
+        tries += 1
+        if tries > 1:
+            raise errors.NotStored("no stream has a leader")
+        await publish_(subject, payload)
+        raise errors.NoAnswer("the answer was lost")
+
+    monkeypatch.setattr(client.link, "publish", lossy)
+
+    with pytest.raises(errors.NoReply, match="no stream has a leader"):
+        await client.send(HOST, START, timeout_s=0.5)
+    assert (tries, len(worker.commands)) == (2, 1)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_copy_that_the_stream_does_not_take_is_no_end_of_the_command_that_it_has(
+    worker: StandIn, client: HostdClient
+) -> None:
+    worker.silent = True
+    worker.answers["result"] = {"error": {"code": "not_found", "message": "not in the journal"}}
+    jetstream = worker.connection.jetstream()
+    config = (await jetstream.stream_info(SUBJECTS.commands_stream)).config
+    await jetstream.update_stream(config, max_msgs_per_subject=1)
+
+    sending = asyncio.create_task(client.send(HOST, START, timeout_s=DEAD_S, command_id="c-1"))
+    while len(worker.questions) < 3:  # looked for again after the first copy was refused
+        await asyncio.sleep(0.01)
+    await keep(worker, "c-1", status="running")
+
+    assert (await sending).status == "running"
+    kept = await jetstream.stream_info(SUBJECTS.commands_stream)
+    assert kept.state.messages == 1
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("busy_with", ["last", "publish"])
+async def test_a_reply_that_arrives_during_something_else_is_taken_at_once(
+    worker: StandIn, client: HostdClient, monkeypatch: pytest.MonkeyPatch, busy_with: str
+) -> None:
+    worker.silent = True
+    busy = asyncio.Event()
+    do = getattr(client.link, busy_with)
+
+    async def endless(*arguments: Any) -> None:
+        if busy_with == "publish":
+            await do(*arguments)
+        busy.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(client.link, busy_with, endless)
+    sending = asyncio.create_task(client.send(HOST, START, timeout_s=DEAD_S))
+    await busy.wait()
+    while not worker.commands:
+        await asyncio.sleep(0.01)
+    ((_, command),) = worker.commands
+    assert command.reply_to is not None
+    reply = worker.reply_to(command)
+    await worker.connection.publish(command.reply_to, codec.encode_reply(reply))
+
+    assert await asyncio.wait_for(sending, 5) == reply
+
+
+async def test_a_kept_reply_that_nobody_could_look_for_is_no_answer(
+    worker: StandIn, client: HostdClient
+) -> None:
+    worker.answers["result"] = {"error": {"code": "not_found", "message": "not in the journal"}}
+    assert await client.kept_reply(HOST, START, "c-1") is None
+    worker.answers["result"] = {"error": {"code": "unavailable", "message": "recovering"}}
+    with pytest.raises(errors.NoAnswer, match="c-1: recovering"):
+        await client.kept_reply(HOST, START, "c-1")
+    with pytest.raises(errors.NoWorker):
+        await client.kept_reply("h9", START, "c-1")
+
+
 async def test_a_server_that_is_not_there_is_no_connection() -> None:
     with pytest.raises(errors.NoConnection, match=r"cannot connect to NATS at nats://127.0.0.1:1"):
         async with HostdClient.connect("nats://127.0.0.1:1"):
@@ -385,6 +468,7 @@ async def test_the_blocking_client_does_the_same_in_a_thread(
     worker.answers["list"] = {
         "v": 1, "journal_id": "j", "seq": 0, "networks": [], "instances": []
     }  # fmt: skip
+    worker.answers["result"] = {"error": {"code": "not_found", "message": "not in the journal"}}
     await publish(worker, event(1))
 
     def work() -> list[Any]:

@@ -171,7 +171,7 @@ class HostdClient:
         Raises:
             Refused: its subclass says the code: `Conflict`, `Exhausted`, ... Final for this ID.
             NoReply: it may still run; send it again under `error.command_id`.
-            NotStored: it will not run.
+            NotStored: it will not run, unless an earlier call under this ID had no reply.
         """
         raw = await self.exchange(
             host,
@@ -210,37 +210,55 @@ class HostdClient:
         )
         subjects = self._subjects(host)
         with self._inbox.expect(command.id) as expected:
+            finding = asyncio.create_task(self._find(subjects, command, expected))
             try:
-                async with asyncio.timeout(timeout_s):
-                    return _map(await self._reply(subjects, command, expected))
-            except TimeoutError as error:
-                trouble = f" ({expected.trouble})" if expected.trouble else ""
-                raise errors.NoReply(
-                    f"no reply from host {host} to command {command.id} within {timeout_s:g} s"
-                    f"{trouble}; it may still run: send it again under this ID for its outcome",
-                    command.id,
-                ) from error
+                # The reply may arrive at any time, whatever else is waited for.
+                await asyncio.wait(
+                    (expected.arrived, finding),
+                    timeout=timeout_s,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            finally:
+                finding.cancel()
+                await asyncio.gather(finding, return_exceptions=True)
+        if expected.arrived.done():
+            return _map(expected.arrived.result())
+        if not finding.cancelled():
+            return _map(finding.result())
+        trouble = f" ({expected.trouble})" if expected.trouble else ""
+        raise errors.NoReply(
+            f"no reply from host {host} to command {command.id} within {timeout_s:g} s"
+            f"{trouble}; it may still run: send it again under this ID for its outcome",
+            command.id,
+        )
 
     async def kept_reply(self, host: str, request: Request, command_id: str) -> Reply | None:
         """The reply of an earlier command, whatever its code, without sending anything.
 
         It is looked for in the reply stream, which has the newest reply of a lane also while no
-        worker runs, then in the journal of the worker. None if it is in neither (yet).
+        worker runs, then in the journal of the worker. None if the worker says that it has none
+        (yet).
+
+        Raises:
+            NoAnswer: it is not the newest reply of its lane, and the worker cannot be asked.
         """
         found, _ = await self._look(self._subjects(host), Lane.of_request(request), command_id)
         return None if found is None else _reply_of(_map(found))
 
-    async def _reply(self, subjects: Subjects, command: Command, expected: Expected) -> bytes:
+    async def _find(self, subjects: Subjects, command: Command, expected: Expected) -> bytes:
+        """Publish the command, and look for its reply where it is kept, until it is found."""
         lane = Lane.of_request(command.request)
         subject = subjects.command(lane)
         data = codec.encode_command(replace(command, reply_to=expected.subject))
         await self._store(subject, data, expected)
         copies, wait_s = 0, FIRST_LOOK_S
         while True:
-            if (arrived := await expected.within(wait_s)) is not None:
-                return arrived
+            await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, LOOK_MAX_S)
-            kept, unknown = await self._look(subjects, lane, command.id)
+            try:
+                kept, unknown = await self._look(subjects, lane, command.id)
+            except errors.NoAnswer:
+                continue
             if kept is not None:
                 return kept
             if unknown and copies < COPIES_MAX:
@@ -248,23 +266,36 @@ class HostdClient:
                 await self._store(subject, data, expected)
 
     async def _store(self, subject: str, data: bytes, expected: Expected) -> None:
-        """Publish, again and again until the stream has it. Raises `NotStored`."""
+        """Publish, again and again until the stream has it, or refuses a copy of what it may have.
+
+        Raises:
+            NotStored: the stream has no message of this exchange.
+        """
         while True:
             try:
                 await self.link.publish(subject, data)
-            except errors.NotStored:
-                raise
+            except errors.NotStored as error:
+                if not expected.maybe_stored:
+                    raise
+                expected.trouble = error.message
+                return
             except errors.NoAnswer as error:
+                expected.maybe_stored = True
                 expected.trouble = error.message
                 await asyncio.sleep(RETRY_S)
             else:
+                expected.maybe_stored = True
                 expected.trouble = ""
                 return
 
     async def _look(
         self, subjects: Subjects, lane: Lane, command_id: str
     ) -> tuple[bytes | None, bool]:
-        """The kept reply; and whether a worker runs that does not know the command."""
+        """The kept reply; and whether a worker runs that does not know the command.
+
+        Raises:
+            NoAnswer: it is not the newest reply of its lane, and the worker cannot be asked.
+        """
         with suppress(errors.HostdError):
             kept = await self.link.last(subjects.replies_stream, subjects.reply(lane))
             if kept is not None and _map(kept.data).get("id") == command_id:
@@ -273,8 +304,12 @@ class HostdClient:
             done = await self.ask(subjects.host_id, queries.result(command_id))
         except errors.NotFound:
             return None, True
-        except errors.HostdError:
-            return None, False
+        except errors.NoAnswer:
+            raise
+        except errors.HostdError as error:  # of the query: it says nothing about the command
+            raise errors.NoAnswer(
+                f"cannot ask host {subjects.host_id} for command {command_id}: {error.message}"
+            ) from error
         return (None if done.reply is None else pack(done.reply)), False
 
     # -- queries ---------------------------------------------------------------------------------

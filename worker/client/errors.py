@@ -74,7 +74,10 @@ class NoWorker(NoAnswer):
 
 
 class NotStored(NoAnswer):
-    """The stream did not take the command: it will not run. Send it again later."""
+    """The stream did not take the command: it will not run. Send it again later.
+
+    So it is of one call of `send`: what an earlier one under the same ID left open may still run.
+    """
 
 
 class NoReply(NoAnswer):

@@ -15,17 +15,14 @@ class Expected:
     Attributes:
         subject: its `reply_to`.
         trouble: why the command could not be published last.
+        maybe_stored: whether the stream has it, or may have it.
     """
 
     def __init__(self, subject: str) -> None:
         self.subject = subject
         self.trouble = ""
+        self.maybe_stored = False
         self.arrived: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-
-    async def within(self, timeout_s: float) -> bytes | None:
-        """The reply's bytes; None if it does not arrive in time."""
-        done, _ = await asyncio.wait((self.arrived,), timeout=timeout_s)
-        return self.arrived.result() if done else None
 
 
 class Inbox:
