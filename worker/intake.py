@@ -303,14 +303,16 @@ class Intake:
         await self._bus.send(message.reply_to, codec.encode_reply(reply, message.form))
 
     async def _answer_too_many_copies(self, message: _Message) -> None:
-        """Only the sender of this message gets the answer; the command itself goes on."""
+        """Only the sender of this message gets the answer; the command itself goes on.
+
+        It is not the outcome, and does not invite a new ID, which would be a second command.
+        """
         reply = self._error(
             message,
             Code.EXHAUSTED,
             f"the id {message.id} is unfinished and {JOINERS_MAX} copies wait for its reply, the "
             "limit; its reply goes to the reply stream",
-            retryable=True,
-            detail={"act": "sender"},
+            detail={"act": "sender", "path": "$.reply_to"},
         )
         if message.reply_to is not None:
             await self._bus.send(message.reply_to, codec.encode_reply(reply, message.form))

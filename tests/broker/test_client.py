@@ -248,6 +248,23 @@ async def test_a_copy_that_the_stream_does_not_take_is_no_end_of_the_command_tha
 
 
 @pytest.mark.usefixtures("quick")
+async def test_an_answer_to_a_copy_alone_is_not_the_outcome_of_the_command(
+    worker: StandIn, client: HostdClient
+) -> None:
+    worker.reply = {
+        "response": Error("32 copies wait"), "code": Code.EXHAUSTED,
+        "detail": {"act": "sender", "path": "$.reply_to"},
+    }  # fmt: skip
+
+    sending = asyncio.create_task(client.send(HOST, START, timeout_s=DEAD_S, command_id="c-1"))
+    while not worker.commands:
+        await asyncio.sleep(0.01)
+    await keep(worker, "c-1", status="running")
+
+    assert (await sending).status == "running"
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("busy_with", ["last", "publish"])
 async def test_a_reply_that_arrives_during_something_else_is_taken_at_once(
     worker: StandIn, client: HostdClient, monkeypatch: pytest.MonkeyPatch, busy_with: str

@@ -26,6 +26,7 @@ from tests.fakes.shell_worker import (
     stop,
 )
 from tests.plain import unpacked
+from worker.journal.admission import JOINERS_MAX
 
 LANE = "instance.acme.web.a1"
 CMD = f"hostd.v1.test.h1.cmd.{LANE}"
@@ -136,6 +137,26 @@ async def test_the_same_id_with_another_request_is_a_conflict_sent_to_its_sender
         assert len(worker.bus.replies()) == 1
         assert worker.bus.dead() == []
         assert worker.machine.things.there == {"acme/web/a1"}
+
+
+async def test_a_copy_beyond_the_limit_is_answered_as_a_copy_and_not_as_the_command(
+    tmp_path: Path,
+) -> None:
+    gate = asyncio.Event()
+    machine = FakeHandlers(gate=gate)
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
+        worker.send(start(), reply_to="_INBOX.first")
+        await machine.at_gate.wait()
+        for n in range(JOINERS_MAX + 1):
+            worker.send(start(), reply_to=f"_INBOX.{n}")
+        await worker.bus.until(sent=1)
+
+        (answer,) = (codec.decode_reply(data) for _, data in worker.bus.sent)
+        assert (answer.code, answer.detail["path"]) == (Code.EXHAUSTED, "$.reply_to")
+        assert not answer.retryable  # a new ID would be a second command
+        gate.set()
+        await worker.bus.until(replies=1, sent=JOINERS_MAX + 2)
+        assert machine.things.made == ["acme/web/a1"]
 
 
 async def test_the_answer_has_the_form_of_the_request(tmp_path: Path) -> None:

@@ -1,12 +1,21 @@
-"""One subject for all replies to this client, below which each command has its own."""
+"""One subject for all replies to this client, below which each command has its own.
+
+The answer to a copy beyond the number that may wait says nothing of the command: it is dropped.
+"""
 
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Final, cast
 
+from schemas.codes import Code
+from schemas.decode_error import DecodeError
+from schemas.unpack import ANSWER, unpack_map
 from worker.bus.message import Message
 from worker.client.link import Link
+
+OF_A_COPY: Final = (Code.EXHAUSTED, "$.reply_to")  # code and `detail.path`; the contract, Bounds
 
 
 class Expected:
@@ -53,6 +62,22 @@ class Inbox:
                 del self._expected[command_id]
 
     def _receive(self, message: Message) -> None:
+        if _is_of_a_copy(message.data):
+            return
         for expected in self._expected.get(message.subject.rpartition(".")[2], ()):
             if not expected.arrived.done():
                 expected.arrived.set_result(message.data)
+
+
+def _is_of_a_copy(data: bytes) -> bool:
+    if OF_A_COPY[1].encode() not in data:
+        return False
+    try:
+        reply = unpack_map(data, ANSWER)
+    except DecodeError:
+        return False
+    detail = reply.get("detail")
+    if not isinstance(detail, dict):
+        return False
+    path = cast("dict[str, object]", detail).get("path")
+    return (reply.get("code"), path) == OF_A_COPY
