@@ -34,6 +34,7 @@ from schemas.requests import (
     StartInstance,
     TeardownNetwork,
 )
+from schemas.subjects import Lane
 from schemas.unpack import pack, unpack_map
 from tests.broker.server import CELL, HOST, SUBJECTS, Server
 from worker.cli.main import main
@@ -342,6 +343,21 @@ async def _again_and_again(connection: Client, subject: str, payload: bytes) -> 
     while True:
         await connection.publish(subject, payload)
         await asyncio.sleep(0.05)
+
+
+async def test_what_is_no_event_of_its_host_is_left_out_with_a_note(
+    server: Server, worker: StandIn
+) -> None:
+    publish = worker.connection.jetstream().publish
+    subject = SUBJECTS.event(Lane.host(), "host")
+    await publish(subject, b"\xc1")
+    await publish(subject, pack({"host_id": "h2", "journal_id": "j", "seq": 1}))
+
+    result = await hostd(server, "events", "--kept", "--no-follow", "--json")
+
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "left out: cannot decode" in result.stderr
+    assert "of host 'h2'" in result.stderr
 
 
 async def test_without_events_in_time_the_command_line_exits_with_no_answer(

@@ -414,6 +414,64 @@ async def test_a_kind_of_event_that_is_not_known_yet_is_left_out_and_is_no_gap(
         assert [(await soon(feed)).seq for _ in range(2)] == [1, 3]
 
 
+async def publish_bad(worker: StandIn) -> None:
+    """What no reader can take: no envelope, and an event that says that another host's it is."""
+    jetstream = worker.connection.jetstream()
+    await jetstream.publish(SUBJECTS.event(LANE, "status"), b"\xc1")
+    await publish(worker, event(9, host_id="h2"))
+
+
+@pytest.mark.parametrize("host", [HOST, "*"])
+async def test_an_event_that_cannot_be_read_or_is_of_another_host_than_its_subject_is_left_out(
+    worker: StandIn, client: HostdClient, caplog: pytest.LogCaptureFixture, host: str
+) -> None:
+    async with client.events(host) as feed:
+        await publish(worker, event(1))
+        await publish_bad(worker)
+        await publish(worker, event(2))
+
+        found = [(each.host_id, each.seq) for each in [await soon(feed), await soon(feed)]]
+    stored = [each async for each in client.stored_events(host, follow=False)]
+    resumed = [
+        each async for each in client.stored_events(host, after=1, follow=False)
+    ]  # a position before what cannot be read
+
+    assert found == [(HOST, 1), (HOST, 2)]
+    assert [each.stream_seq for each in stored] == [1, 4]
+    assert [each.stream_seq for each in resumed] == [4]
+    assert "cannot decode an event" in caplog.text
+    assert "of host 'h2'" in caplog.text
+
+
+async def test_a_position_beyond_the_end_of_the_stream_is_a_loss(
+    worker: StandIn, client: HostdClient
+) -> None:
+    await publish(worker, event(1))
+
+    assert [each async for each in client.stored_events(after=1, follow=False)] == []
+    for follow in (False, True):
+        with pytest.raises(errors.EventsLost, match="ends at message 1, before 5"):
+            await anext(client.stored_events(after=5, follow=follow))
+
+
+async def test_a_stream_that_is_made_anew_is_a_loss_to_who_follows_it(
+    worker: StandIn, client: HostdClient
+) -> None:
+    await publish(worker, event(1), event(2))
+    following = client.stored_events()
+    assert [(await anext(following)).stream_seq for _ in range(2)] == [1, 2]
+    waiting = asyncio.ensure_future(anext(following))
+
+    jetstream = worker.connection.jetstream()
+    config = (await jetstream.stream_info(SUBJECTS.events_stream)).config
+    await jetstream.delete_stream(SUBJECTS.events_stream)
+    await jetstream.add_stream(config)
+    await publish(worker, event(1))
+
+    with pytest.raises(errors.EventsLost, match="ends at message 1, before 2"):
+        await asyncio.wait_for(waiting, DEAD_S)
+
+
 async def test_a_reader_that_is_too_slow_loses_the_feed_and_no_memory(
     worker: StandIn, client: HostdClient
 ) -> None:

@@ -7,15 +7,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
-from schemas.decode_error import DecodeError
 from schemas.requests import Request
 from schemas.settings import Settings
-from schemas.unpack import ANSWER, unpack_map
 from worker.bus.guarded_client import GuardedClient
-from worker.cli.context import CliError, NoAnswer, NoWorker
+from worker.cli.context import CliError, NoAnswer, NoWorker, progress
 from worker.client import errors, link
 from worker.client.client import HostdClient, new_id
-from worker.client.feed import CAPACITY, Buffer
+from worker.client.feed import CAPACITY, Buffer, envelope_of
 from worker.client.link import ASK_TIMEOUT_S, Kept
 
 __all__ = ["ASK_TIMEOUT_S", "Client", "Kept", "check_credentials", "connect", "new_id"]
@@ -103,12 +101,23 @@ class Client:
             async with self._link.subscribed(subject, buffer.put, buffer.lose):
                 yield {}
                 while True:
-                    yield _map((await buffer.take()).data)
+                    message = await buffer.take()
+                    if (event := self._event(message.subject, message.data)) is not None:
+                        yield event
 
     async def kept_events(self, stream: str, host: str) -> AsyncIterator[dict[str, Any]]:
         """Retained events of the stream, oldest first, up to now."""
         async for message in self.kept(stream, f"{self._root}.{host}.evt.>"):
-            yield _map(message.data)
+            if (event := self._event(message.subject, message.data)) is not None:
+                yield event
+
+    def _event(self, subject: str, data: bytes) -> dict[str, Any] | None:
+        """None, with a note, for what is no event of the host of its subject."""
+        try:
+            return envelope_of(self._root, subject, data)
+        except errors.BadAnswer as error:
+            progress(f"note: left out: {error.message}")
+            return None
 
     async def kept(self, stream: str, subjects: str) -> AsyncIterator[Kept]:
         """Retained messages of these subjects, oldest first, up to now."""
@@ -186,10 +195,3 @@ def told() -> Generator[None]:
         raise NoAnswer(error.message) from error
     except errors.HostdError as error:
         raise CliError(error.code, error.message) from error
-
-
-def _map(payload: bytes) -> dict[str, Any]:
-    try:
-        return unpack_map(payload, ANSWER)
-    except DecodeError as error:
-        raise CliError("internal", f"cannot decode the answer: {error}") from error

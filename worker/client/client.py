@@ -29,7 +29,7 @@ from worker.bus import streams
 from worker.bus.api_reply import header_number
 from worker.bus.message import NoResponder
 from worker.client import errors, queries
-from worker.client.feed import CAPACITY, Buffer, EventFeed, read_event
+from worker.client.feed import CAPACITY, Buffer, EventFeed, envelope_of, known_event, log
 from worker.client.inbox import Expected, Inbox
 from worker.client.link import ASK_TIMEOUT_S, Kept, Link, open_link
 
@@ -378,7 +378,7 @@ class HostdClient:
         buffer = Buffer(capacity)
         subject = f"{self._root}.{host}.evt.>"
         async with self.link.subscribed(subject, buffer.put, buffer.lose):
-            yield EventFeed(buffer)
+            yield EventFeed(buffer, self._root)
 
     async def stored_events(
         self, host: str = "*", *, after: int = 0, follow: bool = True
@@ -387,9 +387,12 @@ class HostdClient:
 
         Needs the right to read the event stream: the dashboards' credential. A reader that keeps
         the `stream_seq` of the last one that it has dealt with misses none and gets none twice, for
-        as long as the stream keeps them (7 days or 1 GiB). With `follow` it never ends.
+        as long as the stream keeps them (7 days or 1 GiB). What is no event, or of another host
+        than its subject, is left out, with a warning to Python's logger `hostd.client`. With
+        `follow` it never ends.
 
         Raises:
+            EventsLost: the stream ends before `after`: it was made anew. Begin again at 0.
             NoAnswer: the stream cannot be read now, or not by this account.
         """
         subject = f"{self._root}.{host}.evt.>"
@@ -397,19 +400,32 @@ class HostdClient:
         news = asyncio.Event()
         # A live event says only that there is something to read: what is missed costs time alone.
         async with self.link.subscribed(subject, lambda _: news.set(), news.set):
-            pause_s = STORED_FIRST_S
+            pause_s, idle = STORED_FIRST_S, True
             while True:
                 news.clear()
                 message = await self.link.next(stream, subject, after)
                 if message is not None:
-                    after, pause_s = message.seq, STORED_FIRST_S
-                    event = read_event(message.data)[-1]
+                    after, pause_s, idle = message.seq, STORED_FIRST_S, False
+                    event = self._stored_event(message)
                     if event is not None:
                         yield StoredEvent(message.seq, event)
-                elif not follow:
+                    continue
+                if idle and after > (last := await self.link.last_seq(stream)):
+                    raise errors.EventsLost(
+                        f"stream {stream} ends at message {last}, before {after}: it was made "
+                        "anew; begin again at 0"
+                    )
+                if not follow:
                     return
-                else:
-                    pause_s = await _pause(news, pause_s)
+                idle = True
+                pause_s = await _pause(news, pause_s)
+
+    def _stored_event(self, message: Kept) -> Event | None:
+        try:
+            return known_event(envelope_of(self._root, message.subject, message.data))
+        except errors.BadAnswer as error:  # the next reader would meet it again, and the next one
+            log.warning("event %d of the stream left out: %s", message.seq, error.message)
+            return None
 
     async def state(self, host: str, lane: Lane) -> StateValue | None:
         """The bucket's value of a lane of this host; None if it has none (destroyed, torn down).

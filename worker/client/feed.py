@@ -1,8 +1,9 @@
 """Live events in order, with a bounded buffer; a loss is an error, never a silent gap."""
 
 import asyncio
+import logging
 from collections import deque
-from typing import Final
+from typing import Any, Final
 
 from schemas import codec
 from schemas.decode_error import DecodeError
@@ -15,6 +16,8 @@ from worker.client.queries import Listing
 __all__ = ["EventFeed"]
 
 CAPACITY: Final = 10_000
+
+log = logging.getLogger("hostd.client")
 
 
 class Buffer:
@@ -54,11 +57,13 @@ class EventFeed:
     """An asynchronous iterator of `Event`, from `HostdClient.events`.
 
     Each event of a host comes once and in order. Events of a kind that this client does not know
-    are left out. Raises `EventsLost` once something is missing; the feed has then ended.
+    are left out, and so is what is no event of the host of its subject, with a warning to Python's
+    logger `hostd.client`. Raises `EventsLost` once something is missing; the feed has then ended.
     """
 
-    def __init__(self, buffer: Buffer) -> None:
+    def __init__(self, buffer: Buffer, root: str) -> None:
         self._buffer = buffer
+        self._root = root
         self._last: dict[str, tuple[str, int]] = {}
 
     def after(self, host: str, listing: Listing) -> None:
@@ -74,7 +79,13 @@ class EventFeed:
 
     async def __anext__(self) -> Event:
         while True:
-            host, journal, seq, event = read_event((await self._buffer.take()).data)
+            message = await self._buffer.take()
+            try:
+                raw = envelope_of(self._root, message.subject, message.data)
+            except BadAnswer as error:
+                log.warning("event left out: %s", error.message)
+                continue
+            host, journal, seq = raw["host_id"], raw["journal_id"], raw["seq"]
             before = self._last.get(host)
             if before is not None and before[0] == journal and seq <= before[1]:
                 continue
@@ -84,24 +95,32 @@ class EventFeed:
                     f"found {journal}:{seq}"
                 )
             self._last[host] = journal, seq
-            if event is not None:
+            if (event := known_event(raw)) is not None:
                 return event
 
 
-def read_event(data: bytes) -> tuple[str, str, int, Event | None]:
-    """Host, journal, number, and the event; None if it is one of a newer hostd.
+def envelope_of(root: str, subject: str, data: bytes) -> dict[str, Any]:
+    """The envelope of an event, with `host_id`, `journal_id` and `seq`.
 
     Raises:
-        BadAnswer: not even an envelope.
+        BadAnswer: it is none, or of another host than its subject, which the server's accounts
+            guard; a reader leaves it out.
     """
     try:
         raw = unpack_map(data, ANSWER)
     except DecodeError as error:
-        raise BadAnswer(f"cannot decode an event: {error}") from error
+        raise BadAnswer(f"cannot decode an event on {subject}: {error}") from error
     host, journal, seq = raw.get("host_id"), raw.get("journal_id"), raw.get("seq")
     if not isinstance(host, str) or not isinstance(journal, str) or not isinstance(seq, int):
-        raise BadAnswer("cannot decode an event: it has no host_id, journal_id or seq")
+        raise BadAnswer(f"cannot decode an event on {subject}: no host_id, journal_id or seq")
+    if subject.removeprefix(f"{root}.").partition(".")[0] != host:
+        raise BadAnswer(f"an event on {subject} says that it is of host {host!a}")
+    return raw
+
+
+def known_event(raw: dict[str, Any]) -> Event | None:
+    """The event of an envelope; None if it is one of a newer hostd."""
     try:
-        return host, journal, seq, codec.read_event(raw)
+        return codec.read_event(raw)
     except DecodeError:
-        return host, journal, seq, None
+        return None

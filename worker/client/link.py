@@ -181,14 +181,7 @@ class Link:
 
     async def kept(self, stream: str, subjects: str) -> AsyncIterator[Kept]:
         """Retained messages of these subjects, oldest first, up to now."""
-        answer = await self._ask_api(f"STREAM.INFO.{stream}", {}, stream)
-        try:
-            info = read_reply(answer.data, f"stream {stream}")
-            if "error" in info:
-                raise NoAnswer(f"cannot read stream {stream}: {info['error'].get('description')}")
-            last = sequence_of(member(info, "state", stream), "last_seq", stream)
-        except BusError as error:
-            raise NoAnswer(f"cannot read stream {stream}: {error}") from error
+        last = await self.last_seq(stream)
         sequence = 0
         while sequence < last:
             message = await self.next(stream, subjects, sequence)
@@ -197,6 +190,17 @@ class Link:
             sequence = message.seq
             if sequence <= last:
                 yield message
+
+    async def last_seq(self, stream: str) -> int:
+        """The sequence of the newest message that the stream ever had."""
+        answer = await self._ask_api(f"STREAM.INFO.{stream}", {}, stream)
+        try:
+            info = read_reply(answer.data, f"stream {stream}")
+            if "error" in info:
+                raise NoAnswer(f"cannot read stream {stream}: {info['error'].get('description')}")
+            return sequence_of(member(info, "state", stream), "last_seq", stream)
+        except BusError as error:
+            raise NoAnswer(f"cannot read stream {stream}: {error}") from error
 
     async def next(self, stream: str, subjects: str, after: int) -> Kept | None:
         """The first retained message of these subjects after a sequence; None if there is none."""
