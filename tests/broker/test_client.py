@@ -5,6 +5,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,11 @@ from schemas.envelopes import Command, Event, EventKind, Reply
 from schemas.requests import Error, InstanceRef, Ok, Ping, Pong, StartInstance
 from schemas.subjects import Lane
 from schemas.unpack import pack, unpack_map
-from tests.broker.server import CELL, HOST, SUBJECTS, Server
+from tests.broker.server import CELL, HOST, SUBJECTS, Server, running_server
 from tests.broker.test_cli import StandIn
 from tests.broker.test_cli import worker as worker_fixture
 from worker.client import client as module
-from worker.client import errors, queries
+from worker.client import errors, link, queries
 from worker.client.blocking import BlockingClient
 from worker.client.client import HostdClient, new_id
 from worker.client.feed import EventFeed
@@ -302,6 +303,24 @@ async def test_a_kept_reply_that_nobody_could_look_for_is_no_answer(
         await client.kept_reply(HOST, START, "c-1")
     with pytest.raises(errors.NoWorker):
         await client.kept_reply("h9", START, "c-1")
+
+
+async def test_a_command_that_the_server_denies_is_not_stored_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "PUBLISH_TIMEOUT_S", 0.5)
+    creds = tmp_path / "creds"
+    creds.write_text("u:p")
+    creds.chmod(0o600)
+    config = (
+        'authorization {users: [{user: u, password: p, permissions: {publish: {deny: "*.>"}}}]}'
+    )
+    async with (
+        running_server(tmp_path / "nats", config=config) as server,
+        HostdClient.connect(server.url, cell=CELL, creds=str(creds)) as client,
+    ):
+        with pytest.raises(errors.NotStored, match="permissions violation"):
+            await client.send("H1", START, timeout_s=DEAD_S)
 
 
 async def test_a_server_that_is_not_there_is_no_connection() -> None:

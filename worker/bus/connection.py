@@ -42,6 +42,7 @@ log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 # After a connection that lasted this long, the backoff starts from its base again.
 STEADY_S = 5.0
 FAILURES_KEPT = 32
+DENIALS_KEPT = 100
 NO_RESPONDERS = "503"
 KEEPER = "nats-connection"  # the name of the task that connects
 UNSENDABLE = (
@@ -93,7 +94,7 @@ class Connection:
         )
         self._up_at = 0.0
         self._logged = ""
-        self._denials: set[str] = set()
+        self._denials: dict[str, float] = {}  # what the server denied, and when last
         self.reconnects = 0
         self.permission_errors = 0
         self.last_error = ""
@@ -248,9 +249,10 @@ class Connection:
         text = str(error) or type(error).__name__
         if "permissions violation" in text.lower():
             self.permission_errors += 1
-            if text not in self._denials and len(self._denials) < 100:
-                self._denials.add(text)
-                self._log.error("bus.permission_denied", error=text)
+            if text in self._denials or len(self._denials) < DENIALS_KEPT:
+                if text not in self._denials:
+                    self._log.error("bus.permission_denied", error=text)
+                self._denials[text] = time.monotonic()
             return
         self.last_error = text
         if not self.connected and len(self.failures) < FAILURES_KEPT:
@@ -320,9 +322,16 @@ class Connection:
             await self._news.wait()
         return self._up.is_set()
 
-    def denial(self, subject: str) -> str:
-        """What the server said when it refused this subject; empty if it did not."""
-        return next((text for text in self._denials if f'"{subject}"' in text), "")
+    def denial(self, subject: str, since: float) -> str:
+        """What the server said when it refused a message to this subject; empty if it did not.
+
+        Only what it said since that time of `time.monotonic` counts: permissions change. The text
+        is in lower case, as the parser passes it on.
+        """
+        sought = f'publish to "{subject.lower()}"'
+        return next(
+            (text for text, at in self._denials.items() if at >= since and sought in text), ""
+        )
 
     def on_up(self, listener: Callable[[bool], None]) -> None:
         """Call `listener(fresh)` after each (re)connect; fresh: subscriptions are gone."""

@@ -114,12 +114,13 @@ class Link:
             NoResponder: nothing has that subject, or not for this account.
             NoAnswer: none in time, or not connected.
         """
+        began = time.monotonic()
         try:
             return await self.connection.request(subject, payload, timeout_s=timeout_s)
         except NoResponder:
             raise
         except BusError as error:
-            denied = self.connection.denial(subject)
+            denied = self.connection.denial(subject, began)
             raise NoAnswer(denied or str(error)) from error
 
     async def publish(
@@ -134,6 +135,7 @@ class Link:
             NotStored: it is not, and will not be.
             NoAnswer: it is open whether it is.
         """
+        began = time.monotonic()
         try:
             answer = await self._ask_leader(subject, payload, headers, PUBLISH_TIMEOUT_S)
             reply = read_reply(answer.data, subject)
@@ -145,7 +147,7 @@ class Link:
         except Unsendable as error:
             raise NotStored(f"cannot publish to {subject}: {error}") from error
         except BusError as error:
-            if denied := self.connection.denial(subject):
+            if denied := self.connection.denial(subject, began):
                 raise NotStored(f"cannot publish to {subject}: {denied}") from error
             raise NoAnswer(f"cannot publish to {subject}: {error}") from error
         if failure := reply.get("error"):
@@ -245,6 +247,7 @@ class Link:
     async def _ask_api(self, endpoint: str, body: Mapping[str, Any], stream: str) -> Message:
         payload = json.dumps(body).encode() if body else b""
         subject = f"{self._api}{endpoint}"
+        began = time.monotonic()
         try:
             return await self._ask_leader(subject, payload, None, ASK_TIMEOUT_S)
         except NoResponder as error:
@@ -254,7 +257,7 @@ class Link:
                 "[nats] js_domain"
             ) from error
         except BusError as error:
-            denied = self.connection.denial(subject)
+            denied = self.connection.denial(subject, began)
             raise NoAnswer(f"cannot read stream {stream}: {denied or error}") from error
 
     async def _ask_leader(

@@ -1,9 +1,11 @@
 """The connection without a server: it ends when it is asked to, whatever nats-py waits for."""
 
 import asyncio
+import time
 from typing import Any, NoReturn
 
 import pytest
+from nats import errors
 
 from schemas.settings import NatsSettings
 from tests.unit.bus.test_lean_client import connected
@@ -57,3 +59,18 @@ async def test_replies_to_a_connection_that_has_just_closed_do_not_count_as_sent
 
     monkeypatch.setattr(socket, "write", refuse)
     assert connection.send_now([("_INBOX.1", b"a")]) == 0
+
+
+async def test_a_denial_is_of_its_subject_whatever_its_case_and_of_its_time() -> None:
+    connection: Any = Connection(NatsSettings(url="nats://127.0.0.1:1"), name="t", inbox="_INBOX.t")
+    subject = "$JS.hostd.API.STREAM.INFO.X"
+    before = time.monotonic()
+    violation = errors.Error(f'nats: Permissions Violation for Publish to "{subject}"'.lower())
+    await connection._on_error(violation)
+    after = time.monotonic() + 1e-9
+
+    assert "permissions violation" in connection.denial(subject, before)
+    assert connection.denial("$JS.hostd.API.STREAM.INFO.Y", before) == ""
+    assert connection.denial(subject, after) == ""  # the permission may be there by now
+    await connection._on_error(violation)
+    assert connection.denial(subject, after)
