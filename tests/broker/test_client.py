@@ -4,9 +4,10 @@
 # (nats-py leaves some of its parameters without types)
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -604,6 +605,41 @@ async def test_the_blocking_client_says_what_is_wrong_and_leaves_no_thread(
         await asyncio.to_thread(
             lambda: BlockingClient.connect("nats://127.0.0.1:1", timeout_s=1).__enter__()
         )
+
+
+async def test_calls_of_other_threads_end_with_the_blocking_client(
+    server: Server, worker: StandIn
+) -> None:
+    worker.silent = True
+    opened = BlockingClient.connect(server.url, cell=CELL)
+    client = await asyncio.to_thread(opened.__enter__)
+    waiting = asyncio.create_task(asyncio.to_thread(client.send, HOST, START, timeout_s=DEAD_S))
+    with_events = client.events(HOST)
+    await asyncio.to_thread(with_events.__enter__)
+    while not worker.commands:
+        await asyncio.sleep(0.01)
+
+    await asyncio.to_thread(opened.__exit__, None, None, None)
+
+    with pytest.raises(errors.NoConnection, match="closed during the call"):
+        await waiting
+    with pytest.raises(errors.NoConnection, match="is closed"):
+        client.ask(HOST, queries.ping())
+    with_events.__exit__(None, None, None)
+
+
+def test_a_thread_without_an_event_loop_is_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_loop() -> NoReturn:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(asyncio, "new_event_loop", no_loop)
+    monkeypatch.setattr(asyncio.events, "new_event_loop", no_loop)
+
+    with (
+        pytest.raises(errors.NoConnection, match="too many open files"),
+        BlockingClient.connect("nats://127.0.0.1:1"),
+    ):
+        pass
 
 
 def test_ids_are_uuids_that_sort_by_time() -> None:

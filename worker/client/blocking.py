@@ -10,8 +10,8 @@ block ends. May be used from several threads at once; not from within an event l
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator
-from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, contextmanager
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from typing import Any, TypeVar
 
 from schemas.envelopes import Event, Reply
@@ -24,6 +24,7 @@ from worker.client.client import (
     StateValue,
     StoredEvent,
 )
+from worker.client.errors import NoConnection
 from worker.client.feed import CAPACITY, EventFeed
 from worker.client.link import ASK_TIMEOUT_S
 from worker.client.queries import Listing, Query
@@ -38,12 +39,29 @@ class _Loop:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._open = True
+        self._lock = threading.Lock()  # what is begun before `close` is cancelled with the loop
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        with self._lock:
+            self._open = False
 
     def run(self, work: Coroutine[Any, Any, A]) -> A:
-        """The result; an exception here, e.g. Ctrl-C, cancels the work."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """The result; an exception here, e.g. Ctrl-C, cancels the work.
+
+        Raises:
+            NoConnection: the client is closed, or was closed meanwhile.
+        """
+        with self._lock:
+            if not self._open:
+                work.close()
+                raise NoConnection("the client is closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except CancelledError as error:
+            raise NoConnection("the client was closed during the call") from error
         finally:
             future.cancel()
 
@@ -54,7 +72,8 @@ class _Loop:
         try:
             yield value
         finally:
-            self.run(_leave(opened))
+            with suppress(NoConnection):  # closed: it was left with the loop
+                self.run(_leave(opened))
 
     def each(self, values: AsyncGenerator[A]) -> Generator[A]:
         """An asynchronous generator as one that is not."""
@@ -66,7 +85,8 @@ class _Loop:
                     return
                 yield value
         finally:
-            self.run(_close(values))
+            with suppress(NoConnection):
+                self.run(_close(values))
 
 
 class BlockingFeed:
@@ -92,7 +112,10 @@ class BlockingFeed:
 
 
 class BlockingClient:
-    """Opened by `connect`. Raises what `HostdClient` raises."""
+    """Opened by `connect`. Raises what `HostdClient` raises.
+
+    A call that another thread makes when the `with` block ends, or afterwards, is `NoConnection`.
+    """
 
     def __init__(self, loop: _Loop, client: HostdClient) -> None:
         self._loop = loop
@@ -183,7 +206,11 @@ class BlockingClient:
 
 @contextmanager
 def _thread() -> Generator[_Loop]:
-    """A loop that runs until the block ends; what runs on it then is cancelled."""
+    """A loop that runs until the block ends; what runs on it then is cancelled.
+
+    Raises:
+        NoConnection: this process can have no more threads or open files.
+    """
     started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def serve() -> None:
@@ -191,12 +218,27 @@ def _thread() -> Generator[_Loop]:
         started.set_result((asyncio.get_running_loop(), stop))
         await stop.wait()
 
-    thread = threading.Thread(target=asyncio.run, args=(serve(),), name="hostd-client")
-    thread.start()
-    loop, stop = started.result()
+    def work() -> None:
+        serving = serve()
+        try:
+            asyncio.run(serving)
+        except BaseException as error:
+            serving.close()
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    thread = threading.Thread(target=work, name="hostd-client")
     try:
-        yield _Loop(loop)
+        thread.start()
+        loop, stop = started.result()
+    except (OSError, RuntimeError) as error:
+        raise NoConnection(f"cannot run an event loop in a thread: {error}") from error
+    served = _Loop(loop)
+    try:
+        yield served
     finally:
+        served.close()
         loop.call_soon_threadsafe(stop.set)
         thread.join()
 
