@@ -20,6 +20,7 @@ from schemas.unpack import pack, unpack_map
 from tests.broker.server import CELL, HOST, SUBJECTS, Server, running_server
 from tests.broker.test_cli import StandIn
 from tests.broker.test_cli import worker as worker_fixture
+from worker.bus.protocol import BusError
 from worker.client import client as module
 from worker.client import errors, link, queries
 from worker.client.blocking import BlockingClient
@@ -337,6 +338,63 @@ async def test_a_setting_that_cannot_be_used_is_named(wrong: dict[str, Any]) -> 
     with pytest.raises(errors.BadSetting, match=r"a\.b|a\.\*|/no/such"):
         async with HostdClient.connect("nats://127.0.0.1:1", **wrong):
             pass
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("command_id", ""), ("command_id", "a b"), ("command_id", "x" * 65), ("command_id", "x\n"),
+        ("deadline_ms", -1), ("deadline_ms", 1 << 63), ("timeout_s", 0), ("timeout_s", -1.0),
+        ("timeout_s", float("nan")), ("timeout_s", float("inf")),
+    ],
+)  # fmt: skip
+async def test_an_argument_that_cannot_be_sent_is_named(
+    worker: StandIn, client: HostdClient, name: str, value: Any
+) -> None:
+    passed: dict[str, Any] = {"timeout_s": DEAD_S, name: value}
+
+    with pytest.raises(errors.BadSetting, match=name):
+        await client.send(HOST, START, **passed)
+
+    assert worker.commands == []
+
+
+async def test_a_host_that_is_none_is_named(client: HostdClient) -> None:
+    with pytest.raises(errors.BadSetting, match=r"a\.b"):
+        async with client.events("a.b"):
+            pass
+    with pytest.raises(errors.BadSetting, match=r"a\.b"):
+        await anext(client.stored_events("a.b"))
+
+
+async def test_a_program_waits_for_a_server_that_comes_up_later(server: Server) -> None:
+    await server.stop()
+    opened = HostdClient.connect(server.url, cell=CELL, timeout_s=DEAD_S)
+    connecting = asyncio.ensure_future(opened.__aenter__())
+    done, _ = await asyncio.wait((connecting,), timeout=0.3)
+    assert not done
+
+    await server.start()
+    await connecting
+    await opened.__aexit__(None, None, None)
+
+
+async def test_a_subscription_that_is_not_settled_is_given_up(
+    server: Server, client: HostdClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unsettled() -> NoReturn:
+        raise BusError("PING: timeout")
+
+    connected = client.link.connection.client
+    assert connected is not None
+    before = len(connected._subs)
+    monkeypatch.setattr(client.link.connection, "settle", unsettled)
+
+    with pytest.raises(errors.NoAnswer, match="cannot subscribe"):
+        async with client.events(HOST):
+            pass
+
+    assert len(connected._subs) == before
 
 
 # -- queries and state -----------------------------------------------------------------------------

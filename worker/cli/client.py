@@ -168,6 +168,7 @@ async def connect(
         js_domain=settings.nats.js_domain,
         inbox_prefix=settings.nats.inbox_prefixes[0].removesuffix("."),
         name="hostd-cli",
+        patient=False,
     )
     with told():
         async with opened as client:

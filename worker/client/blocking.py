@@ -135,6 +135,7 @@ class BlockingClient:
         inbox_prefix: str = "_INBOX",
         name: str = "hostd-client",
         timeout_s: float = CONNECT_TIMEOUT_S,
+        patient: bool = True,
     ) -> Generator["BlockingClient"]:
         """See `HostdClient.connect`."""
         with _thread() as loop:
@@ -148,6 +149,7 @@ class BlockingClient:
                 inbox_prefix=inbox_prefix,
                 name=name,
                 timeout_s=timeout_s,
+                patient=patient,
             )
             with loop.entered(opened) as client:
                 yield cls(loop, client)

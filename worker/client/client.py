@@ -28,7 +28,7 @@ from schemas.unpack import Limits, convert, pack, unpack_map
 from worker.bus import streams
 from worker.bus.api_reply import header_number
 from worker.bus.message import NoResponder
-from worker.client import errors, queries
+from worker.client import arguments, errors, queries
 from worker.client.feed import CAPACITY, Buffer, EventFeed, envelope_of, known_event, log
 from worker.client.inbox import Expected, Inbox
 from worker.client.link import ASK_TIMEOUT_S, Kept, Link, open_link
@@ -116,6 +116,7 @@ class HostdClient:
         inbox_prefix: str = "_INBOX",
         name: str = "hostd-client",
         timeout_s: float = CONNECT_TIMEOUT_S,
+        patient: bool = True,
     ) -> AsyncGenerator["HostdClient"]:
         """Connect to NATS.
 
@@ -128,6 +129,7 @@ class HostdClient:
             inbox_prefix: of replies; the worker must allow it (`[nats] inbox_prefixes`).
             name: shown in the server's list of connections.
             timeout_s: of the first connect.
+            patient: try until then; else until each server was tried, as the command line does.
 
         Raises:
             BadSetting: an argument or a file cannot be used.
@@ -135,10 +137,11 @@ class HostdClient:
         """
         root = root or f"hostd.v1.{cell}"
         _subjects(root, "any", cell)
+        arguments.check_timeout(timeout_s)
         prefix = f"{inbox_prefix}.{os.urandom(8).hex()}"
         nats = NatsSettings(url=url, creds=creds, tls=ca_file, js_domain=js_domain)
         async with AsyncExitStack() as stack:
-            opened = open_link(nats, name=name, inbox=prefix, timeout_s=timeout_s)
+            opened = open_link(nats, name=name, inbox=prefix, timeout_s=timeout_s, patient=patient)
             link = await stack.enter_async_context(opened)
             inbox = await stack.enter_async_context(Inbox.open(link, f"{prefix}.reply"))
             yield cls(link, inbox, root, cell)
@@ -172,6 +175,7 @@ class HostdClient:
             Refused: its subclass says the code: `Conflict`, `Exhausted`, ... Final for this ID.
             NoReply: it may still run; send it again under `error.command_id`.
             NotStored: it will not run, unless an earlier call under this ID had no reply.
+            BadSetting: an argument is none that can be sent.
         """
         raw = await self.exchange(
             host,
@@ -199,6 +203,9 @@ class HostdClient:
 
         It has what a newer hostd adds to replies.
         """
+        arguments.check_timeout(timeout_s)
+        arguments.check_command_id(command_id)
+        arguments.check_deadline(deadline_ms)
         command = Command(
             id=command_id or new_id(),
             request=request,
@@ -241,7 +248,9 @@ class HostdClient:
 
         Raises:
             NoAnswer: it is not the newest reply of its lane, and the worker cannot be asked.
+            BadSetting: it is no command ID.
         """
+        arguments.check_command_id(command_id)
         found, _ = await self._look(self._subjects(host), Lane.of_request(request), command_id)
         return None if found is None else _reply_of(_map(found))
 
@@ -340,6 +349,7 @@ class HostdClient:
         timeout_s: float = ASK_TIMEOUT_S,
     ) -> dict[str, Any]:
         """As `ask`, with the last token of the subject, the body and the answer as maps."""
+        arguments.check_timeout(timeout_s)
         subject = self._subjects(host).ask(verb)
         try:
             message = await self.link.request(subject, pack(dict(body)), timeout_s=timeout_s)
@@ -376,7 +386,7 @@ class HostdClient:
             capacity: how many events wait for the reader at most; more are `EventsLost`.
         """
         buffer = Buffer(capacity)
-        subject = f"{self._root}.{host}.evt.>"
+        subject = self._events_of(host)
         async with self.link.subscribed(subject, buffer.put, buffer.lose):
             yield EventFeed(buffer, self._root)
 
@@ -395,7 +405,7 @@ class HostdClient:
             EventsLost: the stream ends before `after`: it was made anew. Begin again at 0.
             NoAnswer: the stream cannot be read now, or not by this account.
         """
-        subject = f"{self._root}.{host}.evt.>"
+        subject = self._events_of(host)
         stream = self._subjects("any").events_stream
         news = asyncio.Event()
         # A live event says only that there is something to read: what is missed costs time alone.
@@ -457,6 +467,11 @@ class HostdClient:
         stream = subjects.dead_stream
         async for kept in self.link.kept(stream, f"{self._root}.{host}.dead.>"):
             yield _dead_letter(kept)
+
+    def _events_of(self, host: str) -> str:
+        if host != "*":
+            self._subjects(host)
+        return f"{self._root}.{host}.evt.>"
 
     def _subjects(self, host: str) -> Subjects:
         return _subjects(self._root, host, self._cell)

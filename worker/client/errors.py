@@ -97,7 +97,7 @@ class EventsLost(NoAnswer):
 
 
 class BadSetting(HostdError):
-    """An argument or file of `connect` cannot be used."""
+    """An argument, or a file that one names, cannot be used; nothing was sent."""
 
     code = Code.INVALID
 

@@ -102,8 +102,10 @@ class Link:
 
     async def _subscribe_again(self) -> None:
         for each in list(self._subscribed):
-            with suppress(BusError):  # lost again: the next connection subscribes
+            with suppress(BusError, errors.Error, OSError):  # lost again: the next one subscribes
                 await each.subscribe(self.connection)
+                if each not in self._subscribed:  # its block ended meanwhile
+                    await each.unsubscribe()
 
     # -- messages --------------------------------------------------------------------------------
 
@@ -165,13 +167,13 @@ class Link:
         `lost` is called when the connection was lost: some messages may be.
         """
         each = _Subscribed(subject, receive, lost)
-        try:
-            await each.subscribe(self.connection)
-            await self.connection.settle()  # or what is sent next by others may be missed
-        except BusError as error:
-            raise NoAnswer(f"cannot subscribe to {subject}: {error}") from error
         self._subscribed.append(each)
         try:
+            try:
+                await each.subscribe(self.connection)
+                await self.connection.settle()  # or what is sent next by others may be missed
+            except BusError as error:
+                raise NoAnswer(f"cannot subscribe to {subject}: {error}") from error
             yield
         finally:
             self._subscribed.remove(each)
@@ -278,9 +280,11 @@ class Link:
 
 @asynccontextmanager
 async def open_link(
-    nats: NatsSettings, *, name: str, inbox: str, timeout_s: float
+    nats: NatsSettings, *, name: str, inbox: str, timeout_s: float, patient: bool = True
 ) -> AsyncGenerator[Link]:
     """Connect; afterwards a lost connection comes back by itself. `inbox` is without a final dot.
+
+    Tries until `timeout_s`, or, if not `patient`, until each server was tried.
 
     Raises:
         BadSetting: a file cannot be used.
@@ -296,7 +300,10 @@ async def open_link(
     try:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await connection.wait_tried(TRIES * len(servers))
+                if patient:
+                    await connection.wait_connected()
+                else:
+                    await connection.wait_tried(TRIES * len(servers))
         if not connection.connected:
             why = (connection.failures or [f"no connection within {timeout_s:g} s"])[0]
             raise NoConnection(f"cannot connect to NATS at {without_password(nats.url)}: {why}")
