@@ -4,7 +4,7 @@ import contextlib
 import time
 from typing import Any, Self
 
-from handlers.errors import Failure, NotFound
+from handlers.errors import Failure, NotFound, of_os_error
 from handlers.interfaces import Host, PreparedUpdate
 from schemas.records import InstanceRecord, Status
 
@@ -32,7 +32,7 @@ class RunningFile:
 
     async def prepare(self, record: InstanceRecord) -> None:
         """It never fails: what is wrong with the file is for `write` to say."""
-        with contextlib.suppress(Failure):
+        with contextlib.suppress(Failure, OSError):
             changes = _running(record, self._host.facts.now_ms())
             self._prepared = await self._host.shared.prepare_update(record.ref, changes)
 
@@ -88,6 +88,7 @@ async def _write(
             await host.shared.update_instance(record.ref, changes)
     except NotFound:
         return ()
-    except Failure as error:
-        return (f"instance.json {record.ref}: {error.message}",)
+    except (Failure, OSError) as error:
+        failure = error if isinstance(error, Failure) else of_os_error(error)
+        return (f"instance.json {record.ref}: {failure.message}",)
     return ()

@@ -136,11 +136,13 @@ class Recovery:
         if rebooted and record.holds_host:
             await self._forget_after_reboot(record)
             return
-        if record.before is not None:
+        if (before := record.before) is not None:
             # Its command failed partway: a guest that may have run is treated as running.
             status = InstanceState(record).status
-            back = record if status is Status.RUNNING else record.before
-            record = replace(back, status=status, before=None, command_id=None)
+            if status is Status.RUNNING:
+                record = final_record(record, status, self._host.facts.moment())
+            else:
+                record = replace(before, status=status, before=None, command_id=None)
             await self._journal.records.put_instance(record, durable=True)
         if record.status.expects_vmm:
             await self._adopt(record)

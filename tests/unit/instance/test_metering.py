@@ -309,7 +309,8 @@ async def test_the_totals_of_a_released_instance_are_in_its_last_event(tmp_path:
         await run_all(worker, UP, START)
         run_guest(worker)
         await run_all(worker, STOP)
-        await worker.journal.records.release_instance(REF, reason="given up", detail={})
+        detail: dict[str, Any] = {"status": "stopped", "launch": 1, "jails": [], "pids": []}
+        await worker.journal.records.release_instance(REF, reason="given up", detail=detail)
 
         (gone,) = [event for event in await events(worker) if event.to == "released"]
 

@@ -8,12 +8,14 @@ from msgspec.structs import replace
 from handlers.errors import HostFault
 from schemas import codec
 from schemas.codes import Code
-from schemas.records import Status
+from schemas.records import InstanceRecord, Status
 from schemas.requests import Request, SetupNetwork, SleepInstance
-from tests.constants import REF, START
+from schemas.usage import State
+from tests.constants import REF, START, WAKE
 from tests.fakes.host import FakeHost, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import FakeJailLayout, recovery
+from tests.unit.instance.test_metering import used
 from worker.reconcile.recovery import Counts
 
 UP = SetupNetwork("acme", seeded().tenants["acme"].net)
@@ -91,6 +93,32 @@ async def test_a_vmm_that_exited_while_no_worker_ran_is_cleaned_up(tmp_path: Pat
         assert counts.ended == 1
         assert worker.record().status is Status.FAILED
         assert ("jail", jail_id) not in machine.resources
+
+
+async def test_a_wake_that_ended_partway_ends_the_sleep_before_it(tmp_path: Path) -> None:
+    machine = seeded()
+    at_launch: list[InstanceRecord] = []
+
+    async def look(moment: str) -> None:
+        if moment == "after:consumed":
+            at_launch.append(worker.record())
+
+    async with memory_worker(tmp_path / "j", machine, failpoint=look) as worker:
+        await recovery(worker).run()
+        for request in (UP, START, SLEEP, WAKE):
+            assert (await worker.run(request)).code is Code.OK
+        await worker.journal.records.put_instance(at_launch[0], durable=True)
+        (asleep,) = [each for each in await used(worker) if each.span.state is State.SLEEPING]
+    assert at_launch[0].status is Status.WAKING
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await recovery(worker).run()
+        metering, last = worker.record().metering, (await used(worker))[-1]
+
+        assert worker.record().status is Status.RUNNING
+    assert metering is not None
+    assert (metering.rest, metering.due) == (None, ())
+    assert last == asleep
 
 
 async def test_after_a_reboot_an_instance_is_stopped_and_its_network_restored(
