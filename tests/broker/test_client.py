@@ -112,6 +112,29 @@ async def test_each_code_is_an_exception_that_says_who_must_act(
     assert refused.reply.code is code
 
 
+@pytest.mark.usefixtures("quick")
+async def test_a_code_of_a_newer_hostd_is_a_refusal_with_its_reply(
+    worker: StandIn, client: HostdClient
+) -> None:
+    worker.silent = True
+    reply = worker.reply_to(Command(id="c-1", request=START))
+    newer = {
+        **codec.write_reply(reply), "code": "brand_new", "retryable": True,
+        "response": {"Error": {"message": "odd"}}, "detail": {"act": "scheduler"},
+    }  # fmt: skip
+    await worker.connection.jetstream().publish(SUBJECTS.reply(LANE), pack(newer))
+
+    with pytest.raises(errors.BadRefusal, match="odd") as raised:
+        await client.send(HOST, START, timeout_s=DEAD_S, command_id="c-1")
+    with pytest.raises(errors.BadRefusal):
+        await client.kept_reply(HOST, START, "c-1")
+
+    refused = raised.value
+    assert (refused.code, refused.act, refused.retryable) == ("brand_new", "scheduler", True)
+    assert refused.reply is not None
+    assert refused.reply.id == "c-1"
+
+
 async def test_many_commands_at_once_each_get_their_own_reply(
     worker: StandIn, client: HostdClient
 ) -> None:
@@ -608,7 +631,7 @@ async def test_dead_letters_have_their_reason_and_bytes(
 
     (letter,) = [each async for each in client.dead_letters(HOST)]
 
-    assert (letter.lane, letter.reason, letter.command_id) == (LANE, "no map", "c-1")
+    assert (letter.lane, letter.reason, letter.message_id) == (LANE, "no map", "c-1")
     assert (letter.data, letter.truncated_from_bytes) == (b"\xc1", 70000)
 
 

@@ -42,6 +42,7 @@ CONNECT_TIMEOUT_S: Final = 3.0
 COPIES_MAX: Final = 16
 FIRST_LOOK_S, LOOK_MAX_S, RETRY_S = 2.0, 15.0, 0.2
 STORED_FIRST_S, STORED_MAX_S = 0.02, 5.0
+_CODES = frozenset(code.value for code in Code)
 _ANSWER = Limits(size_bytes=8 << 20, containers=100_000, items=50_000, depth=16)
 
 
@@ -79,11 +80,16 @@ class StateValue:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A message that could not be processed: its bytes, cut if `truncated_from_bytes` is set."""
+    """A message that could not be processed: its bytes, cut if `truncated_from_bytes` is set.
+
+    `message_id` is the header `Nats-Msg-Id`: the command's ID only if the message is a valid
+    envelope and was the first with that ID; then `<ID>:<stream sequence>`, and
+    `seq:<stream sequence>:<hash>` of what is no valid envelope. Empty without the header.
+    """
 
     stream_seq: int
     lane: Lane
-    command_id: str
+    message_id: str
     reason: str
     sha256: str
     data: bytes
@@ -248,6 +254,7 @@ class HostdClient:
 
         Raises:
             NoAnswer: it is not the newest reply of its lane, and the worker cannot be asked.
+            BadRefusal: its code is one of a newer hostd.
             BadSetting: it is no command ID.
         """
         arguments.check_command_id(command_id)
@@ -497,21 +504,30 @@ async def _pause(news: asyncio.Event, pause_s: float) -> float:
 def _succeeded(reply: Reply) -> Reply:
     if reply.code is Code.OK:
         return reply
+    raise _refusal(reply.code, _message_of(reply), reply)
+
+
+def _message_of(reply: Reply) -> str:
     response = reply.response
-    message = response.message if isinstance(response, Error) else str(reply.code)
-    raise _refusal(reply.code, message, reply)
+    return response.message if isinstance(response, Error) else str(reply.code)
 
 
 def _refusal(code: str, message: str, reply: Reply | None = None) -> errors.Refused:
     kind = errors.REFUSALS.get(code)
-    return errors.BadRefusal(code, message) if kind is None else kind(message, reply)
+    return errors.BadRefusal(code, message, reply) if kind is None else kind(message, reply)
 
 
 def _reply_of(raw: dict[str, Any]) -> Reply:
+    """The reply, whatever its code. Raises `BadRefusal` for one that `Code` does not have."""
+    code = raw.get("code")
+    newer = isinstance(code, str) and code not in _CODES
     try:
-        return codec.read_reply(raw)
+        reply = codec.read_reply({**raw, "code": Code.INTERNAL.value} if newer else raw)
     except DecodeError as error:
         raise errors.BadAnswer(f"cannot decode the reply: {error}") from error
+    if newer:
+        raise _refusal(str(code), _message_of(reply), reply)
+    return reply
 
 
 def _map(payload: bytes) -> dict[str, Any]:
@@ -533,7 +549,7 @@ def _dead_letter(kept: Kept) -> DeadLetter:
     return DeadLetter(
         stream_seq=kept.seq,
         lane=lane,
-        command_id=kept.headers.get("Nats-Msg-Id", ""),
+        message_id=kept.headers.get("Nats-Msg-Id", ""),
         reason=kept.headers.get("Hostd-Reason", ""),
         sha256=kept.headers.get("Hostd-Sha256", ""),
         data=kept.data,

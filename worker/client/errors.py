@@ -202,10 +202,13 @@ class Internal(Refused):
 
 
 class BadRefusal(Refused):
-    """Refused with a code that this client does not know; `code` has it."""
+    """Refused with a code that this client does not know; `code` has it.
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
+    `reply.code` is `internal` in its place.
+    """
+
+    def __init__(self, code: str, message: str, reply: Reply | None = None) -> None:
+        super().__init__(message, reply)
         self.code = code
 
 

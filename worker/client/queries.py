@@ -1,6 +1,7 @@
 """The queries of a worker, and their answers: `await client.ask(host, queries.status())`.
 
-A field that a newer hostd adds is ignored; one that an older hostd lacks has its default.
+A field that a newer hostd adds is ignored. One that an older hostd lacks has its default, if it has
+one here; else, as with those of `usage` and `tenant_usage`, the answer is `BadAnswer`.
 """
 
 from collections.abc import Mapping
