@@ -14,7 +14,7 @@ import pytest
 from schemas import codec
 from schemas.codes import Code
 from schemas.envelopes import Command, Event, EventKind, Reply
-from schemas.requests import Error, InstanceRef, Ok, Ping, Pong, StartInstance
+from schemas.requests import Error, InstanceRef, Ok, Ping, Pong, StartInstance, StopInstance
 from schemas.subjects import Lane
 from schemas.unpack import pack, unpack_map
 from tests.broker.server import CELL, HOST, SUBJECTS, Server, running_server
@@ -28,7 +28,8 @@ from worker.client.client import HostdClient, new_id
 from worker.client.feed import EventFeed
 
 worker = worker_fixture
-START = StartInstance("acme", "web", "i-1")
+IDS = ("acme", "web", "i-1")
+START = StartInstance(*IDS)
 LANE = Lane.of_request(START)
 DEAD_S = 30.0
 
@@ -159,6 +160,19 @@ async def test_a_reply_that_was_lost_is_read_from_the_reply_stream(
 
     assert (await sending).status == "running"
     assert len(worker.commands) == 1
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_reply_that_is_found_is_that_of_the_first_command_with_its_id(
+    worker: StandIn, client: HostdClient
+) -> None:
+    """Nothing in it says of which request: `send` promises a comparison by a worker alone."""
+    worker.silent = True
+    await keep(worker, "c-1", status="running")
+
+    found = await client.send(HOST, StopInstance(*IDS), timeout_s=DEAD_S, command_id="c-1")
+
+    assert (found.status, found.replayed) == ("running", False)
 
 
 @pytest.mark.usefixtures("quick")

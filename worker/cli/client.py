@@ -55,8 +55,8 @@ class Client:
     ) -> dict[str, Any]:
         """Publish one command and return its reply envelope as a map, whatever its code.
 
-        The `command_id` of an earlier command with the same request returns its stored reply; with
-        another request the reply is `conflict`.
+        The `command_id` of an earlier command with the same request returns its stored reply. With
+        another request the worker's reply is `conflict`; see `HostdClient.send` for when none runs.
         """
         with told():
             try:

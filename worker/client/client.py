@@ -172,8 +172,11 @@ class HostdClient:
 
         Args:
             timeout_s: how long to wait for the reply; the command itself goes on.
-            command_id: of an earlier command with the same request, for its outcome (`replayed` is
-                set); else a new one.
+            command_id: of an earlier command with the same request, for its outcome; else a new
+                one. Only a worker compares the requests: it answers another one with `Conflict`,
+                but a reply that is found where it is kept, e.g. while no worker runs, is that of
+                the first command with this ID, whatever its request was. `replayed` is set where
+                the worker answered again, not in a reply that was found.
             deadline_ms: the host does not begin, and does not go on trying, after this time.
             traceparent: W3C Trace Context of the caller's span; one that is invalid is ignored.
 
@@ -250,7 +253,7 @@ class HostdClient:
 
         It is looked for in the reply stream, which has the newest reply of a lane also while no
         worker runs, then in the journal of the worker. None if the worker says that it has none
-        (yet).
+        (yet). Of the request only the lane counts: a reply does not say what it is the reply to.
 
         Raises:
             NoAnswer: it is not the newest reply of its lane, and the worker cannot be asked.
