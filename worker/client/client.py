@@ -29,7 +29,7 @@ from worker.bus import streams
 from worker.bus.api_reply import header_number
 from worker.bus.message import NoResponder
 from worker.client import arguments, errors, queries
-from worker.client.feed import CAPACITY, Buffer, EventFeed, envelope_of, known_event, log
+from worker.client.feed import CAPACITY, Buffer, EventFeed, envelope_of, known_event, program_log
 from worker.client.inbox import Expected, Inbox
 from worker.client.link import ASK_TIMEOUT_S, Kept, Link, open_link
 
@@ -444,7 +444,7 @@ class HostdClient:
         try:
             return known_event(envelope_of(self._root, message.subject, message.data))
         except errors.BadAnswer as error:  # the next reader would meet it again, and the next one
-            log.warning("event %d of the stream left out: %s", message.seq, error.message)
+            program_log.warning("event %d of the stream left out: %s", message.seq, error.message)
             return None
 
     async def state(self, host: str, lane: Lane) -> StateValue | None:

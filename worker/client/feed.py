@@ -17,7 +17,7 @@ __all__ = ["EventFeed"]
 
 CAPACITY: Final = 10_000
 
-log = logging.getLogger("hostd.client")
+program_log = logging.getLogger("hostd.client")
 
 
 class Buffer:
@@ -83,7 +83,7 @@ class EventFeed:
             try:
                 raw = envelope_of(self._root, message.subject, message.data)
             except BadAnswer as error:
-                log.warning("event left out: %s", error.message)
+                program_log.warning("event left out: %s", error.message)
                 continue
             host, journal, seq = raw["host_id"], raw["journal_id"], raw["seq"]
             before = self._last.get(host)

@@ -23,7 +23,10 @@ def logged() -> Iterator[tuple[str, str, str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.Call(
-                    func=ast.Attribute(value=ast.Name(id="log"), attr=level), args=[event, *_]
+                    func=ast.Attribute(
+                        value=ast.Name(id="log") | ast.Attribute(attr="_log"), attr=level
+                    ),
+                    args=[event, *_],
                 ) if level in LEVELS:
                     place = f"{path.relative_to(ROOT)}:{node.lineno}"
                     assert isinstance(event, ast.Constant), f"{place}: the event is not a constant"
