@@ -7,6 +7,7 @@ through that pidfd only. A zombie counts as dead.
 
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -94,10 +95,16 @@ def read_identity(pid: int) -> VmmIdentity | None:
 
 
 def open_pidfd(pid: int) -> int | None:
-    """A pidfd (close-on-exec), or None if there is no such process. Source: pidfd_open(2)."""
+    """A pidfd (close-on-exec), or None if there is no such process. Source: pidfd_open(2).
+
+    Of an ID that is a thread's, or of a process that is reaped just then, Linux says EINVAL, and
+    ENOENT since 6.15 (kernel/fork.c, `pidfd_prepare`).
+    """
     try:
         return os.pidfd_open(pid)
-    except ProcessLookupError:
+    except OSError as error:
+        if error.errno not in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
+            raise
         return None
 
 

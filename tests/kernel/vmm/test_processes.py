@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Generator
 from pathlib import Path
 
@@ -193,3 +194,16 @@ def test_a_zombie_is_listed_and_not_in_use() -> None:
         assert processes.uids_in_use(UIDS) == set()
     finally:
         os.waitpid(pid, 0)
+
+
+def test_the_id_of_a_thread_is_no_process() -> None:
+    """A VMM's pid may be a thread's by now, and the kernel answers as for one that is reaped."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    try:
+        assert thread.native_id is not None
+        assert processes.open_pidfd(thread.native_id) is None
+    finally:
+        end.set()
+        thread.join()
