@@ -12,6 +12,7 @@ from tests.lab.inside_run import PYTEST, names_in, outcomes
 from tests.lab.run import LabResult, run_in_lab
 
 BOOTED = Path(__file__).parent / "booted"
+PAGE = cache.REPOSITORY / "docs/operations.md"
 BUILD = cache.REPOSITORY / "deploy/debian/build.py"
 
 
@@ -38,7 +39,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lab_run(packages: Path) -> LabResult:
     return run_in_lab(
         [*PYTEST, str(BOOTED.relative_to(cache.REPOSITORY))],
-        files={f"/packages/{file.name}": file for file in packages.glob("hostd_?.deb")},
+        files={f"/packages/{file.name}": file for file in (*packages.glob("hostd_?.deb"), PAGE)},
         environment={"LAB_SYSTEMD": "1"},
         systemd=True,
         sink=sys.stderr.write,

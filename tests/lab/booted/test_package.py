@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from tests.console import steps
-from tests.guests.cache import BUILD, REPOSITORY
+from tests.guests.cache import BUILD
 from tests.guests.firecracker import FIRECRACKER, JAILER
 from worker.demo.nats_server import EmbeddedNats
 
 PACKAGES = Path("/packages")
-OPERATIONS = REPOSITORY / "docs" / "operations.md"
+OPERATIONS = PACKAGES / "operations.md"
 FIRST, NEXT = "hostd_1.deb", "hostd_2.deb"
 HOST, CREDENTIALS = "lab-host", "live:host"
 USERS = "authorization { user: live, password: host }"
@@ -183,7 +183,9 @@ async def live(nats: EmbeddedNats) -> Package:
     package.facts["active"] = run("systemctl", "is-active", "hostd", ok=False).strip()
     package.facts["verify"] = run("systemd-analyze", "verify", "hostd.service", ok=False)
     package.facts["security"] = run("systemd-analyze", "security", "hostd", "--no-pager")
-    package.facts["hour"] = {line: run("bash", "-c", line) for line in commands[1:]}
+    exported = "\n".join(line for line in commands if line.startswith("export "))
+    hour = {line: run("bash", "-c", f"{exported}\n{line}") for line in commands[1:]}
+    package.facts["hour"] = hour
     mini = BUILD / "guests/mini"
     artifacts = ["--vmlinux", str(mini / "vmlinux"), "--rootfs", str(mini / "rootfs.ext4")]
     hostd("seed", *INSTANCE, "--net-id", "7", "--mem-mib", "32", *artifacts)

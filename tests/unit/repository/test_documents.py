@@ -20,7 +20,6 @@ CODE = [block for page in PAGES for block in blocks(page) if block.is_code]
 # What no test can or should do. Whatever else is written as a reason can be executed.
 REASONS = {
     "each line is a test run of its own, minutes to hours long",
-    "the lab has no apt; there the package is installed by dpkg",
     "npm's registry, which `make setup` asks for the same",
 }
 
