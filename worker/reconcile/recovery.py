@@ -140,10 +140,12 @@ class Recovery:
             # Its command failed partway: a guest that may have run is treated as running.
             status = InstanceState(record).status
             if status is Status.RUNNING:
-                record = final_record(record, status, self._host.facts.moment())
+                final = final_record(record, status, self._host.facts.moment())
+                record = replace(final, hung=record.hung)
             else:
                 record = replace(before, status=status, before=None, command_id=None)
             await self._journal.records.put_instance(record, durable=True)
+            record = self._journal.records.instance(record.ref) or record  # what was due is sent
         if record.status.expects_vmm:
             await self._adopt(record)
 
@@ -183,6 +185,7 @@ class Recovery:
                 reason="its VMM is not the one in the journal",
             )
         else:
+            self._host.seen_alive[record.ref] = identity
             # In its lane: a VM that hangs does not answer, and must not delay the others.
             self._vmm_watch.put_in_lane(record, "resume", lambda: self._resume(record))
             self._counts.adopted += 1

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from handlers.errors import HostFault
 from schemas import codec
 from schemas.codes import Code
-from schemas.records import InstanceRecord, Status
+from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import Request, SetupNetwork, SleepInstance
 from schemas.usage import State
 from tests.constants import REF, START, WAKE
@@ -119,6 +119,38 @@ async def test_a_wake_that_ended_partway_ends_the_sleep_before_it(tmp_path: Path
     assert metering is not None
     assert (metering.rest, metering.due) == (None, ())
     assert last == asleep
+
+
+async def test_a_sleep_is_published_once_though_the_woken_vmm_is_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = seeded()
+    at_launch: list[InstanceRecord] = []
+
+    async def look(moment: str) -> None:
+        if moment == "after:consumed":
+            at_launch.append(worker.record())
+
+    async with memory_worker(tmp_path / "j", machine, failpoint=look) as worker:
+        await recovery(worker).run()
+        for request in (UP, START, SLEEP, WAKE):
+            assert (await worker.run(request)).code is Code.OK
+        await worker.journal.records.put_instance(at_launch[0], durable=True)
+        before = len(await used(worker))
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        launched = worker.record().vmm
+        assert launched is not None
+        other = replace(launched, start_ticks=424242)
+
+        async def find(_jail_id: str) -> VmmIdentity | None:
+            return other
+
+        monkeypatch.setattr(worker.host.vmms, "find", find)
+        await recovery(worker).run()
+
+        assert worker.record().status is Status.UNKNOWN
+        assert len(await used(worker)) == before + 1
 
 
 async def test_after_a_reboot_an_instance_is_stopped_and_its_network_restored(
