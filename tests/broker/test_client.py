@@ -20,6 +20,7 @@ from schemas.unpack import pack, unpack_map
 from tests.broker.server import CELL, HOST, SUBJECTS, Server, running_server
 from tests.broker.test_cli import StandIn
 from tests.broker.test_cli import worker as worker_fixture
+from worker.bus.connection import Connection
 from worker.bus.protocol import BusError
 from worker.client import client as module
 from worker.client import errors, link, queries
@@ -265,6 +266,24 @@ async def test_a_command_whose_first_publication_is_open_is_not_called_not_store
     with pytest.raises(errors.NoReply, match="no stream has a leader"):
         await client.send(HOST, START, timeout_s=0.5)
     assert (tries, len(worker.commands)) == (2, 1)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_was_not_sent_for_want_of_a_connection_may_be_not_stored(
+    client: HostdClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected = iter([False, True])
+    refusals = iter([errors.NoAnswer("not connected"), errors.NotStored("too large")])
+
+    async def refuse(*_: object) -> None:
+        raise next(refusals)
+
+    monkeypatch.setattr(Connection, "connected", property(lambda _: next(connected)))
+    monkeypatch.setattr(client.link, "publish", refuse)
+
+    with pytest.raises(errors.NotStored, match="too large"):
+        await client.send(HOST, START, timeout_s=5)
+    monkeypatch.undo()
 
 
 @pytest.mark.usefixtures("quick")

@@ -442,8 +442,17 @@ class Connection:
         """nats-py swallows a cancellation that arrives while it flushes or with an answer."""
         task = asyncio.current_task()
         before = task.cancelling() if task else 0
-        yield
-        if task and task.cancelling() > before and Guard.CANCEL in self.guards:
+
+        def was_cancelled() -> bool:
+            return bool(task and task.cancelling() > before and Guard.CANCEL in self.guards)
+
+        try:
+            yield
+        except Exception as error:
+            if was_cancelled():
+                raise asyncio.CancelledError from error
+            raise
+        if was_cancelled():
             raise asyncio.CancelledError
 
     def _current(self) -> GuardedClient:

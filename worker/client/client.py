@@ -291,6 +291,7 @@ class HostdClient:
             NotStored: the stream has no message of this exchange.
         """
         while True:
+            sent = self.link.connection.connected
             try:
                 await self.link.publish(subject, data)
             except errors.NotStored as error:
@@ -299,7 +300,7 @@ class HostdClient:
                 expected.trouble = error.message
                 return
             except errors.NoAnswer as error:
-                expected.maybe_stored = True
+                expected.maybe_stored |= sent
                 expected.trouble = error.message
                 await asyncio.sleep(RETRY_S)
             else:
@@ -412,7 +413,8 @@ class HostdClient:
         `follow` it never ends.
 
         Raises:
-            EventsLost: the stream ends before `after`: it was made anew. Begin again at 0.
+            EventsLost: the stream ends before `after`: it was made anew, or is a mirror that is
+                behind the stream that `after` is of. Begin again at 0.
             NoAnswer: the stream cannot be read now, or not by this account.
         """
         subject = self._events_of(host)
@@ -420,7 +422,7 @@ class HostdClient:
         news = asyncio.Event()
         # A live event says only that there is something to read: what is missed costs time alone.
         async with self.link.subscribed(subject, lambda _: news.set(), news.set):
-            pause_s, idle = STORED_FIRST_S, True
+            pause_s, idle, first = STORED_FIRST_S, True, True
             while True:
                 news.clear()
                 message = await self.link.next(stream, subject, after)
@@ -430,15 +432,24 @@ class HostdClient:
                     if event is not None:
                         yield StoredEvent(message.seq, event)
                     continue
-                if idle and after > (last := await self.link.last_seq(stream)):
-                    raise errors.EventsLost(
-                        f"stream {stream} ends at message {last}, before {after}: it was made "
-                        "anew; begin again at 0"
-                    )
+                if idle:
+                    try:
+                        await self._check_position(stream, after)
+                    except errors.NoAnswer:  # no leader now: the next round asks again
+                        if first:
+                            raise
+                    first = False
                 if not follow:
                     return
                 idle = True
                 pause_s = await _pause(news, pause_s)
+
+    async def _check_position(self, stream: str, after: int) -> None:
+        if after > (last := await self.link.last_seq(stream)):
+            raise errors.EventsLost(
+                f"stream {stream} ends at message {last}, before {after}: it was made anew; "
+                "begin again at 0"
+            )
 
     def _stored_event(self, message: Kept) -> Event | None:
         try:

@@ -60,7 +60,11 @@ class _Subscribed:
         self._current: Subscription | None = None
 
     async def subscribe(self, connection: Connection) -> None:
-        self._current = await connection.subscribe(self._subject, self._receive)
+        made = await connection.subscribe(self._subject, self._receive)
+        before, self._current = self._current, made
+        if before is not None:  # of the connection before; or two have subscribed at once
+            with suppress(errors.Error, OSError):
+                await before.unsubscribe()
 
     async def unsubscribe(self) -> None:
         if self._current is not None:

@@ -1,6 +1,7 @@
 """The connection without a server: it ends when it is asked to, whatever nats-py waits for."""
 
 import asyncio
+import contextlib
 import time
 from typing import Any, NoReturn
 
@@ -74,3 +75,23 @@ async def test_a_denial_is_of_its_subject_whatever_its_case_and_of_its_time() ->
     assert connection.denial(subject, after) == ""  # the permission may be there by now
     await connection._on_error(violation)
     assert connection.denial(subject, after)
+
+
+async def test_a_cancellation_that_nats_py_swallows_ends_a_request_that_fails_afterwards() -> None:
+    class Flushing:
+        is_connected, is_clustered, max_payload = True, False, 1 << 20
+
+        async def ask(self, *_: object, **__: object) -> NoReturn:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            raise errors.TimeoutError
+
+    connection: Any = Connection(NatsSettings(url="nats://127.0.0.1:1"), name="t", inbox="_INBOX.t")
+    connection._client = Flushing()
+    request = asyncio.create_task(connection.request("s", b""))
+    await asyncio.sleep(0)
+
+    request.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await request
