@@ -588,13 +588,29 @@ async def test_a_position_beyond_the_end_of_the_stream_is_a_loss(
             await anext(client.stored_events(after=5, follow=follow))
 
 
+def _counted_checks(client: HostdClient, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One entry each time that the client asks where a stream ends."""
+    asked: list[str] = []
+    last_seq = client.link.last_seq
+
+    async def counted(stream: str) -> int:
+        asked.append(stream)
+        return await last_seq(stream)
+
+    monkeypatch.setattr(client.link, "last_seq", counted)
+    return asked
+
+
 async def test_a_stream_that_is_made_anew_is_a_loss_to_who_follows_it(
-    worker: StandIn, client: HostdClient
+    worker: StandIn, client: HostdClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await publish(worker, event(1), event(2))
     following = client.stored_events()
     assert [(await anext(following)).stream_seq for _ in range(2)] == [1, 2]
+    checks = _counted_checks(client, monkeypatch)
     waiting = asyncio.ensure_future(anext(following))
+    while len(checks) < 2:  # it has been idle for longer than one round
+        await asyncio.sleep(0.01)
 
     jetstream = worker.connection.jetstream()
     config = (await jetstream.stream_info(SUBJECTS.events_stream)).config

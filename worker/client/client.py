@@ -433,19 +433,21 @@ class HostdClient:
                         yield StoredEvent(message.seq, event)
                     continue
                 if idle:
-                    try:
-                        await self._check_position(stream, after)
-                    except errors.NoAnswer:  # no leader now: the next round asks again
-                        if first:
-                            raise
+                    await self._check_position(stream, after, may_fail=not first)
                     first = False
                 if not follow:
                     return
                 idle = True
                 pause_s = await _pause(news, pause_s)
 
-    async def _check_position(self, stream: str, after: int) -> None:
-        if after > (last := await self.link.last_seq(stream)):
+    async def _check_position(self, stream: str, after: int, *, may_fail: bool) -> None:
+        try:
+            last = await self.link.last_seq(stream)
+        except errors.NoAnswer:
+            if not may_fail:
+                raise
+            return  # no leader now: the next round asks again
+        if after > last:
             raise errors.EventsLost(
                 f"stream {stream} ends at message {last}, before {after}: it was made anew; "
                 "begin again at 0"
