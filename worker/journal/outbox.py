@@ -11,6 +11,11 @@ from worker.journal.store import Store
 from worker.journal.transaction import OutRow, StateRow, Transaction
 
 BACKLOG_ROWS: Final = 100_000
+# What the bus has is noted with the next commit, or after this time. Until then a kill has it sent
+# again: to a stream or the bucket, which know it, or to an inbox, where copies may repeat.
+SENT_S: Final = 0.25
+CLEAN: Final = "UPDATE state SET dirty = 0 WHERE key = ? AND seq = ?"
+DELETE: Final = "DELETE FROM state WHERE key = ? AND seq = ?"
 
 
 class JournalOutbox:
@@ -103,7 +108,7 @@ class JournalOutbox:
                 self._arrival(kind).set()
 
     def sent(self, rows: Sequence[OutRow]) -> None:
-        """Delete rows that the bus confirmed; on disk within some 20 ms."""
+        """Delete rows that the bus confirmed; on disk within `SENT_S`."""
         if not rows and not self._gone:
             return
         for row in rows:
@@ -115,7 +120,7 @@ class JournalOutbox:
         self._arrival("sent").set()
         if not self._forgetting:
             self._forgetting = True
-            self._store.writer.later(self._forget_gone, apply=self._forgot)
+            self._store.writer.later(self._forget_gone, apply=self._forgot, within_s=SENT_S)
         self._check_backlog()
 
     def _forget_gone(self, tx: Transaction) -> tuple[int, ...]:
@@ -149,12 +154,12 @@ class JournalOutbox:
         if row is None or row.seq != seq:
             return
         del self._store.mirror.states[key]
+        done = CLEAN if row.value is not None else DELETE
 
         def do(tx: Transaction) -> None:
-            tx.execute("DELETE FROM state WHERE key = ? AND seq = ? AND value IS NULL", (key, seq))
-            tx.execute("UPDATE state SET dirty = 0 WHERE key = ? AND seq = ?", (key, seq))
+            tx.execute(done, (key, seq))
 
-        self._store.writer.later(do)
+        self._store.writer.later(do, within_s=SENT_S)
 
     async def rewrite_state(self) -> None:
         """Mark every key dirty, e.g. for a bucket that was deleted and created again."""

@@ -19,8 +19,8 @@ Durability. A part asks for one of three levels:
   continues. Admissions, outcomes, points of no return, and steps whose effect survives a reboot.
 - `submit()`: in the write-ahead log of the process (`synchronous=NORMAL`) before the caller
   continues. It survives kill -9 but not a power loss, which also removes the effect it is about.
-- `later()`: with the next commit, or within `LAZY_S`. Nobody waits. It survives nothing until
-  then: what is sent to the bus but not yet deleted here is sent again, and deduplicated.
+- `later()`: with the next commit, or within a time of its own. Nobody waits. It survives nothing
+  until then: what is sent to the bus but not yet deleted here is sent again, and deduplicated.
 
 If one part of a batch is durable, the whole batch is. `submit_soon` is `submit(durable=True)` that
 leaves two turns of the loop for further parts to join, so that a command that changes nothing is
@@ -41,6 +41,7 @@ before `writable` becomes true. Reads work throughout, as far as the file can be
 
 import asyncio
 import contextlib
+import math
 import queue
 import sqlite3
 import threading
@@ -142,6 +143,7 @@ class Writer:
         self._queue: queue.SimpleQueue[list[_Part[Any]] | None] = queue.SimpleQueue()
         self._later: list[_Part[Any]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._due_s = math.inf  # when it fires, by the loop's clock
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._connection: sqlite3.Connection | None = None
@@ -193,12 +195,19 @@ class Writer:
         return self._seq
 
     def later(
-        self, do: Callable[[Transaction], T], *, apply: Callable[[T], None] | None = None
+        self,
+        do: Callable[[Transaction], T],
+        *,
+        apply: Callable[[T], None] | None = None,
+        within_s: float = LAZY_S,
     ) -> None:
-        """Run `do` with the next commit, or within `LAZY_S`; nobody waits for it."""
+        """Run `do` with the next commit, or within a time; nobody waits for it."""
         self._later.append(_Part(do, apply))
-        if self._timer is None:
-            self._timer = self._loop.call_later(LAZY_S, self._flush)
+        at_s = self._loop.time() + within_s
+        if at_s < self._due_s:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._due_s, self._timer = at_s, self._loop.call_at(at_s, self._flush)
 
     def read(
         self, do: Callable[[Transaction], T], *, apply: Callable[[T], None] | None = None
@@ -232,7 +241,7 @@ class Writer:
         """Hand over everything in the order of submission."""
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+            self._due_s, self._timer = math.inf, None
         parts, self._later = self._later, []
         if parts:
             self._queue.put(parts)

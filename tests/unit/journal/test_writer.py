@@ -124,6 +124,21 @@ async def test_a_bug_where_nobody_waits_is_logged_and_what_was_done_before_it_is
         assert len(journal.records.instances()) == 1
 
 
+async def test_what_nobody_waits_for_is_committed_at_the_earliest_time_asked_for(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as journal:
+        both, done = asyncio.Event(), list[int]()
+        later = journal.store.writer.later
+
+        later(lambda tx: done.append(1), within_s=3600.0)
+        later(lambda tx: done.append(2), apply=lambda _: both.set(), within_s=0.0)
+
+        async with asyncio.timeout(10):
+            await both.wait()
+        assert done == [1, 2]
+
+
 async def test_reads_work_while_nothing_can_be_written(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         assert (await accept(journal, command(start()))).verdict is Verdict.NEW
