@@ -32,6 +32,17 @@ from worker.journal.transaction import OPERATOR, EventDraft, Transaction
 
 TOMBSTONE_KEEP_MS: Final = 30 * 24 * 3_600_000
 TOMBSTONES_MAX: Final = 20_000
+PUT_INSTANCE: Final = (
+    "INSERT INTO instance VALUES (?, ?, ?, ?, ?, ?) "
+    "ON CONFLICT (tenant_id, pool_id, instance_id) DO UPDATE SET "
+    "uid_slot = excluded.uid_slot, address_offset = excluded.address_offset, "
+    "record = excluded.record"
+)
+# Most puts change neither: to set a column writes the page of its index, also with the same value.
+SAME_PLACES: Final = (
+    "UPDATE instance SET record = ? WHERE tenant_id = ? AND pool_id = ? AND instance_id = ? "
+    "AND uid_slot IS ? AND address_offset IS ?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +198,8 @@ class JournalRecords:
 
         def save(tx: Transaction) -> None:
             key = (ref.tenant_id, ref.pool_id, ref.instance_id)
-            tx.execute(
-                "INSERT INTO instance VALUES (?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT (tenant_id, pool_id, instance_id) DO UPDATE SET "
-                "uid_slot = excluded.uid_slot, address_offset = excluded.address_offset, "
-                "record = excluded.record",
-                (*key, record.uid_slot, offset, packed),
-            )
+            if not tx.execute(SAME_PLACES, (packed, *key, record.uid_slot, offset)).rowcount:
+                tx.execute(PUT_INSTANCE, (*key, record.uid_slot, offset, packed))
             self._store.source.announce(tx, draft, at_ms, state)
             self._publish_usage(tx, draft, due, at_ms)
 

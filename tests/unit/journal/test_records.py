@@ -41,6 +41,23 @@ async def test_records_are_read_from_memory_and_kept_over_a_restart(tmp_path: Pa
         assert journal.records.networks() == ()
 
 
+async def test_a_put_writes_an_index_only_if_slot_or_offset_change(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+        await journal.records.put_instance(record(uid_slot=4, offset=9))
+        frame = 4096 + 24
+        log = Path(f"{journal.store.path}-wal")
+        begun = log.stat().st_size
+
+        await journal.records.put_instance(record(uid_slot=4, offset=9, launch=2))
+        same = log.stat().st_size
+        await journal.records.put_instance(record(uid_slot=5, offset=9, launch=2))
+
+        assert (same - begun) // frame == 1
+        assert (log.stat().st_size - same) // frame > 1
+    async with opened(tmp_path) as journal:
+        assert journal.records.instance(REF) == record(uid_slot=5, offset=9, launch=2)
+
+
 async def test_each_status_change_is_one_event_whose_from_is_the_previous_to(
     tmp_path: Path,
 ) -> None:
