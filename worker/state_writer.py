@@ -90,10 +90,20 @@ class StateWriter:
             rows = sorted(
                 self._source.dirty(), key=lambda row: self._unsendable.get(row.key) == row.seq
             )
-            results = await asyncio.gather(
-                *(self._put(row) for row in rows[:CONCURRENT_MAX]), return_exceptions=True
-            )
+            results: Sequence[BaseException | None]
+            if len(rows) == 1:  # as almost always: no task for it
+                results = [await self._try(rows[0])]
+            else:
+                tried = (self._try(row) for row in rows[:CONCURRENT_MAX])
+                results = await asyncio.gather(*tried, return_exceptions=True)
             await self._after([result for result in results if result is not None])
+
+    async def _try(self, row: StateRow) -> BaseException | None:
+        try:
+            await self._put(row)
+        except (BusError, Fenced) as error:
+            return error
+        return None
 
     async def _after(self, failures: Sequence[BaseException]) -> None:
         for failure in failures:

@@ -3,8 +3,9 @@
 The bytes come from whoever may publish on the reply's subject: what is not a reply is a `BusError`.
 """
 
-import json
 from typing import Any, Final, cast
+
+import msgspec
 
 from worker.bus.protocol import BusError
 
@@ -18,7 +19,7 @@ def read_reply(data: bytes, what: str) -> dict[str, Any]:
         BusError: not a reply of the API; `what` names it in the message.
     """
     try:
-        found: object = json.loads(data)
+        found: object = msgspec.json.decode(data)
     except (ValueError, RecursionError) as error:
         raise BusError(
             f"{what}: expected a JSON object, found {len(data)} bytes of none"

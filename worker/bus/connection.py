@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from worker.bus.guarded_client import (
 )
 from worker.bus.lean_client import encode_headers
 from worker.bus.message import Message, NoResponder, Subscription
+from worker.bus.nats_call import NatsCall, text_of
 from worker.bus.protocol import BusError, Unsendable
 from worker.bus.strict_client import requires_tls, without_password
 
@@ -45,12 +46,6 @@ FAILURES_KEPT = 32
 DENIALS_KEPT = 100
 NO_RESPONDERS = "503"
 KEEPER = "nats-connection"  # the name of the task that connects
-UNSENDABLE = (
-    errors.MaxPayloadError,
-    errors.BadSubjectError,
-    errors.BadHeaderError,
-    UnicodeError,
-)
 
 
 class Connection:
@@ -80,6 +75,7 @@ class Connection:
         self._log = logger
         self.tuning = tuning
         self.guards = guards
+        self._cancellable = Guard.CANCEL in guards
         self._name, self._inbox = name, inbox
         self._use(settings)
         self._client: GuardedClient | None = None
@@ -136,7 +132,7 @@ class Connection:
             if _contents(settings) == self._in_use:
                 return False
         except (OSError, errors.Error) as error:
-            raise BusError(f"cannot reload [nats]: {_text(error)}") from error
+            raise BusError(f"cannot reload [nats]: {text_of(error)}") from error
         await (
             self.close()
         )  # also an attempt to connect with the old settings, which goes on forever
@@ -361,7 +357,7 @@ class Connection:
         client = self._current()
         self._put(client, subject, payload, reply, headers)
         if client.congested:
-            with self._cancellable():
+            with NatsCall(subject, cancellable=self._cancellable):
                 await client.relieved()
 
     def send_now(self, messages: Iterable[tuple[str, bytes]]) -> int:
@@ -391,7 +387,7 @@ class Connection:
         reply: str,
         headers: Mapping[str, str] | None,
     ) -> None:
-        with _as_bus_errors(subject):
+        with NatsCall(subject):
             block = encode_headers(headers)
             _check_sendable(client, subject, len(payload) + len(block))
             client.put(subject, payload, headers=block, reply=reply)
@@ -413,7 +409,7 @@ class Connection:
         """
         limit_s = self.tuning.request_timeout_s if timeout_s is None else timeout_s
         client = self._current()
-        with _as_bus_errors(subject), self._cancellable():
+        with NatsCall(subject, cancellable=self._cancellable):
             block = encode_headers(headers)
             _check_sendable(client, subject, len(payload) + len(block))
             answer = await client.ask(subject, payload, headers=block, timeout_s=limit_s)
@@ -425,7 +421,7 @@ class Connection:
         self, subject: str, receive: Callable[[Message], None], *, queue: str = ""
     ) -> Subscription:
         """Subscribe until the client is replaced; `receive` must return at once."""
-        with _as_bus_errors(subject), self._cancellable():
+        with NatsCall(subject, cancellable=self._cancellable):
             return await self._current().listen(subject, receive, queue=queue)
 
     async def settle(self) -> None:
@@ -434,26 +430,8 @@ class Connection:
         Raises:
             BusError: it does not answer in time, or the connection was lost.
         """
-        with _as_bus_errors("PING"), self._cancellable():
+        with NatsCall("PING", cancellable=self._cancellable):
             await self._current().settle(self.tuning.request_timeout_s)
-
-    @contextlib.contextmanager
-    def _cancellable(self) -> Generator[None]:
-        """nats-py swallows a cancellation that arrives while it flushes or with an answer."""
-        task = asyncio.current_task()
-        before = task.cancelling() if task else 0
-
-        def was_cancelled() -> bool:
-            return bool(task and task.cancelling() > before and Guard.CANCEL in self.guards)
-
-        try:
-            yield
-        except Exception as error:
-            if was_cancelled():
-                raise asyncio.CancelledError from error
-            raise
-        if was_cancelled():
-            raise asyncio.CancelledError
 
     def _current(self) -> GuardedClient:
         client = self._client
@@ -467,17 +445,6 @@ def _contents(settings: NatsSettings) -> tuple[object, ...]:
     paths = [path for path in (settings.creds, settings.tls) if path]
     hashes = [hashlib.sha256(Path(path).read_bytes()).digest() for path in paths]
     return settings.url, settings.creds, settings.tls, *hashes
-
-
-@contextlib.contextmanager
-def _as_bus_errors(subject: str) -> Generator[None]:
-    """Raises `Unsendable` and `BusError` in place of nats-py's errors."""
-    try:
-        yield
-    except UNSENDABLE as error:
-        raise Unsendable(f"{subject!a}: {_text(error)}") from error
-    except (TimeoutError, OSError, errors.Error) as error:
-        raise BusError(f"{subject}: {_text(error)}") from error
 
 
 def _check_sendable(client: Client, subject: str, size: int) -> None:
@@ -496,7 +463,3 @@ def _check_sendable(client: Client, subject: str, size: int) -> None:
             f" {client.max_payload}",
             limit_bytes=client.max_payload,
         )
-
-
-def _text(error: BaseException) -> str:
-    return str(error) or type(error).__name__

@@ -63,6 +63,8 @@ class NatsBus:
             guards=guards,
             tuning=tuning,
         )
+        # The streams in which another host can have used an ID.
+        self._ids_shared = frozenset({subjects.replies_stream, subjects.dead_stream})
         self._js_domain = settings.js_domain
         self._api = streams.js_api(settings.js_domain)
         self._window = window
@@ -283,7 +285,7 @@ class NatsBus:
         An ID is taken in the whole stream, so a message of another host can have it. The position
         of the message that has it tells whose it is (ADR 0209).
         """
-        if stream not in (self.subjects.replies_stream, self.subjects.dead_stream):
+        if stream not in self._ids_shared:
             await self._store(subject, payload, headers)  # IDs of events cannot be guessed
             return True
         text = f"{subject} {headers['Nats-Msg-Id']}"

@@ -57,12 +57,16 @@ def inbox_prefix(host_id: str) -> str:
 
 def stream_of(subjects: Subjects, subject: str) -> str | None:
     """The stream that a subject of this host is bound to; None: none of these."""
-    kind = subject.removeprefix(f"{subjects.root}.{subjects.host_id}.").split(".", 1)[0]
-    return {
-        "evt": subjects.events_stream,
-        "reply": subjects.replies_stream,
-        "dead": subjects.dead_stream,
-    }.get(kind)
+    kind, _, _ = subject.removeprefix(f"{subjects.root}.{subjects.host_id}.").partition(".")
+    match kind:
+        case "evt":
+            return subjects.events_stream
+        case "reply":
+            return subjects.replies_stream
+        case "dead":
+            return subjects.dead_stream
+        case _:
+            return None
 
 
 def stream_configs(

@@ -129,8 +129,8 @@ def _message(fields: bytes, *, headers: bool) -> tuple[bytes, int, bytes, int, i
     if len(found) not in (2 + numbers, 3 + numbers):
         raise errors.ProtocolError(f"a message line with {len(found)} fields")
     reply = found[2] if len(found) == 3 + numbers else b""
-    sid, *sizes = (_number(field) for field in (found[1], *found[-numbers:]))
-    header_size, size = sizes if headers else (0, *sizes)
+    sid, size = _number(found[1]), _number(found[-1])
+    header_size = _number(found[-2]) if headers else 0
     if header_size > size or size > MESSAGE_MAX:
         raise errors.ProtocolError(f"a message of {size} bytes with headers of {header_size}")
     return found[0], sid, reply, header_size, size

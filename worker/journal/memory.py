@@ -174,7 +174,7 @@ class Mirror:
 
     @property
     def unsent(self) -> int:
-        return sum(queue.count for queue in self.out.values())
+        return sum([queue.count for queue in self.out.values()])
 
 
 def read_out(connection: sqlite3.Connection, kind: str, *, after: int) -> list[OutRow]:

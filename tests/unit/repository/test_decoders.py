@@ -117,7 +117,7 @@ FED = {
     ),
     "what_the_bus_delivers_is_a_bus_error": (
         "worker/bus/api_reply.py:header_number:int",
-        "worker/bus/api_reply.py:read_reply:json.loads",
+        "worker/bus/api_reply.py:read_reply:msgspec.json.decode",
         "worker/bus/wire.py:_info:json.loads",
         "worker/bus/wire.py:_number:int",
         "worker/bus/wire.py:read_headers:decode",
