@@ -142,7 +142,7 @@ def _hide(
 
 def _dump(event: object, **_options: object) -> str:
     try:
-        return json.dumps(event, default=_plain, ensure_ascii=False, separators=(",", ":"))
+        return _JSON.encode(event)
     except Exception as error:  # noqa: BLE001 - logging never raises
         # A value that no JSON has (a cycle, too deep, a key that is no text) loses its fields only.
         known = {name: str(cast("dict[str, Any]", event).get(name)) for name in ("event", "at")}
@@ -165,3 +165,6 @@ def _plain(value: object) -> str:
     """Errors as `Class: text`, other values as their text; bounded, since it may be untrusted."""
     text = f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else str(value)
     return text[:_TEXT_MAX]
+
+
+_JSON: Final = json.JSONEncoder(default=_plain, ensure_ascii=False, separators=(",", ":"))
