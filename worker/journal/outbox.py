@@ -23,7 +23,7 @@ class JournalOutbox:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._arrivals: dict[str, asyncio.Event] = {}
+        self._arrivals = {kind: asyncio.Event() for kind in (*memory.OUT_KINDS, "state", "sent")}
         self._gone: set[int] = set()  # sent, but perhaps still in the file
         self._forgetting = False
         self._send_now: Callable[[Sequence[OutRow]], int] | None = None
@@ -65,7 +65,7 @@ class JournalOutbox:
 
     async def wait_sent(self) -> None:
         """Return after the next `sent`."""
-        arrival = self._arrival("sent")
+        arrival = self._arrivals["sent"]
         arrival.clear()
         await arrival.wait()
 
@@ -87,7 +87,7 @@ class JournalOutbox:
 
     async def wait_pending(self, kind: str) -> None:
         """Return once there is a row of this kind to send."""
-        arrival = self._arrival(kind)
+        arrival = self._arrivals[kind]
         while not self.sendable(kind):
             arrival.clear()
             await arrival.wait()
@@ -97,7 +97,7 @@ class JournalOutbox:
         queue = self._store.mirror.out[row.kind]
         if queue.rows.pop(row.n, None) is not None:
             queue.held[row.n] = row
-        self._arrival("sent").set()
+        self._arrivals["sent"].set()
 
     def release(self) -> None:
         """Try the held rows again, each in its place; the bus may accept them now."""
@@ -105,7 +105,7 @@ class JournalOutbox:
             if queue.held:
                 queue.rows = dict(sorted((queue.rows | queue.held).items()))
                 queue.held = {}
-                self._arrival(kind).set()
+                self._arrivals[kind].set()
 
     def sent(self, rows: Sequence[OutRow]) -> None:
         """Delete rows that the bus confirmed; on disk within `SENT_S`."""
@@ -117,11 +117,12 @@ class JournalOutbox:
             if known is not None:
                 queue.count -= 1
                 self._gone.add(row.n)
-        self._arrival("sent").set()
+        self._arrivals["sent"].set()
         if not self._forgetting:
             self._forgetting = True
             self._store.writer.later(self._forget_gone, apply=self._forgot, within_s=SENT_S)
-        self._check_backlog()
+        if self._backlogged:
+            self._check_backlog()
 
     def _forget_gone(self, tx: Transaction) -> tuple[int, ...]:
         """In the writer's thread: delete all that were sent by now."""
@@ -143,7 +144,7 @@ class JournalOutbox:
 
     async def wait_dirty(self) -> None:
         """Return once there is a key to write."""
-        arrival = self._arrival("state")
+        arrival = self._arrivals["state"]
         while not self._store.mirror.states:
             arrival.clear()
             await arrival.wait()
@@ -186,11 +187,11 @@ class JournalOutbox:
             self.sent(direct[: self._send_now(direct)])
         for kind in {row.kind for row in transaction.out}:
             if self.sendable(kind):
-                self._arrival(kind).set()
+                self._arrivals[kind].set()
         for state in transaction.states:
             mirror.states[state.key] = state
-            self._arrival("state").set()
-        if transaction.out:
+            self._arrivals["state"].set()
+        if transaction.out and not self._backlogged:
             self._check_backlog()
 
     def _reloaded(self, mirror: Mirror) -> None:
@@ -201,7 +202,7 @@ class JournalOutbox:
         self._forgetting = False  # the deletion failed with the rest of its commit
         self._backlogged = self._over_limit(mirror)
         for kind in (*memory.OUT_KINDS, "state"):
-            self._arrival(kind).set()
+            self._arrivals[kind].set()
 
     def _check_backlog(self) -> None:
         before, self._backlogged = self._backlogged, self._over_limit(self._store.mirror)
@@ -210,6 +211,3 @@ class JournalOutbox:
 
     def _over_limit(self, mirror: Mirror) -> bool:
         return mirror.unsent >= (BACKLOG_ROWS * 9 // 10 if self._backlogged else BACKLOG_ROWS)
-
-    def _arrival(self, kind: str) -> asyncio.Event:
-        return self._arrivals.setdefault(kind, asyncio.Event())

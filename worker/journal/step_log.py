@@ -21,6 +21,9 @@ class JournalSteps:
     async def begin(self, command_id: str, *intents: StepIntent) -> Sequence[StepRow]:
         """Commit the intents in one transaction; the row of an earlier run is kept and returned."""
         before = self._store.mirror.steps.get(command_id, {})
+        found = [row for i in intents if (row := before.get((i.mechanism, i.key))) is not None]
+        if len(found) == len(intents):  # as for each step that was announced
+            return tuple(found)
         new = {(i.mechanism, i.key): i for i in intents if (i.mechanism, i.key) not in before}
         rows = {name: StepRow(*name, intent.existed) for name, intent in new.items()}
         result = tuple((before | rows)[i.mechanism, i.key] for i in intents)
@@ -34,8 +37,6 @@ class JournalSteps:
             for name, row in rows.items():
                 mirrored.setdefault(name, row)
 
-        if not new:
-            return result
         if all(intent.durability is Durability.IMPLIED for intent in new.values()):
             apply(None)
             self._store.writer.later(do)
