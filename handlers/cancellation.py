@@ -18,6 +18,19 @@ class Interrupted(Exception):
     """`race`: the other side ended, or the time was up, before the work was done."""
 
 
+class Uncut(asyncio.Future[T]):
+    """The result of work that cannot be stopped, for one task to await: if that task is cancelled,
+    it waits on, and the cancellation takes effect once there is a result.
+
+    As `run_shielded`, without a task and a turn of the loop of its own. Source: asyncio's
+    `Task.cancel`: what the task awaits is cancelled if it can be, else the task is thrown
+    CancelledError when it continues.
+    """
+
+    def cancel(self, msg: object = None) -> bool:  # noqa: ARG002 - asyncio's
+        return False
+
+
 async def finish(*work: asyncio.Future[Any]) -> asyncio.CancelledError | None:
     """Wait until all of the work has ended, however often the caller is cancelled meanwhile.
 
@@ -57,7 +70,8 @@ async def together(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -
     If one fails the other is not cancelled: an effect that has begun is completed, so that undo
     finds the host at rest. Raises the first one's failure, else the other's.
     """
-    tasks = asyncio.ensure_future(one), asyncio.ensure_future(other)
+    loop = asyncio.get_running_loop()
+    tasks = loop.create_task(one), loop.create_task(other)
     try:
         await _ended(*tasks)
     except asyncio.CancelledError:
@@ -83,7 +97,8 @@ async def race(
     Raises:
         Interrupted: the work was cancelled; if `until` failed, that is the cause.
     """
-    working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(until)
+    loop = asyncio.get_running_loop()
+    working, stopping = loop.create_task(work), loop.create_task(until)
     try:
         await asyncio.wait(
             {working, stopping}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED

@@ -1,6 +1,5 @@
 """The plan of a launch, read and checked before anything is made: agentd's files, names, sizes."""
 
-import asyncio
 from dataclasses import dataclass
 
 from handlers.errors import Conflict, Invalid
@@ -170,7 +169,7 @@ async def newest_launch(record: InstanceRecord, host: Host) -> int:
     if record.before is not None:
         return record.launch
     ref = record.ref
-    jails, cgroups = await asyncio.gather(host.jails.launches(ref), host.vmms.launches(ref))
+    jails, cgroups = await host.jails.launches(ref), await host.vmms.launches(ref)
     stray = host.unrecorded.of_instance(ref)
     for launch in (found := sorted({*jails, *cgroups})):
         jail_id = naming.jail_id(ref, launch)

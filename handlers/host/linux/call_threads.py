@@ -176,14 +176,19 @@ class CallThreads(Generic[S]):
         """
         return await self.begin(do).future
 
-    def begin(self, do: Callable[[S], T], progress: Progress | None = None) -> _Call[S, T]:
+    def begin(
+        self,
+        do: Callable[[S], T],
+        progress: Progress | None = None,
+        future: asyncio.Future[T] | None = None,
+    ) -> _Call[S, T]:
         """As `run`, for who waits for `future` himself, or may `withdraw` the call."""
         if self._stopped:
             raise RuntimeError(f"{self.kind} threads have been stopped")
         loop = asyncio.get_running_loop()
         if len(self._live) < min(self._count, self._open + 1):
             self._replace()
-        call = _Call(do, loop.create_future(), progress or Progress())
+        call = _Call(do, future or loop.create_future(), progress or Progress())
         self._open += 1
         self.calls.put(call)
         if self._watched_by is not loop:

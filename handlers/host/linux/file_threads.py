@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
-from handlers.cancellation import run_shielded
+from handlers.cancellation import Uncut, run_shielded
 from handlers.errors import Unavailable
 from handlers.host.linux.call_threads import CallThreads, Progress
 from handlers.host.linux.kernel_thread import nothing
@@ -86,7 +86,12 @@ async def run_in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
     A thread cannot be stopped; one left behind would create again what the undo just removed.
     """
     call = partial(work, *args, **kwargs)
-    return await run_shielded(_quick.begin(lambda _: call()).future)
+    future = Uncut[T](loop=asyncio.get_running_loop())
+    _quick.begin(lambda _: call(), future=future)
+    try:
+        return await future
+    except asyncio.CancelledError as cancelled:
+        raise cancelled from future.exception()
 
 
 async def run_in_slow_thread(work: Callable[[CancelToken], T]) -> T:

@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 
+from handlers.cancellation import Uncut
 from handlers.errors import Abandoned, Unavailable
 from handlers.host.linux import file_threads
 from handlers.host.linux.call_threads import (
@@ -300,3 +301,82 @@ async def test_work_that_nobody_waits_for_is_left_out_while_too_many_hang(
     finally:
         rig.released.set()
         rig.threads.stop()
+
+
+# -- a call whose caller is cancelled ------------------------------------------------------------
+
+
+class Held:
+    """Work in a thread that ends when the test says so; then it returns, or raises `failure`."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.ended = False
+        self._failure = failure
+
+    def run(self) -> str:
+        self.begun.set()
+        assert self.go.wait(60)
+        self.ended = True
+        if self._failure is not None:
+            raise self._failure
+        return "done"
+
+
+async def begun(held: Held, caller: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    task = asyncio.create_task(caller)
+    while not held.begun.is_set():
+        await asyncio.sleep(0.001)
+    return task
+
+
+@pytest.mark.parametrize("failure", [None, OSError("disk")])
+async def test_a_cancelled_caller_waits_for_the_thread_and_is_cancelled_then(
+    failure: Exception | None,
+) -> None:
+    held = Held(failure)
+    caller = await begun(held, file_threads.run_in_thread(held.run))
+
+    for _ in range(2):
+        caller.cancel()
+        await asyncio.sleep(0.001)
+
+    assert not caller.done()
+    held.go.set()
+    with pytest.raises(asyncio.CancelledError) as cancelled:
+        await caller
+    assert held.ended
+    assert cancelled.value.__cause__ is failure
+
+
+async def test_a_cancellation_that_races_the_end_of_the_thread_is_not_lost(rig: Rig) -> None:
+    future = Uncut[str](loop=asyncio.get_running_loop())
+
+    async def result() -> str:
+        return await future
+
+    caller = asyncio.create_task(result())
+    await asyncio.sleep(0)
+    rig.threads.begin(lambda _: "done", future=future)
+    while not future.done():
+        await asyncio.sleep(0)
+    caller.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+
+
+async def test_a_timeout_takes_effect_once_the_thread_has_ended() -> None:
+    held = Held()
+
+    async def within_no_time() -> None:
+        async with asyncio.timeout(0):
+            await file_threads.run_in_thread(held.run)
+
+    caller = await begun(held, within_no_time())
+    await asyncio.sleep(0.001)
+    assert not caller.done()
+    held.go.set()
+
+    with pytest.raises(TimeoutError):
+        await caller
