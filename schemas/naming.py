@@ -62,7 +62,13 @@ def subnet_of(text: str) -> ipaddress.IPv4Network:
 
 def guest_ip(net: TenantNet, offset: int) -> str:
     """The subnet's base address plus the offset."""
-    return str(subnet_of(net.ipv4_subnet).network_address + offset)
+    return _address(net.ipv4_subnet, offset)
+
+
+@lru_cache(CACHED)
+def _address(subnet: str, offset: int) -> str:
+    """Kept: one launch asks five times."""
+    return str(subnet_of(subnet).network_address + offset)
 
 
 def prefix_len(net: TenantNet) -> int:

@@ -1,13 +1,15 @@
 """Netlink's own framing: messages and their attributes, as bytes. No I/O."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 # linux/netlink.h; the header: length, type, flags, sequence number, port id
 HEADER = struct.Struct("=IHHII")
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLA_NESTED, NLA_TYPE = 0x8000, 0x3FFF
+
+ALL = range(NLA_TYPE + 1)
 
 Attributes = dict[int, bytes]
 ATTRIBUTE = struct.Struct("=HH")  # the header of an attribute: length, type
@@ -31,15 +33,17 @@ def pieces(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         at += max(HEADER.size, (size + 3) & ~3)
 
 
-def attributes(data: bytes) -> Attributes:
-    """Attributes by type, in the order of the message; a cut one ends it."""
+def attributes(data: bytes, wanted: Container[int] = ALL) -> Attributes:
+    """Attributes by type, in the order of the message, or the wanted ones; a cut one ends it."""
     found: Attributes = {}
     at, last = 0, len(data) - 4
     while at <= last:
         size, kind = ATTRIBUTE.unpack_from(data, at)
         if size < 4:
             break
-        found[kind & NLA_TYPE] = data[at + 4 : at + size]
+        kind &= NLA_TYPE
+        if kind in wanted:
+            found[kind] = data[at + 4 : at + size]
         at += (size + 3) & ~3
     return found
 

@@ -46,15 +46,34 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_EXT_MA
 IFLA_STATS64, STATS = 23, struct.Struct("=QQQQ")
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_DATA = 1, 2, 5
 SKIP_STATS = attribute(IFLA_EXT_MASK, struct.pack("=I", 1 << 3))
-# Attributes of Link.info: of a bridge, of a TAP
+# Attributes of Link.info, which are no others: of a bridge, of a TAP
 IFLA_BR_FORWARD_DELAY, IFLA_BR_STP_STATE, IFLA_BR_MCAST_SNOOPING = 1, 5, 23
 IFLA_TUN_OWNER, IFLA_TUN_PERSIST = 1, 6
-# Attributes of Link.port
+# Attributes of Link.port, which are no others
 IFLA_BRPORT_STATE, IFLA_BRPORT_LEARNING, IFLA_BRPORT_UNICAST_FLOOD, IFLA_BRPORT_ISOLATED = (
     1,
     8,
     9,
     33,
+)
+
+FIELDS = frozenset({IFLA_ADDRESS, IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_IFALIAS})
+INFO = frozenset(
+    {
+        IFLA_BR_FORWARD_DELAY,
+        IFLA_BR_STP_STATE,
+        IFLA_BR_MCAST_SNOOPING,
+        IFLA_TUN_OWNER,
+        IFLA_TUN_PERSIST,
+    }
+)
+PORT = frozenset(
+    {
+        IFLA_BRPORT_STATE,
+        IFLA_BRPORT_LEARNING,
+        IFLA_BRPORT_UNICAST_FLOOD,
+        IFLA_BRPORT_ISOLATED,
+    }
 )
 
 IFA_LOCAL = 2
@@ -366,7 +385,7 @@ def error_of(body: bytes) -> int:
 def link_of(body: bytes, *, nested: bool = True) -> Link:
     """Without `nested`, `kind`, `info` and `port` are left out: they are most of a message."""
     _, _, index, flags, _ = LINK.unpack_from(body)
-    held = attributes(body[LINK.size :])
+    held = attributes(body[LINK.size :], FIELDS)
     info = attributes(held.get(IFLA_LINKINFO, b"")) if nested else {}
     master = held.get(IFLA_MASTER)
     return Link(
@@ -377,8 +396,8 @@ def link_of(body: bytes, *, nested: bool = True) -> Link:
         mac=held.get(IFLA_ADDRESS, b"").hex(":"),
         up=bool(flags & IFF_UP),
         master=None if master is None else number(master),
-        info=numbers(info.get(IFLA_INFO_DATA, b"")),
-        port=numbers(info.get(IFLA_INFO_SLAVE_DATA, b"")),
+        info=numbers(info.get(IFLA_INFO_DATA, b""), INFO),
+        port=numbers(info.get(IFLA_INFO_SLAVE_DATA, b""), PORT),
     )
 
 
@@ -407,8 +426,7 @@ def number(value: bytes) -> int:
     return int.from_bytes(value, "little")
 
 
-def numbers(nest: bytes) -> dict[int, int]:
+def numbers(nest: bytes, wanted: frozenset[int]) -> dict[int, int]:
+    """The wanted ones of some 40 attributes."""
     read = int.from_bytes
-    return {
-        kind: read(value, "little") for kind, value in attributes(nest).items() if len(value) <= 8
-    }
+    return {kind: read(value, "little") for kind, value in attributes(nest, wanted).items()}

@@ -18,6 +18,7 @@ from typing import Final
 from handlers.host.net.chains import GUARD, SETS, TABLE
 from handlers.host.net.netlink_messages import (
     HEADER,
+    NLA_NESTED,
     NLM_F_ACK,
     NLM_F_REQUEST,
     NLMSG_ERROR,
@@ -42,6 +43,7 @@ LARGEST = 256
 """More members than this in one change go by nft's language: a message has a largest size."""
 
 GENERIC = struct.Struct("=BBH")
+ELEMENT = struct.Struct("=HHHHHH")  # the headers of an element, its key and the key's value
 BATCH = GENERIC.pack(0, 0, socket.htons(NFNL_SUBSYS_NFTABLES))
 
 PARTS: Final[dict[str, Callable[[str], bytes]]] = {
@@ -58,6 +60,19 @@ TYPES: Final[dict[str, tuple[Callable[[str], bytes], ...]]] = {
     for table in (TABLE, GUARD)
     if "flags" not in spec and name != "services"
 }
+
+
+def _head(name: str) -> bytes:
+    """What a message about elements of a set begins with."""
+    family, table, of = name.split(" ")
+    return (
+        GENERIC.pack(FAMILIES[family], 0, 0)
+        + attribute(NFTA_SET_ELEM_LIST_TABLE, table.encode() + b"\0")
+        + attribute(NFTA_SET_ELEM_LIST_SET, of.encode() + b"\0")
+    )
+
+
+HEADS: Final = {name: _head(name) for name in TYPES}
 
 
 def plain(members: Sequence[Member]) -> bool:
@@ -116,7 +131,7 @@ def answered(answers: Iterable[bytes]) -> tuple[set[tuple[int, bytes]], set[int]
 def key_of(name: str, element: Element) -> bytes:
     """The element's key in the kernel's spelling."""
     types = TYPES[name]
-    return b"".join(spell(part) for spell, part in zip(types, element, strict=True))
+    return b"".join([spell(part) for spell, part in zip(types, element, strict=True)])
 
 
 def by_set(members: Iterable[Member]) -> dict[str, list[bytes]]:
@@ -129,20 +144,20 @@ def by_set(members: Iterable[Member]) -> dict[str, list[bytes]]:
 
 def of_set(name: str, keys: Iterable[bytes]) -> bytes:
     """The body of a message about elements of one set."""
-    family, table, of = name.split(" ")
-    elements = b"".join(
-        attribute(
-            NFTA_LIST_ELEM,
-            attribute(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, key), nested=True),
-            nested=True,
-        )
-        for key in keys
-    )
+    elements = b"".join([of_element(key) for key in keys])
+    return HEADS[name] + attribute(NFTA_SET_ELEM_LIST_ELEMENTS, elements, nested=True)
+
+
+def of_element(key: bytes) -> bytes:
+    """The element with this key, in a list; the length of a key is a multiple of 4."""
+    size = len(key)
     return (
-        GENERIC.pack(FAMILIES[family], 0, 0)
-        + attribute(NFTA_SET_ELEM_LIST_TABLE, table.encode() + b"\0")
-        + attribute(NFTA_SET_ELEM_LIST_SET, of.encode() + b"\0")
-        + attribute(NFTA_SET_ELEM_LIST_ELEMENTS, elements, nested=True)
+        ELEMENT.pack(
+            *(size + 12, NFTA_LIST_ELEM | NLA_NESTED),
+            *(size + 8, NFTA_SET_ELEM_KEY | NLA_NESTED),
+            *(size + 4, NFTA_DATA_VALUE),
+        )
+        + key
     )
 
 
