@@ -3,27 +3,29 @@
 The jail's root directory belongs to the jail's uid: the VMM may have replaced any file in it.
 """
 
-import contextlib
 import os
 import socket
 import stat
-from collections.abc import Generator
 
 from handlers.errors import HostFault
 
 
 def read_tail(root: str, name: str, limit_bytes: int) -> str:
     """The end of a file in the jail as text; empty if it is missing or not a regular file."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with _dir(root) as directory, _opened(name, flags, directory) as fd:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
-                return ""
-            tail = os.pread(fd, limit_bytes, max(0, found.st_size - limit_bytes))
-            return tail.decode(errors="replace")
+        fd = _opened(root, name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return ""
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            return ""
+        tail = os.pread(fd, limit_bytes, max(0, found.st_size - limit_bytes))
+        return tail.decode(errors="replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)
 
 
 def connect(root: str, name: str) -> socket.socket:
@@ -36,25 +38,25 @@ def connect(root: str, name: str) -> socket.socket:
         OSError: FileNotFoundError before it is bound, ConnectionRefusedError if nothing listens.
         HostFault: the name is not a socket.
     """
-    with _dir(root) as directory, _opened(name, os.O_PATH | os.O_NOFOLLOW, directory) as target:
+    target = _opened(root, name, os.O_PATH | os.O_NOFOLLOW)
+    try:
         if not stat.S_ISSOCK(os.fstat(target).st_mode):
             raise HostFault(f"{name} in the jail is not a socket", path=f"{root}/{name}")
-        with contextlib.ExitStack() as unless_connected:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            unless_connected.callback(connection.close)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
             connection.connect(f"/proc/self/fd/{target}")
-            unless_connected.pop_all()
+        except BaseException:
+            connection.close()
+            raise
         return connection
-
-
-def _dir(root: str) -> contextlib.AbstractContextManager[int]:
-    return _opened(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, None)
-
-
-@contextlib.contextmanager
-def _opened(name: str, flags: int, directory: int | None) -> Generator[int]:
-    fd = os.open(name, flags | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        yield fd
     finally:
-        os.close(fd)
+        os.close(target)
+
+
+def _opened(root: str, name: str, flags: int) -> int:
+    """A descriptor of a file in the jail, to be closed by the caller."""
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return os.open(name, flags | os.O_CLOEXEC, dir_fd=directory)
+    finally:
+        os.close(directory)

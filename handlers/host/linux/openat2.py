@@ -118,27 +118,30 @@ class Directory:
     @contextlib.contextmanager
     def file(self, name: str, flags: int = os.O_RDONLY) -> Generator[int, None, None]:
         """Open a regular file of the directory's owner; closed at the end of the block."""
-        with self._regular(name, flags) as (fd, found):
+        fd, found = self._regular(name, flags)
+        try:
             self._check_owner(fd, found, self.named(name))
             yield fd
+        finally:
+            os.close(fd)
 
     @contextlib.contextmanager
     def marked_file(self, name: str, flags: int = os.O_RDONLY) -> Generator[int, None, None]:
         """Open a regular file whoever owns it. Only for a data disk, whose mark must be checked."""
-        with self._regular(name, flags) as (fd, _):
-            yield fd
-
-    @contextlib.contextmanager
-    def _regular(self, name: str, flags: int) -> Generator[tuple[int, os.stat_result], None, None]:
-        """Open a regular file; its status is that when it was opened."""
-        fd = self._open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
+        fd, _ = self._regular(name, flags)
         try:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
-                raise Invalid(f"{self.named(name)} is not a regular file", path=self.named(name))
-            yield fd, found
+            yield fd
         finally:
             os.close(fd)
+
+    def _regular(self, name: str, flags: int) -> tuple[int, os.stat_result]:
+        """A descriptor of a regular file, to be closed by the caller; its status when opened."""
+        fd = self._open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(fd)
+            raise Invalid(f"{self.named(name)} is not a regular file", path=self.named(name))
+        return fd, found
 
     def read(self, name: str, limit_bytes: int) -> tuple[bytes, os.stat_result]:
         """The content of a small file, and its status when it was read.
@@ -147,11 +150,14 @@ class Directory:
             Invalid: also if it has more than one hard link or is larger than the limit.
         """
         path = self.named(name)
-        with self._regular(name, os.O_RDONLY) as (fd, found):
+        fd, found = self._regular(name, os.O_RDONLY)
+        try:
             self._check_owner(fd, found, path)
             if found.st_nlink > 1:
                 raise Invalid(f"{path} has {found.st_nlink} hard links, expected 1", path=path)
             data = read_up_to(fd, limit_bytes + 1)
+        finally:
+            os.close(fd)
         if len(data) > limit_bytes:
             raise Invalid(f"{path} is larger than {limit_bytes} bytes", path=path)
         return data, found

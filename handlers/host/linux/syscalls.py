@@ -11,6 +11,7 @@ import struct
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
+_RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 
 MS_NOSUID = 0x2
 MS_NODEV = 0x4
@@ -26,7 +27,12 @@ _SYS_OPENAT2 = 437
 _OPEN_HOW = struct.Struct("=QQQ")
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
+_syscall = _libc["syscall"]  # with the types of openat2
+_syscall.restype = ctypes.c_long
+_syscall.argtypes = (
+    *(ctypes.c_long, ctypes.c_int),
+    *(ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t),
+)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -35,17 +41,10 @@ def openat2(directory: int, path: str, flags: int, *, mode: int = 0) -> int:
 
     Source: openat2(2), Linux 5.6. ELOOP: a link; EXDEV: an escape; EAGAIN: lost a race, try again.
     """
-    how = _OPEN_HOW.pack(
-        flags | os.O_CLOEXEC, mode, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
-    )
-    fd: int = _libc.syscall(
-        ctypes.c_long(_SYS_OPENAT2),
-        ctypes.c_int(directory),
-        ctypes.c_char_p(os.fsencode(path)),
-        ctypes.c_char_p(how),
-        ctypes.c_size_t(len(how)),
-    )
-    return _checked(fd, path)
+    how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, mode, _RESOLVE)
+    name = path.encode(errors="surrogateescape")
+    fd: int = _syscall(_SYS_OPENAT2, directory, name, how, _OPEN_HOW.size)
+    return fd if fd >= 0 else _checked(fd, path)
 
 
 def link_open(fd: int, directory: int, name: str) -> None:
