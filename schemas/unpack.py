@@ -211,8 +211,10 @@ def _walk_into(value: Items, depth: int, items: int) -> None:
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(key, bytes):
             raise _Fault("got a bin key, want str")
-        if isinstance(key, str):
+        if isinstance(key, str) and not key.isascii():
             _check_text(key, "a key of the map")
+        if item is None or (isinstance(item, str) and item.isascii()):
+            continue  # most are: a call less for each
         try:
             _walk(item, depth, items)
         except _Fault as fault:
@@ -221,11 +223,10 @@ def _walk_into(value: Items, depth: int, items: int) -> None:
 
 
 def _check_text(text: str, what: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise _Fault(f"{what} is not valid UTF-8") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _Fault(f"{what} is not valid UTF-8") from None
 
 
 def _refuse(value: object) -> NoReturn:

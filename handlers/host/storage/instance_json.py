@@ -4,7 +4,6 @@ An update can be prepared: its content is then written and synced in a file with
 is gone if it is not used, also after kill -9.
 """
 
-import json
 import os
 import stat
 from collections.abc import Callable
@@ -126,10 +125,7 @@ def merged(data: bytes, changes: dict[str, Any], path: str) -> bytes:
     new = {key: msgspec.json.encode(value) for key, value in changes.items()}
     if all(old.get(key) == value for key, value in new.items()):
         return data
-    lines = [
-        json.dumps(key, ensure_ascii=False).encode() + b": " + value
-        for key, value in {**old, **new}.items()
-    ]
+    lines = [msgspec.json.encode(key) + b": " + value for key, value in {**old, **new}.items()]
     return b"{\n  " + b",\n  ".join(lines) + b"\n}\n"
 
 
