@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,17 @@ import msgspec
 from handlers.host.jail.jails import Jails
 from handlers.host.linux.kernel_thread import no_namespace
 from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
+from handlers.host.net.rtnetlink_messages import (
+    link_change,
+    new_fdb_entry,
+    new_neighbour,
+    port_change,
+)
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
+from handlers.host.storage.drive_images import CONFIG, SmallDrives
 from handlers.host.vmm.api_schema import boot_requests, for_version
+from handlers.host.vmm.cgroup_limits import limits_of
 from handlers.host.vmm.cgroups import Cgroups
 from handlers.host.vmm.jailer import Jailer
 from handlers.host.vmm.versions import parse_version
@@ -31,6 +40,7 @@ from handlers.jail_names import (
     CONFIG_DRIVE,
     DATA_DISK,
     KERNEL,
+    LOG,
     MEMORY,
     ROOTFS,
     STATE,
@@ -112,29 +122,47 @@ class BareInstance:
         cgroup = naming.cgroup_name(self.host.settings.limits.cgroup, self.cgroup_key)
         return LaunchSpec(self.jail_id, self.uid, cgroup)
 
-    async def prepare(self) -> None:
-        """Jail, cgroup and TAP of the next launch."""
+    async def making(self, *, wakes: bool) -> dict[str, Any]:
+        """What `bare.make` makes for the next launch, in place of `prepare` and `link_snapshot`."""
         self.launch += 1
-        artifacts = Artifacts(data=self._paths.data, state=self._paths.state)
-        artifact = await artifacts.ensure(
-            ArtifactSpec(self.ref.tenant_id, self.ref.pool_id, self.revision)
-        )
-        files = [JailFile(KERNEL, artifact.vmlinux), JailFile(ROOTFS, artifact.rootfs)]
-        if self.data_disk_mib:
-            disks = DataDisks(data=self._paths.data, jail_base=self.host.settings.jail_base)
-            disk = await disks.ensure(DataDiskSpec(self.ref, self.data_disk_mib, self._disk))
-            self._disk = disk.identity
-            files.append(JailFile(DATA_DISK, disk.path, disk.identity))
-        overhead = self.host.settings.limits.vmm_overhead_mib
-        await self._cgroups.ensure(
-            CgroupSpec(
-                self.ref.tenant_id,
-                self.jail_id,
-                memory_max_bytes=(self.mem_mib + overhead) * MIB,
-                cpu_quota_us=CPU_PERIOD_US,
-                pids_max=PIDS_PER_VMM,
-            )
-        )
+        files = await self._files()
+        image = Path(self.host.directory, f"bare-{self.ref.instance_id}.ext4")
+        if not image.exists():
+            with open(image, "wb") as file:
+                SmallDrives().write(file.fileno(), CONFIG, b"{}\n")
+        leaf = self._cgroups.tree.path(self.spec.cgroup)
+        enforced = self.host.settings.limits.enforce
+        mac = naming.mac_address(self.net.tenant_net_id, self.offset)
+        bridge = socket.if_nametoindex(self.net.bridge_name)
+        alias = f"hostd:{self.ref}"
+        messages = [
+            (link_change(0, ifalias=alias, master=bridge), True),
+            (port_change(0, isolated=0, learning=0, unicast_flood=0), True),
+            (new_fdb_entry(0, mac), True),
+            (new_neighbour(bridge, naming.guest_ip(self.net, self.offset), mac), False),
+            (link_change(0, state="up"), True),
+        ]
+        return {
+            "cgroup": leaf,
+            "limits": limits_of(leaf, self._cgroup_spec()) if enforced else {},
+            "root": str(self.root),
+            "uid": self.uid,
+            "links": {file.name: file.source for file in files},
+            "writable": [file.source for file in files if file.writable],
+            "empty": [LOG],
+            "images": {CONFIG_DRIVE: str(image)},
+            "snapshot": {WOKEN_DIR: [str(self.snapshot / n) for n in (STATE, MEMORY)]}
+            if wakes
+            else {},
+            "tap": self.tap,
+            "messages": [(request.with_header(1).hex(), own) for request, own in messages],
+        }
+
+    async def prepare(self) -> None:
+        """Jail, cgroup and TAP of the next launch, by hostd's mechanisms."""
+        self.launch += 1
+        files = await self._files()
+        await self._cgroups.ensure(self._cgroup_spec())
         await self._jails.ensure(
             JailSpec(self.ref, self.jail_id, self.uid, tuple(files), config=b"{}\n")
         )
@@ -147,6 +175,29 @@ class BareInstance:
                 naming.guest_ip(self.net, self.offset),
                 f"hostd:{self.ref}",
             )
+        )
+
+    async def _files(self) -> list[JailFile]:
+        artifacts = Artifacts(data=self._paths.data, state=self._paths.state)
+        artifact = await artifacts.ensure(
+            ArtifactSpec(self.ref.tenant_id, self.ref.pool_id, self.revision)
+        )
+        files = [JailFile(KERNEL, artifact.vmlinux), JailFile(ROOTFS, artifact.rootfs)]
+        if self.data_disk_mib:
+            disks = DataDisks(data=self._paths.data, jail_base=self.host.settings.jail_base)
+            disk = await disks.ensure(DataDiskSpec(self.ref, self.data_disk_mib, self._disk))
+            self._disk = disk.identity
+            files.append(JailFile(DATA_DISK, disk.path, disk.identity))
+        return files
+
+    def _cgroup_spec(self) -> CgroupSpec:
+        overhead = self.host.settings.limits.vmm_overhead_mib
+        return CgroupSpec(
+            self.ref.tenant_id,
+            self.jail_id,
+            memory_max_bytes=(self.mem_mib + overhead) * MIB,
+            cpu_quota_us=CPU_PERIOD_US,
+            pids_max=PIDS_PER_VMM,
         )
 
     def start_job(self) -> dict[str, Any]:
