@@ -5,6 +5,7 @@ rules for IDs. Checks that need settings or the host are elsewhere: `reply_to` a
 `schemas/subjects.py`, a `TenantNet` in `schemas/tenant_net.py`.
 """
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -19,6 +20,8 @@ from schemas.unpack import ANSWER, MESSAGE_MAX_BYTES, OWN, convert, pack, unpack
 
 # The rest up to the limit of a message is for the headers, which a stream counts.
 SENT_MAX_BYTES = MESSAGE_MAX_BYTES - 4096
+
+DIGEST_DIGITS = 32
 
 # Year 9999. Also the largest time that every consumer of it can hold: SQLite's integers are signed.
 TIME_MAX_MS = 253_402_300_799_999
@@ -60,6 +63,7 @@ class ReplyKeys(msgspec.Struct, frozen=True, kw_only=True):
     left_behind: tuple[str, ...] = ()
     supported: tuple[str, ...] = ()
     detail: dict[str, Any] = {}
+    request_digest: str | None = None
     traceparent: str | None = None
     tracestate: str | None = None
 
@@ -70,6 +74,7 @@ class _Versioned(msgspec.Struct, frozen=True):
 
 COMMAND_KEYS = frozenset(CommandKeys.__struct_fields__)
 OPTIONAL_KEYS = CommandKeys.__struct_fields__[3:]
+OPTIONAL_REPLY_KEYS = ("supported", "request_digest", "traceparent", "tracestate")
 
 
 # -- requests ----------------------------------------------------------------------------------
@@ -78,6 +83,16 @@ OPTIONAL_KEYS = CommandKeys.__struct_fields__[3:]
 def encode_request(request: Request, form: Form = Form.NAMED) -> bytes:
     """The request alone. The named form is canonical: equal requests, equal bytes."""
     return pack(REQUEST.write(request, compact=form is Form.COMPACT))
+
+
+def request_digest(request: Request) -> str:
+    """Which request it is, whatever form it was sent in: 32 hex digits of SHA-256."""
+    return digest_of(encode_request(request))
+
+
+def digest_of(request: bytes) -> str:
+    """As `request_digest`, of what `encode_request` wrote in the named form."""
+    return hashlib.sha256(request).hexdigest()[:DIGEST_DIGITS]
 
 
 def decode_request(data: bytes) -> Request:
@@ -213,17 +228,15 @@ def encode_reply(reply: Reply, form: Form = Form.NAMED) -> bytes:
 
 
 def write_reply(reply: Reply, *, compact: bool = False) -> dict[str, object]:
-    """The envelope as plain objects in wire order; `supported` and the trace only if set."""
+    """The envelope as plain objects in wire order; `OPTIONAL_REPLY_KEYS` only if set."""
     raw: dict[str, object] = {name: getattr(reply, name) for name in Reply.__struct_fields__}
     raw["response"] = RESPONSE.write(reply.response, compact=compact)
     raw["steps"] = [
         {"name": step.name, "took_us": step.took_us, "outcome": step.outcome}
         for step in reply.steps
     ]
-    if not reply.supported:
-        del raw["supported"]
-    for name in ("traceparent", "tracestate"):
-        if raw[name] is None:
+    for name in OPTIONAL_REPLY_KEYS:
+        if raw[name] in (None, ()):
             del raw[name]
     return raw
 

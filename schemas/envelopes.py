@@ -54,7 +54,11 @@ class StepTaken(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A reply envelope. `traceparent` names the span of the command, if it is part of a trace."""
+    """A reply envelope. `traceparent` names the span of the command, if it is part of a trace.
+
+    `request_digest` (`codec.request_digest`) says which request it answers; None if that could not
+    be read, and from an older hostd.
+    """
 
     v: int = 1
     id: str
@@ -72,6 +76,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     left_behind: tuple[str, ...] = ()
     supported: tuple[str, ...] = ()
     detail: dict[str, Any] = {}
+    request_digest: str | None = None
     traceparent: str | None = None
     tracestate: str | None = None
 

@@ -417,6 +417,7 @@ class Dispatch:
             received_at_ms=row.received_at_ms,
             finished_at_ms=self._clock_ms(),
             steps=tuple(taken[-STEPS_SHOWN:]),
+            request_digest=codec.digest_of(row.request),
             **fields_of(self._journal.store.trace_of(row.command)),
             **facts,
         )

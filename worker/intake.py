@@ -343,6 +343,7 @@ class Intake:
                     "uptime_s": int(time.monotonic() - self._started),
                     **self._facts(),
                 },
+                request_digest=_digest_of(message),
                 **fields_of(self._trace_of(message)),
             )
         data = codec.encode_reply(reply, message.form)
@@ -379,6 +380,7 @@ class Intake:
             finished_at_ms=self._clock_ms(),
             supported=supported,
             detail=detail,
+            request_digest=_digest_of(message),
             **fields_of(self._trace_of(message)),
         )
 
@@ -393,6 +395,15 @@ def _unclaimed(reply: Reply, delivery: Delivery) -> Reply:
         id=refused_id(delivery.stream_seq, delivery.data),
         detail={**reply.detail, "claimed_id": reply.id},
     )
+
+
+def _digest_of(message: _Message) -> str | None:
+    """Of the request, if it could be read."""
+    match message.content:
+        case Command(request=request):
+            return codec.request_digest(request)
+        case DecodeError():
+            return None
 
 
 def _key(message: _Message) -> str:

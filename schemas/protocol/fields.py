@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from schemas import naming, subjects
-from schemas.codec import TIME_MAX_MS
+from schemas.codec import DIGEST_DIGITS, TIME_MAX_MS
 from schemas.protocol import usage_fields
 from schemas.records import ABSENT, RELEASED, Status
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN
@@ -58,6 +58,7 @@ RULES: Final[Mapping[str, Rule]] = {
     "ipv4_subnet": _SUBNET,
     "gateway_ip": _ADDRESS,
     "mem_sha256": _SHA256,
+    "request_digest": whole(re.compile(f"[0-9a-f]{{{DIGEST_DIGITS}}}")),
     "Hostd-Sha256": _SHA256,
     "Hostd-Truncated": whole(re.compile("[0-9]{1,10}")),
     "drain_timeout_secs": {"minimum": 0, "maximum": U64_MAX},
@@ -144,6 +145,8 @@ _MEANING_OF_REPLIES = {
     "left_behind": "What an undo could not remove; the reconciler does.",
     "supported": f"Of `unsupported`: versions of the protocol, {PROTOCOL_MIN} to {PROTOCOL_MAX}.",
     "detail": "Facts; which depends on the kind.",
+    "request_digest": "Which request it answers: the first 32 hex digits of the SHA-256 of its "
+    "bytes in the named form of rmp-serde; absent if it could not be read.",
     "message": "One sentence for a person.",
     "took_us": "Duration in microseconds.",
     "outcome": "done: it changed the host; found: there already; failed; undone.",

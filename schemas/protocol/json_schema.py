@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from schemas.codec import CommandKeys, ReplyKeys
+from schemas.codec import OPTIONAL_REPLY_KEYS, CommandKeys, ReplyKeys
 from schemas.envelopes import Event
 from schemas.protocol import fields, queries
 from schemas.protocol.details import DETAILS, DoneDetail, ErrorDetail, PongDetail, Shortened
@@ -91,7 +91,7 @@ def _reply() -> Schema:
     envelope = defs.pop("ReplyKeys")
     properties = envelope["properties"]
     properties["response"] |= {"$ref": REF.format(name="HostdResponse")}
-    envelope["required"] = [name for name in properties if name not in {"supported", *TRACE}]
+    envelope["required"] = [name for name in properties if name not in OPTIONAL_REPLY_KEYS]
     for name in properties:
         properties[name].pop("default", None)
     envelope["allOf"] = [

@@ -149,6 +149,7 @@ class ResultAnswer(TypedDict):
     v: Literal[1]
     id: str
     state: Literal["waiting", "running", "done"]
+    request_digest: NotRequired[str]
     reply: NotRequired[Any]
 
 

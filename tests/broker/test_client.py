@@ -12,13 +12,14 @@ from typing import Any, NoReturn
 import pytest
 
 from schemas import codec
+from schemas.codec import request_digest
 from schemas.codes import Code
 from schemas.envelopes import Command, Event, EventKind, Reply
 from schemas.requests import Error, InstanceRef, Ok, Ping, Pong, StartInstance, StopInstance
 from schemas.subjects import Lane
 from schemas.unpack import pack, unpack_map
 from tests.broker.server import CELL, HOST, SUBJECTS, Server, running_server
-from tests.broker.test_cli import StandIn
+from tests.broker.test_cli import StandIn, hostd
 from tests.broker.test_cli import worker as worker_fixture
 from worker.bus.connection import Connection
 from worker.bus.protocol import BusError
@@ -164,16 +165,78 @@ async def test_a_reply_that_was_lost_is_read_from_the_reply_stream(
 
 
 @pytest.mark.usefixtures("quick")
-async def test_a_reply_that_is_found_is_that_of_the_first_command_with_its_id(
+async def test_a_reply_that_is_kept_for_another_request_is_a_conflict_without_a_worker(
+    server: Server, worker: StandIn, client: HostdClient
+) -> None:
+    await keep(worker, "c-1", status="running", request_digest=request_digest(START))
+    await worker.connection.drain()
+    await client.link.connection.settle()
+    other = StopInstance(*IDS)
+
+    with pytest.raises(errors.Conflict, match=r"c-1.*another request.*new ID") as raised:
+        await client.send(HOST, other, timeout_s=DEAD_S, command_id="c-1")
+    with pytest.raises(errors.Conflict):
+        await client.kept_reply(HOST, other, "c-1")
+    ended = await hostd(server, "stop", *IDS, "--id", "c-1", "--json")
+    own = await client.send(HOST, START, timeout_s=DEAD_S, command_id="c-1")
+
+    refused = raised.value
+    assert (refused.act, refused.path, refused.reply) == ("sender", "$.id", None)
+    assert not refused.retryable
+    assert ended.exit_code == 12, ended.output
+    assert own.status == "running"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("where", ["answer", "reply"])
+async def test_a_result_of_another_request_is_a_conflict(
+    worker: StandIn, client: HostdClient, where: str
+) -> None:
+    """In the answer also of a command that an older worker ended; else in its reply."""
+    worker.silent = True
+    done = codec.write_reply(worker.reply_to(Command(id="c-1", request=START)))
+    said = {"request_digest": request_digest(START)}
+    worker.answers["result"] = {
+        "v": 1, "id": "c-1", "state": "done",
+        **({"reply": done, **said} if where == "answer" else {"reply": {**done, **said}}),
+    }  # fmt: skip
+
+    with pytest.raises(errors.Conflict):
+        await client.send(HOST, StopInstance(*IDS), timeout_s=DEAD_S, command_id="c-1")
+    with pytest.raises(errors.Conflict):
+        await client.kept_reply(HOST, StopInstance(*IDS), "c-1")
+    assert (await client.kept_reply(HOST, START, "c-1")) is not None
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_worker_that_runs_says_whether_an_id_is_taken(
     worker: StandIn, client: HostdClient
 ) -> None:
-    """Nothing in it says of which request: `send` promises a comparison by a worker alone."""
+    """It may have forgotten the ID, and runs what was sent: then its reply counts."""
+    worker.silent = True
+    worker.answers["result"] = {"error": {"code": "not_found", "message": "not in the journal"}}
+    await keep(worker, "c-1", status="running", request_digest=request_digest(START))
+    stop = StopInstance(*IDS)
+
+    sending = asyncio.create_task(client.send(HOST, stop, timeout_s=DEAD_S, command_id="c-1"))
+    while len(worker.questions) < 2:
+        await asyncio.sleep(0.01)
+    await keep(worker, "c-1", status="stopped", request_digest=request_digest(stop))
+
+    assert (await sending).status == "stopped"
+    assert await client.kept_reply(HOST, stop, "c-1") is not None
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_reply_of_an_older_worker_is_taken_for_that_of_the_request(
+    worker: StandIn, client: HostdClient
+) -> None:
     worker.silent = True
     await keep(worker, "c-1", status="running")
 
     found = await client.send(HOST, StopInstance(*IDS), timeout_s=DEAD_S, command_id="c-1")
 
-    assert (found.status, found.replayed) == ("running", False)
+    assert (found.status, found.replayed, found.request_digest) == ("running", False, None)
 
 
 @pytest.mark.usefixtures("quick")

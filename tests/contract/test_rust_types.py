@@ -56,7 +56,8 @@ REPLY = Reply(
     status="running", attempts=2, replayed=True, received_at_ms=1, finished_at_ms=2**41,
     steps=(StepTaken("tap", 5, "done"),), left_behind=("tap x",), supported=("1", "2"),
     detail={"act": "sender", "n": 2**53, "deep": {"a": [1.5, None, True, "x"]}},
-    traceparent=TRACEPARENT, tracestate="a=1",
+    request_digest=codec.request_digest(StartInstance(*IDS)), traceparent=TRACEPARENT,
+    tracestate="a=1",
 )  # fmt: skip
 EVENT = Event(
     id="h1:j:1", host_id="h1", boot_id="b", journal_id="j", seq=2**40, at_ms=3,

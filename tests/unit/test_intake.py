@@ -13,7 +13,8 @@ from handlers.steps import Done
 from schemas import codec
 from schemas.codes import Code
 from schemas.envelopes import Form, Reply
-from schemas.requests import Error, Ok, Ping, Pong, Request
+from schemas.requests import Error, Ok, Ping, Pong, Request, SleepInstance
+from schemas.settings import LimitSettings
 from schemas.subjects import Lane
 from tests.fakes.shell_worker import (
     REF,
@@ -134,9 +135,33 @@ async def test_the_same_id_with_another_request_is_a_conflict_sent_to_its_sender
 
         reply = codec.decode_reply(worker.bus.sent_to("_INBOX.2")[0])
         assert (reply.code, reply.id, reply.detail["path"]) == (Code.CONFLICT, "c1", "$.id")
+        assert reply.request_digest == codec.request_digest(stop())
         assert len(worker.bus.replies()) == 1
         assert worker.bus.dead() == []
         assert worker.machine.things.there == {"acme/web/a1"}
+
+
+async def test_each_reply_says_which_request_it_answers(tmp_path: Path) -> None:
+    async with shell_worker(tmp_path / "j", limits=LimitSettings(lane_depth=1)) as worker:
+        late = now_ms() - 1
+        sent: dict[str, Request] = {"done": start(), "expired": start("a2"), "ping": Ping()}
+        worker.machine.gate = asyncio.Event()
+        worker.send(sent["done"], "done")
+        await worker.machine.at_gate.wait()
+        worker.send(sent["expired"], "expired", deadline_ms=late, form=Form.COMPACT)
+        worker.send(sent["ping"], "ping")
+        sent["full"] = SleepInstance("acme", "web", "a1", force=True)
+        worker.send(sent["full"], "full")
+        worker.bus.command(CMD, msgpack.packb(envelope(id="unread", request={"Grow": {}})))
+        await worker.bus.until(replies=4)
+        worker.machine.gate.set()
+        await worker.bus.until(replies=5)
+
+        digests = {reply.id: reply.request_digest for reply in worker.replies()}
+        assert digests.pop("unread") is None
+        assert digests == {key: codec.request_digest(each) for key, each in sent.items()}
+        kept = {p.msg_id: p.payload for p in worker.bus.replies()}
+        assert "request_digest" not in unpacked(kept["unread"])
 
 
 async def test_a_copy_beyond_the_limit_is_answered_as_a_copy_and_not_as_the_command(

@@ -55,8 +55,11 @@ class Client:
     ) -> dict[str, Any]:
         """Publish one command and return its reply envelope as a map, whatever its code.
 
-        The `command_id` of an earlier command with the same request returns its stored reply. With
-        another request the worker's reply is `conflict`; see `HostdClient.send` for when none runs.
+        The `command_id` of an earlier command with the same request returns its stored reply.
+
+        Raises:
+            CliError: `conflict`: while no worker answers, a reply to another request is kept under
+                this `command_id`. A worker's reply says the same.
         """
         with told():
             try:

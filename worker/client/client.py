@@ -173,10 +173,9 @@ class HostdClient:
         Args:
             timeout_s: how long to wait for the reply; the command itself goes on.
             command_id: of an earlier command with the same request, for its outcome; else a new
-                one. Only a worker compares the requests: it answers another one with `Conflict`,
-                but a reply that is found where it is kept, e.g. while no worker runs, is that of
-                the first command with this ID, whatever its request was. `replayed` is set where
-                the worker answered again, not in a reply that was found.
+                one. With another request: `Conflict`, whose `path` is `$.id`. (A reply that an
+                older hostd left does not say of which request it is, and is taken.) `replayed` is
+                set where the worker answered again, not in a reply that was found.
             deadline_ms: the host does not begin, and does not go on trying, after this time.
             traceparent: W3C Trace Context of the caller's span; one that is invalid is ignored.
 
@@ -253,21 +252,21 @@ class HostdClient:
 
         It is looked for in the reply stream, which has the newest reply of a lane also while no
         worker runs, then in the journal of the worker. None if the worker says that it has none
-        (yet). Of the request only the lane counts: a reply does not say what it is the reply to.
+        (yet).
 
         Raises:
+            Conflict: the ID is that of another request.
             NoAnswer: it is not the newest reply of its lane, and the worker cannot be asked.
             BadRefusal: its code is one of a newer hostd.
             BadSetting: it is no command ID.
         """
         arguments.check_command_id(command_id)
-        found, _ = await self._look(self._subjects(host), Lane.of_request(request), command_id)
+        found, _ = await self._look(self._subjects(host), request, command_id)
         return None if found is None else _reply_of(_map(found))
 
     async def _find(self, subjects: Subjects, command: Command, expected: Expected) -> bytes:
         """Publish the command, and look for its reply where it is kept, until it is found."""
-        lane = Lane.of_request(command.request)
-        subject = subjects.command(lane)
+        subject = subjects.command(Lane.of_request(command.request))
         data = codec.encode_command(replace(command, reply_to=expected.subject))
         await self._store(subject, data, expected)
         copies, wait_s = 0, FIRST_LOOK_S
@@ -275,7 +274,7 @@ class HostdClient:
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, LOOK_MAX_S)
             try:
-                kept, unknown = await self._look(subjects, lane, command.id)
+                kept, unknown = await self._look(subjects, command.request, command.id)
             except errors.NoAnswer:
                 continue
             if kept is not None:
@@ -309,28 +308,42 @@ class HostdClient:
                 return
 
     async def _look(
-        self, subjects: Subjects, lane: Lane, command_id: str
+        self, subjects: Subjects, request: Request, command_id: str
     ) -> tuple[bytes | None, bool]:
         """The kept reply; and whether a worker runs that does not know the command.
 
+        The reply stream may have the reply to another request, under an ID that the worker has
+        forgotten since: what a worker that runs says is before that.
+
         Raises:
+            Conflict: the ID is that of another request.
             NoAnswer: it is not the newest reply of its lane, and the worker cannot be asked.
         """
+        digest = codec.request_digest(request)
+        taken: errors.Conflict | None = None
         with suppress(errors.HostdError):
-            kept = await self.link.last(subjects.replies_stream, subjects.reply(lane))
-            if kept is not None and _map(kept.data).get("id") == command_id:
-                return kept.data, False
+            subject = subjects.reply(Lane.of_request(request))
+            kept = await self.link.last(subjects.replies_stream, subject)
+            if kept is not None and (found := _map(kept.data)).get("id") == command_id:
+                if found.get("request_digest", digest) == digest:
+                    return kept.data, False
+                taken = _taken(subjects, command_id)
         try:
             done = await self.ask(subjects.host_id, queries.result(command_id))
         except errors.NotFound:
             return None, True
-        except errors.NoAnswer:
-            raise
-        except errors.HostdError as error:  # of the query: it says nothing about the command
-            raise errors.NoAnswer(
+        except errors.HostdError as error:
+            if taken is not None:
+                raise taken from error
+            if isinstance(error, errors.NoAnswer):
+                raise
+            raise errors.NoAnswer(  # of the query: it says nothing about the command
                 f"cannot ask host {subjects.host_id} for command {command_id}: {error.message}"
             ) from error
-        return (None if done.reply is None else pack(done.reply)), False
+        reply = done.reply
+        if (done.request_digest or (reply or {}).get("request_digest", digest)) != digest:
+            raise _taken(subjects, command_id)
+        return (None if reply is None else pack(reply)), False
 
     # -- queries ---------------------------------------------------------------------------------
 
@@ -526,6 +539,15 @@ def _succeeded(reply: Reply) -> Reply:
 def _message_of(reply: Reply) -> str:
     response = reply.response
     return response.message if isinstance(response, Error) else str(reply.code)
+
+
+def _taken(subjects: Subjects, command_id: str) -> errors.Conflict:
+    error = errors.Conflict(
+        f"host {subjects.host_id} has a command {command_id} with another request; send this one "
+        "with a new ID"
+    )
+    error.path = "$.id"
+    return error
 
 
 def _refusal(code: str, message: str, reply: Reply | None = None) -> errors.Refused:

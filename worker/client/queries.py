@@ -137,10 +137,14 @@ class NetworkShown(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CommandResult(msgspec.Struct, frozen=True, kw_only=True):
-    """`state`: waiting, running or done; `reply`: the reply envelope as a map, once it is done."""
+    """`state`: waiting, running or done; `reply`: the reply envelope as a map, once it is done.
+
+    `request_digest` says of which request (docs/contract.md); None from an older hostd, too.
+    """
 
     id: str
     state: str
+    request_digest: str | None = None
     reply: dict[str, Any] | None = None
 
 

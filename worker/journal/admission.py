@@ -146,11 +146,11 @@ def joined_trace(command: Command) -> str | None:
     return f"{parent} {state}" if parent and state else parent
 
 
-def insert(tx: Transaction, row: CommandRow, subject: str, request: bytes) -> None:
+def insert(tx: Transaction, row: CommandRow, subject: str) -> None:
     """Write a new command and give its row the place in the order of intake."""
     command = row.command
     values = (
-        command.id, str(row.lane), subject, row.stream_seq, command.request.kind, request,
+        command.id, str(row.lane), subject, row.stream_seq, command.request.kind, row.request,
         command.form.value, command.issued_at_ms, command.deadline_ms, command.reply_to,
         command.issuer, joined_trace(command), row.received_at_ms,
     )  # fmt: skip
@@ -161,7 +161,6 @@ def decide(
     tx: Transaction,
     row: CommandRow,
     subject: str,
-    request: bytes,
     limits: Limits,
     *,
     redelivered: bool,
@@ -173,7 +172,7 @@ def decide(
     ).fetchone()
     if stored is not None:
         stored_request, stream_seq, reply_to, reply = stored
-        if stored_request != request:
+        if stored_request != row.request:
             return Decision(Verdict.CONFLICT)
         if redelivered and (stream_seq, reply_to) == (row.stream_seq, command.reply_to):
             return Decision(Verdict.JOINED)  # this very message: its reply goes out anyway
@@ -192,7 +191,7 @@ def decide(
     )
     if full is not None:
         return Decision(full)
-    insert(tx, row, subject, request)
+    insert(tx, row, subject)
     return Decision(Verdict.NEW, row)
 
 

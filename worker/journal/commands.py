@@ -45,9 +45,13 @@ REFUSED_MAX: Final = 10_000  # of them those that never ran
 
 @dataclass(frozen=True, slots=True)
 class CommandState:
-    """`state`: waiting, running or done; `reply` of a done one, as it went out."""
+    """`state`: waiting, running or done; `reply` of a done one, as it went out.
+
+    `request_digest` says of which request; None of a message that had none that could be read.
+    """
 
     state: str
+    request_digest: str | None
     reply: bytes | None = None
 
 
@@ -95,14 +99,14 @@ class JournalCommands:
         was taken in before joins without a second answer.
         """
         request = codec.encode_request(command.request)
-        row = CommandRow(0, command, lane, stream_seq, received_at_ms)
+        row = CommandRow(0, command, request, lane, stream_seq, received_at_ms)
         has_room = self.limit_reached(command.request, lane) is None
         if not redelivered and has_room and self._is_new(command.id):
-            self._admit(row, subject, request)
+            self._admit(row, subject)
             return Decision(Verdict.NEW, row)
 
         def do(tx: Transaction) -> Decision:
-            return admission.decide(tx, row, subject, request, self.limits, redelivered=redelivered)
+            return admission.decide(tx, row, subject, self.limits, redelivered=redelivered)
 
         def apply(decision: Decision) -> None:
             if decision.row is not None:
@@ -111,11 +115,11 @@ class JournalCommands:
         with self._deciding(command.id):
             return await self._store.writer.submit(do, apply=apply, durable=True)
 
-    def _admit(self, row: CommandRow, subject: str, request: bytes) -> None:
+    def _admit(self, row: CommandRow, subject: str) -> None:
         self._note_id(row.id)
 
         def do(tx: Transaction) -> None:
-            admission.insert(tx, row, subject, request)
+            admission.insert(tx, row, subject)
 
         admitted = row.admission = Admission()
 
@@ -361,11 +365,15 @@ class JournalCommands:
         """The state of a command, or None for an ID that is unknown or was pruned."""
         row = self._store.mirror.commands.get(command_id)
         if row is not None:
-            return CommandState("running" if row.attempts else "waiting")
+            digest = codec.digest_of(row.request)
+            return CommandState("running" if row.attempts else "waiting", digest)
         stored = await self._store.questions.first(
-            "SELECT reply FROM command WHERE id = ?", (command_id,)
+            "SELECT request, reply FROM command WHERE id = ?", (command_id,)
         )
-        return None if stored is None else CommandState("done", stored[0])
+        if stored is None:
+            return None
+        request, reply = stored
+        return CommandState("done", _digest_of(request), reply)
 
     def _retention_ms(self) -> int:
         """The time by which IDs are forgotten: the wall clock, but never in a jump.
@@ -412,6 +420,16 @@ class JournalCommands:
             return pruned
 
         return await self._store.writer.submit(do)
+
+
+def _digest_of(request: object) -> str | None:
+    """Of a stored request; None if there is none, or it is damaged."""
+    if not isinstance(request, bytes):
+        return None
+    try:
+        return codec.request_digest(codec.decode_request(request))
+    except DecodeError:
+        return None
 
 
 def _count_kept(tx: Transaction) -> tuple[int, int]:

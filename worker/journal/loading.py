@@ -122,6 +122,7 @@ def _command_row(columns: dict[str, Any]) -> CommandRow:
     return CommandRow(
         n=typed.n,
         command=command,
+        request=typed.request,
         lane=lane,
         stream_seq=typed.stream_seq,
         received_at_ms=typed.received_at_ms,

@@ -75,6 +75,7 @@ class RunTrace(Protocol):
 @dataclass(slots=True)
 class CommandRow:
     """An unfinished command. `attempts` counts over all workers; `n` is the order of intake.
+    `request` is that of the command as it is compared: in the named form.
     `spent_s` of the retry budget were spent by earlier workers, by their monotonic clocks.
 
     `admission` is that of a command that this worker took in; `withdrawn`: its commit failed.
@@ -83,6 +84,7 @@ class CommandRow:
 
     n: int
     command: Command
+    request: bytes
     lane: Lane
     stream_seq: int
     received_at_ms: int

@@ -153,6 +153,8 @@ class Answers:
         if found is None:
             raise NotFound(f"command {command_id} is not in the journal of this host")
         answer: dict[str, object] = {"v": 1, "id": command_id, "state": found.state}
+        if found.request_digest is not None:
+            answer["request_digest"] = found.request_digest
         if found.reply is not None:
             answer["reply"] = msgpack.unpackb(found.reply)
         return answer

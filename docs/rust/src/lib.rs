@@ -88,6 +88,9 @@ pub struct Reply {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub supported: Vec<String>,
     pub detail: BTreeMap<String, Value>,
+    /// Which request it answers: the first 32 hex digits of the SHA-256 of `rmp_serde::to_vec_named(&request)`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_digest: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -10,15 +10,20 @@ from pathlib import Path
 import pytest
 
 from handlers.errors import NotFound
+from schemas.codec import request_digest
 from schemas.envelopes import EventKind
+from schemas.requests import SleepInstance
 from schemas.subjects import Lane
+from schemas.unpack import pack
 from tests.fakes.host import seeded
-from tests.fakes.shell_worker import FakeHandlers, shell_worker, start
+from tests.fakes.shell_worker import REF, SUBJECTS, FakeHandlers, shell_worker, start
+from tests.plain import unpacked
 from worker.journal.journal import Journal
 from worker.journal.transaction import EventDraft
 from worker.queries.answers import Answer, Answers
 from worker.queries.usage import usage_of
 
+LANE = Lane.instance(REF)
 QUESTIONS: dict[str, Callable[[Answers], Awaitable[Answer]]] = {
     "ping": lambda answers: answers.ping(),
     "status": lambda answers: answers.status(),
@@ -90,6 +95,44 @@ async def test_a_finished_command_has_its_result_at_once(tmp_path: Path) -> None
             await worker.reply(f"c{n}")
 
             assert (await answers.result(f"c{n}"))["state"] == "done"
+
+
+async def test_a_result_says_of_which_request_it_is_in_each_state(tmp_path: Path) -> None:
+    machine = FakeHandlers(gate=(gate := asyncio.Event()))
+    async with shell_worker(tmp_path / "j", machine=machine) as worker:
+        answers = answers_of(worker.journal)
+        worker.send(start(), "c1")
+        await machine.at_gate.wait()
+        worker.send(sleep := SleepInstance("acme", "web", "a1", force=False), "c2")
+        worker.bus.command(SUBJECTS.command(LANE), pack({"v": 1, "id": "c3", "request": "Grow"}))
+        await worker.reply("c3")
+
+        found = {key: await answers.result(key) for key in ("c1", "c2", "c3")}
+        gate.set()
+        await worker.reply("c1")
+        done = await answers.result("c1")
+
+    assert [found[key]["state"] for key in found] == ["running", "waiting", "done"]
+    assert found["c1"]["request_digest"] == request_digest(start())
+    assert found["c2"]["request_digest"] == request_digest(sleep)
+    assert "request_digest" not in found["c3"]
+    assert (done["state"], done["request_digest"]) == ("done", request_digest(start()))
+
+
+async def test_the_result_of_an_older_worker_says_of_which_request_it_is(tmp_path: Path) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        worker.send(start())
+        await worker.reply()
+        without = {**unpacked(worker.bus.replies()[0].payload)}
+        del without["request_digest"]
+        await worker.journal.store.writer.submit(
+            lambda tx: tx.execute("UPDATE command SET reply = ?", (pack(without),))
+        )
+
+        answer = await answers_of(worker.journal).result("c1")
+
+        assert answer["request_digest"] == request_digest(start())
+        assert answer["reply"] == without
 
 
 async def test_the_statistics_count_and_name_no_tenant(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The bytes that real rmp-serde writes, both ways: an agentd in Rust and hostd are one wire."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ def test_a_request_is_decoded_and_encoded_as_by_rmp_serde(
     assert REQUEST.write(request) == vector["request"]
     assert codec.encode_request(request, form) == data
     assert REQUEST.read(vector["request"], "$").value == request
+
+
+@pytest.mark.parametrize("vector", REQUESTS, ids=lambda v: str(v["request"])[:40])
+def test_the_digest_of_a_request_is_that_of_its_bytes_in_the_named_form_of_rmp_serde(
+    vector: dict[str, Any],
+) -> None:
+    named, compact = (bytes.fromhex(vector[f"{form}_hex"]) for form in Form)
+
+    digests = {codec.request_digest(codec.decode_request(data)) for data in (named, compact)}
+
+    assert digests == {hashlib.sha256(named).hexdigest()[:32]}
 
 
 @pytest.mark.parametrize("form", list(Form))
