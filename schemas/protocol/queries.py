@@ -186,8 +186,8 @@ class ExplainAnswer(TypedDict):
     v: Literal[1]
     type: str | None
     lane: str | None
-    before: NotRequired[list[CommandBefore]]
-    provisional: NotRequired[bool]
+    before: list[CommandBefore]
+    provisional: bool
     refused: Refusal | None
     changes: bool
     status: str | None

@@ -72,11 +72,16 @@ class Explain:
 
     async def _explain(self, request: Request) -> Answer:
         lane = Lane.of_request(request)
-        about: dict[str, object] = {"v": 1, "type": request.kind, "lane": str(lane)}
+        before = () if isinstance(request, Ping) else self._before(request, lane)
+        about: dict[str, object] = {
+            "v": 1,
+            "type": request.kind,
+            "lane": str(lane),
+            "before": before[:BEFORE_SHOWN],
+            "provisional": bool(before),
+        }
         if isinstance(request, Ping):
             return about | _outcome(why="it is answered at once, by no lane")
-        before = self._before(request, lane)
-        about |= {"before": before[:BEFORE_SHOWN], "provisional": bool(before)}
         waits = () if self._journal.store.writable else ("the journal, which cannot commit",)
         commands = self._journal.commands
         full = commands.limit_reached(request, lane)

@@ -10,6 +10,8 @@ import click
 import click.testing
 import pytest
 
+from tests.fakes.host import seeded
+from tests.fakes.memory_worker import memory_worker
 from tests.unit.cli.hostd import hostd
 from tests.unit.control.control_socket import control_server
 from worker.cli import commands
@@ -97,6 +99,19 @@ async def test_a_refusal_is_the_exit_code(tmp_path: Path) -> None:
         "  act: scheduler",
     ]
     assert json.loads(as_json.stdout) == REFUSED
+
+
+async def test_a_ping_is_explained_as_the_worker_answers(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        found = await worker.explain.explain("Ping")
+
+    result, asked = await ask(tmp_path, found, "explain", "ping")
+
+    assert asked == "Ping"
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        "Ping of lane host would change nothing: it is answered at once, by no lane"
+    ]
 
 
 async def test_options_of_the_command_are_part_of_the_question(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from handlers.explain.readonly import ReadOnly, Seen, readonly_host
 from handlers.interfaces import Host
 from schemas.codes import Code
 from schemas.envelopes import Reply
+from schemas.protocol.queries import ExplainAnswer
 from schemas.records import InstanceRecord, Status
 from schemas.requests import Ping, Request, SleepInstance
 from schemas.serde import REQUEST
@@ -262,6 +263,10 @@ async def test_ping_and_what_does_not_decode_have_no_steps(tmp_path: Path) -> No
         volumes: Any = await worker.explain.explain({"StartInstance": named})
 
         assert (ping["steps"], ping["refused"]) == ([], None)
+        assert ping["why"] == "it is answered at once, by no lane"
+        for answer in (ping, unknown, volumes):  # as of any command that has nothing before it
+            assert (list(answer["before"]), answer["provisional"]) == ([], False)
+            assert answer.keys() == ExplainAnswer.__annotations__.keys()
         assert unknown["refused"]["code"] == "unsupported"
         assert volumes["refused"]["code"] == "unsupported"
 
