@@ -38,6 +38,7 @@ from handlers.host.vmm.binaries import VmmBinaries
 from handlers.registry import HANDLERS, mechanisms
 from schemas.codes import EXIT_CODES, Code
 from schemas.envelopes import EventKind
+from schemas.protocol.facts import HostState
 from schemas.requests import InstanceRef
 from schemas.settings import Settings
 from schemas.subjects import Subjects
@@ -242,7 +243,7 @@ class Worker:
     ) -> None:
         host, removable = real.host, mechanisms(real.host)
         self.settings, self.metrics, self.journal, self.bus = settings, metrics, journal, bus
-        self._phase = "recovering"
+        self._phase: HostState = "recovering"
         self._real = real
         self._mechanisms = removable
         self._background = background
@@ -365,7 +366,7 @@ class Worker:
     # -- what queries, the lease and /readyz show ----------------------------------------------
 
     @property
-    def host_state(self) -> str:
+    def host_state(self) -> HostState:
         """`recovering`, `ready`; `draining`: by the operator, or the worker stops; `degraded`:
         ready, but for one of `trouble`."""
         if self._phase == "ready" and self.drain.active is not None:

@@ -13,6 +13,8 @@ from schemas.records import Status
 from schemas.usage import InstanceUsage, TenantUsage
 
 NetworkStatus = Literal["up", "down"]
+Effect = Literal["waits", "supersedes", "hurries"]
+PlannedOutcome = Literal["done", "found", "failed"]
 
 
 class AskNothing(msgspec.Struct, frozen=True):
@@ -159,7 +161,7 @@ class CommandBefore(TypedDict):
     id: str
     type: str
     state: Literal["running", "waiting"]
-    effect: Literal["waits", "supersedes", "hurries"]
+    effect: Effect
 
 
 class Refusal(TypedDict):
@@ -175,7 +177,7 @@ class ExplainedStep(TypedDict):
     """One step that the command would take."""
 
     name: str
-    outcome: Literal["done", "found", "failed"]
+    outcome: PlannedOutcome
     key: NotRequired[str]
     there: NotRequired[bool | None]
 

@@ -35,40 +35,36 @@ from worker.queries.service import ANSWER_BYTES, query_service
 
 
 class Answers:
-    """A source with fixed answers; `status` waits for the gate, `list` has a bug."""
+    """A source with answers that no worker gives; `status` waits for the gate, `list` has a bug."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.size = 0
 
-    async def ping(self) -> Mapping[str, object]:
+    async def ping(self) -> Any:
         filling = "x" * self.size
         return {"v": 1, "host_id": "h1", "host_state": "ready", "uptime_s": 5, "x": filling}
 
-    async def status(self) -> Mapping[str, object]:
+    async def status(self) -> Any:
         await self.gate.wait()
         return {"v": 1, "host_state": "ready"}
 
     def stats(self) -> Mapping[str, object]:
         return {"unfinished": 3}
 
-    async def list(self) -> Mapping[str, object]:
+    async def list(self) -> Any:
         raise RuntimeError("secret of the host")
 
-    async def describe(
-        self, tenant_id: str, pool_id: str | None, instance_id: str | None
-    ) -> Mapping[str, object]:
+    async def describe(self, tenant_id: str, pool_id: str | None, instance_id: str | None) -> Any:
         return {"v": 1, "asked": [tenant_id, pool_id, instance_id]}
 
-    async def usage(
-        self, tenant_id: str, pool_id: str | None, instance_id: str | None
-    ) -> Mapping[str, object]:
+    async def usage(self, tenant_id: str, pool_id: str | None, instance_id: str | None) -> Any:
         return {"v": 1, "asked": [tenant_id, pool_id, instance_id]}
 
-    async def result(self, command_id: str) -> Mapping[str, object]:
+    async def result(self, command_id: str) -> Any:
         raise NotFound(f"{command_id} is not known here")
 
-    async def explain(self, request: object) -> Mapping[str, object]:
+    async def explain(self, request: object) -> Any:
         return {"v": 1, "explained": request}
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from handlers.errors import Conflict
 from schemas import codec
@@ -50,7 +50,7 @@ class CommandState:
     `request_digest` says of which request; None of a message that had none that could be read.
     """
 
-    state: str
+    state: Literal["waiting", "running", "done"]
     request_digest: str | None
     reply: bytes | None = None
 

@@ -1,14 +1,26 @@
-"""The answers to queries: the journal's view, in plain values. Changes nothing."""
+"""The answers to queries: the journal's view, as `schemas/protocol/queries.py` declares it. Changes
+nothing."""
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from typing import cast
 
 import msgpack
-from msgspec import to_builtins
 
 from handlers.errors import NotFound
 from handlers.vmm_ends import text_of
-from schemas.records import InstanceRecord
+from schemas.protocol.facts import Evidence, HostState, LastEnd
+from schemas.protocol.queries import (
+    ExplainAnswer,
+    InstanceAnswer,
+    ListAnswer,
+    NetworkAnswer,
+    NetworkStatus,
+    PingAnswer,
+    ResultAnswer,
+    StatusAnswer,
+)
+from schemas.records import InstanceRecord, NetworkRecord, VmmEnd
 from schemas.requests import InstanceRef
 from schemas.usage import InstanceUsage, TenantUsage
 from worker.journal.journal import Journal
@@ -25,10 +37,10 @@ class Answers:
         journal: Journal,
         boot_id: str,
         *,
-        host_state: Callable[[], str],
+        host_state: Callable[[], HostState],
         warm_vmms: Callable[[], int],
         usage: ReadUsage,
-        explain: Callable[[object], Awaitable[Answer]],
+        explain: Callable[[object], Awaitable[ExplainAnswer]],
         vmm_versions: Callable[[], object],
     ) -> None:
         self._journal = journal
@@ -40,7 +52,7 @@ class Answers:
         self._vmm_versions = vmm_versions
         self._started = time.monotonic()
 
-    async def ping(self) -> Answer:
+    async def ping(self) -> PingAnswer:
         return {
             "v": 1,
             "host_id": self._journal.store.subjects.host_id,
@@ -48,7 +60,7 @@ class Answers:
             "uptime_s": int(time.monotonic() - self._started),
         }
 
-    async def status(self) -> Answer:
+    async def status(self) -> StatusAnswer:
         return {
             "v": 1,
             "host_id": self._journal.store.subjects.host_id,
@@ -73,7 +85,7 @@ class Answers:
             "vmm_versions": self._vmm_versions(),
         }
 
-    async def list(self) -> Answer:
+    async def list(self) -> ListAnswer:
         return {
             "v": 1,
             "journal_id": self._journal.store.journal_id,
@@ -83,7 +95,7 @@ class Answers:
                     "tenant_id": record.ref.tenant_id,
                     "pool_id": record.ref.pool_id,
                     "instance_id": record.ref.instance_id,
-                    "status": str(record.status),
+                    "status": record.status,
                     "since_ms": record.since_ms,
                 }
                 for record in sorted(
@@ -94,7 +106,7 @@ class Answers:
                 {
                     "tenant_id": record.tenant_id,
                     "bridge_name": record.net.bridge_name,
-                    "status": record.status,
+                    "status": _network_status(record),
                 }
                 for record in sorted(
                     self._journal.records.networks(), key=lambda record: record.tenant_id
@@ -105,7 +117,7 @@ class Answers:
 
     async def describe(
         self, tenant_id: str, pool_id: str | None, instance_id: str | None
-    ) -> Answer:
+    ) -> InstanceAnswer | NetworkAnswer:
         if pool_id is not None and instance_id is not None:
             ref = InstanceRef(tenant_id, pool_id, instance_id)
             record = self._journal.records.instance(ref)
@@ -119,7 +131,7 @@ class Answers:
         return {
             "v": 1,
             "tenant_id": tenant_id,
-            "status": network.status,
+            "status": _network_status(network),
             "since_ms": network.since_ms,
             "tenant_net_id": net.tenant_net_id,
             "ipv4_subnet": net.ipv4_subnet,
@@ -129,54 +141,50 @@ class Answers:
                 {
                     "pool_id": r.ref.pool_id,
                     "instance_id": r.ref.instance_id,
-                    "status": str(r.status),
+                    "status": r.status,
                 }
                 for r in self._journal.records.instances(tenant_id)
             ],
         }
 
-    async def usage(self, tenant_id: str, pool_id: str | None, instance_id: str | None) -> Answer:
+    async def usage(
+        self, tenant_id: str, pool_id: str | None, instance_id: str | None
+    ) -> InstanceUsage | TenantUsage:
         if pool_id is None or instance_id is None:
             records = self._journal.records.instances(tenant_id)
             if not records and self._journal.records.network(tenant_id) is None:
                 raise NotFound(f"tenant {tenant_id} has neither instances nor a network here")
             at_ms = self._journal.store.now_ms()
-            return as_map(await usage_of_tenant(tenant_id, records, self._usage, at_ms))
+            return await usage_of_tenant(tenant_id, records, self._usage, at_ms)
         ref = InstanceRef(tenant_id, pool_id, instance_id)
         record = self._journal.records.instance(ref)
         if record is None:
             raise NotFound(f"instance {ref} is not in the journal of this host")
-        return as_map(await self._usage(record))
+        return await self._usage(record)
 
-    async def result(self, command_id: str) -> Answer:
+    async def result(self, command_id: str) -> ResultAnswer:
         found = await self._journal.commands.result(command_id)
         if found is None:
             raise NotFound(f"command {command_id} is not in the journal of this host")
-        answer: dict[str, object] = {"v": 1, "id": command_id, "state": found.state}
+        answer: ResultAnswer = {"v": 1, "id": command_id, "state": found.state}
         if found.request_digest is not None:
             answer["request_digest"] = found.request_digest
         if found.reply is not None:
             answer["reply"] = msgpack.unpackb(found.reply)
         return answer
 
-    async def explain(self, request: object) -> Answer:
+    async def explain(self, request: object) -> ExplainAnswer:
         return await self._explain(request)
 
 
-def as_map(answer: InstanceUsage | TenantUsage) -> Answer:
-    """The answer in plain values."""
-    plain: Answer = to_builtins(answer)
-    return plain
-
-
-def described(record: InstanceRecord) -> Answer:
+def described(record: InstanceRecord) -> InstanceAnswer:
     """One instance, with what an operator needs to act on it."""
     return {
         "v": 1,
         "tenant_id": record.ref.tenant_id,
         "pool_id": record.ref.pool_id,
         "instance_id": record.ref.instance_id,
-        "status": str(record.status),
+        "status": record.status,
         "since_ms": record.since_ms,
         "launch": record.launch,
         "jail_id": record.jail_id if record.launch else None,
@@ -189,7 +197,21 @@ def described(record: InstanceRecord) -> Answer:
         "snapshot": record.snapshot,
         "command_id": record.command_id,
         "hung_since_ms": record.hung.since_ms if record.hung is not None else None,
-        "last_end": None
-        if record.last_end is None
-        else {**to_builtins(record.last_end), "text": text_of(record.last_end)},
+        "last_end": None if record.last_end is None else _last_end(record.last_end),
     }
+
+
+def _last_end(end: VmmEnd) -> LastEnd:
+    return {
+        "reason": end.reason,
+        "evidence": cast("Evidence", end.evidence),  # in a record it is what a newer hostd wrote
+        "launch": end.launch,
+        "at_ms": end.at_ms,
+        "code": end.code,
+        "signal": end.signal,
+        "text": text_of(end),
+    }
+
+
+def _network_status(record: NetworkRecord) -> NetworkStatus:
+    return "up" if record.status == "up" else "down"

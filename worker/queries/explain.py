@@ -7,14 +7,24 @@ these answers with the code that decides when the command really comes.
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from handlers.errors import Failure, Invalid, Unavailable
-from handlers.explain.plan import Plan, PlannedStep, plan
+from handlers.explain.plan import PlannedStep, plan
 from handlers.interfaces import Host
 from handlers.precedence import Precedence, precedence
+from handlers.steps import Done
 from schemas import serde
+from schemas.codes import Code
 from schemas.decode_error import DecodeError
+from schemas.protocol.queries import (
+    CommandBefore,
+    Effect,
+    ExplainAnswer,
+    ExplainedStep,
+    PlannedOutcome,
+    Refusal,
+)
 from schemas.requests import Ping, Request
 from schemas.subjects import Lane
 from worker.journal.admission import too_many
@@ -24,7 +34,11 @@ from worker.lanes import Lanes, Work
 EXPLAIN_S: Final = 5.0  # of one answer, the wait for its turn included
 BEFORE_SHOWN: Final = 20
 
-Answer = Mapping[str, object]
+EFFECTS: Final[Mapping[Precedence, Effect]] = {
+    Precedence.WAITS: "waits",
+    Precedence.SUPERSEDES: "supersedes",
+    Precedence.HURRIES: "hurries",
+}
 
 
 class Begins(Protocol):
@@ -50,7 +64,7 @@ class Explain:
         self._ready = ready
         self._turn = asyncio.Lock()
 
-    async def explain(self, raw: object) -> Answer:
+    async def explain(self, raw: object) -> ExplainAnswer:
         """The answer for a request as it is in a command's envelope.
 
         Raises:
@@ -59,7 +73,9 @@ class Explain:
         try:
             request = serde.read_request(raw, "$.request").value
         except DecodeError as error:
-            return _refused_by_intake(error)
+            # By intake: it has no type that could be relied on, and no lane.
+            refused = _refusal(Invalid(str(error), path=error.path), error.code)
+            return _answer(None, None, refused=refused)
         if not self._ready():
             raise Unavailable("cannot explain: the worker is still recovering, try again")
         try:
@@ -70,18 +86,11 @@ class Explain:
                 f"cannot explain within {EXPLAIN_S:g} s: files, kernel or other questions are slow"
             ) from error
 
-    async def _explain(self, request: Request) -> Answer:
+    async def _explain(self, request: Request) -> ExplainAnswer:
         lane = Lane.of_request(request)
-        before = () if isinstance(request, Ping) else self._before(request, lane)
-        about: dict[str, object] = {
-            "v": 1,
-            "type": request.kind,
-            "lane": str(lane),
-            "before": before[:BEFORE_SHOWN],
-            "provisional": bool(before),
-        }
         if isinstance(request, Ping):
-            return about | _outcome(why="it is answered at once, by no lane")
+            return _answer(request.kind, lane, why="it is answered at once, by no lane")
+        before = self._before(request, lane)
         waits = () if self._journal.store.writable else ("the journal, which cannot commit",)
         commands = self._journal.commands
         full = commands.limit_reached(request, lane)
@@ -89,10 +98,15 @@ class Explain:
         if full is not None:  # decided first, by intake
             refused = too_many(full, lane, commands.limits)
         if refused is not None:
-            return about | _outcome(waits=waits, refused=refused)
-        return about | _planned(await plan(request, self._host), waits)
+            return _answer(request.kind, lane, before, waits, refused=_refusal(refused))
+        found = await plan(request, self._host)
+        waits = (*waits, *found.waits)
+        if found.failure is not None:
+            refused_there = _refusal(found.failure)
+            return _answer(request.kind, lane, before, waits, found.steps, refused=refused_there)
+        return _answer(request.kind, lane, before, waits, found.steps, done=found.done)
 
-    def _before(self, request: Request, lane: Lane) -> Sequence[Answer]:
+    def _before(self, request: Request, lane: Lane) -> list[CommandBefore]:
         """The commands of its lane that have not ended, in their order, and what it does to them.
 
         A command that waits and is superseded is answered without being run.
@@ -103,82 +117,62 @@ class Explain:
                 "id": each.row.id,
                 "type": each.row.command.request.kind,
                 "state": "running" if each is running else "waiting",
-                "effect": (
+                "effect": EFFECTS[
                     Precedence.WAITS
                     if each.superseded_by is not None
                     else precedence(each.row.command.request, request)
-                ).value,
+                ],
             }
             for each in (running, *waiting)
             if isinstance(each, Work)
         ]
 
 
-def _planned(planned: Plan, waits: Sequence[str]) -> dict[str, object]:
-    done = planned.done
-    if done is None:
-        return _outcome(
-            waits=(*waits, *planned.waits), steps=planned.steps, refused=planned.failure
-        )
-    why = None
-    if not done.changed:
-        why = "there is nothing of it" if done.status is None else f"it is {done.status} already"
-    return _outcome(
-        waits=(*waits, *planned.waits),
-        steps=planned.steps,
-        changes=done.changed,
-        status=done.status,
-        why=why,
-    )
-
-
-def _outcome(
-    *,
+def _answer(
+    kind: str | None,
+    lane: Lane | None,
+    before: Sequence[CommandBefore] = (),
     waits: Sequence[str] = (),
     steps: Sequence[PlannedStep] = (),
-    refused: Failure | None = None,
-    changes: bool = False,
-    status: str | None = None,
+    *,
+    refused: Refusal | None = None,
+    done: Done | None = None,
     why: str | None = None,
-) -> dict[str, object]:
+) -> ExplainAnswer:
+    if done is not None and not done.changed:
+        why = "there is nothing of it" if done.status is None else f"it is {done.status} already"
     return {
-        "refused": None if refused is None else _failure(refused),
-        "changes": changes,
-        "status": status,
+        "v": 1,
+        "type": kind,
+        "lane": None if lane is None else str(lane),
+        "before": list(before[:BEFORE_SHOWN]),
+        "provisional": bool(before),
+        "refused": refused,
+        "changes": done is not None and done.changed,
+        "status": None if done is None else done.status,
         "why": why,
         "waits": list(waits),
-        "steps": [
-            {
-                "name": step.name,
-                "outcome": step.outcome,
-                **({} if step.key is None else {"key": step.key, "there": step.there}),
-            }
-            for step in steps
-        ],
+        "steps": [_step(each) for each in steps],
     }
 
 
-def _failure(failure: Failure) -> Answer:
+def _step(planned: PlannedStep) -> ExplainedStep:
+    # A plan undoes nothing, so no step of it is `undone`.
+    step: ExplainedStep = {
+        "name": planned.name,
+        "outcome": cast("PlannedOutcome", planned.outcome),
+    }
+    if planned.key is not None:
+        step["key"], step["there"] = planned.key, planned.there
+    return step
+
+
+def _refusal(failure: Failure, code: Code | None = None) -> Refusal:
     """As in a reply."""
     path = {} if failure.path is None else {"path": failure.path}
     return {
-        "code": failure.code.value,
+        "code": code or failure.code,
         "message": failure.message,
         "retryable": failure.retryable,
         "detail": {**failure.detail, "act": failure.act, **path},
-    }
-
-
-def _refused_by_intake(error: DecodeError) -> Answer:
-    """It has no type that could be relied on, and no lane."""
-    nothing: Sequence[Answer] = ()
-    refused = {**_failure(Invalid(str(error), path=error.path)), "code": error.code.value}
-    return {
-        "v": 1,
-        "type": None,
-        "lane": None,
-        "before": nothing,
-        "provisional": False,
-        **_outcome(),
-        "refused": refused,
     }

@@ -10,15 +10,29 @@ from functools import partial
 from typing import Protocol
 
 import structlog
+from msgspec import to_builtins
 
 from handlers.errors import Failure, Invalid
 from schemas import unpack
 from schemas.codes import Code
 from schemas.decode_error import DecodeError
 from schemas.protocol.ids import SCHEMA_VERSION, answer_name, request_name, schema_id
-from schemas.protocol.queries import AskDescribe, AskExplain, AskResult, AskUsage
+from schemas.protocol.queries import (
+    AskDescribe,
+    AskExplain,
+    AskResult,
+    AskUsage,
+    ExplainAnswer,
+    InstanceAnswer,
+    ListAnswer,
+    NetworkAnswer,
+    PingAnswer,
+    ResultAnswer,
+    StatusAnswer,
+)
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN
 from schemas.subjects import Subjects
+from schemas.usage import InstanceUsage, TenantUsage
 from worker.bus.connection import Connection
 from worker.bus.message import Message
 from worker.queries import forms
@@ -32,42 +46,41 @@ Answer = Mapping[str, object]
 
 
 class QuerySource(Protocol):
-    """Has the answers. Each method returns a map of plain values and may raise a `Failure`."""
+    """Has the answers, of the types that the schemas are made from (`ANSWERS`), and `stats`.
 
-    async def ping(self) -> Answer:
-        """`{v, host_id, host_state, uptime_s}`."""
-        ...
+    Each method may raise a `Failure`.
+    """
 
-    async def status(self) -> Answer:
-        """`{v, host_id, host_state, boot_id, journal_id, unfinished, lanes, instances}`."""
-        ...
+    async def ping(self) -> PingAnswer: ...
+
+    async def status(self) -> StatusAnswer: ...
 
     def stats(self) -> Answer:
         """`{host_state, unfinished, lanes, instances, vmm_versions}`: numbers, no names."""
         ...
 
-    async def list(self) -> Answer:
-        """`{v, instances: [...], networks: [...], warm_vmms}`."""
-        ...
+    async def list(self) -> ListAnswer: ...
 
     async def describe(
         self, tenant_id: str, pool_id: str | None, instance_id: str | None
-    ) -> Answer:
+    ) -> InstanceAnswer | NetworkAnswer:
         """One instance, or the tenant's network if pool and instance are None."""
         ...
 
-    async def usage(self, tenant_id: str, pool_id: str | None, instance_id: str | None) -> Answer:
-        """`schemas.usage.InstanceUsage`, or `TenantUsage` if pool and instance are None.
+    async def usage(
+        self, tenant_id: str, pool_id: str | None, instance_id: str | None
+    ) -> InstanceUsage | TenantUsage:
+        """Of one instance, or of the tenant if pool and instance are None.
 
         Raises NotFound: no such instance or tenant.
         """
         ...
 
-    async def result(self, command_id: str) -> Answer:
-        """`{v, id, state: waiting|running|done, reply?}`. Raises NotFound: not in this journal."""
+    async def result(self, command_id: str) -> ResultAnswer:
+        """Raises NotFound: not in this journal."""
         ...
 
-    async def explain(self, request: object) -> Answer:
+    async def explain(self, request: object) -> ExplainAnswer:
         """What a command with this request, as in an envelope, would do now; see `explain.py`."""
         ...
 
@@ -143,7 +156,8 @@ async def _describe(source: QuerySource, body: Body) -> Answer:
 
 
 async def _usage(source: QuerySource, body: Body) -> Answer:
-    return await source.usage(*_named(body, AskUsage))
+    plain: Answer = to_builtins(await source.usage(*_named(body, AskUsage)))
+    return plain
 
 
 def _named(

@@ -1,14 +1,15 @@
 """`ask.usage`: what the kernel counts of an instance's VMM, and null for what it cannot tell."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import pytest
+from msgspec import to_builtins
 
 from handlers.errors import NotFound
 from handlers.specs import CgroupUsage, TapTraffic
 from schemas import naming
+from schemas.protocol.queries import ExplainAnswer
 from schemas.requests import InstanceRef, SetupNetwork, StartInstance
 from schemas.usage import COUNT_MAX, Totals
 from tests.constants import NET, REF, SLEEP, START, STOP
@@ -20,12 +21,14 @@ from worker.queries.usage import total, usage_of
 TAP = naming.tap_name(NET.tenant_net_id, 5)
 
 
-async def not_asked(request: object) -> Mapping[str, object]:
+async def not_asked(request: object) -> ExplainAnswer:
     raise AssertionError(request)
 
 
 async def ask(worker: MemoryWorker, ref: InstanceRef = REF) -> Answer:
-    return await answers_of(worker).usage(ref.tenant_id, ref.pool_id, ref.instance_id)
+    usage = await answers_of(worker).usage(ref.tenant_id, ref.pool_id, ref.instance_id)
+    plain: Answer = to_builtins(usage)
+    return plain
 
 
 def answers_of(worker: MemoryWorker) -> Answers:
@@ -116,7 +119,7 @@ async def test_a_tenants_sums_are_those_of_its_instances(tmp_path: Path) -> None
         await worker.run(SLEEP)
         machine.boot_ms += 5_000
 
-        answer = await answers_of(worker).usage("acme", None, None)
+        answer: Answer = to_builtins(await answers_of(worker).usage("acme", None, None))
         with pytest.raises(NotFound, match="tenant globex"):
             await answers_of(worker).usage("globex", None, None)
 
