@@ -20,7 +20,8 @@ class Judged(NamedTuple):
 
     `id` is None if it cannot be read; `reply_to` is set only if hostd may publish there; `lane` is
     None if the subject has none. `owns_id`: the ID is that of a valid envelope, whatever else is
-    wrong. `trace` is the envelope's, if it has a valid one.
+    wrong. `trace` is the envelope's, if it has a valid one; `trace_ignored` names its fields that
+    break W3C's rules.
     """
 
     content: Command | DecodeError
@@ -30,6 +31,7 @@ class Judged(NamedTuple):
     form: Form
     owns_id: bool
     trace: TraceContext | None
+    trace_ignored: tuple[str, ...]
 
 
 def judge(
@@ -61,4 +63,5 @@ def judge(
     owns_id = isinstance(decoded, Command) or decoded.owns_id
     state = decoded.tracestate if isinstance(decoded, Command) else None
     trace = trace_context.parse(decoded.traceparent, state)
-    return Judged(content, decoded.id, lane, reply_to, decoded.form, owns_id, trace)
+    ignored = trace_context.ignored(decoded.traceparent, state, trace)
+    return Judged(content, decoded.id, lane, reply_to, decoded.form, owns_id, trace, ignored)

@@ -70,6 +70,21 @@ def parse(traceparent: str | None, tracestate: str | None = None) -> TraceContex
     return TraceContext(found["trace"], found["span"], sampled, _state(tracestate))
 
 
+def ignored(
+    traceparent: str | None, tracestate: str | None, trace: TraceContext | None
+) -> tuple[str, ...]:
+    """Which of the two texts that were read as `trace` break W3C's rules, by name.
+
+    A `tracestate` without a `traceparent` means nothing, and an empty list is a valid one.
+    """
+    if traceparent is None:
+        return ()
+    if trace is None:
+        return ("traceparent",)
+    lost = not trace.state and bool((tracestate or "").strip(" \t,"))
+    return ("tracestate",) if lost else ()
+
+
 def fields_of(trace: TraceContext | None) -> TraceFields:
     """Those that are set."""
     if trace is None:

@@ -44,6 +44,8 @@ class IntakeMeters(Protocol):
 
     def keys_ignored(self, count: int) -> None: ...
 
+    def trace_ignored(self, place: str, field: str) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Message:
@@ -173,10 +175,15 @@ class Intake:
         if delivery.server_headers:
             found = ", ".join(delivery.server_headers)
             content = DecodeError("headers", f"got {found}, want a command that no server copied")
-        trace = judged.trace or trace_context.parse(delivery.traceparent, delivery.tracestate)
+        message_id = judged.id or _fallback_id(delivery)
+        trace = judged.trace
+        self._note_ignored(message_id, "envelope", judged.trace_ignored)
+        if trace is None:
+            header = delivery.traceparent, delivery.tracestate
+            trace = trace_context.parse(*header)
+            self._note_ignored(message_id, "header", trace_context.ignored(*header, trace))
         if isinstance(content, Command):
             content = _with_trace(content, trace)
-        message_id = judged.id or _fallback_id(delivery)
         if isinstance(content, Command) and content.unknown_keys:
             self._meters.keys_ignored(len(content.unknown_keys))
             log.debug("envelope.keys_ignored", command_id=message_id, keys=content.unknown_keys)
@@ -191,6 +198,11 @@ class Intake:
             judged.owns_id,
             trace,
         )
+
+    def _note_ignored(self, message_id: str, place: str, fields: Sequence[str]) -> None:
+        for field in fields:
+            self._meters.trace_ignored(place, field)
+            log.debug("trace.context_ignored", command_id=message_id, place=place, field=field)
 
     async def _handle(self, message: _Message) -> None:
         match message.content:

@@ -26,6 +26,7 @@ class _Command:
     delivered: int = 0
     server_headers: tuple[str, ...] = ()
     traceparent: str | None = None
+    tracestate: str | None = None
 
 
 @dataclass(slots=True)
@@ -64,6 +65,7 @@ class FakeBus:
         msg_id: str | None = None,
         server_headers: tuple[str, ...] = (),
         traceparent: str | None = None,
+        tracestate: str | None = None,
     ) -> int | None:
         """Put a command into the stream; None if the stream dropped a duplicate `msg_id`."""
         if msg_id is not None and self.dedupe_commands:
@@ -78,6 +80,7 @@ class FakeBus:
             self._seq,
             server_headers=server_headers,
             traceparent=traceparent,
+            tracestate=tracestate,
         )
         self._due.put_nowait(self._seq)
         return self._seq
@@ -156,6 +159,7 @@ class FakeBus:
             ack=ack,
             server_headers=command.server_headers,
             traceparent=command.traceparent,
+            tracestate=command.tracestate,
         )
 
     def pause(self) -> None:

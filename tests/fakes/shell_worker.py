@@ -66,6 +66,7 @@ class NoMeters:
     snapshots: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
     redeliveries: int = 0
     ignored_keys: int = 0
+    ignored_traces: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None:
         self.done.append((kind, code))
@@ -84,6 +85,9 @@ class NoMeters:
 
     def keys_ignored(self, count: int) -> None:
         self.ignored_keys += count
+
+    def trace_ignored(self, place: str, field: str) -> None:
+        self.ignored_traces.append((place, field))
 
 
 @dataclass(frozen=True)

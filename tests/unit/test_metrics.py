@@ -41,6 +41,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_trace_spans_dropped": ("counter", set()),
     "hostd_trace_spans_failed": ("counter", set()),
     "hostd_envelope_keys_ignored": ("counter", set()),
+    "hostd_trace_contexts_ignored": ("counter", {"place", "field"}),
     "hostd_instances": ("gauge", {"status"}),
     "hostd_vmm_exits": ("counter", {"reason"}),
     "hostd_warm_vmms": ("gauge", {"state"}),
@@ -100,6 +101,7 @@ def used() -> Metrics:
     metrics.queries_dropped(1)
     metrics.redelivered()
     metrics.keys_ignored(2)
+    metrics.trace_ignored("header", "traceparent")
     metrics.vmms.exited("exited")
     metrics.warm_vmms({"ready": 2, "starting": 1}, {"used": 1})
     metrics.warm_vmms({"ready": 2, "starting": 0}, {"used": 3})

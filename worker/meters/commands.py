@@ -65,6 +65,12 @@ class CommandMeters:
             "Unknown keys of command envelopes, ignored.",
             registry=registry,
         )
+        self._ignored_traces = Counter(
+            "hostd_trace_contexts_ignored_total",
+            "Texts of a command's trace context that break W3C Trace Context, ignored.",
+            ["place", "field"],
+            registry=registry,
+        )
         self._snapshot_seconds = Histogram(
             "hostd_snapshot_duration_seconds",
             "Duration of writing one snapshot.",
@@ -107,6 +113,10 @@ class CommandMeters:
     def keys_ignored(self, count: int) -> None:
         """A command envelope had this many unknown keys: a newer sender, or a misspelt key."""
         self._ignored_keys.inc(count)
+
+    def trace_ignored(self, place: str, field: str) -> None:
+        """`place`: envelope or header. `field`: traceparent or tracestate."""
+        self._ignored_traces.labels(place, field).inc()
 
     def snapshot(self, seconds: float, size_bytes: int) -> None:
         self._snapshot_seconds.observe(seconds)

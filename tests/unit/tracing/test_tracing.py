@@ -97,6 +97,45 @@ def test_the_ratio_is_that_of_traces_that_begin_here(ratio: float) -> None:
         assert context.sampled is is_sampled
 
 
+@pytest.mark.parametrize(
+    ("envelope", "header", "ignored"),
+    [
+        ((None, None), (None, None), []),
+        ((None, "a=1"), (None, None), []),
+        ((PARENT, " , "), ("odd", None), []),  # the header counts only without the envelope's
+        (("00-odd", None), (PARENT, None), [("envelope", "traceparent")]),
+        (("x" * 9000, "a=1"), ("", None), [("envelope", "traceparent"), ("header", "traceparent")]),
+        ((PARENT, "a=1,a=2"), (None, None), [("envelope", "tracestate")]),
+        ((None, None), (PARENT, "A=1"), [("header", "tracestate")]),
+    ],
+    ids=["none", "state", "valid", "parent", "both", "twice", "header"],
+)
+async def test_a_context_that_is_ignored_is_counted_and_the_command_runs(
+    tmp_path: Path,
+    envelope: tuple[str | None, str | None],
+    header: tuple[str | None, str | None],
+    ignored: list[tuple[str, str]],
+) -> None:
+    data = codec.encode_command(
+        command(start(), traceparent=envelope[0], tracestate=envelope[1], reply_to="_INBOX.1")
+    )
+    with capture_logs() as logs:
+        async with shell_worker(tmp_path / "j") as worker:
+            worker.bus.command(
+                SUBJECTS.command(Lane.of_request(start())),
+                data,
+                traceparent=header[0],
+                tracestate=header[1],
+            )
+            reply = await worker.reply()
+
+    assert reply.code == "ok"
+    assert worker.meters.ignored_traces == ignored
+    found = [each for each in logs if each["event"] == "trace.context_ignored"]
+    assert [(each["place"], each["field"]) for each in found] == ignored
+    assert {(each["command_id"], each["log_level"]) for each in found} <= {("c1", "debug")}
+
+
 @pytest.mark.parametrize("on", [True, False])
 async def test_the_trace_is_in_log_reply_event_and_reply_stream(tmp_path: Path, on: bool) -> None:
     spans = Spans()
