@@ -99,9 +99,11 @@ async def launched(plan: LaunchPlan, steps: Steps, host: Host) -> AsyncGenerator
     launch = made.launch
     api = host.vmms.api(launch.jail_id)
     try:
+        record = record_with(made.identity, launch, host)
+        host.seen_alive[launch.ref] = made.identity
         yield LaunchedVmm(
             launch=launch,
-            record=vmm_record(launch, made.identity, host),
+            record=record,
             identity=made.identity,
             api=api,
             state=await api.state(),
@@ -285,12 +287,11 @@ async def ensure_data_disk(
     return await record_disk(launch, disk.identity, host), disk
 
 
-def vmm_record(launch: Launch, identity: VmmIdentity, host: Host) -> InstanceRecord:
-    """The instance's record with since when its VMM lives, and the VMM's identity."""
+def record_with(identity: VmmIdentity, launch: Launch, host: Host) -> InstanceRecord:
+    """The instance's record with its VMM, which lives from now on. Changes nothing."""
     record = host.records.instance(launch.ref)
     if record is None:
         raise Conflict(f"instance {launch.ref} is no longer in the journal")
-    host.seen_alive[launch.ref] = identity
     return replace(record, vmm=identity, metering=began(record, host.facts.moment()))
 
 

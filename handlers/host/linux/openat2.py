@@ -230,8 +230,7 @@ class Directory:
         try:
             os.fchown(fd, uid, gid)
             os.fchmod(fd, mode)
-            with open(fd, "wb", closefd=False) as file:
-                file.write(data)
+            write_all(fd, data)
             os.fsync(fd)
         except BaseException:
             os.close(fd)
