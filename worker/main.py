@@ -274,7 +274,7 @@ class Worker:
         self.lanes = Lanes(runner)
         self.explain = Explain(host, journal, self.lanes, dispatch, self._is_ready)
         self.emptying = Emptying(self.drain, journal, self.lanes)
-        self.vmm_watch = VmmWatch(host, journal, self.lanes, metrics, real.exits)
+        self.vmm_watch = VmmWatch(host, journal, self.lanes, metrics, real.exits, tracing=tracing)
         runner.after = self.vmm_watch.sync
         own_version = version("hostd")
         self.intake = Intake(
@@ -332,6 +332,7 @@ class Worker:
             real.orphan_removal,
             take_inventory=real.take_inventory,
             calls_hang=lambda: any(hung_calls().values()),
+            tracing=tracing,
         )
         self.reconciler = Reconciler(
             host,
@@ -353,7 +354,7 @@ class Worker:
         self.overwatch = Overwatch(host, journal, self.lanes, metrics.vmms)
         self.lanes.on_arrival = self.overwatch.yield_to
         self.recovery = Recovery(
-            host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs), metrics
+            host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs), metrics, tracing
         )
         self.dump = Dump(self)
         self._bounded = reading.Parts(

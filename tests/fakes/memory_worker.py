@@ -28,6 +28,7 @@ from worker.journal.journal import Journal
 from worker.lanes import Lanes
 from worker.queries.explain import Explain
 from worker.reconcile.vmm_watch import NotifyingRunner
+from worker.tracing.tracing import Tracing
 
 EVENTS_MAX = 10_000
 INBOX_PREFIXES = ("_INBOX.",)
@@ -45,6 +46,7 @@ class MemoryWorker:
     runner: NotifyingRunner
     drain: DrainSwitch
     explain: Explain
+    tracing: Tracing
     seq: int = 0
     ids: list[str] = field(default_factory=list[str])
     closers: list[Callable[[], Awaitable[None]]] = field(
@@ -105,6 +107,7 @@ async def memory_worker(
     limits: LimitSettings = LimitSettings(retry_budget_s=0.0),  # noqa: B008 (frozen)
     vmm: VmmSettings = VmmSettings(),  # noqa: B008 (frozen)
     sweep: SweepSettings = SweepSettings(),  # noqa: B008 (frozen)
+    tracing: Tracing = Tracing(""),  # noqa: B008 (without spans it has no state)
 ) -> AsyncGenerator[MemoryWorker]:
     """A worker on the journal at `path`, with recovery of what is in it."""
     settings = Settings(limits=limits, vmm=vmm, sweep=sweep)
@@ -121,6 +124,7 @@ async def memory_worker(
         refuse=drain.refusal,
         gate=gate(journal),
         failpoint=failpoint,
+        tracing=tracing,
     )
     runner = NotifyingRunner(dispatch)
     lanes = Lanes(runner)
@@ -130,7 +134,7 @@ async def memory_worker(
         lanes.put(row)
     lanes.start()
     explain = Explain(host, journal, lanes, dispatch, lambda: True)
-    made = MemoryWorker(machine, journal, host, lanes, known, runner, drain, explain)
+    made = MemoryWorker(machine, journal, host, lanes, known, runner, drain, explain, tracing)
     try:
         yield made
     finally:

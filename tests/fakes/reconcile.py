@@ -169,6 +169,7 @@ def reconciled(worker: MemoryWorker) -> Reconciled:
         removal,
         take_inventory=take_inventory,
         calls_hang=lambda: made.calls_hang,
+        tracing=worker.tracing,
         clock=lambda: made.now_s,
     )
     reconciler = Reconciler(
@@ -194,6 +195,7 @@ def vmm_watch(worker: MemoryWorker, exits: FakeExits | None = None) -> VmmWatch:
         worker.lanes,
         Metrics("0"),
         exits or FakeExits(worker.machine),
+        tracing=worker.tracing,
     )
     worker.closers.append(watch.close)
     return watch
@@ -201,4 +203,6 @@ def vmm_watch(worker: MemoryWorker, exits: FakeExits | None = None) -> VmmWatch:
 
 def recovery(worker: MemoryWorker, jails: FakeJailLayout | None = None) -> Recovery:
     adoption = Adoption(worker.host, worker.journal, jails or FakeJailLayout(worker.machine))
-    return Recovery(worker.host, worker.journal, vmm_watch(worker), adoption, Metrics("0"))
+    return Recovery(
+        worker.host, worker.journal, vmm_watch(worker), adoption, Metrics("0"), worker.tracing
+    )

@@ -23,12 +23,14 @@ from handlers.network_survey import damaged_tenants
 from handlers.steps import Steps
 from schemas.envelopes import EventKind
 from schemas.records import InstanceRecord, NetworkRecord, Status
+from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.metrics import Metrics
 from worker.reconcile.adoption import Adoption, note_failed_item
 from worker.reconcile.drift import BASE_RULES, report_drift
 from worker.reconcile.vmm_versions import record_version
 from worker.reconcile.vmm_watch import VmmWatch
+from worker.tracing.tracing import Tracing
 
 BOOT_ID = "boot_id"
 INSTANCE_DEADLINE_S = 20.0
@@ -58,16 +60,24 @@ class Recovery:
         vmm_watch: VmmWatch,
         adoption: Adoption,
         metrics: Metrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self._host = host
         self._journal = journal
         self._vmm_watch = vmm_watch
         self._adoption = adoption
         self._metrics = metrics
+        self._tracing = tracing or Tracing("")
         self._counts = Counts()
 
     async def run(self) -> Counts:
         """Networks first: a VM must not keep running without its isolation."""
+        with self._tracing.work("recovery") as facts:
+            await self._run()
+            facts.update({f"hostd.{name}": count for name, count in vars(self._counts).items()})
+        return self._counts
+
+    async def _run(self) -> None:
         boot_id = self._host.facts.boot_id()
         rebooted = self._journal.store.meta(BOOT_ID) not in (None, boot_id)
         await self._networks()
@@ -91,7 +101,6 @@ class Recovery:
             detail={**vars(self._counts), "commands": self._journal.commands.count()},
         )
         log.info("worker.recovered", rebooted=rebooted, **vars(self._counts))
-        return self._counts
 
     async def _each(self, items: Sequence[T], one: Callable[[T], Awaitable[None]]) -> None:
         """All at once, each within its deadline; a failure is logged and counted."""
@@ -147,7 +156,9 @@ class Recovery:
             await self._journal.records.put_instance(record, durable=True)
             record = self._journal.records.instance(record.ref) or record  # what was due is sent
         if record.status.expects_vmm:
-            await self._adopt(record)
+            with self._tracing.work("vmm adopted", Lane.instance(record.ref)) as facts:
+                facts["hostd.launch"] = record.launch
+                facts["hostd.result"] = await self._adopt(record)
 
     async def _look_for_unrecorded(self) -> None:
         """Book what VMMs without a record hold, before a command can be given the same."""
@@ -167,12 +178,14 @@ class Recovery:
         command_id = record.command_id
         return command_id is not None and self._journal.commands.is_unfinished(command_id)
 
-    async def _adopt(self, record: InstanceRecord) -> None:
+    async def _adopt(self, record: InstanceRecord) -> str:
+        """Says what became of it: adopted, ended or quarantined."""
         identity = await self._host.vmms.find(record.jail_id)
         if identity is None:
             self._counts.ended += 1
             self._vmm_watch.found_ended(record)
-        elif identity != record.vmm:
+            return "ended"
+        if identity != record.vmm:
             self._counts.quarantined += 1
             await self._journal.records.put_instance(
                 replace(record, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms()),
@@ -184,11 +197,12 @@ class Recovery:
                 ref=record.ref,
                 reason="its VMM is not the one in the journal",
             )
-        else:
-            self._host.seen_alive[record.ref] = identity
-            # In its lane: a VM that hangs does not answer, and must not delay the others.
-            self._vmm_watch.put_in_lane(record, "resume", lambda: self._resume(record))
-            self._counts.adopted += 1
+            return "quarantined"
+        self._host.seen_alive[record.ref] = identity
+        # In its lane: a VM that hangs does not answer, and must not delay the others.
+        self._vmm_watch.put_in_lane(record, "resume", lambda: self._resume(record))
+        self._counts.adopted += 1
+        return "adopted"
 
     async def _resume(self, record: InstanceRecord) -> None:
         """A paused VM without a manifest is resumed: the sleep that paused it did not happen."""

@@ -13,6 +13,7 @@ its number in their name, and a launch takes one above every trace: none is made
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from worker.reconcile.orphans import (
     snapshot_key,
     tenant_of,
 )
+from worker.tracing.tracing import Tracing
 
 SIGHTINGS_S = 60.0
 HOUR_MS = 3_600_000
@@ -111,6 +113,7 @@ class Sweep:
         *,
         take_inventory: Callable[[], Awaitable[Inventory]],
         calls_hang: Callable[[], bool],
+        tracing: Tracing | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._host = host
@@ -120,6 +123,7 @@ class Sweep:
         self._removal = removal
         self._take_inventory = take_inventory
         self._calls_hang = calls_hang
+        self._tracing = tracing or Tracing("")
         self._clock = clock
         self._settings = host.settings.sweep
         self._seen: dict[Orphan, Sighting] = {}
@@ -127,13 +131,14 @@ class Sweep:
         self._unreadable: set[str] = set()
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[list[Swept]]] = set()
+        self._results: Counter[str] = Counter()  # of the removals of this pass
         self._resumed = False
         self._stopped = False
         self.spent = 0  # of the budget of the hour, as of the last pass
 
     async def once(self) -> None:
         """A pass of the reconciler: look, and remove what is due, within the budget."""
-        async with self._lock:
+        async with self._lock, self._noted("sweep"):
             await self._look()
             if not self._resumed:
                 hidden = self._journal.quarantine.hides_records  # then nothing counts as seen
@@ -165,7 +170,7 @@ class Sweep:
 
         With `dry_run` nothing is removed, and the report says what would be.
         """
-        async with self._lock:
+        async with self._lock, self._noted("sweep by an operator"):
             await self._look()
             confirmed = dict(self._confirmed())
             report: list[Swept] = []
@@ -182,6 +187,16 @@ class Sweep:
                     state, reason = await self._remove(orphan, OPERATOR)
                     report.append(Swept(orphan, state, seen_s, reason))
             return report
+
+    @asynccontextmanager
+    async def _noted(self, name: str) -> AsyncGenerator[None]:
+        with self._tracing.work(name) as facts:
+            self._results.clear()
+            try:
+                yield
+            finally:
+                facts["hostd.orphans"] = len(self._seen)
+                facts.update({f"hostd.orphans.{key}": n for key, n in self._results.items()})
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -349,6 +364,7 @@ class Sweep:
             self._resumed = False  # the next pass ends the row with what it finds
             raise
         self._metrics.orphan_swept(orphan.kind, result)
+        self._results[result] += 1
         if result == audit.REMOVED:
             log.warning("orphan.removed", kind=orphan.kind, name=orphan.name, by=by)
             self._seen.pop(orphan, None)

@@ -26,6 +26,7 @@ from worker.journal.journal import Journal
 from worker.lanes import Lanes, MaintenanceTask, Runner, Work
 from worker.logs import facts_of
 from worker.metrics import Metrics
+from worker.tracing.tracing import Tracing
 
 RETRY_S = 2.0
 
@@ -72,6 +73,7 @@ class VmmWatch:
         metrics: Metrics,
         exits: ExitWatch,
         *,
+        tracing: Tracing | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._host = host
@@ -79,6 +81,7 @@ class VmmWatch:
         self._lanes = lanes
         self._metrics = metrics
         self._exits = exits
+        self._tracing = tracing or Tracing("")
         self._sleep = sleep
         self._watched: dict[InstanceRef, _Watched] = {}
 
@@ -118,9 +121,13 @@ class VmmWatch:
         async def handle() -> None:
             steps = Steps(f"exit-{record.jail_id}", self._journal.steps, {})
             try:
-                end = await vmm_exited(
-                    record.ref, record.launch, status, steps, self._host, seen=seen
-                )
+                with self._tracing.work("vmm exited", Lane.instance(record.ref)) as facts:
+                    end = await vmm_exited(
+                        record.ref, record.launch, status, steps, self._host, seen=seen
+                    )
+                    facts |= {"hostd.launch": record.launch, "hostd.changed": end is not None}
+                    if end is not None:
+                        facts["hostd.vmm.end"] = end.reason
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 log.warning("vmm.cleanup_failed", instance=str(record.ref), **facts_of(error))
                 self._watch(record, self._retry(record, status, seen=seen))
@@ -172,7 +179,9 @@ class VmmWatch:
     async def _quarantined(self, record: InstanceRecord, reason: str) -> bool:
         """False if the journal cannot commit it now."""
         try:
-            await self._quarantine(record, reason)
+            with self._tracing.work("vmm quarantined", Lane.instance(record.ref)) as facts:
+                facts["hostd.launch"] = record.launch
+                await self._quarantine(record, reason)
         except Failure as failure:
             log.warning("vmm.watch_failed", instance=str(record.ref), **facts_of(failure))
             return False

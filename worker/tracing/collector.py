@@ -16,7 +16,15 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
+from opentelemetry.trace import (
+    Link,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    TraceState,
+)
 
 from schemas.trace_context import TraceContext
 from worker.tracing.exporter import ExportError
@@ -102,6 +110,7 @@ class Collector:
             parent=None if span.parent is None else _span_context(span.parent, remote=remote),
             resource=self._resource,
             attributes=dict(span.attributes),
+            links=[Link(_span_context(each, remote=False)) for each in span.links],
             kind=KINDS[span.kind],
             status=status,
             start_time=span.start_ns,

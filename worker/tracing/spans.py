@@ -23,7 +23,7 @@ Attributes = Mapping[str, str | int | bool]
 class Span(NamedTuple):
     """One span that ended. `kind`: consumer, internal or producer; times are Unix nanoseconds.
 
-    `error` is what its status says, or None: it succeeded.
+    `error` is what its status says, or None: it succeeded. `links`: spans that led to it.
     """
 
     context: TraceContext
@@ -34,6 +34,7 @@ class Span(NamedTuple):
     end_ns: int
     attributes: Attributes
     error: str | None = None
+    links: tuple[TraceContext, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,7 @@ def command_span(answered: Answered, end_ns: int, *, recovered: bool = False) ->
     found: dict[str, str | int | bool | None] = {
         "hostd.command.id": reply.id,
         "hostd.command.type": answered.type,
-        "hostd.lane": str(lane),
-        "hostd.tenant.id": lane.tenant_id,
-        "hostd.pool.id": lane.ref.pool_id if lane.ref else None,
-        "hostd.instance.id": lane.ref.instance_id if lane.ref else None,
+        **lane_attributes(lane),
         "hostd.workspace.id": answered.workspace_id,
         "hostd.code": reply.code.value,
         "hostd.act": str(act) if (act := reply.detail.get("act")) else None,
@@ -91,6 +89,16 @@ def command_span(answered: Answered, end_ns: int, *, recovered: bool = False) ->
         {name: value for name, value in found.items() if value is not None},
         error,
     )
+
+
+def lane_attributes(lane: Lane) -> dict[str, str | int | bool | None]:
+    """Whose it is; None of what the lane does not have."""
+    return {
+        "hostd.lane": str(lane),
+        "hostd.tenant.id": lane.tenant_id,
+        "hostd.pool.id": lane.ref.pool_id if lane.ref else None,
+        "hostd.instance.id": lane.ref.instance_id if lane.ref else None,
+    }
 
 
 def inner_span(

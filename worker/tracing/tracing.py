@@ -5,8 +5,11 @@ worker that continues a command after a kill gives it the same span, below the s
 """
 
 import hashlib
+import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -19,13 +22,15 @@ from schemas.subjects import Lane
 from schemas.trace_context import TraceContext, parse
 from worker.journal.memory import CommandRow
 from worker.journal.transaction import OutRow
-from worker.tracing.spans import Answered, Span, command_span, inner_span
+from worker.tracing.spans import Answered, Span, command_span, inner_span, lane_attributes
 
 STEPS_MAX: Final = 200  # of a command, the last ones
 ATTEMPTS_MAX: Final = 50
+LAST_MAX: Final = 4096  # lanes of which the last command is known
 
 T = TypeVar("T")
 Put = Callable[[Sequence[Span]], None]
+Facts = dict[str, str | int | bool]
 
 
 class _Sent(msgspec.Struct):
@@ -53,6 +58,7 @@ class Tracing:
         self._host_id = host_id
         self._bound = round(ratio * 2**64)
         self._put = put
+        self._last: OrderedDict[Lane, tuple[str, TraceContext]] = OrderedDict()
 
     def of_command(self, command: Command) -> TraceContext | None:
         """The context of a journalled command's span, the same in every worker."""
@@ -63,8 +69,7 @@ class Tracing:
         if self._put is None:
             return parent
         if parent is None:
-            trace_id = _digits(32, "trace", self._host_id, key)
-            parent = TraceContext(trace_id, "", int(trace_id[16:], 16) < self._bound)
+            parent = self._root(_digits(32, "trace", self._host_id, key))
         return parent._replace(span_id=_digits(16, parent.trace_id, self._host_id, key))
 
     def begin(self, row: CommandRow) -> "CommandTrace | None":
@@ -74,7 +79,45 @@ class Tracing:
         context = self.of_command(row.command)
         if context is None or not context.sampled:
             return None
+        self._last[row.lane] = row.id, context
+        self._last.move_to_end(row.lane)
+        if len(self._last) > LAST_MAX:
+            self._last.popitem(last=False)
         return CommandTrace(row, context, self._put)
+
+    @contextmanager
+    def work(self, name: str, lane: Lane | None = None) -> Generator[Facts]:
+        """Note the worker's own work, which no command asked for, as the root of a trace.
+
+        What is put into the facts meanwhile becomes attributes. With a lane, the span is linked to
+        that of the last command that this worker began there, if it was sampled.
+        """
+        facts: Facts = {}
+        context = None if self._put is None else self._root(secrets.token_hex(16))
+        if self._put is None or context is None or not context.sampled:
+            yield facts
+            return
+        context = context._replace(span_id=secrets.token_hex(8))
+        last_id, last = (None, None) if lane is None else self._last.get(lane, (None, None))
+        error, began_ns, began_s = None, time.time_ns(), time.perf_counter()
+        try:
+            yield facts
+        except BaseException as failure:
+            error = _named(failure)
+            raise
+        finally:
+            names = {} if lane is None else lane_attributes(lane)
+            found = {**names, "hostd.command.id": last_id, **facts}
+            attributes = {key: value for key, value in found.items() if value is not None}
+            end_ns = began_ns + int((time.perf_counter() - began_s) * 1e9)
+            links = () if last is None else (last,)
+            self._put(
+                [Span(context, None, name, "internal", began_ns, end_ns, attributes, error, links)]
+            )
+
+    def _root(self, trace_id: str) -> TraceContext:
+        """The beginning of a trace, before it has a span; sampled by the ratio."""
+        return TraceContext(trace_id, "", int(trace_id[16:], 16) < self._bound)
 
     def answered(
         self, key: str, parent: TraceContext | None, kind: str, lane: Lane, reply: Reply
@@ -142,7 +185,7 @@ class CommandTrace:
         try:
             return await work
         except BaseException as error:
-            noted.error = error.code.value if isinstance(error, Failure) else type(error).__name__
+            noted.error = _named(error)
             raise
         finally:
             noted.ended_s = time.perf_counter()
@@ -194,6 +237,10 @@ class CommandTrace:
                 )
             )
         return found
+
+
+def _named(error: BaseException) -> str:
+    return error.code.value if isinstance(error, Failure) else type(error).__name__
 
 
 def _digits(count: int, *parts: str) -> str:

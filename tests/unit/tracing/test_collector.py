@@ -19,7 +19,8 @@ PARENT = TraceContext("ab" * 16, "cd" * 8, sampled=True, state="a=1,b=2")
 CONTEXT = PARENT._replace(span_id="ef" * 8)
 FACTS = {"service.name": "hostd"}
 GOOD = Span(CONTEXT, PARENT, "StartInstance", "consumer", 10**18, 10**18 + 5, {"a": "x", "n": 1})
-BAD = Span(CONTEXT, None, "publish reply", "producer", 1, 2, {"b": True}, "host_fault: no")
+LINKS = (PARENT, CONTEXT._replace(trace_id="01" * 16))
+BAD = Span(CONTEXT, None, "publish reply", "producer", 1, 2, {"b": True}, "host_fault: no", LINKS)
 
 
 def collector(otlp: Otlp, **more: float) -> Collector:
@@ -39,6 +40,10 @@ def test_a_span_is_sent_as_it_is() -> None:
     assert attributes_of(good) == {"a": "x", "n": 1}
     assert (bad.parent_span_id, bad.kind, bad.status.code) == (b"", 4, 2)
     assert bad.status.message == "host_fault: no"
+    assert not good.links
+    assert [(each.trace_id.hex(), each.span_id.hex()) for each in bad.links] == [
+        (each.trace_id, each.span_id) for each in LINKS
+    ]
     (resource,) = [each.resource for each in otlp.requests[0].resource_spans]
     assert attributes_of(resource) == FACTS
 

@@ -1,6 +1,8 @@
 """Spans of a real host in a real collector; and what a collector that is none changes: nothing."""
 
 import json
+import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -91,6 +93,32 @@ async def test_after_a_kill_the_next_worker_goes_on_in_the_same_trace() -> None:
     assert root.parent_span_id.hex() == SPAN
     assert attributes_of(root)["hostd.recovered"] is True
     assert reply["traceparent"] == f"00-{TRACE}-{root.span_id.hex()}-01"
+
+
+async def test_what_no_command_asked_for_is_traced_and_linked_to_the_last_command() -> None:
+    async with live_host(worker=False) as host:
+        with otlp_server() as sink, collector(sink.url) as url:
+            await host.start_worker(environment=tracing(url))
+            await host.net_up(host.seed())
+            reply = await host.run(START)
+            os.kill(reply["detail"]["pid"], signal.SIGKILL)
+            spans = sink.wait_spans("StartInstance", "vmm exited", "recovery", "sweep")
+            assert (await host.run(START))["code"] == "ok"
+            await host.kill_worker()
+            await host.start_worker(environment=tracing(url))
+            (adopted,) = [each for each in sink.wait_spans("vmm adopted") if "adopt" in each.name]
+            assert (await host.run(DESTROY))["code"] == "ok"
+
+    (start,) = [each for each in spans if each.name == "StartInstance"]
+    (exited,) = [each for each in spans if each.name == "vmm exited"]
+    assert [(each.trace_id, each.span_id) for each in exited.links] == [
+        (start.trace_id, start.span_id)
+    ]
+    assert (exited.parent_span_id, exited.trace_id == start.trace_id) == (b"", False)
+    found = attributes_of(exited)
+    assert (found["hostd.changed"], found["hostd.command.id"]) == (True, reply["id"])
+    assert "hostd.vmm.end" in found  # which of its reasons depends on the kernel of this host
+    assert attributes_of(adopted)["hostd.result"] == "adopted"
 
 
 async def test_a_collector_that_hangs_or_is_down_changes_nothing() -> None:

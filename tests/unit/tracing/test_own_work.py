@@ -1,0 +1,156 @@
+"""Spans of what no command asked for: recovery, adoption, the end of a VMM, the sweep."""
+
+from pathlib import Path
+
+import pytest
+
+from handlers.claims.orphan import Orphan
+from handlers.errors import HostFault
+from schemas.records import Status
+from schemas.requests import SetupNetwork
+from schemas.settings import SweepSettings
+from schemas.subjects import Lane
+from tests.constants import NET, REF, START
+from tests.fakes.host import seeded
+from tests.fakes.memory_worker import MemoryWorker, memory_worker
+from tests.fakes.reconcile import FakeExits, FakeInventory, reconciled, recovery, vmm_watch
+from tests.fakes.shell_worker import command, start
+from tests.unit.reconcile.test_vmm_watch import until
+from tests.unit.tracing.test_tracing import Spans
+from worker.journal.memory import CommandRow
+from worker.reconcile.sweep import SIGHTINGS_S
+from worker.tracing.spans import Span
+from worker.tracing.tracing import LAST_MAX, Tracing
+
+LANE = Lane.instance(REF)
+
+
+async def started(worker: MemoryWorker) -> None:
+    for request in (SetupNetwork("acme", NET), START):
+        await worker.run(request)
+
+
+def only(spans: Spans, name: str) -> Span:
+    (span,) = spans.of(name)
+    assert span.parent is None
+    return span
+
+
+def test_without_a_collector_nothing_is_noted() -> None:
+    tracing = Tracing("h1")
+    noted: list[object] = []
+
+    assert tracing.begin(CommandRow(1, command(start()), b"", LANE, 1, 0)) is None
+    with tracing.work("sweep", LANE) as facts:
+        noted.append(facts)
+
+    assert noted == [{}]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
+def test_own_work_is_sampled_by_the_ratio(ratio: float) -> None:
+    spans = Spans()
+    tracing = spans.tracing(ratio)
+
+    for _ in range(2000):
+        with tracing.work("sweep"):
+            pass
+
+    assert abs(len(spans) - 2000 * ratio) <= 100
+    assert len({each.context.trace_id for each in spans}) == len(spans)
+
+
+def test_work_that_fails_is_a_span_with_its_error() -> None:
+    spans = Spans()
+
+    with pytest.raises(HostFault), spans.tracing().work("recovery"):
+        raise HostFault("no")
+
+    assert only(spans, "recovery").error == "host_fault"
+
+
+async def test_the_end_of_a_vmm_is_linked_to_the_last_command_of_its_instance(
+    tmp_path: Path,
+) -> None:
+    machine, spans = seeded(), Spans()
+    async with memory_worker(tmp_path / "j", machine, tracing=spans.tracing()) as worker:
+        await started(worker)
+        record = worker.record()
+        watch = vmm_watch(worker)
+        watch.sync_all()
+
+        machine.kill(record.jail_id)
+        await until(lambda: worker.record().status is Status.FAILED)
+        await worker.lanes.idle()
+
+    (begun,) = spans.of("StartInstance")
+    span = only(spans, "vmm exited")
+    assert span.links == (begun.context,)
+    assert span.context.trace_id != begun.context.trace_id
+    assert span.attributes["hostd.command.id"] == begun.attributes["hostd.command.id"]
+    assert (span.attributes["hostd.instance.id"], span.attributes["hostd.launch"]) == ("i-1", 1)
+    assert (span.attributes["hostd.vmm.end"], span.error) == ("signal_9", None)
+    assert span.start_ns <= span.end_ns
+
+
+async def test_a_quarantine_is_a_span(tmp_path: Path) -> None:
+    machine, spans = seeded(), Spans()
+    async with memory_worker(tmp_path / "j", machine, tracing=spans.tracing()) as worker:
+        await started(worker)
+        exits = FakeExits(machine)
+        vmm = worker.record().vmm
+        assert vmm is not None
+        exits.strange.add(vmm.pid)
+
+        vmm_watch(worker, exits).sync_all()
+        await until(lambda: bool(spans.of("vmm quarantined")))
+
+    assert only(spans, "vmm quarantined").attributes["hostd.tenant.id"] == "acme"
+
+
+async def test_recovery_and_each_adoption_are_spans(tmp_path: Path) -> None:
+    """The commands of the worker before are not known: no link."""
+    machine, spans = seeded(), Spans()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await started(worker)
+    async with memory_worker(tmp_path / "j", machine, tracing=spans.tracing()) as worker:
+        await recovery(worker).run()
+        await worker.lanes.idle()
+
+    found, adopted = only(spans, "recovery"), only(spans, "vmm adopted")
+    assert (found.attributes["hostd.adopted"], found.attributes["hostd.failed"]) == (1, 0)
+    assert (adopted.attributes["hostd.result"], adopted.links) == ("adopted", ())
+    assert adopted.attributes["hostd.instance.id"] == "i-1"
+
+
+async def test_each_pass_of_the_sweep_is_a_span_that_counts(tmp_path: Path) -> None:
+    spans, jails = Spans(), ("0123456789ab-1", "0123456789ab-2")
+    settings, tracing = SweepSettings(grace_s=0), spans.tracing()
+    async with memory_worker(tmp_path / "j", seeded(), sweep=settings, tracing=tracing) as worker:
+        made = reconciled(worker)
+        made.inventory = FakeInventory(jails=jails)
+        made.removal.broken.add(Orphan("jails", jails[1]))
+        await made.sweep.once()
+        made.now_s += SIGHTINGS_S
+        await made.sweep.once()
+
+    first, second = spans.of("sweep")
+    assert first.parent is second.parent is None
+    assert first.attributes == {"hostd.orphans": 2}
+    assert second.attributes == {
+        "hostd.orphans": 1, "hostd.orphans.removed": 1, "hostd.orphans.failed": 1,
+    }  # fmt: skip
+
+
+def test_the_last_command_is_known_of_so_many_lanes() -> None:
+    spans = Spans()
+    tracing = spans.tracing()
+    lanes = [Lane.network(f"t{n}") for n in range(LAST_MAX + 1)]
+    for n, lane in enumerate(lanes):
+        tracing.begin(CommandRow(n, command(start(), f"c{n}"), b"", lane, n, 0))
+
+    for lane in (lanes[0], lanes[1], lanes[-1]):
+        with tracing.work("x", lane):
+            pass
+
+    assert [len(each.links) for each in spans] == [0, 1, 1]
