@@ -20,8 +20,6 @@ from worker.journal.journal import Journal
 from worker.journal.transaction import Transaction
 from worker.journal.writer import JournalFault
 
-ROOM = 2**30
-
 
 async def set_pages(journal: Journal, pages: int) -> None:
     """Bound the size of the file, as a full disk does; in effect until it is reopened."""

@@ -9,7 +9,6 @@ Source: linux/netfilter/nfnetlink.h, nf_tables.h; nf_tables_api.c. A concatenati
 after the other, each padded to 4 bytes.
 """
 
-import errno
 import socket
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -184,8 +183,3 @@ def errors_of(data: bytes) -> Iterable[tuple[int, int]]:
     for kind, _flags, sequence, body in messages(data):
         if kind == NLMSG_ERROR:
             yield -int.from_bytes(body[:4], "little", signed=True), sequence
-
-
-def is_absent(codes: set[int]) -> bool:
-    """Whether the kernel only missed something: a table, a set or an element."""
-    return codes == {errno.ENOENT}
