@@ -102,13 +102,16 @@ class FakeBus:
     def sent_to(self, subject: str) -> list[bytes]:
         return [payload for to, payload in self.sent if to == subject]
 
-    async def until(self, *, replies: int = 0, sent: int = 0, events: int = 0) -> None:
+    async def until(
+        self, *, replies: int = 0, sent: int = 0, events: int = 0, dead: int = 0
+    ) -> None:
         """Wait until at least this many messages were published."""
         async with asyncio.timeout(20):
             while (
                 len(self.replies()) < replies
                 or len(self.sent) < sent
                 or len(self.events()) < events
+                or len(self.dead()) < dead
             ):
                 self.changed.clear()
                 await self.changed.wait()

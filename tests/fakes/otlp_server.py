@@ -3,7 +3,6 @@ OpenTelemetry's own library."""
 
 import gzip
 import threading
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +22,12 @@ class Otlp:
         self.requests: list[Any] = []
         self.status = 200
         self.rejected = 0
+        self._arrived = threading.Condition()
+
+    def take(self, request: Any) -> None:
+        with self._arrived:
+            self.requests.append(request)
+            self._arrived.notify_all()
 
     def spans(self) -> list[Any]:
         """All spans that came, as OTLP's messages."""
@@ -36,11 +41,14 @@ class Otlp:
 
     def wait_spans(self, *names: str, timeout_s: float = 20) -> list[Any]:
         """All that came, once each of these names did."""
-        end_s = time.monotonic() + timeout_s
-        while missing := {*names} - {span.name for span in self.spans()}:
-            assert time.monotonic() < end_s, f"no spans {sorted(missing)}"
-            time.sleep(0.05)
-        return self.spans()
+
+        def missing() -> set[str]:
+            return {*names} - {span.name for span in self.spans()}
+
+        with self._arrived:
+            self._arrived.wait_for(lambda: not missing(), timeout_s)
+            assert not missing(), f"no spans {sorted(missing())}"
+            return self.spans()
 
 
 @contextmanager
@@ -52,7 +60,7 @@ def otlp_server() -> Generator[Otlp]:
             assert self.headers["Content-Type"] == "application/x-protobuf"
             if self.headers["Content-Encoding"] == "gzip":
                 body = gzip.decompress(body)
-            otlp.requests.append(ExportTraceServiceRequest.FromString(body))
+            otlp.take(ExportTraceServiceRequest.FromString(body))
             answer = ExportTraceServiceResponse()
             answer.partial_success.rejected_spans = otlp.rejected
             self.send_response(otlp.status)

@@ -22,12 +22,17 @@ class Sends:
     def __init__(self, behave: Callable[[], int] = lambda: 0) -> None:
         self.batches: list[int] = []
         self.behave = behave
-        self.arrived = threading.Event()
+        self._arrived = threading.Semaphore(0)
 
     def __call__(self, spans: Sequence[Span]) -> int:
         self.batches.append(len(spans))
-        self.arrived.set()
+        self._arrived.release()
         return self.behave()
+
+    def wait(self, count: int) -> None:
+        """Until so many more batches have come."""
+        for _ in range(count):
+            assert self._arrived.acquire(timeout=10), f"batches so far: {self.batches}"
 
 
 @contextmanager
@@ -63,7 +68,7 @@ def test_a_collector_that_hangs_costs_spans_and_no_time() -> None:
     sends = Sends(lambda: int(not release.wait(20)))
     exporter = SpanExporter(sends, every_s=0.01)
     exporter.put([SPAN])
-    assert sends.arrived.wait(5)
+    sends.wait(1)
 
     began = time.perf_counter()
     for _ in range(2 * QUEUE_SPANS):
@@ -92,8 +97,7 @@ def test_a_batch_that_may_be_taken_later_is_tried_again() -> None:
 
     with capture_logs() as logs, exporting(sends) as exporter:
         exporter.put([SPAN] * 3)
-        while len(sends.batches) < 3:
-            time.sleep(0.01)
+        sends.wait(3)
 
     assert (exporter.exported, exporter.failed) == (3, 0)
     assert [line["event"] for line in logs] == ["trace.export_failed"]
@@ -105,10 +109,10 @@ def test_a_batch_that_is_not_taken_is_given_up(again: bool, tries: int) -> None:
 
     with exporting(sends) as exporter:
         exporter.put([SPAN] * 3)
-        while exporter.failed < 3:
-            time.sleep(0.01)
+        sends.wait(tries)
 
     assert sends.batches == [3] * tries
+    assert (exporter.exported, exporter.failed) == (0, 3)
 
 
 def test_a_bug_in_one_batch_does_not_end_the_thread() -> None:
@@ -124,8 +128,7 @@ def test_a_bug_in_one_batch_does_not_end_the_thread() -> None:
 
     with exporting(sends) as exporter:
         exporter.put([SPAN])
-        while not exporter.failed:
-            time.sleep(0.01)
+        sends.wait(1)
         exporter.put([SPAN] * 2)
 
     assert (exporter.exported, exporter.failed) == (1, 2)

@@ -200,10 +200,7 @@ async def test_a_dead_letter_has_it_in_its_headers(tmp_path: Path) -> None:
     async with shell_worker(tmp_path / "j", tracing=spans.tracing()) as worker:
         envelope = {"v": 1, "id": "c1", "request": "Grow", "traceparent": PARENT}
         worker.bus.command(f"{SUBJECTS.root}.h1.cmd.host", msgpack.packb(envelope))
-        await worker.bus.until(replies=1)
-        async with asyncio.timeout(10):
-            while not worker.bus.dead():
-                await asyncio.sleep(0.01)
+        await worker.bus.until(replies=1, dead=1)
         (letter,) = worker.bus.dead()
         (reply,) = worker.replies()
 
