@@ -10,7 +10,7 @@ from schemas import codec
 from schemas.codes import Code
 from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.requests import Request, SetupNetwork, SleepInstance
-from schemas.usage import State
+from schemas.usage import State, UsageDetail
 from tests.constants import REF, START, WAKE
 from tests.fakes.host import FakeHost, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
@@ -29,6 +29,25 @@ async def started(path: Path, machine: FakeHost, *more: SleepInstance) -> None:
         requests: tuple[Request, ...] = (UP, START, *more)
         for request in requests:
             assert (await worker.run(request)).code is Code.OK
+
+
+async def woken_partway(path: Path, machine: FakeHost) -> list[UsageDetail]:
+    """The life of a first worker, which is killed after a Wake consumed the snapshot and before it
+    ended, as the journal has it. Returns what was published."""
+    at_launch: list[InstanceRecord] = []
+
+    async def look(moment: str) -> None:
+        if moment == "after:consumed":
+            at_launch.append(worker.record())
+
+    async with memory_worker(path, machine, failpoint=look) as worker:
+        await recovery(worker).run()
+        for request in (UP, START, SLEEP, WAKE):
+            assert (await worker.run(request)).code is Code.OK
+        (record,) = at_launch
+        assert record.status is Status.WAKING
+        await worker.journal.records.put_instance(record, durable=True)
+        return await used(worker)
 
 
 async def event_kinds(worker: MemoryWorker) -> list[str]:
@@ -97,19 +116,8 @@ async def test_a_vmm_that_exited_while_no_worker_ran_is_cleaned_up(tmp_path: Pat
 
 async def test_a_wake_that_ended_partway_ends_the_sleep_before_it(tmp_path: Path) -> None:
     machine = seeded()
-    at_launch: list[InstanceRecord] = []
-
-    async def look(moment: str) -> None:
-        if moment == "after:consumed":
-            at_launch.append(worker.record())
-
-    async with memory_worker(tmp_path / "j", machine, failpoint=look) as worker:
-        await recovery(worker).run()
-        for request in (UP, START, SLEEP, WAKE):
-            assert (await worker.run(request)).code is Code.OK
-        await worker.journal.records.put_instance(at_launch[0], durable=True)
-        (asleep,) = [each for each in await used(worker) if each.span.state is State.SLEEPING]
-    assert at_launch[0].status is Status.WAKING
+    before = await woken_partway(tmp_path / "j", machine)
+    (asleep,) = [each for each in before if each.span.state is State.SLEEPING]
 
     async with memory_worker(tmp_path / "j", machine) as worker:
         await recovery(worker).run()
@@ -125,18 +133,7 @@ async def test_a_sleep_is_published_once_though_the_woken_vmm_is_another_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = seeded()
-    at_launch: list[InstanceRecord] = []
-
-    async def look(moment: str) -> None:
-        if moment == "after:consumed":
-            at_launch.append(worker.record())
-
-    async with memory_worker(tmp_path / "j", machine, failpoint=look) as worker:
-        await recovery(worker).run()
-        for request in (UP, START, SLEEP, WAKE):
-            assert (await worker.run(request)).code is Code.OK
-        await worker.journal.records.put_instance(at_launch[0], durable=True)
-        before = len(await used(worker))
+    before = await woken_partway(tmp_path / "j", machine)
 
     async with memory_worker(tmp_path / "j", machine) as worker:
         launched = worker.record().vmm
@@ -150,7 +147,7 @@ async def test_a_sleep_is_published_once_though_the_woken_vmm_is_another_one(
         await recovery(worker).run()
 
         assert worker.record().status is Status.UNKNOWN
-        assert len(await used(worker)) == before + 1
+        assert len(await used(worker)) == len(before) + 1
 
 
 async def test_after_a_reboot_an_instance_is_stopped_and_its_network_restored(
