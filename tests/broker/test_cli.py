@@ -65,10 +65,20 @@ class StandIn:
     questions: list[tuple[str, dict[str, Any]]] = field(
         default_factory=list[tuple[str, dict[str, Any]]]
     )
+    connected: asyncio.Event = field(default_factory=asyncio.Event)
+    _came: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def until(self, *, commands: int = 0, questions: int = 0) -> None:
+        """Wait until at least so many came."""
+        async with asyncio.timeout(20):
+            while len(self.commands) < commands or len(self.questions) < questions:
+                self._came.clear()
+                await self._came.wait()
 
     async def on_command(self, message: Msg) -> None:
         command = codec.decode_command(message.data)
         self.commands.append((message.subject, command))
+        self._came.set()
         if not self.silent:
             assert command.reply_to is not None
             await self.connection.publish(
@@ -88,6 +98,7 @@ class StandIn:
     async def on_question(self, message: Msg) -> None:
         verb = message.subject.rpartition(".")[2]
         self.questions.append((verb, unpack_map(message.data)))
+        self._came.set()
         await message.respond(pack(self.answers[verb]))
 
 
@@ -96,8 +107,17 @@ async def worker(server: Server) -> AsyncIterator[StandIn]:
     """A provisioned cell in which the stand-in answers."""
     done = await hostd(server, "provision", "--json")
     assert done.exit_code == 0, done.output
-    connection = await nats.connect(server.url)
-    stand_in = StandIn(connection)
+    connected = asyncio.Event()
+
+    async def lost() -> None:
+        connected.clear()
+
+    async def is_back() -> None:
+        connected.set()
+
+    connection = await nats.connect(server.url, disconnected_cb=lost, reconnected_cb=is_back)
+    connected.set()
+    stand_in = StandIn(connection, connected=connected)
     await connection.subscribe(f"{SUBJECTS.root}.{HOST}.cmd.>", cb=stand_in.on_command)
     await connection.subscribe(f"{SUBJECTS.root}.{HOST}.ask.*", cb=stand_in.on_question)
     await connection.flush()

@@ -292,11 +292,9 @@ async def test_a_command_outlives_a_crash_of_the_server(
 ) -> None:
     worker.silent = True
     sending = asyncio.create_task(client.send(HOST, START, timeout_s=DEAD_S, command_id="c-1"))
-    while not worker.commands:
-        await asyncio.sleep(0.01)
+    await worker.until(commands=1)
     await server.crash()
-    while not worker.connection.is_connected:
-        await asyncio.sleep(0.01)
+    await asyncio.wait_for(worker.connected.wait(), DEAD_S)
     await keep(worker, "c-1", status="running")
 
     assert (await sending).status == "running"
@@ -360,8 +358,7 @@ async def test_a_copy_that_the_stream_does_not_take_is_no_end_of_the_command_tha
     await jetstream.update_stream(config, max_msgs_per_subject=1)
 
     sending = asyncio.create_task(client.send(HOST, START, timeout_s=DEAD_S, command_id="c-1"))
-    while len(worker.questions) < 3:  # looked for again after the first copy was refused
-        await asyncio.sleep(0.01)
+    await worker.until(questions=3)  # looked for again after the first copy was refused
     await keep(worker, "c-1", status="running")
 
     assert (await sending).status == "running"
@@ -379,8 +376,7 @@ async def test_an_answer_to_a_copy_alone_is_not_the_outcome_of_the_command(
     }  # fmt: skip
 
     sending = asyncio.create_task(client.send(HOST, START, timeout_s=DEAD_S, command_id="c-1"))
-    while not worker.commands:
-        await asyncio.sleep(0.01)
+    await worker.until(commands=1)
     await keep(worker, "c-1", status="running")
 
     assert (await sending).status == "running"
@@ -404,8 +400,7 @@ async def test_a_reply_that_arrives_during_something_else_is_taken_at_once(
     monkeypatch.setattr(client.link, busy_with, endless)
     sending = asyncio.create_task(client.send(HOST, START, timeout_s=DEAD_S))
     await busy.wait()
-    while not worker.commands:
-        await asyncio.sleep(0.01)
+    await worker.until(commands=1)
     ((_, command),) = worker.commands
     assert command.reply_to is not None
     reply = worker.reply_to(command)
@@ -651,13 +646,13 @@ async def test_a_position_beyond_the_end_of_the_stream_is_a_loss(
             await anext(client.stored_events(after=5, follow=follow))
 
 
-def _counted_checks(client: HostdClient, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One entry each time that the client asks where a stream ends."""
-    asked: list[str] = []
+def _counted_checks(client: HostdClient, monkeypatch: pytest.MonkeyPatch) -> asyncio.Semaphore:
+    """Released each time that the client asks where a stream ends."""
+    asked = asyncio.Semaphore(0)
     last_seq = client.link.last_seq
 
     async def counted(stream: str) -> int:
-        asked.append(stream)
+        asked.release()
         return await last_seq(stream)
 
     monkeypatch.setattr(client.link, "last_seq", counted)
@@ -672,8 +667,8 @@ async def test_a_stream_that_is_made_anew_is_a_loss_to_who_follows_it(
     assert [(await anext(following)).stream_seq for _ in range(2)] == [1, 2]
     checks = _counted_checks(client, monkeypatch)
     waiting = asyncio.ensure_future(anext(following))
-    while len(checks) < 2:  # it has been idle for longer than one round
-        await asyncio.sleep(0.01)
+    for _ in range(2):  # it has been idle for longer than one round
+        await asyncio.wait_for(checks.acquire(), DEAD_S)
 
     jetstream = worker.connection.jetstream()
     config = (await jetstream.stream_info(SUBJECTS.events_stream)).config
@@ -712,8 +707,7 @@ async def test_a_lost_connection_ends_a_feed_and_the_next_one_goes_on(
             await soon(feed)
 
     await asyncio.wait_for(client.link.connection.wait_connected(), DEAD_S)
-    while not worker.connection.is_connected:
-        await asyncio.sleep(0.01)
+    await asyncio.wait_for(worker.connected.wait(), DEAD_S)
     async with client.events(HOST) as feed:
         await publish(worker, event(2))
         assert (await soon(feed)).seq == 2
@@ -813,8 +807,7 @@ async def test_calls_of_other_threads_end_with_the_blocking_client(
     waiting = asyncio.create_task(asyncio.to_thread(client.send, HOST, START, timeout_s=DEAD_S))
     with_events = client.events(HOST)
     await asyncio.to_thread(with_events.__enter__)
-    while not worker.commands:
-        await asyncio.sleep(0.01)
+    await worker.until(commands=1)
 
     await asyncio.to_thread(opened.__exit__, None, None, None)
 
