@@ -24,6 +24,7 @@ QUICK_THREADS = 16
 SLOW_THREADS = 4
 CALL_S: Final = 150.0
 """Without progress: more than `mkfs.ext4` is given for a data disk."""
+NO_FD: Final = -1
 
 
 def _threads(kind: str, count: int) -> CallThreads[None]:
@@ -55,19 +56,32 @@ class CancelToken:
 
 
 class HandedFd:
-    """A descriptor for one call in a thread, which takes it over and closes it: an abandoned call
-    may still use it, and its number must not become another file's until then.
+    """A descriptor on its way into a call in a thread, or out of one.
 
-    Who made it calls `close` in any case: it is the thread's, or is closed.
+    A call takes it over and closes it: an abandoned one may still use it, and its number must not
+    become another file's until then. What a call makes for nobody, since it was abandoned or its
+    caller was cancelled, is closed.
+
+    Who made this calls `close` in any case: the descriptor is the thread's, or is closed.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int = NO_FD) -> None:
         self._fd = fd
+        self._closed = False
+        self._one_at_a_time = threading.Lock()
+
+    def put(self, fd: int) -> None:
+        """In the thread: hand out what it made; it is closed if `close` was called before."""
+        with self._one_at_a_time:
+            if not self._closed:
+                self._fd = fd
+                return
+        os.close(fd)
 
     @contextlib.contextmanager
     def taken(self) -> Generator[int]:
         """In the thread, around all that the call does; closed at the end of the block."""
-        fd, self._fd = self._fd, -1
+        fd = self._take()
         try:
             yield fd
         finally:
@@ -75,9 +89,14 @@ class HandedFd:
 
     def close(self) -> None:
         """In the loop, once the call has ended, was abandoned or was never made."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
+        if (fd := self._take(closed=True)) != NO_FD:
             os.close(fd)
+
+    def _take(self, *, closed: bool = False) -> int:
+        with self._one_at_a_time:
+            self._closed = self._closed or closed
+            fd, self._fd = self._fd, NO_FD
+            return fd
 
 
 async def run_in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from handlers.errors import Invalid, NotFound, of_os_error
-from handlers.host.linux.file_threads import run_in_thread
+from handlers.host.linux.file_threads import HandedFd, run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.rmtree import remove_names, remove_tree
 from handlers.host.storage.instance_json import (
@@ -147,7 +147,12 @@ class SharedFiles:
     async def prepare_update(
         self, ref: InstanceRef, changes: dict[str, Any]
     ) -> PreparedFile | None:
-        return await run_in_thread(self._prepare, ref, changes)
+        new = HandedFd()
+        try:
+            return await run_in_thread(self._prepare, ref, changes, new)
+        except BaseException:  # cancelled or abandoned: nobody has what it made, or will make
+            new.close()
+            raise
 
     async def update_instance(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
         """Change hostd's fields of `instance.json`; `failed` is written as `stopped`.
@@ -174,9 +179,11 @@ class SharedFiles:
         with open_instance(self._data, ref) as directory:
             return _instance_file(directory, ref)
 
-    def _prepare(self, ref: InstanceRef, changes: dict[str, Any]) -> PreparedFile | None:
+    def _prepare(
+        self, ref: InstanceRef, changes: dict[str, Any], new: HandedFd
+    ) -> PreparedFile | None:
         with open_instance(self._data, ref) as directory:
-            return prepare(directory, changes, reopen=lambda: open_instance(self._data, ref))
+            return prepare(directory, changes, new, reopen=lambda: open_instance(self._data, ref))
 
     def _update(self, ref: InstanceRef, changes: dict[str, Any]) -> None:
         with open_instance(self._data, ref) as directory:

@@ -82,17 +82,18 @@ def checked(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare(
-    directory: Directory, changes: dict[str, Any], *, reopen: Callable[[], Directory]
+    directory: Directory, changes: dict[str, Any], new: HandedFd, *, reopen: Callable[[], Directory]
 ) -> PreparedFile | None:
-    """Write the content of an update; None if it cannot be written: then `update` says why."""
+    """Write the content of an update, to be `new`; None if it cannot be written: then `update` says
+    why."""
     data, read = directory.read(INSTANCE, JSON_MAX_BYTES)
-    new = merged(data, checked(changes), directory.named(INSTANCE))
+    content = merged(data, checked(changes), directory.named(INSTANCE))
     mode = stat.S_IMODE(read.st_mode) & 0o777
     try:
-        fd = directory.unnamed(new, uid=read.st_uid, gid=read.st_gid, mode=mode)
+        new.put(directory.unnamed(content, uid=read.st_uid, gid=read.st_gid, mode=mode))
     except OSError:
         return None
-    return PreparedFile(dict(changes), read, HandedFd(fd), reopen)
+    return PreparedFile(dict(changes), read, new, reopen)
 
 
 def update(directory: Directory, changes: dict[str, Any]) -> None:

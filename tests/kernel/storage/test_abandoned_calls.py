@@ -1,6 +1,7 @@
 """A call that hangs is abandoned and may go on: no descriptor of it is another file's by then."""
 
 import asyncio
+import contextlib
 import json
 import os
 import threading
@@ -16,7 +17,9 @@ from handlers.host.linux.file_threads import HandedFd
 from handlers.host.linux.kernel_thread import nothing
 from handlers.host.linux.openat2 import Directory
 from handlers.host.storage import instance_json
+from handlers.host.storage.agentd_files import SharedFiles
 from handlers.host.vmm import spawn
+from tests.kernel.storage.store_host import REF, make_world
 
 CHANGES = {"status": "running"}
 
@@ -56,7 +59,7 @@ async def test_an_abandoned_update_is_not_done_by_another_file(
         return Directory.trusted(str(place))
 
     with Directory.trusted(str(place)) as directory:
-        prepared = instance_json.prepare(directory, CHANGES, reopen=reopen)
+        prepared = instance_json.prepare(directory, CHANGES, HandedFd(), reopen=reopen)
     assert prepared is not None
     with pytest.raises(Abandoned):
         await prepared.apply(CHANGES)
@@ -69,6 +72,48 @@ async def test_an_abandoned_update_is_not_done_by_another_file(
 
     assert json.loads((place / "instance.json").read_bytes()) == CHANGES
     assert [each.name for each in place.iterdir()] == ["instance.json"]
+
+
+def descriptors() -> set[tuple[int, int]]:
+    """Number and inode of each file that this process has open."""
+    found: set[tuple[int, int]] = set()
+    for each in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            found.add((int(each), os.fstat(int(each)).st_ino))
+    return found
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_an_update_that_was_prepared_for_nobody_leaves_no_descriptor(
+    threads: CallThreads[None],
+    cancelled: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared = SharedFiles(str(make_world(tmp_path).data))
+    begun, answers = threading.Event(), threading.Event()
+    make, made = Directory.unnamed, list[int]()
+
+    def unnamed(self: Directory, data: bytes, *, uid: int, gid: int, mode: int) -> int:
+        begun.set()
+        answers.wait()
+        made.append(make(self, data, uid=uid, gid=gid, mode=mode))
+        return made[0]
+
+    monkeypatch.setattr(Directory, "unnamed", unnamed)
+    before = descriptors()
+    preparing = asyncio.create_task(shared.prepare_update(REF, CHANGES))
+    await asyncio.to_thread(begun.wait)
+    if cancelled:
+        preparing.cancel()
+        answers.set()
+    with pytest.raises((Abandoned, asyncio.CancelledError)):
+        await preparing
+    answers.set()
+    await returned(threads)
+
+    assert made
+    assert descriptors() <= before
 
 
 async def test_an_abandoned_program_is_not_executed(
@@ -120,6 +165,17 @@ async def test_a_descriptor_is_closed_once_by_whoever_has_it() -> None:
         handed.close()
         assert os.fstat(own)
     handed.close()
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+async def test_a_descriptor_that_comes_too_late_is_closed() -> None:
+    fd = os.memfd_create("one")
+    handed = HandedFd()
+    handed.close()
+
+    handed.put(fd)
 
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
