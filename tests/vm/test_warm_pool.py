@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from handlers.errors import HostFault, Invalid
+from handlers.errors import HostFault, Invalid, Unavailable
 from handlers.host.jail.warm_jails import WarmJails
 from handlers.host.vmm.binaries import VmmBinaries
 from handlers.host.vmm.warm_pool import WarmPool
@@ -307,6 +307,29 @@ async def test_it_is_killed_if_the_launch_fails_before_or_after_its_move(
     assert not os.path.exists(f"/proc/{pid}/exe")
     assert pooled.pool.totals["discarded"] == 1
     await pooled.until(ready=1)
+
+
+async def test_it_is_removed_later_if_it_does_not_end_at_once(
+    pooled: Pooled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = pooled.pool.claim(naming.jail_id(REF, 1), VERSION)
+    spec = LaunchSpec(naming.jail_id(REF, 1), UID, "unused")
+
+    async def end(_: WarmVmms, __: object) -> None:
+        raise Unavailable("it did not exit after SIGKILL")
+
+    async def launch() -> None:
+        async with pooled.pool.used_by(spec):
+            raise Invalid("the snapshot is not its own")
+
+    monkeypatch.setattr(WarmVmms, "end", end)
+    with pytest.raises(Unavailable):
+        await launch()
+    await pooled.until(ready=1, discarded=1)
+
+    async with asyncio.timeout(20):
+        while slot in pooled.pool.slots:
+            await asyncio.sleep(0.005)
 
 
 async def test_one_that_cannot_be_removed_keeps_its_uid_until_it_can(

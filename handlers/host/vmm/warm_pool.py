@@ -159,8 +159,10 @@ class WarmPool:
                 log.warning("warm_pool.vmm_lost", warm=warm.warm_id, error=claimed.error)
                 self._clear(warm, "failed")
             else:  # undo knows of no VMM: it was not yet the launch's own
-                await run_shielded(self._vmms.end(warm))
-                self._clear(warm, "discarded")
+                try:
+                    await run_shielded(self._vmms.end(warm))
+                finally:
+                    self._clear(warm, "discarded")
 
     def fit(self, free_mib: int) -> None:
         """Remove what does not fit into the memory that is free after a launch was admitted."""
