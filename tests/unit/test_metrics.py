@@ -145,6 +145,20 @@ def test_names_types_and_labels_are_the_contracts() -> None:
     assert found == CONTRACT
 
 
+def test_a_counter_follows_a_total_of_another_part_and_never_falls() -> None:
+    metrics = Metrics("0.1.0")
+
+    for used, taken in ((2, 20), (5, 50), (4, 40)):
+        metrics.warm_vmms({}, {"used": used})
+        metrics.calls({}, {"files": used})
+        metrics.bus_totals(reconnects=0, permission_errors=0, pulls=0, taken_msg_ids=taken)
+
+    text = metrics.render().decode()
+    assert 'hostd_warm_vmm_ends_total{result="used"} 5.0' in text
+    assert 'hostd_abandoned_calls_total{kind="files"} 5.0' in text
+    assert "hostd_bus_taken_msg_ids_total 50.0" in text
+
+
 def test_the_operators_page_lists_them_all() -> None:
     page = (ROOT / "docs/operations.md").read_text()
 

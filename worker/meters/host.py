@@ -5,12 +5,12 @@ Part of the worker's metrics (`worker/metrics.py`), whose rules hold here too.
 
 from collections.abc import Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Gauge, Histogram
 
 from handlers.concurrency import SlotCounts
 from handlers.specs import VersionState
 from schemas.records import Status
-from worker.meters.kinds import FAST, Total
+from worker.meters.kinds import FAST, Total, Totals
 
 
 class HostMeters:
@@ -26,13 +26,12 @@ class HostMeters:
             ["state"],
             registry=registry,
         )
-        self._warm_ends = Counter(
+        self._warm_ends = Totals(
             "hostd_warm_vmm_ends_total",
             "VMMs that left the warm pool, by result.",
-            ["result"],
-            registry=registry,
+            "result",
+            registry,
         )
-        self._warm_ended: dict[str, int] = {}
         self._network_warnings = Gauge(
             "hostd_network_warnings",
             "Facts outside of hostd that keep guests from the network: see the network event.",
@@ -86,13 +85,12 @@ class HostMeters:
             ["kind"],
             registry=registry,
         )
-        self._abandoned = Counter(
+        self._abandoned = Totals(
             "hostd_abandoned_calls_total",
             "Calls into the kernel that did not return in their time, by kind of thread.",
-            ["kind"],
-            registry=registry,
+            "kind",
+            registry,
         )
-        self._abandoned_before: dict[str, int] = {}
         self._lag = Histogram(
             "hostd_loop_lag_seconds",
             "How late the event loop ran a timer.",
@@ -139,17 +137,13 @@ class HostMeters:
         """`counts` by state; `ends`: totals since the worker started, by result."""
         for state, count in counts.items():
             self._warm.labels(state).set(count)
-        for result, total in ends.items():
-            self._warm_ends.labels(result).inc(total - self._warm_ended.get(result, 0))
-            self._warm_ended[result] = total
+        self._warm_ends.set(ends)
 
     def calls(self, hung: Mapping[str, int], abandoned: Mapping[str, int]) -> None:
         """By kind of thread: those that hang now; totals of all that were abandoned."""
         for kind, count in hung.items():
             self._hung.labels(kind).set(count)
-        for kind, total in abandoned.items():
-            self._abandoned.labels(kind).inc(total - self._abandoned_before.get(kind, 0))
-            self._abandoned_before[kind] = total
+        self._abandoned.set(abandoned)
 
     def vmm_versions(self, states: Sequence[VersionState]) -> None:
         """Versions of Firecracker: a gone one has no series any more."""

@@ -1,5 +1,6 @@
-"""Buckets, and a counter that follows a total which another part keeps."""
+"""Buckets, and counters that follow totals which another part keeps."""
 
+from collections.abc import Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter
@@ -19,3 +20,16 @@ class Total:
     def set(self, total: int) -> None:
         self._counter.inc(max(0, total - self._last))
         self._last = total
+
+
+class Totals:
+    """As `Total`, by the values of one label."""
+
+    def __init__(self, name: str, text: str, label: str, registry: CollectorRegistry) -> None:
+        self._counter = Counter(name, text, [label], registry=registry)
+        self._last: dict[str, int] = {}
+
+    def set(self, totals: Mapping[str, int]) -> None:
+        for value, total in totals.items():
+            self._counter.labels(value).inc(max(0, total - self._last.get(value, 0)))
+            self._last[value] = total
