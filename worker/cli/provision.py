@@ -128,7 +128,7 @@ def provision(
     """
     settings = settings_of(config)
     hosts = hosts or (settings.host.id,)
-    if (mirrors and not server_config) or (mirror_of and (server_config or checks)):
+    if (mirrors and not server_config) or (mirror_of is not None and (server_config or checks)):
         raise click.UsageError(
             "--mirrors is an option of --server-config; --mirror-of excludes that and --check-creds"
         )
@@ -148,20 +148,22 @@ def provision(
         click.echo(accounts.server_config(subjects, hosts, domain, mirror=mirrors), nl=False)
         return
 
-    asked = partial(
-        partial(provision_mirrors, js_domain=_domain(mirror_of))
-        if mirror_of
-        else partial(provision_cell, hosts=hosts),
-        subjects=subjects,
-        replicas=replicas,
-        placement=_placement(cluster, tags),
-        sizes_mib=sizes_mib,
-        dry_run=dry_run,
-    )
+    if mirror_of is None:
+        make, of = partial(provision_cell, hosts=hosts), f"hosts: {', '.join(hosts)}"
+    else:
+        domain = _domain(mirror_of)
+        make, of = partial(provision_mirrors, js_domain=domain), f"mirrors of domain {domain}"
 
     async def work() -> list[Made]:
         async with _connected(nats, f"cannot connect to NATS at {shown}") as connection:
-            made = await asked(connection)
+            made = await make(
+                connection,
+                subjects,
+                replicas=replicas,
+                placement=_placement(cluster, tags),
+                sizes_mib=sizes_mib,
+                dry_run=dry_run,
+            )
         for account, path in accounts_to_check:
             made.append(await _check(nats, account, path, subjects, hosts))
         return made
@@ -170,7 +172,6 @@ def provision(
         check_credentials(nats.creds)
     logs.configure("critical", stream="stderr")  # a failure is reported once, in words
     verb = "comparing" if dry_run else "provisioning"
-    of = f"mirrors of domain {mirror_of}" if mirror_of else f"hosts: {', '.join(hosts)}"
     progress(f"{verb} cell {settings.host.cell} at {shown}, {of}")
     try:
         made = asyncio.run(work())
@@ -178,6 +179,11 @@ def provision(
         raise CliError("conflict", str(error)) from error
     except BusError as error:
         raise NoAnswer(str(error)) from error
+    _report(made, as_json=as_json, dry_run=dry_run)
+
+
+def _report(made: Sequence[Made], *, as_json: bool, dry_run: bool) -> None:
+    """Print it; exit with what it means."""
     if as_json:
         print_json([asdict(one) for one in made])
     else:

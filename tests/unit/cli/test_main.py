@@ -63,6 +63,24 @@ def test_usage_errors_exit_with_2() -> None:
     assert hostd("nonsense").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--mirror-of", ""),
+        ("--mirror-of", "not.one.token"),
+        ("--mirror-of", "hub", "--server-config"),
+        ("--mirror-of", "hub", "--check-creds", "ADMIN=admin.creds"),
+        ("--mirrors",),
+    ],
+)
+def test_options_of_mirrors_that_do_not_fit_make_nothing(args: tuple[str, ...]) -> None:
+    """An empty one is no cell either: the shell's variable was not set."""
+    result = hostd("provision", "--url", "nats://127.0.0.1:1", *args)
+
+    assert result.exit_code == 2
+    assert "--mirror" in result.output
+
+
 def test_every_subcommand_loads_and_explains_itself() -> None:
     for name in COMMANDS:
         result = hostd(name, "--help")
