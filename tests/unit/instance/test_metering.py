@@ -16,7 +16,17 @@ from schemas.codes import Code
 from schemas.envelopes import Event, EventKind
 from schemas.records import InstanceRecord, Status
 from schemas.requests import Request
-from schemas.usage import SPAN_MAX_MS, Clock, Metering, Moment, Rest, State, Totals, UsageDetail
+from schemas.usage import (
+    SPAN_MAX_MS,
+    Clock,
+    Launched,
+    Metering,
+    Moment,
+    Rest,
+    State,
+    Totals,
+    UsageDetail,
+)
 from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
@@ -194,6 +204,62 @@ async def test_a_launch_is_counted_once_wherever_the_worker_is_killed(
     assert found.launch is not None
     assert (found.launch.cpu_us, found.launch.guest_sent_bytes) == (1_500_000, 150_000)
     assert (found.totals.launches, found.totals.incomplete) == (1, 0)
+
+
+async def test_a_launch_that_the_next_worker_completes_began_when_its_vmm_was_journalled(
+    tmp_path: Path,
+) -> None:
+    machine, reached = seeded(), asyncio.Event()
+
+    async def stop_there(moment: str) -> None:
+        if moment == "after:start_vm":
+            reached.set()
+            await asyncio.Event().wait()
+
+    async with memory_worker(tmp_path / "j", machine, failpoint=stop_there) as worker:
+        await run_all(worker, UP)
+        command_id = await worker.send(START)
+        await asyncio.wait_for(reached.wait(), 10)
+        await worker.kill()
+    run_guest(worker)
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        assert (await worker.reply(command_id)).code is Code.OK
+        await run_all(worker, STOP)
+        (found,) = await used(worker)
+
+    assert (found.span.duration_ms, found.totals.launches) == (60_000, 1)
+
+
+async def test_the_time_that_an_instance_was_stopped_is_in_the_totals_at_its_end(
+    tmp_path: Path,
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await run_all(worker, UP, START, STOP)
+        worker.machine.boot_ms += 5000
+        await run_all(worker, DESTROY)
+        (gone,) = [event for event in await events(worker) if event.to == "destroyed"]
+
+    assert gone.detail["totals"]["stopped_ms"] == 5000
+
+
+async def test_a_late_reading_of_an_earlier_launch_changes_no_record(tmp_path: Path) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await run_all(worker, UP, START)
+        earlier = worker.record()
+        run_guest(worker)
+        await run_all(worker, STOP, START)
+        now = worker.record()
+        await metering.read_last(earlier, worker.host, seen=True)
+
+        assert worker.record() == now
+
+
+def test_the_begin_of_an_earlier_launch_is_not_that_of_this_one() -> None:
+    first, now = Moment(1, 1, "b1"), Moment(9, 9, "b1")
+    record = replace(record_of(), launch=2, metering=Metering(launched=Launched(1, first)))
+
+    assert metering.began(record, now).launched == Launched(2, now)
 
 
 async def test_an_exit_is_counted_with_its_status(tmp_path: Path) -> None:
