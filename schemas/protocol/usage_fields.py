@@ -22,7 +22,7 @@ MEANINGS: Final[Mapping[str, str]] = {
     "snapshot_mib_s": "Blocks of the snapshots in MiB times seconds.",
     "snapshot_size_bytes": "Length of the snapshots' files in bytes.",
     "snapshot_allocated_bytes": "Blocks of the snapshots' files in bytes.",
-    "InstanceUsage.snapshot": "Sizes of the snapshot; null if it does not sleep.",
+    "InstanceUsage.snapshot": "Sizes of the snapshot's files, which a woken VMM maps, or null.",
     # sums
     "totals": "Sums over all that ended.",
     "current": "Sums over the launches and spans that go on.",

@@ -12,7 +12,7 @@ from schemas import naming
 from schemas.protocol.queries import ExplainAnswer
 from schemas.requests import InstanceRef, SetupNetwork, StartInstance
 from schemas.usage import COUNT_MAX, Totals
-from tests.constants import NET, REF, SLEEP, START, STOP
+from tests.constants import NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from worker.queries.answers import Answer, Answers
@@ -104,6 +104,22 @@ async def test_an_instance_without_a_vmm_has_no_counters(tmp_path: Path) -> None
     assert isinstance(totals, dict)
     assert isinstance(span, dict)
     assert (totals["launches"], totals["cpu_us"], span["state"]) == (1, 1_500_000, "stopped")
+
+
+async def test_the_files_of_a_snapshot_are_shown_for_as_long_as_they_are_on_disk(
+    tmp_path: Path,
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        await worker.run(SetupNetwork("acme", NET))
+        sizes: list[object] = []
+        for request in (START, SLEEP, WAKE, STOP):
+            await worker.run(request)
+            sizes.append((await ask(worker))["snapshot"])
+
+    running, asleep, woken, stopped = sizes
+    assert isinstance(asleep, dict)
+    assert woken == asleep  # the VMM maps them
+    assert (running, stopped) == (None, None)
 
 
 async def test_a_tenants_sums_are_those_of_its_instances(tmp_path: Path) -> None:
