@@ -17,7 +17,6 @@ QUEUE_SPANS: Final = 8192
 BATCH_SPANS: Final = 512
 EVERY_S: Final = 1.0
 TRIES: Final = 4
-BACKOFF_MAX_S: Final = 15.0
 CLOSE_S: Final = 1.0
 
 log = structlog.get_logger()
@@ -117,8 +116,8 @@ class SpanExporter:
     def _pause(self, failures: int) -> bool:
         """Wait before the next try; False once it is closed: there is no time for one."""
         with self._changed:
-            limit_s = min(BACKOFF_MAX_S, self._backoff_s * 2 ** (failures - 1))
-            return not self._changed.wait_for(lambda: self._closing, limit_s)
+            pause_s = self._backoff_s * 2 ** (failures - 1)
+            return not self._changed.wait_for(lambda: self._closing, pause_s)
 
     def _report(self, error: Exception) -> None:
         """Log the first failure of an outage."""

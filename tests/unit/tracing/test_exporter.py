@@ -36,8 +36,10 @@ class Sends:
 
 
 @contextmanager
-def exporting(sends: Sends) -> Generator[SpanExporter]:
-    exporter = SpanExporter(sends, every_s=0.01, backoff_s=0.01)
+def exporting(
+    sends: Sends, *, every_s: float = 0.01, backoff_s: float = 0.01
+) -> Generator[SpanExporter]:
+    exporter = SpanExporter(sends, every_s=every_s, backoff_s=backoff_s)
     try:
         yield exporter
     finally:
@@ -113,6 +115,74 @@ def test_a_batch_that_is_not_taken_is_given_up(again: bool, tries: int) -> None:
 
     assert sends.batches == [3] * tries
     assert (exporter.exported, exporter.failed) == (0, 3)
+
+
+def test_a_full_batch_and_the_end_wait_for_no_interval() -> None:
+    sends = Sends()
+
+    with exporting(sends, every_s=60) as exporter:
+        exporter.put([SPAN] * BATCH_SPANS)
+        sends.wait(1)
+        exporter.put([SPAN])
+    exporter.put([SPAN] * 2)
+
+    assert sends.batches == [BATCH_SPANS, 1]
+    assert (exporter.exported, exporter.dropped) == (BATCH_SPANS + 1, 2)
+
+
+def test_the_end_waits_for_no_further_try() -> None:
+    sends = Sends(refuse(again=True))
+
+    with exporting(sends, backoff_s=60) as exporter:
+        exporter.put([SPAN])
+        sends.wait(1)
+
+    assert (sends.batches, exporter.failed) == ([1], 1)
+
+
+def test_each_pause_between_tries_is_twice_the_one_before() -> None:
+    sends = Sends(refuse(again=True))
+
+    with exporting(sends, backoff_s=0.05) as exporter:
+        exporter.put([SPAN])
+        sends.wait(1)
+        began = time.perf_counter()
+        sends.wait(3)
+        took_s = time.perf_counter() - began
+
+    assert took_s >= 0.05 + 0.1 + 0.2 - 0.01
+
+
+def test_each_outage_is_logged_once() -> None:
+    answers = iter([False, False, True, False])
+
+    def behave() -> int:
+        if not next(answers):
+            raise ExportError("no", again=False)
+        return 0
+
+    sends = Sends(behave)
+
+    with capture_logs() as logs, exporting(sends) as exporter:
+        for _ in range(4):
+            exporter.put([SPAN])
+            sends.wait(1)
+
+    assert (exporter.exported, exporter.failed) == (1, 3)
+    assert [line["event"] for line in logs] == ["trace.export_failed"] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "logged"), [("x" * 1000, "x" * 500), ("", "ExportError")], ids=["long", "empty"]
+)
+def test_what_is_logged_of_a_failure_is_bounded_and_not_empty(text: str, logged: str) -> None:
+    def behave() -> int:
+        raise ExportError(text, again=False)
+
+    with capture_logs() as logs, exporting(Sends(behave)) as exporter:
+        exporter.put([SPAN])
+
+    assert [line["error"] for line in logs] == [logged]
 
 
 def test_a_bug_in_one_batch_does_not_end_the_thread() -> None:
