@@ -94,6 +94,11 @@ def fields_of(trace: TraceContext | None) -> TraceFields:
     return {"traceparent": trace.traceparent, "tracestate": trace.state}
 
 
+def log_fields(trace: TraceContext | None) -> dict[str, str]:
+    """The span that a line of the log is about; empty without one."""
+    return {} if trace is None else {"trace_id": trace.trace_id, "span_id": trace.span_id}
+
+
 def _state(text: str | None) -> str:
     """A valid `tracestate`, without empty members; else empty."""
     if not text or len(text) > STATE_MAX:

@@ -39,7 +39,7 @@ from schemas.requests import (
     WakeInstance,
 )
 from schemas.subjects import Lane
-from schemas.trace_context import fields_of
+from schemas.trace_context import fields_of, log_fields
 from worker.journal.journal import Journal
 from worker.journal.memory import CommandRow
 from worker.journal.writer import JournalFault
@@ -189,9 +189,8 @@ class Dispatch:
 
     def _bind(self, row: CommandRow) -> None:
         """Name the command in each line of the log that is written while it runs."""
-        trace = self._journal.store.trace_of(row.command)
-        found = {} if trace is None else {"trace_id": trace.trace_id, "span_id": trace.span_id}
-        bind_contextvars(command_id=row.id, lane=str(row.lane), attempt=row.attempts, **found)
+        span = log_fields(self._journal.store.trace_of(row.command))
+        bind_contextvars(command_id=row.id, lane=str(row.lane), attempt=row.attempts, **span)
 
     # -- one run -------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from schemas.envelopes import Command, Form, Reply
 from schemas.naming import COMMAND_ID_PATTERN
 from schemas.requests import PROTOCOL_MAX, PROTOCOL_MIN, Error, Ping, Pong, Request
 from schemas.subjects import Lane
-from schemas.trace_context import TraceContext, fields_of
+from schemas.trace_context import TraceContext, fields_of, log_fields
 from worker.bus.protocol import Bus, BusError, Delivery
 from worker.journal.admission import JOINERS_MAX, Refusal, Verdict, refused_id, too_many
 from worker.journal.journal import Journal
@@ -255,7 +255,7 @@ class Intake:
             command_id=message.id,
             code=error.code.value,
             reason=str(error),
-            **({} if (trace := self._trace_of(message)) is None else {"trace_id": trace.trace_id}),
+            **log_fields(self._trace_of(message)),
         )
         await self._refuse(message, reply, dead=str(error))
 

@@ -9,7 +9,7 @@ import pytest
 from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
-from handlers.errors import Unavailable
+from handlers.errors import Conflict, Unavailable
 from handlers.steps import Done, Steps
 from schemas import codec
 from schemas.requests import Ping, Request, StopInstance
@@ -27,7 +27,7 @@ from tests.fakes.shell_worker import (
 )
 from tests.plain import unpacked
 from worker.journal.transaction import OutRow
-from worker.tracing.spans import Span
+from worker.tracing.spans import MESSAGE_MAX, Span
 from worker.tracing.tracing import Tracing
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -195,21 +195,34 @@ async def test_the_envelope_is_before_the_header(
     assert (context and context.trace_id) == found
 
 
-async def test_a_dead_letter_has_it_in_its_headers(tmp_path: Path) -> None:
+async def test_a_dead_letter_has_it_in_its_headers_and_its_line_of_the_log(tmp_path: Path) -> None:
     spans = Spans()
-    async with shell_worker(tmp_path / "j", tracing=spans.tracing()) as worker:
-        envelope = {"v": 1, "id": "c1", "request": "Grow", "traceparent": PARENT}
-        worker.bus.command(f"{SUBJECTS.root}.h1.cmd.host", msgpack.packb(envelope))
-        await worker.bus.until(replies=1, dead=1)
-        (letter,) = worker.bus.dead()
-        (reply,) = worker.replies()
+    with capture_logs() as logs:
+        async with shell_worker(tmp_path / "j", tracing=spans.tracing()) as worker:
+            envelope = {"v": 1, "id": "c1", "request": "Grow", "traceparent": PARENT}
+            worker.bus.command(f"{SUBJECTS.root}.h1.cmd.host", msgpack.packb(envelope))
+            await worker.bus.until(replies=1, dead=1)
+            (letter,) = worker.bus.dead()
+            (reply,) = worker.replies()
 
+    (refused,) = [line for line in logs if line["event"] == "command.refused"]
+    assert f"00-{refused['trace_id']}-{refused['span_id']}-01" == reply.traceparent
     assert reply.code == "unsupported"
     assert letter.headers["traceparent"] == reply.traceparent
     assert (reply.traceparent or "").startswith(f"00-{TRACE}-")
     (span,) = spans.of("unknown")
     assert span.parent == TraceContext(TRACE, SPAN, sampled=True)
     assert (span.error or "").startswith("unsupported: ")
+
+
+async def test_an_answer_in_a_trace_that_is_not_sampled_has_no_span(tmp_path: Path) -> None:
+    spans = Spans()
+    async with shell_worker(tmp_path / "j", tracing=spans.tracing()) as worker:
+        worker.send(Ping(), traceparent=f"00-{TRACE}-{SPAN}-00")
+        reply = await worker.reply()
+
+    assert (reply.traceparent or "").startswith(f"00-{TRACE}-")
+    assert spans == []
 
 
 async def test_a_ping_has_a_span(tmp_path: Path) -> None:
@@ -233,9 +246,9 @@ async def test_a_command_has_a_span_for_each_attempt_and_step(tmp_path: Path) ->
 
     machine = FakeHandlers(behave=fail_once)
     async with shell_worker(tmp_path / "j", machine=machine, tracing=spans.tracing()) as worker:
-        worker.send(start(), traceparent=PARENT)
+        worker.send(start(), traceparent=PARENT, reply_to="_INBOX.1")
         await worker.reply()
-        await worker.bus.until(events=1)
+        await worker.bus.until(events=1, sent=1)
         await worker.outbox.drained()
 
     (root,) = spans.of("StartInstance")
@@ -269,6 +282,46 @@ async def test_a_command_has_a_span_for_each_attempt_and_step(tmp_path: Path) ->
     for each in spans:
         assert root.start_ns <= each.start_ns <= each.end_ns
     assert attempts[0].end_ns < attempts[1].start_ns < step.end_ns <= root.end_ns
+
+
+async def test_a_command_has_a_bounded_number_of_spans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.dispatch.BACKOFF_S", 0.0)
+    monkeypatch.setattr("worker.tracing.tracing.ATTEMPTS_MAX", 2)
+    monkeypatch.setattr("worker.tracing.tracing.STEPS_MAX", 3)
+    spans, tries = Spans(), 0
+
+    async def fail_often(request: Request, steps: Steps) -> None:
+        nonlocal tries
+        tries += 1
+        await steps.ensure(machine.things, Thing(f"x{tries}"))
+        if tries < 5:
+            raise Unavailable("busy")
+
+    machine = FakeHandlers(behave=fail_often)
+    async with shell_worker(tmp_path / "j", machine=machine, tracing=spans.tracing()) as worker:
+        worker.send(start())
+        await worker.reply()
+
+    assert tries == 5
+    assert [each.attributes["hostd.attempt"] for each in spans.of("attempt")] == [1, 2]
+    assert len(spans.of("thing")) == 3
+
+
+async def test_the_error_of_a_span_has_a_bounded_length(tmp_path: Path) -> None:
+    spans = Spans()
+
+    def fail(request: Request, steps: Steps) -> None:
+        raise Conflict("x" * 2 * MESSAGE_MAX)
+
+    machine = FakeHandlers(behave=fail)
+    async with shell_worker(tmp_path / "j", machine=machine, tracing=spans.tracing()) as worker:
+        worker.send(start())
+        await worker.reply()
+
+    (root,) = spans.of("StartInstance")
+    assert len(root.error or "") == MESSAGE_MAX
 
 
 async def test_a_failure_is_the_status_and_the_undo_has_spans(tmp_path: Path) -> None:
