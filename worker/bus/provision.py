@@ -137,6 +137,7 @@ async def _stream(
         got = await api.make(f"STREAM.CREATE.{name}", config, what)
         return Made(what, "made", _short_of(config, got, what, ignored))
     found = info["config"]
+    _refuse_other_server(what, config, found)
     if "placement" in asked:
         placement: dict[str, Any] = {**(found.get("placement") or {}), **asked["placement"]}
         config = {**config, "placement": placement}
@@ -158,6 +159,20 @@ async def _stream(
             f"{error}: cannot change {'; '.join(wrong)}: remove the stream first"
         ) from error
     return Made(what, "changed", "; ".join(wrong) + _short_of(config, got, what, ignored))
+
+
+def _refuse_other_server(what: str, config: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """A cell and its mirrors have streams of the same names; neither is to be removed for the
+    other."""
+    if "mirror" in config and not found.get("mirror"):
+        raise NotProvisioned(
+            f"cannot make {what}: this server has the stream itself, as one of the cell: "
+            "connect to the server that keeps the copies"
+        )
+    if "mirror" not in config and found.get("mirror"):
+        raise NotProvisioned(
+            f"cannot make {what}: this server has a mirror of it: connect to a server of the cell"
+        )
 
 
 async def _consumer(api: "_Api", subjects: Subjects, ack_wait_ns: int, dry_run: bool) -> Made:

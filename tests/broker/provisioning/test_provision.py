@@ -26,7 +26,7 @@ from worker.bus import streams
 from worker.bus.connection import Connection
 from worker.bus.nats import NatsBus
 from worker.bus.protocol import BusError, NotProvisioned
-from worker.bus.provision import provision
+from worker.bus.provision import provision, provision_mirrors
 from worker.demo import nats_server
 
 OBJECTS = 5
@@ -81,6 +81,34 @@ async def test_it_resets_what_was_changed(server: Server) -> None:
         assert "max_age: is 60000000000, must be 604800000000000" in changed[f"stream {name}"]
         assert changed[f"consumer {HOST} of {stream}"] == "max_deliver: is 3, must be -1"
         assert {one.how for one in await provision(admin, SUBJECTS, [HOST])} == {"found"}
+
+
+async def test_mirrors_are_made_once_and_not_moved_to_another_cell(server: Server) -> None:
+    async with connection_to(server.url) as admin:
+        made = [await provision_mirrors(admin, SUBJECTS, "hub") for _ in range(2)]
+
+        assert [one.how for one in made[0]] == ["made"] * 3
+        assert [one.how for one in made[1]] == ["found"] * 3
+        assert [one.what for one in made[0]] == [
+            f"mirror of stream {SUBJECTS.events_stream}",
+            f"mirror of stream {SUBJECTS.dead_stream}",
+            f"mirror of bucket {SUBJECTS.state_bucket}",
+        ]
+        with pytest.raises(NotProvisioned, match=r"mirror: is .*hub.*remove it first"):
+            await provision_mirrors(admin, SUBJECTS, "other")
+
+
+async def test_a_cell_and_its_mirrors_are_not_made_on_one_server(server: Server) -> None:
+    async with connection_to(server.url) as admin:
+        await provision(admin, SUBJECTS, [HOST])
+        with pytest.raises(NotProvisioned, match="connect to the server that keeps the copies"):
+            await provision_mirrors(admin, SUBJECTS, "hub")
+        await api(admin, f"STREAM.DELETE.{SUBJECTS.events_stream}")
+        (mirror, *_) = streams.mirror_configs(SUBJECTS, "hub")
+        assert "error" not in await api(admin, f"STREAM.CREATE.{mirror['name']}", mirror)
+
+        with pytest.raises(NotProvisioned, match="connect to a server of the cell"):
+            await provision(admin, SUBJECTS, [HOST])
 
 
 async def test_a_dry_run_tells_the_differences_and_corrects_nothing(server: Server) -> None:

@@ -31,6 +31,23 @@ def test_a_field_of_a_later_server_must_be_unset(config: Mapping[str, Any]) -> N
     ]
 
 
+def test_a_mirror_is_bounded_as_its_original_and_drops_the_oldest() -> None:
+    originals = {config["name"]: config for config in streams.stream_configs(SUBJECTS)}
+    mirrors = {config["name"]: config for config in streams.mirror_configs(SUBJECTS, "hub")}
+
+    assert [*mirrors] == ["HOSTD_EVT_test", "HOSTD_DEAD_test", "KV_HOSTD_STATE_test"]
+    for name, mirror in mirrors.items():
+        bounds = ("max_age", "max_bytes", "max_msgs_per_subject", "storage")
+        assert {each: mirror.get(each) for each in bounds} == {
+            each: originals[name].get(each) for each in bounds
+        }
+        assert mirror["discard"] == "old"  # a full original may refuse: a copy has nobody to tell
+        assert mirror["description"] == f"{originals[name]['description']} (mirror)"
+        assert not {"subjects", "duplicate_window"} & mirror.keys()
+    republished = [name for name, mirror in mirrors.items() if "republish" in mirror]
+    assert republished == ["KV_HOSTD_STATE_test"]
+
+
 def test_own_subjects_belong_to_their_streams() -> None:
     own = "hostd.v1.test.h1"
     found = [streams.stream_of(SUBJECTS, f"{own}.{kind}.host") for kind in ("evt", "cmd", "x")]
