@@ -473,6 +473,17 @@ async def test_an_argument_that_cannot_be_sent_is_named(
     assert worker.commands == []
 
 
+@pytest.mark.parametrize("value", [-1, 1 << 63])
+async def test_a_position_or_capacity_that_cannot_be_is_named(
+    client: HostdClient, value: int
+) -> None:
+    with pytest.raises(errors.BadSetting, match="after"):
+        await anext(client.stored_events(after=value))
+    with pytest.raises(errors.BadSetting, match="capacity"):
+        async with client.events(HOST, capacity=min(value, 0)):
+            pass
+
+
 async def test_a_host_that_is_none_is_named(client: HostdClient) -> None:
     with pytest.raises(errors.BadSetting, match=r"a\.b"):
         async with client.events("a.b"):

@@ -7,6 +7,7 @@ from schemas.naming import COMMAND_ID_PATTERN
 from worker.client.errors import BadSetting
 
 TIMEOUT_MAX_S: Final = 366 * 86_400.0
+COUNT_MAX: Final = (1 << 63) - 1
 
 
 def check_command_id(command_id: str | None) -> None:
@@ -19,6 +20,12 @@ def check_deadline(deadline_ms: int | None) -> None:
     """Raises `BadSetting` for what is neither None nor a time in Unix milliseconds."""
     if deadline_ms is not None and not 0 <= deadline_ms <= TIME_MAX_MS:
         raise BadSetting(f"deadline_ms: got {deadline_ms}, want Unix ms, 0 to {TIME_MAX_MS}")
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raises `BadSetting` for what is no whole number from `least` to the largest of a stream."""
+    if not least <= value <= COUNT_MAX:
+        raise BadSetting(f"{name}: got {value}, want {least} to {COUNT_MAX}")
 
 
 def check_timeout(timeout_s: float) -> None:

@@ -409,6 +409,7 @@ class HostdClient:
         Args:
             capacity: how many events wait for the reader at most; more are `EventsLost`.
         """
+        arguments.check_count("capacity", capacity, 1)
         buffer = Buffer(capacity)
         subject = self._events_of(host)
         async with self.link.subscribed(subject, buffer.put, buffer.lose):
@@ -430,6 +431,7 @@ class HostdClient:
                 behind the stream that `after` is of. Begin again at 0.
             NoAnswer: the stream cannot be read now, or not by this account.
         """
+        arguments.check_count("after", after, 0)
         subject = self._events_of(host)
         stream = self._subjects("any").events_stream
         news = asyncio.Event()

@@ -12,7 +12,9 @@ from structlog.testing import capture_logs
 from handlers.errors import Conflict, Unavailable
 from handlers.steps import Done, Steps
 from schemas import codec
-from schemas.requests import Ping, Request, StopInstance
+from schemas.codes import Code
+from schemas.envelopes import Reply
+from schemas.requests import Ping, Pong, Request, StopInstance
 from schemas.subjects import Lane
 from schemas.trace_context import TraceContext, parse
 from tests.fakes.bus import FakeBus
@@ -27,7 +29,7 @@ from tests.fakes.shell_worker import (
 )
 from tests.plain import unpacked
 from worker.journal.transaction import OutRow
-from worker.tracing.spans import MESSAGE_MAX, Span
+from worker.tracing.spans import MESSAGE_MAX, Answered, Span, command_span, inner_span
 from worker.tracing.tracing import Tracing
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -72,6 +74,19 @@ def test_the_span_of_a_command_is_the_same_in_every_worker() -> None:
     assert (context.trace_id, context.sampled, context.state) == (TRACE, True, "a=1")
     assert context.span_id != SPAN
     assert context != Tracing("h2", put=Spans().put).of_command(given)
+
+
+def test_no_span_ends_before_it_began_though_the_clock_was_set_back() -> None:
+    trace = TraceContext(TRACE, SPAN, sampled=True)
+    reply = Reply(
+        id="c1", host_id="h1", response=Pong(), code=Code.OK, received_at_ms=9, finished_at_ms=5
+    )
+    answered = Answered(trace, None, "Ping", Lane.host(), reply)
+
+    of_command = command_span(answered, end_ns=5)
+    inner = inner_span(trace, "attempt", 9, 5, {})
+
+    assert (of_command.start_ns, of_command.end_ns) == (inner.start_ns, inner.end_ns) == (5, 5)
 
 
 def test_a_command_without_a_context_begins_a_trace() -> None:
