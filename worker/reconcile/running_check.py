@@ -35,12 +35,12 @@ class RunningCheck:
         self._lanes = lanes
         self._left: list[InstanceRef] = []
         self._size = SLICE
-        self._lost: dict[InstanceRef, tuple[int, tuple[str, ...]]] = {}
+        self._lost: dict[InstanceRef, tuple[str, ...]] = {}
 
     @property
     def lost(self) -> int:
         """How many parts the running instances lack for good, as of their last check."""
-        return sum(len(names) for _, names in self._lost.values())
+        return sum(map(len, self._lost.values()))
 
     async def run(self) -> None:
         """Compare the next slice; each that differs is restored in its lane."""
@@ -69,9 +69,7 @@ class RunningCheck:
         except Exception as error:  # noqa: BLE001 - logged; the rest goes on
             log.warning("instance.repair_failed", instance=str(ref), **facts_of(error))
             return
-        launch, known = self._lost.get(ref, (record.launch, ()))
-        if launch != record.launch:
-            known = ()
+        known = self._lost.get(ref, ())  # what is of a launch has its number in its name
         is_news = bool(restored.lost) and known != restored.lost
         if restored.repaired or is_news:
             await report_drift(
@@ -83,6 +81,6 @@ class RunningCheck:
                 known=known,
             )
         if restored.lost:
-            self._lost[ref] = (record.launch, restored.lost)
+            self._lost[ref] = restored.lost
         else:
             self._lost.pop(ref, None)

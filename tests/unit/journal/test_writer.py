@@ -53,6 +53,7 @@ async def test_a_full_disk_is_a_typed_fault_and_commits_resume_when_it_has_room(
 
         assert reported == [False, True]
         assert [e.seq for e in await events(journal)] == list(range(1, written + 3))
+        assert journal.store.applied == journal.store.seq == written + 2
     async with opened(tmp_path) as journal:
         assert [e.seq for e in await events(journal)] == list(range(1, written + 3))
 

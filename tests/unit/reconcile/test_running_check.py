@@ -166,6 +166,17 @@ async def test_a_loss_is_counted_once_whatever_else_is_announced_later(running: 
     assert running.counted("instance.json", "repaired") == 2
 
 
+async def test_a_loss_of_the_next_launch_is_another_one(running: Running) -> None:
+    for _ in range(2):
+        running.machine.lacking[running.worker.record().jail_id] = ("api.sock",)
+        await running.once()
+        for request in (STOP, START):
+            assert (await running.worker.run(request)).code is Code.OK
+
+    assert len(await running.drifts()) == 2
+    assert running.counted("jail", "lost") == 2
+
+
 async def test_a_loss_in_a_network_is_counted_once_whatever_is_repaired_later(
     running: Running,
 ) -> None:
