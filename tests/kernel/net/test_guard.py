@@ -44,7 +44,8 @@ FOREIGN_CHANGES = {
     **{
         f"flush set {family} {name}": f"flush set {family} hostd {name}"
         for family, sets in SETS.items()
-        for name in sets.keys() - CUTTING
+        for name in sets
+        if name not in CUTTING
     },
     "accept first": (
         "insert rule inet hostd from_tenant accept\n"
