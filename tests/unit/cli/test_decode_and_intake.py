@@ -67,11 +67,11 @@ def of_reply(reply: Reply) -> Verdict:
 
 
 async def of_intake(worker: ShellWorker, data: bytes, subject: str) -> Verdict:
-    before = len(worker.replies())
+    before = len(worker.bus.replies())
     worker.bus.command(subject, data)
     await worker.bus.until(replies=before + 1)
     await worker.bus.until_acked()
-    return of_reply(worker.replies()[-1])
+    return of_reply(codec.decode_reply(worker.bus.replies()[-1].payload))
 
 
 @pytest.mark.parametrize("subject", [SUBJECT, SUBJECT.replace("a1", "A1"), SUBJECT + ".x"])

@@ -326,9 +326,10 @@ async def test_a_senders_own_stop_supersedes_the_drains_sleep(tmp_path: Path) ->
 
 
 async def test_a_slow_guest_does_not_hold_up_an_instance_that_starts_running(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Start that had begun before the drain, and ends while another guest is being drained."""
+    monkeypatch.setattr(emptying_module, "EVENT_EVERY_S", 0.05)
     at_step, goes_on = asyncio.Event(), asyncio.Event()
     held = False
 
@@ -378,8 +379,9 @@ async def test_an_unknown_instance_whose_command_failed_is_counted_once(tmp_path
 
 
 async def test_a_start_that_has_begun_is_in_use_before_it_has_a_reservation(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(emptying_module, "EVENT_EVERY_S", 0.05)
     first, goes_on = asyncio.Event(), asyncio.Event()
     armed = False
 
