@@ -9,7 +9,7 @@ import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
 
-from tests.kinds import KINDS, is_whole_suite
+from tests.kinds import KINDS, is_part_of_a_run, is_whole_suite
 
 # The same examples in every run, and no verdict by the clock of a busy machine.
 settings.register_profile(
@@ -17,7 +17,7 @@ settings.register_profile(
 )
 settings.load_profile("hostd")
 
-pytest_plugins = ["pytester", "tests.leaks", "tests.guarantees"]
+pytest_plugins = ["pytester", "tests.leaks", "tests.guarantees", "tests.side_by_side"]
 
 HERE = Path(__file__).parent
 
@@ -49,6 +49,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """In CI, with the whole suite asked for, each kind must have run at least one test."""
     if not os.environ.get("CI") or not is_whole_suite(session.config) or exitstatus:
+        return
+    if is_part_of_a_run(session.config):
         return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     assert reporter is not None

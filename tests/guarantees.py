@@ -7,11 +7,11 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
-from tests.kinds import is_whole_suite
+from tests.kinds import is_part_of_a_run, is_whole_suite, told_to_the_first
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "guarantees.md"
 ID: Final = re.compile(r"`(tests/[\w/]+\.py::test_\w+)`")
@@ -51,8 +51,16 @@ class Guarantees:
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         self.deselected += [item.nodeid for item in items]
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A process of a split run (`-n 2`) has ended."""
+        self.deselected += getattr(node, "workeroutput", {}).get("deselected", [])
+
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if is_part_of_a_run(session.config):
+            told_to_the_first(session.config)["deselected"] = self.deselected
+            return
         if not os.environ.get("CI") or not is_whole_suite(session.config) or exitstatus:
             return  # what failed has failed the run already
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -105,8 +105,10 @@ def chosen(all_points: Sequence[tuple[str, str]], seed: str) -> list[tuple[str, 
 
 @functools.cache
 def seed() -> str:
-    """The caller's, or one of this run's own, which it prints (`tests/crash/conftest.py`).
+    """The caller's, or one of this run's own, which it prints (`tests/crash/conftest.py`): the same
+    in all processes of a run that is split (`-n 2`).
 
     No worker inherits the variable: it is not a setting.
     """
-    return os.environ.pop(SEED, None) or str(random.SystemRandom().randrange(10**6))
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # without it, the dice are the machine's
+    return os.environ.pop(SEED, None) or str(random.Random(run).randrange(10**6))

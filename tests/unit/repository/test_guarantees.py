@@ -118,26 +118,46 @@ def test_a_test_inside_the_lab_is_the_parameter_of_one_outside() -> None:
     ]
 
 
-def test_a_complete_run_without_a_named_test_fails(
+@pytest.fixture
+def suite(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+) -> pytest.Pytester:
+    """Two tests of each kind, in CI, and a page that names those of one kind, and one more."""
     page = tmp_path / "page.md"
-    page.write_text("`tests/unit/test_it.py::test_there` `tests/unit/test_it.py::test_gone`")
+    names = ("test_there", "test_other", "test_gone")
+    page.write_text(" ".join(f"`tests/unit/test_it.py::{name}`" for name in names))
     monkeypatch.setattr(guarantees, "PAGE", page)
     monkeypatch.setenv("CI", "true")
     for kind in KINDS:
         path = pytester.path / "tests" / kind / "test_it.py"
         path.parent.mkdir(parents=True)
-        path.write_text("def test_there():\n    pass\n")
+        path.write_text("def test_there():\n    pass\n\ndef test_other():\n    pass\n")
+    return pytester
 
+
+def ran(suite: pytest.Pytester, *arguments: str) -> tuple[int, list[str]]:
+    """The exit code, and which tests are said to be without a proof."""
     options = (
         "-p tests.guarantees --import-mode=importlib -o asyncio_default_fixture_loop_scope=function"
     )
-    whole = pytester.runpytest_inprocess(*options.split(), *(f"tests/{kind}" for kind in KINDS))
-    part = pytester.runpytest_inprocess(*options.split(), "tests/unit")
+    done = suite.runpytest_inprocess(*options.split(), *arguments)
+    return int(done.ret), re.findall(r"without its proof: (\S+)", "\n".join(done.outlines))
 
-    assert whole.ret == pytest.ExitCode.TESTS_FAILED
-    lines = [line for line in whole.outlines if "without its proof" in line]
-    (line,) = lines
-    assert "tests/unit/test_it.py::test_gone" in line
-    assert part.ret == pytest.ExitCode.OK
+
+WHOLE = [f"tests/{kind}" for kind in KINDS]
+
+
+@pytest.mark.parametrize("processes", ["", "-n2 --dist=loadfile"])
+def test_a_complete_run_fails_without_a_named_test_that_was_not_deselected(
+    suite: pytest.Pytester, processes: str
+) -> None:
+    deselected = "--deselect=tests/unit/test_it.py::test_other"
+
+    assert ran(suite, *processes.split(), deselected, *WHOLE) == (
+        pytest.ExitCode.TESTS_FAILED,
+        ["tests/unit/test_it.py::test_gone"],
+    )
+
+
+def test_a_run_of_a_part_is_not_judged(suite: pytest.Pytester) -> None:
+    assert ran(suite, "tests/unit") == (pytest.ExitCode.OK, [])

@@ -1,0 +1,78 @@
+"""Which tests run at the same time in a run of several processes (`-n 2`). A pytest plugin.
+
+A process gets whole files (`--dist loadfile`). Those of the kinds in `SHARING` run side by side. A
+file of another kind has the machine to itself: the process waits until no other one has a file.
+"""
+
+import fcntl
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.kinds import is_part_of_a_run
+
+SHARING: Final = frozenset({"unit", "contract", "kernel", "broker", "page", "lab"})
+"""Their tests compute or wait in namespaces of their own. The others (`vm`, `crash`) hurry a whole
+host along, with a Firecracker whose guest boots meanwhile."""
+
+
+class Turns:
+    """The machine, for one file at a time or for several that share it. Ends with the process."""
+
+    def __init__(self, lock: str) -> None:
+        self._fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        self._file = ""
+
+    def take(self, file: str, *, shared: bool) -> None:
+        """Wait for the turn of a file, unless it is still that file's. The one before is over."""
+        if file != self._file:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            fcntl.flock(self._fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            self._file = file
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class SideBySide:
+    """Takes a turn before the fixtures of a file are made; those of the file before are gone."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        file = item.nodeid.partition("::")[0]
+        self._turns.take(file, shared=Path(file).parts[1] in SHARING)
+
+    def pytest_unconfigure(self) -> None:
+        self._turns.close()
+
+
+class TheFirst:
+    """Makes the lock of a run, once there are processes to share it."""
+
+    def __init__(self) -> None:
+        self._lock = ""
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        if not self._lock:
+            fd, self._lock = tempfile.mkstemp(prefix="hostd-tests-", suffix=".lock")
+            os.close(fd)
+        node.workerinput["lock"] = self._lock
+
+    def pytest_unconfigure(self) -> None:
+        if self._lock:
+            os.unlink(self._lock)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if is_part_of_a_run(config):
+        lock = vars(config)["workerinput"]["lock"]
+        config.pluginmanager.register(SideBySide(Turns(lock)), "side by side")
+    else:
+        config.pluginmanager.register(TheFirst(), "side by side")
