@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that `make` needs, on a bare Debian 12: apt packages, .venv, Prometheus, fleet page, AsyncAPI's parser, test
-# guests. `setup.sh venv`: .venv alone, from PyPI; for that no root, no apt and no Debian is needed.
+# guests; and where Go is, the `nats` tool. `setup.sh venv`: .venv alone, from PyPI; for that no root, no apt and no Debian is needed.
 # Idempotent: each part is done again only when what it is made from has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -102,6 +102,22 @@ nats_server() {
     rm -f "$TOOLS"/nats-server_*.deb
 }
 
+# The `nats` tool, where Go is (ADR 1073): no package of Debian 12 has it. Two minutes of CPU, so it is compiled beside
+# the rest, without optimization. Without it only its tests are missing.
+nats_tool() {
+    local inputs
+    inputs=$(digest deploy/natscli/go.mod deploy/natscli/go.sum)
+    [[ -x $TOOLS/nats ]] && fresh nats-tool "$inputs" && return
+    command -v go >/dev/null || return 0
+    say "compiling the nats tool with Go, in the background"
+    if (cd deploy/natscli && CGO_ENABLED=0 GOFLAGS=-mod=readonly nice go build -trimpath -buildvcs=false -gcflags='all=-N -l -dwarf=false' \
+        -ldflags='-s -w' -o "../../$TOOLS/nats" github.com/nats-io/natscli/nats) >build/natscli.log 2>&1; then
+        done_with nats-tool "$inputs"
+    else
+        say "no nats tool: is Go's module proxy reachable, and Go new enough? See build/natscli.log"
+    fi
+}
+
 venv_inputs() { # scripts in there name their path
     digest requirements-dev.lock pyproject.toml <(realpath .venv)
 }
@@ -193,6 +209,8 @@ if [[ $part == venv ]]; then
     venv
     exit
 fi
+nats_tool &
+nats_tool=$!
 packages
 prometheus
 nats_server
@@ -200,3 +218,4 @@ venv
 npm page deploy/dashboard build/dashboard/app.js build_page
 npm asyncapi deploy/asyncapi build/asyncapi-source/check.mjs true
 guests
+wait "$nats_tool"
