@@ -6,14 +6,17 @@ from typing import Any
 import pytest
 from playwright.async_api import Page, expect
 
-from schemas.requests import InstanceRef, SetupNetwork, StartInstance
+from schemas.requests import InstanceRef, SetupNetwork, StartInstance, StopInstance
 from tests.page.browser import Browser, sign_in
 from tests.page.fleet import DOMAIN, PageFleet
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 AXE = Path("build/page-source/node_modules/axe-core/axe.min.js")
-VIEWS = ("hosts", "instances", "events", "commands", "dead", "host/h1", "instance/h1/acme/web/i-1")
+VIEWS = (
+    *("hosts", "instances", "events", "commands", "dead"),
+    *("host/h1", "instance/h1/acme/web/i-1", "tenant/acme"),
+)
 SCHEMES = ("light", "dark")
 
 
@@ -39,7 +42,9 @@ async def test_axe_finds_nothing_in_any_view(
     seeded = host.seed()
     await fleet.send("h1", SetupNetwork("acme", seeded.net))
     ref = InstanceRef("acme", "web", "i-1")
-    await fleet.send("h1", StartInstance(ref.tenant_id, ref.pool_id, ref.instance_id))
+    names = (ref.tenant_id, ref.pool_id, ref.instance_id)
+    for request in (StartInstance(*names), StopInstance(*names), StartInstance(*names)):
+        await fleet.send("h1", request)
     async with chromium.page(color_scheme=scheme) as page:
         found = {"form": await violations(page)}
         await enter(page, fleet)
@@ -47,6 +52,8 @@ async def test_axe_finds_nothing_in_any_view(
             await page.evaluate(f"location.hash = '#/{view}'")
             await expect(page.locator("#view h2").first).to_be_visible()
             await expect(page.locator("#view").get_by_role("row").first).to_be_visible()
+            if view.startswith(("instance/", "tenant/")):
+                await expect(page.get_by_role("table", name="Usage")).to_be_visible()
             found[view] = await violations(page)
     assert {view: each for view, each in found.items() if each} == {}
 

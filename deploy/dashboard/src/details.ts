@@ -3,12 +3,16 @@ import { BusFailure, type Bus, type Kept } from "./bus";
 import { clock, el, facts, gib, OUTSIDE, say, tone } from "./dom";
 import type { Fleet } from "./fleet";
 import { History } from "./history";
-import { VirtualTable } from "./table";
+import { inOrder, VirtualTable, type Column } from "./table";
 import { traceHref, traceId } from "./trace";
-import { eventColumns, hostHref, type View } from "./views";
+import { groups, rowsOf, spanColumns, Sums, sumsOf, UsageTable, type Span } from "./usage";
+import { eventColumns, hostHref, laneHref, laneText, type View } from "./views";
 import { fields, list, number, text, unpack, type Fields, type HostEvent } from "./wire";
 
 const SHOWN_BYTES = 4096;
+
+type Usage = Pick<UsageTable<unknown>, "element" | "show" | "close">;
+export const tenantHref = (tenant: string): string => `#/tenant/${encodeURIComponent(tenant)}`;
 
 /** Kept and live events of one subject, with a button for older ones. */
 class HistoryTable implements View {
@@ -18,21 +22,32 @@ class HistoryTable implements View {
   private readonly note = el("p", { class: "faint", "aria-live": "polite" });
   private readonly history: History;
 
-  constructor(bus: Bus, filter: string, private readonly fleet: Fleet, private readonly matches: (event: HostEvent) => boolean) {
+  /** With `usage`, what its `usage` events add up to is above the table. */
+  constructor(
+    bus: Bus,
+    filter: string,
+    private readonly fleet: Fleet,
+    private readonly matches: (event: HostEvent) => boolean,
+    private readonly usage: Usage | null = null,
+  ) {
     this.history = new History(bus, filter);
     this.more.addEventListener("click", () => void this.read());
-    this.element = el("div", {}, el("h3", {}, "History"), this.table.element, el("div", { class: "filters" }, this.more, this.note));
+    const above = usage ? [usage.element] : [];
+    this.element = el("div", {}, ...above, el("h3", {}, "History"), this.table.element, el("div", { class: "filters" }, this.more, this.note));
     void this.read();
   }
 
   draw(): void {
-    const events = new Map(this.history.events);
+    const { events } = this.history; // the fleet's own are pushed out by others
     for (const event of this.fleet.events) if (this.matches(event)) events.set(event.key, event);
-    this.table.show([...events.values()].sort((a, b) => b.atMs - a.atMs || b.seq - a.seq));
+    const newest = [...events.values()].sort((a, b) => b.atMs - a.atMs || b.seq - a.seq);
+    this.table.show(newest);
+    this.usage?.show(newest, this.history.isComplete);
   }
 
   close(): void {
     this.table.close();
+    this.usage?.close();
   }
 
   private async read(): Promise<void> {
@@ -125,7 +140,8 @@ export function instanceDetail(fleet: Fleet, bus: Bus, host: string, ids: readon
       ["Last command", value.commandId],
     ];
   };
-  const history = new HistoryTable(bus, `${bus.root}.*.evt.${lane}.*`, fleet, (event) => event.lane === lane);
+  const usage = new UsageTable<Span>(spanColumns, (spans) => spans.map(([, span]) => span));
+  const history = new HistoryTable(bus, `${bus.root}.*.evt.${lane}.*`, fleet, (event) => event.lane === lane, usage);
   const asked = bus.ask(host, "describe", { tenant_id: tenant, pool_id: pool, instance_id: id }).then((answer) => [
     el("h3", {}, "What the worker answers"),
     facts([
@@ -138,8 +154,37 @@ export function instanceDetail(fleet: Fleet, bus: Bus, host: string, ids: readon
       ["Last end", text(fields(answer["last_end"])?.["text"])],
     ]),
   ]);
-  const link = el("p", {}, "on host ", el("a", { href: hostHref(host) }, host));
+  const link = el("p", {}, "on host ", el("a", { href: hostHref(host) }, host), ", of tenant ", el("a", { href: tenantHref(tenant) }, tenant));
   return new DetailView(`Instance ${ids.join("/")}`, rows, history, [link]).with(asked);
+}
+
+interface Used {
+  readonly host: string;
+  readonly lane: string;
+  readonly sums: Sums;
+}
+
+/** What a tenant's instances used, on all hosts, those that are gone too. */
+export function tenantDetail(fleet: Fleet, bus: Bus, tenant: string): View {
+  const columns: Column<Used>[] = [
+    { title: "Instance", text: (row) => laneText(row.lane), href: (row) => laneHref(row.host, row.lane) },
+    { title: "Host", text: (row) => row.host, href: (row) => hostHref(row.host) },
+    ...rowsOf(new Sums()).map(([title], at) => ({ title, isNumber: true, text: (row: Used) => rowsOf(row.sums)[at]?.[1] ?? "" })),
+  ];
+  const usage = new UsageTable<Used>(columns, (spans) => {
+    const found = [...groups(spans, ([{ lane, host }]) => `${lane} ${host}`).values()].flatMap((group) => {
+      const [first] = group;
+      return first ? [{ host: first[0].host, lane: first[0].lane, sums: sumsOf(group.map(([, span]) => span)) }] : [];
+    });
+    return inOrder(found, ({ lane, host }) => `${lane} ${host}`, false);
+  });
+  const rows = (): (readonly [string, string])[] => {
+    const now = [...fleet.instances.values()].filter((each) => each.tenant === tenant);
+    return [["Instances now", `${now.length}`], ["Of these running", `${now.filter((each) => each.value.status === "running").length}`]];
+  };
+  const matches = (event: HostEvent): boolean => event.kind === "usage" && event.lane.startsWith(`instance.${tenant}.`);
+  const history = new HistoryTable(bus, `${bus.root}.*.evt.instance.${tenant}.*.*.usage`, fleet, matches, usage);
+  return new DetailView(`Tenant ${tenant}`, rows, history);
 }
 
 export function commandDetail(bus: Bus, host: string, id: string): View {

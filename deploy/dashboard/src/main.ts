@@ -1,7 +1,7 @@
 /** The page: the form, the views, and when they are drawn. */
 import type { Access, Bus } from "./bus";
 import { commandsView, deadLettersView } from "./commands";
-import { commandDetail, deadLetterDetail, hostDetail, instanceDetail } from "./details";
+import { commandDetail, deadLetterDetail, hostDetail, instanceDetail, tenantDetail } from "./details";
 import { byId, clock, el, say } from "./dom";
 import { Fleet } from "./fleet";
 import { Session } from "./session";
@@ -22,6 +22,7 @@ const VIEWS: readonly (readonly [string, string, (fleet: Fleet, bus: Bus) => Vie
 const PARENTS: ReadonlyMap<string, string> = new Map([
   ["host", "hosts"],
   ["instance", "instances"],
+  ["tenant", "instances"],
   ["command", "commands"],
   ["letter", "dead"],
 ]);
@@ -108,6 +109,7 @@ function route(): void {
   view?.close();
   if (name === "host") view = hostDetail(fleet, bus, id);
   else if (name === "instance") view = instanceDetail(fleet, bus, id, more);
+  else if (name === "tenant") view = tenantDetail(fleet, bus, id);
   else if (name === "command") view = commandDetail(bus, id, more[0] ?? "");
   else if (name === "letter") view = deadLetterDetail(bus, Number(id) || 0);
   else view = make(fleet, bus);
