@@ -46,6 +46,7 @@ class Metrics(CommandMeters, BusMeters, HostMeters, ResourceMeters):
     def render(self) -> bytes:
         """The metrics in the text exposition format, with current gauges."""
         self._collect()
+        self.count_noted()
         return generate_latest(self.registry)
 
     # -- orphans -------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from handlers.specs import VersionState
 from schemas.codes import Code
 from schemas.records import Status
 from schemas.settings import LimitSettings
+from worker.meters.commands import LATER
 from worker.meters.resources import RESOURCES, Bounded
 from worker.metrics import Metrics, sample_loop_lag
 
@@ -219,6 +220,22 @@ def test_each_public_counter_of_a_part_is_read_by_the_worker() -> None:
                 read.add(node.attr)
 
     assert {name: where for name, where in counted.items() if name not in read} == {}
+
+
+def test_a_scrape_shows_each_step_and_commit_before_it() -> None:
+    """They are noted first; whether few or many."""
+    metrics = Metrics("1")
+
+    shown: list[bytes] = []
+    for times in (3, 2 * LATER + 1):
+        for _ in range(times):
+            metrics.step("vmm", 0.01)
+        metrics.commit(0.002)
+        shown.append(metrics.render())
+
+    for text, (steps, commits) in zip(shown, ((3, 1), (2 * LATER + 4, 2)), strict=True):
+        assert f'hostd_step_duration_seconds_count{{step="vmm"}} {steps}.0'.encode() in text
+        assert f"hostd_journal_commit_seconds_count {commits}.0".encode() in text
 
 
 def test_gauges_are_set_when_scraped() -> None:

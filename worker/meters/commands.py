@@ -3,39 +3,48 @@
 Part of the worker's metrics (`worker/metrics.py`), whose rules hold here too.
 """
 
+from collections import deque
 from collections.abc import Mapping
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from schemas.codes import Code
-from worker.meters.durations import Durations
 from worker.meters.kinds import BYTES, FAST, LONG
+
+LATER: Final = 256
 
 
 class CommandMeters:
-    """No method blocks, awaits or raises."""
+    """No method blocks, awaits or raises.
+
+    Durations of steps and commits, some 25 of each launch, are noted and counted later, many at
+    once: each alone, amid other work, costs several times as much.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._done: dict[tuple[str, Code], Counter] = {}
+        self._noted: deque[tuple[Histogram, float]] = deque()
+        self._done: dict[tuple[str, Code], tuple[Counter, Histogram]] = {}
+        self._steps: dict[str, Histogram] = {}
         self._commands = Counter(
             "hostd_commands_total",
             "Finished commands, by type and result code.",
             ["type", "code"],
             registry=registry,
         )
-        self._command_seconds = Durations(
+        self._command_seconds = Histogram(
             "hostd_command_duration_seconds",
             "Time from receipt of a command to its outcome, including the wait in its lane.",
-            registry,
-            label="type",
+            ["type"],
             buckets=LONG,
+            registry=registry,
         )
-        self._step_seconds = Durations(
+        self._step_seconds = Histogram(
             "hostd_step_duration_seconds",
             "Duration of one step of a command.",
-            registry,
-            label="step",
+            ["step"],
             buckets=FAST,
+            registry=registry,
         )
         self._retries = Counter(
             "hostd_retries_total",
@@ -49,11 +58,11 @@ class CommandMeters:
             "Commands in the journal without an outcome.",
             registry=registry,
         )
-        self._commit_seconds = Durations(
+        self._commit_seconds = Histogram(
             "hostd_journal_commit_seconds",
             "Duration of one commit of the journal.",
-            registry,
             buckets=FAST,
+            registry=registry,
         )
         self._redeliveries = Counter(
             "hostd_redeliveries_total",
@@ -94,18 +103,33 @@ class CommandMeters:
         """A command of this type finished, `seconds` after it was received."""
         done = self._done.get((kind, code))
         if done is None:  # labels() costs three times what it counts: once per series
-            done = self._done[kind, code] = self._commands.labels(kind, code.value)
-        done.inc()
-        self._command_seconds.observe(seconds, kind)
+            done = self._commands.labels(kind, code.value), self._command_seconds.labels(kind)
+            self._done[kind, code] = done
+        done[0].inc()
+        done[1].observe(seconds)
 
     def step(self, name: str, seconds: float) -> None:
-        self._step_seconds.observe(seconds, name)
+        series = self._steps.get(name)
+        if series is None:
+            series = self._steps[name] = self._step_seconds.labels(name)
+        self._note(series, seconds)
 
     def retry(self, kind: str, code: Code) -> None:
         self._retries.labels(kind, code.value).inc()
 
     def commit(self, seconds: float) -> None:
-        self._commit_seconds.observe(seconds)
+        self._note(self._commit_seconds, seconds)
+
+    def count_noted(self) -> None:
+        """To be called before the metrics are read."""
+        while self._noted:
+            series, seconds = self._noted.popleft()
+            series.observe(seconds)
+
+    def _note(self, series: Histogram, seconds: float) -> None:
+        self._noted.append((series, seconds))
+        if len(self._noted) >= LATER:
+            self.count_noted()
 
     def redelivered(self) -> None:
         self._redeliveries.inc()
@@ -139,7 +163,7 @@ class CommandMeters:
     def finished(self) -> Mapping[str, int]:
         """How many commands finished since the worker started: `ok` and `failed`."""
         counts = {"ok": 0, "failed": 0}
-        for (_, code), counter in self._done.items():
+        for (_, code), (counter, _) in self._done.items():
             total = sum(sample.value for family in counter.collect() for sample in family.samples)
             counts["ok" if code is Code.OK else "failed"] += int(total)
         return counts
