@@ -146,7 +146,7 @@ TRUSTED = {
     "schemas/trace_context.py:parse:int": MATCHED,
     "worker/tracing/collector.py:_span_context:int": MATCHED,
     "worker/tracing/collector.py:send:int": NO_TEXT,
-    "worker/tracing/tracing.py:of:int": CONSTANT,
+    "worker/tracing/tracing.py:_root:int": CONSTANT,
     "worker/tracing/tracing.py:sent:decode": CAUGHT,
     "worker/queries/forms.py:write:msgspec.msgpack.decode": PACKED,
     "handlers/host/jail/layout.py:launch_of:int": NAME,
