@@ -2,10 +2,11 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 import uvloop
 from hypothesis import HealthCheck, settings
 
@@ -30,6 +31,13 @@ def pytest_asyncio_loop_factories(
     if item.get_closest_marker("plain_loop"):
         return {"asyncio": asyncio.new_event_loop}
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def _log_of_its_own() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
+    """A level or a stream that one test chose is not the next one's."""
+    yield
+    structlog.reset_defaults()
 
 
 def kind_of(nodeid_path: Path) -> str:

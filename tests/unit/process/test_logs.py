@@ -36,10 +36,9 @@ def logged() -> Iterator[tuple[str, str, str]]:
 
 
 @pytest.fixture
-def out(capsys: Lines) -> Iterator[Lines]:
+def out(capsys: Lines) -> Lines:
     logs.configure("info")
-    yield capsys
-    structlog.reset_defaults()
+    return capsys
 
 
 def test_a_line_is_json_with_event_level_time_and_fields(out: Lines) -> None:
@@ -90,7 +89,6 @@ def test_values_of_fields_with_sensitive_names_are_hidden(out: Lines) -> None:
 def test_a_command_line_keeps_its_stdout_for_the_result(capsys: Lines) -> None:
     logs.configure("warning", stream="stderr")
     structlog.get_logger().warning("bus.disconnected")
-    structlog.reset_defaults()
 
     captured = capsys.readouterr()
     assert captured.out == ""
