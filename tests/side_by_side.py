@@ -15,8 +15,8 @@ import pytest
 from tests.kinds import is_part_of_a_run
 
 SHARING: Final = frozenset({"unit", "contract", "kernel", "broker", "page", "lab"})
-"""Their tests compute or wait in namespaces of their own. The others (`vm`, `crash`) hurry a whole
-host along, with a Firecracker whose guest boots meanwhile."""
+"""Their tests compute or wait in namespaces of their own. The others (`vm`, `crash`) run a whole
+host with a real guest, and wait for it with deadlines."""
 
 
 class Turns:

@@ -219,8 +219,7 @@ async def test_a_worker_that_runs_says_whether_an_id_is_taken(
     stop = StopInstance(*IDS)
 
     sending = asyncio.create_task(client.send(HOST, stop, timeout_s=DEAD_S, command_id="c-1"))
-    while len(worker.questions) < 2:
-        await asyncio.sleep(0.01)
+    await worker.until(questions=2)
     await keep(worker, "c-1", status="stopped", request_digest=request_digest(stop))
 
     assert (await sending).status == "stopped"

@@ -88,7 +88,7 @@ pub struct Reply {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub supported: Vec<String>,
     pub detail: BTreeMap<String, Value>,
-    /// Which request it answers: the first 32 hex digits of the SHA-256 of `rmp_serde::to_vec_named(&request)`.
+    /// Which request it answers: the first 32 hex digits of the SHA-256 of `rmp_serde::to_vec_named(&request)` with these types.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_digest: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
