@@ -108,6 +108,7 @@ nats_tool() {
     local inputs
     inputs=$(digest deploy/natscli/go.mod deploy/natscli/go.sum)
     [[ -x $TOOLS/nats ]] && fresh nats-tool "$inputs" && return
+    rm -f "$TOOLS/nats" # of other inputs: its tests would not notice
     command -v go >/dev/null || return 0
     say "compiling the nats tool with Go, in the background"
     if (cd deploy/natscli && CGO_ENABLED=0 GOFLAGS=-mod=readonly nice go build -trimpath -buildvcs=false -gcflags='all=-N -l -dwarf=false' \
@@ -204,14 +205,17 @@ esac
 [[ $part == venv ]] && venv_is_fresh && exit # also where another user made it
 mkdir -p "$TOOLS" "$STAMPS" && exec 9>build/setup.lock ||
     die "cannot write to $PWD/build as $(id -un): make it in a clone of your own"
-flock 9
+flock -n 9 || { say "waiting for the setup that runs in this clone"; flock 9; }
 if [[ $part == venv ]]; then
     venv
     exit
 fi
+packages
+set -m # a process group of its own, which can be ended as a whole
 nats_tool &
 nats_tool=$!
-packages
+set +m
+trap 'kill -- "-$nats_tool" 2>/dev/null || true' EXIT
 prometheus
 nats_server
 venv

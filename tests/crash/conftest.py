@@ -39,7 +39,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if "::test_a_killed_command_has_one_effect_and_one_reply[" in report.nodeid
     ]
     if ran:
-        (of_this_run,) = set(_seeds) or {seed()}
+        is_split = terminalreporter.config.pluginmanager.has_plugin("dsession")
+        of_this_run = ", ".join(sorted(set(_seeds))) if is_split else seed()
         terminalreporter.write_line(f"points of kill -9: {len(ran)}, {SEED}={of_this_run}")
     for source in dict.fromkeys(_sources):
         terminalreporter.write_line(f"previous release: {source}")

@@ -29,7 +29,8 @@ ALIVE = b"\x1e"  # written by the lab every 3 s
 BEGIN = b"\x1d"  # output before it is the lab's own
 ERROR = b"\x1c"  # begins a line of the command's stderr
 EXIT = b"\x1f"  # begins the line with the exit code; output after it is the lab's own
-CONSOLE = cache.BUILD / "lab" / "console.log"
+PROCESS = os.environ.get("PYTEST_XDIST_WORKER")  # two processes of a test run may have a lab each
+CONSOLE = cache.BUILD / "lab" / (f"console-{PROCESS}.log" if PROCESS else "console.log")
 SILENCE_S = 30.0
 ATTEMPTS = 2
 

@@ -1,5 +1,9 @@
 """A run of several processes: files of some kinds run beside others, the rest alone."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -27,6 +31,22 @@ def test_it():
 def test_it_ends():
     if {alone}:
         Path(__file__).with_suffix(".here").unlink()
+"""
+
+INTERRUPTED = """
+import time
+from pathlib import Path
+import pytest
+
+@pytest.fixture(scope="module", autouse=True)
+def slowly():
+    yield
+    time.sleep(7)
+    Path(__file__).with_suffix(".ended").touch()
+
+def test_it():
+    Path(__file__).with_suffix(".began").touch()
+    time.sleep(60)
 """
 
 
@@ -77,6 +97,74 @@ def test_one_file_waits_for_those_that_share_and_for_none_of_its_own_tests(lock:
     waits.join()
     other.take("alone", shared=False)
     other.close()
+
+
+def test_who_waits_is_before_the_next_file_of_who_had_the_turn(lock: str) -> None:
+    one, other = Turns(lock), Turns(lock)
+    order: list[str] = []
+
+    def take_alone() -> None:
+        other.take("alone", shared=False)
+        order.append("alone")
+        other.close()
+
+    one.take("a", shared=True)
+    waits = threading.Thread(target=take_alone)
+    waits.start()
+    while _waiters(lock) < 1:
+        os.sched_yield()
+    one.take("b", shared=True)
+    order.append("b")
+    one.close()
+
+    waits.join()
+    assert order == ["alone", "b"]
+
+
+def _waiters(lock: str) -> int:
+    """Of locks of this file (proc(5): a line of one that waits has an arrow)."""
+    inode = f":{os.stat(lock).st_ino} "
+    lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
+    return sum("->" in line and inode in line for line in lines)
+
+
+@pytest.mark.parametrize("split", [[], ["-n2", "--dist=loadfile"]], ids=["one", "two"])
+def test_what_the_last_test_lost_is_an_error_of_a_split_run_too(
+    pytester: pytest.Pytester, split: list[str]
+) -> None:
+    pytester.makepyfile(
+        """
+        class Lost:
+            def __del__(self):
+                raise ValueError("lost")
+
+        def test_it():
+            lost = Lost()
+            lost.itself = lost
+        """
+    )
+    options = "-p tests.leaks -W error -o asyncio_default_fixture_loop_scope=function"
+    done = pytester.runpytest_subprocess(*options.split(), *split)
+
+    done.assert_outcomes(passed=1, errors=1)
+
+
+def test_after_ctrl_c_the_teardown_of_each_process_ends(pytester: pytest.Pytester) -> None:
+    """pytest-xdist alone cuts it short after 5 s."""
+    path = pytester.path / "tests" / "unit" / "test_it.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(INTERRUPTED)
+    command = [sys.executable, "-m", "pytest", *OPTIONS.split(), "tests/unit"]
+    run = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    began, ended = path.with_suffix(".began"), path.with_suffix(".ended")
+    while not began.exists():
+        assert run.poll() is None
+        os.sched_yield()
+
+    os.killpg(run.pid, signal.SIGINT)
+
+    assert run.wait(60) == pytest.ExitCode.INTERRUPTED
+    assert ended.exists()
 
 
 def test_the_kinds_that_share_exist() -> None:
