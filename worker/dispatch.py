@@ -158,6 +158,7 @@ class Dispatch:
             observe=self._meters.step,
         )
         work.began(steps)
+        self._tracing.began(row)
         if row.trace is not None:
             row.trace.steps = steps
         try:

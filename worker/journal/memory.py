@@ -10,6 +10,7 @@ from handlers.mechanism import StepRow
 from handlers.steps import Steps
 from schemas.envelopes import Command, Reply
 from schemas.subjects import Lane
+from schemas.trace_context import TraceContext
 from worker.journal.instances import Instances, Tombstones
 from worker.journal.networks import Networks
 from worker.journal.quarantined_rows import Quarantined
@@ -62,6 +63,11 @@ class RunTrace(Protocol):
     """What is noted of one run of a command (`worker/tracing/tracing.py`)."""
 
     steps: Steps | None
+
+    @property
+    def context(self) -> TraceContext:
+        """Of the command's span."""
+        ...
 
     async def attempt(self, number: int, work: Awaitable[T]) -> T:
         """Await one attempt."""

@@ -122,11 +122,13 @@ class VmmWatch:
             steps = Steps(f"exit-{record.jail_id}", self._journal.steps, {})
             try:
                 with self._tracing.work("vmm exited", Lane.instance(record.ref)) as facts:
+                    facts["hostd.launch"] = record.launch
                     end = await vmm_exited(
                         record.ref, record.launch, status, steps, self._host, seen=seen
                     )
-                    facts |= {"hostd.launch": record.launch, "hostd.changed": end is not None}
-                    if end is not None:
+                    if end is None:  # a command ended it
+                        facts.drop()
+                    else:
                         facts["hostd.vmm.end"] = end.reason
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 log.warning("vmm.cleanup_failed", instance=str(record.ref), **facts_of(error))
@@ -166,7 +168,6 @@ class VmmWatch:
                 status = await self._exits.watch(record.vmm)
             except HostFault as failure:
                 # A live process that is not the VMM launched: it is not killed.
-                log.error("vmm.quarantined", instance=str(record.ref), reason=failure.message)  # noqa: TRY400
                 if await self._quarantined(record, failure.message):
                     return
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
@@ -181,19 +182,23 @@ class VmmWatch:
         try:
             with self._tracing.work("vmm quarantined", Lane.instance(record.ref)) as facts:
                 facts["hostd.launch"] = record.launch
-                await self._quarantine(record, reason)
+                if not await self._quarantine(record, reason):
+                    facts.drop()
         except Failure as failure:
             log.warning("vmm.watch_failed", instance=str(record.ref), **facts_of(failure))
             return False
         return True
 
-    async def _quarantine(self, record: InstanceRecord, reason: str) -> None:
+    async def _quarantine(self, record: InstanceRecord, reason: str) -> bool:
+        """False if a command ended the launch meanwhile: there is nothing to quarantine."""
         now = self._journal.records.instance(record.ref)
         if now is None or now.launch != record.launch or not now.status.expects_vmm:
-            return
+            return False
+        log.error("vmm.quarantined", instance=str(record.ref), reason=reason)
         unknown = replace(now, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms())
         await self._journal.records.put_instance(unknown, reason=reason, durable=True)
         await self._journal.records.event(EventKind.QUARANTINED, ref=record.ref, reason=reason)
+        return True
 
 
 class NotifyingRunner:

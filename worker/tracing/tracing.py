@@ -30,7 +30,15 @@ LAST_MAX: Final = 4096  # lanes of which the last command is known
 
 T = TypeVar("T")
 Put = Callable[[Sequence[Span]], None]
-Facts = dict[str, str | int | bool]
+
+
+class Facts(dict[str, str | int | bool]):
+    """What a span of the worker's own work says; `drop` if there was nothing to do: no span."""
+
+    dropped = False
+
+    def drop(self) -> None:
+        self.dropped = True
 
 
 class _Sent(msgspec.Struct):
@@ -73,26 +81,32 @@ class Tracing:
         return parent._replace(span_id=_digits(16, parent.trace_id, self._host_id, key))
 
     def begin(self, row: CommandRow) -> "CommandTrace | None":
-        """Note that a command begins to run; None if nobody will see it."""
+        """What is noted of a command that is to be run or answered; None if nobody will see it."""
         if self._put is None:
             return None
         context = self.of_command(row.command)
         if context is None or not context.sampled:
             return None
-        self._last[row.lane] = row.id, context
-        self._last.move_to_end(row.lane)
+        return CommandTrace(row, context, self._put)
+
+    def began(self, row: CommandRow) -> None:
+        """The command was not refused: from now on it is the last one of its lane."""
+        self._last.pop(row.lane, None)
+        if row.trace is None:
+            return  # no span that a link could lead to
+        self._last[row.lane] = row.id, row.trace.context
         if len(self._last) > LAST_MAX:
             self._last.popitem(last=False)
-        return CommandTrace(row, context, self._put)
 
     @contextmanager
     def work(self, name: str, lane: Lane | None = None) -> Generator[Facts]:
         """Note the worker's own work, which no command asked for, as the root of a trace.
 
         What is put into the facts meanwhile becomes attributes. With a lane, the span is linked to
-        that of the last command that this worker began there, if it was sampled.
+        that of the last command that this worker began there, if it was sampled. There is none of
+        work that was dropped, unless it failed.
         """
-        facts: Facts = {}
+        facts = Facts()
         context = None if self._put is None else self._root(secrets.token_hex(16))
         if self._put is None or context is None or not context.sampled:
             yield facts
@@ -111,9 +125,9 @@ class Tracing:
             attributes = {key: value for key, value in found.items() if value is not None}
             end_ns = began_ns + int((time.perf_counter() - began_s) * 1e9)
             links = () if last is None else (last,)
-            self._put(
-                [Span(context, None, name, "internal", began_ns, end_ns, attributes, error, links)]
-            )
+            if error is not None or not facts.dropped:
+                span = (context, None, name, "internal", began_ns, end_ns, attributes, error, links)
+                self._put([Span(*span)])
 
     def _root(self, trace_id: str) -> TraceContext:
         """The beginning of a trace, before it has a span; sampled by the ratio."""
@@ -170,7 +184,7 @@ class CommandTrace:
 
     def __init__(self, row: CommandRow, context: TraceContext, put: Put) -> None:
         self._row = row
-        self._context = context
+        self.context = context
         self._put = put
         self._recovered = row.attempts > 0
         self._began_s = time.perf_counter()
@@ -200,13 +214,13 @@ class CommandTrace:
 
         parent = parse(row.command.traceparent, row.command.tracestate)
         workspace_id: Any = getattr(request, "workspace_id", None)
-        answered = Answered(self._context, parent, request.kind, row.lane, reply, workspace_id)
+        answered = Answered(self.context, parent, request.kind, row.lane, reply, workspace_id)
         spans = [command_span(answered, now_ns, recovered=self._recovered)]
-        waited = self._context, "lane wait", row.received_at_ms * 1_000_000, at_ns(self._began_s)
+        waited = self.context, "lane wait", row.received_at_ms * 1_000_000, at_ns(self._began_s)
         spans.append(inner_span(*waited, {"hostd.lane": str(row.lane)}))
         attempts = [
             inner_span(
-                self._context,
+                self.context,
                 "attempt",
                 at_ns(each.began_s),
                 at_ns(each.ended_s),
@@ -228,7 +242,7 @@ class CommandTrace:
             above = next((a.context for a in attempts if a.start_ns <= end_ns <= a.end_ns), None)
             found.append(
                 inner_span(
-                    above or self._context,
+                    above or self.context,
                     f"undo {step.name}" if step.outcome == "undone" else step.name,
                     end_ns - step.took_us * 1000,
                     end_ns,

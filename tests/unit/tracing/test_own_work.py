@@ -1,20 +1,25 @@
 """Spans of what no command asked for: recovery, adoption, the end of a VMM, the sweep."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
+from structlog.testing import capture_logs
 
 from handlers.claims.orphan import Orphan
 from handlers.errors import HostFault
-from schemas.records import Status
+from handlers.vmm_ends import ExitStatus
+from schemas.codes import Code
+from schemas.records import Status, VmmIdentity
 from schemas.requests import SetupNetwork
 from schemas.settings import SweepSettings
 from schemas.subjects import Lane
-from tests.constants import NET, REF, START
-from tests.fakes.host import seeded
+from tests.constants import NET, REF, START, STOP
+from tests.fakes.host import FakeHost, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import FakeExits, FakeInventory, reconciled, recovery, vmm_watch
-from tests.fakes.shell_worker import command, start
+from tests.fakes.shell_worker import command, shell_worker, start, stop
 from tests.unit.reconcile.test_vmm_watch import until
 from tests.unit.tracing.test_tracing import Spans
 from worker.journal.memory import CommandRow
@@ -28,6 +33,18 @@ LANE = Lane.instance(REF)
 async def started(worker: MemoryWorker) -> None:
     for request in (SetupNetwork("acme", NET), START):
         await worker.run(request)
+
+
+class SlowExits(FakeExits):
+    """No process is the VMM launched; it is known when a test says so."""
+
+    def __init__(self, machine: FakeHost) -> None:
+        super().__init__(machine)
+        self.answers = asyncio.Event()
+
+    async def watch(self, identity: VmmIdentity) -> ExitStatus:
+        await self.answers.wait()
+        raise HostFault("process identity mismatch")
 
 
 def only(spans: Spans, name: str) -> Span:
@@ -108,6 +125,54 @@ async def test_a_quarantine_is_a_span(tmp_path: Path) -> None:
     assert only(spans, "vmm quarantined").attributes["hostd.tenant.id"] == "acme"
 
 
+async def test_a_vmm_that_a_command_ended_has_no_span_of_its_own(tmp_path: Path) -> None:
+    machine, spans = seeded(), Spans()
+    async with memory_worker(tmp_path / "j", machine, tracing=spans.tracing()) as worker:
+        await started(worker)
+        watch = vmm_watch(worker)
+        for request in (STOP, START, STOP):
+            record = worker.record()
+            assert (await worker.run(request)).code is Code.OK
+            watch.exited(record, ExitStatus(signal=9), seen=True)
+            await worker.lanes.idle()
+
+    assert spans.of("vmm exited") == []
+
+
+async def test_what_a_command_ended_before_it_was_quarantined_has_no_span(tmp_path: Path) -> None:
+    machine, spans = seeded(), Spans()
+    async with memory_worker(tmp_path / "j", machine, tracing=spans.tracing()) as worker:
+        await started(worker)
+        exits = SlowExits(machine)
+        watch = vmm_watch(worker, exits)
+        with capture_logs() as logs:
+            watch.sync_all()
+            stopped = replace(worker.record(), status=Status.STOPPED)
+            await worker.journal.records.put_instance(stopped, durable=True)
+            exits.answers.set()
+            (watched,) = watch._watched.values()
+            async with asyncio.timeout(10):
+                await watched.task
+
+    assert spans.of("vmm quarantined") == []
+    assert [each for each in logs if each["event"] == "vmm.quarantined"] == []
+
+
+async def test_a_cleanup_that_fails_names_its_launch(tmp_path: Path) -> None:
+    machine, spans = seeded(), Spans()
+    async with memory_worker(tmp_path / "j", machine, tracing=spans.tracing()) as worker:
+        await started(worker)
+        record = worker.record()
+        machine.kill(record.jail_id)
+        machine.fail["remove_jail"] = HostFault("the disk does not answer")
+
+        vmm_watch(worker).exited(record, ExitStatus(signal=9), seen=True)
+        await worker.lanes.idle()
+
+    span = only(spans, "vmm exited")
+    assert (span.attributes["hostd.launch"], span.error) == (1, "host_fault")
+
+
 async def test_recovery_and_each_adoption_are_spans(tmp_path: Path) -> None:
     """The commands of the worker before are not known: no link."""
     machine, spans = seeded(), Spans()
@@ -142,12 +207,42 @@ async def test_each_pass_of_the_sweep_is_a_span_that_counts(tmp_path: Path) -> N
     }  # fmt: skip
 
 
+async def test_the_last_command_is_one_that_began(tmp_path: Path) -> None:
+    """A link leads to no command that was refused or superseded before it began."""
+    spans = Spans()
+    tracing = spans.tracing()
+    async with shell_worker(tmp_path / "j", tracing=tracing) as worker:
+        worker.send(start(), "c1")
+        assert (await worker.reply("c1")).code is Code.OK
+        worker.send(stop(), "c2", deadline_ms=1)
+        assert (await worker.reply("c2")).code is Code.EXPIRED
+        with tracing.work("x", Lane.of_request(start())):
+            pass
+    assert only(spans, "x").attributes["hostd.command.id"] == "c1"
+
+
+async def test_an_unsampled_command_hides_the_one_before_it(tmp_path: Path) -> None:
+    spans = Spans()
+    tracing = spans.tracing()
+    async with shell_worker(tmp_path / "j", tracing=tracing) as worker:
+        worker.send(start(), "c1")
+        await worker.reply("c1")
+        worker.send(stop(), "c2", traceparent=f"00-{'ab' * 16}-{'cd' * 8}-00")
+        await worker.reply("c2")
+        with tracing.work("x", Lane.of_request(start())):
+            pass
+    span = only(spans, "x")
+    assert (span.links, "hostd.command.id" in span.attributes) == ((), False)
+
+
 def test_the_last_command_is_known_of_so_many_lanes() -> None:
     spans = Spans()
     tracing = spans.tracing()
     lanes = [Lane.network(f"t{n}") for n in range(LAST_MAX + 1)]
     for n, lane in enumerate(lanes):
-        tracing.begin(CommandRow(n, command(start(), f"c{n}"), b"", lane, n, 0))
+        row = CommandRow(n, command(start(), f"c{n}"), b"", lane, n, 0)
+        row.trace = tracing.begin(row)
+        tracing.began(row)
 
     for lane in (lanes[0], lanes[1], lanes[-1]):
         with tracing.work("x", lane):

@@ -116,7 +116,7 @@ async def test_what_no_command_asked_for_is_traced_and_linked_to_the_last_comman
     ]
     assert (exited.parent_span_id, exited.trace_id == start.trace_id) == (b"", False)
     found = attributes_of(exited)
-    assert (found["hostd.changed"], found["hostd.command.id"]) == (True, reply["id"])
+    assert found["hostd.command.id"] == reply["id"]
     assert "hostd.vmm.end" in found  # which of its reasons depends on the kernel of this host
     assert attributes_of(adopted)["hostd.result"] == "adopted"
 
