@@ -353,9 +353,8 @@ class Worker:
         )
         self.overwatch = Overwatch(host, journal, self.lanes, metrics.vmms)
         self.lanes.on_arrival = self.overwatch.yield_to
-        self.recovery = Recovery(
-            host, journal, self.vmm_watch, Adoption(host, journal, real.jail_dirs), metrics, tracing
-        )
+        adoption = Adoption(host, journal, real.jail_dirs, tracing)
+        self.recovery = Recovery(host, journal, self.vmm_watch, adoption, metrics, tracing)
         self.dump = Dump(self)
         self._bounded = reading.Parts(
             host, journal, bus, self.service, self.quarantine, self.sweep, exporter

@@ -202,7 +202,8 @@ def vmm_watch(worker: MemoryWorker, exits: FakeExits | None = None) -> VmmWatch:
 
 
 def recovery(worker: MemoryWorker, jails: FakeJailLayout | None = None) -> Recovery:
-    adoption = Adoption(worker.host, worker.journal, jails or FakeJailLayout(worker.machine))
+    layout = jails or FakeJailLayout(worker.machine)
+    adoption = Adoption(worker.host, worker.journal, layout, worker.tracing)
     return Recovery(
         worker.host, worker.journal, vmm_watch(worker), adoption, Metrics("0"), worker.tracing
     )

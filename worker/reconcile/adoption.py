@@ -22,6 +22,7 @@ from schemas.records import InstanceRecord, Status, VmmIdentity
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.logs import facts_of
+from worker.tracing.tracing import Tracing
 
 log = structlog.get_logger()
 
@@ -44,10 +45,17 @@ class JailLayout(Protocol):
 class Adoption:
     """Runs once, after the instances in the journal were recovered."""
 
-    def __init__(self, host: Host, journal: Journal, jails: JailLayout) -> None:
+    def __init__(
+        self,
+        host: Host,
+        journal: Journal,
+        jails: JailLayout,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._host = host
         self._journal = journal
         self._jails = jails
+        self._tracing = tracing or Tracing("")
         self.adopted = 0
         self.quarantined = 0
         self.failed = 0
@@ -77,13 +85,17 @@ class Adoption:
         identity = await self._host.vmms.find(jail_id)
         if identity is not None:
             metadata = await asyncio.to_thread(self._jails.read_metadata, jail_id)
-            await self._decide(jail_id, metadata, identity)
+            if metadata is not None and metadata.released:
+                return  # until an operator adopts it
+            lane = Lane.instance(metadata.ref) if metadata is not None else None
+            with self._tracing.work("vmm adopted", lane) as facts:
+                facts["hostd.jail"] = jail_id
+                facts["hostd.result"] = await self._decide(jail_id, metadata, identity)
 
     async def _decide(
         self, jail_id: str, metadata: JailMetadata | None, identity: VmmIdentity
-    ) -> None:
-        if metadata is not None and metadata.released:
-            return  # until an operator adopts it
+    ) -> str:
+        """Says what became of it: adopted or quarantined."""
         record = metadata.record if metadata is not None else None
         if (
             metadata is None
@@ -97,7 +109,7 @@ class Adoption:
                 EventKind.QUARANTINED, reason=reason, detail={"jail": jail_id}
             )
             log.warning("vmm.quarantined", jail=jail_id, reason=reason)
-            return
+            return "quarantined"
         try:
             await self._prove(jail_id, metadata.uid, identity)
         except Failure as failure:
@@ -106,12 +118,14 @@ class Adoption:
             await self._put(record, Status.UNKNOWN, identity, reason)
             await self._journal.records.event(EventKind.QUARANTINED, ref=record.ref, reason=reason)
             log.warning("vmm.quarantined", instance=str(record.ref), jail=jail_id, reason=reason)
+            return "quarantined"
         else:
             self.adopted += 1
             reason = "adopted by the metadata of its jail: it was not in the journal"
             await self._put(record, Status.RUNNING, identity, reason)
             await self._journal.records.event(EventKind.RECOVERED, ref=record.ref, reason=reason)
             log.warning("vmm.adopted", instance=str(record.ref), jail=jail_id, reason=reason)
+            return "adopted"
 
     async def _prove(self, jail_id: str, uid: int, identity: VmmIdentity) -> None:
         spec = LaunchSpec(jail_id=jail_id, uid=uid, cgroup=identity.cgroup)

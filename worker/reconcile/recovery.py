@@ -84,6 +84,7 @@ class Recovery:
         await self._each(
             self._journal.records.instances(),
             lambda record: self._instance(record, rebooted=rebooted),
+            timeout_s=None,
         )
         await self._adoption.run()
         self._counts.adopted += self._adoption.adopted
@@ -102,12 +103,17 @@ class Recovery:
         )
         log.info("worker.recovered", rebooted=rebooted, **vars(self._counts))
 
-    async def _each(self, items: Sequence[T], one: Callable[[T], Awaitable[None]]) -> None:
-        """All at once, each within its deadline; a failure is logged and counted."""
+    async def _each(
+        self,
+        items: Sequence[T],
+        one: Callable[[T], Awaitable[None]],
+        timeout_s: float | None = INSTANCE_DEADLINE_S,
+    ) -> None:
+        """All at once, each in its time; a failure is logged and counted."""
 
         async def guarded(item: T) -> None:
             try:
-                async with asyncio.timeout(INSTANCE_DEADLINE_S):
+                async with asyncio.timeout(timeout_s):
                     await one(item)
             except Exception as error:  # noqa: BLE001 - logged; the rest goes on
                 self._counts.failed += 1
@@ -140,11 +146,23 @@ class Recovery:
             )
 
     async def _instance(self, record: InstanceRecord, *, rebooted: bool) -> None:
+        """Within its deadline, which ends inside of the span that it fails."""
+        deadline = asyncio.get_running_loop().time() + INSTANCE_DEADLINE_S
+        async with asyncio.timeout_at(deadline):
+            running = await self._settled(record, rebooted=rebooted)
+        if running is not None:
+            with self._tracing.work("vmm adopted", Lane.instance(running.ref)) as facts:
+                facts["hostd.launch"] = running.launch
+                async with asyncio.timeout_at(deadline):
+                    facts["hostd.result"] = await self._adopt(running)
+
+    async def _settled(self, record: InstanceRecord, *, rebooted: bool) -> InstanceRecord | None:
+        """End what the last worker left of a failed command; the record, if it should run."""
         if record.before is not None and self._has_command(record):
-            return  # the interrupted command continues in its lane and reads the state itself
+            return None  # the interrupted command continues in its lane and reads the state itself
         if rebooted and record.holds_host:
             await self._forget_after_reboot(record)
-            return
+            return None
         if (before := record.before) is not None:
             # Its command failed partway: a guest that may have run is treated as running.
             status = InstanceState(record).status
@@ -155,10 +173,7 @@ class Recovery:
                 record = replace(before, status=status, before=None, command_id=None)
             await self._journal.records.put_instance(record, durable=True)
             record = self._journal.records.instance(record.ref) or record  # what was due is sent
-        if record.status.expects_vmm:
-            with self._tracing.work("vmm adopted", Lane.instance(record.ref)) as facts:
-                facts["hostd.launch"] = record.launch
-                facts["hostd.result"] = await self._adopt(record)
+        return record if record.status.expects_vmm else None
 
     async def _look_for_unrecorded(self) -> None:
         """Book what VMMs without a record hold, before a command can be given the same."""

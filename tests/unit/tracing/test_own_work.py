@@ -18,7 +18,14 @@ from schemas.subjects import Lane
 from tests.constants import NET, REF, START, STOP
 from tests.fakes.host import FakeHost, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
-from tests.fakes.reconcile import FakeExits, FakeInventory, reconciled, recovery, vmm_watch
+from tests.fakes.reconcile import (
+    FakeExits,
+    FakeInventory,
+    FakeJailLayout,
+    reconciled,
+    recovery,
+    vmm_watch,
+)
 from tests.fakes.shell_worker import command, shell_worker, start, stop
 from tests.unit.reconcile.test_vmm_watch import until
 from tests.unit.tracing.test_tracing import Spans
@@ -186,6 +193,50 @@ async def test_recovery_and_each_adoption_are_spans(tmp_path: Path) -> None:
     assert (found.attributes["hostd.adopted"], found.attributes["hostd.failed"]) == (1, 0)
     assert (adopted.attributes["hostd.result"], adopted.links) == ("adopted", ())
     assert adopted.attributes["hostd.instance.id"] == "i-1"
+
+
+@pytest.mark.parametrize("known", ["proven", "unproven", "without metadata"])
+async def test_what_becomes_of_a_vmm_of_a_lost_journal_is_a_span(
+    tmp_path: Path, known: str
+) -> None:
+    machine, spans = seeded(), Spans()
+    async with memory_worker(tmp_path / "lost", machine) as worker:
+        await started(worker)
+        jail_id = worker.record().jail_id
+    if known == "unproven":
+        machine.fail["check_confinement"] = HostFault("not confined as launched")
+    jails = FakeJailLayout(machine)
+    if known == "without metadata":
+        jails.damaged.add(jail_id)
+    async with memory_worker(tmp_path / "new", machine, tracing=spans.tracing()) as worker:
+        await recovery(worker, jails).run()
+        await worker.lanes.idle()
+
+    span = only(spans, "vmm adopted")
+    assert span.attributes["hostd.jail"] == jail_id
+    assert span.attributes["hostd.result"] == ("adopted" if known == "proven" else "quarantined")
+    instance = None if known == "without metadata" else "i-1"
+    assert span.attributes.get("hostd.instance.id") == instance
+
+
+async def test_an_adoption_that_does_not_end_in_time_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, spans = seeded(), Spans()
+
+    async def never(jail_id: str) -> VmmIdentity | None:
+        await asyncio.Event().wait()
+        return None
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await started(worker)
+    monkeypatch.setattr("worker.reconcile.recovery.INSTANCE_DEADLINE_S", 0.0)
+    async with memory_worker(tmp_path / "j", machine, tracing=spans.tracing()) as worker:
+        monkeypatch.setattr(worker.host.vmms, "find", never)
+        counts = await recovery(worker).run()
+
+    assert counts.failed == 1
+    assert only(spans, "vmm adopted").error == "TimeoutError"
 
 
 async def test_each_pass_of_the_sweep_is_a_span_that_counts(tmp_path: Path) -> None:
