@@ -11,6 +11,7 @@ from schemas import trace_context
 from schemas.decode_error import DecodeError
 from schemas.envelopes import Command, Form
 from schemas.partial import Undecodable, decode
+from schemas.requests import Request
 from schemas.subjects import Lane, check_reply_to
 from schemas.trace_context import TraceContext
 
@@ -18,6 +19,7 @@ from schemas.trace_context import TraceContext
 class Judged(NamedTuple):
     """A command, or why it is refused, with what an answer needs.
 
+    `request` is None if it cannot be read: what is refused may have one.
     `id` is None if it cannot be read; `reply_to` is set only if hostd may publish there; `lane` is
     None if the subject has none. `owns_id`: the ID is that of a valid envelope, whatever else is
     wrong. `trace` is the envelope's, if it has a valid one; `trace_ignored` names its fields that
@@ -25,6 +27,7 @@ class Judged(NamedTuple):
     """
 
     content: Command | DecodeError
+    request: Request | None
     id: str | None
     lane: Lane | None
     reply_to: str | None
@@ -61,7 +64,10 @@ def judge(
         except DecodeError as refused:
             content = refused
     owns_id = isinstance(decoded, Command) or decoded.owns_id
+    request = decoded.request if isinstance(decoded, Command) else None
     state = decoded.tracestate if isinstance(decoded, Command) else None
     trace = trace_context.parse(decoded.traceparent, state)
     ignored = trace_context.ignored(decoded.traceparent, state, trace)
-    return Judged(content, decoded.id, lane, reply_to, decoded.form, owns_id, trace, ignored)
+    return Judged(
+        content, request, decoded.id, lane, reply_to, decoded.form, owns_id, trace, ignored
+    )

@@ -51,7 +51,8 @@ class IntakeMeters(Protocol):
 class _Message:
     """One delivery, decoded. `reply_to` is set only if hostd may publish there.
 
-    `owns_id`: the ID is that of a valid envelope, whatever else is wrong. `trace` is the sender's.
+    `request` is None if it could not be read. `owns_id`: the ID is that of a valid envelope,
+    whatever else is wrong. `trace` is the sender's.
     """
 
     delivery: Delivery
@@ -61,6 +62,7 @@ class _Message:
     reply_to: str | None
     form: Form
     content: Command | DecodeError
+    request: Request | None
     owns_id: bool
     trace: TraceContext | None
 
@@ -152,6 +154,7 @@ class Intake:
             None,
             Form.NAMED,
             DecodeError("$", "crashed intake"),
+            request=None,
             owns_id=False,
             trace=None,
         )
@@ -195,6 +198,7 @@ class Intake:
             judged.reply_to,
             judged.form,
             content,
+            judged.request,
             judged.owns_id,
             trace,
         )
@@ -411,11 +415,7 @@ def _unclaimed(reply: Reply, delivery: Delivery) -> Reply:
 
 def _digest_of(message: _Message) -> str | None:
     """Of the request, if it could be read."""
-    match message.content:
-        case Command(request=request):
-            return codec.request_digest(request)
-        case DecodeError():
-            return None
+    return None if message.request is None else codec.request_digest(message.request)
 
 
 def _key(message: _Message) -> str:

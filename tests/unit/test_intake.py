@@ -153,9 +153,15 @@ async def test_each_reply_says_which_request_it_answers(tmp_path: Path) -> None:
         sent["full"] = SleepInstance("acme", "web", "a1", force=True)
         worker.send(sent["full"], "full")
         worker.bus.command(CMD, msgpack.packb(envelope(id="unread", request={"Grow": {}})))
-        await worker.bus.until(replies=4)
+        sent["inbox"] = sent["lane"] = sent["copied"] = stop("a3")
+        worker.send(sent["inbox"], "inbox", reply_to="elsewhere.1")
+        worker.bus.command(CMD, codec.encode_command(command(sent["lane"], "lane")))
+        copied = codec.encode_command(command(sent["copied"], "copied"))
+        subject = SUBJECTS.command(Lane.of_request(sent["copied"]))
+        worker.bus.command(subject, copied, server_headers=("Nats-Stream-Source",))
+        await worker.bus.until(replies=7)
         worker.machine.gate.set()
-        await worker.bus.until(replies=5)
+        await worker.bus.until(replies=8)
 
         digests = {reply.id: reply.request_digest for reply in worker.replies()}
         assert digests.pop("unread") is None

@@ -13,6 +13,7 @@ from typing import Final
 from handlers.errors import Exhausted
 from schemas import codec
 from schemas.codes import Code
+from schemas.decode_error import DecodeError
 from schemas.envelopes import Command, Form
 from schemas.requests import DestroyInstance, Request, StopInstance
 from schemas.subjects import Lane
@@ -122,6 +123,18 @@ class Refusal:
 def refused_id(stream_seq: int, data: bytes) -> str:
     """The ID of a message that is no valid envelope. `:` is in no command's ID."""
     return f"seq:{stream_seq}:{hashlib.sha256(data).hexdigest()[:12]}"
+
+
+def stored_digest(request: object) -> str | None:
+    """`request_digest` of what the column `request` has, which is compared byte by byte; None if
+    there is no request, or one that this version cannot read."""
+    if not isinstance(request, bytes):
+        return None
+    try:
+        codec.decode_request(request)
+    except DecodeError:
+        return None
+    return codec.digest_of(request)
 
 
 def reserved_for(request: Request) -> int:

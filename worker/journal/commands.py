@@ -47,7 +47,8 @@ REFUSED_MAX: Final = 10_000  # of them those that never ran
 class CommandState:
     """`state`: waiting, running or done; `reply` of a done one, as it went out.
 
-    `request_digest` says of which request; None of a message that had none that could be read.
+    `request_digest` says of which request; None of a message that was refused as it came: its reply
+    has the digest, if the request could be read.
     """
 
     state: Literal["waiting", "running", "done"]
@@ -373,7 +374,7 @@ class JournalCommands:
         if stored is None:
             return None
         request, reply = stored
-        return CommandState("done", _digest_of(request), reply)
+        return CommandState("done", admission.stored_digest(request), reply)
 
     def _retention_ms(self) -> int:
         """The time by which IDs are forgotten: the wall clock, but never in a jump.
@@ -420,16 +421,6 @@ class JournalCommands:
             return pruned
 
         return await self._store.writer.submit(do)
-
-
-def _digest_of(request: object) -> str | None:
-    """Of a stored request; None if there is none, or it is damaged."""
-    if not isinstance(request, bytes):
-        return None
-    try:
-        return codec.request_digest(codec.decode_request(request))
-    except DecodeError:
-        return None
 
 
 def _count_kept(tx: Transaction) -> tuple[int, int]:

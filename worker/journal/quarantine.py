@@ -122,6 +122,7 @@ class JournalQuarantine:
             received_at_ms=_number(columns["received_at_ms"]),
             finished_at_ms=at_ms,
             detail={"act": "operator", "reason": shown(unread.reason)},
+            request_digest=admission.stored_digest(columns["request"]),
         )
         form = columns["form"] if columns["form"] in set(Form) else Form.NAMED
         data = codec.encode_reply(reply, Form(form))

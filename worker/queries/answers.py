@@ -3,7 +3,7 @@ nothing."""
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import msgpack
 
@@ -167,10 +167,14 @@ class Answers:
         if found is None:
             raise NotFound(f"command {command_id} is not in the journal of this host")
         answer: ResultAnswer = {"v": 1, "id": command_id, "state": found.state}
-        if found.request_digest is not None:
-            answer["request_digest"] = found.request_digest
-        if found.reply is not None:
-            answer["reply"] = msgpack.unpackb(found.reply)
+        reply: Any = None if found.reply is None else msgpack.unpackb(found.reply)
+        digest = found.request_digest
+        if digest is None and reply is not None:
+            digest = reply.get("request_digest")  # of a message that was refused
+        if digest is not None:
+            answer["request_digest"] = digest
+        if reply is not None:
+            answer["reply"] = reply
         return answer
 
     async def explain(self, request: object) -> ExplainAnswer:

@@ -319,10 +319,32 @@ async def test_the_sender_of_an_unread_command_is_answered_once_and_its_request_
         assert found.reply is not None
         reply = codec.decode_reply(found.reply)
         assert (reply.code, reply.retryable) == (Code.INTERNAL, False)
+        assert (reply.request_digest, found.request_digest) == (None, None)
         assert len(replies) == 2  # the row of the fixture, and this one
         assert direct == ["_INBOX.odd", "_INBOX.joined"]
         assert dead.payload == request
         assert b"Evolve" in dead.headers or b"unreadable in the journal" in dead.headers
+
+
+async def test_an_unread_command_whose_request_can_be_read_says_which_it_was(
+    prepared: tuple[Path, FakeHost], tmp_path: Path
+) -> None:
+    path, machine = tmp_path / "j", copy.deepcopy(prepared[1])
+    shutil.copy(prepared[0], path)
+    request = codec.encode_request(START)
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute(
+            "UPDATE command SET request = ?, form = 'odd' WHERE id = 'odd-command'", (request,)
+        )
+
+    async with memory_worker(path, machine) as worker:
+        found = await worker.journal.commands.result("odd-command")
+
+    assert found is not None
+    assert found.reply is not None
+    reply = codec.decode_reply(found.reply)
+    assert (reply.code, reply.request_digest) == (Code.INTERNAL, codec.request_digest(START))
+    assert found.request_digest == reply.request_digest
 
 
 async def test_a_step_of_an_unknown_mechanism_and_each_row_once_are_listed_and_announced(

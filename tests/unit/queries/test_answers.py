@@ -115,16 +115,19 @@ async def test_a_result_says_of_which_request_it_is_in_each_state(tmp_path: Path
         worker.send(sleep := SleepInstance("acme", "web", "a1", force=False), "c2")
         worker.bus.command(SUBJECTS.command(LANE), pack({"v": 1, "id": "c3", "request": "Grow"}))
         await worker.reply("c3")
+        worker.send(start("a2"), "c4", reply_to="elsewhere.1")
+        await worker.reply("c4")
 
-        found = {key: await answers.result(key) for key in ("c1", "c2", "c3")}
+        found = {key: await answers.result(key) for key in ("c1", "c2", "c3", "c4")}
         gate.set()
         await worker.reply("c1")
         done = await answers.result("c1")
 
-    assert [found[key]["state"] for key in found] == ["running", "waiting", "done"]
+    assert [found[key]["state"] for key in found] == ["running", "waiting", "done", "done"]
     assert found["c1"].get("request_digest") == request_digest(start())
     assert found["c2"].get("request_digest") == request_digest(sleep)
     assert "request_digest" not in found["c3"]
+    assert found["c4"].get("request_digest") == request_digest(start("a2"))
     assert (done["state"], done.get("request_digest")) == ("done", request_digest(start()))
 
 
