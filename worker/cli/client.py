@@ -58,8 +58,9 @@ class Client:
         The `command_id` of an earlier command with the same request returns its stored reply.
 
         Raises:
-            CliError: `conflict`: while no worker answers, a reply to another request is kept under
-                this `command_id`. A worker's reply says the same.
+            CliError: `conflict`: a worker says that it has this `command_id` with another request.
+                A worker that runs refuses the command itself, by its reply.
+            NoAnswer: there is no reply yet.
         """
         with told():
             try:

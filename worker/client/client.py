@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from msgspec.structs import replace
 
@@ -94,6 +94,15 @@ class DeadLetter:
     sha256: str
     data: bytes
     truncated_from_bytes: int | None
+
+
+class _Looked(NamedTuple):
+    """Of a kept reply; `unknown`: a worker runs that does not know the command; `taken`: a reply to
+    another request is kept under its ID, and no worker says whether that still counts."""
+
+    reply: bytes | None = None
+    unknown: bool = False
+    taken: errors.Conflict | None = None
 
 
 class HostdClient:
@@ -210,6 +219,11 @@ class HostdClient:
         """As `send`, but returns the reply envelope as a map, whatever its code.
 
         It has what a newer hostd adds to replies.
+
+        Raises:
+            Conflict: a worker says that the ID is that of another request; `path` is `$.id`, and
+                `reply` None. Where the worker refuses the command itself, its reply is returned.
+            NoReply, NotStored, BadSetting: as `send`.
         """
         arguments.check_timeout(timeout_s)
         arguments.check_command_id(command_id)
@@ -255,14 +269,17 @@ class HostdClient:
         (yet).
 
         Raises:
-            Conflict: the ID is that of another request.
+            Conflict: the ID is that of another request: the worker says so, or, if it cannot be
+                asked, the reply that is kept.
             NoAnswer: it is not the newest reply of its lane, and the worker cannot be asked.
             BadRefusal: its code is one of a newer hostd.
             BadSetting: it is no command ID.
         """
         arguments.check_command_id(command_id)
-        found, _ = await self._look(self._subjects(host), request, command_id)
-        return None if found is None else _reply_of(_map(found))
+        looked = await self._look(self._subjects(host), request, command_id)
+        if looked.taken is not None:
+            raise looked.taken
+        return None if looked.reply is None else _reply_of(_map(looked.reply))
 
     async def _find(self, subjects: Subjects, command: Command, expected: Expected) -> bytes:
         """Publish the command, and look for its reply where it is kept, until it is found."""
@@ -274,12 +291,14 @@ class HostdClient:
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, LOOK_MAX_S)
             try:
-                kept, unknown = await self._look(subjects, command.request, command.id)
+                looked = await self._look(subjects, command.request, command.id)
             except errors.NoAnswer:
                 continue
-            if kept is not None:
-                return kept
-            if unknown and copies < COPIES_MAX:
+            if looked.taken is not None:  # perhaps once: a worker that forgot the ID runs this one
+                expected.trouble = looked.taken.message
+            if looked.reply is not None:
+                return looked.reply
+            if looked.unknown and copies < COPIES_MAX:
                 copies += 1
                 await self._store(subject, data, expected)
 
@@ -307,17 +326,16 @@ class HostdClient:
                 expected.trouble = ""
                 return
 
-    async def _look(
-        self, subjects: Subjects, request: Request, command_id: str
-    ) -> tuple[bytes | None, bool]:
-        """The kept reply; and whether a worker runs that does not know the command.
+    async def _look(self, subjects: Subjects, request: Request, command_id: str) -> "_Looked":
+        """Look for the reply where it is kept.
 
         The reply stream may have the reply to another request, under an ID that the worker has
         forgotten since: what a worker that runs says is before that.
 
         Raises:
-            Conflict: the ID is that of another request.
-            NoAnswer: it is not the newest reply of its lane, and the worker cannot be asked.
+            Conflict: the worker has the ID with another request.
+            NoAnswer: no reply with this ID is the newest of its lane, and the worker cannot be
+                asked.
         """
         digest = codec.request_digest(request)
         taken: errors.Conflict | None = None
@@ -326,15 +344,15 @@ class HostdClient:
             kept = await self.link.last(subjects.replies_stream, subject)
             if kept is not None and (found := _map(kept.data)).get("id") == command_id:
                 if found.get("request_digest", digest) == digest:
-                    return kept.data, False
+                    return _Looked(kept.data)
                 taken = _taken(subjects, command_id)
         try:
             done = await self.ask(subjects.host_id, queries.result(command_id))
         except errors.NotFound:
-            return None, True
+            return _Looked(unknown=True)
         except errors.HostdError as error:
             if taken is not None:
-                raise taken from error
+                return _Looked(taken=taken)
             if isinstance(error, errors.NoAnswer):
                 raise
             raise errors.NoAnswer(  # of the query: it says nothing about the command
@@ -343,7 +361,7 @@ class HostdClient:
         reply = done.reply
         if (done.request_digest or (reply or {}).get("request_digest", digest)) != digest:
             raise _taken(subjects, command_id)
-        return (None if reply is None else pack(reply)), False
+        return _Looked(None if reply is None else pack(reply))
 
     # -- queries ---------------------------------------------------------------------------------
 

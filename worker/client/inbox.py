@@ -23,7 +23,7 @@ class Expected:
 
     Attributes:
         subject: its `reply_to`.
-        trouble: why the command could not be published last.
+        trouble: why the command could not be published last, or may be refused.
         maybe_stored: whether the stream has it, or may have it.
     """
 
