@@ -480,8 +480,10 @@ async def test_a_setting_that_cannot_be_used_is_named(wrong: dict[str, Any]) -> 
     ("name", "value"),
     [
         ("command_id", ""), ("command_id", "a b"), ("command_id", "x" * 65), ("command_id", "x\n"),
-        ("deadline_ms", -1), ("deadline_ms", 1 << 63), ("timeout_s", 0), ("timeout_s", -1.0),
-        ("timeout_s", float("nan")), ("timeout_s", float("inf")),
+        ("command_id", 7), ("command_id", b"c-1"),
+        ("deadline_ms", -1), ("deadline_ms", 1 << 63), ("deadline_ms", 1.5), ("deadline_ms", True),
+        ("deadline_ms", "9"), ("timeout_s", 0), ("timeout_s", -1.0), ("timeout_s", "3"),
+        ("timeout_s", True), ("timeout_s", float("nan")), ("timeout_s", float("inf")),
     ],
 )  # fmt: skip
 async def test_an_argument_that_cannot_be_sent_is_named(
@@ -495,14 +497,16 @@ async def test_an_argument_that_cannot_be_sent_is_named(
     assert worker.commands == []
 
 
-@pytest.mark.parametrize("value", [-1, 1 << 63])
+@pytest.mark.parametrize(
+    ("value", "capacity"), [(-1, -1), (1 << 63, 0), (1.5, 1.5), (True, True), ("3", "3")]
+)
 async def test_a_position_or_capacity_that_cannot_be_is_named(
-    client: HostdClient, value: int
+    client: HostdClient, value: Any, capacity: Any
 ) -> None:
     with pytest.raises(errors.BadSetting, match="after"):
         await anext(client.stored_events(after=value))
     with pytest.raises(errors.BadSetting, match="capacity"):
-        async with client.events(HOST, capacity=min(value, 0)):
+        async with client.events(HOST, capacity=capacity):
             pass
 
 
