@@ -34,7 +34,7 @@ from worker.bus.guarded_client import (
 )
 from worker.bus.lean_client import encode_headers
 from worker.bus.message import Message, NoResponder, Subscription
-from worker.bus.nats_call import NatsCall, text_of
+from worker.bus.nats_call import NatsCall, error_text
 from worker.bus.protocol import BusError, Unsendable
 from worker.bus.strict_client import requires_tls, without_password
 
@@ -132,7 +132,7 @@ class Connection:
             if _contents(settings) == self._in_use:
                 return False
         except (OSError, errors.Error) as error:
-            raise BusError(f"cannot reload [nats]: {text_of(error)}") from error
+            raise BusError(f"cannot reload [nats]: {error_text(error)}") from error
         await (
             self.close()
         )  # also an attempt to connect with the old settings, which goes on forever
@@ -242,7 +242,7 @@ class Connection:
             # wait_for of Python 3.11 drops a cancellation that arrives together with a refused
             # connection, and nats-py would then try the next server, forever.
             raise asyncio.CancelledError
-        text = str(error) or type(error).__name__
+        text = error_text(error)
         if "permissions violation" in text.lower():
             self.permission_errors += 1
             if text in self._denials or len(self._denials) < DENIALS_KEPT:

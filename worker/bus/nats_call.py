@@ -47,11 +47,11 @@ class NatsCall:
         elif error is None:
             return
         elif isinstance(error, UNSENDABLE):
-            raise Unsendable(f"{self._subject!a}: {text_of(error)}") from error
+            raise Unsendable(f"{self._subject!a}: {error_text(error)}") from error
         elif isinstance(error, FAILED):
-            raise BusError(f"{self._subject}: {text_of(error)}") from error
+            raise BusError(f"{self._subject}: {error_text(error)}") from error
 
 
-def text_of(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """The error's text, or its class if it has none."""
     return str(error) or type(error).__name__
