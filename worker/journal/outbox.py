@@ -12,7 +12,8 @@ from worker.journal.transaction import OutRow, StateRow, Transaction
 
 BACKLOG_ROWS: Final = 100_000
 # What the bus has is noted with the next commit, or after this time. Until then a kill has it sent
-# again: to a stream or the bucket, which know it, or to an inbox, where copies may repeat.
+# again: to the bucket; to a stream, which knows the ID for `streams.DEDUPE_NS` and after that has
+# the message twice; or to an inbox, where copies may repeat.
 SENT_S: Final = 0.25
 CLEAN: Final = "UPDATE state SET dirty = 0 WHERE key = ? AND seq = ?"
 DELETE: Final = "DELETE FROM state WHERE key = ? AND seq = ?"

@@ -20,7 +20,8 @@ Durability. A part asks for one of three levels:
 - `submit()`: in the write-ahead log of the process (`synchronous=NORMAL`) before the caller
   continues. It survives kill -9 but not a power loss, which also removes the effect it is about.
 - `later()`: with the next commit, or within a time of its own. Nobody waits. It survives nothing
-  until then: what is sent to the bus but not yet deleted here is sent again, and deduplicated.
+  until then: what is sent to the bus but not yet deleted here is sent again, and deduplicated by a
+  stream for a while, not at an inbox.
 
 If one part of a batch is durable, the whole batch is. `submit_soon` is `submit(durable=True)` that
 leaves two turns of the loop for further parts to join, so that a command that changes nothing is
