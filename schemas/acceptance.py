@@ -23,7 +23,7 @@ class Judged(NamedTuple):
     `id` is None if it cannot be read; `reply_to` is set only if hostd may publish there; `lane` is
     None if the subject has none. `owns_id`: the ID is that of a valid envelope, whatever else is
     wrong. `trace` is the envelope's, if it has a valid one; `trace_ignored` names its fields that
-    break W3C's rules.
+    were not taken (`trace_context.ignored`); the `tracestate` of what does not decode is not read.
     """
 
     content: Command | DecodeError

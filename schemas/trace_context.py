@@ -73,9 +73,10 @@ def parse(traceparent: str | None, tracestate: str | None = None) -> TraceContex
 def ignored(
     traceparent: str | None, tracestate: str | None, trace: TraceContext | None
 ) -> tuple[str, ...]:
-    """Which of the two texts that were read as `trace` break W3C's rules, by name.
+    """Which of the two texts, read as `trace`, break W3C's rules or exceed 512 characters, by name.
 
-    A `tracestate` without a `traceparent` means nothing, and an empty list is a valid one.
+    A `tracestate` counts only beside a valid `traceparent`: without one it means nothing. An empty
+    list is a valid one.
     """
     if traceparent is None:
         return ()

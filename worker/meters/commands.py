@@ -76,7 +76,7 @@ class CommandMeters:
         )
         self._ignored_traces = Counter(
             "hostd_trace_contexts_ignored_total",
-            "Texts of a command's trace context that break W3C Trace Context, ignored.",
+            "Ignored texts of a trace context: they break W3C's rules or exceed 512 characters.",
             ["place", "field"],
             registry=registry,
         )

@@ -259,7 +259,7 @@ async def test_each_pass_of_the_sweep_is_a_span_that_counts(tmp_path: Path) -> N
 
 
 async def test_the_last_command_is_one_that_began(tmp_path: Path) -> None:
-    """A link leads to no command that was refused or superseded before it began."""
+    """A link leads to no command that was refused before it began."""
     spans = Spans()
     tracing = spans.tracing()
     async with shell_worker(tmp_path / "j", tracing=tracing) as worker:

@@ -106,6 +106,32 @@ def test_a_command_is_taken_whatever_its_context(text: str | None) -> None:
     assert (judged.content.request, judged.trace) == (Ping(), None)
 
 
+@pytest.mark.parametrize(
+    ("parent", "state", "request_", "named"),
+    [
+        (VALID, "a=1", "Ping", ()),
+        (f"cc{VALID[2:]}-", "a=1", "Ping", ()),
+        (f"cc{VALID[2:]}-{'x' * 512}", "a=1", "Ping", ("traceparent",)),
+        (VALID, f"a={'x' * 250},b={'x' * 250},c=xxxxxxxx", "Ping", ("tracestate",)),
+        (None, "A=1", "Ping", ()),
+        ("odd", "A=1", "Ping", ("traceparent",)),
+        ("odd", "A=1", "Grow", ("traceparent",)),
+        (VALID, "A=1", "Grow", ()),
+    ],
+    ids=["valid", "newer", "long parent", "long state", "alone", "both", "unread both", "unread"],
+)
+def test_what_is_not_taken_of_a_context_is_named(
+    parent: str | None, state: str, request_: str, named: tuple[str, ...]
+) -> None:
+    envelope = {"v": 1, "id": "c1", "request": request_, "tracestate": state}
+
+    judged = judge(
+        msgpack.packb(envelope | ({} if parent is None else {"traceparent": parent})), ["_INBOX."]
+    )
+
+    assert judged.trace_ignored == named
+
+
 def test_the_context_of_a_message_without_a_valid_request_is_read() -> None:
     envelope = {"v": 1, "id": "c1", "request": "Grow", "traceparent": VALID}
 
