@@ -2,9 +2,10 @@
 
 The same calls with the same binaries and files as hostd's, and what leaves the same lasting
 result: a sleep's files are synced, an ended VMM leaves no TAP, cgroup or jail. Nothing else: no
-journal, bus, checks or hashes, plain blocking calls. Standard library only. As a program it reads
-one job per line (JSON) from stdin and writes one line for each: duration, phases and its own CPU
-time, or its error. What a job has to make before is in its CPU time and not in its duration.
+journal, bus, checks or hashes, plain blocking calls. It waits between attempts as hostd does.
+Standard library only. As a program it reads one job per line (JSON) from stdin and writes one line
+for each: duration, phases and its own CPU time, or its error. What a job has to make before is in
+its CPU time and not in its duration.
 
 Source: tun(4), cgroups(7), rtnetlink(7), pidfd_open(2); docs/{jailer,vsock}.md of Firecracker.
 """
@@ -21,10 +22,12 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-POLL_S = 0.0005
+POLL_S, LAST_WAIT_S, GROWTH = 0.0005, 0.1, 1.25  # as hostd asks a guest's agent
+STEADY_S = 0.004  # the API listens within 1 to 2 ms: for so long it is not asked less often
 LIMIT_S = 30.0
 TUNSETIFF, TUNSETPERSIST, TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 TAP_FLAGS = 0x5002  # IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
@@ -252,6 +255,7 @@ def _run_jailer(argv: list[str]) -> None:
 def _connected(path: Path) -> socket.socket:
     until = time.monotonic() + LIMIT_S
     directory = os.open(path.parent, os.O_PATH)  # a path through it has no length limit
+    waits = _waits(STEADY_S)
     try:
         while True:
             stream = socket.socket(socket.AF_UNIX)
@@ -262,11 +266,21 @@ def _connected(path: Path) -> socket.socket:
                 stream.close()
                 if time.monotonic() > until:
                     raise
-                time.sleep(POLL_S)
+                time.sleep(next(waits))
             else:
                 return stream
     finally:
         os.close(directory)
+
+
+def _waits(steady_s: float = 0.0) -> Iterator[float]:
+    """Before each further attempt; longer and longer once they are `steady_s` together."""
+    wait_s, waited_s = POLL_S, 0.0
+    while True:
+        yield wait_s
+        waited_s += wait_s
+        if waited_s > steady_s:
+            wait_s = min(wait_s * GROWTH, LAST_WAIT_S)
 
 
 def _call(api: socket.socket, method: str, path: str, body: object) -> None:
@@ -287,6 +301,7 @@ def _ask(path: Path, request: object) -> None:
     """Retry until the guest answers; while it boots, connections are closed."""
     until = time.monotonic() + LIMIT_S
     body = json.dumps(request).encode()
+    waits = _waits()
     while True:
         try:
             with _connected(path) as stream:
@@ -301,7 +316,7 @@ def _ask(path: Path, request: object) -> None:
         except OSError:
             if time.monotonic() > until:
                 raise
-            time.sleep(POLL_S)
+            time.sleep(next(waits))
 
 
 def _exactly(stream: socket.socket, size: int) -> bytes:

@@ -29,6 +29,7 @@ LINE_BYTES = 64
 TEXT_CHARS = 200
 FIRST_WAIT_S = 0.0005
 LAST_WAIT_S = 0.1
+WAIT_GROWTH = 1.25
 FIRST_SILENCE_S = 0.25
 LAST_SILENCE_S = 2.0
 REFUSALS = 3
@@ -153,7 +154,7 @@ class GuestAgents:
                         missing = isinstance(error, FileNotFoundError)
                         last = "no socket" if missing else "connection closed"
                     await asyncio.sleep(wait_s)
-                    wait_s = min(wait_s * 1.25, LAST_WAIT_S)
+                    wait_s = min(wait_s * WAIT_GROWTH, LAST_WAIT_S)
         except TimeoutError:
             pass
         raise Unavailable(
