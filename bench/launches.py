@@ -1,7 +1,8 @@
 """Start, Sleep, Wake and Stop of one instance against the bare script, each timed end to end.
 
-hostd from the sender's publish to its reply, the script from its first line to the end of its last
-call. Both go through the same cycle; rounds alternate, and so does which of the two goes first.
+hostd from the sender's publish to its reply; the script, once all that a launch needs is made, from
+its first call to the end of its last. Both go through the same cycle; rounds alternate, and so does
+which of the two goes first.
 """
 
 import asyncio

@@ -1,6 +1,7 @@
-"""The bare script waits as hostd does, so that its CPU time is comparable."""
+"""The bare script measures what hostd is compared with: the same waits, the same beginning."""
 
 import itertools
+import json
 import socket
 import threading
 import time
@@ -68,3 +69,31 @@ def test_it_looks_for_a_late_api_ever_less_often(
     steady = list(itertools.takewhile(lambda each: each == bare.POLL_S, slept_s))
     assert sum(steady) == pytest.approx(bare.STEADY_S, abs=2 * bare.POLL_S)
     assert slept_s[-1] == bare.LAST_WAIT_S
+
+
+def test_a_duration_begins_some_time_after_what_the_job_had_to_make(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    at: dict[str, float] = {}
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    def make(_: object) -> None:
+        at["made"] = clock[0]
+
+    def run(_: object) -> dict[str, float]:
+        at["run"] = clock[0]
+        clock[0] += 1
+        return {}
+
+    script = SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep, process_time=lambda: 0.0)
+    monkeypatch.setattr(bare, "time", script)
+    monkeypatch.setattr(bare, "make", make)
+    monkeypatch.setattr(bare, "run", run)
+    monkeypatch.setattr(bare.sys, "stdin", ['{"make": {}}\n'])
+    bare.main()
+
+    assert at["run"] - at["made"] == bare.SETTLE_S
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["took_s"] == 1
