@@ -1,4 +1,4 @@
-module hostd/tests/natscli
+module hostd/deploy/natscli
 
 go 1.26.0
 
