@@ -78,8 +78,7 @@ async def bare_burst(
     instances: list[BareInstance], scripts: list[Script], times: list[float]
 ) -> None:
     for instance in instances:
-        await instance.prepare()
-        instance.link_snapshot()
+        await instance.make(wakes=True)
     await asyncio.sleep(SETTLE_S)
     began = time.monotonic()
     try:

@@ -1,7 +1,8 @@
-"""An instance that the bare script launches: prepared beforehand, and not timed.
+"""An instance that the bare script launches: its files, and its jobs.
 
-hostd's own mechanisms prepare it, so the script starts from exactly what hostd creates for itself:
-the jail with its hard links, log and config drive, the cgroup leaf, the TAP on the tenant's bridge.
+The imported revision and the data disk outlast a launch: hostd's own mechanisms make them. Cgroup
+leaf, jail and TAP of a launch `bare.make` makes, each with what hostd would give it, as part of a
+job or before it; hostd's mechanisms remove them.
 """
 
 import asyncio
@@ -9,7 +10,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import msgspec
 
+from bench.raw import bare
 from handlers.host.jail.jails import Jails
 from handlers.host.linux.kernel_thread import no_namespace
 from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
@@ -26,6 +27,7 @@ from handlers.host.net.rtnetlink_messages import (
     new_neighbour,
     port_change,
 )
+from handlers.host.net.taps import port_settings
 from handlers.host.storage.artifacts import Artifacts
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.drive_images import CONFIG, SmallDrives
@@ -56,7 +58,6 @@ from handlers.specs import (
     DataDiskSpec,
     DriveConfig,
     JailFile,
-    JailSpec,
     LaunchSpec,
     NicConfig,
     TapSpec,
@@ -122,8 +123,23 @@ class BareInstance:
         cgroup = naming.cgroup_name(self.host.settings.limits.cgroup, self.cgroup_key)
         return LaunchSpec(self.jail_id, self.uid, cgroup)
 
+    @property
+    def tap_spec(self) -> TapSpec:
+        return TapSpec(
+            self.tap,
+            self.net.bridge_name,
+            self.uid,
+            naming.mac_address(self.net.tenant_net_id, self.offset),
+            naming.guest_ip(self.net, self.offset),
+            naming.interface_alias(str(self.ref)),
+        )
+
+    async def make(self, *, wakes: bool) -> None:
+        """Make what the next launch needs here and now, not as part of its job."""
+        bare.make(await self.making(wakes=wakes))
+
     async def making(self, *, wakes: bool) -> dict[str, Any]:
-        """What `bare.make` makes for the next launch, in place of `prepare` and `link_snapshot`."""
+        """What `bare.make` makes for the next launch; for a wake also the snapshot's links."""
         self.launch += 1
         files = await self._files()
         image = Path(self.host.directory, f"bare-{self.ref.instance_id}.ext4")
@@ -132,16 +148,7 @@ class BareInstance:
                 SmallDrives().write(file.fileno(), CONFIG, b"{}\n")
         leaf = self._cgroups.tree.path(self.spec.cgroup)
         enforced = self.host.settings.limits.enforce
-        mac = naming.mac_address(self.net.tenant_net_id, self.offset)
-        bridge = socket.if_nametoindex(self.net.bridge_name)
-        alias = f"hostd:{self.ref}"
-        messages = [
-            (link_change(0, ifalias=alias, master=bridge), True),
-            (port_change(0, isolated=0, learning=0, unicast_flood=0), True),
-            (new_fdb_entry(0, mac), True),
-            (new_neighbour(bridge, naming.guest_ip(self.net, self.offset), mac), False),
-            (link_change(0, state="up"), True),
-        ]
+        snapshot = [str(self.snapshot / name) for name in (STATE, MEMORY)]
         return {
             "cgroup": leaf,
             "limits": limits_of(leaf, self._cgroup_spec()) if enforced else {},
@@ -151,31 +158,24 @@ class BareInstance:
             "writable": [file.source for file in files if file.writable],
             "empty": [LOG],
             "images": {CONFIG_DRIVE: str(image)},
-            "snapshot": {WOKEN_DIR: [str(self.snapshot / n) for n in (STATE, MEMORY)]}
-            if wakes
-            else {},
+            "snapshot": {WOKEN_DIR: snapshot} if wakes else {},
             "tap": self.tap,
-            "messages": [(request.with_header(1).hex(), own) for request, own in messages],
+            "messages": await self._messages(),
         }
 
-    async def prepare(self) -> None:
-        """Jail, cgroup and TAP of the next launch, by hostd's mechanisms."""
-        self.launch += 1
-        files = await self._files()
-        await self._cgroups.ensure(self._cgroup_spec())
-        await self._jails.ensure(
-            JailSpec(self.ref, self.jail_id, self.uid, tuple(files), config=b"{}\n")
-        )
-        await self.network.taps.ensure(
-            TapSpec(
-                self.tap,
-                self.net.bridge_name,
-                self.uid,
-                naming.mac_address(self.net.tenant_net_id, self.offset),
-                naming.guest_ip(self.net, self.offset),
-                f"hostd:{self.ref}",
-            )
-        )
+    async def _messages(self) -> list[tuple[str, bool]]:
+        """Those of hostd's for a new TAP; whether each is about it, whose index is put in then."""
+        tap = self.tap_spec
+        bridge = await self.network.netlink.run(lambda kernel: kernel.existing_link(tap.bridge))
+        port = port_settings(isolate=self.host.settings.network.isolate_guests)
+        requests = [
+            (link_change(0, ifalias=tap.alias, master=bridge.index), True),
+            (port_change(0, **port), True),
+            (new_fdb_entry(0, tap.mac), True),
+            (new_neighbour(bridge.index, tap.guest_ip, tap.mac), False),
+            (link_change(0, state="up"), True),
+        ]
+        return [(request.with_header(1).hex(), own) for request, own in requests]
 
     async def _files(self) -> list[JailFile]:
         artifacts = Artifacts(data=self._paths.data, state=self._paths.state)
@@ -211,7 +211,7 @@ class BareInstance:
         return self._job([*calls, START_CALL], ["Ping"])
 
     def wake_job(self) -> dict[str, Any]:
-        """The calls of hostd's WakeInstance; the snapshot must have been linked."""
+        """The calls of hostd's WakeInstance; it must have been made for a wake."""
         body = {
             "snapshot_path": in_jail(WOKEN_DIR, STATE),
             "mem_backend": {"backend_type": "File", "backend_path": in_jail(WOKEN_DIR, MEMORY)},
@@ -253,16 +253,6 @@ class BareInstance:
     def _job(self, calls: list[Any], agent: list[object]) -> dict[str, Any]:
         jailer = self._jailer.arguments(self.spec)
         return {"root": str(self.root), "jailer": jailer, "calls": calls, "agent": agent}
-
-    def link_snapshot(self) -> None:
-        """Into the prepared jail, as hostd links it."""
-        woken = self.root / WOKEN_DIR
-        woken.mkdir(mode=0o750)
-        os.chown(woken, 0, self.uid)
-        for name in (STATE, MEMORY):
-            os.chown(self.snapshot / name, 0, self.uid)
-            os.chmod(self.snapshot / name, 0o440)
-            os.link(self.snapshot / name, woken / name)
 
     async def clear(self) -> None:
         """Kill the VMM and remove jail, cgroup and TAP; what is gone already is success.

@@ -84,7 +84,7 @@ async def stage(bench: BenchHost, mem_mib: int) -> AsyncGenerator[BareInstances]
 
 async def take_snapshot(instance: BareInstance, script: Script) -> None:
     """Start and sleep once; the files serve every wake that does not discard them."""
-    await instance.prepare()
+    await instance.make(wakes=False)
     try:
         await script.run(instance.start_job())
         await script.run(instance.sleep_job())

@@ -22,14 +22,8 @@ from handlers.errors import Conflict, Failure, HostFault, Unavailable, of_os_err
 from handlers.host.linux.kernel_thread import CALL_S, no_namespace
 from handlers.host.net.bridges import GATEWAY_OFFSET
 from handlers.host.net.rtnetlink import Kernel, Netlink
-from handlers.host.net.rtnetlink_reader import (
-    IFLA_BRPORT_ISOLATED,
-    IFLA_BRPORT_LEARNING,
-    IFLA_BRPORT_UNICAST_FLOOD,
-    IFLA_TUN_OWNER,
-    IFLA_TUN_PERSIST,
-    Link,
-)
+from handlers.host.net.rtnetlink_messages import PORT
+from handlers.host.net.rtnetlink_reader import IFLA_TUN_OWNER, IFLA_TUN_PERSIST, Link
 from handlers.host.net.sysctl import ensure_sysctl
 from handlers.mechanism import Durability
 from handlers.specs import TapSpec, TapTraffic
@@ -232,7 +226,7 @@ def create_tap(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) ->
         ensure_sysctl(f"ipv6/conf/{spec.name}/disable_ipv6", "1")
         with kernel.together():
             kernel.set_link(index, ifalias=spec.alias, master=bridge.index)
-            kernel.set_port(index, isolated=int(isolate), learning=0, unicast_flood=0)
+            kernel.set_port(index, **port_settings(isolate=isolate))
             kernel.add_static_fdb(index, spec.mac)
             kernel.add_neighbour(bridge.index, spec.guest_ip, spec.mac)
             kernel.set_link(index, state="up")
@@ -263,7 +257,7 @@ def converge_tap(kernel: Kernel, link: Link, spec: TapSpec, bridge: Link, *, iso
     wanted = port_flags(isolate=isolate)
     port = kernel.existing_link(spec.name).port
     if any(port.get(flag) != value for flag, value in wanted.items()):
-        kernel.set_port(link.index, isolated=int(isolate), learning=0, unicast_flood=0)
+        kernel.set_port(link.index, **port_settings(isolate=isolate))
         changed = True
     if not kernel.has_static_fdb(link.index, spec.mac):
         kernel.add_static_fdb(link.index, spec.mac)
@@ -277,12 +271,14 @@ def converge_tap(kernel: Kernel, link: Link, spec: TapSpec, bridge: Link, *, iso
     return changed
 
 
+def port_settings(*, isolate: bool) -> dict[str, int]:
+    """What a guest's port is set to, by the names of `rtnetlink_messages.PORT`."""
+    return {"isolated": int(isolate), "learning": 0, "unicast_flood": 0}
+
+
 def port_flags(*, isolate: bool) -> dict[int, int]:
-    return {
-        IFLA_BRPORT_ISOLATED: int(isolate),
-        IFLA_BRPORT_LEARNING: 0,
-        IFLA_BRPORT_UNICAST_FLOOD: 0,
-    }
+    """The same as the kernel reports it."""
+    return {PORT[name]: value for name, value in port_settings(isolate=isolate).items()}
 
 
 def verify_tap(kernel: Kernel, spec: TapSpec, bridge: Link, *, isolate: bool) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Generator
@@ -92,7 +93,7 @@ def test_a_duration_begins_some_time_after_what_the_job_had_to_make(
     monkeypatch.setattr(bare, "time", script)
     monkeypatch.setattr(bare, "make", make)
     monkeypatch.setattr(bare, "run", run)
-    monkeypatch.setattr(bare.sys, "stdin", ['{"make": {}}\n'])
+    monkeypatch.setattr(sys, "stdin", ['{"make": {}}\n'])
     bare.main()
 
     assert at["run"] - at["made"] == bare.SETTLE_S
