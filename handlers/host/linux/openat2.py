@@ -103,7 +103,11 @@ class Directory:
     def shared(self, name: str) -> "Directory":
         """Open a directory that another user fills: only files of its owner are taken below it."""
         directory = self.directory(name)
-        directory.owner = os.fstat(directory.fd).st_uid
+        try:
+            directory.owner = os.fstat(directory.fd).st_uid
+        except BaseException:
+            directory.close()
+            raise
         return directory
 
     def stat(self, name: str) -> os.stat_result | None:
@@ -137,7 +141,11 @@ class Directory:
     def _regular(self, name: str, flags: int) -> tuple[int, os.stat_result]:
         """A descriptor of a regular file, to be closed by the caller; its status when opened."""
         fd = self._open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
-        found = os.fstat(fd)
+        try:
+            found = os.fstat(fd)
+        except BaseException:
+            os.close(fd)
+            raise
         if not stat.S_ISREG(found.st_mode):
             os.close(fd)
             raise Invalid(f"{self.named(name)} is not a regular file", path=self.named(name))

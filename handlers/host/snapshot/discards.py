@@ -43,16 +43,20 @@ def unname_dir(directory: SnapshotDir) -> int | None:
     memory: int | None = None
     with contextlib.ExitStack() as unless_done:
         for name in os.listdir(directory.path):
-            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            with (
+                contextlib.suppress(FileNotFoundError, IsADirectoryError),
+                contextlib.ExitStack() as opened,
+            ):
                 fd = os.open(directory.file(name), FILE)
+                opened.callback(os.close, fd)
                 found = os.fstat(fd)
                 if not (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
-                    os.close(fd)
-                elif name == MEMORY:
+                    continue
+                if name == MEMORY:
                     memory = fd
-                    unless_done.callback(os.close, fd)
+                    unless_done.push(opened.pop_all())
                 else:
-                    _free(fd)
+                    wipe.discard(fd)
         remove_path(directory.path)
         unless_done.pop_all()
     return memory
@@ -72,8 +76,12 @@ class MemoryFreer:
         self._thread = ThreadPoolExecutor(1, "free-memory", initializer=be_nice)
 
     def free(self, fd: int) -> Future[None]:
-        """Takes the descriptor over."""
-        return self._thread.submit(_free, fd)
+        """Takes the descriptor over, also if it raises: the thread was ended."""
+        try:
+            return self._thread.submit(_free, fd)
+        except RuntimeError:
+            os.close(fd)
+            raise
 
     def close(self) -> None:
         """What waits is freed by the end of the process."""

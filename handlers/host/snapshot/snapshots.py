@@ -301,7 +301,10 @@ class Snapshots:
             nonlocal size_bytes
             memory = unname_dir(directory)
             if memory is not None:
-                size_bytes += os.fstat(memory).st_blocks * BLOCK_BYTES
+                with contextlib.ExitStack() as unless_freed:
+                    unless_freed.callback(os.close, memory)
+                    size_bytes += os.fstat(memory).st_blocks * BLOCK_BYTES
+                    unless_freed.pop_all()
                 freed.append(self._freer.free(memory))
 
         self._delete(ref, below, unname)

@@ -346,10 +346,10 @@ class Cgroups:
     def _wait_empty(self, name: str) -> None:
         """Wait for `populated 0`; the kernel reports a change as POLLPRI."""
         try:
-            fd = os.open(f"{self.tree.path(name)}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+            events = open(f"{self.tree.path(name)}/cgroup.events", "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError:
             return
-        with os.fdopen(fd, "rb", buffering=0) as events:
+        with events:
             poll = select.poll()
             poll.register(events, select.POLLPRI)
             until = time.monotonic() + EMPTY_TIMEOUT_S

@@ -35,7 +35,7 @@ async def run(argv: Sequence[str], output: int, *, first: Callable[[], None] = n
     Source: posix_spawn(3), pidfd_open(2).
 
     Raises:
-        OSError: it cannot be executed.
+        OSError: it cannot be executed, or not be watched: it was killed then.
     """
 
     waited_for = True
@@ -58,7 +58,11 @@ async def run(argv: Sequence[str], output: int, *, first: Callable[[], None] = n
     finally:
         waited_for = False
         handed.close()
-    pidfd = os.pidfd_open(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        await run_shielded(_end(pid))
+        raise
     try:
         await processes.wait_exit(pidfd)
     except asyncio.CancelledError:
@@ -72,7 +76,7 @@ async def run(argv: Sequence[str], output: int, *, first: Callable[[], None] = n
 
 
 async def _end(pid: int) -> None:
-    """Kill and reap what was spawned while its launch was cancelled."""
+    """Kill and reap what nobody waits for: its launch was cancelled, or it cannot be watched."""
     os.kill(pid, signal.SIGKILL)  # our own child, not reaped yet: the pid cannot be another's
     await run_in_thread(os.waitpid, pid, 0)
 

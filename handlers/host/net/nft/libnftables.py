@@ -125,7 +125,7 @@ def netfilter_sockets() -> set[int]:
         try:
             if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 continue
-            with socket.socket(fileno=os.dup(descriptor)) as each:
+            with duplicate(descriptor) as each:
                 if each.family == socket.AF_NETLINK and each.proto == NETLINK_NETFILTER:
                     found.add(descriptor)
         except OSError:
@@ -141,10 +141,20 @@ def duplicate_of_one(descriptors: set[int]) -> socket.socket | None:
     """
     if len(descriptors) != 1:
         return None
-    found = socket.socket(fileno=os.dup(descriptors.pop()))
+    found = duplicate(descriptors.pop())
     if not found.getsockname()[0]:
         found.bind((0, 0))
     return found
+
+
+def duplicate(descriptor: int) -> socket.socket:
+    """Raises OSError: another thread has closed the socket; the number may be another file's."""
+    own = os.dup(descriptor)
+    try:
+        return socket.socket(fileno=own)
+    except BaseException:
+        os.close(own)
+        raise
 
 
 def open_engine() -> Engine:
