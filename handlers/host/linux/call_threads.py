@@ -20,6 +20,7 @@ from weakref import WeakSet
 
 import structlog
 
+from handlers.cancellation import Uncut
 from handlers.errors import Abandoned, Unavailable
 from handlers.thread_stack import stack_of
 
@@ -64,7 +65,7 @@ class _Call(Generic[S, T]):
             self.error = error
 
     def withdraw(self) -> None:
-        """In the loop: cancel it unless it has begun."""
+        """In the loop: cancel it unless it has begun. Its future is never one of `begin_uncut`."""
         if self.claim.acquire(blocking=False):
             self.future.cancel()
 
@@ -176,25 +177,20 @@ class CallThreads(Generic[S]):
         """
         return await self.begin(do).future
 
-    def begin(
-        self,
-        do: Callable[[S], T],
-        progress: Progress | None = None,
-        future: asyncio.Future[T] | None = None,
-    ) -> _Call[S, T]:
-        """As `run`, for who waits for `future` himself, or may `withdraw` the call."""
-        if self._stopped:
-            raise RuntimeError(f"{self.kind} threads have been stopped")
+    def begin(self, do: Callable[[S], T], progress: Progress | None = None) -> _Call[S, T]:
+        """As `run`, for who waits for its `future` himself, or may `withdraw` the call."""
         loop = asyncio.get_running_loop()
-        if len(self._live) < min(self._count, self._open + 1):
-            self._replace()
-        call = _Call(do, future or loop.create_future(), progress or Progress())
-        self._open += 1
-        self.calls.put(call)
-        if self._watched_by is not loop:
-            self._watched_by = loop
-            loop.call_later(self._limit_s, self._watch, loop)
-        return call
+        return self._begin(loop, do, loop.create_future(), progress or Progress())
+
+    def begin_uncut(self, do: Callable[[S], T]) -> Uncut[T]:
+        """As `run`, for one task that waits for the end of the call also if it is cancelled.
+
+        Only the future is returned: it cannot be cancelled, so the call cannot be withdrawn.
+        """
+        loop = asyncio.get_running_loop()
+        future: Uncut[T] = Uncut(loop=loop)
+        self._begin(loop, do, future, Progress())
+        return future
 
     def stop(self) -> None:
         """End the threads after the calls before; blocks, but not for one that hangs."""
@@ -222,6 +218,25 @@ class CallThreads(Generic[S]):
         return bool(self._live) or self.hung < self._count + SPARE
 
     # -- inside --------------------------------------------------------------------------------
+
+    def _begin(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        do: Callable[[S], T],
+        future: asyncio.Future[T],
+        progress: Progress,
+    ) -> _Call[S, T]:
+        if self._stopped:
+            raise RuntimeError(f"{self.kind} threads have been stopped")
+        if len(self._live) < min(self._count, self._open + 1):
+            self._replace()
+        call = _Call(do, future, progress)
+        self._open += 1
+        self.calls.put(call)
+        if self._watched_by is not loop:
+            self._watched_by = loop
+            loop.call_later(self._limit_s, self._watch, loop)
+        return call
 
     def _replace(self) -> None:
         """Begin one more thread, if so many may be."""

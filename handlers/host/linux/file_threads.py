@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
-from handlers.cancellation import Uncut, run_shielded
+from handlers.cancellation import run_shielded
 from handlers.errors import Unavailable
 from handlers.host.linux.call_threads import CallThreads, Progress
 from handlers.host.linux.kernel_thread import nothing
@@ -105,8 +105,7 @@ async def run_in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
     A thread cannot be stopped; one left behind would create again what the undo just removed.
     """
     call = partial(work, *args, **kwargs)
-    future = Uncut[T](loop=asyncio.get_running_loop())
-    _quick.begin(lambda _: call(), future=future)
+    future = _quick.begin_uncut(lambda _: call())
     try:
         return await future
     except asyncio.CancelledError as cancelled:

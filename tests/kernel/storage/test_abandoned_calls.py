@@ -148,7 +148,7 @@ async def test_the_descriptor_of_a_call_that_was_refused_is_closed(
     def refuse(*_: object) -> None:
         raise Unavailable("too many hang")
 
-    threads.begin = refuse  # type: ignore[method-assign,assignment]
+    threads.begin_uncut = refuse  # type: ignore[method-assign,assignment]
     with pytest.raises(Unavailable):
         await spawn.run(["/bin/true"], output)
     after = set(os.listdir("/proc/self/fd"))

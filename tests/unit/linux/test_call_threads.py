@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from handlers.cancellation import Uncut
 from handlers.errors import Abandoned, Unavailable
 from handlers.host.linux import file_threads
 from handlers.host.linux.call_threads import (
@@ -349,21 +348,23 @@ async def test_a_cancelled_caller_waits_for_the_thread_and_is_cancelled_then(
     assert cancelled.value.__cause__ is failure
 
 
-async def test_a_cancellation_that_races_the_end_of_the_thread_is_not_lost(rig: Rig) -> None:
-    future = Uncut[str](loop=asyncio.get_running_loop())
+async def test_a_cancellation_that_races_the_end_of_the_thread_is_not_lost() -> None:
+    rig = Rig(limit_s=60)
+    future = rig.threads.begin_uncut(rig.hang)
 
     async def result() -> str:
         return await future
 
     caller = asyncio.create_task(result())
     await asyncio.sleep(0)
-    rig.threads.begin(lambda _: "done", future=future)
+    rig.released.set()
     while not future.done():
         await asyncio.sleep(0)
     caller.cancel()
 
     with pytest.raises(asyncio.CancelledError):
         await caller
+    rig.threads.stop()
 
 
 async def test_a_timeout_takes_effect_once_the_thread_has_ended() -> None:
