@@ -294,9 +294,4 @@ def _lstat(path: str) -> os.stat_result | None:
 
 def _sorted(names: Iterator[str] | list[str]) -> tuple[str, ...]:
     """In order, each as a text: in a name that is no UTF-8 its other bytes are escaped."""
-    return tuple(
-        sorted(
-            name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-            for name in names
-        )
-    )
+    return tuple(sorted(os.fsencode(name).decode(errors="backslashreplace") for name in names))

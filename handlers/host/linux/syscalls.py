@@ -42,7 +42,7 @@ def openat2(directory: int, path: str, flags: int, *, mode: int = 0) -> int:
     Source: openat2(2), Linux 5.6. ELOOP: a link; EXDEV: an escape; EAGAIN: lost a race, try again.
     """
     how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, mode, _RESOLVE)
-    name = path.encode(errors="surrogateescape")
+    name = os.fsencode(path)
     fd: int = _syscall(_SYS_OPENAT2, directory, name, how, _OPEN_HOW.size)
     return fd if fd >= 0 else _checked(fd, path)
 

@@ -97,7 +97,7 @@ def _spawn(argv: Sequence[str], output: int) -> int:
         _libc.posix_spawnattr_setsigmask(attributes, signals)
         _libc.sigfillset(signals)
         _libc.posix_spawnattr_setsigdefault(attributes, signals)
-        words = [each.encode(errors="surrogateescape") for each in argv]
+        words = [os.fsencode(each) for each in argv]
         arguments = (ctypes.c_char_p * (len(argv) + 1))(*words, None)
         environment = (ctypes.c_char_p * 1)(None)
         failed = _libc.posix_spawn(

@@ -31,6 +31,15 @@ def test_no_name_leads_out(tmp_path: Path, name: str) -> None:
         pass
 
 
+def test_a_name_that_is_no_text_is_opened_as_any_other(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xe9-\xc3\xa9")
+    write(tmp_path / name, b"mine")
+
+    with Directory.trusted(str(tmp_path)) as directory:
+        assert directory.names(9) == [name]
+        assert directory.read(name, 100)[0] == b"mine"
+
+
 def test_a_swap_while_it_is_read_never_shows_the_other_file(tmp_path: Path) -> None:
     """An unprivileged racer flips a directory between itself and a link, as fast as it can."""
     write(tmp_path / "in" / "real" / "file", b"mine")

@@ -36,6 +36,14 @@ async def test_the_exit_code_is_returned_and_negative_for_a_signal(
     assert await spawn.run([*PYTHON, program], output) == code
 
 
+async def test_an_argument_that_is_no_text_is_passed_as_it_is(output: int) -> None:
+    argument = b"\xe9-\xc3\xa9"
+
+    await spawn.run(["/bin/echo", os.fsdecode(argument)], output)
+
+    assert os.pread(output, 100, 0) == argument + b"\n"
+
+
 async def test_both_outputs_are_kept_and_stdin_is_empty(output: int) -> None:
     program = "import sys; print(repr(sys.stdin.read()), flush=True); print('e', file=sys.stderr)"
 
