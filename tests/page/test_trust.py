@@ -14,7 +14,7 @@ from playwright.async_api import Page, expect
 
 from tests.broker.proxy import Proxy
 from tests.broker.server import OLD_SERVER, connection_to
-from tests.page.browser import Browser, browser, served, sign_in
+from tests.page.browser import Browser, sign_in
 from tests.page.fleet import DOMAIN, SUBJECTS, Cell, cell
 from worker.bus.connection import Connection
 
@@ -29,24 +29,10 @@ BUCKET = f"$KV.{SUBJECTS.state_bucket}"
 async def bus(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Cell]:
-    """A cell without workers: the test writes what hosts do, with their credentials."""
+    """As elsewhere, with each of the servers."""
     directory = tmp_path_factory.mktemp("nats")
     async with cell(directory, program=PROGRAMS[request.param]) as made:
         yield made
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def alone(bus: Cell) -> AsyncIterator[Browser]:
-    async with AsyncExitStack() as stack:
-        url = stack.enter_context(served(Path("build/dashboard")))
-        yield await stack.enter_async_context(browser(url))
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def host(bus: Cell) -> AsyncIterator[Connection]:
-    """Signed in as the host h3, whose keys are its own to write."""
-    async with connection_to(bus.url("host-h3"), inbox="_INBOX_HOSTD.h3") as connection:
-        yield connection
 
 
 async def put(host: Connection, key: str, seq: int, **more: object) -> None:
