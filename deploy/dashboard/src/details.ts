@@ -3,15 +3,16 @@ import { BusFailure, type Bus, type Kept } from "./bus";
 import { clock, el, facts, gib, OUTSIDE, say, tone } from "./dom";
 import type { Fleet } from "./fleet";
 import { History } from "./history";
-import { inOrder, VirtualTable, type Column } from "./table";
+import { VirtualTable, type Column } from "./table";
 import { traceHref, traceId } from "./trace";
-import { groups, rowsOf, spanColumns, Sums, sumsOf, UsageTable, type Span } from "./usage";
+import { rowsOf, spanColumns, Sums, usedOf, UsageTable, type Span, type Used } from "./usage";
 import { eventColumns, hostHref, laneHref, laneText, type View } from "./views";
 import { fields, list, number, text, unpack, type Fields, type HostEvent } from "./wire";
 
 const SHOWN_BYTES = 4096;
+const USAGE_MAX = 10_000;
 
-type Usage = Pick<UsageTable<unknown>, "element" | "show" | "close">;
+type Usage = Pick<UsageTable<unknown>, "element" | "show" | "draw" | "close">;
 export const tenantHref = (tenant: string): string => `#/tenant/${encodeURIComponent(tenant)}`;
 
 /** Kept and live events of one subject, with a button for older ones. */
@@ -21,6 +22,13 @@ class HistoryTable implements View {
   private readonly more = el("button", { type: "button" }, "Older");
   private readonly note = el("p", { class: "faint", "aria-live": "polite" });
   private readonly history: History;
+  private isReading = false;
+  /** `usage` events that came since, and what the fleet had; its own are pushed out by others. */
+  private readonly live = new Map<string, HostEvent>();
+  private kept = 0;
+  private newest: readonly HostEvent[] = [];
+  private listed = "";
+  private summed = "";
 
   /** With `usage`, what its `usage` events add up to is above the table. */
   constructor(
@@ -34,24 +42,40 @@ class HistoryTable implements View {
     this.more.addEventListener("click", () => void this.read());
     const above = usage ? [usage.element] : [];
     this.element = el("div", {}, ...above, el("h3", {}, "History"), this.table.element, el("div", { class: "filters" }, this.more, this.note));
+    if (usage) fleet.events.forEach(this.keep);
+    if (usage) fleet.followers.add(this.keep);
     void this.read();
   }
 
   draw(): void {
-    const { events } = this.history; // the fleet's own are pushed out by others
-    for (const event of this.fleet.events) if (this.matches(event)) events.set(event.key, event);
-    const newest = [...events.values()].sort((a, b) => b.atMs - a.atMs || b.seq - a.seq);
-    this.table.show(newest);
-    this.usage?.show(newest, this.history.isComplete);
+    const { events, isComplete } = this.history;
+    const read = isComplete ? "all" : this.isReading ? "reading" : "some";
+    const listed = `${this.fleet.received} ${events.size}`;
+    const summed = `${this.kept} ${events.size} ${read}`;
+    if (listed !== this.listed) this.newest = newestOf(events.values(), this.live.values(), this.fleet.events.filter(this.matches));
+    if (summed !== this.summed) this.usage?.show(this.newest, read);
+    this.listed = listed;
+    this.summed = summed;
+    this.table.show(this.newest);
+    this.usage?.draw();
   }
 
   close(): void {
+    this.fleet.followers.delete(this.keep);
     this.table.close();
     this.usage?.close();
   }
 
+  private readonly keep = (event: HostEvent): void => {
+    if (event.kind !== "usage" || !this.matches(event)) return;
+    this.live.set(event.key, event);
+    this.kept += 1;
+    const [oldest = ""] = this.live.keys();
+    if (this.live.size > USAGE_MAX) this.live.delete(oldest);
+  };
+
   private async read(): Promise<void> {
-    this.more.disabled = true;
+    this.more.disabled = this.isReading = true;
     say(this.note, "Reading");
     try {
       await this.history.older();
@@ -59,9 +83,16 @@ class HistoryTable implements View {
     } catch (error) {
       say(this.note, reasonOf(error));
     }
+    this.isReading = false;
     this.more.disabled = this.history.isComplete;
     this.draw();
   }
+}
+
+function newestOf(...lists: readonly Iterable<HostEvent>[]): HostEvent[] {
+  const found = new Map<string, HostEvent>();
+  for (const list of lists) for (const event of list) found.set(event.key, event);
+  return [...found.values()].sort((a, b) => b.atMs - a.atMs || b.seq - a.seq);
 }
 
 /** A heading, facts that are drawn again, what the host answers to a question, and a history. */
@@ -140,7 +171,7 @@ export function instanceDetail(fleet: Fleet, bus: Bus, host: string, ids: readon
       ["Last command", value.commandId],
     ];
   };
-  const usage = new UsageTable<Span>(spanColumns, (spans) => spans.map(([, span]) => span));
+  const usage = new UsageTable<Span>(spanColumns, (spans) => spans);
   const history = new HistoryTable(bus, `${bus.root}.*.evt.${lane}.*`, fleet, (event) => event.lane === lane, usage);
   const asked = bus.ask(host, "describe", { tenant_id: tenant, pool_id: pool, instance_id: id }).then((answer) => [
     el("h3", {}, "What the worker answers"),
@@ -158,26 +189,14 @@ export function instanceDetail(fleet: Fleet, bus: Bus, host: string, ids: readon
   return new DetailView(`Instance ${ids.join("/")}`, rows, history, [link]).with(asked);
 }
 
-interface Used {
-  readonly host: string;
-  readonly lane: string;
-  readonly sums: Sums;
-}
-
 /** What a tenant's instances used, on all hosts, those that are gone too. */
 export function tenantDetail(fleet: Fleet, bus: Bus, tenant: string): View {
   const columns: Column<Used>[] = [
     { title: "Instance", text: (row) => laneText(row.lane), href: (row) => laneHref(row.host, row.lane) },
     { title: "Host", text: (row) => row.host, href: (row) => hostHref(row.host) },
-    ...rowsOf(new Sums()).map(([title], at) => ({ title, isNumber: true, text: (row: Used) => rowsOf(row.sums)[at]?.[1] ?? "" })),
+    ...rowsOf(new Sums()).map(([title], at) => ({ title, isNumber: true, text: (row: Used) => row.texts[at] ?? "" })),
   ];
-  const usage = new UsageTable<Used>(columns, (spans) => {
-    const found = [...groups(spans, ([{ lane, host }]) => `${lane} ${host}`).values()].flatMap((group) => {
-      const [first] = group;
-      return first ? [{ host: first[0].host, lane: first[0].lane, sums: sumsOf(group.map(([, span]) => span)) }] : [];
-    });
-    return inOrder(found, ({ lane, host }) => `${lane} ${host}`, false);
-  });
+  const usage = new UsageTable<Used>(columns, usedOf);
   const rows = (): (readonly [string, string])[] => {
     const now = [...fleet.instances.values()].filter((each) => each.tenant === tenant);
     return [["Instances now", `${now.length}`], ["Of these running", `${now.filter((each) => each.value.status === "running").length}`]];

@@ -33,6 +33,8 @@ export class Fleet {
   /** Grows with each change of which instances there are. */
   population = 0;
   received = 0;
+  /** Each is told of each event, once, also while nothing is drawn. */
+  readonly followers = new Set<(event: HostEvent) => void>();
   /** The keys of `events` and of `outcomes`, which last longer. */
   private readonly seen = new Set<string>();
   private readonly finished = new Set<string>();
@@ -80,6 +82,7 @@ export class Fleet {
     this.received += 1;
     keep(this.events, this.seen, event, EVENTS_MAX);
     if (event.kind === "command") keep(this.outcomes, this.finished, event, OUTCOMES_MAX);
+    this.followers.forEach((follow) => follow(event));
     if (event.kind !== "status") return true;
     const known = this.instances.get(`${event.host}.${event.lane}`);
     const isNewer = known && event.journalId === known.value.journalId && event.seq > known.value.seq;

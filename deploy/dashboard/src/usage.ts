@@ -1,13 +1,18 @@
 /** What instances used, from `usage` events (contract, section 10): spans, their sums, and how much of it is there. */
 import { clock, el, facts, say } from "./dom";
-import { VirtualTable, type Column } from "./table";
-import { fields, number, text, type HostEvent } from "./wire";
+import { inOrder, VirtualTable, type Column } from "./table";
+import { hostHref } from "./views";
+import { fields, text, type HostEvent } from "./wire";
 
 type Known = number | null;
+/** How far the stream was read: `some` of it, and nothing reads now; `all` of it. */
+export type Read = "reading" | "some" | "all";
 
 export interface Span {
+  readonly host: string;
+  readonly lane: string;
   readonly state: string;
-  readonly endedMs: number;
+  readonly endedMs: Known;
   readonly launch: Known;
   readonly durationMs: Known;
   readonly cpuUs: Known;
@@ -20,9 +25,9 @@ export interface Span {
   readonly snapshotMibS: Known;
   /** The totals of which the span is the last, so far: what has the same text has one beginning. */
   readonly era: string;
-  readonly fromMs: number;
-  readonly launches: number;
-  readonly sleepingMs: number;
+  readonly fromMs: Known;
+  readonly launches: Known;
+  readonly sleepingMs: Known;
 }
 
 /** The span of a `usage` event; null: it is another event. */
@@ -32,9 +37,12 @@ export function spanOf(event: HostEvent): Span | null {
   if (event.kind !== "usage" || !span || !totals) return null;
   const launch = fields(event.detail["launch"]) ?? {};
   const snapshot = fields(event.detail["snapshot"]) ?? {};
+  const fromMs = known(totals["from_ms"]);
   return {
+    host: event.host,
+    lane: event.lane,
     state: text(span["state"]),
-    endedMs: number(span["ended_ms"]),
+    endedMs: known(span["ended_ms"]),
     launch: known(launch["launch"]),
     durationMs: known(span["duration_ms"]),
     cpuUs: known(launch["cpu_us"]),
@@ -45,18 +53,19 @@ export function spanOf(event: HostEvent): Span | null {
     receivedBytes: known(launch["guest_received_bytes"]),
     snapshotBytes: known(snapshot["allocated_bytes"]),
     snapshotMibS: known(snapshot["snapshot_mib_s"]),
-    era: `${event.host} ${event.lane} ${number(totals["from_ms"])}`,
-    fromMs: number(totals["from_ms"]),
-    launches: number(totals["launches"]),
-    sleepingMs: number(totals["sleeping_ms"]),
+    era: `${event.host} ${event.lane} ${fromMs}`,
+    fromMs,
+    launches: known(totals["launches"]),
+    sleepingMs: known(totals["sleeping_ms"]),
   };
 }
 
+/** What a host can count; what came as a larger integer than 2^53 is rounded. */
 function known(value: unknown): Known {
-  return typeof value === "number" && Number.isFinite(value) ? value : null;
+  return typeof value === "number" && value >= 0 && value <= 2 ** 63 ? value : null;
 }
 
-/** Sums over spans, without what is not known. */
+/** Sums over spans, without what is not known; a span of another state than these two is in none. */
 export class Sums {
   spans = 0;
   launches = 0;
@@ -71,18 +80,26 @@ export class Sums {
   snapshotMibS = 0;
 
   add(span: Span): void {
-    const isRunning = span.state === "running";
-    const values = isRunning ? [span.durationMs, span.cpuUs, span.sentBytes, span.receivedBytes] : [span.durationMs, span.snapshotBytes];
     this.spans += 1;
+    if (span.state === "running") this.addLaunch(span);
+    if (span.state === "sleeping") this.addSleep(span);
+  }
+
+  private addLaunch(span: Span): void {
+    const values = [span.durationMs, span.cpuUs, span.vcpuMs, span.memoryMibS, span.sentBytes, span.receivedBytes];
+    this.launches += 1;
     this.unknown += values.includes(null) ? 1 : 0;
-    this.launches += isRunning ? 1 : 0;
-    this.runningMs += isRunning ? (span.durationMs ?? 0) : 0;
-    this.sleepingMs += isRunning ? 0 : (span.durationMs ?? 0);
+    this.runningMs += span.durationMs ?? 0;
     this.cpuUs += span.cpuUs ?? 0;
     this.vcpuMs += span.vcpuMs ?? 0;
     this.memoryMibS += span.memoryMibS ?? 0;
     this.sentBytes += span.sentBytes ?? 0;
     this.receivedBytes += span.receivedBytes ?? 0;
+  }
+
+  private addSleep(span: Span): void {
+    this.unknown += [span.durationMs, span.snapshotMibS].includes(null) ? 1 : 0;
+    this.sleepingMs += span.durationMs ?? 0;
     this.snapshotMibS += span.snapshotMibS ?? 0;
   }
 }
@@ -108,12 +125,15 @@ export function isWhole(spans: readonly Span[]): boolean {
   const eras = groups(spans, (span) => span.era);
   return [...eras.values()].every((era) => {
     const { launches, sleepingMs } = sumsOf(era);
-    return launches >= Math.max(...era.map((span) => span.launches)) && sleepingMs >= Math.max(...era.map((span) => span.sleepingMs));
+    return era.every((span) => launches >= (span.launches ?? Infinity) && sleepingMs >= (span.sleepingMs ?? Infinity));
   });
 }
 
-const shown = (value: Known, per = 1, digits = 0): string =>
-  value === null ? "unknown" : (value / per).toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+const format = (digits: number): Intl.NumberFormat => new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+const FORMATS = { 0: format(0), 1: format(1), 3: format(3) }; // making one takes longer than using it
+type Digits = keyof typeof FORMATS;
+
+const shown = (value: Known, per = 1, digits: Digits = 0): string => (value === null ? "unknown" : FORMATS[digits].format(value / per));
 const seconds = (ms: Known): string => shown(ms, 1000, 1);
 
 export function rowsOf(sums: Sums): (readonly [string, string])[] {
@@ -127,15 +147,16 @@ export function rowsOf(sums: Sums): (readonly [string, string])[] {
     ["Guest sent, bytes", shown(sums.sentBytes)],
     ["Guest received, bytes", shown(sums.receivedBytes)],
     ["Snapshots, MiB s", shown(sums.snapshotMibS)],
-    ["Left out, spans with something unknown", sums.unknown ? shown(sums.unknown) : ""],
+    ["Spans with unknown values, left out", sums.unknown ? shown(sums.unknown) : ""],
   ];
 }
 
-const ofLaunch = (span: Span, value: Known, ...how: readonly [number?, number?]): string => (span.state === "running" ? shown(value, ...how) : "");
+const ofLaunch = (span: Span, value: Known, ...how: readonly [number?, Digits?]): string => (span.state === "running" ? shown(value, ...how) : "");
 const ofSleep = (span: Span, value: Known): string => (span.state === "sleeping" ? shown(value) : "");
 
 export const spanColumns: readonly Column<Span>[] = [
-  { title: "Ended", text: (span) => clock(span.endedMs) },
+  { title: "Ended", text: (span) => clock(span.endedMs ?? 0) },
+  { title: "Host", text: (span) => span.host, href: (span) => hostHref(span.host) },
   { title: "State", text: (span) => span.state },
   { title: "For, s", isNumber: true, text: (span) => seconds(span.durationMs) },
   { title: "Launch", isNumber: true, text: (span) => ofLaunch(span, span.launch) },
@@ -149,34 +170,49 @@ export const spanColumns: readonly Column<Span>[] = [
   { title: "Snapshot, MiB s", isNumber: true, text: (span) => ofSleep(span, span.snapshotMibS) },
 ];
 
-/** What a set of usage events adds up to, in words and in a table; `rows` makes the table's rows of the spans. */
+/** What one instance used on one host. */
+export class Used {
+  private made: readonly string[] | null = null;
+
+  constructor(readonly host: string, readonly lane: string, private readonly sums: Sums) {}
+
+  /** Of `rowsOf`, made once, and only for a row that is in sight. */
+  get texts(): readonly string[] {
+    this.made ??= rowsOf(this.sums).map(([, text]) => text);
+    return this.made;
+  }
+}
+
+/** Per instance and host, in the order of their names. */
+export function usedOf(spans: readonly Span[]): Used[] {
+  const found = inOrder([...groups(spans, (span) => `${span.lane} ${span.host}`)], ([name]) => name, false);
+  return found.flatMap(([, group]) => (group[0] ? [new Used(group[0].host, group[0].lane, sumsOf(group))] : []));
+}
+
+/** What a set of usage events adds up to, in words and in a table; `rowsOf` makes the table's rows of the spans. */
 export class UsageTable<T> {
   readonly element: HTMLElement;
   private readonly table: VirtualTable<T>;
   private readonly sums = el("div");
   private readonly since = el("p", { "aria-live": "polite" });
-  private drawn = "";
+  private rows: readonly T[] = [];
 
-  constructor(columns: readonly Column<T>[], private readonly rows: (spans: readonly (readonly [HostEvent, Span])[]) => readonly T[]) {
+  constructor(columns: readonly Column<T>[], private readonly rowsOf: (spans: readonly Span[]) => readonly T[]) {
     this.table = new VirtualTable("Usage", columns, () => {});
     this.element = el("div", { class: "usage" }, el("h3", {}, "Used"), this.since, this.sums, this.table.element);
   }
 
-  /** `isRead`: the stream has been read to its beginning. */
-  show(events: Iterable<HostEvent>, isRead: boolean): void {
-    const spans = [...events].flatMap((event) => {
-      const span = spanOf(event);
-      return span ? [[event, span] as const] : [];
-    });
-    const drawn = `${isRead} ${spans.length}`;
-    if (drawn !== this.drawn) {
-      const all = spans.map(([, span]) => span);
-      say(this.since, since(all, isRead));
-      this.sums.replaceChildren(...(all.length ? [facts(rowsOf(sumsOf(all)))] : []));
-      this.drawn = drawn;
-    }
+  /** For when there is another event, or more was read: it goes through all of them. */
+  show(events: Iterable<HostEvent>, read: Read): void {
+    const spans = [...events].map(spanOf).filter((span) => span !== null);
+    say(this.since, since(spans, read));
+    this.sums.replaceChildren(...(spans.length ? [facts(rowsOf(sumsOf(spans)))] : []));
     this.table.element.hidden = !spans.length;
-    this.table.show(this.rows(spans));
+    this.rows = this.rowsOf(spans);
+  }
+
+  draw(): void {
+    this.table.show(this.rows);
   }
 
   close(): void {
@@ -184,10 +220,19 @@ export class UsageTable<T> {
   }
 }
 
-function since(spans: readonly Span[], isRead: boolean): string {
-  if (!spans.length) return isRead ? "No launch and no sleep that ended is in the stream" : "Reading";
-  const counted = Math.min(...spans.map((span) => span.fromMs || Infinity));
-  if (isWhole(spans)) return `What ended since ${clock(counted)}, when its host began to count`;
-  const from = clock(Math.min(...spans.map((span) => span.endedMs)));
-  return `Partial: what ended since ${from}; ${isRead ? "the stream no longer has all of before" : "older events were not read yet"}`;
+const NOTHING: Readonly<Record<Read, string>> = {
+  reading: "Reading",
+  some: "No launch and no sleep that ended was read yet",
+  all: "No launch and no sleep that ended is in the stream",
+};
+
+function since(spans: readonly Span[], read: Read): string {
+  if (!spans.length) return NOTHING[read];
+  if (read === "all" && isWhole(spans)) return `What ended since ${earliest(spans, (span) => span.fromMs)}, when counting began`;
+  const why = read === "all" ? "the rest has left the stream, or this page missed or forgot it: reload it" : "older events were not read yet";
+  return `Partial: what ended since ${earliest(spans, (span) => span.endedMs)}; ${why}`;
+}
+
+function earliest(spans: readonly Span[], time: (span: Span) => Known): string {
+  return clock(spans.reduce((least, span) => Math.min(least, time(span) || Infinity), Infinity)) || "unknown";
 }
