@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PACKAGES=(ca-certificates chromium curl e2fsprogs iproute2 libnftables1 nftables openssl python3-venv systemd xfsprogs)
+PACKAGES=(ca-certificates chromium curl e2fsprogs iproute2 libnftables1 libpython3.11 nftables openssl python3-venv systemd xfsprogs)
 PIP_VERSION=26.3
 PIP_SHA256=f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13
 TOOLS=build/tools

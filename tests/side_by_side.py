@@ -18,9 +18,9 @@ from tests.kinds import is_part_of_a_run
 
 FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 DOOR: Final = ".next"
-SHARING: Final = frozenset({"unit", "contract", "kernel", "broker", "page", "lab"})
-"""Their tests compute or wait in namespaces of their own. The others (`vm`, `crash`) run a whole
-host with a real guest, and wait for it with deadlines."""
+SHARING: Final = frozenset({"unit", "contract", "kernel", "broker", "page"})
+"""Their tests compute or wait in namespaces of their own. The others (`vm`, `crash`, `lab`) run a
+whole host with a real guest, and wait for it with deadlines."""
 
 
 TEARDOWN_S: Final = 60.0

@@ -105,10 +105,9 @@ class Operator:
             await asyncio.sleep(AGAIN_S)
 
     def here(self, text: str) -> str:
-        """The text with this host's paths and words."""
-        for there, here in sorted(self._words.items(), key=lambda word: -len(word[0])):
-            text = text.replace(there, here)
-        return text
+        """The text with this host's paths and words, the longest first; none is looked up twice."""
+        there = "|".join(re.escape(word) for word in sorted(self._words, key=len, reverse=True))
+        return re.sub(there, lambda found: self._words[found[0]], text)
 
     async def type(self, text: str) -> tuple[int, str]:
         """Run it in the shell; its exit code and all it printed."""
