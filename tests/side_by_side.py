@@ -24,6 +24,13 @@ whole host with a real guest, and wait for it with deadlines."""
 
 
 TEARDOWN_S: Final = 60.0
+POINTS: Final = ".points"
+
+
+def lock_of(run: str) -> str:
+    """The file that the processes of a run lock: `run` is the ID that pytest-xdist gives it. The
+    same name with `POINTS` has what they share (`tests/crash/points.py`)."""
+    return os.path.join(tempfile.gettempdir(), f"hostd-tests-{run}.lock")
 
 
 class Turns:
@@ -77,16 +84,13 @@ class TheFirst:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        if not self._lock:
-            fd, self._lock = tempfile.mkstemp(prefix="hostd-tests-", suffix=".lock")
-            os.close(fd)
-        node.workerinput["lock"] = self._lock
+        self._lock = lock_of(node.workerinput["testrunuid"])
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_keyboard_interrupt(self) -> None:
         if not self._lock:
             return
-        fd = os.open(self._lock, FLAGS)
+        fd = os.open(self._lock, FLAGS, 0o600)
         end = time.monotonic() + TEARDOWN_S
         while time.monotonic() < end:
             try:
@@ -98,14 +102,14 @@ class TheFirst:
 
     def pytest_unconfigure(self) -> None:
         if self._lock:
-            for each in ("", DOOR):
+            for each in ("", DOOR, POINTS):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._lock + each)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if is_part_of_a_run(config):
-        lock = vars(config)["workerinput"]["lock"]
+        lock = lock_of(vars(config)["workerinput"]["testrunuid"])
         config.pluginmanager.register(SideBySide(Turns(lock)), "side by side")
     else:
         config.pluginmanager.register(TheFirst(), "side by side")

@@ -6,7 +6,9 @@ compared with it (`tests/crash/test_kill_points.py`).
 """
 
 import asyncio
+import fcntl
 import functools
+import json
 import os
 import random
 import tempfile
@@ -20,8 +22,10 @@ from schemas.requests import Request, SetupNetwork, TeardownNetwork, TenantNet
 from tests.constants import DESTROY, NET, REF, SLEEP, START, STOP, WAKE
 from tests.fakes.host import seeded
 from tests.fakes.memory_worker import memory_worker
+from tests.side_by_side import POINTS, lock_of
 
 SEED: Final = "HOSTD_CRASH_SEED"
+RUN: Final = "PYTEST_XDIST_TESTRUNUID"
 ALL: Final = "all"  # the seed with which every point is tried
 SLICE: Final = 24
 # Of each command, beyond its steps: see worker/failpoints.py.
@@ -92,15 +96,29 @@ def chosen(all_points: Sequence[tuple[str, str]], seed: str) -> list[tuple[str, 
     if seed == ALL:
         return list(all_points)
     dice = random.Random(seed)
-    kinds = dict.fromkeys(kind for kind, _ in all_points)
+    by_name = sorted(all_points)  # steps that run at once report their moments in any order
     found = {
         each
-        for kind in kinds
-        for each in dice.sample([each for each in all_points if each[0] == kind], 2)
+        for kind in dict.fromkeys(kind for kind, _ in by_name)
+        for each in dice.sample([each for each in by_name if each[0] == kind], 2)
     }
-    rest = [each for each in all_points if each not in found]
+    rest = [each for each in by_name if each not in found]
     found |= set(dice.sample(rest, max(0, min(SLICE - len(found), len(rest)))))
     return [each for each in all_points if each in found]
+
+
+def of_this_run(all_points: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """What this run's seed chooses. Processes of a split run (`-n 2`) must collect the same tests,
+    and no two undisturbed runs report just the same: the first that asks makes the list for all."""
+    if not (run := os.environ.get(RUN)):
+        return chosen(all_points, seed())
+    with open(lock_of(run) + POINTS, "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if not (text := file.read()):
+            text = json.dumps(chosen(all_points, seed()))
+            file.write(text)
+        return [(kind, point) for kind, point in json.loads(text)]
 
 
 @functools.cache
@@ -110,5 +128,5 @@ def seed() -> str:
 
     No worker inherits the variable: it is not a setting.
     """
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # without it, the dice are the machine's
+    run = os.environ.get(RUN)  # without it, the dice are the machine's
     return os.environ.pop(SEED, None) or str(random.Random(run).randrange(10**6))

@@ -14,7 +14,7 @@ import pytest
 
 from tests.constants import DESTROY, REF, WAKE
 from tests.crash.kills import assert_one_outcome, events, kill_while, wait_event
-from tests.crash.points import BEFORE, ENDS, KINDS, chosen, every_point, points, requests, seed
+from tests.crash.points import BEFORE, ENDS, KINDS, every_point, of_this_run, points, requests
 from tests.crash.undisturbed import End, statuses, undisturbed
 from tests.live_host import LiveHost, live_host
 from worker.failpoints import ARM, FILE, POINT
@@ -23,7 +23,7 @@ EVERY = every_point()
 COMPARED = ("code", "changed", "status", "left_behind", "response")
 
 
-@pytest.mark.parametrize(("kind", "point"), chosen(EVERY, seed()))
+@pytest.mark.parametrize(("kind", "point"), of_this_run(EVERY))
 async def test_a_killed_command_has_one_effect_and_one_reply(kind: str, point: str) -> None:
     want = await undisturbed(kind)
     async with live_host(worker=False) as host:

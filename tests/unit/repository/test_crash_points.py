@@ -5,7 +5,19 @@ from pathlib import Path
 import pytest
 
 from handlers.registry import HANDLERS
-from tests.crash.points import ALL, BEFORE, ENDS, KINDS, SLICE, chosen, in_memory, points, requests
+from tests.crash.points import (
+    ALL,
+    BEFORE,
+    ENDS,
+    KINDS,
+    RUN,
+    SLICE,
+    chosen,
+    in_memory,
+    of_this_run,
+    points,
+    requests,
+)
 from tests.unit.instance.test_contract_table import documented
 
 # Marks in the journal, not steps: docs/contract.md.
@@ -54,3 +66,18 @@ def test_a_slice_has_each_command_and_comes_back_with_its_seed() -> None:
     assert {kind for kind, _ in one} == set(requests())
     assert [each for each in POINTS if each in one] == one
     assert chosen(POINTS, ALL) == POINTS
+
+
+def test_the_slice_of_a_seed_does_not_depend_on_the_order_of_what_runs_at_once() -> None:
+    assert set(chosen(POINTS[::-1], "7")) == set(chosen(POINTS, "7"))
+
+
+def test_all_processes_of_a_run_have_the_list_of_the_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv(RUN, "one-run")
+
+    first = of_this_run(POINTS)
+
+    assert of_this_run([("StartInstance", "seen by this process alone"), *POINTS]) == first
