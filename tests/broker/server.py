@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import ClassVar
 
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
@@ -59,6 +61,19 @@ class Server(EmbeddedNats):
         """A restart after SIGKILL: nobody is notified."""
         await asyncio.to_thread(self.process.kill)
         await self.start()
+
+
+class ExampleServer(Server):
+    """Runs a configuration of `deploy/nats` as it stands, but for its store."""
+
+    example: ClassVar[Path]
+
+    def configure(self, config: str) -> None:
+        text = self.example.read_text(encoding="utf-8")
+        text, count = re.subn(r'store_dir: "[^"]+"', f'store_dir: "{self.directory}"', text)
+        assert count == 1
+        assert f'listen: "127.0.0.1:{self.port}"' in text
+        Path(self.config_file).write_text(text, encoding="utf-8")
 
 
 @asynccontextmanager

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -14,7 +13,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import expect
 
-from tests.broker.server import OLD_SERVER, Server, connection_to
+from tests.broker.server import OLD_SERVER, ExampleServer, Server, connection_to
 from tests.console import steps
 from tests.guests.namespace import own_network
 from tests.page.browser import Browser, browser, served, sign_in
@@ -36,15 +35,8 @@ LEAF_PORT, MIRROR_PORT, WEB_PORT = (
 BUCKET = f"$KV.{SUBJECTS.state_bucket}"
 
 
-class MirrorServer(Server):
-    """The example's configuration as it stands, but for its store."""
-
-    def configure(self, config: str) -> None:
-        text = EXAMPLE.read_text(encoding="utf-8")
-        text, count = re.subn(r'store_dir: "[^"]+"', f'store_dir: "{self.directory}"', text)
-        assert count == 1
-        assert f'listen: "127.0.0.1:{self.port}"' in text
-        Path(self.config_file).write_text(text, encoding="utf-8")
+class MirrorServer(ExampleServer):
+    example = EXAMPLE
 
 
 @dataclass

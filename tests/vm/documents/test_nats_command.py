@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -22,7 +21,7 @@ from schemas.requests import Request, SetupNetwork, StopInstance, TeardownNetwor
 from schemas.serde import REQUEST
 from schemas.settings import NatsSettings
 from schemas.subjects import Subjects
-from tests.broker.server import Server, connection_to
+from tests.broker.server import ExampleServer, connection_to
 from tests.console import Step, steps
 from tests.constants import NAMES, REF, START
 from tests.guests.cache import BUILD, REPOSITORY
@@ -43,15 +42,8 @@ HOSTS, PORT, DOMAIN, CELL = ("h1", "h2"), 4222, "hostd", "default"  # the exampl
 SUBJECTS = Subjects(f"hostd.v1.{CELL}", HOSTS[0], CELL)
 
 
-class ExampleServer(Server):
-    """The example's configuration as it stands, but for its store."""
-
-    def configure(self, config: str) -> None:
-        text = EXAMPLE.read_text(encoding="utf-8")
-        text, count = re.subn(r'store_dir: "[^"]+"', f'store_dir: "{self.directory}"', text)
-        assert count == 1
-        assert f'listen: "127.0.0.1:{self.port}"' in text
-        Path(self.config_file).write_text(text, encoding="utf-8")
+class HostdConf(ExampleServer):
+    example = EXAMPLE
 
 
 @dataclass
@@ -89,7 +81,7 @@ async def at(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Typed]:
     directory = tmp_path_factory.mktemp("nats-command")
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(own_network())
-        server = ExampleServer(str(directory / "nats"), port=PORT)
+        server = HostdConf(str(directory / "nats"), port=PORT)
         await server.start()
         stack.push_async_callback(server.stop)
         async with connection_to(f"nats://admin:admin@127.0.0.1:{PORT}") as admin:
