@@ -18,13 +18,11 @@ from tests.kinds import is_part_of_a_run
 
 FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 DOOR: Final = ".next"
+POINTS: Final = ".points"
+TEARDOWN_S: Final = 60.0
 SHARING: Final = frozenset({"unit", "contract", "kernel", "broker", "page"})
 """Their tests compute or wait in namespaces of their own. The others (`vm`, `crash`, `lab`) run a
 whole host with a real guest, and wait for it with deadlines."""
-
-
-TEARDOWN_S: Final = 60.0
-POINTS: Final = ".points"
 
 
 def lock_of(run: str) -> str:

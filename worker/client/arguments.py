@@ -29,7 +29,7 @@ def check_deadline(deadline_ms: object) -> None:
 
 
 def check_count(name: str, value: object, least: int) -> None:
-    """Raises `BadSetting` for what is no whole number from `least` to the largest of a stream."""
+    """Raises `BadSetting` unless it is a whole number from `least` to a stream's largest."""
     if not _is_whole(value) or not least <= value <= COUNT_MAX:
         raise BadSetting(f"{name}: got {_shown(value)}, want {least} to {COUNT_MAX}")
 
