@@ -23,7 +23,7 @@ from handlers.instance.launch_plan import (
 )
 from handlers.instance.reservations import Reservations
 from handlers.instance.state import final_record, read_state
-from handlers.instance.vmm_exit import with_end
+from handlers.instance.vmm_exit import EXIT_S, with_end
 from handlers.interfaces import Host
 from handlers.specs import MIB
 from handlers.steps import Done, Steps
@@ -198,13 +198,15 @@ async def wait_for_agent(vm: LaunchedVmm, steps: Steps, host: Host) -> None:
 async def race_vmm_exit(
     identity: VmmIdentity, do: Callable[[], Coroutine[None, None, None]], host: Host
 ) -> None:
-    """Do it until it is done or the VMM exits.
+    """Do it until it is done or the VMM exits. A VMM closes its sockets before it has exited.
 
     Raises:
         Unavailable: the VMM exited; not retryable, since a guest must not boot twice under one id.
     """
     try:
         await race(do(), host.vmms.wait_exit(identity, float("inf")))
-    except Interrupted as error:
+    except (Interrupted, Unavailable) as error:
+        if isinstance(error, Unavailable) and not await host.vmms.wait_exit(identity, EXIT_S):
+            raise
         message = "VMM exited before its guest agent answered"
         raise Unavailable(message).not_retryable() from error

@@ -130,6 +130,7 @@ class GuestAgents:
         wait_s = FIRST_WAIT_S
         silence_s = FIRST_SILENCE_S
         refusals = 0
+        limit = f" within {timeout_s:g} s"
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
@@ -147,6 +148,7 @@ class GuestAgents:
                         refusals += 1
                         last = "the VMM is gone"
                         if refusals >= REFUSALS:
+                            limit = ""
                             break
                     except TimeoutError:
                         silence_s = min(silence_s * 2, LAST_SILENCE_S)
@@ -158,7 +160,7 @@ class GuestAgents:
         except TimeoutError:
             pass
         raise Unavailable(
-            f"the guest agent did not reply on port {port} within {timeout_s:g} s: {last}",
+            f"the guest agent did not reply on port {port}{limit}: {last}",
             detail={"agent": last},
         )
 

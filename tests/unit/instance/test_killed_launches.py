@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from handlers.errors import HostFault
+from handlers.errors import HostFault, Unavailable
 from handlers.vmm_ends import ExitStatus, OomCounts
 from schemas.envelopes import Reply
 from schemas.requests import Request
@@ -67,3 +67,22 @@ async def test_any_other_end_keeps_the_failure_and_says_why(
 
     assert (reply.code.value, reply.detail["vmm_end"]["reason"]) == ("host_fault", reason)
     assert reply.detail["vmm_end"]["text"] in getattr(reply.response, "message", "")
+
+
+async def test_an_agent_that_fails_because_its_vmm_ends_is_not_asked_again(tmp_path: Path) -> None:
+    """A VMM that is killed closes its sockets first: the agent fails before the VMM has exited."""
+    machine = seeded()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+        gate = machine.gates["wait_exit"] = Gate()
+        machine.fail["wait_agent"] = Unavailable("connection refused")
+        command_id = await worker.send(START)
+        await asyncio.wait_for(gate.reached.wait(), 10)
+        machine.kill(worker.record().jail_id, KILLED)
+        gate.opened.set()
+        reply = await worker.reply(command_id)
+
+    assert (reply.code.value, reply.detail["act"], reply.attempts) == ("unavailable", "sender", 1)
+    message = getattr(reply.response, "message", "")
+    assert message.endswith("VMM exited before its guest agent answered: killed by SIGKILL")
+    assert reply.detail["vmm_end"]["reason"] == "signal_9"

@@ -214,7 +214,7 @@ async def test_a_socket_without_a_listener_ends_the_retries_early(tmp_path: Path
         left.bind(f"{root}/v.sock")  # its file stays, as a killed VMM's does
 
     async with asyncio.timeout(HANGS_S):
-        with pytest.raises(Unavailable, match="the VMM is gone"):
+        with pytest.raises(Unavailable, match=f"on port {PORT}: the VMM is gone"):
             await guest.agents.ping(JAIL, PORT, timeout_s=float("inf"))
 
 
