@@ -68,7 +68,7 @@ class Package:
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("HOSTD_")}
 
 
-def run(*argv: str, ok: bool = True, timeout_s: float = 120.0) -> str:
+def run(*argv: str, ok: bool = True, timeout_s: float = 300.0) -> str:
     """Stdout and stderr of a program that has to succeed, unless not `ok`."""
     done = subprocess.run(
         argv, capture_output=True, text=True, timeout=timeout_s, check=False, env=ENVIRONMENT
@@ -129,7 +129,7 @@ def install(name: str) -> str:
 
 async def until_restarted(than: int) -> None:
     """Wait until systemd has started another worker and that one is ready."""
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(300):
         while (now := unit())["ActiveState"] != "active" or now["MainPID"] in {"0", str(than)}:
             await asyncio.sleep(1)
 
@@ -241,7 +241,7 @@ async def with_server() -> Package:
 
 @pytest.fixture(scope="module")
 def package() -> Package:
-    return asyncio.run(asyncio.wait_for(with_server(), 480))
+    return asyncio.run(asyncio.wait_for(with_server(), 1500))
 
 
 def test_a_new_host_is_told_what_to_write_and_nothing_runs(package: Package) -> None:
