@@ -1,7 +1,7 @@
 # hostd. `make setup` builds .venv and build/; every target needs it, or its venv part, and runs it.
 SHELL := /bin/bash
 PY := .venv/bin/python
-KINDS := unit contract kernel broker page vm crash lab
+KINDS := unit contract kernel broker page lab vm crash
 # Two processes, each with whole files in the order of the kinds (ADR 1099). `make test SPLIT=` is one process.
 SPLIT := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -20,7 +20,7 @@ demo: setup ## The whole job end to end, with real Firecracker and a Linux guest
 	@.venv/bin/hostd demo
 	@echo "To watch it in a browser: .venv/bin/hostd demo --page"
 
-test: setup ## All tests, the slowest last
+test: setup ## All tests, the slow kinds last
 	@$(PY) -m pytest $(SPLIT) $(KINDS:%=tests/%) && $(PY) -m tests.guests.versions tests/contract tests/vm tests/crash
 
 unit: venv ## The unit tests, as any user

@@ -1,11 +1,11 @@
-"""The kinds of tests, one directory each, the slowest last."""
+"""The kinds of tests, one directory each, the slow ones last."""
 
 from pathlib import Path
 from typing import Any, Final, cast
 
 import pytest
 
-KINDS: Final = ("unit", "contract", "kernel", "broker", "page", "vm", "crash", "lab")
+KINDS: Final = ("unit", "contract", "kernel", "broker", "page", "lab", "vm", "crash")
 
 
 def is_whole_suite(config: pytest.Config) -> bool:

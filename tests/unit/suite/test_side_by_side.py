@@ -10,27 +10,31 @@ from pathlib import Path
 import pytest
 
 from tests.kinds import KINDS
-from tests.side_by_side import SHARING, Turns
+from tests.side_by_side import HOST, HOSTS, LAB, SHARING, Turns
 
 OPTIONS = (
     "-p tests.side_by_side --import-mode=importlib -o asyncio_default_fixture_loop_scope=function "
     "-n2 --dist=loadfile --no-loadscope-reorder"
 )
-# Waits for the mark of the other file; a file that runs alone takes its own away when it ends.
+# Waits for the mark of the other file; one that runs alone takes its own away when it ends.
 MEETS = """
+import os
 import time
 from pathlib import Path
 
+MARK = Path("{name}.here")
+
 def test_it():
-    Path(__file__).with_suffix(".here").touch()
+    Path("{name}.process").write_text(str(os.getpid()))
+    MARK.touch()
     end = time.monotonic() + {wait_s}
-    while len(list(Path(__file__).parent.glob("*.here"))) < 2:
+    while len(list(Path().glob("*.here"))) < 2:
         assert time.monotonic() < end, "alone"
         time.sleep(0.01)
 
 def test_it_ends():
     if {alone}:
-        Path(__file__).with_suffix(".here").unlink()
+        MARK.unlink()
 """
 
 INTERRUPTED = """
@@ -52,29 +56,74 @@ def test_it():
 
 @pytest.fixture
 def lock(tmp_path: Path) -> str:
-    path = tmp_path / "lock"
-    path.touch()
-    return str(path)
+    return str(tmp_path / "lock")
 
 
+@pytest.mark.parametrize(("kind", "meet"), [("unit", True), ("vm", False)])
 def test_files_of_some_kinds_run_at_the_same_time_and_others_alone(
+    pytester: pytest.Pytester, kind: str, meet: bool
+) -> None:
+    for name in ("a", "b"):
+        path = pytester.path / "tests" / kind / f"test_{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(MEETS.format(name=name, wait_s=60 if meet else 0.5, alone=not meet))
+
+    done = pytester.runpytest_inprocess(*OPTIONS.split(), f"tests/{kind}")
+
+    done.assert_outcomes(passed=4 if meet else 2, failed=0 if meet else 2)
+
+
+def test_the_labs_are_one_process_s_and_leave_the_other_to_the_hosts(
     pytester: pytest.Pytester,
 ) -> None:
-    for kind, wait_s, alone in (("unit", 60, False), ("vm", 0.5, True)):
-        for name in ("test_a.py", "test_b.py"):
-            path = pytester.path / "tests" / kind / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(MEETS.format(wait_s=wait_s, alone=alone))
+    for name, kind in (("a", "lab"), ("b", "lab"), ("c", "vm")):
+        path = pytester.path / "tests" / kind / f"test_{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(MEETS.format(name=name, wait_s=60, alone=False))
 
-    done = pytester.runpytest_inprocess(*OPTIONS.split(), "-rA", "tests/unit", "tests/vm")
+    done = pytester.runpytest_inprocess(*OPTIONS.split(), "tests/lab", "tests/vm")
 
-    outcomes = [line.split()[:2] for line in done.outlines if line.startswith(("PASSED", "FAILED"))]
-    assert sorted(outcomes) == sorted(
-        [outcome, f"tests/{kind}/{name}.py::{test}"]
-        for kind, first in (("unit", "PASSED"), ("vm", "FAILED"))
-        for name in ("test_a", "test_b")
-        for test, outcome in (("test_it", first), ("test_it_ends", "PASSED"))
-    )
+    done.assert_outcomes(passed=6)
+    processes = [(pytester.path / f"{name}.process").read_text() for name in "abc"]
+    assert processes[0] == processes[1] != processes[2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "other_kind", "waits"),
+    [
+        ("unit", "page", False),
+        ("unit", "vm", True),
+        ("unit", "lab", True),
+        ("vm", "unit", True),
+        ("vm", "crash", True),
+        ("vm", "lab", False),
+        ("lab", "crash", False),
+        ("lab", "lab", True),
+        ("lab", "unit", True),
+    ],
+)
+def test_which_kinds_wait_for_which(lock: str, kind: str, other_kind: str, waits: bool) -> None:
+    one, other = Turns(lock), Turns(lock)
+    taken = threading.Event()
+
+    def take() -> None:
+        other.take("b", other_kind)
+        taken.set()
+
+    one.take("a", kind)
+    takes = threading.Thread(target=take)
+    takes.start()
+
+    if waits:
+        while not _waiters(lock):
+            os.sched_yield()
+        assert not taken.is_set()
+    else:
+        assert taken.wait(60)
+    one.close()
+    takes.join()
+    assert taken.is_set()
+    other.close()
 
 
 def test_one_file_waits_for_those_that_share_and_for_none_of_its_own_tests(lock: str) -> None:
@@ -82,20 +131,20 @@ def test_one_file_waits_for_those_that_share_and_for_none_of_its_own_tests(lock:
     alone = threading.Event()
 
     def take() -> None:
-        other.take("alone", shared=False)
+        other.take("alone", "vm")
         alone.set()
 
-    one.take("a", shared=True)
+    one.take("a", "unit")
     waits = threading.Thread(target=take)
     waits.start()
     assert not alone.wait(0.05)
-    one.take("a", shared=True)
+    one.take("a", "unit")
     assert not alone.wait(0.05)
     one.close()
 
     assert alone.wait(60)
     waits.join()
-    other.take("alone", shared=False)
+    other.take("alone", "vm")
     other.close()
 
 
@@ -104,16 +153,16 @@ def test_who_waits_is_before_the_next_file_of_who_had_the_turn(lock: str) -> Non
     order: list[str] = []
 
     def take_alone() -> None:
-        other.take("alone", shared=False)
+        other.take("alone", "vm")
         order.append("alone")
         other.close()
 
-    one.take("a", shared=True)
+    one.take("a", "unit")
     waits = threading.Thread(target=take_alone)
     waits.start()
     while _waiters(lock) < 1:
         os.sched_yield()
-    one.take("b", shared=True)
+    one.take("b", "unit")
     order.append("b")
     one.close()
 
@@ -122,10 +171,10 @@ def test_who_waits_is_before_the_next_file_of_who_had_the_turn(lock: str) -> Non
 
 
 def _waiters(lock: str) -> int:
-    """Of locks of this file (proc(5): a line of one that waits has an arrow)."""
-    inode = f":{os.stat(lock).st_ino} "
+    """Of locks of these files (proc(5): a line of one that waits has an arrow)."""
+    inodes = [f":{os.stat(lock + each).st_ino} " for each in (HOST, LAB)]
     lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
-    return sum("->" in line and inode in line for line in lines)
+    return sum("->" in line and any(each in line for each in inodes) for line in lines)
 
 
 @pytest.mark.parametrize("split", [[], ["-n2", "--dist=loadfile"]], ids=["one", "two"])
@@ -167,5 +216,5 @@ def test_after_ctrl_c_the_teardown_of_each_process_ends(pytester: pytest.Pyteste
     assert ended.exists()
 
 
-def test_the_kinds_that_share_exist() -> None:
-    assert set(KINDS) > SHARING
+def test_each_kind_has_its_place() -> None:
+    assert set(KINDS) == SHARING | HOSTS | {"lab"}

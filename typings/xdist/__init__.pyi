@@ -1,0 +1,1 @@
+"""Types of the part of pytest-xdist that the tests use; the package ships none."""
