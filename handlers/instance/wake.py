@@ -36,6 +36,10 @@ from schemas.requests import WakeInstance
 
 CONSUMED = "consumed"
 AGENT_TIMEOUT_S = 10.0
+FAILURES = {
+    "agent_failed": "guest agent did not acknowledge the wake",
+    "clock_failed": "guest's clock was not set",
+}
 WAIT_ENDED = "a later command ended the wait for the agent"
 
 
@@ -187,12 +191,13 @@ async def wake_resumed(
 ) -> Done:
     """Wake the agent of a guest that runs again, and set its clock; failures are reported."""
     detail, left_behind = await together(wake_guest(record, steps, host), file.write(record))
-    if failures := {k: v for k, v in detail.items() if k.endswith("_failed")}:
+    if failures := {k: v for k, v in detail.items() if k in FAILURES}:
         await host.records.event(
             EventKind.SNAPSHOT,
             ref=record.ref,
-            reason="guest agent wake notification failed",
+            reason=next(text for name, text in FAILURES.items() if name in failures),
             detail=failures,
+            command_id=steps.command_id,
         )
     awake = replace(record, vmm=identity, snapshot=None, consumed=True)
     return Done(

@@ -361,10 +361,20 @@ async def test_a_woken_guests_clock_is_set_though_its_agent_fails(tmp_path: Path
         await worker.run(COMMANDS["SleepInstance"])
         machine.fail["set_clock"] = Unavailable("slow")
         both = await worker.run(COMMANDS["WakeInstance"])
+        await worker.run(COMMANDS["SleepInstance"])
+        del machine.fail["wake_agent"]
+        clock = await worker.run(COMMANDS["WakeInstance"])
+        rows = await worker.journal.outbox.pending("event", 1000)
+    events = [codec.decode_event(row.payload) for row in rows]
 
     assert (awake.code, awake.detail["agent_failed"]) == (Code.OK, "deaf")
     assert awake.detail["clock_was_off_s"] == 0.0
     assert (both.detail["agent_failed"], both.detail["clock_failed"]) == ("deaf", "slow")
+    assert {event.command_id: event.reason for event in events if event.reason} == {
+        awake.id: "guest agent did not acknowledge the wake",
+        both.id: "guest agent did not acknowledge the wake",
+        clock.id: "guest's clock was not set",
+    }
 
 
 @pytest.mark.parametrize("edge", ["before", "after"])
