@@ -252,7 +252,7 @@ async def test_a_pool_makes_room_for_an_admitted_launch(rig: VmmRig) -> None:
 
 
 async def test_the_next_worker_removes_what_a_killed_one_left(rig: VmmRig) -> None:
-    left = await WarmVmms(rig.settings).launch(SLOT)
+    left = await WarmVmms(rig.settings).launch("warm-0123456789ab", SLOT)
     os.close(left.pidfd)
     pooled = Pooled(rig)
     assert pooled.leaves() == {left.warm_id: [left.identity.pid]}
@@ -264,7 +264,7 @@ async def test_the_next_worker_removes_what_a_killed_one_left(rig: VmmRig) -> No
 
 
 async def test_a_foreign_process_among_the_leftovers_is_not_killed(rig: VmmRig) -> None:
-    left = await WarmVmms(rig.settings).launch(SLOT)
+    left = await WarmVmms(rig.settings).launch("warm-0123456789ab", SLOT)
     os.close(left.pidfd)
     pooled = Pooled(rig)
     other = await asyncio.create_subprocess_exec("sleep", "60")
@@ -367,3 +367,34 @@ async def test_a_launch_ahead_that_fails_leaves_nothing_and_waits(rig: VmmRig, n
 
     await pooled.stop()
     assert (pooled.leaves(), pooled.jails(), [*pooled.pool.slots]) == ({}, [], [])
+
+
+async def test_what_a_failed_launch_ahead_leaves_is_removed_in_the_end(
+    rig: VmmRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handlers.host.vmm.warm_pool.REMOVE_AGAIN_S", 0.01)
+    remove = WarmVmms.remove
+    refusals = iter([HostFault("busy"), OSError(16, "busy")])
+    pooled = Pooled(rig)
+
+    def unproven(warm_id: str, identity: VmmIdentity) -> int:
+        raise Unavailable(f"{warm_id} {identity.pid} is not what was launched")
+
+    async def sometimes(self: WarmVmms, warm_id: str) -> None:
+        for refusal in refusals:
+            assert pooled.pool.slots
+            raise refusal
+        await remove(self, warm_id)
+
+    monkeypatch.setattr("handlers.host.vmm.warm_vmms._open", unproven)
+    monkeypatch.setattr(WarmVmms, "remove", sometimes)
+    pooled.start()
+    await pooled.until(failed=1)
+
+    async with asyncio.timeout(20):
+        while pooled.pool.slots:
+            await asyncio.sleep(0.005)
+
+    assert [*refusals] == []
+    assert (pooled.leaves(), pooled.jails()) == ({}, [])
+    await pooled.stop()

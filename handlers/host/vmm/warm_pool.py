@@ -12,6 +12,7 @@ A worker that was killed leaves warm VMMs behind. The next one removes them befo
 import asyncio
 import contextlib
 import os
+import secrets
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine
 from typing import Any, Final
@@ -247,11 +248,13 @@ class WarmPool:
         return slot
 
     async def _add(self, slot: int) -> None:
+        """Launch one; what a failure leaves is removed in the background, until it is gone."""
+        warm_id = f"warm-{secrets.token_hex(6)}"
         self._starting += 1
         try:
-            warm = await self._vmms.launch(slot)
+            warm = await self._vmms.launch(warm_id, slot)
         except BaseException:
-            self._slots.discard(slot)
+            self._start(self._remove_failed(warm_id, slot))
             raise
         finally:
             self._starting -= 1
@@ -296,6 +299,10 @@ class WarmPool:
                 await asyncio.wait_for(self._closing.wait(), wait_s)
         await self._until_removed(warm.warm_id)
         self._slots.discard(warm.slot)
+
+    async def _remove_failed(self, warm_id: str, slot: int) -> None:
+        await self._until_removed(warm_id)
+        self._slots.discard(slot)
 
     async def _until_removed(self, warm_id: str) -> None:
         """Or until the pool is closed."""

@@ -6,13 +6,12 @@ and in a jail without metadata. `warm_pool` decides when.
 
 import contextlib
 import os
-import secrets
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from handlers.cancellation import run_shielded
-from handlers.errors import Failure, HostFault, Unavailable
+from handlers.errors import HostFault, Unavailable
 from handlers.host.jail.warm_jails import WarmJails, WarmLayout
 from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.vmm import confinement, processes
@@ -73,9 +72,11 @@ class WarmVmms:
         """Another one, when a Start would execute other files than before."""
         return self._binaries.current()
 
-    async def launch(self, slot: int) -> WarmVmm:
-        """Launch one with the uid of this slot and prove its identity; all or nothing."""
-        warm_id = f"warm-{secrets.token_hex(6)}"
+    async def launch(self, warm_id: str, slot: int) -> WarmVmm:
+        """Launch one with the uid of this slot and prove its identity.
+
+        What a failure leaves is the caller's to `remove`.
+        """
         uid = self._settings.vmm.uid_base + slot
         key = naming.cgroup_key(naming.WARM_CGROUP, warm_id)
         spec = LaunchSpec(
@@ -85,23 +86,18 @@ class WarmVmms:
             version=await self._binaries.version_for(None),
         )
         binaries = self.binaries()
-        try:
-            await self._cgroups.ensure(
-                CgroupSpec(
-                    tenant_id=naming.WARM_CGROUP,
-                    jail_id=warm_id,
-                    memory_max_bytes=self._settings.limits.vmm_overhead_mib * MIB,
-                    cpu_quota_us=CPU_PERIOD_US,
-                    pids_max=PIDS_PER_VMM,
-                )
+        await self._cgroups.ensure(
+            CgroupSpec(
+                tenant_id=naming.WARM_CGROUP,
+                jail_id=warm_id,
+                memory_max_bytes=self._settings.limits.vmm_overhead_mib * MIB,
+                cpu_quota_us=CPU_PERIOD_US,
+                pids_max=PIDS_PER_VMM,
             )
-            await run_in_thread(self._jails.make, warm_id, uid)
-            identity = await self._vmms.ensure(spec)
-            pidfd = _open(warm_id, identity)
-        except BaseException:
-            with contextlib.suppress(Failure):
-                await run_shielded(self.remove(warm_id))
-            raise
+        )
+        await run_in_thread(self._jails.make, warm_id, uid)
+        identity = await self._vmms.ensure(spec)
+        pidfd = _open(warm_id, identity)
         return WarmVmm(warm_id, slot, uid, identity, pidfd, spec.version, binaries)
 
     async def end(self, warm: WarmVmm) -> None:
