@@ -14,6 +14,7 @@ CANNOT_SHARE = frozenset(
 CANNOT_COPY_THERE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 CHUNK_BYTES = 1 << 20
 COPY_BYTES = 16 << 20
+SYNC_BYTES = 256 << 20
 ZEROS = memoryview(bytes(CHUNK_BYTES))
 Check = Callable[[], None]
 Copied = Callable[[int], None]
@@ -43,8 +44,31 @@ def copy_sparse(
             raise
     size = os.fstat(source).st_size
     os.ftruncate(target, size)
+    written = synced_often(target)
     for start, end in data_ranges(source, size):
-        _copy_range(source, target, start, end, check, copied)
+        for done in _copy_range(source, target, start, end, check):
+            copied(done)
+            written(done)
+
+
+def synced_often(fd: int) -> Copied:
+    """To be told of what is written to the file: syncs it each SYNC_BYTES.
+
+    One fsync at the end could have as much to write as the kernel keeps dirty, a fifth of the
+    memory; that takes minutes on a slow disk, without a sign that it goes on.
+
+    Source: vm.dirty_ratio in the kernel's Documentation/admin-guide/sysctl/vm.rst.
+    """
+    unsynced = 0
+
+    def written(size_bytes: int) -> None:
+        nonlocal unsynced
+        unsynced += size_bytes
+        if unsynced >= SYNC_BYTES:
+            os.fdatasync(fd)
+            unsynced = 0
+
+    return written
 
 
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -90,9 +114,8 @@ def sha256_of(fd: int, *, check: Check = lambda: None) -> str:
     return digest.hexdigest()
 
 
-def _copy_range(
-    source: int, target: int, start: int, end: int, check: Check, copied: Copied
-) -> None:
+def _copy_range(source: int, target: int, start: int, end: int, check: Check) -> Iterator[int]:
+    """The sizes of the pieces, each after it was copied."""
     while start < end:
         check()
         try:
@@ -103,5 +126,5 @@ def _copy_range(
             done = os.pwrite(target, os.pread(source, min(end - start, CHUNK_BYTES), start), start)
         if not done:  # the source was truncated meanwhile; the caller compares the sizes
             return
-        copied(done)
+        yield done
         start += done

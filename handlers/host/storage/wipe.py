@@ -11,7 +11,7 @@ and the old ones are only freed; a device may keep what it remapped. There only 
 import os
 
 from handlers.errors import HostFault
-from handlers.host.linux.sparse_copy import CHUNK_BYTES, Check, data_ranges
+from handlers.host.linux.sparse_copy import CHUNK_BYTES, Check, data_ranges, synced_often
 from handlers.host.linux.syscalls import punch_hole
 
 ZEROS = bytes(CHUNK_BYTES)
@@ -29,10 +29,11 @@ def wipe(fd: int, *, check: Check = lambda: None) -> None:
     """
     size = os.fstat(fd).st_size
     ranges = list(data_ranges(fd, size))
+    written = synced_often(fd)
     for start, end in ranges:
         for at in range(start, end, CHUNK_BYTES):
             check()
-            os.pwrite(fd, memoryview(ZEROS)[: min(CHUNK_BYTES, end - at)], at)
+            written(os.pwrite(fd, memoryview(ZEROS)[: min(CHUNK_BYTES, end - at)], at))
     os.fsync(fd)
     for start, end in ranges:
         # Out of the page cache first, so that the reading is from the device.
