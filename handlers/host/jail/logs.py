@@ -112,6 +112,8 @@ class JailLogs:
         with self._layout.file(jail_id, name, os.O_RDWR) as fd:
             # The VMM may have moved a shared artifact to this name: cut only the file hostd made.
             if fd is None or FileId.of(os.fstat(fd)) != expected:
+                # Or the jail was made again under its ID, by a launch that was tried again.
+                self._known.pop(jail_id, None)
                 return 0
             before = os.fstat(fd)
             end = (before.st_size - self._limit) // BLOCK * BLOCK

@@ -416,3 +416,16 @@ def test_versions_of_jails_without_a_record_are_known(tmp_path: Path) -> None:
     assert unread == {""}
     assert launched_versions(str(tmp_path), []) == {"1.15.0"}
     assert launched_versions(str(tmp_path), [REF]) == set()
+
+
+async def test_the_log_of_a_jail_that_was_made_again_is_bounded_too(ready: Ready) -> None:
+    await ready.jails.ensure(ready.spec)
+    with (ready.root / "log").open("rb"):  # so that the next one has another inode
+        await ready.jails.bound_logs()
+        await ready.jails.remove(JAIL)
+        await ready.jails.ensure(ready.spec)
+    (ready.root / "log").write_bytes(b"x" * (4 * LOG_BYTES))
+
+    freed = [await ready.jails.bound_logs(), await ready.jails.bound_logs()]
+
+    assert sum(freed) > 0
