@@ -190,6 +190,10 @@ class Artifacts(Mechanism[ArtifactSpec, Artifact], Protocol):
         """The disk space in bytes that the import needs; raises as `ensure`. No effect."""
         ...
 
+    async def imported(self, key: str) -> bool:
+        """Whether `ensure` finds it: it `exists` as a whole, and is not being removed."""
+        ...
+
 
 class DataDisks(Mechanism[DataDiskSpec, DataDisk], Protocol):
     """`volumes/data.ext4` of instances; the key is `<tenant>/<pool>/<instance>`.

@@ -122,7 +122,10 @@ def readonly_host(host: Host, seen: Seen) -> Host:
         pins=_mechanism(host.pins, seen, _changed),
         taps=_taps(host, seen),
         artifacts=_mechanism(
-            host.artifacts, seen, lambda _, __: Artifact("", "", None, {}), ("size_of_import",)
+            host.artifacts,
+            seen,
+            lambda _, __: Artifact("", "", None, {}),
+            ("size_of_import", "imported"),
         ),
         data_disks=_data_disks(host, seen),
         cgroups=_mechanism(

@@ -36,10 +36,10 @@ async def ensure_revision(
         Superseded, Expired, Halted: the wait for a slot, or the import, was interrupted.
     """
     spec = ArtifactSpec(ref.tenant_id, ref.pool_id, revision)
-    if await host.artifacts.exists(spec.key):
+    if await host.artifacts.imported(spec.key):
         return await steps.ensure_kept(host.artifacts, spec)
     async with limited(host.slots.imports, ref.tenant_id, "wait_import_slot", steps):
-        if await host.artifacts.exists(spec.key):  # another instance's, while this one waited
+        if await host.artifacts.imported(spec.key):  # another instance's, while this one waited
             return await steps.ensure_kept(host.artifacts, spec)
         size_bytes = await host.artifacts.size_of_import(spec)
         need = DiskNeed(

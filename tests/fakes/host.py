@@ -144,6 +144,7 @@ class FakeHost:
     exits_on_request: bool = True
     hanging: set[str] = field(default_factory=set[str])
     memory_in_use: set[str] = field(default_factory=set[str])
+    half_removed: set[str] = field(default_factory=set[str])
     lacking: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     oom: dict[str, OomCounts] = field(default_factory=dict[str, OomCounts])
     cgroup_usage: dict[str, CgroupUsage] = field(default_factory=dict[str, CgroupUsage])
@@ -528,6 +529,9 @@ class FakeArtifacts(Plain[ArtifactSpec]):
 
     async def size_of_import(self, spec: ArtifactSpec) -> int:
         return self.machine.import_bytes
+
+    async def imported(self, key: str) -> bool:
+        return await self.exists(key) and key not in self.machine.half_removed
 
     async def ensure(self, spec: ArtifactSpec) -> Artifact:
         """Never ends for a tenant in `stuck_imports`, but can be cancelled."""

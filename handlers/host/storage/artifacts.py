@@ -120,6 +120,10 @@ class Artifacts:
     async def exists(self, key: str) -> bool:
         return os.path.exists(self._dir(key))
 
+    async def imported(self, key: str) -> bool:
+        """Whether it is there as a whole, and is not being removed."""
+        return os.path.exists(f"{self._dir(key)}/{FACTS}")
+
     async def remove(self, key: str) -> None:
         """Remove a revision unless an instance refers to it; absent is success."""
         parse_key(key)

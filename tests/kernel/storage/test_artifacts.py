@@ -106,8 +106,11 @@ async def test_half_an_import_is_done_again(artifacts: Artifacts, world: StoreHo
     directory = world.state / "artifacts" / "acme" / "web"
     write(directory / f".{REVISION}.part" / "vmlinux", b"half")
     write(directory / REVISION / "vmlinux", b"without facts")
+    assert not await artifacts.imported(SPEC.key)
 
     found = await artifacts.ensure(SPEC)
+
+    assert await artifacts.imported(SPEC.key)
 
     assert Path(found.vmlinux).read_bytes() == (world.revision / "vmlinux").read_bytes()
     assert [each.name for each in directory.iterdir()] == [REVISION]

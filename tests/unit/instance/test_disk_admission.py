@@ -254,3 +254,18 @@ async def test_a_lowered_quota_keeps_nothing_from_running_again(
         reply = await worker.run(WAKE if SLEEP in before else START)
 
         assert reply.code is Code.OK, reply
+
+
+async def test_a_revision_that_is_being_removed_is_admitted_as_an_import(tmp_path: Path) -> None:
+    machine = seeded()
+    with_quota(machine, 1)
+    big_import(machine)
+    machine.resources["artifact", "acme/web/r1"] = None
+    machine.half_removed.add("acme/web/r1")
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await worker.run(UP)
+
+        reply = await worker.run(START)
+
+    assert reply.code is Code.EXHAUSTED
+    assert "artifact acme/web/r1 needs" in getattr(reply.response, "message", "")
