@@ -7,6 +7,7 @@ from handlers.instance.destroy import destroy_instance
 from handlers.instance.reservations import Reservations
 from handlers.instance.sleep import sleep_instance
 from handlers.instance.snapshot_steps import (
+    Drains,
     Pauses,
     SnapshotDrafts,
     SnapshotUses,
@@ -48,6 +49,7 @@ def mechanisms(host: Host) -> Mapping[str, Removable]:
     known: tuple[Removable, ...] = (
         Reservations(host),
         Transitions(host),
+        Drains(host),
         Pauses(host),
         SnapshotDrafts(host),
         SnapshotUses(host),

@@ -18,6 +18,8 @@ from handlers.instance.instance_file import write_at_rest
 from handlers.instance.metering import asleep
 from handlers.instance.release import discard_snapshots, end_vmm, release_launch
 from handlers.instance.snapshot_steps import (
+    Drains,
+    DrainSpec,
     Pauses,
     PauseSpec,
     SnapshotDrafts,
@@ -27,6 +29,7 @@ from handlers.instance.snapshot_steps import (
 )
 from handlers.instance.state import final_record, read_state
 from handlers.interfaces import Host, VmmApi
+from handlers.mechanism import Removable
 from handlers.specs import MIB, SnapshotFacts, SnapshotInfo, SnapshotKey
 from handlers.steps import Done, SnapshotMeasure, Steps
 from schemas.envelopes import EventKind
@@ -147,7 +150,10 @@ async def take_snapshot(
     )
     try:
         async with AsyncExitStack() as claims:
-            await together(claims.enter_async_context(admitted(need, quota, host)), let_run(vmm))
+            await together(
+                claims.enter_async_context(admitted(need, quota, host)),
+                together(let_run(vmm), announce(cmd, record, steps, host)),
+            )
             return await drain_and_snapshot(cmd, record, vmm, steps, host)
     finally:
         await vmm.close()
@@ -159,27 +165,32 @@ async def let_run(vmm: VmmApi) -> None:
         await vmm.resume()
 
 
+async def announce(cmd: SleepInstance, record: InstanceRecord, steps: Steps, host: Host) -> None:
+    """In reverse: the draft is removed, the VM resumed, its agent woken, the status restored."""
+    planned: list[tuple[Removable, str]] = [(Transitions(host), str(record.ref))]
+    if asks_agent(cmd, record):
+        planned.append((Drains(host), str(record.ref)))
+    planned.append((Pauses(host, seen_running=True), record.jail_id))
+    planned.append((SnapshotDrafts(host), str(SnapshotKey(record.ref, record.launch))))
+    await steps.announce(*planned)
+
+
+def asks_agent(cmd: SleepInstance, record: InstanceRecord) -> bool:
+    return not cmd.force and record.agent_port is not None
+
+
 async def drain_and_snapshot(
     cmd: SleepInstance, record: InstanceRecord, vmm: VmmApi, steps: Steps, host: Host
 ) -> tuple[SnapshotInfo, DrainOutcome]:
     """From running to a published snapshot; its disk space is claimed.
 
-    The journal's rows are written beside what needs no order with them: while the guest drains,
-    and while it is paused.
+    The status is written beside what needs no order with it: while the guest drains, and while it
+    is paused.
     """
-    draft = SnapshotKey(record.ref, record.launch)
     pauses = Pauses(host, seen_running=True)
-
-    async def begin() -> None:
-        # One commit: the draft's row is the only one that has to be synced.
-        await steps.announce(
-            (Transitions(host), str(record.ref)),
-            (pauses, record.jail_id),
-            (SnapshotDrafts(host), str(draft)),
-        )
-        await transition_to(Status.DRAINING, record, steps, host)
-
-    _, outcome = await together(begin(), drain_guest(cmd, record, steps, host))
+    _, outcome = await together(
+        transition_to(Status.DRAINING, record, steps, host), drain_guest(cmd, record, steps, host)
+    )
     async with limited(host.slots.snapshots, record.ref.tenant_id, "wait_snapshot_slot", steps):
         await together(
             transition_to(Status.SNAPSHOTTING, record, steps, host),
@@ -232,11 +243,9 @@ async def drain_guest(
 
     A later Sleep with `force` ends the wait.
     """
-    if cmd.force:
-        return DrainOutcome(Drain.FORCED)
     port = record.agent_port
-    if port is None:
-        return DrainOutcome(Drain.NO_AGENT)
+    if port is None or not asks_agent(cmd, record):
+        return DrainOutcome(Drain.FORCED if cmd.force else Drain.NO_AGENT)
     drain_s = await drain_timeout_s(cmd, host)
 
     async def ask() -> DrainOutcome:
@@ -254,7 +263,9 @@ async def drain_guest(
             return DrainOutcome(Drain.ACKNOWLEDGED)
         return DrainOutcome(Drain.REFUSED, ack.detail or "no reason given")
 
-    outcome = await steps.interruptible("drain_guest", ask)
+    outcome = await steps.ensure(
+        Drains(host), DrainSpec(record.ref, lambda: steps.control.interruptible(Drains.name, ask))
+    )
     if outcome.drain is not Drain.ACKNOWLEDGED:
         await host.records.event(
             EventKind.SNAPSHOT,

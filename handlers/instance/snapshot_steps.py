@@ -1,15 +1,24 @@
-"""Steps of Sleep and Wake that are undone: status transition, pause, snapshot draft and use."""
+"""Steps of Sleep and Wake that undo ends: status transition, drain, pause, snapshot draft, use."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final, Generic, TypeVar
 
+import structlog
 from msgspec.structs import replace
 
+from handlers.errors import Failure
 from handlers.interfaces import Host
 from handlers.mechanism import Durability
 from handlers.specs import SnapshotFacts, SnapshotInfo, SnapshotKey
 from schemas.naming import parse_ref
 from schemas.records import InstanceRecord, Status
+from schemas.requests import InstanceRef
+
+log = structlog.get_logger()
+WAKE_S: Final = 2.0  # a Stop that superseded the Sleep waits so long for a guest that is deaf
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,50 @@ class Transitions:
         record = self._host.records.instance(parse_ref(key))
         if record is not None and record.before is not None:
             await self._host.records.put_instance(replace(record.before, before=None))
+
+
+@dataclass(frozen=True, slots=True)
+class DrainSpec(Generic[T]):
+    """`ask` asks the guest agent to prepare for sleep."""
+
+    ref: InstanceRef
+    ask: Callable[[], Awaitable[T]]
+
+    @property
+    def key(self) -> str:
+        return str(self.ref)
+
+
+class Drains:
+    """Guests whose agent was asked to prepare for sleep: they may have stopped their work and
+    unmounted drives. Undo, after that of the pause, sends the agent the `Wake` that it waits for.
+    """
+
+    name: ClassVar[str] = "drain_guest"
+    durability: ClassVar[Durability] = Durability.VOLATILE
+    swept: ClassVar[bool] = False
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    async def exists(self, key: str) -> bool:  # noqa: ARG002 - each run asks again
+        return False
+
+    async def ensure(self, spec: DrainSpec[T]) -> T:
+        return await spec.ask()
+
+    async def remove(self, key: str) -> None:
+        """Wake the guest, if its VMM still runs. One that does not answer in time is only logged:
+        what it makes of its drain is its own."""
+        record = self._host.records.instance(parse_ref(key))
+        if record is None or record.vmm is None or record.agent_port is None:
+            return
+        if not await self._host.vmms.alive(record.vmm):
+            return
+        try:
+            await self._host.agents.wake(record.jail_id, record.agent_port, timeout_s=WAKE_S)
+        except Failure as error:
+            log.warning("guest.left_drained", instance=key, error=error)
 
 
 @dataclass(frozen=True, slots=True)

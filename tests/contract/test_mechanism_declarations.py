@@ -54,4 +54,4 @@ def test_every_mechanism_of_a_host_is_compared() -> None:
 def test_names_of_mechanisms_are_unique() -> None:
     host = fake_host()
 
-    assert len(mechanisms(host)) == len(REAL) + 5
+    assert len(mechanisms(host)) == len(REAL) + 6
