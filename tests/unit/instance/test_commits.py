@@ -60,10 +60,10 @@ def commits(monkeypatch: pytest.MonkeyPatch) -> Commits:
         pytest.param((UP,), DOWN, 2, 3, id="TeardownNetwork"),
         pytest.param((UP,), START, 6, 8, id="the first StartInstance"),
         pytest.param((UP, START, STOP), START, 4, 6, id="StartInstance"),
-        pytest.param((UP, START), STOP, 2, 3, id="StopInstance"),
+        pytest.param((UP, START), STOP, 2, 4, id="StopInstance"),
         pytest.param((UP, START), SLEEP, 3, 6, id="SleepInstance"),
         pytest.param((UP, START, SLEEP), WAKE, 4, 6, id="WakeInstance"),
-        pytest.param((UP, START), DESTROY, 3, 4, id="DestroyInstance"),
+        pytest.param((UP, START), DESTROY, 3, 5, id="DestroyInstance"),
     ],
 )
 async def test_a_command_commits_no_more_than_its_order_asks_for(
