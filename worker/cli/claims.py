@@ -5,11 +5,13 @@ from typing import Any, Final
 
 import click
 
+from schemas.codes import Code
 from schemas.requests import InstanceRef
 from worker.cli.commands import instance_arguments
 from worker.cli.context import (
     config_option,
     json_option,
+    leave,
     print_json,
     printable,
     progress,
@@ -59,17 +61,18 @@ def sweep(dry_run: bool, config: str | None, as_json: bool) -> None:
     Without the grace period and the hourly budget of the worker's own sweep.
     """
     answer = ask(config)("/v1/sweep", {"dry_run": dry_run})
+    orphans: list[dict[str, Any]] = answer["orphans"]
     if as_json:
         print_json(answer)
-        return
-    orphans: list[dict[str, Any]] = answer["orphans"]
-    for each in orphans:
+    for each in () if as_json else orphans:
         text = (
             f"{each['state']:<8} {each['kind']:<10} {each['name']}  (seen for {each['seen_s']} s)"
         )
         click.echo(printable(text + (f": {each['reason']}" if each["reason"] else "")))
-    if not orphans:
+    if not orphans and not as_json:
         click.echo("no orphans")
+    if any(each["state"] == "failed" for each in orphans):
+        leave(Code.HOST_FAULT)
 
 
 def claim(name: str, ref: InstanceRef, config: str | None, *, as_json: bool) -> None:

@@ -34,6 +34,8 @@ ASK_TIMEOUT_S: Final = 5.0
 TUNING: Final = Tuning(backoff_base_s=0.01)
 ELECTION_S: Final = 15.0  # within which a stream of a cluster has a leader again
 AGAIN_S: Final = 0.25
+# Source: errors.json of nats-server: no message found, sequence not found, stream not found.
+MISSING: Final = frozenset({10037, 10043, 10059})
 TRIES: Final = 2  # per server; an attempt may report two errors
 
 _python_log = logging.getLogger("hostd.client")
@@ -229,7 +231,12 @@ class Link:
         return message
 
     async def delete(self, stream: str, seq: int) -> None:
-        """Delete a message of a stream, with an administrator's credential. Raises `NotFound`."""
+        """Delete a message of a stream, with an administrator's credential.
+
+        Raises:
+            NotFound: the stream has no such message, or there is no such stream.
+            NoAnswer: the server did not delete it; it may say why.
+        """
         body = {"seq": seq, "no_erase": True}
         answer = await self._ask_api(f"STREAM.MSG.DELETE.{stream}", body, stream)
         try:
@@ -237,7 +244,8 @@ class Link:
         except BusError as error:
             raise NoAnswer(f"cannot delete message {seq}: {error}") from error
         if failure := reply.get("error"):
-            raise NotFound(f"cannot delete message {seq} of {stream}: {failure.get('description')}")
+            text = f"cannot delete message {seq} of {stream}: {failure.get('description')}"
+            raise NotFound(text) if failure.get("err_code") in MISSING else NoAnswer(text)
 
     async def _get(self, what: str, body: Mapping[str, Any]) -> Kept | None:
         answer = await self._ask_api(f"DIRECT.GET.{what}", body, what)
