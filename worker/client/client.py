@@ -238,7 +238,7 @@ class HostdClient:
             traceparent=traceparent,
         )
         subjects = self._subjects(host)
-        with self._inbox.expect(command.id) as expected:
+        with self._inbox.expect(host, command.id, codec.request_digest(request)) as expected:
             finding = asyncio.create_task(self._find(subjects, command, expected))
             try:
                 # The reply may arrive at any time, whatever else is waited for.

@@ -25,17 +25,20 @@ class Expected:
         subject: its `reply_to`.
         trouble: why the command could not be published last, or may be refused.
         maybe_stored: whether the stream has it, or may have it.
+        digest: `request_digest` of its request.
     """
 
-    def __init__(self, subject: str) -> None:
+    def __init__(self, subject: str, digest: str) -> None:
         self.subject = subject
+        self.digest = digest
         self.trouble = ""
         self.maybe_stored = False
         self.arrived: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
 
 class Inbox:
-    """Hands over replies by command ID; what nobody expects any more is dropped."""
+    """Hands over replies by host and command ID; what nobody expects any more is dropped, and so is
+    the reply to another request that had the ID before."""
 
     def __init__(self, subject: str) -> None:
         self._subject = subject
@@ -46,36 +49,45 @@ class Inbox:
     async def open(cls, link: Link, subject: str) -> AsyncGenerator["Inbox"]:
         """Subscribe below `subject`."""
         inbox = cls(subject)
-        async with link.subscribed(f"{subject}.*", inbox._receive):
+        async with link.subscribed(f"{subject}.*.*", inbox._receive):
             yield inbox
 
     @contextmanager
-    def expect(self, command_id: str) -> Generator[Expected]:
-        """Until the end of the block, take the reply to a command."""
-        expected = Expected(f"{self._subject}.{command_id}")
-        self._expected[command_id].append(expected)
+    def expect(self, host: str, command_id: str, digest: str) -> Generator[Expected]:
+        """Until the end of the block, take the host's reply to a command."""
+        subject = f"{self._subject}.{host}.{command_id}"
+        expected = Expected(subject, digest)
+        self._expected[subject].append(expected)
         try:
             yield expected
         finally:
-            self._expected[command_id].remove(expected)
-            if not self._expected[command_id]:
-                del self._expected[command_id]
+            self._expected[subject].remove(expected)
+            if not self._expected[subject]:
+                del self._expected[subject]
 
     def _receive(self, message: Message) -> None:
-        if _is_of_a_copy(message.data):
+        waiting = self._expected.get(message.subject)
+        if not waiting:
             return
-        for expected in self._expected.get(message.subject.rpartition(".")[2], ()):
+        reply = _map_of(message.data)
+        if _is_of_a_copy(reply):
+            return
+        for expected in waiting:
+            if reply.get("request_digest") not in {None, expected.digest}:
+                continue
             if not expected.arrived.done():
                 expected.arrived.set_result(message.data)
 
 
-def _is_of_a_copy(data: bytes) -> bool:
-    if OF_A_COPY[1].encode() not in data:
-        return False
+def _map_of(data: bytes) -> dict[str, object]:
+    """Empty if it is none: who waits finds out."""
     try:
-        reply = unpack_map(data, ANSWER)
+        return unpack_map(data, ANSWER)
     except DecodeError:
-        return False
+        return {}
+
+
+def _is_of_a_copy(reply: dict[str, object]) -> bool:
     detail = reply.get("detail")
     if not isinstance(detail, dict):
         return False
