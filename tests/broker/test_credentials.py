@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import pytest
 from schemas.settings import NatsSettings, Settings
 from tests.broker.server import Server, running_server
 from worker.bus.connection import Connection
+from worker.bus.protocol import BusError
 from worker.cli.client import connect
 from worker.cli.context import CliError
 
@@ -44,7 +48,23 @@ def _b64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
-async def test_the_connection_authenticates_with_a_jwt_credentials_file(tmp_path: Path) -> None:
+@dataclass
+class SignedIn:
+    """A server with decentralised JWTs, and the file of its only user."""
+
+    server: Server
+    creds: Path
+
+    def write(self, text: str) -> None:
+        """Replace the file, as a rotation does."""
+        new = self.creds.with_suffix(".new")
+        new.write_text(text)
+        new.chmod(0o600)
+        new.rename(self.creds)
+
+
+@asynccontextmanager
+async def server_of_jwts(directory: Path) -> AsyncGenerator[SignedIn]:
     operator = new_key(nkeys.PREFIX_BYTE_OPERATOR)
     account = new_key(nkeys.PREFIX_BYTE_ACCOUNT)
     system = new_key(nkeys.PREFIX_BYTE_ACCOUNT)
@@ -62,14 +82,8 @@ async def test_the_connection_authenticates_with_a_jwt_credentials_file(tmp_path
     )
     seed = user.seed
     assert seed is not None
-    creds = tmp_path / "host.creds"
-    creds.write_text(
-        f"-----BEGIN NATS USER JWT-----\n{user_jwt}\n------END NATS USER JWT------\n\n"
-        f"-----BEGIN USER NKEY SEED-----\n{seed.decode()}\n------END USER NKEY SEED------\n"
-    )
-    creds.chmod(0o600)
     server = Server(
-        str(tmp_path / "nats"),
+        str(directory / "nats"),
         config=(
             f"operator: {signed(operator, operator, {'type': 'operator'})}\n"
             f"system_account: {system.public_key.decode()}\n"
@@ -78,19 +92,56 @@ async def test_the_connection_authenticates_with_a_jwt_credentials_file(tmp_path
             f"{system.public_key.decode()}: {system_jwt} }}\n"
         ),
     )
-    await server.start()
-    connection = Connection(
-        NatsSettings(url=server.url, creds=str(creds)), name="jwt", inbox="_INBOX.jwt"
+    found = SignedIn(server, directory / "host.creds")
+    found.write(
+        f"-----BEGIN NATS USER JWT-----\n{user_jwt}\n------END NATS USER JWT------\n\n"
+        f"-----BEGIN USER NKEY SEED-----\n{seed.decode()}\n------END USER NKEY SEED------\n"
     )
+    await server.start()
     try:
-        await connection.start()
-        await asyncio.wait_for(connection.wait_connected(), 10)
-        answer = await connection.request("$JS.API.INFO", b"")
-
-        assert json.loads(answer.data)["limits"]["max_streams"] == -1
+        yield found
     finally:
-        await connection.close()
         await server.stop()
+
+
+async def test_the_connection_authenticates_with_a_jwt_credentials_file(tmp_path: Path) -> None:
+    async with server_of_jwts(tmp_path) as host:
+        connection = connection_of(host)
+        try:
+            await connection.start()
+            await asyncio.wait_for(connection.wait_connected(), 10)
+            answer = await connection.request("$JS.API.INFO", b"")
+
+            assert json.loads(answer.data)["limits"]["max_streams"] == -1
+        finally:
+            await connection.close()
+
+
+async def test_a_rotation_to_a_damaged_file_is_mended_by_the_next_one(tmp_path: Path) -> None:
+    async with server_of_jwts(tmp_path) as host:
+        sound = host.creds.read_text()
+        connection = connection_of(host)
+        host.write(sound.replace("NKEY SEED-----\nSU", "NKEY SEED-----\nXX"))
+        try:
+            await connection.start()
+            async with asyncio.timeout(10):
+                while not connection.failures:
+                    await asyncio.sleep(0.01)
+            host.write(sound)
+            await asyncio.wait_for(connection.wait_connected(), 20)
+
+            host.write(sound.partition("-----BEGIN USER NKEY")[0])
+            settings = NatsSettings(url=host.server.url, creds=str(host.creds))
+            with pytest.raises(BusError, match="expected the seed of a NATS user"):
+                await connection.reload(settings)
+            assert connection.connected
+        finally:
+            await connection.close()
+
+
+def connection_of(host: SignedIn) -> Connection:
+    settings = NatsSettings(url=host.server.url, creds=str(host.creds))
+    return Connection(settings, name="jwt", inbox="_INBOX.jwt")
 
 
 async def test_the_command_line_signs_in_with_the_same_file_as_the_worker(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ class Connection:
                     self._client = client
                     self._came_up(fresh=True)
                     await self._dead.wait()
-            except (TimeoutError, OSError, errors.Error, ValueError, ImportError) as error:
+            except Exception as error:  # noqa: BLE001 - reported; whatever nats-py or nkeys raise
                 await self._on_error(error)
             finally:
                 await self._discard(client)

@@ -3,9 +3,11 @@
 import os
 import stat
 
+import nkeys
 from nats import errors
 
 JWT_MARK = b"-----BEGIN NATS USER JWT-----"
+SEED_MARK = b"BEGIN USER NKEY SEED"
 
 
 class CredentialsFile:
@@ -24,10 +26,19 @@ class CredentialsFile:
 
         Raises:
             OSError: it cannot be read.
-            errors.Error: it is readable by others, or in neither form.
+            errors.Error: it is readable by others, in neither form, or without a sound seed.
         """
-        if JWT_MARK not in self._read():
+        data = self._read()
+        if JWT_MARK not in data:
             self.user()
+            return
+        seed = data.partition(SEED_MARK)[2].partition(b"\n")[2].partition(b"\n")[0]
+        try:
+            nkeys.from_seed(bytearray(seed)).wipe()
+        except (nkeys.NkeysError, ValueError) as error:
+            raise errors.Error(
+                f"{self.path}: expected the seed of a NATS user after its JWT"
+            ) from error
 
     def is_jwt(self) -> bool:
         """Whether it is a NATS credentials file; false while it cannot be read."""

@@ -1,7 +1,9 @@
 """The credentials file: its two forms, its permissions, its rotation."""
 
+import os
 from pathlib import Path
 
+import nkeys
 import pytest
 from nats import errors
 
@@ -43,3 +45,27 @@ def test_a_nats_credentials_file_is_recognised_by_its_header(tmp_path: Path) -> 
     assert secret(tmp_path / "a", "-----BEGIN NATS USER JWT-----\nx\n").is_jwt()
     assert not secret(tmp_path / "b", "a:b").is_jwt()
     assert not CredentialsFile(str(tmp_path / "missing")).is_jwt()
+
+
+SEED = "-----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n"
+JWT = "-----BEGIN NATS USER JWT-----\nx\n------END NATS USER JWT------\n\n"
+
+
+def new_seed() -> str:
+    return nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode()
+
+
+def test_a_nats_credentials_file_with_its_seed_is_sound(tmp_path: Path) -> None:
+    secret(tmp_path / "creds", JWT + SEED.format(new_seed())).check()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", SEED.format("")[:20], SEED.format(""), SEED.format("x"), SEED.format(new_seed()[:-5])],
+    ids=["no seed", "cut off", "empty", "damaged", "short"],
+)
+def test_a_nats_credentials_file_without_a_sound_seed_is_rejected(
+    tmp_path: Path, text: str
+) -> None:
+    with pytest.raises(errors.Error, match="expected the seed of a NATS user"):
+        secret(tmp_path / "creds", JWT + text).check()
