@@ -4,6 +4,7 @@ A message is acknowledged when the journal owns it, or when it was answered and 
 (Ping, a replay, a conflict). What fails before that stays in the stream and is redelivered.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from worker.journal.writer import JournalFault
 from worker.lanes import Lanes
 from worker.tracing.tracing import Tracing
 
+AGAIN_S: Final = 0.1
 TRIES: Final = 3  # deliveries of a message that crashes intake before it is given up
 
 log = structlog.get_logger()
@@ -142,6 +144,7 @@ class Intake:
             try:
                 return await do()
             except JournalFault:
+                await asyncio.sleep(AGAIN_S)  # it may be that it can be written and not read
                 await self._journal.store.until_writable()
 
     async def _give_up(self, delivery: Delivery) -> None:

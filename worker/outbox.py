@@ -88,6 +88,7 @@ class Outbox:
                 rows = await self._outbox.pending(kind, WINDOWS[kind])
             except JournalFault:
                 await self._store.until_writable()
+                await self._back_off(kind, 1)  # it may be that it can be written and not read
                 continue
             self._woken[kind].clear()
             if not rows:  # counted, and yet not found

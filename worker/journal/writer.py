@@ -339,6 +339,8 @@ class Writer:
             return
         try:
             part.result = part.do(Transaction(self._connection, self._seq, self._n))
+        except sqlite3.Error as error:
+            part.error = JournalFault(f"cannot read the journal {self._path}: {error}")
         except Exception as error:  # noqa: BLE001 - raised to its caller
             part.error = error
 

@@ -248,3 +248,15 @@ async def test_a_callback_that_raises_holds_up_nobody_who_waits_for_the_commit(
                 await journal.records.event(EventKind.DRIFT)
 
     assert [line["event"] for line in logged] == ["journal.callback_failed"]
+
+
+async def test_a_read_error_is_a_fault_of_the_journal(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+
+        def read(tx: Transaction) -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        with pytest.raises(JournalFault, match=r"cannot read the journal .*: disk I/O error"):
+            await journal.store.writer.read(read)
+
+        assert journal.store.writable
