@@ -15,7 +15,9 @@ from handlers.cancellation import run_shielded
 from handlers.errors import Draining, Failure
 from schemas.envelopes import EventKind
 from schemas.requests import Request, StartInstance, WakeInstance
+from schemas.subjects import Lane
 from worker.journal.journal import Journal
+from worker.journal.transaction import EventDraft
 
 KEY: Final = "drain"
 Mode = Literal["wait", "sleep", "stop"]
@@ -78,20 +80,21 @@ class DrainSwitch:
     async def _change(self, active: Drain | None, subject: Drain) -> None:
         """Commit it, let it take effect, and announce it: also if who asked for it has gone."""
         kept = "" if active is None else msgspec.json.encode(active).decode()
-        await self._journal.store.put_meta(KEY, kept)
+        begun = active is not None
+        event = EventDraft(
+            EventKind.DRAIN,
+            Lane.host(),
+            reason="the host is drained" if begun else "the drain was ended",
+            detail={"active": begun, "mode": subject.mode, "drain": subject.id},
+        )
+        await self._journal.store.put_meta(KEY, kept, event=event)
         self.active = active
         for changed in self._watchers:
             changed()
-        begun = active is not None
         if begun:
             log.info("drain.begun", mode=subject.mode, drain=subject.id)
         else:
             log.info("drain.ended", mode=subject.mode, drain=subject.id)
-        await self._journal.records.event(
-            EventKind.DRAIN,
-            reason="the host is drained" if begun else "the drain was ended",
-            detail={"active": begun, "mode": subject.mode, "drain": subject.id},
-        )
 
 
 def _read(kept: str | None) -> Drain | None:

@@ -125,12 +125,19 @@ class JournalRecords:
         )
 
     async def put_with_event(
-        self, record: InstanceRecord, kind: EventKind, *, reason: str, detail: dict[str, Any]
+        self,
+        record: InstanceRecord,
+        kind: EventKind,
+        *,
+        reason: str,
+        detail: dict[str, Any] | None = None,
+        actor: str | None = OPERATOR,
     ) -> None:
-        """As `put_instance`, durable, with an event of an operator's action in the same commit."""
+        """As `put_instance`, durable, with an event in the same commit: of an operator's action,
+        or, with None, of the worker's."""
         put = self.change_put(record, reason=reason)
         draft = EventDraft(
-            kind, Lane.instance(record.ref), reason=reason, detail=detail, actor=OPERATOR
+            kind, Lane.instance(record.ref), reason=reason, detail=detail, actor=actor
         )
         await self._put(record, self._with_event(put, draft), durable=True)
 

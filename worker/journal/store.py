@@ -20,7 +20,7 @@ from worker.journal import loading, schema
 from worker.journal.memory import Mirror
 from worker.journal.migration import backup
 from worker.journal.reader import JournalReader
-from worker.journal.transaction import EventSource, Transaction
+from worker.journal.transaction import EventDraft, EventSource, Transaction
 from worker.journal.writer import JournalFault, Relieve, Writer, keep_space
 
 JOURNAL_ID: Final = "journal_id"
@@ -190,17 +190,19 @@ class Store:
         """A fact kept by `put_meta`, e.g. the boot ID that the journal last saw."""
         return self.mirror.meta.get(key)
 
-    async def put_meta(self, key: str, value: str) -> None:
-        """Keep a fact, durably."""
+    async def put_meta(self, key: str, value: str, *, event: EventDraft | None = None) -> None:
+        """Keep a fact, durably, and publish an event of it, in one commit."""
+        at_ms = self.now_ms()
+
+        def save(tx: Transaction) -> None:
+            schema.write_meta(tx.connection, key, value)
+            if event is not None:
+                self.source.event(tx, event, at_ms)
 
         def apply(_: None) -> None:
             self.mirror.meta[key] = value
 
-        await self.writer.submit(
-            lambda tx: schema.write_meta(tx.connection, key, value),
-            apply=apply,
-            durable=True,
-        )
+        await self.writer.submit(save, apply=apply, durable=True)
 
     def _trace_of(self, command_id: str) -> TraceContext | None:
         row = self.mirror.commands.get(command_id)

@@ -19,8 +19,10 @@ from schemas.codes import Code
 from schemas.envelopes import EventKind, Reply, StepTaken
 from schemas.records import Status
 from schemas.requests import Request, StartInstance, WakeInstance
+from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.journal.memory import CommandRow
+from worker.journal.transaction import EventDraft
 
 META: Final = "launch_quarantine"
 FIRST_PROBE_S: Final = 60.0
@@ -68,6 +70,7 @@ class LaunchQuarantine:
         self._pause_s = FIRST_PROBE_S
         self._probe_at = clock() + FIRST_PROBE_S
         self._probe: str | None = None
+        self._unsaved: tuple[str, EventDraft] | None = None
 
     @property
     def after(self) -> int:
@@ -115,6 +118,7 @@ class LaunchQuarantine:
 
     async def finished(self, row: CommandRow, reply: Reply) -> None:
         """Judge the outcome of a command that ran."""
+        await self._save()
         if not self._after or not isinstance(row.command.request, StartInstance | WakeInstance):
             return
         step = _failed_step(reply.steps)
@@ -155,13 +159,24 @@ class LaunchQuarantine:
     async def _announce(self, reason: str, *, quarantined: bool, **detail: object) -> None:
         self._changed()
         kept = "" if self._since is None else msgspec.json.encode(self._since).decode()
-        with contextlib.suppress(Failure):  # the journal cannot commit: in effect all the same
-            await self._journal.store.put_meta(META, kept)
-            await self._journal.records.event(
-                EventKind.HOST,
-                reason=reason,
-                detail={"launches_quarantined": quarantined, **detail},
-            )
+        event = EventDraft(
+            EventKind.HOST,
+            Lane.host(),
+            reason=reason,
+            detail={"launches_quarantined": quarantined, **detail},
+        )
+        self._unsaved = (kept, event)
+        await self._save()
+
+    async def _save(self) -> None:
+        """Commit what the journal lacks; if it cannot now, after the next command."""
+        if self._unsaved is None:
+            return
+        saved = self._unsaved
+        with contextlib.suppress(Failure):  # in effect all the same
+            await self._journal.store.put_meta(META, saved[0], event=saved[1])
+            if self._unsaved is saved:
+                self._unsaved = None
 
 
 def _kept(journal: Journal) -> Since | None:

@@ -183,10 +183,9 @@ class Overwatch:
         now = self._current(record)
         if now is None or now.hung is None:
             return
-        await self._journal.records.put_instance(replace(now, hung=None))
+        await self._put(replace(now, hung=None), "answers its API again", hung=False)
         self._hung.discard(now.jail_id)
         log.info("vmm.answers", instance=str(now.ref), launch=now.launch)
-        await self._announce(now, "answers its API again", hung=False)
 
     async def _hangs(self, record: InstanceRecord, misses: int, why: str) -> None:
         now = self._current(record)
@@ -194,10 +193,9 @@ class Overwatch:
             return
         if now.hung is None:
             now = replace(now, hung=Hung(since_ms=self._host.facts.now_ms()))
-            await self._journal.records.put_instance(now)
+            await self._put(now, why, hung=True, misses=misses)
             self._hung.add(now.jail_id)
             log.warning("vmm.hung", instance=str(now.ref), launch=now.launch, reason=why)
-            await self._announce(now, why, hung=True, misses=misses)
         if self._kills and now.hung is not None:
             # Before the kill: whoever sees the exit, also the next worker, knows why.
             killed = replace(now, hung=replace(now.hung, killed=True))
@@ -205,12 +203,14 @@ class Overwatch:
             log.warning("vmm.hung_killed", instance=str(now.ref), launch=now.launch)
             await self._host.vmms.remove(now.jail_id)
 
-    async def _announce(
+    async def _put(
         self, record: InstanceRecord, reason: str, *, hung: bool, **detail: object
     ) -> None:
-        await self._journal.records.event(
+        """The record and the event of it, in one commit."""
+        await self._journal.records.put_with_event(
+            record,
             EventKind.VMM_HUNG,
-            ref=record.ref,
+            actor=None,
             reason=reason,
             detail={
                 "hung": hung,

@@ -196,8 +196,9 @@ class VmmWatch:
             return False
         log.error("vmm.quarantined", instance=str(record.ref), reason=reason)
         unknown = replace(now, status=Status.UNKNOWN, since_ms=self._host.facts.now_ms())
-        await self._journal.records.put_instance(unknown, reason=reason, durable=True)
-        await self._journal.records.event(EventKind.QUARANTINED, ref=record.ref, reason=reason)
+        await self._journal.records.put_with_event(
+            unknown, EventKind.QUARANTINED, reason=reason, actor=None
+        )
         return True
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sqlite3
 from collections.abc import AsyncGenerator, Coroutine
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from tests.fakes.host import FakeHost, Gate, instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from worker.control import emptying as emptying_module
 from worker.control.drain_routes import DrainRoutes
+from worker.control.draining import KEY
 from worker.control.emptying import Emptying, command_id_of
+from worker.journal.transaction import EventSource
+from worker.journal.writer import JournalFault
 
 UP = SetupNetwork("acme", NET)
 COUNT = 5
@@ -163,19 +167,6 @@ async def test_a_drain_that_this_version_cannot_read_is_one_and_can_be_ended(
         assert worker.drain.active is None
 
 
-async def test_a_drain_that_cannot_be_committed_is_not_in_effect(tmp_path: Path) -> None:
-    async with memory_worker(tmp_path / "j", seeded()) as worker:
-
-        async def fail(key: str, value: str) -> None:
-            raise HostFault("disk")
-
-        worker.journal.store.put_meta = fail  # type: ignore[method-assign]
-        with pytest.raises(HostFault):
-            await worker.drain.begin("stop")
-
-        assert worker.drain.active is None
-
-
 @pytest.mark.parametrize("active", [True, False])
 async def test_a_change_that_is_committed_takes_effect_though_its_sender_has_gone(
     tmp_path: Path, active: bool
@@ -189,8 +180,8 @@ async def test_a_change_that_is_committed_takes_effect_though_its_sender_has_gon
             worker.journal.store.put_meta,
         )
 
-        async def slow(key: str, value: str) -> None:
-            await put_meta(key, value)
+        async def slow(key: str, value: str, **more: Any) -> None:
+            await put_meta(key, value, **more)
             committed.set()
             await goes_on.wait()
 
@@ -511,3 +502,24 @@ async def test_a_drain_its_progress_and_its_end_are_events(tmp_path: Path) -> No
     assert (done.detail["done"], done.detail["in_use"]) == (2, 0)
     assert ended.detail["active"] is False
     assert begun.tenant_id is None
+
+
+@pytest.mark.parametrize("drained", [False, True])
+async def test_a_drain_or_its_end_without_its_event_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drained: bool
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        if drained:
+            await worker.drain.begin("wait")
+        kept = worker.journal.store.meta(KEY)
+
+        def full(*_: object) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        with monkeypatch.context() as disk:
+            disk.setattr(EventSource, "event", full)
+            with pytest.raises(JournalFault):
+                await (worker.drain.end() if drained else worker.drain.begin("wait"))
+
+        assert (worker.drain.active is not None) is drained
+        assert worker.journal.store.meta(KEY) == kept

@@ -17,7 +17,13 @@ from tests.constants import NET, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, instance_file, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from worker.journal.journal import Journal
-from worker.reconcile.launch_quarantine import FIRST_PROBE_S, LAST_PROBE_S, LaunchQuarantine
+from worker.journal.writer import JournalFault
+from worker.reconcile.launch_quarantine import (
+    FIRST_PROBE_S,
+    LAST_PROBE_S,
+    META,
+    LaunchQuarantine,
+)
 
 AFTER = 3
 OTHER = StartInstance("acme", "web", "i-2")
@@ -227,3 +233,27 @@ async def test_zero_turns_it_off(tmp_path: Path) -> None:
         await made.fail(AFTER * 2)
 
         assert not made.quarantine.active
+
+
+async def test_an_end_that_cannot_be_committed_is_kept_after_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig(tmp_path / "j") as made:
+        store = made.worker.journal.store
+        await made.fail(AFTER)
+        kept = store.meta(META)
+
+        async def refuse(*_: object, **__: object) -> None:
+            raise JournalFault("disk full")
+
+        with monkeypatch.context() as full:
+            full.setattr(type(store), "put_meta", refuse)
+            assert await made.quarantine.lift("an operator ended it")
+        assert store.meta(META) == kept != ""
+
+        await made.worker.run(STOP)
+
+        assert store.meta(META) == ""
+        assert [event.detail for event in await made.events()][1:] == [
+            {"launches_quarantined": False}
+        ]
