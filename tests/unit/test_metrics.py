@@ -4,6 +4,7 @@ import ast
 import asyncio
 import re
 from pathlib import Path
+from typing import get_args
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -11,6 +12,7 @@ from handlers.concurrency import Slots
 from handlers.specs import VersionState
 from schemas.codes import Code
 from schemas.records import Status
+from schemas.requests import Request
 from schemas.settings import LimitSettings
 from worker.meters.commands import LATER
 from worker.meters.resources import RESOURCES, Bounded
@@ -263,6 +265,29 @@ def test_each_alert_reads_exported_metrics_and_has_a_case_that_fires() -> None:
     firing = re.findall(r"alertname: (\w+)\n +exp_alerts:\n", cases)
     assert sorted(set(firing)) == sorted(alerts)
     assert read <= set(CONTRACT)
+
+
+def test_what_an_alert_sees_grow_is_there_before_it_happens() -> None:
+    """An increase from no series to 1 is none for Prometheus."""
+    rules = (ROOT / "deploy/prometheus/hostd.rules.yml").read_text()
+    samples = [sample for family in Metrics("1").registry.collect() for sample in family.samples]
+    watched = re.findall(r"increase\((hostd_\w+)(?:\{(\w+)(=~?)\"([^\"]+)\"\})?\[", rules)
+    assert len(watched) >= 4
+
+    for name, label, operator, value in watched:
+        found = {sample.labels.get(label, "") for sample in samples if sample.name == name}
+        assert found, name
+        for each in value.split("|") if operator else [".*"]:
+            assert any(re.fullmatch(each, have) for have in found), (name, each)
+
+
+def test_each_command_has_its_series_of_success_and_of_the_hosts_faults() -> None:
+    registry = Metrics("1").registry
+
+    for request in get_args(Request):
+        for code in ("ok", "host_fault", "internal"):
+            labels = {"type": request.__name__, "code": code}
+            assert registry.get_sample_value("hostd_commands_total", labels) == 0
 
 
 async def test_loop_lag_is_sampled_and_sees_a_blocked_loop() -> None:

@@ -5,14 +5,17 @@ Part of the worker's metrics (`worker/metrics.py`), whose rules hold here too.
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from schemas.codes import Code
+from schemas.requests import Request
 from worker.meters.kinds import BYTES, FAST, LONG
 
 LATER: Final = 256
+# An increase to 1 is none for Prometheus if the series did not exist before.
+FROM_THE_START: Final = (Code.OK, Code.HOST_FAULT, Code.INTERNAL)
 
 
 class CommandMeters:
@@ -98,6 +101,10 @@ class CommandMeters:
             ["table"],
             registry=registry,
         )
+
+        for request in get_args(Request):
+            for code in FROM_THE_START:
+                self._commands.labels(request.__name__, code.value)
 
     def command_done(self, kind: str, code: Code, seconds: float) -> None:
         """A command of this type finished, `seconds` after it was received."""

@@ -3,7 +3,20 @@
 Part of the worker's metrics (`worker/metrics.py`), whose rules hold here too.
 """
 
+import signal
+from typing import Final
+
 from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from handlers.vmm_ends import TEXTS
+
+# An increase to 1 is none for Prometheus if the series did not exist before.
+FROM_THE_START: Final = (
+    *TEXTS,
+    "code_0",
+    "code_1",
+    *(f"signal_{each.value}" for each in (signal.SIGKILL, signal.SIGSYS, signal.SIGABRT)),
+)
 
 
 class VmmMeters:
@@ -16,6 +29,8 @@ class VmmMeters:
             ["reason"],
             registry=registry,
         )
+        for reason in FROM_THE_START:
+            self._exits.labels(reason)
         self._hung = Gauge(
             "hostd_vmm_hung", "Running VMMs that do not answer their API.", registry=registry
         )

@@ -26,7 +26,6 @@ NO_DATA: Final = {
     "Retries": "a code has a series once a command was tried again",
     "Orphans": "a kind has a series once an orphan of it was seen twice, 60 s apart",
     "Rows that cannot be read": "a table has a series while it has such a row",
-    "Unexpected ends of VMMs": "a reason has a series once a VMM ended by it",
 }
 
 
