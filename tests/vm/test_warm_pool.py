@@ -4,7 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -332,21 +332,29 @@ async def test_it_is_removed_later_if_it_does_not_end_at_once(
             await asyncio.sleep(0.005)
 
 
-async def test_one_that_cannot_be_removed_keeps_its_uid_until_it_can(
-    pooled: Pooled, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def refuse_removals(
+    monkeypatch: pytest.MonkeyPatch, is_uid_taken: Callable[[], bool]
+) -> Iterator[Exception]:
+    """The first two removals fail, at which the uid must be taken. Returns those still to come."""
     monkeypatch.setattr("handlers.host.vmm.warm_pool.REMOVE_AGAIN_S", 0.01)
     remove = WarmVmms.remove
     refusals = iter([HostFault("busy"), OSError(16, "busy")])
 
     async def sometimes(self: WarmVmms, warm_id: str) -> None:
         for refusal in refusals:
-            assert slot in pooled.pool.slots
+            assert is_uid_taken()
             raise refusal
         await remove(self, warm_id)
 
-    slot = pooled.pool.claim(naming.jail_id(REF, 1), VERSION)
     monkeypatch.setattr(WarmVmms, "remove", sometimes)
+    return refusals
+
+
+async def test_one_that_cannot_be_removed_keeps_its_uid_until_it_can(
+    pooled: Pooled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = pooled.pool.claim(naming.jail_id(REF, 1), VERSION)
+    refusals = refuse_removals(monkeypatch, lambda: slot in pooled.pool.slots)
 
     pooled.pool.give_back(naming.jail_id(REF, 1))
 
@@ -372,22 +380,13 @@ async def test_a_launch_ahead_that_fails_leaves_nothing_and_waits(rig: VmmRig, n
 async def test_what_a_failed_launch_ahead_leaves_is_removed_in_the_end(
     rig: VmmRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("handlers.host.vmm.warm_pool.REMOVE_AGAIN_S", 0.01)
-    remove = WarmVmms.remove
-    refusals = iter([HostFault("busy"), OSError(16, "busy")])
     pooled = Pooled(rig)
+    refusals = refuse_removals(monkeypatch, lambda: bool(pooled.pool.slots))
 
     def unproven(warm_id: str, identity: VmmIdentity) -> int:
         raise Unavailable(f"{warm_id} {identity.pid} is not what was launched")
 
-    async def sometimes(self: WarmVmms, warm_id: str) -> None:
-        for refusal in refusals:
-            assert pooled.pool.slots
-            raise refusal
-        await remove(self, warm_id)
-
     monkeypatch.setattr("handlers.host.vmm.warm_vmms._open", unproven)
-    monkeypatch.setattr(WarmVmms, "remove", sometimes)
     pooled.start()
     await pooled.until(failed=1)
 

@@ -234,7 +234,7 @@ class Link:
         """Delete a message of a stream, with an administrator's credential.
 
         Raises:
-            NotFound: the stream has no such message, or there is no such stream.
+            NotFound: no message with this sequence, or no stream of this name.
             NoAnswer: the server did not delete it; it may say why.
         """
         body = {"seq": seq, "no_erase": True}

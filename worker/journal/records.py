@@ -135,7 +135,9 @@ class JournalRecords:
     ) -> None:
         """As `put_instance`, durable, with an event in the same commit: of an operator's action,
         or, with None, of the worker's."""
-        put = self.change_put(record, reason=reason)
+        now = self.instance(record.ref)
+        is_new = now is None or now.status is not record.status
+        put = self.change_put(record, reason=reason if is_new else None)  # of the status
         draft = EventDraft(
             kind, Lane.instance(record.ref), reason=reason, detail=detail, actor=actor
         )

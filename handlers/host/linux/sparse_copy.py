@@ -52,7 +52,7 @@ def copy_sparse(
 
 
 def synced_often(fd: int) -> Copied:
-    """To be told of what is written to the file: syncs it each SYNC_BYTES.
+    """A function to call with the size of each write to the file: it syncs each SYNC_BYTES.
 
     One fsync at the end could have as much to write as the kernel keeps dirty, a fifth of the
     memory; that takes minutes on a slow disk, without a sign that it goes on.

@@ -111,7 +111,6 @@ async def test_half_an_import_is_done_again(artifacts: Artifacts, world: StoreHo
     found = await artifacts.ensure(SPEC)
 
     assert await artifacts.imported(SPEC.key)
-
     assert Path(found.vmlinux).read_bytes() == (world.revision / "vmlinux").read_bytes()
     assert [each.name for each in directory.iterdir()] == [REVISION]
 

@@ -1,4 +1,4 @@
-"""A Sleep that fails after its guest was asked to prepare for it: the guest is told to go on."""
+"""A Sleep that fails after `SleepPrep`: its undo sends the guest agent `Wake`."""
 
 import asyncio
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ async def running(worker: MemoryWorker) -> None:
         assert (await worker.run(request)).code is Code.OK
 
 
-def told(machine: FakeHost) -> list[str]:
-    """What the guest, and the VMM about it, was told since it was asked to prepare."""
+def requests(machine: FakeHost) -> list[str]:
+    """Requests to the guest agent and to the VMM, from `SleepPrep` on."""
     since = machine.seen[machine.seen.index("drain_guest") :]
     return [each for each in since if each in {"drain_guest", "pause", "resume_vm", "wake_agent"}]
 
@@ -45,7 +45,7 @@ async def test_its_agent_is_woken_once_it_runs_again(tmp_path: Path, step: str) 
 
         assert (reply.code, reply.status) == (FAILURES[step].code, "running")
         resumed = [] if step == "pause" else ["resume_vm"]
-        assert told(machine) == ["drain_guest", "pause", *resumed, "wake_agent"]
+        assert requests(machine) == ["drain_guest", "pause", *resumed, "wake_agent"]
         assert not reply.left_behind
 
 
@@ -60,7 +60,7 @@ async def test_a_drain_that_is_cut_short_is_taken_back(tmp_path: Path) -> None:
 
         assert (await worker.reply(sleep)).code is Code.SUPERSEDED
         assert (await worker.reply(stop)).code is Code.OK
-        assert told(machine) == ["drain_guest", "wake_agent"]
+        assert requests(machine) == ["drain_guest", "wake_agent"]
 
 
 async def test_a_guest_that_was_not_asked_is_not_woken(tmp_path: Path) -> None:
