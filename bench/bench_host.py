@@ -74,7 +74,7 @@ async def bench_host(*, program: str = "", **options: Any) -> AsyncGenerator[Ben
 
     `program` is run instead of the worker: a module that wraps it.
     """
-    async with live_host(worker=not program, **options) as host:
+    async with live_host(worker=not program, recorded=False, **options) as host:
         if program:
             await start_program(host, program)
         async with attached(host) as bench:

@@ -19,7 +19,7 @@ NOTHING = StopInstance("acme", "web", "i-0")
 
 async def measure(faults: int = FAULTS) -> Measured:
     """The worker's connection goes through a proxy; the sender's does not."""
-    async with live_host(worker=False) as host:
+    async with live_host(worker=False, recorded=False) as host:
         proxy = Proxy(host.nats.port)
         await proxy.start()
         direct = host.settings

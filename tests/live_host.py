@@ -86,17 +86,21 @@ class LiveHost:
         bus: NatsSettings | None = None,
         enter: Sequence[str] = (),
         uid_base: int = VmmSettings().uid_base,
+        recorded: bool = True,
         **limits: Any,
     ) -> None:
         """With `disk_mib`, data and state are on a file system of that size and nothing else is.
 
         With `bus` the host is one of a fleet, whose nats-server is elsewhere; `enter` begins the
-        command of its worker, e.g. to have it in a network namespace.
+        command of its worker, e.g. to have it in a network namespace. With `recorded` every
+        message of a worker is kept and, when the host is closed, held against its schema: that
+        costs the worker time and memory.
         """
         # Not in /tmp: where that is a tmpfs, what a VMM writes there counts as its memory.
         self.directory = tempfile.mkdtemp(prefix="hostd-live-", dir="/var/tmp")
         own_directory(self.directory)
         self.sent = f"{self.directory}/sent"
+        self.recorder = [RECORDED] if recorded else []
         self.guest = guest
         # A production host connects only with a credential.
         users = "authorization { user: live, password: host }" if production else ""
@@ -170,8 +174,7 @@ class LiveHost:
 
         Its log is `worker.log`, unless it goes to the descriptor `stdout`. A variable of
         `environment` that is None is not set. With `release` it is a worker of that one, which gets
-        the settings that it knows; else every message that it sends is held against its schema
-        when the host is closed.
+        the settings that it knows, and its messages are not recorded.
         """
         settings = environment_of(self.settings)
         code: dict[str, str] = {}
@@ -187,7 +190,7 @@ class LiveHost:
                 sys.executable,
                 *(["-P"] if code else []),  # or it is the one of the working directory
                 "-m",
-                *([] if code else [RECORDED]),
+                *([] if code else self.recorder),
                 module,
                 stdout=log if stdout is None else stdout,
                 stderr=log,

@@ -69,15 +69,20 @@ class MemoryWorker:
             await decision.row.stored()
         return command_id
 
-    async def reply(self, command_id: str) -> Reply:
-        """The outcome, once the lane has finished the command."""
+    async def outcome(self, command_id: str) -> bytes:
+        """The reply as it is sent, once the lane has finished the command."""
         async with asyncio.timeout(20):
             await self.lanes.idle()
             found = await self.journal.commands.result(command_id)
         assert found is not None
         assert found.reply is not None, f"{command_id} is {found.state}"
-        assert faults("reply", unpacked(found.reply)) == []
-        return codec.decode_reply(found.reply)
+        return found.reply
+
+    async def reply(self, command_id: str) -> Reply:
+        """The outcome, held against its schema."""
+        reply = await self.outcome(command_id)
+        assert faults("reply", unpacked(reply)) == []
+        return codec.decode_reply(reply)
 
     async def run(self, request: Request, command_id: str | None = None, **more: object) -> Reply:
         return await self.reply(await self.send(request, command_id, **more))
