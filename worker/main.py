@@ -497,8 +497,7 @@ class Worker:
             await self.journal.quarantine.answer(self.settings.nats.inbox_prefixes)
         # Unfinished commands are queued before the bus delivers new ones; the lanes start after
         # recovery (`_recover`).
-        for row in self.journal.commands.unfinished():
-            self.lanes.put(row)
+        self.journal.commands.resume(self.lanes.put)
         await self.bus.start()
         await self.service.start()
         log.info("worker.started", host=self.settings.host.id, pid=os.getpid())

@@ -263,8 +263,7 @@ async def shell_worker(
         clock_ms=clock_ms,
     )
     outbox = Outbox(bus, journal, sent=tracing.sent)
-    for row in journal.commands.unfinished():
-        lanes.put(row)
+    journal.commands.resume(lanes.put)
     if run:
         lanes.start()
     tasks: list[asyncio.Task[None]] = []

@@ -12,7 +12,7 @@ from handlers.clock import now_ms
 from handlers.steps import Done
 from schemas import codec
 from schemas.codes import Code
-from schemas.envelopes import Form, Reply
+from schemas.envelopes import Command, Form, Reply
 from schemas.requests import Error, Ok, Ping, Pong, Request, SleepInstance
 from schemas.settings import LimitSettings
 from schemas.subjects import Lane
@@ -28,6 +28,7 @@ from tests.fakes.shell_worker import (
 )
 from tests.plain import unpacked
 from worker.journal.admission import JOINERS_MAX
+from worker.journal.writer import JournalFault
 
 LANE = "instance.acme.web.a1"
 CMD = f"hostd.v1.test.h1.cmd.{LANE}"
@@ -214,6 +215,28 @@ async def test_two_requests_under_one_id_at_once_are_one_command_and_one_conflic
         (told,) = worker.bus.sent_to("_INBOX.2")
         assert codec.decode_reply(told).code is Code.CONFLICT
         assert [run[1] for run in worker.machine.runs] == ["StartInstance"]
+
+
+async def test_what_cannot_be_journalled_though_it_can_be_written_is_tried_with_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        take_in, refused = worker.journal.commands.take_in, list[str]()
+
+        async def unreadable(command: Command, **_: object) -> Any:
+            refused.append(command.id)
+            raise JournalFault("cannot read the journal")
+
+        monkeypatch.setattr(worker.journal.commands, "take_in", unreadable)
+        worker.send(start())
+        turns = 0
+        while len(refused) < 3:
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns > 20  # of the loop, for others
+
+        monkeypatch.setattr(worker.journal.commands, "take_in", take_in)
+        assert (await only_reply(worker)).code is Code.OK
 
 
 async def test_a_command_that_changes_nothing_costs_one_commit(

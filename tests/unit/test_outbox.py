@@ -17,12 +17,36 @@ from tests.fakes.shell_worker import ShellWorker, shell_worker, start
 from worker import outbox
 from worker.bus.protocol import Unsendable
 from worker.journal.transaction import Transaction
+from worker.journal.writer import JournalFault
 from worker.outbox import Outbox
 
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "BACKOFF_MAX_S", 0.02)
+
+
+async def test_what_cannot_be_read_is_asked_for_with_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal can be written, and not read: no error of it ends or occupies the worker."""
+    async with shell_worker(tmp_path / "j", consume=False) as worker:
+        pending, refused = worker.journal.outbox.pending, list[str]()
+
+        async def unreadable(kind: str, limit: int) -> Any:
+            refused.append(kind)
+            raise JournalFault("cannot read the journal")
+
+        monkeypatch.setattr(worker.journal.outbox, "pending", unreadable)
+        await worker.journal.records.event(EventKind.DRIFT)
+        turns = 0
+        while len(refused) < 3:
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns > 20  # of the loop, for others
+
+        monkeypatch.setattr(worker.journal.outbox, "pending", pending)
+        await worker.bus.until(events=1)
 
 
 async def attempts(worker: ShellWorker, count: int) -> None:

@@ -6,6 +6,7 @@ and one that changes nothing is admitted and answered in a single commit. Effect
 for the admission (`Steps`), and so does the acknowledgement.
 """
 
+import asyncio
 import contextlib
 import sqlite3
 import time
@@ -77,6 +78,7 @@ class JournalCommands:
         self._undecided: set[str] = set()  # IDs that are being looked up in the file
         self._known: KnownIds | None = None  # all that the file has; None: not read yet
         self._new: KnownIds | None = None  # those since the file is being read
+        self._queue: Callable[[CommandRow], None] = lambda row: None
         self.kept: tuple[int, int] | None = None  # finished and refused rows, as of the last prune
         store.on_reload(self._reloaded)
 
@@ -110,11 +112,14 @@ class JournalCommands:
             return admission.decide(tx, row, subject, self.limits, redelivered=redelivered)
 
         def apply(decision: Decision) -> None:
-            if decision.row is not None:
+            if decision.row is not None and row.id not in self._store.mirror.commands:
                 self._store.mirror.add_command(decision.row)
 
         with self._deciding(command.id):
-            return await self._store.writer.submit(do, apply=apply, durable=True)
+            decision = await self._store.writer.submit(do, apply=apply, durable=True)
+        if decision.row is not None and self._store.mirror.commands.get(row.id) is not decision.row:
+            return Decision(Verdict.JOINED)  # read from the file after a fault, and queued
+        return decision
 
     def _admit(self, row: CommandRow, subject: str) -> None:
         self._note_id(row.id)
@@ -206,6 +211,16 @@ class JournalCommands:
             self._new = None
 
     # -- running -------------------------------------------------------------------------------
+
+    def resume(self, queue: Callable[[CommandRow], None]) -> None:
+        """Call `queue` with each command that `take_in` does not return as new.
+
+        Those that the file has now, in the order of intake; later those whose commit failed as
+        far as the writer could tell, and that are in the file all the same.
+        """
+        self._queue = queue
+        for row in self.unfinished():
+            queue(row)
 
     def unfinished(self) -> Sequence[CommandRow]:
         """All commands without an outcome, in the order of intake."""
@@ -354,7 +369,11 @@ class JournalCommands:
         return self._records.change_put(record, command_id=command_id)
 
     def _reloaded(self, mirror: Mirror) -> None:
-        for command_id, row in self._store.mirror.commands.items():
+        known = self._store.mirror.commands
+        found = [row for command_id, row in mirror.commands.items() if command_id not in known]
+        for row in sorted(found, key=lambda row: row.n):
+            asyncio.get_running_loop().call_soon(self._queue, row)  # once `mirror` is in use
+        for command_id, row in known.items():
             if command_id in mirror.commands:
                 mirror.commands[command_id] = row  # lanes have this object; it counts attempts
             elif row.admission is not None and not row.admission.decided:

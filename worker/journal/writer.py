@@ -66,7 +66,11 @@ log = structlog.get_logger()
 
 
 class JournalFault(HostFault):
-    """The journal cannot commit now: nothing was written. It retries until the disk works."""
+    """The journal cannot commit now. It retries until the disk works.
+
+    What was to be committed is not in memory. Seldom it is in the file all the same: once that
+    was read again, memory has it.
+    """
 
 
 class Relieve(Protocol):

@@ -234,6 +234,55 @@ async def test_a_running_command_waits_for_the_disk_and_then_succeeds(
         assert (reply.code, reply.attempts, machine.things.made) == (Code.OK, 1, ["acme/web/a1"])
 
 
+def commit_in_vain(worker: ShellWorker, monkeypatch: pytest.MonkeyPatch, *, whole: bool) -> None:
+    """The next commit is in the file, and fails: in its sync, or if `whole` in the reading after
+    a commit that failed with nothing in the file."""
+    writer = worker.journal.store.writer
+    transact, load = writer._transact, writer._load
+
+    def failing(connection: sqlite3.Connection, batch: list[Any]) -> Transaction:
+        monkeypatch.setattr(writer, "_transact", transact)
+        if not whole:
+            transact(connection, batch)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    def unreadable(connection: sqlite3.Connection) -> Any:
+        monkeypatch.setattr(writer, "_load", load)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(writer, "_transact", failing)
+    if whole:
+        monkeypatch.setattr(writer, "_load", unreadable)
+
+
+def known_as(command_id: str) -> bool:
+    """The answer of a journal whose file may have the ID."""
+    return command_id != ""
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+async def test_a_command_whose_failed_commit_is_in_the_file_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, whole: bool, known: bool
+) -> None:
+    """With `known` the file may have its ID, so it is queued only after its commit."""
+    async with shell_worker(tmp_path / "j") as worker:
+        if known:
+            monkeypatch.setattr(worker.journal.commands, "_is_stored", known_as)
+        commit_in_vain(worker, monkeypatch, whole=whole)
+        worker.send(start())
+        reply = await worker.reply()
+        await worker.bus.until_acked()
+
+        assert (reply.code, reply.changed, worker.machine.things.made) == (
+            Code.OK,
+            True,
+            ["acme/web/a1"],
+        )
+        assert worker.meters.done == [("StartInstance", Code.OK)]
+        assert worker.lanes.counts() == {"busy": 0, "waiting": 0}
+
+
 async def test_a_callback_that_raises_holds_up_nobody_who_waits_for_the_commit(
     tmp_path: Path,
 ) -> None:

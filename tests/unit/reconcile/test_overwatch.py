@@ -22,6 +22,7 @@ from tests.constants import NET, REF, START, STOP
 from tests.fakes.host import FakeHost, FakeVmmApi, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import vmm_watch
+from worker.journal.transaction import Transaction
 from worker.lanes import MaintenanceTask
 from worker.queries.answers import described
 from worker.reconcile import overwatch as module
@@ -110,6 +111,19 @@ async def test_three_misses_in_a_row_are_announced_once_and_the_vm_is_left_alone
     assert overwatch.hung == 1
     assert rig.worker.record().status is Status.RUNNING
     assert described(rig.worker.record())["hung_since_ms"] is not None
+
+
+async def test_a_hang_is_one_commit_with_its_event(rig: Rig) -> None:
+    commits: list[Transaction] = []
+    rig.worker.journal.store.on_commit(commits.append)
+    rig.machine.hanging.add(jail_of(rig))
+
+    await rig.rounds(rig.overwatch(), MISSES)
+
+    (commit,) = commits
+    assert [row.kind for row in commit.out] == ["event"]
+    assert commit.states == []  # that value has the reason of the status, which is the same
+    assert rig.worker.record().hung is not None
 
 
 async def test_one_answer_between_two_misses_starts_the_count_anew(rig: Rig) -> None:

@@ -17,6 +17,7 @@ from tests.constants import START
 from tests.fakes.host import seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import FakeExits, vmm_watch
+from worker.journal.transaction import Transaction
 from worker.metrics import Metrics
 from worker.queries.answers import described
 from worker.reconcile.vmm_watch import RETRY_S, VmmWatch
@@ -95,10 +96,13 @@ async def test_a_live_process_that_is_not_the_vmm_launched_is_quarantined(tmp_pa
         exits = FakeExits(machine)
         exits.strange.add(record.vmm.pid)
         watch = vmm_watch(worker, exits)
+        commits: list[Transaction] = []
+        worker.journal.store.on_commit(commits.append)
 
         watch.sync_all()
         await until(lambda: worker.record().status is Status.UNKNOWN)
 
+        assert len(commits) == 1  # of record, events and audit row
         assert ("vmm", record.jail_id) in machine.resources
         await watch.close()
 
