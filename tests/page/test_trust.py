@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgpack
@@ -12,7 +11,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Page, expect
 
-from tests.broker.proxy import Proxy
+from tests.broker.proxy import proxied
 from tests.broker.server import OLD_SERVER, connection_to
 from tests.page.browser import Browser, sign_in
 from tests.page.fleet import DOMAIN, SUBJECTS, Cell, cell
@@ -126,6 +125,30 @@ async def test_the_bytes_of_a_dead_letter_are_shown_however_deep_it_is_nested(
     assert alone.complaints == []
 
 
+async def test_a_dead_letter_that_is_dropped_leaves_the_list(
+    alone: Browser, bus: Cell, host: Connection
+) -> None:
+    seqs: list[int] = []
+    for number in range(3):
+        kept = await host.request(f"{SUBJECTS.root}.h3.dead.host", b"\xc1 no command %d" % number)
+        seqs.append(json.loads(kept.data)["seq"])
+    async with alone.page("#/dead") as page:
+        await enter(page, bus.server.web_url)
+        letters = page.get_by_role("table", name="Dead letters")
+        first, dropped, last = (
+            letters.get_by_role("link", name=f"{seq}", exact=True) for seq in seqs
+        )
+        await expect(dropped).to_have_count(1)
+
+        async with connection_to(bus.url("admin")) as admin:
+            delete = f"$JS.API.STREAM.MSG.DELETE.{SUBJECTS.dead_stream}"
+            await admin.request(delete, json.dumps({"seq": seqs[1]}).encode())
+        await expect(dropped).to_have_count(0)
+        await expect(first).to_have_count(1)
+        await expect(last).to_have_count(1)
+    assert alone.complaints == []
+
+
 async def publish(host: Connection, host_id: str, kind: str, event: Mapping[str, object]) -> None:
     subject = f"{SUBJECTS.root}.{host_id}.evt.host.{kind}"
     await host.request(subject, msgpack.packb(dict(event)))
@@ -224,10 +247,7 @@ async def test_it_says_when_it_is_stale_and_reads_again_after_a_reconnect(
 ) -> None:
     await put(host, "instance.t.p.gone", 1)
     await put(host, "instance.t.p.stays", 1)
-    proxy = Proxy(bus.server.web_port)
-    await proxy.start()
-    async with AsyncExitStack() as stack:
-        page = await stack.enter_async_context(alone.page("#/instances"))
+    async with proxied(bus.server.web_port) as proxy, alone.page("#/instances") as page:
         await enter(page, f"ws://127.0.0.1:{proxy.port}")
         gone = page.get_by_role("row").filter(has_text="t/p/gone")
         await expect(gone).to_have_count(1)
@@ -244,7 +264,6 @@ async def test_it_says_when_it_is_stale_and_reads_again_after_a_reconnect(
         await expect(gone).to_have_count(0)
         await expect(page.get_by_role("row").filter(has_text="t/p/new")).to_have_count(1)
         await expect(page.get_by_role("row").filter(has_text="t/p/stays")).to_have_count(1)
-    await proxy.close()
     for name in ("stays", "new"):
         await delete(host, f"instance.t.p.{name}")
     alone.complaints.clear()  # the browser's own lines about the refused connection

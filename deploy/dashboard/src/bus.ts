@@ -13,7 +13,7 @@ import {
   type Subscription,
 } from "@nats-io/nats-core";
 import { encode } from "@msgpack/msgpack";
-import { fields, number, text, unpack, type Fields } from "./wire";
+import { fields, list, number, text, unpack, type Fields } from "./wire";
 
 const TIMEOUT_MS = 5000;
 const AT_ONCE = 64;
@@ -105,6 +105,12 @@ export class Bus {
   async bounds(stream: string): Promise<{ first: number; last: number }> {
     const state = fields((await this.info(stream, {}))["state"]) ?? {};
     return { first: number(state["first_seq"]), last: number(state["last_seq"]) };
+  }
+
+  /** The bounds of a stream, and which sequences between them were deleted one by one. */
+  async holes(stream: string): Promise<{ first: number; last: number; deleted: ReadonlySet<number> }> {
+    const state = fields((await this.info(stream, { deleted_details: true }))["state"]) ?? {};
+    return { first: number(state["first_seq"]), last: number(state["last_seq"]), deleted: new Set(list(state["deleted"]).map(number)) };
   }
 
   /** When a mirror last heard its original, ago; null: the stream is no mirror. */

@@ -3,10 +3,10 @@ import { each, type Bus } from "./bus";
 import { reasonOf } from "./details";
 import { clock, el, say, tone } from "./dom";
 import type { Fleet } from "./fleet";
+import { repeat } from "./repeat";
 import { hostHref, laneHref, laneText, TableView, traceColumn, type View } from "./views";
 import { fields, number, text, type HostEvent } from "./wire";
 
-const ASK_EVERY_MS = 5000;
 const LETTERS_MAX = 500;
 
 interface Unfinished {
@@ -93,17 +93,17 @@ export function deadLettersView(bus: Bus): View {
   );
   const ask = async (): Promise<void> => {
     try {
-      const { first, last } = await bus.bounds(bus.deadLetters);
+      const { first, last, deleted } = await bus.holes(bus.deadLetters);
       const from = Math.max(first, last - LETTERS_MAX + 1, 1);
       const wanted = Array.from({ length: Math.max(0, last - from + 1) }, (_, at) => last - at);
-      await each(wanted.filter((seq) => !known.has(seq)), async (seq) => {
+      await each(wanted.filter((seq) => !known.has(seq) && !deleted.has(seq)), async (seq) => {
         const kept = await bus.at(bus.deadLetters, seq);
         if (!kept) return;
         const where = kept.subject.slice(bus.root.length + 1).split(".").map(text);
         const reason = text(kept.header("Hostd-Reason"));
         known.set(seq, { seq, atMs: kept.atMs, where, reason, id: text(kept.header("Nats-Msg-Id")), bytes: kept.data.length });
       });
-      for (const seq of known.keys()) if (seq < from) known.delete(seq);
+      for (const seq of known.keys()) if (seq < from || deleted.has(seq)) known.delete(seq);
       letters = [...known.values()].sort((a, b) => b.seq - a.seq);
       say(note, "");
     } catch (error) {
@@ -117,16 +117,14 @@ export function deadLettersView(bus: Bus): View {
 function together(views: readonly View[], ask: () => Promise<void>, ...more: Node[]): View {
   const draw = (): void => views.forEach((view) => view.draw());
   let isClosed = false;
-  const again = async (): Promise<void> => {
-    while (!isClosed) {
-      await ask();
-      if (!isClosed) draw();
-      await new Promise((resolve) => setTimeout(resolve, ASK_EVERY_MS));
-    }
-  };
-  void again();
+  const end = repeat(async () => {
+    await ask();
+    if (!isClosed) draw();
+    return false;
+  });
   const close = (): void => {
     isClosed = true;
+    end();
     views.forEach((view) => view.close());
   };
   return { element: el("div", { class: views.length > 1 ? "halves" : "" }, ...more, ...views.map((view) => view.element)), draw, close };

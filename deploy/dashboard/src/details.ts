@@ -1,8 +1,9 @@
 /** One host, one instance, one command, one dead letter. */
 import { BusFailure, type Bus, type Kept } from "./bus";
 import { clock, el, facts, gib, OUTSIDE, say, tone } from "./dom";
-import type { Fleet } from "./fleet";
+import { EVENTS_MAX, type Fleet } from "./fleet";
 import { History } from "./history";
+import { repeat } from "./repeat";
 import { VirtualTable, type Column } from "./table";
 import { traceHref, traceId } from "./trace";
 import { rowsOf, spanColumns, Sums, usedOf, UsageTable, type Span, type Used } from "./usage";
@@ -10,54 +11,66 @@ import { eventColumns, hostHref, laneHref, laneText, type View } from "./views";
 import { fields, list, number, text, unpack, type Fields, type HostEvent } from "./wire";
 
 const SHOWN_BYTES = 4096;
+const ANSWERS = "What the worker answers";
 const USAGE_MAX = 10_000;
+const FORGOTTEN = "This page has forgotten older events that came while it was open: reload it";
 
 type Usage = Pick<UsageTable<unknown>, "element" | "show" | "draw" | "close">;
 export const tenantHref = (tenant: string): string => `#/tenant/${encodeURIComponent(tenant)}`;
 
-/** Kept and live events of one subject, with a button for older ones. */
+/**
+ * Kept and live events of one subject, with a button for older ones. After an interruption it begins again
+ * with the newest that are kept, so there is no gap.
+ */
 class HistoryTable implements View {
   readonly element: HTMLElement;
   private readonly table = new VirtualTable<HostEvent>("History", eventColumns, () => {});
   private readonly more = el("button", { type: "button" }, "Older");
   private readonly note = el("p", { class: "faint", "aria-live": "polite" });
-  private readonly history: History;
-  private isReading = false;
-  /** `usage` events that came since, and what the fleet had; its own are pushed out by others. */
-  private readonly live = new Map<string, HostEvent>();
+  private history: History;
+  private reading: History | null = null;
+  private healed: number;
+  /** What came since the page was opened, and what the fleet had then; `usage` events, and the others. */
+  private live: readonly [Map<string, HostEvent>, Map<string, HostEvent>] = [new Map(), new Map()];
   private kept = 0;
+  private hasForgotten = false;
   private newest: readonly HostEvent[] = [];
-  private listed = "";
   private summed = "";
 
   /** With `usage`, what its `usage` events add up to is above the table. */
   constructor(
-    bus: Bus,
-    filter: string,
+    private readonly bus: Bus,
+    private readonly filter: string,
     private readonly fleet: Fleet,
     private readonly matches: (event: HostEvent) => boolean,
     private readonly usage: Usage | null = null,
   ) {
     this.history = new History(bus, filter);
+    this.healed = fleet.healed;
     this.more.addEventListener("click", () => void this.read());
     const above = usage ? [usage.element] : [];
     this.element = el("div", {}, ...above, el("h3", {}, "History"), this.table.element, el("div", { class: "filters" }, this.more, this.note));
-    if (usage) fleet.events.forEach(this.keep);
-    if (usage) fleet.followers.add(this.keep);
+    fleet.events.forEach(this.keep);
+    fleet.followers.add(this.keep);
     void this.read();
   }
 
   draw(): void {
+    if (this.healed !== this.fleet.healed) {
+      this.healed = this.fleet.healed;
+      void this.read(new History(this.bus, this.filter));
+    }
     const { events, isComplete } = this.history;
-    const read = isComplete ? "all" : this.isReading ? "reading" : "some";
-    const listed = `${this.fleet.received} ${events.size}`;
+    const read = isComplete ? "all" : this.reading ? "reading" : "some";
     const summed = `${this.kept} ${events.size} ${read}`;
-    if (listed !== this.listed) this.newest = newestOf(events.values(), this.live.values(), this.fleet.events.filter(this.matches));
-    if (summed !== this.summed) this.usage?.show(this.newest, read);
-    this.listed = listed;
+    if (summed !== this.summed) {
+      this.newest = newestOf(events.values(), ...this.live.map((each) => each.values()));
+      this.usage?.show(this.newest, read);
+    }
     this.summed = summed;
     this.table.show(this.newest);
     this.usage?.draw();
+    if (!this.reading && this.hasForgotten) say(this.note, FORGOTTEN);
   }
 
   close(): void {
@@ -67,25 +80,41 @@ class HistoryTable implements View {
   }
 
   private readonly keep = (event: HostEvent): void => {
-    if (event.kind !== "usage" || !this.matches(event)) return;
-    this.live.set(event.key, event);
+    if (!this.matches(event)) return;
+    const [usage, others] = this.live;
+    const [kept, most] = event.kind === "usage" ? [usage, USAGE_MAX] as const : [others, EVENTS_MAX] as const;
+    kept.set(event.key, event);
     this.kept += 1;
-    const [oldest = ""] = this.live.keys();
-    if (this.live.size > USAGE_MAX) this.live.delete(oldest);
+    const [oldest = ""] = kept.keys();
+    if (kept.size > most) this.hasForgotten = kept.delete(oldest);
   };
 
-  private async read(): Promise<void> {
-    this.more.disabled = this.isReading = true;
+  /** Reads some more of `history`; another one than before takes its place, and that of what came before. */
+  private async read(history = this.history): Promise<void> {
+    this.reading = history;
+    this.more.disabled = true;
     say(this.note, "Reading");
+    let said = "";
     try {
-      await this.history.older();
-      say(this.note, this.history.isComplete ? "That is all that is kept" : "");
+      await history.older();
+      said = history.isComplete ? "That is all that is kept" : "";
     } catch (error) {
-      say(this.note, reasonOf(error));
+      said = reasonOf(error);
     }
-    this.isReading = false;
-    this.more.disabled = this.history.isComplete;
+    if (this.reading !== history) return;
+    this.reading = null;
+    if (history !== this.history) this.beginWith(history);
+    this.more.disabled = history.isComplete;
+    say(this.note, said);
     this.draw();
+  }
+
+  private beginWith(history: History): void {
+    this.history = history;
+    this.live = [new Map(), new Map()];
+    this.hasForgotten = false;
+    this.summed = "";
+    this.fleet.events.forEach(this.keep);
   }
 }
 
@@ -95,23 +124,32 @@ function newestOf(...lists: readonly Iterable<HostEvent>[]): HostEvent[] {
   return [...found.values()].sort((a, b) => b.atMs - a.atMs || b.seq - a.seq);
 }
 
+/** What a question was answered; a final answer is not asked for again. */
+interface Answer {
+  readonly nodes: readonly Node[];
+  readonly isFinal: boolean;
+}
+
 /** A heading, facts that are drawn again, what the host answers to a question, and a history. */
 class DetailView implements View {
   readonly element: HTMLElement;
   private readonly now = el("div");
   private readonly answer = el("div");
   private drawn = "";
+  private endAsking = (): void => {};
 
   constructor(title: string, private readonly rows: () => readonly (readonly [string, string])[], private readonly history: HistoryTable | null, links: readonly Node[] = []) {
     this.element = el("div", {}, el("h2", {}, title), ...links, this.now, this.answer, ...(history ? [history.element] : []));
   }
 
-  /** Shows what `ask` resolves to below the facts. */
-  with(ask: Promise<readonly Node[]>): this {
-    ask.then(
-      (nodes) => this.answer.replaceChildren(...nodes),
-      (error: unknown) => this.answer.replaceChildren(el("p", { class: "faint" }, reasonOf(error))),
-    );
+  /** Shows what `ask` resolves to below the facts, and asks again until the answer is final. */
+  with(ask: () => Promise<Answer>): this {
+    this.endAsking = repeat(async () => {
+      const { nodes, isFinal } = await ask().catch((error: unknown) => open(el("p", { class: "faint" }, reasonOf(error))));
+      const shown = el("div", {}, ...nodes);
+      if (!shown.isEqualNode(this.answer)) this.answer.replaceChildren(...shown.childNodes); // else a focused link would lose it
+      return isFinal;
+    });
     return this;
   }
 
@@ -124,8 +162,14 @@ class DetailView implements View {
   }
 
   close(): void {
+    this.endAsking();
     this.history?.close();
   }
+}
+
+/** An answer that may change. */
+function open(...nodes: readonly Node[]): Answer {
+  return { nodes, isFinal: false };
 }
 
 export function hostDetail(fleet: Fleet, bus: Bus, id: string): View {
@@ -149,11 +193,12 @@ export function hostDetail(fleet: Fleet, bus: Bus, id: string): View {
     ];
   };
   const history = new HistoryTable(bus, `${bus.root}.${id}.evt.>`, fleet, (event) => event.host === id);
-  const asked = bus.ask(id, "status").then((answer) => {
+  const ask = async (): Promise<Answer> => {
+    const answer = await bus.ask(id, "status");
     const counts = Object.entries(fields(answer["instances"]) ?? {}).map(([status, count]) => [status, `${number(count)}`] as const);
-    return [el("h3", {}, "What the worker answers"), facts([["Unfinished commands", `${number(answer["unfinished"])}`], ...counts])];
-  });
-  return new DetailView(`Host ${id}`, rows, history).with(asked);
+    return open(el("h3", {}, ANSWERS), facts([["Unfinished commands", `${number(answer["unfinished"])}`], ...counts]));
+  };
+  return new DetailView(`Host ${id}`, rows, history).with(ask);
 }
 
 export function instanceDetail(fleet: Fleet, bus: Bus, host: string, ids: readonly string[]): View {
@@ -173,9 +218,9 @@ export function instanceDetail(fleet: Fleet, bus: Bus, host: string, ids: readon
   };
   const usage = new UsageTable<Span>(spanColumns, (spans) => spans);
   const history = new HistoryTable(bus, `${bus.root}.*.evt.${lane}.*`, fleet, (event) => event.lane === lane, usage);
-  const asked = bus.ask(host, "describe", { tenant_id: tenant, pool_id: pool, instance_id: id }).then((answer) => [
-    el("h3", {}, "What the worker answers"),
-    facts([
+  const ask = async (): Promise<Answer> => {
+    const answer = await bus.ask(host, "describe", { tenant_id: tenant, pool_id: pool, instance_id: id });
+    const found = facts([
       ["vCPUs", plain(answer["vcpus"])],
       ["Memory, MiB", plain(answer["mem_mib"])],
       ["pid", plain(answer["pid"])],
@@ -183,10 +228,11 @@ export function instanceDetail(fleet: Fleet, bus: Bus, host: string, ids: readon
       ["Snapshot", plain(answer["snapshot"])],
       ["Hung since", clock(number(answer["hung_since_ms"]))],
       ["Last end", text(fields(answer["last_end"])?.["text"])],
-    ]),
-  ]);
+    ]);
+    return open(el("h3", {}, ANSWERS), found);
+  };
   const link = el("p", {}, "on host ", el("a", { href: hostHref(host) }, host), ", of tenant ", el("a", { href: tenantHref(tenant) }, tenant));
-  return new DetailView(`Instance ${ids.join("/")}`, rows, history, [link]).with(asked);
+  return new DetailView(`Instance ${ids.join("/")}`, rows, history, [link]).with(ask);
 }
 
 /** What a tenant's instances used, on all hosts, those that are gone too. */
@@ -207,13 +253,15 @@ export function tenantDetail(fleet: Fleet, bus: Bus, tenant: string): View {
 }
 
 export function commandDetail(bus: Bus, host: string, id: string): View {
-  const asked = bus.ask(host, "result", { id }).then((answer) => {
-    const reply = fields(answer["reply"]);
-    if (!reply) return [facts([["State", text(answer["state"])]])];
-    return [facts([["State", text(answer["state"])], ...replyRows(reply)]), ...traceOf(reply), ...stepsOf(reply)];
-  });
+  const ask = async (): Promise<Answer> => {
+    const answer = await bus.ask(host, "result", { id });
+    const state = text(answer["state"]);
+    const reply = fields(answer["reply"]) ?? {};
+    const nodes = [facts([["State", state], ...replyRows(reply)]), ...traceOf(reply), ...stepsOf(reply)];
+    return { nodes, isFinal: state === "done" };
+  };
   const link = el("p", {}, "on host ", el("a", { href: hostHref(host) }, host));
-  return new DetailView(`Command ${id}`, () => [], null, [link]).with(asked);
+  return new DetailView(`Command ${id}`, () => [], null, [link]).with(ask);
 }
 
 function replyRows(reply: Fields): (readonly [string, string])[] {
@@ -227,7 +275,7 @@ function replyRows(reply: Fields): (readonly [string, string])[] {
     ["Received", clock(number(reply["received_at_ms"]))],
     ["Finished", clock(number(reply["finished_at_ms"]))],
     ["Left behind", list(reply["left_behind"]).map(text).join(", ")],
-    ["Detail", JSON.stringify(reply["detail"] ?? {}, plainly)],
+    ["Detail", reply["detail"] ? JSON.stringify(reply["detail"], plainly) : ""],
   ];
 }
 
@@ -249,8 +297,11 @@ function stepsOf(reply: Fields): Node[] {
 }
 
 export function deadLetterDetail(bus: Bus, seq: number): View {
-  const asked = bus.at(bus.deadLetters, seq).then((kept) => (kept ? letter(kept) : [el("p", {}, "It is not kept any more")]));
-  return new DetailView(`Dead letter ${seq}`, () => [], null).with(asked);
+  const ask = async (): Promise<Answer> => {
+    const kept = await bus.at(bus.deadLetters, seq);
+    return { nodes: kept ? letter(kept) : [el("p", {}, "It is not kept any more")], isFinal: true };
+  };
+  return new DetailView(`Dead letter ${seq}`, () => [], null).with(ask);
 }
 
 function letter(kept: Kept): Node[] {

@@ -5,6 +5,9 @@
  * `endRead`. A key that the feed has mentioned since `beginRead` keeps what the feed said: the messages
  * of a key come in order from its one writer, so the feed is never behind what was read. An event that
  * the state already reflects (the same journal, a `seq` not above) changes no status.
+ *
+ * The events have no gap: after an interruption, what came before it stays only if the newest of the
+ * stream, read again, reach back to it.
  */
 import { hostValue, instanceValue, unpack, type HostEvent, type HostValue, type InstanceValue } from "./wire";
 
@@ -27,6 +30,9 @@ export class Fleet {
   readonly hosts = new Map<string, Host>();
   readonly instances = new Map<string, Instance>();
   readonly networks = new Map<string, string>();
+  /** How often the feed was interrupted, and the interruption up to which the events were read again. */
+  interruptions = 0;
+  healed = 0;
   /** Newest last. */
   events: HostEvent[] = [];
   outcomes: HostEvent[] = [];
@@ -35,9 +41,9 @@ export class Fleet {
   received = 0;
   /** Each is told of each event, once, also while nothing is drawn. */
   readonly followers = new Set<(event: HostEvent) => void>();
-  /** The keys of `events` and of `outcomes`, which last longer. */
-  private readonly seen = new Set<string>();
-  private readonly finished = new Set<string>();
+  /** After which interruption each of `events` and of `outcomes`, which last longer, came. */
+  private readonly seen = new Map<string, number>();
+  private readonly finished = new Map<string, number>();
   private mentioned = new Set<string>();
   private found: Set<string> | null = null;
 
@@ -80,8 +86,8 @@ export class Fleet {
   event(event: HostEvent): boolean {
     if (this.seen.has(event.key) || this.finished.has(event.key)) return false;
     this.received += 1;
-    keep(this.events, this.seen, event, EVENTS_MAX);
-    if (event.kind === "command") keep(this.outcomes, this.finished, event, OUTCOMES_MAX);
+    this.keep(this.events, this.seen, event, EVENTS_MAX);
+    if (event.kind === "command") this.keep(this.outcomes, this.finished, event, OUTCOMES_MAX);
     this.followers.forEach((follow) => follow(event));
     if (event.kind !== "status") return true;
     const known = this.instances.get(`${event.host}.${event.lane}`);
@@ -91,6 +97,23 @@ export class Fleet {
       known.value = { ...known.value, status: to, sinceMs: atMs, reason, commandId, journalId, seq, atMs };
     }
     return true;
+  }
+
+  /** From now on events may be missing, until they are read again. */
+  interrupt(): void {
+    this.interruptions += 1;
+  }
+
+  /** Takes the newest events of the stream, oldest first, and forgets what they do not reach back to. */
+  readEvents(events: readonly HostEvent[]): void {
+    const [oldest] = events;
+    const came = oldest && (this.seen.get(oldest.key) ?? this.interruptions);
+    if (came === this.interruptions) {
+      this.events = this.since(this.events, this.seen);
+      this.outcomes = this.since(this.outcomes, this.finished);
+    }
+    events.forEach((event) => this.event(event));
+    this.healed = this.interruptions;
   }
 
   /** Whether the host's lease is valid, by the clock of this page, which may differ from the host's. */
@@ -106,6 +129,20 @@ export class Fleet {
 
   inTransition(): Instance[] {
     return [...this.instances.values()].filter((each) => TRANSITIONS.has(each.value.status));
+  }
+
+  /** Puts an event where its time is, and its key to the others; the oldest are forgotten. */
+  private keep(events: HostEvent[], keys: Map<string, number>, event: HostEvent, most: number): void {
+    let at = events.length;
+    while (at > 0 && (events[at - 1]?.atMs ?? 0) > event.atMs) at -= 1;
+    events.splice(at, 0, event);
+    keys.set(event.key, this.interruptions);
+    if (events.length > most) events.splice(0, events.length - most).forEach((old) => keys.delete(old.key));
+  }
+
+  /** Those that came after the last interruption; the keys of the others are forgotten. */
+  private since(events: readonly HostEvent[], keys: Map<string, number>): HostEvent[] {
+    return events.filter((event) => keys.get(event.key) === this.interruptions || !keys.delete(event.key));
   }
 
   private put(key: string, data: Uint8Array | null, isLive: boolean): void {
@@ -146,13 +183,4 @@ export class Fleet {
     const host = key.endsWith(".host") ? this.hosts.get(key.slice(0, -".host".length)) : undefined;
     return host ? host.value.workerId : (this.instances.get(key)?.value.journalId ?? "");
   }
-}
-
-/** Puts an event where its time is, and its key to the others; the oldest are forgotten. */
-function keep(events: HostEvent[], keys: Set<string>, event: HostEvent, most: number): void {
-  let at = events.length;
-  while (at > 0 && (events[at - 1]?.atMs ?? 0) > event.atMs) at -= 1;
-  events.splice(at, 0, event);
-  keys.add(event.key);
-  if (events.length > most) events.splice(0, events.length - most).forEach((old) => keys.delete(old.key));
 }

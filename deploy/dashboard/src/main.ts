@@ -131,7 +131,6 @@ function decoded(part: string): string {
 
 function draw(): void {
   if (!session) return;
-  if (session.link.state === "live") session.currentMs = Date.now();
   const age = session.link.state === "lost" && session.currentMs ? `; shown is the state of ${clock(session.currentMs)}` : "";
   show({ state: session.link.state, text: session.link.text + age });
   view?.draw();

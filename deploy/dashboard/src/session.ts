@@ -6,7 +6,7 @@
 import type { Msg, Subscription } from "@nats-io/nats-core";
 import { Bus, BusFailure, each, type Access, type Kept } from "./bus";
 import { Fleet } from "./fleet";
-import { hostEvent } from "./wire";
+import { hostEvent, type HostEvent } from "./wire";
 
 const EVENTS_READ = 300;
 const RETRY_MS = 2000;
@@ -23,6 +23,7 @@ export interface Link {
 
 export class Session {
   link: Link = { state: "reading", text: "Reading the state" };
+  /** When everything was read, or the last message since came; 0: never. */
   currentMs = 0;
   private reads = 0;
   private subscriptions: Subscription[] = [];
@@ -61,10 +62,12 @@ export class Session {
       this.readSoon();
     };
     const events = bus.subscribe(`${bus.root}.*.evt.>`, (message) => {
+      this.heard();
       const event = hostEvent(bus.root, message.subject, message.data);
       if (event) fleet.event(event);
     }, ended);
     const state = bus.subscribe(`$KV.${bus.bucket}.>`, (message) => {
+      this.heard();
       const key = this.key(message.subject);
       if (fleet.feed(key, valueOf(message))) void this.readBack(key);
     }, ended);
@@ -92,8 +95,9 @@ export class Session {
     });
     if (turn !== this.reads) return;
     fleet.endRead();
-    await this.readEvents();
+    const events = await this.newestEvents();
     if (turn !== this.reads) return;
+    fleet.readEvents(events);
     this.currentMs = Date.now();
     this.link = { state: "live", text: "Live" };
   }
@@ -117,18 +121,23 @@ export class Session {
     }
   }
 
-  private async readEvents(): Promise<void> {
-    const { bus, fleet } = this;
+  private heard(): void {
+    if (this.link.state === "live") this.currentMs = Date.now();
+  }
+
+  /** Of the stream, oldest first. */
+  private async newestEvents(): Promise<HostEvent[]> {
+    const { bus } = this;
+    const found = new Map<number, HostEvent>();
     const { first, last } = await bus.bounds(bus.events);
     const from = Math.max(first, last - EVENTS_READ + 1, 1);
-    await each(
-      Array.from({ length: Math.max(0, last - from + 1) }, (_, at) => from + at),
-      async (seq) => {
-        const kept = await bus.at(bus.events, seq);
-        const event = kept && hostEvent(bus.root, kept.subject, kept.data);
-        if (event) fleet.event(event);
-      },
-    );
+    const wanted = Array.from({ length: Math.max(0, last - from + 1) }, (_, at) => from + at);
+    await each(wanted, async (seq) => {
+      const kept = await bus.at(bus.events, seq);
+      const event = kept && hostEvent(bus.root, kept.subject, kept.data);
+      if (event) found.set(seq, event);
+    });
+    return wanted.flatMap((seq) => found.get(seq) ?? []);
   }
 
   private async readBack(key: string): Promise<void> {
@@ -154,6 +163,7 @@ export class Session {
   }
 
   private readSoon(afterMs = RETRY_MS): void {
+    this.fleet.interrupt();
     const turn = ++this.reads;
     setTimeout(() => {
       if (turn !== this.reads || this.bus.nats.isClosed()) return;
@@ -167,6 +177,7 @@ export class Session {
   }
 
   private lose(text: string): void {
+    this.fleet.interrupt();
     this.link = { state: "lost", text };
   }
 

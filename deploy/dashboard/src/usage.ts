@@ -229,7 +229,7 @@ const NOTHING: Readonly<Record<Read, string>> = {
 function since(spans: readonly Span[], read: Read): string {
   if (!spans.length) return NOTHING[read];
   if (read === "all" && isWhole(spans)) return `What ended since ${earliest(spans, (span) => span.fromMs)}, when counting began`;
-  const why = read === "all" ? "the rest has left the stream, or this page missed or forgot it: reload it" : "older events were not read yet";
+  const why = read === "all" ? "the rest has left the stream, or this page forgot it: reload it" : "older events were not read yet";
   return `Partial: what ended since ${earliest(spans, (span) => span.endedMs)}; ${why}`;
 }
 
