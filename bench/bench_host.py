@@ -17,6 +17,7 @@ from worker.cli.seed import Seeded
 from worker.demo.host import environment_of
 
 FULL_WITHIN_S = 120.0
+AS_INSTALLED = "bench.as_installed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ async def bench_host(*, program: str = "", **options: Any) -> AsyncGenerator[Ben
 
     `program` is run instead of the worker: a module that wraps it.
     """
-    async with live_host(worker=not program, recorded=False, **options) as host:
+    async with live_host(worker=not program, wrapper=AS_INSTALLED, **options) as host:
         if program:
             await start_program(host, program)
         async with attached(host) as bench:

@@ -5,7 +5,7 @@ import time
 
 import msgspec
 
-from bench.bench_host import BenchHost, attached
+from bench.bench_host import AS_INSTALLED, BenchHost, attached
 from bench.report.budgets import at_most
 from bench.report.rows import Measured, row
 from schemas.requests import Ping, StopInstance
@@ -19,7 +19,7 @@ NOTHING = StopInstance("acme", "web", "i-0")
 
 async def measure(faults: int = FAULTS) -> Measured:
     """The worker's connection goes through a proxy; the sender's does not."""
-    async with live_host(worker=False, recorded=False) as host:
+    async with live_host(worker=False, wrapper=AS_INSTALLED) as host:
         proxy = Proxy(host.nats.port)
         await proxy.start()
         direct = host.settings

@@ -115,6 +115,10 @@ class HostFault(Failure):
     act = "operator"
 
 
+class RecordFault(HostFault):
+    """A fact could not be recorded: what is being undone waits until it can."""
+
+
 # The one table from errno to who must act. A number that is not in it is a fault of the host.
 FAILURE_OF_ERRNO: Final[Mapping[int, type[Failure]]] = {
     errno.EAGAIN: Unavailable,

@@ -12,13 +12,12 @@ from handlers.cancellation import together
 from handlers.concurrency import limited
 from handlers.errors import Conflict, Invalid, NotFound
 from handlers.interfaces import Host
-from handlers.network_names import network_specs, port_specs
+from handlers.network_names import network_specs, other_holder, port_specs
 from handlers.specs import BridgeSpec, Restored, TenantRulesSpec
 from handlers.steps import Done, Steps
 from schemas.decode_error import DecodeError
 from schemas.envelopes import EventKind
 from schemas.files import TenantConfig
-from schemas.naming import subnet_of
 from schemas.records import ABSENT, NetworkRecord
 from schemas.requests import NetworkRequest, SetupNetwork, TeardownNetwork, TenantNet
 from schemas.tenant_net import check_net_of
@@ -226,15 +225,14 @@ def validate_net(cmd: NetworkRequest, allowed: tuple[str, ...]) -> None:
 
 def refuse_duplicate(tenant_id: str, net: TenantNet, host: Host) -> None:
     """A net id belongs to one tenant of this host, and so does an address."""
-    other = host.records.network_with_id(net.tenant_net_id)
-    if other is not None and other.tenant_id != tenant_id:
+    other = other_holder(tenant_id, net, host.records)
+    if other is None:
+        return
+    if other.net.tenant_net_id == net.tenant_net_id:
         raise Conflict(f"tenant_net_id {net.tenant_net_id} belongs to tenant {other.tenant_id}")
-    for other in host.records.networks_overlapping(subnet_of(net.ipv4_subnet)):
-        if other.tenant_id != tenant_id:
-            raise Conflict(
-                f"subnet {net.ipv4_subnet} overlaps {other.net.ipv4_subnet} of tenant "
-                f"{other.tenant_id}"
-            )
+    raise Conflict(
+        f"subnet {net.ipv4_subnet} overlaps {other.net.ipv4_subnet} of tenant {other.tenant_id}"
+    )
 
 
 async def refuse_in_use(cmd: TeardownNetwork, host: Host) -> None:

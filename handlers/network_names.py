@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from handlers.errors import Conflict
+from handlers.interfaces import Records
 from handlers.specs import BridgeSpec, PinSpec, TapSpec, TenantRulesSpec
 from schemas import naming
-from schemas.records import InstanceRecord
+from schemas.naming import subnet_of
+from schemas.records import InstanceRecord, NetworkRecord
 from schemas.requests import InstanceRef, TenantNet
 
 
@@ -54,6 +56,14 @@ def names_of(record: InstanceRecord) -> Names | None:
     if record.net is None or record.offset is None:
         return None
     return Names(record.net, record.offset)
+
+
+def other_holder(tenant_id: str, net: TenantNet, records: Records) -> NetworkRecord | None:
+    """Another tenant's network that has the net id, or an address, of this one."""
+    same_id = records.network_with_id(net.tenant_net_id)
+    overlapping = records.networks_overlapping(subnet_of(net.ipv4_subnet))
+    others = (each for each in (same_id, *overlapping) if each is not None)
+    return next((each for each in others if each.tenant_id != tenant_id), None)
 
 
 def port_specs(record: InstanceRecord, uid_base: int) -> tuple[PinSpec, TapSpec]:

@@ -38,7 +38,7 @@ import structlog
 
 from handlers.cancellation import finish
 from handlers.control import Control
-from handlers.errors import Abandoned, Failure
+from handlers.errors import Abandoned, Failure, RecordFault
 from handlers.mechanism import Durability, Keyed, Mechanism, Removable, StepIntent, StepLog, StepRow
 from schemas.envelopes import StepTaken
 from schemas.records import InstanceRecord, NetworkRecord, Tombstone
@@ -208,6 +208,9 @@ class Steps:
 
         Returns what could not be removed, as `<mechanism> <key>`; those rows stay for the
         reconciler. A second cancellation does not cut it short.
+
+        Raises:
+            RecordFault: the journal cannot commit now; to be called again once it can.
         """
         undoing = asyncio.ensure_future(self._undo())
         await finish(undoing)
@@ -222,6 +225,8 @@ class Steps:
                     mechanism = self._mechanisms[row.mechanism]
                     async with asyncio.timeout(UNDO_TIMEOUT_S):
                         await mechanism.remove(row.key)
+                except RecordFault:
+                    raise
                 except (Failure, OSError, TimeoutError, KeyError) as error:
                     log.warning("step.left_behind", step=row.mechanism, key=row.key, error=error)
                     left.append(f"{row.mechanism} {row.key}")

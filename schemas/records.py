@@ -260,7 +260,10 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def holds_offset(self) -> bool:
-        return self.holds_host or self.status is Status.SLEEPING
+        """Whether no other instance may have its address: live, asleep, or asleep until the command
+        that is in progress."""
+        held = self.before is not None and self.before.holds_offset
+        return held or self.holds_host or self.status is Status.SLEEPING
 
     @property
     def usage(self) -> Usage:

@@ -63,7 +63,7 @@ from worker.demo.host import environment_of, provision_cell
 from worker.demo.nats_server import EmbeddedNats
 
 NET_ID = 7
-RECORDED = "tests.protocol.sent"
+RECORDER = "tests.protocol.sent"
 
 
 class LiveHost:
@@ -86,21 +86,21 @@ class LiveHost:
         bus: NatsSettings | None = None,
         enter: Sequence[str] = (),
         uid_base: int = VmmSettings().uid_base,
-        recorded: bool = True,
+        wrapper: str = RECORDER,
         **limits: Any,
     ) -> None:
         """With `disk_mib`, data and state are on a file system of that size and nothing else is.
 
         With `bus` the host is one of a fleet, whose nats-server is elsewhere; `enter` begins the
-        command of its worker, e.g. to have it in a network namespace. With `recorded` every
-        message of a worker is kept and, when the host is closed, held against its schema: that
-        costs the worker time and memory.
+        command of its worker, e.g. to have it in a network namespace. `wrapper` is a module that
+        runs the worker's. By default it keeps every message that the worker sends; they are held
+        against their schemas when the host is closed. That costs the worker time and memory.
         """
         # Not in /tmp: where that is a tmpfs, what a VMM writes there counts as its memory.
         self.directory = tempfile.mkdtemp(prefix="hostd-live-", dir="/var/tmp")
         own_directory(self.directory)
         self.sent = f"{self.directory}/sent"
-        self.recorder = [RECORDED] if recorded else []
+        self.wrapper = wrapper
         self.guest = guest
         # A production host connects only with a credential.
         users = "authorization { user: live, password: host }" if production else ""
@@ -190,7 +190,7 @@ class LiveHost:
                 sys.executable,
                 *(["-P"] if code else []),  # or it is the one of the working directory
                 "-m",
-                *([] if code else self.recorder),
+                *([] if code else [self.wrapper]),
                 module,
                 stdout=log if stdout is None else stdout,
                 stderr=log,

@@ -11,6 +11,7 @@ from handlers.host.jail.layout import JailLayout
 from handlers.host.linux.file_threads import run_in_slow_thread
 from handlers.host.net.host_network import NetworkMechanisms, open_network_mechanisms
 from handlers.host.orphans import OrphanRemoval
+from handlers.host.snapshot.manifest import sleeps_on
 from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.agentd_files import SharedFiles
 from handlers.host.storage.artifacts import Artifacts
@@ -87,6 +88,11 @@ def open_real_host(
         pending = pending_reservations.values()
         return records.refers(key) or any(refers(record, key) for record in pending)
 
+    async def asleep(key: str) -> bool:
+        tenant_id, _, _ = key.partition("/")
+        known = {record.ref for record in records.instances(tenant_id)}
+        return await sleeps_on(settings.paths.state, key, known)
+
     def slot_in_use(slot: int) -> bool:
         pending = pending_reservations.values()
         return records.with_slot(slot) is not None or any(r.uid_slot == slot for r in pending)
@@ -115,6 +121,7 @@ def open_real_host(
         data=paths.data,
         state=paths.state,
         in_use=in_use,
+        asleep=asleep,
         max_mib=settings.limits.max_artifact_mib,
     )
     cgroups = Cgroups(settings)

@@ -31,6 +31,7 @@ from handlers.host.linux.call_threads import (
     thread_counts,
 )
 from handlers.host.linux.file_threads import run_in_thread
+from handlers.host.linux.syscalls import give_back_memory
 from handlers.host.lock import HostLock
 from handlers.host.snapshot.manifest import published_versions
 from handlers.host.storage.disk_space import DiskSpace
@@ -562,6 +563,7 @@ class Worker:
         await self.vmm_versions.check()
         gc.collect()
         gc.freeze()  # modules and classes are not looked at again by later collections
+        give_back_memory()
         self.lease.touch()
         log.info("worker.ready", host=self.settings.host.id)
         async with asyncio.TaskGroup() as group:

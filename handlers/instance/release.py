@@ -16,7 +16,7 @@ from handlers.cancellation import together
 from handlers.errors import HostFault
 from handlers.instance.metering import read_last
 from handlers.interfaces import Discarded, DiskClaim, Host
-from handlers.network_names import names_of
+from handlers.network_names import names_of, other_holder
 from handlers.steps import Steps
 from schemas.records import InstanceRecord
 from schemas.requests import InstanceRef
@@ -121,25 +121,38 @@ async def release_port(
     The guest's flows end with it, so that the next guest at its address inherits none, unless
     `keep_flows`: a sleeping guest keeps its address and finds them at its wake. With `settle` the
     kernel has deleted the TAP on return; without, nothing can use it any more (ADR 0941).
+
+    An instance at rest has no port, and another one may have been given its address since; one that
+    sleeps has flows alone (ADR 1104).
     """
     names = names_of(record)
-    if names is None:
+    if names is None or not has_address(record, host):
         return
     async with host.locks.shared(record.ref.tenant_id):
-        if settle:
+        if record.holds_host and settle:
             await steps.remove(host.taps, names.tap)
-        else:
+        elif record.holds_host:
             await steps.act("remove_tap", lambda: host.taps.release(names.tap))
         if not keep_flows:
             # Not beside the pin: after a commit to nf_tables, closing the socket of the flush waits
             # 10 ms for what the commit freed.
             await flush_conntrack(record, steps, host)
-        await steps.remove(host.pins, names.pin.key)
+        if record.holds_host:
+            await steps.remove(host.pins, names.pin.key)
+
+
+def has_address(record: InstanceRecord, host: Host) -> bool:
+    """Whether the names that the record has of a network are its own now: no other instance of its
+    tenant may have them, and its tenant's network was not torn down and given to another."""
+    if record.net is None or not record.holds_offset:
+        return False
+    return other_holder(record.ref.tenant_id, record.net, host.records) is None
 
 
 async def flush_conntrack(record: InstanceRecord, steps: Steps, host: Host) -> None:
     """End the flows of the guest's address. None may send from it meanwhile."""
-    if (names := names_of(record)) is not None:
+    names = names_of(record)
+    if names is not None and has_address(record, host):
         address = names.guest_ip
         await steps.act("flush_conntrack", lambda: host.networks.flush_conntrack(address))
 

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from handlers.admission.disk_admission import SNAPSHOT_STATE_BYTES, DiskNeed, admitted, quota_of
 from handlers.cancellation import together
 from handlers.concurrency import limited
+from handlers.control import Halted
 from handlers.errors import Conflict, Failure, Unavailable
 from handlers.instance.instance_file import write_at_rest
 from handlers.instance.metering import asleep
@@ -155,6 +156,9 @@ async def take_snapshot(
                 together(let_run(vmm), announce(cmd, record, steps, host)),
             )
             return await drain_and_snapshot(cmd, record, vmm, steps, host)
+    except Halted:
+        await steps.undo()  # no guest stays paused or drained while no worker runs
+        raise
     finally:
         await vmm.close()
 

@@ -3,7 +3,6 @@
 import os
 import stat
 
-import nkeys
 from nats import errors
 
 JWT_MARK = b"-----BEGIN NATS USER JWT-----"
@@ -32,6 +31,8 @@ class CredentialsFile:
         if JWT_MARK not in data:
             self.user()
             return
+        import nkeys  # noqa: PLC0415 - 1 MiB, for those who use such a file
+
         seed = data.partition(SEED_MARK)[2].partition(b"\n")[2].partition(b"\n")[0]
         try:
             nkeys.from_seed(bytearray(seed)).wipe()

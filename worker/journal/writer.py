@@ -53,7 +53,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import structlog
 
-from handlers.errors import HostFault
+from handlers.errors import HostFault, RecordFault
 from worker.journal import schema
 from worker.journal.transaction import Transaction
 
@@ -65,7 +65,7 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 
-class JournalFault(HostFault):
+class JournalFault(RecordFault):
     """The journal cannot commit now. It retries until the disk works.
 
     What was to be committed is not in memory. Seldom it is in the file all the same: once that

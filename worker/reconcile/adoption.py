@@ -32,6 +32,12 @@ def note_failed_item(item: str, error: Exception) -> None:
     log.warning("recovery.item_failed", item=item, **facts_of(error))
 
 
+async def is_asleep(record: InstanceRecord, host: Host) -> bool:
+    """Whether the snapshot of its launch is published: its VMM must not run on."""
+    info = await host.snapshots.read(record.ref)
+    return info is not None and info.number == record.launch
+
+
 class JailLayout(Protocol):
     """The jails on this host. Both methods read files and block."""
 
@@ -57,6 +63,7 @@ class Adoption:
         self._jails = jails
         self._tracing = tracing or Tracing("")
         self.adopted = 0
+        self.running: list[InstanceRecord] = []  # those of the adopted that are not asleep
         self.quarantined = 0
         self.failed = 0
 
@@ -122,7 +129,11 @@ class Adoption:
         else:
             self.adopted += 1
             reason = "adopted by the metadata of its jail: it was not in the journal"
-            await self._put(record, Status.RUNNING, identity, reason)
+            if await is_asleep(record, self._host):
+                reason += "; its snapshot is published: SleepInstance or StopInstance ends its VMM"
+                await self._put(record, Status.SNAPSHOTTING, identity, reason)
+            else:
+                self.running.append(await self._put(record, Status.RUNNING, identity, reason))
             await self._journal.records.event(EventKind.RECOVERED, ref=record.ref, reason=reason)
             log.warning("vmm.adopted", instance=str(record.ref), jail=jail_id, reason=reason)
             return "adopted"
@@ -139,11 +150,14 @@ class Adoption:
 
     async def _put(
         self, record: InstanceRecord, status: Status, identity: VmmIdentity, reason: str
-    ) -> None:
+    ) -> InstanceRecord:
         await self._put_network(record)
         now_ms = self._host.facts.now_ms()
         record = replace(record, status=status, since_ms=now_ms, vmm=identity)
+        if status is Status.SNAPSHOTTING:  # as a Sleep leaves it that failed past its publication
+            record = replace(record, before=replace(record, status=Status.RUNNING))
         await self._journal.records.put_instance(record, reason=reason, durable=True)
+        return record
 
     async def _put_network(self, record: InstanceRecord) -> None:
         """Record the tenant's network too, so that it is kept in its desired state.

@@ -304,25 +304,28 @@ class Reconciler:
         await self._sweep_orphans.once()
 
     def _in_use(self, mechanism: str, key: str) -> bool:
-        """Whether a live or sleeping instance uses the resource by now."""
+        """Whether a live or sleeping instance uses the resource by now.
+
+        One that sleeps has nothing of a launch: what a failed Wake left is in nobody's use.
+        """
+        records = self._journal.records.instances()
         used = chain.from_iterable(
             (
                 record.jail_id,
                 record.cgroup_key,
-                str(record.ref),
-                str(SnapshotKey(record.ref, record.snapshot or 0)),
                 *((names.tap, names.pin.key) if (names := names_of(record)) else ()),
             )
-            for record in self._journal.records.instances()
+            for record in records
+            if record.holds_host
+        )
+        kept = chain.from_iterable(
+            (str(record.ref), str(SnapshotKey(record.ref, record.snapshot or 0)))
+            for record in records
             if record.holds_offset
         )
         # A data disk that the journal knows is kept while its instance is stopped.
-        disks = (
-            str(record.ref)
-            for record in self._journal.records.instances()
-            if record.disk is not None
-        )
+        disks = (str(record.ref) for record in records if record.disk is not None)
         nets = [record.net for record in self._journal.records.networks()]
         if mechanism == self._host.tenant_rules.name:
             return any(TenantRulesKey.parse(key).overlaps(net) for net in nets)
-        return key in {*used, *disks, *(net.bridge_name for net in nets)}
+        return key in {*used, *kept, *disks, *(net.bridge_name for net in nets)}

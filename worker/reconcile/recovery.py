@@ -26,7 +26,7 @@ from schemas.records import InstanceRecord, NetworkRecord, Status
 from schemas.subjects import Lane
 from worker.journal.journal import Journal
 from worker.metrics import Metrics
-from worker.reconcile.adoption import Adoption, note_failed_item
+from worker.reconcile.adoption import Adoption, is_asleep, note_failed_item
 from worker.reconcile.drift import BASE_RULES, report_drift
 from worker.reconcile.vmm_versions import record_version
 from worker.reconcile.vmm_watch import VmmWatch
@@ -87,6 +87,8 @@ class Recovery:
             timeout_s=None,
         )
         await self._adoption.run()
+        for record in self._adoption.running:
+            self._resume_soon(record)
         self._counts.adopted += self._adoption.adopted
         self._counts.quarantined += self._adoption.quarantined
         self._counts.failed += self._adoption.failed
@@ -160,20 +162,33 @@ class Recovery:
         """End what the last worker left of a failed command; the record, if it should run."""
         if record.before is not None and self._has_command(record):
             return None  # the interrupted command continues in its lane and reads the state itself
+        if await self._has_to_be_completed(record):
+            return None
+        if (before := record.before) is not None and InstanceState(
+            record
+        ).status is not Status.RUNNING:
+            # Its command was not undone: it has no effect on what it found.
+            record = replace(before, before=None, command_id=None)
+            await self._journal.records.put_instance(record, durable=True)
         if rebooted and record.holds_host:
             await self._forget_after_reboot(record)
             return None
-        if (before := record.before) is not None:
+        if record.before is not None:
             # Its command failed partway: a guest that may have run is treated as running.
-            status = InstanceState(record).status
-            if status is Status.RUNNING:
-                final = final_record(record, status, self._host.facts.moment())
-                record = replace(final, hung=record.hung)
-            else:
-                record = replace(before, status=status, before=None, command_id=None)
-            await self._journal.records.put_instance(record, durable=True)
+            final = final_record(record, Status.RUNNING, self._host.facts.moment())
+            await self._journal.records.put_instance(replace(final, hung=record.hung), durable=True)
             record = self._journal.records.instance(record.ref) or record  # what was due is sent
         return record if record.status.expects_vmm else None
+
+    async def _has_to_be_completed(self, record: InstanceRecord) -> bool:
+        """Whether its command failed past its point of no return: a restart takes nothing back.
+
+        The reconciler completes a Stop. A Destroy, and a Sleep whose snapshot is published, wait
+        for the next command, as without a restart.
+        """
+        if record.status in {Status.STOPPING, Status.DESTROYING}:
+            return True
+        return record.status is Status.SNAPSHOTTING and await is_asleep(record, self._host)
 
     async def _look_for_unrecorded(self) -> None:
         """Book what VMMs without a record hold, before a command can be given the same."""
@@ -214,10 +229,13 @@ class Recovery:
             )
             return "quarantined"
         self._host.seen_alive[record.ref] = identity
-        # In its lane: a VM that hangs does not answer, and must not delay the others.
-        self._vmm_watch.put_in_lane(record, "resume", lambda: self._resume(record))
+        self._resume_soon(record)
         self._counts.adopted += 1
         return "adopted"
+
+    def _resume_soon(self, record: InstanceRecord) -> None:
+        """In its lane: a VM that hangs does not answer, and must not delay the others."""
+        self._vmm_watch.put_in_lane(record, "resume", lambda: self._resume(record))
 
     async def _resume(self, record: InstanceRecord) -> None:
         """A paused VM without a manifest is resumed: the sleep that paused it did not happen."""
@@ -231,8 +249,7 @@ class Recovery:
             note_failed_item(str(record.ref), error)
 
     async def _resume_paused(self, record: InstanceRecord) -> None:
-        info = await self._host.snapshots.read(record.ref)
-        if info is not None and info.number == record.launch:
+        if await is_asleep(record, self._host):
             return
         vmm = self._host.vmms.api(record.jail_id)
         try:

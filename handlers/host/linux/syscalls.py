@@ -3,6 +3,7 @@
 Nothing here decides anything. Each raises OSError with the errno the kernel gave.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -91,6 +92,12 @@ def reflink(target: int, source: int) -> None:
     Source: ioctl_ficlone(2). EOPNOTSUPP, EXDEV, EINVAL: this file system cannot.
     """
     fcntl.ioctl(target, _FICLONE, source)
+
+
+def give_back_memory() -> None:
+    """Give the kernel what the allocator keeps and nothing uses. Source: malloc_trim(3), glibc."""
+    with contextlib.suppress(AttributeError):  # another C library
+        _libc.malloc_trim(0)
 
 
 def _checked(result: int, path: str | None) -> int:

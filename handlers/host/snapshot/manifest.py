@@ -10,7 +10,7 @@
 import glob
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -155,8 +155,27 @@ async def published_versions(state: str, known: Collection[InstanceRef]) -> set[
 
 
 def _published_versions(base: str, known: frozenset[InstanceRef]) -> set[str]:
-    found = set[str]()
-    for path in glob.iglob(f"*/*/*/*/{MANIFEST}", root_dir=base):
+    found = _published(base, "*/*", known)
+    return {"" if info is None else info.vmm_version for info in found}
+
+
+async def sleeps_on(state: str, key: str, known: Collection[InstanceRef]) -> bool:
+    """Whether a published snapshot of the pool needs the artifact revision of this key, or may: its
+    manifest cannot be read. Not those of `known`. `state` is `[paths] state`."""
+    pool, _, revision = key.rpartition("/")
+
+    def look() -> bool:
+        found = _published(f"{state}/snapshots", glob.escape(pool), frozenset(known))
+        return any(info is None or info.revision == revision for info in found)
+
+    return await run_in_thread(look)
+
+
+def _published(
+    base: str, pool: str, known: frozenset[InstanceRef]
+) -> Iterator[SnapshotInfo | None]:
+    """The published snapshots of the pools, a glob, but for those of `known`; None: unreadable."""
+    for path in glob.iglob(f"{pool}/*/*/{MANIFEST}", root_dir=base):
         instance, number = os.path.split(os.path.dirname(path))
         try:
             ref = parse_ref(instance)
@@ -165,7 +184,6 @@ def _published_versions(base: str, known: frozenset[InstanceRef]) -> set[str]:
         if ref not in known and NUMBER.fullmatch(number):
             directory = SnapshotDir(base, ref, int(number))
             try:
-                found.add(directory.info(directory.manifest()).vmm_version)
+                yield directory.info(directory.manifest())
             except (Failure, OSError):
-                found.add("")
-    return found
+                yield None

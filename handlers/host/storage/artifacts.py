@@ -8,7 +8,7 @@ import contextlib
 import os
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import ClassVar
 
@@ -49,11 +49,18 @@ class ArtifactFacts(msgspec.Struct, frozen=True):
     files: dict[str, ArtifactFile]
 
 
+async def nobody(key: str) -> bool:
+    """The `asleep` of a host that has the records of all its instances."""
+    del key
+    return False
+
+
 class Artifacts:
     """Imported revisions; the key is `t/p/revision`.
 
-    `in_use(key)` returns whether an instance, running, asleep or stopped, refers to a revision;
-    such a revision is not removed.
+    `in_use(key)` returns whether an instance, running, asleep or stopped, refers to a revision,
+    `asleep(key)` whether one that has no record does, after the loss of a journal; such a revision
+    is not removed.
     """
 
     name: ClassVar[str] = "artifact"
@@ -66,6 +73,7 @@ class Artifacts:
         data: str,
         state: str,
         in_use: Callable[[str], bool] = lambda key: False,
+        asleep: Callable[[str], Awaitable[bool]] = nobody,
         max_mib: int = 65_536,
     ) -> None:
         self.copied_bytes = 0
@@ -73,6 +81,7 @@ class Artifacts:
         self._data = data
         self._base = f"{state}/artifacts"
         self._in_use = in_use
+        self._asleep = asleep
         self._locks: dict[str, asyncio.Lock] = {}
         self._users: Counter[str] = Counter()
         # An import makes directories that a removal of the tenant's other revisions finds empty.
@@ -130,7 +139,7 @@ class Artifacts:
         if self._in_use(key):  # perhaps being imported: nothing to wait for
             return
         async with self._lock(key):
-            if not self._in_use(key):
+            if not await self._asleep(key) and not self._in_use(key):
                 await run_in_thread(self._remove, key)
 
     @asynccontextmanager

@@ -20,7 +20,7 @@ from handlers.errors import Exhausted, HostFault
 from handlers.host.jail.jails import Jails
 from handlers.host.linux.sparse_copy import sha256_of
 from handlers.host.snapshot import memory_file, sealer
-from handlers.host.snapshot.manifest import SnapshotDir, numbers_of, published_versions
+from handlers.host.snapshot.manifest import SnapshotDir, numbers_of, published_versions, sleeps_on
 from handlers.host.snapshot.snapshots import Snapshots
 from handlers.host.storage.data_disks import DataDisks
 from handlers.host.storage.drive_images import CONFIG, SECRETS
@@ -718,10 +718,16 @@ async def test_the_versions_of_snapshots_without_a_record_are_found(asleep: Asle
 
     assert await published_versions(state, ()) == {"1.17.0"}
     assert await published_versions(state, [REF]) == set()
+    pool, revision = f"{REF.tenant_id}/{REF.pool_id}", asleep.facts.revision
+    assert await sleeps_on(state, f"{pool}/{revision}", ())
+    assert not await sleeps_on(state, f"{pool}/{revision}", [REF])
+    assert not await sleeps_on(state, f"{pool}/another", ())
+    assert not await sleeps_on(state, f"{REF.tenant_id}/other/{revision}", ())
     info = await asleep.snapshots.read(REF)
     assert info is not None
     assert info.vmm_version == "1.17.0"
     (asleep.directory / "manifest.json").write_bytes(b"{")
     assert await published_versions(state, ()) == {""}
+    assert await sleeps_on(state, f"{pool}/another", ())  # perhaps
     (asleep.directory / "manifest.json").unlink()
     assert await published_versions(state, ()) == set()

@@ -140,6 +140,23 @@ async def test_removal_spares_what_is_in_use(world: StoreHost) -> None:
     assert list((world.state / "artifacts").iterdir()) == []
 
 
+async def test_removal_spares_what_a_sleeper_without_a_record_needs(world: StoreHost) -> None:
+    needed = True
+
+    async def asleep(key: str) -> bool:
+        return needed and key == SPEC.key
+
+    artifacts = Artifacts(data=str(world.data), state=str(world.state), asleep=asleep)
+    await artifacts.ensure(SPEC)
+
+    await artifacts.remove(SPEC.key)
+    assert await artifacts.exists(SPEC.key)
+
+    needed = False
+    await artifacts.remove(SPEC.key)
+    assert not await artifacts.exists(SPEC.key)
+
+
 @pytest.mark.parametrize("key", ["acme/web", "acme/web/..", "acme/../x", "a/b/c/d", "acme/web/"])
 async def test_a_key_never_becomes_another_path(artifacts: Artifacts, key: str) -> None:
     with pytest.raises(Invalid):

@@ -13,6 +13,7 @@ from schemas.requests import SleepInstance
 from tests.constants import NAMES, SLEEP, START, STOP, WAKE
 from tests.fakes.host import FakeHost, Gate, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
+from tests.fakes.reconcile import recovery
 from tests.unit.instance.pairs import UP
 
 FAILURES: Mapping[str, Failure] = {
@@ -61,6 +62,31 @@ async def test_a_drain_that_is_cut_short_is_taken_back(tmp_path: Path) -> None:
         assert (await worker.reply(sleep)).code is Code.SUPERSEDED
         assert (await worker.reply(stop)).code is Code.OK
         assert requests(machine) == ["drain_guest", "wake_agent"]
+
+
+@pytest.mark.parametrize("step", ["drain_guest", "create_snapshot"])
+async def test_a_shutdown_leaves_no_guest_drained_or_paused(tmp_path: Path, step: str) -> None:
+    """The next worker sleeps it all the same."""
+    machine = seeded()
+    gate = machine.gates[step] = Gate()
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await running(worker)
+        sleep = await worker.send(SLEEP)
+        await asyncio.wait_for(gate.reached.wait(), 10)
+        stopping = asyncio.create_task(worker.lanes.stop(10))
+        await asyncio.sleep(0)
+        gate.opened.set()
+        await stopping
+
+        (guest,) = machine.guests.values()
+        assert (guest.state, worker.record().status) == ("Running", Status.RUNNING)
+        assert requests(machine)[-1] == "wake_agent"
+    machine.gates.clear()
+
+    async with memory_worker(tmp_path / "j", machine) as worker:
+        await recovery(worker).run()
+        assert (await worker.reply(sleep)).code is Code.OK
+        assert worker.record().status is Status.SLEEPING
 
 
 async def test_a_guest_that_was_not_asked_is_not_woken(tmp_path: Path) -> None:

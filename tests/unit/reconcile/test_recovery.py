@@ -204,6 +204,44 @@ async def test_a_vmm_of_a_lost_journal_is_adopted_only_on_proof(
         assert len(machine.guests) == 1
 
 
+async def test_a_vmm_of_a_lost_journal_that_was_paused_for_a_sleep_runs_again(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    await started(tmp_path / "lost", machine)
+    (guest,) = machine.guests.values()
+    guest.state = "Paused"
+
+    async with memory_worker(tmp_path / "new", machine) as worker:
+        await recovery(worker).run()
+        await worker.lanes.idle()
+
+        assert (worker.record().status, guest.state) == (Status.RUNNING, "Running")
+
+
+async def test_a_vmm_of_a_lost_journal_whose_snapshot_is_published_stays_asleep(
+    tmp_path: Path,
+) -> None:
+    machine = seeded()
+    async with memory_worker(tmp_path / "lost", machine) as worker:
+        await recovery(worker).run()
+        for request in (UP, START):
+            assert (await worker.run(request)).code is Code.OK
+        machine.fail["remove_vmm"] = HostFault("injected")
+        assert (await worker.run(SLEEP)).code is Code.HOST_FAULT
+    machine.fail.clear()
+    (guest,) = machine.guests.values()
+
+    async with memory_worker(tmp_path / "new", machine) as worker:
+        await recovery(worker).run()
+        await worker.lanes.idle()
+        assert (worker.record().status, guest.state) == (Status.SNAPSHOTTING, "Paused")
+        for request in (SLEEP, WAKE):
+            assert (await worker.run(request)).code is Code.OK
+
+        assert worker.record().status is Status.RUNNING
+
+
 async def test_a_vmm_whose_jail_has_no_metadata_is_reported_and_left_running(
     tmp_path: Path,
 ) -> None:

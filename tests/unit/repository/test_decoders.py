@@ -184,7 +184,7 @@ TRUSTED = {
     "handlers/host/net/ruleset.py:_apply:json.loads": KERNEL,
     "handlers/host/net/taps.py:delete_neighbours:int": MATCHED,
     "handlers/host/net/taps.py:port_settings:int": NO_TEXT,
-    "handlers/host/snapshot/manifest.py:_published_versions:int": MATCHED,
+    "handlers/host/snapshot/manifest.py:_published:int": MATCHED,
     "handlers/host/snapshot/manifest.py:numbers_of:int": MATCHED,
     "handlers/host/storage/drive_images.py:_find_inode:unpack_from": CONSTANT,
     "handlers/host/storage/drive_images.py:write:int": NO_TEXT,
