@@ -15,10 +15,10 @@ from tests.fakes.reconcile import reconciled, recovery
 from tests.unit.instance.test_commands import (
     COMMANDS,
     COMPLETED,
-    UP,
     cases,
     prepare,
     shape,
+    status_of,
     undisturbed,
 )
 from worker.journal.records import JournalRecords
@@ -37,11 +37,13 @@ async def test_a_restart_takes_nothing_back(kind: str, effect: str, tmp_path: Pa
         await prepare(worker, kind)
         machine.fail[effect] = HostFault("injected")
         assert (await worker.run(COMMANDS[kind])).code is Code.HOST_FAULT
+        status = status_of(worker)
     machine.fail.clear()
 
     async with memory_worker(tmp_path / "j", machine) as worker:
         await recovery(worker).run()
         await worker.lanes.idle()
+        assert status_of(worker) == status
         reply = await worker.run(COMMANDS[kind])
 
         assert reply.code is Code.OK, reply
@@ -75,25 +77,29 @@ async def test_a_published_snapshot_outlasts_a_restart_and_a_reboot(
 async def test_a_wake_that_could_not_be_undone_before_a_reboot_keeps_the_snapshot(
     tmp_path: Path,
 ) -> None:
-    """Its reservation is left as if the journal had failed in its undo."""
     machine = seeded()
-    async with memory_worker(tmp_path / "j", machine) as worker:
+    waking: list[InstanceRecord] = []
+
+    async def look(moment: str) -> None:
+        if moment == "before:cgroup":
+            waking.append(worker.record())
+
+    async with memory_worker(tmp_path / "j", machine, failpoint=look) as worker:
         await recovery(worker).run()
         await prepare(worker, "WakeInstance")
         machine.fail["cgroup"] = HostFault("injected")
-        machine.fail["remove_reservation"] = HostFault("injected")
-        asleep = worker.record()
         assert (await worker.run(WAKE)).code is Code.HOST_FAULT
-        assert asleep.status is Status.SLEEPING
+        assert waking[-1].status is Status.WAKING
+        await worker.journal.records.put_instance(waking[-1], durable=True)
     machine.fail.clear()
     machine.reboot(REBOOTED)
 
     async with memory_worker(tmp_path / "j", machine) as worker:
         await recovery(worker).run()
         await worker.lanes.idle()
-        for request in (UP, WAKE):
-            reply = await worker.run(request)
-            assert reply.code is Code.OK, reply
+        assert worker.record().status is Status.SLEEPING
+        reply = await worker.run(WAKE)
+        assert reply.code is Code.OK, reply
 
 
 @pytest.mark.parametrize("left", ["remove_tap", "remove_cgroup", "remove_jail", "remove_pin"])
