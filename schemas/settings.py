@@ -182,3 +182,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def jail_base(self) -> str:
         return self.vmm.jail_base or f"{self.paths.state}/jails"
+
+
+def without_password(urls: str) -> str:
+    """`[nats] url` for a message: without user, password or token, which is all up to the last `@`
+    of each, also if it is no URL."""
+    return ",".join(map(_without_password, urls.split(",")))
+
+
+def _without_password(url: str) -> str:
+    credential, at, host = url.rpartition("@")
+    scheme, mark, _ = credential.partition("://")
+    return f"{scheme}{mark}{host}" if at and mark and scheme.strip().isalpha() else host

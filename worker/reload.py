@@ -62,10 +62,10 @@ class Reload:
             await self.apply()
 
     async def apply(self) -> None:
-        """Reload once; never raises for what is in the files."""
+        """Reload once, by the `production` that is in effect; never raises."""
         try:
             new = await asyncio.to_thread(self._read)
-            check_connection(new)
+            check_connection(replace(new, host=self._settings.host))
             vmm = replace(
                 self._settings.vmm,
                 version=new.vmm.version,
@@ -75,6 +75,9 @@ class Reload:
             reconnects = await self._connection.reload(new.nats)
         except (SettingsError, Failure, BusError) as error:
             log.error("settings.reload_failed", error=str(error))  # noqa: TRY400
+            return
+        except Exception as error:  # noqa: BLE001 - nothing has changed, and the worker goes on
+            log.error("settings.reload_failed", **logs.facts_of(error))  # noqa: TRY400
             return
         use_programs()
         logs.set_level(new.log.level)

@@ -12,20 +12,22 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
 from schemas.naming import HOST_ID_PATTERN
-from schemas.settings import IMPORTS_MAX, WARM_POOL_MAX, Settings
+from schemas.settings import IMPORTS_MAX, WARM_POOL_MAX, Settings, without_password
 from schemas.subjects import CELL_PATTERN, ROOT_PATTERN
 
 MACHINE_ID_FILE = "/etc/machine-id"
 DEFAULT_FILE = "/etc/hostd/hostd.toml"
 ENV_PREFIX = "HOSTD_"
 DEFAULT = "default"
-# Of this prefix, but not settings: the settings file, `worker/failpoints.py`, and the tests' own.
+# Of this prefix, but not settings: the build's commit, the file, the failpoints, the tests' own.
 OTHER_VARIABLES = frozenset(
     {
+        "HOSTD_COMMIT",
         "HOSTD_CONFIG",
         "HOSTD_FAILPOINT",
         "HOSTD_FAILPOINT_FILE",
@@ -326,8 +328,17 @@ def _inbox(value: str) -> str:
 
 
 def _urls(value: str) -> str:
-    good = all(_URL.fullmatch(url.strip()) for url in value.split(","))
-    return "" if good else f"{value!r} is not nats://host:port (several with commas)"
+    if all(_is_url(url.strip()) for url in value.split(",")):
+        return ""
+    return f"{without_password(value)!r} is not nats://host:port (several with commas)"
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return _URL.fullmatch(text) is not None and bool(url.hostname) and url.port != 0
+    except ValueError:  # of the brackets, or the port
+        return False
 
 
 def _boot_args(value: str) -> str:
@@ -362,7 +373,9 @@ RULES: dict[str, Callable[[Any], str]] = {  # of every setting but true or false
     "nats.tls": _or_empty(_absolute),
     "nats.root": _or_empty(_matches(ROOT_PATTERN, "a subject without wildcards")),
     "nats.js_domain": _or_empty(_matches(CELL_PATTERN, "1 to 32 of A-Z a-z 0-9 _ -")),
-    "nats.inbox_prefixes": _each(_inbox),
+    "nats.inbox_prefixes": lambda value: (
+        _each(_inbox)(value) if value else "is empty: list at least one, e.g. _INBOX."
+    ),
     "paths.data": _absolute,
     "paths.state": _absolute,
     "paths.run": _absolute,

@@ -78,7 +78,7 @@ async def test_another_credential_server_and_authority_are_used(tmp_path: Path) 
 class Programs:
     """Firecracker's; `used` are the settings by which they were put into effect."""
 
-    def __init__(self, fault: HostFault | None = None) -> None:
+    def __init__(self, fault: Exception | None = None) -> None:
         self.fault = fault
         self.used: VmmSettings | None = None
 
@@ -119,7 +119,12 @@ def no_settings(_directory: Path, _now: NatsSettings) -> NatsSettings:
     raise SettingsError("hostd.toml", "nats.url", "is not")
 
 
+def a_bug(_directory: Path, now: NatsSettings) -> NatsSettings:
+    return replace(now, url="tls://[::1:4222")  # which the settings refuse
+
+
 INVALID = (
+    a_bug,
     no_such_file,
     readable_by_all,
     no_credentials,
@@ -151,12 +156,31 @@ async def test_what_is_invalid_changes_nothing_and_is_logged(
         assert await answers(connection)
 
 
-async def test_programs_that_are_none_change_nothing(server: Server, tmp_path: Path) -> None:
+async def test_production_cannot_be_reloaded_away(server: Server, tmp_path: Path) -> None:
+    """The credential of a worker that requires TLS is not sent without it."""
+    now = NatsSettings(url=server.url, creds=credentials(tmp_path / "creds", "one"))
+    plain = Settings(host=DEVELOPMENT, nats=plain_beyond_loopback(tmp_path, now))
+    async with connected(now) as connection:
+        client = connection.client
+        with structlog.testing.capture_logs() as logged:
+            await Reload(Settings(nats=now), lambda: plain, connection, Programs().reread).apply()
+
+        assert [line["event"] for line in logged] == ["settings.reload_failed"]
+        assert connection.client is client
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [HostFault("no Firecracker to start VMs with"), OSError(30, "Read-only file system")],
+)
+async def test_programs_that_are_none_change_nothing(
+    server: Server, tmp_path: Path, fault: Exception
+) -> None:
     now = NatsSettings(url=server.url, creds=credentials(tmp_path / "creds", "one"))
     other = NatsSettings(url=server.url, creds=credentials(tmp_path / "other", "two"))
     async with connected(now) as connection:
         client = connection.client
-        programs = Programs(fault=HostFault("no Firecracker to start VMs with"))
+        programs = Programs(fault)
         new = Settings(nats=other)
 
         with structlog.testing.capture_logs() as logged:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.settings import Settings
+from schemas.settings import Settings, without_password
 from worker import settings as settings_module
 from worker.settings import SettingsError, keys, load, load_with_origins
 
@@ -137,6 +137,12 @@ def test_every_setting_can_be_set_from_the_environment_and_keeps_its_default(
         ('[nats]\nroot = "a.>"', "nats.root", "without wildcards"),
         ('[nats]\ninbox_prefixes = ["_INBOX"]', "nats.inbox_prefixes", "ends in a dot"),
         ('[nats]\nurl = "http://x"', "nats.url", "nats://host:port"),
+        ('[nats]\nurl = "tls://[::1:4222"', "nats.url", "nats://host:port"),
+        ('[nats]\nurl = "tls://[nats]:4222"', "nats.url", "nats://host:port"),
+        ('[nats]\nurl = "nats://h:99999"', "nats.url", "nats://host:port"),
+        ('[nats]\nurl = "nats://h:abc"', "nats.url", "nats://host:port"),
+        ('[nats]\nurl = "nats://h,nats://:4222"', "nats.url", "nats://host:port"),
+        ("[nats]\ninbox_prefixes = []", "nats.inbox_prefixes", "is empty"),
         ('[metrics]\nlisten = "9464"', "metrics.listen", "host:port"),
         ('[paths]\nstate = "var"', "paths.state", "absolute path"),
         ('[paths]\nstate = "/var/../x"', "paths.state", "absolute path"),
@@ -268,3 +274,26 @@ def test_a_hostile_settings_file_is_an_error_that_names_it(tmp_path: Path, text:
 def test_a_hostile_variable_is_an_error_that_names_it(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=name):
         load(None, {name: value})
+
+
+@pytest.mark.parametrize(
+    ("urls", "shown"),
+    [
+        ("nats://host:secret@10.0.0.1:4222", "nats://10.0.0.1:4222"),
+        ("nats://u:se@cret@h1,tls://secret@h2", "nats://h1,tls://h2"),
+        ("u:secret@h", "h"),
+        ("nats://h:4222", "nats://h:4222"),
+    ],
+)
+def test_no_message_has_the_password_of_a_url(urls: str, shown: str) -> None:
+    assert without_password(urls) == shown
+
+
+@pytest.mark.parametrize("url", ["nat://u:secret@h", "nats://h,u:sec@ret@h", "nats://u:secret@h:x"])
+def test_a_refused_url_is_shown_without_its_password(url: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        load(None, {**HOST, "HOSTD_NATS_URL": url})
+
+    assert "nats.url" in str(refused.value)
+    assert "ret@" not in str(refused.value)
+    assert "secret" not in str(refused.value)

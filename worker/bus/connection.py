@@ -21,7 +21,7 @@ import structlog
 from nats import errors
 from nats.aio.client import Client
 
-from schemas.settings import NatsSettings
+from schemas.settings import NatsSettings, without_password
 from worker.bus.credentials import CredentialsFile
 from worker.bus.guarded_client import (
     ALL_GUARDS,
@@ -36,7 +36,7 @@ from worker.bus.lean_client import encode_headers
 from worker.bus.message import Message, NoResponder, Subscription
 from worker.bus.nats_call import NatsCall, error_text
 from worker.bus.protocol import BusError, Unsendable
-from worker.bus.strict_client import requires_tls, without_password
+from worker.bus.strict_client import requires_tls
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 

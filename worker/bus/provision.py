@@ -145,6 +145,8 @@ async def _stream(
     if not wrong:
         return Made(what, "found")
     fixed = [text for text in wrong if text.split(":")[0] in FIXED]
+    if fixed and dry_run:
+        return Made(what, "differs", f"{'; '.join(wrong)}; cannot be changed: remove it first")
     if fixed:
         raise NotProvisioned(
             f"{what} exists with {'; '.join(fixed)}, which cannot be changed: remove it first"

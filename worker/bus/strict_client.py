@@ -14,7 +14,6 @@ The worker's client (`guarded_client.py`) and that of the command line are both 
 # pyright: reportMissingTypeArgument=false, reportPrivateUsage=false
 
 import asyncio
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,11 +28,6 @@ from worker.bus.wire import WireParser, read_headers
 def requires_tls(urls: Sequence[str], ca_file: str) -> bool:
     """Whether the settings ask for TLS: a CA file, or `tls://` for at least one server."""
     return bool(ca_file) or any(url.strip().startswith(("tls://", "wss://")) for url in urls)
-
-
-def without_password(urls: str) -> str:
-    """The URLs for a message: without user, password or token."""
-    return re.sub(r"//[^/@,]*@", "//", urls)
 
 
 class StrictClient(Client):

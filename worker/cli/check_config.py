@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
-from schemas.decode_error import DecodeError
-from schemas.network_policy import POLICY_BYTES, NetworkPolicy, decode_policy, denied_networks
+from handlers.errors import Failure
+from handlers.host.net.policy_file import read_policy
+from schemas.network_policy import NetworkPolicy, denied_networks
 from schemas.settings import NetworkSettings, Settings
-from worker.cli.context import config_option, json_option, load, print_json
+from worker.cli.context import CliError, config_option, json_option, load, print_json
 from worker.settings import DEFAULT, Key, Loaded, keys
 
 
@@ -55,19 +56,16 @@ def load_policy(path: str) -> NetworkPolicy:
     """The policy file's content; of no file, an empty one.
 
     Raises:
-        click.ClickException: it cannot be read or is invalid.
+        CliError: what a worker would refuse at its start: it cannot be read, is invalid, or others
+            may write it.
     """
     if not path:
         return NetworkPolicy()
     try:
-        with open(path, encoding="utf-8") as file:
-            return decode_policy(file.read(POLICY_BYTES + 1))
-    except OSError as error:
-        raise click.ClickException(
-            f"cannot read [network] policy {path}: {error.strerror}"
-        ) from error
-    except (DecodeError, UnicodeDecodeError) as error:
-        raise click.ClickException(f"invalid [network] policy {path}: {error}") from error
+        _, policy = read_policy(path, None)
+    except Failure as failure:
+        raise CliError(failure.code.value, failure.message) from failure
+    return policy or NetworkPolicy()
 
 
 def value_of(settings: Settings, key: Key) -> Any:

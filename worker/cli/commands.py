@@ -43,6 +43,7 @@ from worker.cli.context import (
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
+DEADLINE_MAX_S = 31_536_000
 DEFAULT_TIMEOUT_S = 120.0
 
 
@@ -61,12 +62,21 @@ def bus_options(command: F) -> F:
     return command
 
 
+def _check_deadline(
+    _context: click.Context, _option: click.Parameter, seconds: float | None
+) -> float | None:
+    if seconds is not None and not seconds <= DEADLINE_MAX_S:  # nor NaN
+        raise click.BadParameter(f"{seconds} is not at most {DEADLINE_MAX_S} (a year)")
+    return seconds
+
+
 def send_options(command: F) -> F:
     """The options that every command takes, in addition to its own arguments."""
     for add in (
         click.option(
             "--deadline",
             type=click.FloatRange(min=0, min_open=True),
+            callback=_check_deadline,
             metavar="S",
             help="Reject the command if it has not started within S seconds.",
         ),

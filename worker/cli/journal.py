@@ -51,9 +51,13 @@ def journal() -> None:
 def ls(config: str | None, as_json: bool) -> None:
     """List the backups that were made before the journal's tables changed."""
     path = f"{settings_of(config).paths.state}/journal.db"
+    try:
+        paths = backup.backups(path)
+    except PermissionError as error:
+        raise CliError("host_fault", f"{error.filename}: {error.strerror}; run as root") from error
     found: list[dict[str, Any]] = [
         {"path": each, "schema_version": backup.version_in_name(each), "size_bytes": size(each)}
-        for each in backup.backups(path)
+        for each in paths
     ]
     if as_json:
         print_json({"backups": found})

@@ -137,9 +137,9 @@ def show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 def main(ctx: click.Context, config: str | None) -> None:
     """Host daemon for Firecracker microVMs, and its command-line client.
 
-    Exit codes: 0 ok, 2 usage error, 10 invalid, 11 unsupported, 12 conflict, 13 not found,
-    14 exhausted, 15 unavailable, 16 expired, 17 superseded, 18 draining, 20 host fault,
-    21 internal, 30 no answer.
+    Exit codes: 0 ok, 1 doctor or provision --dry-run found something, 2 usage error, 10 invalid,
+    11 unsupported, 12 conflict, 13 not found, 14 exhausted, 15 unavailable, 16 expired,
+    17 superseded, 18 draining, 20 host fault, 21 internal, 30 no answer.
     """
     del config  # read by `context.load`
     logs.configure("warning", stream="stderr")

@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from schemas.naming import HOST_ID_PATTERN
-from schemas.settings import NatsSettings
+from schemas.settings import NatsSettings, without_password
 from schemas.subjects import Subjects
 from worker import logs
 from worker.bus import accounts, imports, streams
@@ -21,7 +21,6 @@ from worker.bus.connection import Connection
 from worker.bus.protocol import BusError, NotProvisioned
 from worker.bus.provision import Made, provision_mirrors
 from worker.bus.provision import provision as provision_cell
-from worker.bus.strict_client import without_password
 from worker.cli.client import check_credentials
 from worker.cli.context import (
     CliError,

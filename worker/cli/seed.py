@@ -4,18 +4,23 @@ For trials and tests. Existing tenant and instance files are never rewritten; an
 the resources and tags that are given. All writes are atomic.
 """
 
+import contextlib
 import hashlib
 import ipaddress
 import json
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import click
+import msgspec
 
 from handlers.host.storage.tenant_writer import TenantWriter
 from schemas import naming
 from schemas.codes import Code
+from schemas.decode_error import DecodeError
+from schemas.files import parse_instance, parse_pool, parse_tenant
 from schemas.requests import InstanceRef, TenantNet
 from worker.cli.commands import instance_arguments
 from worker.cli.context import (
@@ -26,7 +31,6 @@ from worker.cli.context import (
     json_option,
     print_json,
     settings_of,
-    text_of,
 )
 
 NET_IDS: Final = (1, 4095)
@@ -96,18 +100,21 @@ def write_seed(data_root: str, seed: Seed) -> Seeded:
 
 def _write_tenant(files: TenantWriter, seed: Seed) -> TenantNet:
     net = net_of(seed.net_id)
-    if (there := _read(files, "tenant.json")) is not None:
-        found = there.get("net", {}).get("tenant_net_id")
+    name = "tenant.json"
+    if (content := files.read(name)) is not None:
+        with _named(files):
+            there = parse_tenant(content, name, seed.ref.tenant_id)
+        found = there.net.tenant_net_id
         if found != seed.net_id:
             raise CliError(
                 "conflict",
-                f"{files.named('tenant.json')}: the tenant has net ID {text_of(found)}: use "
-                f"--net-id {text_of(found)}, or remove the tenant to give it {seed.net_id}",
+                f"{files.named(name)}: the tenant has net ID {found}: use "
+                f"--net-id {found}, or remove the tenant to give it {seed.net_id}",
             )
-        return TenantNet(**there["net"])
+        return there.net
     _write_json(
         files,
-        "tenant.json",
+        name,
         {
             "tenant_id": seed.ref.tenant_id,
             "quotas": _QUOTAS,
@@ -124,6 +131,9 @@ def _write_tenant(files: TenantWriter, seed: Seed) -> TenantNet:
 
 def _write_pool(files: TenantWriter, pool: str, seed: Seed) -> None:
     name = f"{pool}/pool.json"
+    if (content := files.read(name)) is not None:
+        with _named(files, pool):
+            parse_pool(content, "pool.json", seed.ref.tenant_id, seed.ref.pool_id)
     spec = _read(files, name) or {
         "pool_id": seed.ref.pool_id,
         "tenant_id": seed.ref.tenant_id,
@@ -139,8 +149,8 @@ def _write_pool(files: TenantWriter, pool: str, seed: Seed) -> None:
         "mem_mib": seed.mem_mib,
         "data_disk_mib": seed.data_disk_mib,
     }
-    metadata = spec.setdefault("metadata", {})
-    metadata["tags"] = {**metadata.get("tags", {}), **seed.tags}
+    metadata: dict[str, Any] = spec.get("metadata") or {}
+    spec["metadata"] = metadata | {"tags": {**(metadata.get("tags") or {}), **seed.tags}}
     _write_json(files, name, spec)
 
 
@@ -172,8 +182,10 @@ def _write_instance(files: TenantWriter, pool: str, seed: Seed, net: TenantNet) 
     directory = f"{pool}/instances/{seed.ref.instance_id}"
     files.make(f"{directory}/volumes")
     name = f"{directory}/instance.json"
-    if (there := _read(files, name)) is not None:
-        return dict(there["net"])
+    if (content := files.read(name)) is not None:
+        with _named(files, directory):
+            found = parse_instance(content, "instance.json", seed.ref).net
+            return dict(msgspec.structs.asdict(found))
     offset = seed.offset or _free_offset(files, net)
     instance_net = {
         "tap_dev": naming.tap_name(net.tenant_net_id, offset),
@@ -231,6 +243,15 @@ def _free_offset(files: TenantWriter, net: TenantNet) -> int:
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@contextlib.contextmanager
+def _named(files: TenantWriter, directory: str = "") -> Generator[None]:
+    """What the worker would refuse in a file of the directory is `invalid`, with its path."""
+    try:
+        yield
+    except DecodeError as error:
+        raise CliError("invalid", f"{files.named(directory).removesuffix('/')}/{error}") from error
 
 
 def _read(files: TenantWriter, name: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 import structlog
 from nats import errors
 
-from schemas.settings import NatsSettings
+from schemas.settings import NatsSettings, without_password
 from worker.bus import streams
 from worker.bus.api_reply import header_number, member, read_reply, sequence_of
 from worker.bus.connection import Connection
@@ -25,7 +25,6 @@ from worker.bus.credentials import CredentialsFile
 from worker.bus.guarded_client import Tuning
 from worker.bus.message import Message, NoResponder, Subscription
 from worker.bus.protocol import BusError, Unsendable
-from worker.bus.strict_client import without_password
 from worker.client.errors import BadSetting, NoAnswer, NoConnection, NotFound, NotStored
 
 PUBLISH_TIMEOUT_S: Final = 5.0

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
@@ -25,6 +25,7 @@ from worker.queries.answers import described
 
 FILE: Final = "dump.json"  # in [paths] run, by SIGUSR1
 SHOWN: Final = 1000
+T = TypeVar("T")
 Item = Work | MaintenanceTask
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -103,21 +104,17 @@ class Dump:
 
     def _lanes(self) -> object:
         lanes = sorted(self._worker.lanes.work().items(), key=lambda each: str(each[0]))
-        return {
-            "count": len(lanes),
-            "shown": [_lane(*each) for each in lanes[:SHOWN]],
-            "left_out": max(0, len(lanes) - SHOWN),
-        }
+        return _cut(lanes, lambda each: _lane(*each))
 
     def _locks(self) -> object:
-        return [
-            {
-                "tenant_id": tenant_id or None,
-                "held": "exclusively" if held < 0 else f"{held} times",
-                "waiting": waiting,
-            }
-            for tenant_id, (held, waiting) in self._worker.locks.states().items()
-        ]
+        return _cut(
+            [*self._worker.locks.states().items()],
+            lambda each: {
+                "tenant_id": each[0] or None,
+                "held": "exclusively" if each[1][0] < 0 else f"{each[1][0]} times",
+                "waiting": each[1][1],
+            },
+        )
 
     def _slots(self) -> object:
         slots = self._worker.slots
@@ -167,19 +164,15 @@ class Dump:
 
     def _unrecorded(self) -> object:
         """VMMs that no record explains, of the last look."""
-        vmms = self._worker.unrecorded.vmms
-        return {
-            "count": len(vmms),
-            "shown": [each.as_map() for each in vmms[:SHOWN]],
-            "left_out": max(0, len(vmms) - SHOWN),
-        }
+        return _cut(self._worker.unrecorded.vmms, lambda each: each.as_map())
 
     def _left_behind(self) -> object:
-        return [
-            {"command_id": command_id, "step": row.mechanism, "key": row.key}
-            for command_id, rows in self._worker.journal.steps.leftovers().items()
-            for row in rows
-        ]
+        leftovers = self._worker.journal.steps.leftovers()
+        rows = [(command_id, row) for command_id, found in leftovers.items() for row in found]
+        return _cut(
+            rows,
+            lambda each: {"command_id": each[0], "step": each[1].mechanism, "key": each[1].key},
+        )
 
     def _quarantined(self) -> object:
         """Rows of the journal that this version cannot read, by table and key."""
@@ -267,11 +260,7 @@ def _threads() -> object:
 
 def _tasks() -> object:
     tasks = sorted(asyncio.all_tasks(), key=lambda task: task.get_name())
-    return {
-        "count": len(tasks),
-        "shown": [{"name": task.get_name(), "at": _task_stack(task)} for task in tasks[:SHOWN]],
-        "left_out": max(0, len(tasks) - SHOWN),
-    }
+    return _cut(tasks, lambda task: {"name": task.get_name(), "at": _task_stack(task)})
 
 
 def _task_stack(task: asyncio.Task[Any]) -> Sequence[str]:
@@ -284,3 +273,11 @@ def _task_stack(task: asyncio.Task[Any]) -> Sequence[str]:
         found.append(f"{file}:{line} {awaited.cr_code.co_qualname}")
         awaited = awaited.cr_await
     return found[: -FRAMES - 1 : -1]
+
+
+def _cut(items: Sequence[T], shown: Callable[[T], object]) -> dict[str, object]:
+    return {
+        "count": len(items),
+        "shown": [shown(each) for each in items[:SHOWN]],
+        "left_out": max(0, len(items) - SHOWN),
+    }

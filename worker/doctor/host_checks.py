@@ -10,15 +10,19 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Final
 
 from handlers.errors import Failure
 from handlers.host.net.nft import libnftables
+from handlers.host.net.policy_file import read_policy
 from handlers.host.net.sysctl import read_sysctl
 from handlers.host.storage.mkfs import MKFS
+from handlers.host.vmm.binaries import Pair, start_of
+from handlers.host.vmm.binary_files import read_sources
 from handlers.host.vmm.cgroups import check_controllers
-from handlers.host.vmm.versions import check_supported, version_of_pair
-from schemas.settings import Settings
+from handlers.host.vmm.versions import check_supported, parse_version, version_of_pair
+from schemas.settings import Settings, VmmSettings
 from worker.doctor.findings import Checks, Finding, Severity
 from worker.preflight import check_connection, check_dirs, find_uid_overlap
 
@@ -28,7 +32,6 @@ DEVICES: Final[Mapping[str, str]] = {
     "/dev/net/tun": "modprobe tun",
 }
 FULL_PERCENT: Final = 90
-PROGRAM: Final = "firecracker-v"
 MIB: Final = 1 << 20
 
 
@@ -41,6 +44,7 @@ class System:
     devices: Mapping[str, str] = field(default_factory=lambda: DEVICES)
     has_program: Callable[[str], bool] = lambda name: shutil.which(name) is not None
     has_libnftables: Callable[[], bool] = libnftables.is_there
+    has_tracing: Callable[[], bool] = lambda: find_spec("opentelemetry") is not None
     sysctl: Callable[[str], str | None] = read_sysctl
 
 
@@ -58,6 +62,8 @@ class HostChecks:
             "cgroup": self.cgroup,
             "programs": self.programs,
             "vmm": self.vmm,
+            "policy": self.policy,
+            "trace": self.trace,
             "connection": self.connection,
             "directories": self.directories,
             "uids": self.uids,
@@ -142,7 +148,7 @@ class HostChecks:
     async def vmm(self) -> Iterable[Finding]:
         vmm = self._settings.vmm
         if vmm.versions_dir:
-            return self._versions_dir(vmm.versions_dir)
+            return self._versions_dir(vmm)
         try:
             version = await version_of_pair(vmm.firecracker, vmm.jailer)
             check_supported(version, allow_untested=vmm.allow_untested)
@@ -157,20 +163,48 @@ class HostChecks:
             ]
         return []
 
-    def _versions_dir(self, path: str) -> Iterable[Finding]:
-        """Which of its versions can be used, a worker says, which copies and checks them."""
-        names = os.listdir(path) if os.path.isdir(path) else []
-        pairs = [name for name in names if f"jailer-v{name.removeprefix(PROGRAM)}" in names]
-        if any(name.startswith(PROGRAM) for name in pairs):
-            return []
-        return [
-            _error(
-                "vmm",
-                f"[vmm] versions_dir {path} has no pair firecracker-vX.Y.Z and jailer-vX.Y.Z",
-                "no VM starts",
-                f"ls -l {path}",
-            )
-        ]
+    def _versions_dir(self, vmm: VmmSettings) -> Iterable[Finding]:
+        """What their names and owners say; a worker copies and executes them, too."""
+
+        def check() -> None:
+            sources, problems = read_sources(vmm.versions_dir)
+            pairs: dict[str, Pair] = {}
+            for text, paths in sources.items():
+                version = parse_version(text)
+                try:
+                    check_supported(version, allow_untested=vmm.allow_untested)
+                except Failure as failure:
+                    problems[text] = failure.message
+                else:
+                    pairs[text] = Pair(version, *paths)
+            start_of(pairs, problems, vmm)
+
+        if problem := _failure(check):
+            remedy = f"ls -l {vmm.versions_dir}"
+            return [_error("vmm", problem, "the worker does not start", remedy)]
+        return []
+
+    async def policy(self) -> Iterable[Finding]:
+        path = self._settings.network.policy
+        if path and (problem := _failure(lambda: read_policy(path, None))):
+            return [_error("policy", problem, "the worker does not start", f"ls -l {path}")]
+        return []
+
+    async def trace(self) -> Iterable[Finding]:
+        trace = self._settings.trace
+        if trace.endpoint and not self._system.has_tracing():
+            return [
+                _error(
+                    "trace",
+                    "[trace] endpoint is set, but OpenTelemetry is not installed",
+                    "the worker does not start",
+                    "install hostd[otel], or unset it",
+                )
+            ]
+        if trace.endpoint and trace.ca and not os.access(trace.ca, os.R_OK):
+            problem = f"[trace] ca {trace.ca} cannot be read"
+            return [_error("trace", problem, "the worker does not start", f"ls -l {trace.ca}")]
+        return []
 
     async def connection(self) -> Iterable[Finding]:
         if problem := _failure(lambda: check_connection(self._settings)):

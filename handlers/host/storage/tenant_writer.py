@@ -5,6 +5,7 @@ to the directory's owner, so that the worker takes it.
 """
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -43,6 +44,8 @@ class TenantWriter:
             raise of_os_error(error, f"cannot make {data}/tenants/{tenant_id}") from error
 
     def __enter__(self) -> Self:
+        """Waits for other writers of the tenant's."""
+        fcntl.flock(self._tenant.fd, fcntl.LOCK_EX)  # until it is closed
         return self
 
     def __exit__(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,10 @@ async def test_it_names_what_it_cannot_change(server: Server) -> None:
         wrong = {"name": name, "subjects": [SUBJECTS.of_all_hosts("cmd")], "storage": "memory"}
         await api(admin, f"STREAM.CREATE.{name}", wrong)
 
+        seen = await provision(admin, SUBJECTS, [HOST], dry_run=True)
+        (differs,) = [one for one in seen if one.how == "differs"]
+        assert re.search(r"storage: is 'memory'.*remove it first", differs.detail)
+        assert "missing" in {one.how for one in seen}  # it goes on after it
         with pytest.raises(NotProvisioned, match=r"storage: is 'memory'.*remove it first"):
             await provision(admin, SUBJECTS, [HOST])
 

@@ -55,5 +55,16 @@ def test_check_config_refuses_an_invalid_policy(tmp_path: Path) -> None:
 
     result = hostd("check-config", HOSTD_NETWORK_POLICY=str(policy))
 
-    assert result.exit_code == 1
+    assert result.exit_code == 10
     assert f"invalid [network] policy {policy}: $.acme.allowed[0]" in result.stderr
+
+
+def test_check_config_refuses_a_policy_that_others_may_write(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("")
+    policy.chmod(0o664)
+
+    result = hostd("check-config", HOSTD_NETWORK_POLICY=str(policy))
+
+    assert result.exit_code == 20
+    assert "can be written by others" in result.stderr

@@ -1,7 +1,9 @@
 """`hostd seed` writes what agentd does: the contract's fields, formulas and layout."""
 
+import functools
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,49 @@ def test_existing_files_are_kept(tmp_path: Path) -> None:
     pool = read(tmp_path / "tenants/acme/pools/web/pool.json")
     assert pool["metadata"]["tags"] == {"a": "1", "b": "2"}
     assert pool["instance_resources"]["vcpus"] == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("tenant.json", {"net": None}, "tenant.json: $.net"),
+        ("tenant.json", {"net": []}, "tenant.json: $.net"),
+        ("pools/web/pool.json", {"metadata": 3}, "web/pool.json: $.metadata"),
+        ("pools/web/instances/i-1/instance.json", {"net": None}, "i-1/instance.json: $.net"),
+    ],
+)
+def test_a_file_that_the_worker_would_refuse_is_invalid(
+    tmp_path: Path, file: str, change: dict[str, object], message: str
+) -> None:
+    write_seed(str(tmp_path), Seed(REF, 300))
+    path = tmp_path / "tenants/acme" / file
+    path.write_text(json.dumps(read(path) | change))
+
+    with pytest.raises(CliError, match=r"^invalid: ") as refused:
+        write_seed(str(tmp_path), Seed(REF, 300))
+    assert message in refused.value.message
+
+
+def test_what_agentd_adds_to_the_files_is_no_error(tmp_path: Path) -> None:
+    write_seed(str(tmp_path), Seed(REF, 300))
+    for name, change in (("tenant.json", {"net": {"vlan": 3}}), ("pools/web/pool.json", {})):
+        path = tmp_path / "tenants/acme" / name
+        there = read(path)
+        for key, more in change.items():
+            there[key] |= more
+        path.write_text(json.dumps(there | {"metadata": {"tags": {}, "owner": "x"}}))
+
+    assert write_seed(str(tmp_path), Seed(REF, 300)).guest_ip == "10.241.44.3"
+
+
+def test_seeds_at_once_wait_for_each_other(tmp_path: Path, images: dict[str, str]) -> None:
+    refs = [InstanceRef("acme", "web", f"i-{number}") for number in range(8)]
+    with ThreadPoolExecutor(len(refs)) as threads:
+        seeds = [Seed(ref, 300, artifacts=images) for ref in refs]
+        made = [*threads.map(functools.partial(write_seed, str(tmp_path)), seeds)]
+
+    assert len({each.guest_ip for each in made}) == len(refs)
+    assert len({each.revision for each in made}) == 1
 
 
 def test_another_net_for_a_tenant_is_a_conflict(tmp_path: Path) -> None:

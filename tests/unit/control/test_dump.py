@@ -139,7 +139,8 @@ async def test_locks_and_slots_are_shown_with_who_holds_and_who_waits(tmp_path: 
             found = dump_of(worker)
 
         await waiter
-        assert found["locks"] == [{"tenant_id": "acme", "held": "1 times", "waiting": 1}]
+        held = {"tenant_id": "acme", "held": "1 times", "waiting": 1}
+        assert found["locks"] == {"count": 1, "shown": [held], "left_out": 0}
         assert found["slots"]["boots"] == {
             "count": 8,
             "share": 4,

@@ -116,13 +116,66 @@ async def test_what_the_worker_would_refuse_at_its_start_is_an_error(settings: S
 
 
 async def test_a_directory_of_versions_needs_a_pair(settings: Settings, tmp_path: Path) -> None:
-    several = replace(settings, vmm=replace(settings.vmm, versions_dir=str(tmp_path)))
-    (tmp_path / "firecracker-v1.16.1").touch()
+    versions = tmp_path / "versions"
+    versions.mkdir(mode=0o755)
+    several = replace(settings, vmm=replace(settings.vmm, versions_dir=str(versions)))
+    (versions / "firecracker-v1.16.1").touch(mode=0o755)
     (lonely,) = await found_by("vmm", several)
-    (tmp_path / "jailer-v1.16.1").touch()
+    (versions / "jailer-v1.16.1").touch(mode=0o755)
 
     assert await found_by("vmm", several) == []
     assert lonely.severity is Severity.ERROR
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted", "mode", "part"),
+    [
+        ("1.16.1-x86_64", "", 0o755, "no Firecracker to start VMs with"),
+        ("1.16.1", "1.15.0", 0o755, "no Firecracker 1.15.0"),
+        ("0.9.0", "", 0o755, "0.9.0"),
+        ("1.16.1", "", 0o775, "versions"),
+    ],
+)
+async def test_a_directory_of_versions_by_which_no_worker_starts_is_found(
+    settings: Settings, tmp_path: Path, version: str, wanted: str, mode: int, part: str
+) -> None:
+    versions = tmp_path / "versions"
+    versions.mkdir()
+    versions.chmod(mode)
+    for name in ("firecracker", "jailer"):
+        (versions / f"{name}-v{version}").touch(mode=0o755)
+    vmm = replace(settings.vmm, versions_dir=str(versions), version=wanted)
+
+    (finding,) = await found_by("vmm", replace(settings, vmm=vmm))
+
+    assert finding.severity is Severity.ERROR
+    assert part in finding.what
+
+
+@pytest.mark.parametrize(("text", "mode"), [("{}", 0o664), ("[[", 0o644), (None, 0)])
+async def test_a_policy_by_which_no_worker_starts_is_found(
+    settings: Settings, tmp_path: Path, text: str | None, mode: int
+) -> None:
+    path = tmp_path / "policy.json"
+    if text is not None:
+        path.write_text(text)
+        path.chmod(mode)
+    changed = replace(settings, network=replace(settings.network, policy=str(path)))
+
+    (finding,) = await found_by("policy", changed)
+
+    assert finding.severity is Severity.ERROR
+    assert str(path) in finding.what
+
+
+async def test_traces_need_their_extra(settings: Settings) -> None:
+    traced = replace(settings, trace=replace(settings.trace, endpoint="http://127.0.0.1:4318"))
+    without = of(SOUND, has_tracing=lambda: False)
+
+    (finding,) = await found_by("trace", traced, without)
+    assert "OpenTelemetry" in finding.what
+    assert await found_by("trace", traced, of(SOUND, has_tracing=lambda: True)) == []
+    assert await found_by("trace", settings, without) == []
 
 
 async def test_a_directory_that_others_can_enter_is_found(settings: Settings) -> None:

@@ -1,5 +1,6 @@
 """Back to a hostd of the version before, by the backup that the migration made."""
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -212,3 +213,20 @@ def test_the_command_lists_and_restores_while_no_worker_runs(tmp_path: Path) -> 
         assert (code, "another worker uses it" in said) == (12, True)
     code, said = cli(tmp_path, "restore", name)
     assert (code, "up to date" in said) == (0, True)
+
+
+def test_a_directory_that_cannot_be_read_is_no_empty_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "state").mkdir()
+    assert cli(tmp_path, "ls") == (0, "no backups\n")
+
+    def refuse(path: str) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr(backup, "backups", refuse)
+        code, said = cli(tmp_path, "ls")
+
+    assert code == 20
+    assert "run as root" in said

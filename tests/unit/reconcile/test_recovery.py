@@ -236,8 +236,9 @@ async def test_a_vmm_of_a_lost_journal_whose_snapshot_is_published_stays_asleep(
         await recovery(worker).run()
         await worker.lanes.idle()
         assert (worker.record().status, guest.state) == (Status.SNAPSHOTTING, "Paused")
-        for request in (SLEEP, WAKE):
-            assert (await worker.run(request)).code is Code.OK
+        after: tuple[Request, ...] = (SLEEP, WAKE)
+        for command in after:
+            assert (await worker.run(command)).code is Code.OK
 
         assert worker.record().status is Status.RUNNING
 

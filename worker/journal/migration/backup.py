@@ -26,8 +26,15 @@ log = structlog.get_logger()
 
 
 def backups(path: str) -> list[str]:
-    """Those of this journal, newest first."""
-    found = [each for each in glob.glob(f"{glob.escape(path)}.v*.backup") if NAME.fullmatch(each)]
+    """Those of this journal, newest first.
+
+    Raises:
+        PermissionError: its directory cannot be read.
+    """
+    directory, name = os.path.split(path)
+    names = os.listdir(directory or ".") if os.path.lexists(directory or ".") else []
+    found = [os.path.join(directory, each) for each in names if each.startswith(f"{name}.v")]
+    found = [each for each in found if NAME.fullmatch(each)]
     times: dict[str, int] = {}
     for name in found:
         with contextlib.suppress(OSError):  # removed by hand meanwhile
