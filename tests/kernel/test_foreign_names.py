@@ -56,7 +56,6 @@ LISTERS = {
     "worker/control/dump.py": "descriptors of this process",
     "worker/demo/cleanup.py": "the demo's own directory",
     "worker/descriptors.py": "descriptors of this process",
-    "worker/doctor/host_checks.py": "`[vmm] versions_dir`: names of a pattern only",
     "worker/journal/migration/backup.py": "backups of the journal: names of a pattern only",
 }
 

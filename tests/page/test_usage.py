@@ -149,7 +149,7 @@ async def test_it_says_that_it_is_partial_once_the_stream_lost_the_beginning(
 
         said = page.locator(".usage p")
         await expect(said).to_contain_text(re.compile("^Partial: what ended since 20"))
-        await expect(said).to_contain_text("the rest has left the stream, or this page missed")
+        await expect(said).to_contain_text("the rest has left the stream, or this page forgot")
         await expect(fact(page, "Launches that ended")).to_have_text(str(left))
         await page.evaluate(f"location.hash = '#/instance/h2/{TENANT}/web/i-2'")
         await expect(said).to_have_text(WHOLE)

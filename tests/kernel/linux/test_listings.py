@@ -33,7 +33,6 @@ ONLY_ROOT_FILLS = {
     "handlers/host/vmm/warm_vmms.py",
     "worker/control/dump.py",
     "worker/descriptors.py",
-    "worker/doctor/host_checks.py",
     "worker/demo/cleanup.py",
     "worker/journal/migration/backup.py",
 }

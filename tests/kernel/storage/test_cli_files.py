@@ -32,7 +32,6 @@ REPLACED = ["secrets.json", f"{POOL}/artifacts/current"]
 # What a subcommand opens by a plain path: what the operator named, never below the data root.
 OPERATORS = {
     ("seed.py", "open"),
-    ("check_config.py", "open"),  # [network] policy
     ("provision.py", "os.path.abspath"),  # --check-creds
     ("context.py", "os.path.exists"),
     ("journal.py", "os.stat"),  # a backup of the journal
