@@ -137,7 +137,7 @@ class Dispatch:
     async def run(self, work: Work) -> None:
         """Run to the outcome and journal it. A shutdown leaves the command unfinished instead."""
         row = work.row
-        if row.withdrawn:
+        if row.withdrawn or not self._journal.commands.is_unfinished(row.id):
             return
         # no unbinding: each task of a lane, and of an answer, has its own context
         self._bind(row)

@@ -124,7 +124,7 @@ class Intake:
         try:
             try:
                 message = self._decode(delivery)
-                await self._when_writable(lambda: self._handle(message))
+                await self._when_writable(lambda again: self._handle(message, again=again))
             except BusError:
                 raise
             except Exception:
@@ -133,17 +133,20 @@ class Intake:
                 )
                 if delivery.delivered < TRIES:
                     return
-                await self._when_writable(lambda: self._give_up(delivery))
+                await self._when_writable(lambda _: self._give_up(delivery))
             await delivery.ack()
         except BusError as error:
             # the stream still has the message and delivers it again
             log.warning("intake.ack_skipped", stream_seq=delivery.stream_seq, error=str(error))
 
-    async def _when_writable(self, do: Callable[[], Awaitable[None]]) -> None:
+    async def _when_writable(self, do: Callable[[bool], Awaitable[None]]) -> None:
+        """`do` is told whether a run before failed: what it wrote may be in the journal."""
+        again = False
         while True:
             try:
-                return await do()
+                return await do(again)
             except JournalFault:
+                again = True
                 await asyncio.sleep(AGAIN_S)  # it may be that it can be written and not read
                 await self._journal.store.until_writable()
 
@@ -211,16 +214,16 @@ class Intake:
             self._meters.trace_ignored(place, field)
             log.debug("trace.context_ignored", command_id=message_id, place=place, field=field)
 
-    async def _handle(self, message: _Message) -> None:
+    async def _handle(self, message: _Message, *, again: bool) -> None:
         match message.content:
             case DecodeError() as error:
                 await self._refuse_malformed(message, error)
             case Command(request=Ping()) as command:
                 await self._answer_ping(message, command)
             case command:
-                await self._take_in(message, command)
+                await self._take_in(message, command, again=again)
 
-    async def _take_in(self, message: _Message, command: Command) -> None:
+    async def _take_in(self, message: _Message, command: Command, *, again: bool) -> None:
         delivery = message.delivery
         decision = await self._journal.commands.take_in(
             command,
@@ -228,7 +231,7 @@ class Intake:
             subject=delivery.subject,
             stream_seq=delivery.stream_seq,
             received_at_ms=message.received_at_ms,
-            redelivered=delivery.delivered > 1,
+            redelivered=again or delivery.delivered > 1,
         )
         match decision.verdict:
             case Verdict.NEW if decision.row is not None:

@@ -78,6 +78,8 @@ class StateWriter:
         self._journal_id = journal_id
         self._revisions: dict[str, int] = {}
         self._unsendable: dict[str, int] = {}
+        self._failed: dict[str, int] = {}  # after how many other failures, the last time
+        self._failures = 0
         self._fenced_at: int | None = None
         self.fenced = False
 
@@ -86,9 +88,14 @@ class StateWriter:
         while True:
             await self._source.wait_dirty()
             await self._wait_allowed()
-            # One that the bus does not accept as it is comes last and holds up no other.
+            # What failed comes behind what was not tried, and what the bus does not accept as it is
+            # comes last: neither holds up the others.
             rows = sorted(
-                self._source.dirty(), key=lambda row: self._unsendable.get(row.key) == row.seq
+                self._source.dirty(),
+                key=lambda row: (
+                    self._unsendable.get(row.key) == row.seq,
+                    self._failed.get(row.key, 0),
+                ),
             )
             results: Sequence[BaseException | None]
             if len(rows) == 1:  # as almost always: no task for it
@@ -102,6 +109,8 @@ class StateWriter:
         try:
             await self._put(row)
         except (BusError, Fenced) as error:
+            self._failures += 1
+            self._failed[row.key] = self._failures
             return error
         return None
 
@@ -138,6 +147,7 @@ class StateWriter:
                 self._unsendable[row.key] = row.seq
                 raise
         self._unsendable.pop(row.key, None)
+        self._failed.pop(row.key, None)
         self._source.written(row.key, row.seq)
 
     async def _done_already(self, row: StateRow) -> bool:

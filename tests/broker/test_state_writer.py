@@ -11,9 +11,9 @@ from handlers.clock import now_ms
 from schemas import unpack
 from tests.broker.server import Host, Server, consuming_host, eventually
 from worker.bus.nats import NatsBus
-from worker.bus.protocol import StateConflict
+from worker.bus.protocol import BusError, StateConflict
 from worker.lease import Holder, Lease, LeaseHeld
-from worker.state_writer import StateWriter
+from worker.state_writer import CONCURRENT_MAX, StateWriter
 
 KEY = "h1.instance.acme.web.i-1"
 HOST_KEY = "h1.host"
@@ -298,3 +298,29 @@ async def test_acquiring_waits_for_a_server(server: Server) -> None:
         await server.start()
 
         await asyncio.wait_for(acquiring, 10)
+
+
+async def test_keys_that_the_bucket_refuses_hold_up_no_others(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than are written at once, all older: as of a bucket that is full."""
+    async with consuming_host(server) as host:
+        write = host.bus.write_state
+
+        async def full(key: str, value: bytes, *, revision: int) -> int:
+            if ".new-" in key:
+                raise BusError("maximum bytes exceeded")
+            return await write(key, value, revision=revision)
+
+        monkeypatch.setattr(host.bus, "write_state", full)
+        source = Dirty()
+        for number in range(2 * CONCURRENT_MAX):
+            source.put(f"h1.instance.acme.web.new-{number}", "running")
+        wanted = source.put(KEY, "stopped")
+
+        async with writing(host, source):
+            async with asyncio.timeout(20):
+                while await value_at(host, KEY) != wanted:
+                    await asyncio.sleep(0.05)
+
+        assert KEY not in source.rows

@@ -76,6 +76,7 @@ class JournalCommands:
         self._retention = known_ms, monotonic_s()  # and as of which monotonic time
         self._spent: set[str] = set()  # IDs that have a row in `retry`
         self._undecided: set[str] = set()  # IDs that are being looked up in the file
+        self._awaited: Counter[Lane] = Counter()  # of these lanes, by number
         self._known: KnownIds | None = None  # all that the file has; None: not read yet
         self._new: KnownIds | None = None  # those since the file is being read
         self._queue: Callable[[CommandRow], None] = lambda row: None
@@ -99,12 +100,14 @@ class JournalCommands:
         A new one may be returned before it is on disk: it can be queued, and is acknowledged
         after `row.stored()`. If its commit fails it is `withdrawn`. A copy of an unfinished
         command joins it and gets the outcome on its own `reply_to`. A redelivered message that
-        was taken in before joins without a second answer.
+        was taken in before joins without a second answer. Those of a lane are returned in the order
+        of the calls: behind one that waits for its commit, none is returned before its own.
         """
         request = codec.encode_request(command.request)
         row = CommandRow(0, command, request, lane, stream_seq, received_at_ms)
         has_room = self.limit_reached(command.request, lane) is None
-        if not redelivered and has_room and self._is_new(command.id):
+        is_behind = self._awaited[lane] > 0
+        if not redelivered and has_room and not is_behind and self._is_new(command.id):
             self._admit(row, subject)
             return Decision(Verdict.NEW, row)
 
@@ -115,8 +118,12 @@ class JournalCommands:
             if decision.row is not None and row.id not in self._store.mirror.commands:
                 self._store.mirror.add_command(decision.row)
 
-        with self._deciding(command.id):
-            decision = await self._store.writer.submit(do, apply=apply, durable=True)
+        self._awaited[lane] += 1
+        try:
+            with self._deciding(command.id):
+                decision = await self._store.writer.submit(do, apply=apply, durable=True)
+        finally:
+            self._awaited -= Counter((lane,))
         if decision.row is not None and self._store.mirror.commands.get(row.id) is not decision.row:
             return Decision(Verdict.JOINED)  # read from the file after a fault, and queued
         return decision

@@ -8,8 +8,9 @@ from msgspec.structs import replace
 
 from handlers.mechanism import StepRow
 from schemas import codec
+from schemas.requests import Request
 from schemas.subjects import Lane
-from tests.fakes.shell_worker import REF, command, start, stop
+from tests.fakes.shell_worker import REF, SUBJECTS, command, start, stop
 from tests.unit.journal.journals import accept, events, finish, intent, ok, opened
 from worker.journal.admission import RESERVED, Verdict
 
@@ -165,3 +166,29 @@ async def test_a_command_that_ends_in_its_first_pause_leaves_no_budget_behind(
         )
 
     assert left == (0,)
+
+
+async def test_a_redelivered_command_is_not_overtaken_in_its_lane(tmp_path: Path) -> None:
+    """It waits for its commit, and so does the one behind it; those of other lanes do not."""
+    order: list[str] = []
+    async with opened(tmp_path) as journal:
+
+        async def take(request: Request, command_id: str, *, redelivered: bool) -> None:
+            lane = Lane.of_request(request)
+            await journal.commands.take_in(
+                command(request, command_id),
+                lane=lane,
+                subject=SUBJECTS.command(lane),
+                stream_seq=1,
+                received_at_ms=1,
+                redelivered=redelivered,
+            )
+            order.append(command_id)
+
+        await asyncio.gather(
+            take(start(), "first", redelivered=True),
+            take(stop(), "second", redelivered=False),
+            take(start("a2"), "elsewhere", redelivered=False),
+        )
+
+    assert order == ["elsewhere", "first", "second"]

@@ -270,10 +270,13 @@ async def test_a_command_whose_failed_commit_is_in_the_file_runs_once(
         if known:
             monkeypatch.setattr(worker.journal.commands, "_is_stored", known_as)
         commit_in_vain(worker, monkeypatch, whole=whole)
-        worker.send(start())
+        worker.send(start(), reply_to="_INBOX.1")
         reply = await worker.reply()
         await worker.bus.until_acked()
+        await worker.bus.until(sent=1)
+        await worker.outbox.drained()
 
+        assert worker.bus.sent_to("_INBOX.1") == [worker.bus.replies()[0].payload]
         assert (reply.code, reply.changed, worker.machine.things.made) == (
             Code.OK,
             True,
