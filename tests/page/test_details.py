@@ -39,8 +39,8 @@ class Worker:
         await self._host.settle()
 
     def _take(self, message: Message) -> None:
-        answer = self._answer(self.questions)
         self.questions += 1
+        answer = self._answer(self.questions - 1)
         if answer is not None:
             self._host.send_now([(message.reply, msgpack.packb(dict(answer)))])
 

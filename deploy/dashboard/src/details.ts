@@ -13,10 +13,13 @@ import { fields, list, number, text, unpack, type Fields, type HostEvent } from 
 const SHOWN_BYTES = 4096;
 const ANSWERS = "What the worker answers";
 const USAGE_MAX = 10_000;
+const RETRY_MS = 2000;
 const FORGOTTEN = "This page has forgotten older events that came while it was open: reload it";
 
 type Usage = Pick<UsageTable<unknown>, "element" | "show" | "draw" | "close">;
 export const tenantHref = (tenant: string): string => `#/tenant/${encodeURIComponent(tenant)}`;
+
+type Live = readonly [Map<string, HostEvent>, Map<string, HostEvent>];
 
 /**
  * Kept and live events of one subject, with a button for older ones. After an interruption it begins again
@@ -31,7 +34,10 @@ class HistoryTable implements View {
   private reading: History | null = null;
   private healed: number;
   /** What came since the page was opened, and what the fleet had then; `usage` events, and the others. */
-  private live: readonly [Map<string, HostEvent>, Map<string, HostEvent>] = [new Map(), new Map()];
+  private live: Live = [new Map(), new Map()];
+  /** What came since the history that is to take its place was begun. */
+  private next: Live | null = null;
+  private retryAtMs = 0;
   private kept = 0;
   private hasForgotten = false;
   private newest: readonly HostEvent[] = [];
@@ -56,8 +62,10 @@ class HistoryTable implements View {
   }
 
   draw(): void {
-    if (this.healed !== this.fleet.healed) {
+    if (this.healed !== this.fleet.healed && Date.now() >= this.retryAtMs) {
       this.healed = this.fleet.healed;
+      this.next = [new Map(), new Map()];
+      this.fleet.events.forEach(this.keep);
       void this.read(new History(this.bus, this.filter));
     }
     const { events, isComplete } = this.history;
@@ -81,40 +89,49 @@ class HistoryTable implements View {
 
   private readonly keep = (event: HostEvent): void => {
     if (!this.matches(event)) return;
-    const [usage, others] = this.live;
-    const [kept, most] = event.kind === "usage" ? [usage, USAGE_MAX] as const : [others, EVENTS_MAX] as const;
-    kept.set(event.key, event);
     this.kept += 1;
-    const [oldest = ""] = kept.keys();
-    if (kept.size > most) this.hasForgotten = kept.delete(oldest);
+    for (const [usage, others] of this.next ? [this.live, this.next] : [this.live]) {
+      const [kept, most] = event.kind === "usage" ? [usage, USAGE_MAX] as const : [others, EVENTS_MAX] as const;
+      kept.set(event.key, event);
+      const [oldest = ""] = kept.keys();
+      if (kept.size > most) this.hasForgotten = kept.delete(oldest);
+    }
   };
 
-  /** Reads some more of `history`; another one than before takes its place, and that of what came before. */
+  /**
+   * Reads some more of `history`; another one than before takes its place, and that of what came before.
+   * If that fails, what there was stays, and it is tried again.
+   */
   private async read(history = this.history): Promise<void> {
     this.reading = history;
     this.more.disabled = true;
     say(this.note, "Reading");
     let said = "";
+    let hasFailed = false;
     try {
       await history.older();
       said = history.isComplete ? "That is all that is kept" : "";
     } catch (error) {
       said = reasonOf(error);
+      hasFailed = true;
     }
     if (this.reading !== history) return;
     this.reading = null;
-    if (history !== this.history) this.beginWith(history);
-    this.more.disabled = history.isComplete;
+    if (history !== this.history && hasFailed) {
+      this.healed = -1;
+      this.retryAtMs = Date.now() + RETRY_MS;
+    } else if (history !== this.history) this.beginWith(history);
+    this.more.disabled = this.history.isComplete;
     say(this.note, said);
     this.draw();
   }
 
   private beginWith(history: History): void {
     this.history = history;
-    this.live = [new Map(), new Map()];
-    this.hasForgotten = false;
+    this.live = this.next ?? [new Map(), new Map()];
+    this.next = null;
+    this.hasForgotten = this.live.some((each, at) => each.size >= (at ? EVENTS_MAX : USAGE_MAX));
     this.summed = "";
-    this.fleet.events.forEach(this.keep);
   }
 }
 

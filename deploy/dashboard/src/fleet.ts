@@ -107,8 +107,8 @@ export class Fleet {
   /** Takes the newest events of the stream, oldest first, and forgets what they do not reach back to. */
   readEvents(events: readonly HostEvent[]): void {
     const [oldest] = events;
-    const came = oldest && (this.seen.get(oldest.key) ?? this.interruptions);
-    if (came === this.interruptions) {
+    const came = oldest ? (this.seen.get(oldest.key) ?? Infinity) : 0;
+    if (came > this.healed) {
       this.events = this.since(this.events, this.seen);
       this.outcomes = this.since(this.outcomes, this.finished);
     }

@@ -24,13 +24,15 @@ export class History {
     const wanted = this.events.size + WANTED;
     while (this.events.size < wanted && this.before > first) {
       const from = Math.max(first, this.before - this.window);
+      const found = new Map<string, HostEvent>();
       for (let seq = from; ; ) {
         const kept = await bus.next(bus.events, seq, this.filter);
         if (!kept || kept.seq >= this.before) break;
         const event = hostEvent(bus.root, kept.subject, kept.data);
-        if (event) this.events.set(event.key, event);
+        if (event) found.set(event.key, event);
         seq = kept.seq + 1;
       }
+      found.forEach((event, key) => this.events.set(key, event)); // a window as a whole: no gap if a read fails
       this.before = from;
       this.window *= GROWTH;
     }
