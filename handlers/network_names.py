@@ -1,4 +1,4 @@
-"""Names and specs of a tenant's network and of an instance's port in it. Pure functions."""
+"""Names and specs of a tenant's network and of an instance's port in it, and who else has them."""
 
 from dataclasses import dataclass
 

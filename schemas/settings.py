@@ -186,7 +186,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def without_password(urls: str) -> str:
     """`[nats] url` for a message: without user, password or token, which is all up to the last `@`
-    of each, also if it is no URL."""
+    of each, even if it is not a URL."""
     return ",".join(map(_without_password, urls.split(",")))
 
 

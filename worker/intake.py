@@ -140,7 +140,7 @@ class Intake:
             log.warning("intake.ack_skipped", stream_seq=delivery.stream_seq, error=str(error))
 
     async def _when_writable(self, do: Callable[[bool], Awaitable[None]]) -> None:
-        """`do` is told whether a run before failed: what it wrote may be in the journal."""
+        """`do` is told whether an earlier run failed: what that wrote may be in the journal."""
         again = False
         while True:
             try:

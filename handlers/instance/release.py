@@ -126,9 +126,11 @@ async def release_port(
     sleeps has flows alone (ADR 1104).
     """
     names = names_of(record)
-    if names is None or not has_address(record, host):
+    if names is None:
         return
     async with host.locks.shared(record.ref.tenant_id):
+        if not has_address(record, host):  # asked under the lock: a teardown may have held it
+            return
         if record.holds_host and settle:
             await steps.remove(host.taps, names.tap)
         elif record.holds_host:
