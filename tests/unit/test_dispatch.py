@@ -23,9 +23,11 @@ from schemas.codes import Code
 from schemas.envelopes import StepTaken
 from schemas.requests import Error, Request, SleepInstance
 from schemas.settings import LimitSettings
+from schemas.subjects import Lane
 from tests.fakes.clock import FakeClock
-from tests.fakes.shell_worker import FakeHandlers, Thing, shell_worker, start, stop
+from tests.fakes.shell_worker import FakeHandlers, Thing, command, shell_worker, start, stop
 from worker import dispatch
+from worker.journal.memory import CommandRow
 from worker.journal.writer import JournalFault
 
 DONE = Done(changed=True, status="running", detail={})
@@ -444,3 +446,17 @@ async def test_a_slow_launch_names_its_slowest_steps(
         ("start_vm", 4500), ("wait_agent", 750), ("cgroup", 2),
     ]  # fmt: skip
     assert [each.get("slowest_step") for each in quick] == ["start_vm"]
+
+
+async def test_a_command_that_has_its_outcome_is_not_run_again(tmp_path: Path) -> None:
+    """As one whose row was queued twice, after a commit that failed and is in the file."""
+    async with shell_worker(tmp_path / "j") as worker:
+        worker.send(start())
+        await worker.reply()
+        sent = command(start())
+        lane = Lane.of_request(sent.request)
+        worker.lanes.put(CommandRow(1, sent, b"", lane, 1, 1, attempts=1))
+        await worker.lanes.idle()
+
+        assert worker.meters.done == [("StartInstance", Code.OK)]
+        assert len(worker.machine.runs) == 1
