@@ -483,6 +483,7 @@ class Worker:
         self.metrics.log_dropped(logs.dropped())
         self.metrics.quarantined(self.journal.quarantine.counts())
         self.metrics.calls(hung_calls(), abandoned_calls())
+        self.metrics.ready(self.checks())
         self.metrics.draining(self.drain.active is not None)
         self.metrics.limits_enforced(self.settings.limits.enforce)
         self.metrics.instances(self.journal.records.statuses())

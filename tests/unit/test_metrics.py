@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import inspect
 import re
 from pathlib import Path
 from typing import get_args
@@ -14,6 +15,7 @@ from schemas.codes import Code
 from schemas.records import Status
 from schemas.requests import Request
 from schemas.settings import LimitSettings
+from worker.main import Worker
 from worker.meters.commands import LATER
 from worker.meters.resources import RESOURCES, Bounded
 from worker.metrics import Metrics, sample_loop_lag
@@ -71,6 +73,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "hostd_journal_bytes": ("gauge", set()),
     "hostd_bus_pending_commands": ("gauge", set()),
     "hostd_slots_waiting": ("gauge", {"kind"}),
+    "hostd_ready": ("gauge", {"check"}),
     "hostd_draining": ("gauge", set()),
     "hostd_vmm_versions": ("gauge", {"version", "state"}),
     "hostd_vmm_versions_in_trouble": ("gauge", set()),
@@ -117,6 +120,7 @@ def used() -> Metrics:
     metrics.pending_commands(2)
     metrics.vmm_versions([version_state("1.12.1"), version_state("1.13.0", "removed")])
     metrics.slots_waiting(Slots.of(LimitSettings()).counts())
+    metrics.ready({"recovered": True})
     metrics.draining(True)
     metrics.loop_lag(0.0001)
     metrics.lanes(busy=2, waiting=1)
@@ -265,6 +269,27 @@ def test_each_alert_reads_exported_metrics_and_has_a_case_that_fires() -> None:
     firing = re.findall(r"alertname: (\w+)\n +exp_alerts:\n", cases)
     assert sorted(set(firing)) == sorted(alerts)
     assert read <= set(CONTRACT)
+
+
+def test_each_reason_not_to_be_ready_has_an_alert() -> None:
+    """But for a drain, which an operator wants."""
+    rules = (ROOT / "deploy/prometheus/hostd.rules.yml").read_text()
+    checks = set(re.findall(r'^ +"(\w+)": ', inspect.getsource(Worker.checks), re.MULTILINE))
+    assert len(checks) > 10
+
+    own_alert = {
+        "connected": "HostdBusDisconnected",
+        "has_disk_space": "HostdDiskFull",
+        "below_disk_watermark": "HostdDiskAboveWatermark",
+        "launches_succeed": "HostdLaunchesQuarantined",
+        "calls_return": "HostdHungCalls",
+        "has_vmm_versions": "HostdVmmVersionInTrouble",
+    }
+    assert all(f"alert: {alert}\n" in rules for alert in own_alert.values())
+    named = re.findall(r'hostd_ready\{check=~"([^"]+)"\}', rules)
+    common = {check for names in named for check in names.split("|")}
+    assert common.isdisjoint(own_alert)
+    assert common | own_alert.keys() | {"not_draining"} == checks
 
 
 def test_what_an_alert_sees_grow_is_there_before_it_happens() -> None:

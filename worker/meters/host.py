@@ -102,6 +102,12 @@ class HostMeters:
             "1 while the host is drained and takes no new VMs, else 0.",
             registry=registry,
         )
+        self._ready = Gauge(
+            "hostd_ready",
+            "1 while the check of /readyz holds, else 0; ready is a worker with no 0.",
+            ["check"],
+            registry=registry,
+        )
         self._enforced = Gauge(
             "hostd_limits_enforced",
             "1 if cgroup limits are enforced, 0 on a developer's host.",
@@ -126,6 +132,11 @@ class HostMeters:
 
     def draining(self, draining: bool) -> None:
         self._draining.set(int(draining))
+
+    def ready(self, checks: Mapping[str, bool]) -> None:
+        """The checks of `/readyz`, by name."""
+        for name, holds in checks.items():
+            self._ready.labels(name).set(int(holds))
 
     def instances(self, counts: Mapping[Status, int]) -> None:
         """A status that is not in `counts` is set to 0."""

@@ -202,6 +202,7 @@ TRUSTED = {
     "handlers/host/vmm/exit_watch.py:read_exit_status:unpack_from": KERNEL,
     "handlers/host/orphans.py:_remove_snapshot:int": LISTED,
     "worker/meters/bus.py:bus_connected:int": NO_TEXT,
+    "worker/meters/host.py:ready:int": NO_TEXT,
     "worker/meters/commands.py:finished:int": NO_TEXT,
     "worker/meters/host.py:disk:int": NO_TEXT,
     "worker/meters/host.py:draining:int": NO_TEXT,

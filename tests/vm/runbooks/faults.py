@@ -92,6 +92,16 @@ async def nats_is_away(_: Path) -> AsyncGenerator[Operator]:
         yield operator
 
 
+@fault("HostdNotReady")
+async def streams_are_lost(_: Path) -> AsyncGenerator[Operator]:
+    async with host_with_operator(running=False) as (host, operator):
+        await host.nats.stop()
+        shutil.rmtree(f"{host.nats.directory}/jetstream")
+        await host.nats.start()
+        await until(lambda: "bus.not_provisioned" in host.log(), "the report")
+        yield operator
+
+
 @fault("HostdOutboxBacklog")
 async def rows_wait_for_nats(_: Path) -> AsyncGenerator[Operator]:
     async with host_with_operator() as (host, operator):
