@@ -12,6 +12,7 @@ import structlog
 
 from handlers.claims.unrecorded import UnrecordedVmm, UnrecordedVmms, VmmProcess
 from handlers.concurrency import Slots
+from handlers.mechanism import Durability, StepIntent
 from handlers.tenant_locks import TenantLocks
 from schemas.settings import LimitSettings
 from tests.fakes.shell_worker import FakeHandlers, ShellWorker, shell_worker, start, stop
@@ -213,3 +214,19 @@ async def test_what_tenants_can_make_long_is_cut_and_running_commands_come_first
 
     assert (found["commands"]["count"], found["commands"]["left_out"]) == (4, 2)
     assert {each["id"] for each in found["commands"]["shown"]} == {"c0", "last"}
+
+
+async def test_what_was_left_behind_is_cut_too(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(dump_module, "SHOWN", 2)
+    async with shell_worker(tmp_path / "j.db") as shell:
+        for command_id in ("c1", "c2", "c3"):
+            key = f"of-{command_id}"
+            intent = StepIntent("tap", key, existed=False, durability=Durability.VOLATILE)
+            await shell.journal.steps.begin(command_id, intent)
+
+        found = dump_of(Worker(shell))["left_behind"]
+
+    assert (found["count"], found["left_out"]) == (3, 1)
+    assert found["shown"] == [
+        {"command_id": each, "step": "tap", "key": f"of-{each}"} for each in ("c1", "c2")
+    ]

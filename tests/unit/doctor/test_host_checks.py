@@ -178,6 +178,20 @@ async def test_traces_need_their_extra(settings: Settings) -> None:
     assert await found_by("trace", settings, without) == []
 
 
+async def test_the_authorities_of_a_collector_are_read(settings: Settings, tmp_path: Path) -> None:
+    ca = tmp_path / "ca.pem"
+    trace = replace(settings.trace, endpoint="https://127.0.0.1:4318", ca=str(ca))
+    traced, found = replace(settings, trace=trace), of(SOUND, has_tracing=lambda: True)
+
+    (finding,) = await found_by("trace", traced, found)
+    ca.touch()
+
+    assert finding.severity is Severity.ERROR
+    assert f"[trace] ca {ca} cannot be read" in finding.what
+    assert finding.run == f"ls -l {ca}"
+    assert await found_by("trace", traced, found) == []
+
+
 async def test_a_directory_that_others_can_enter_is_found(settings: Settings) -> None:
     os.chmod(settings.paths.state, 0o755)
 

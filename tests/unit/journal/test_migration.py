@@ -1,5 +1,6 @@
 """From one version of the journal's tables to the next: in one transaction, after a backup."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -240,6 +241,19 @@ def test_few_backups_are_kept_and_none_for_longer_than_a_month(tmp_path: Path) -
     backup.prune(str(path))
 
     assert backup.backups(str(path)) == [made[-1], made[-3]]
+
+
+def test_a_directory_that_cannot_be_read_has_not_no_backups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: str) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refused)
+
+    with pytest.raises(PermissionError, match=str(tmp_path)):
+        backup.backups(str(tmp_path / "journal"))
+    assert backup.backups(str(tmp_path / "none" / "journal")) == []
 
 
 async def test_a_journal_that_only_a_newer_hostd_reads_names_both_ways_on(tmp_path: Path) -> None:
