@@ -1,11 +1,13 @@
 """The fleet page on a mirror, a leaf node with the configuration of deploy/nats/mirror.conf."""
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgpack
@@ -18,7 +20,8 @@ from tests.console import steps
 from tests.guests.namespace import own_network
 from tests.page.browser import Browser, browser, served, sign_in
 from tests.page.fleet import CELL, DOMAIN, HOSTS, SUBJECTS, passwords
-from worker.bus import accounts
+from worker.bus import accounts, streams
+from worker.bus.compact import compact
 from worker.bus.connection import Connection
 from worker.bus.message import NoResponder
 from worker.bus.provision import provision, provision_mirrors
@@ -176,3 +179,35 @@ async def test_the_account_of_a_mirror_sees_no_command_and_changes_no_stream(
         await connection.request(f"$JS.{DOMAIN}.API.CONSUMER.CREATE.HOSTD_EVT_{CELL}", b"{}")
         with pytest.raises(NoResponder):
             await connection.request(f"$JS.{DOMAIN}.API.{endpoint}", b"{}")
+
+
+async def test_a_mirror_is_compacted_like_the_cell(mirrored: Mirrored) -> None:
+    """Markers in a mirror outlast those of the cell, whose removal it does not copy."""
+    await make_mirrors(mirrored)
+    later = datetime.now(UTC) + timedelta(hours=2)
+    async with (
+        connection_to(mirrored.url("host-h3"), inbox="_INBOX_HOSTD.h3") as host,
+        connection_to(mirrored.url("admin")) as admin,
+        connection_to(mirrored.mirror_url) as mirror,
+    ):
+        await put(host, "stays")
+        marker = f"{BUCKET}.h3.instance.t.p.gone"
+        await host.request(marker, b"", headers={"KV-Operation": "DEL"})
+        async with asyncio.timeout(20):
+            while (await compact(mirror, SUBJECTS, dry_run=True, now=later)).old == 0:
+                await asyncio.sleep(0.05)
+
+        of_cell = await compact(admin, SUBJECTS, now=later)
+        of_mirror = await compact(mirror, SUBJECTS, now=later)
+        left = await compact(mirror, SUBJECTS, now=later)
+
+        assert (of_cell.old, of_mirror.old, left.old) == (1, 1, 0)
+        await put(host, "after")  # the mirror goes on
+        query = {"last_by_subj": f"{BUCKET}.h3.instance.t.p.after"}
+        endpoint = f"$JS.API.DIRECT.GET.{streams.bucket_stream(SUBJECTS)}"
+        async with asyncio.timeout(20):
+            while True:
+                found = await mirror.request(endpoint, json.dumps(query).encode())
+                if "Status" not in found.headers:
+                    break
+                await asyncio.sleep(0.05)

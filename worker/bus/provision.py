@@ -33,7 +33,7 @@ class Requester(Protocol):
 class Made:
     """One object of the cell: `what`, and `how`: made, changed, remade, or found as needed.
 
-    Of a dry run: missing, differs, or found.
+    Of a dry run: missing, differs, or found. Of deletion markers: removed, stale, or found.
     """
 
     what: str

@@ -17,6 +17,7 @@ from schemas.settings import NatsSettings, without_password
 from schemas.subjects import Subjects
 from worker import logs
 from worker.bus import accounts, imports, streams
+from worker.bus.compact import Compacted, compact
 from worker.bus.connection import Connection
 from worker.bus.protocol import BusError, NotProvisioned
 from worker.bus.provision import Made, provision_mirrors
@@ -101,6 +102,13 @@ JS_DOMAIN = "hostd"  # in the printed accounts, if [nats] js_domain is empty
     help="On a server of the dashboards: make copies of events, dead letters and state of the cell "
     "in that JetStream domain, and nothing else.",
 )
+@click.option(
+    "--compact",
+    "compacts",
+    is_flag=True,
+    help="Remove deletion markers older than an hour from the state bucket, or from a mirror of it "
+    "on the server that is connected to, and do nothing else.",
+)
 @config_option
 @json_option
 def provision(
@@ -117,6 +125,7 @@ def provision(
     server_config: bool,
     mirrors: bool,
     mirror_of: str | None,
+    compacts: bool,
     config: str | None,
     as_json: bool,
 ) -> None:
@@ -124,6 +133,7 @@ def provision(
 
     With --server-config: print the NATS accounts that give each role exactly what it needs.
     With --mirror-of: make copies for dashboards instead, on the server that keeps them.
+    With --compact: remove what deleted keys left in the bucket instead.
     """
     settings = settings_of(config)
     hosts = hosts or (settings.host.id,)
@@ -131,6 +141,8 @@ def provision(
         raise click.UsageError(
             "--mirrors is an option of --server-config; --mirror-of excludes that and --check-creds"
         )
+    if compacts and (server_config or mirror_of or checks or replicas or tags or cluster or sizes):
+        raise click.UsageError("--compact goes with --url, --creds and --dry-run only")
     if bad := [host for host in hosts if not HOST_ID_PATTERN.fullmatch(host)]:
         raise click.UsageError(
             f"invalid host ID {bad[0]!r}: use 1-63 characters A-Z, a-z, 0-9, '_' or '-'"
@@ -147,14 +159,16 @@ def provision(
         click.echo(accounts.server_config(subjects, hosts, domain, mirror=mirrors), nl=False)
         return
 
-    if mirror_of is None:
-        make, of = partial(provision_cell, hosts=hosts), f"hosts: {', '.join(hosts)}"
-    else:
+    make = partial(provision_cell, hosts=hosts)
+    of = f"bucket {subjects.state_bucket}" if compacts else f"hosts: {', '.join(hosts)}"
+    if mirror_of is not None:
         domain = _domain(mirror_of)
         make, of = partial(provision_mirrors, js_domain=domain), f"mirrors of domain {domain}"
 
     async def work() -> list[Made]:
         async with _connected(nats, f"cannot connect to NATS at {shown}") as connection:
+            if compacts:
+                return [_of_markers(await compact(connection, subjects, dry_run=dry_run), subjects)]
             made = await make(
                 connection,
                 subjects,
@@ -170,7 +184,7 @@ def provision(
     if nats.creds:
         check_credentials(nats.creds)
     logs.configure("critical", stream="stderr")  # a failure is reported once, in words
-    verb = "comparing" if dry_run else "provisioning"
+    verb = "comparing" if dry_run else "compacting" if compacts else "provisioning"
     progress(f"{verb} cell {settings.host.cell} at {shown}, {of}")
     try:
         made = asyncio.run(work())
@@ -179,6 +193,14 @@ def provision(
     except BusError as error:
         raise NoAnswer(str(error)) from error
     _report(made, as_json=as_json, dry_run=dry_run)
+
+
+def _of_markers(found: Compacted, subjects: Subjects) -> Made:
+    what = f"deletion markers of bucket {subjects.state_bucket}"
+    detail = f"{found.old} older than 1 h, {found.young} kept"
+    if not found.old:
+        return Made(what, "found", detail)
+    return Made(what, "removed" if found.removed else "stale", detail)
 
 
 def _report(made: Sequence[Made], *, as_json: bool, dry_run: bool) -> None:
