@@ -10,6 +10,7 @@ A VMM that was launched ahead counts once, in `warm`, with its process, jail and
 """
 
 import asyncio
+import errno
 import os
 import re
 import stat
@@ -34,6 +35,7 @@ from schemas import naming
 from schemas.settings import NetworkSettings, Settings
 
 DRIVE = ".ext4"
+LINKS_OF_A_LEAF = 2  # of its name and its "."
 # The names of files that hostd writes and then renames.
 TEMPORARY_SUFFIXES = (".part", ".tmp")
 TEMPORARY_OF_AGENTD_FILE = re.compile(r"\..+\.hostd")
@@ -89,6 +91,7 @@ def collect(settings: Settings, *, enter: Callable[[], None] = no_namespace) -> 
         roots = [layout.root(jail) for jail in jails]
         warm_base = f"{settings.limits.cgroup}/{naming.WARM_CGROUP}"
         cgroups = _cgroups(settings)
+        sockets, disks = _in_jails(roots)
         snapshots, unused = _snapshots(f"{settings.paths.state}/snapshots")
         bridges, taps, nft = network.result()
     return Inventory(
@@ -98,10 +101,8 @@ def collect(settings: Settings, *, enter: Callable[[], None] = no_namespace) -> 
         cgroups=tuple(name for name in cgroups if not f"{name}/".startswith(f"{warm_base}/")),
         jails=jails,
         nft=nft,
-        sockets=_sorted(_in_jails(roots, lambda name, mode: stat.S_ISSOCK(mode))),
-        disks=_sorted(
-            _in_jails(roots, lambda name, mode: stat.S_ISREG(mode) and name.endswith(DRIVE))
-        ),
+        sockets=_sorted(sockets),
+        disks=_sorted(disks),
         snapshots=snapshots,
         artifacts=_sorted(
             path
@@ -154,29 +155,46 @@ def _processes(roots: list[str], cgroup: str) -> tuple[str, ...]:
 
 
 def _is_ours(pid: int, files: set[FileId], cgroup: str) -> bool:
-    found = read_stat(pid)
-    if found is None or found[0] in "ZX":
-        return False
-    in_our_cgroup = f"{read_cgroup(pid)}/".startswith(f"{cgroup}/")
+    """Asks little about the many that are not."""
+    found = f"{read_cgroup(pid)}/"
+    if found.startswith(f"{cgroup}/{naming.WARM_CGROUP}/"):
+        return False  # counted as `warm`
+    in_our_cgroup = found.startswith(f"{cgroup}/")
     try:
-        if f"{read_cgroup(pid)}/".startswith(f"{cgroup}/{naming.WARM_CGROUP}/"):
-            return False  # counted as `warm`
         if in_our_cgroup:
-            return FileId.at(f"/proc/{pid}/exe") is not None  # a kernel thread has none
-        return any(FileId.at(f"/proc/{pid}/{link}") in files for link in ("root", "exe"))
+            ours = FileId.at(f"/proc/{pid}/exe") is not None  # a kernel thread has none
+        else:
+            ours = any(FileId.at(f"/proc/{pid}/{link}") in files for link in ("root", "exe"))
     except PermissionError:  # of another user namespace, or protected: not a VMM of hostd
-        return in_our_cgroup
+        ours = in_our_cgroup
+    return ours and _is_alive(pid)
+
+
+def _is_alive(pid: int) -> bool:
+    found = read_stat(pid)
+    return found is not None and found[0] not in "ZX"
 
 
 def _cgroups(settings: Settings) -> tuple[str, ...]:
     """The leaves below `[limits] cgroup`; an empty directory of a tenant counts as one."""
     tree = CgroupTree.of(settings)
     base = tree.path(tree.base)
-    return _sorted(
-        os.path.relpath(path, tree.mount)
-        for path, directories, _ in _walk(base)
-        if not directories and path != base
-    )
+    return _sorted(path[len(tree.mount) + 1 :] for path in _leaves(base) if path != base)
+
+
+def _leaves(path: str) -> Iterator[str]:
+    """Directories without one in them, here and below. A cgroup has some 30 files, so that it is
+    not listed if its link count says that it has no other in it (inode(7))."""
+    found = _lstat(path)
+    if found is None:
+        return
+    inner: list[str] = []
+    if found.st_nlink != LINKS_OF_A_LEAF:
+        inner = [entry.path for entry in _entries(path) if entry.is_dir(follow_symlinks=False)]
+    if not inner:
+        yield path
+    for each in inner:
+        yield from _leaves(each)
 
 
 def _warm(cgroups: tuple[str, ...], base: str) -> Iterator[str]:
@@ -192,16 +210,28 @@ def _jails(layout: JailLayout) -> tuple[str, ...]:
     return _sorted(layout.list_ids())
 
 
-def _in_jails(roots: list[str], matches: Callable[[str, int], bool]) -> Iterator[str]:
-    """Files in a jail, at most one directory deep: hostd makes none below that."""
+def _in_jails(roots: list[str]) -> tuple[list[str], list[str]]:
+    """Sockets and drives in the jails, at most one directory deep: hostd makes none below that."""
+    sockets: list[str] = []
+    drives: list[str] = []
     for root in roots:
-        for path, directories, names in _walk(root):
-            if path != root:
-                directories.clear()
-            for name in names:
-                found = _lstat(f"{path}/{name}")
-                if found and matches(name, found.st_mode):
-                    yield os.path.relpath(f"{path}/{name}", os.path.dirname(os.path.dirname(root)))
+        jails = len(os.path.dirname(os.path.dirname(root))) + 1
+        for entry in _files_in(root):
+            if entry.is_file(follow_symlinks=False):
+                if entry.name.endswith(DRIVE):
+                    drives.append(entry.path[jails:])
+            elif (found := _lstat(entry.path)) and stat.S_ISSOCK(found.st_mode):
+                sockets.append(entry.path[jails:])
+    return sockets, drives
+
+
+def _files_in(root: str) -> "Iterator[os.DirEntry[str]]":
+    for entry in _entries(root):
+        if entry.is_dir(follow_symlinks=False):
+            inner = _entries(entry.path)
+            yield from (each for each in inner if not each.is_dir(follow_symlinks=False))
+        else:
+            yield entry
 
 
 def _snapshots(base: str) -> tuple[tuple[str, ...], list[str]]:
@@ -269,6 +299,19 @@ def _at_depth(base: str, depth: int) -> Iterator[str]:
         if _depth(path, base) == depth - 1:
             yield from (os.path.relpath(f"{path}/{name}", base) for name in directories)
             directories.clear()
+
+
+def _entries(path: str) -> "list[os.DirEntry[str]]":
+    """What is in a directory; fails if it is unreadable, not if it is missing."""
+    try:
+        with os.scandir(path) as found:
+            return [*found]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        if error.errno == errno.ENODEV:  # a cgroup that was just removed
+            return []
+        raise
 
 
 def _walk(base: str) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -37,6 +37,7 @@ from worker.reconcile.running_check import RunningCheck
 from worker.reconcile.sweep import Sweep
 
 PASS_EVERY_S = 30.0
+SCAN_SHARE, SCAN_EVERY_MAX_S = 0.001, 300.0  # of what goes through all of the host
 
 log = structlog.get_logger()
 
@@ -101,7 +102,7 @@ class Reconciler:
         self._lost: dict[str, tuple[str, ...]] = {}
         self._unrecorded: set[tuple[int, int]] = set()
         self._warnings: set[str] = set()
-        self._counted_at: float | None = None
+        self._scans_due: dict[str, float] = {}
         self._unknown: set[tuple[str, str, str]] = set()
 
     async def run(self) -> None:
@@ -285,8 +286,23 @@ class Reconciler:
         command_id = record.command_id
         return command_id is not None and self._journal.commands.is_unfinished(command_id)
 
+    async def _scan(self, name: str, scan: Callable[[], Awaitable[object]], every_s: float) -> None:
+        """Scan the whole host at most every `every_s`, and less often where that takes long: for a
+        thousandth of the time, but at least every 5 minutes."""
+        began = self._clock()
+        if began < self._scans_due.get(name, began):
+            return
+        try:
+            await scan()
+        finally:
+            pause_s = min((self._clock() - began) / SCAN_SHARE, SCAN_EVERY_MAX_S)
+            self._scans_due[name] = began + max(pause_s, every_s)
+
     async def _look_for_unrecorded(self) -> None:
         """Book and count the VMMs that no record explains; each is logged once."""
+        await self._scan("unrecorded", self._scan_for_unrecorded, 0.0)
+
+    async def _scan_for_unrecorded(self) -> None:
         found = await look_for_unrecorded(self._host)
         self._metrics.unrecorded_vmms(len(found))
         seen = {(each.process.pid, each.process.start_ticks) for each in found}
@@ -296,12 +312,7 @@ class Reconciler:
         self._unrecorded = seen
 
     async def _find_orphans(self) -> None:
-        """At most once per pass interval: an inventory of the whole host is expensive."""
-        now = self._clock()
-        if self._counted_at is not None and now - self._counted_at < PASS_EVERY_S:
-            return
-        self._counted_at = now
-        await self._sweep_orphans.once()
+        await self._scan("orphans", self._sweep_orphans.once, PASS_EVERY_S)
 
     def _in_use(self, mechanism: str, key: str) -> bool:
         """Whether a live or sleeping instance uses the resource by now.

@@ -16,7 +16,7 @@ from tests.fakes.host import FakeHost, seeded
 from tests.fakes.memory_worker import MemoryWorker, memory_worker
 from tests.fakes.reconcile import FakeChange, FakeInventory, reconciled
 from worker.reconcile import reconciler as module
-from worker.reconcile.reconciler import PASS_EVERY_S
+from worker.reconcile.reconciler import PASS_EVERY_S, SCAN_EVERY_MAX_S
 
 
 async def started(worker: MemoryWorker) -> None:
@@ -169,6 +169,33 @@ async def test_what_keeps_guests_from_the_network_is_counted_and_reported_once(
         assert [detail["warnings"] for detail in sent if "warnings" in detail] == [
             ["chain ip filter FORWARD drops all"]
         ]
+
+
+@pytest.mark.parametrize(
+    ("took_s", "pause_s"), [(0.01, PASS_EVERY_S), (0.1, 100.0), (2.0, SCAN_EVERY_MAX_S)]
+)
+async def test_an_inventory_that_takes_long_is_made_less_often(
+    tmp_path: Path, took_s: float, pause_s: float
+) -> None:
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        made = reconciled(worker)
+        looks: list[float] = []
+
+        async def look() -> None:
+            looks.append(made.now_s)
+            made.now_s += took_s
+
+        made.sweep.once = look  # type: ignore[method-assign]
+        began = made.now_s
+        await made.reconciler.once()
+        made.now_s = began + pause_s - 0.01
+        await made.reconciler.once()
+        assert looks == [began]
+
+        made.now_s = began + pause_s
+        await made.reconciler.once()
+
+        assert looks == [began, began + pause_s]
 
 
 async def test_what_two_passes_find_without_a_record_is_counted_as_an_orphan(
