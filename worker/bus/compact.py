@@ -25,7 +25,8 @@ KEEP = timedelta(hours=1)
 
 @dataclass(frozen=True, slots=True)
 class Compacted:
-    """How many markers are older than an hour, and how many are not; the first were `removed`."""
+    """How many markers are older than an hour, and how many others there are; the first were
+    `removed`."""
 
     old: int
     young: int
@@ -55,12 +56,17 @@ async def compact(
         subject, number = _place(found, number)
         if found.headers.get("KV-Operation") not in MARKERS:
             continue
-        if _stored_at(found) >= before:
+        if _stored_at(found) >= before or not _is_literal(subject):
             young += 1
             continue
         old += 1
         if not dry_run:
             await _purge(connection, stream, subject, number, subjects)
+
+
+def _is_literal(subject: str) -> bool:
+    """Whether it names one key as a filter, too: servers take a wildcard in a message's subject."""
+    return not {"*", ">"} & {*subject.split(".")}
 
 
 async def _purge(

@@ -136,13 +136,14 @@ def provision(
     With --compact: remove what deleted keys left in the bucket instead.
     """
     settings = settings_of(config)
+    others = server_config, mirror_of, checks, hosts, replicas, tags, cluster, sizes
+    if compacts and any(others):
+        raise click.UsageError("--compact goes with --url, --creds and --dry-run only")
     hosts = hosts or (settings.host.id,)
     if (mirrors and not server_config) or (mirror_of is not None and (server_config or checks)):
         raise click.UsageError(
             "--mirrors is an option of --server-config; --mirror-of excludes that and --check-creds"
         )
-    if compacts and (server_config or mirror_of or checks or replicas or tags or cluster or sizes):
-        raise click.UsageError("--compact goes with --url, --creds and --dry-run only")
     if bad := [host for host in hosts if not HOST_ID_PATTERN.fullmatch(host)]:
         raise click.UsageError(
             f"invalid host ID {bad[0]!r}: use 1-63 characters A-Z, a-z, 0-9, '_' or '-'"

@@ -129,6 +129,22 @@ async def test_a_marker_that_cannot_be_removed_is_named(server: Server) -> None:
             await compact(host.admin, SUBJECTS, now=later())
 
 
+@pytest.mark.parametrize("name", ["*", ">"])
+async def test_a_marker_with_a_wildcard_as_its_subject_removes_no_values(
+    server: Server, name: str
+) -> None:
+    async with consuming_host(server) as host:
+        await put(host, "a")
+        subject = streams.state_subject(SUBJECTS, f"{HOST}.{name}")
+        stored = await host.admin.request(subject, b"", headers={"KV-Operation": "DEL"})
+        assert json.loads(stored.data)["seq"] > 1
+
+        done = await compact(host.admin, SUBJECTS, now=later())
+
+        assert (done.old, done.young) == (0, 1)
+        assert await host.bus.read_state(f"{HOST}.a") is not None
+
+
 @dataclass
 class Answering:
     """Gives one answer to all."""
@@ -195,7 +211,7 @@ async def test_the_command_says_what_it_removes(
     assert [each.exit_code for each in (kept, seen, done, again)] == [0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("other", ["--replicas=3", "--size=evt=9", "--mirror-of=d"])
+@pytest.mark.parametrize("other", ["--replicas=3", "--size=evt=9", "--mirror-of=d", "--host=h2"])
 async def test_it_does_nothing_else(server: Server, other: str) -> None:
     refused = await hostd(server, other)
 
