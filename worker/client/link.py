@@ -237,7 +237,7 @@ class Link:
             NoAnswer: the server did not delete it; it may say why.
         """
         body = {"seq": seq, "no_erase": True}
-        answer = await self._ask_api(f"STREAM.MSG.DELETE.{stream}", body, stream)
+        answer = await self._ask_api(f"STREAM.MSG.DELETE.{stream}", body, stream, reads=False)
         try:
             reply = read_reply(answer.data, f"stream {stream}")
         except BusError as error:
@@ -257,12 +257,14 @@ class Link:
             raise NoAnswer(f"cannot read stream {what}: {why}")
         return Kept(seq, headers.get("Nats-Subject", ""), headers, answer.data)
 
-    async def _ask_api(self, endpoint: str, body: Mapping[str, Any], stream: str) -> Message:
+    async def _ask_api(
+        self, endpoint: str, body: Mapping[str, Any], stream: str, *, reads: bool = True
+    ) -> Message:
         payload = json.dumps(body).encode() if body else b""
         subject = f"{self._api}{endpoint}"
         began = time.monotonic()
         try:
-            return await self._ask_leader(subject, payload, None, ASK_TIMEOUT_S)
+            return await self._ask_leader(subject, payload, None, ASK_TIMEOUT_S, reads=reads)
         except NoResponder as error:
             raise NoAnswer(
                 f"cannot read stream {stream}: nothing answers {self._api}{endpoint}; check that "
@@ -274,10 +276,18 @@ class Link:
             raise NoAnswer(f"cannot read stream {stream}: {denied or error}") from error
 
     async def _ask_leader(
-        self, subject: str, payload: bytes, headers: Mapping[str, str] | None, timeout_s: float
+        self,
+        subject: str,
+        payload: bytes,
+        headers: Mapping[str, str] | None,
+        timeout_s: float,
+        *,
+        reads: bool = False,
     ) -> Message:
-        """What a stream's leader answers: a stream without one looks like one that is missing."""
-        end = time.monotonic() + self.election_s
+        """What a stream's leader answers: a stream without one looks like one that is missing, or
+        does not answer what only `reads`."""
+        began = time.monotonic()
+        end = began + self.election_s
         while True:
             try:
                 return await self.connection.request(
@@ -286,7 +296,13 @@ class Link:
             except NoResponder:
                 if time.monotonic() >= end:
                     raise
-                await asyncio.sleep(AGAIN_S)
+            except Unsendable:
+                raise
+            except BusError:
+                denied = self.connection.denial(subject, began)
+                if not reads or denied or time.monotonic() >= end:
+                    raise
+            await asyncio.sleep(AGAIN_S)
 
 
 @asynccontextmanager
