@@ -44,6 +44,7 @@ def wedged(change: Callable[..., Any], wedge: str) -> Callable[..., Any]:
 
 if __name__ == "__main__":
     reconciler.PASS_EVERY_S = 1.0
+    reconciler.SCAN_SHARE = 1.0  # a slow machine looks every second as well
     sweep.SIGHTINGS_S = 1.0
     vmm_versions.CHECK_S = 1.0  # type: ignore[misc]
     where = os.path.join(os.environ["HOSTD_PATHS_RUN"], "wedge")
