@@ -10,7 +10,6 @@ A VMM that was launched ahead counts once, in `warm`, with its process, jail and
 """
 
 import asyncio
-import errno
 import os
 import re
 import stat
@@ -308,10 +307,6 @@ def _entries(path: str) -> "list[os.DirEntry[str]]":
             return [*found]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except OSError as error:
-        if error.errno == errno.ENODEV:  # a cgroup that was just removed
-            return []
-        raise
 
 
 def _walk(base: str) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -25,12 +25,10 @@ KEEP = timedelta(hours=1)
 
 @dataclass(frozen=True, slots=True)
 class Compacted:
-    """How many markers are older than an hour, and how many others there are; the first were
-    `removed`."""
+    """How many markers are older than an hour, which are removed, and how many others there are."""
 
     old: int
-    young: int
-    removed: bool
+    kept: int
 
 
 async def compact(
@@ -47,17 +45,17 @@ async def compact(
     """
     before = (now or datetime.now(UTC)) - KEEP
     stream, every = streams.bucket_stream(subjects), streams.state_subject(subjects, ">")
-    old = young = number = 0
+    old = kept = number = 0
     while True:
         query = {"seq": number + 1, "next_by_subj": every}
         found = await _ask(connection, f"DIRECT.GET.{stream}", query, subjects)
         if found.headers.get("Status") == "404":
-            return Compacted(old, young, removed=not dry_run)
+            return Compacted(old, kept)
         subject, number = _place(found, number)
         if found.headers.get("KV-Operation") not in MARKERS:
             continue
         if _stored_at(found) >= before or not _is_literal(subject):
-            young += 1
+            kept += 1
             continue
         old += 1
         if not dry_run:

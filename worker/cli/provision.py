@@ -169,7 +169,8 @@ def provision(
     async def work() -> list[Made]:
         async with _connected(nats, f"cannot connect to NATS at {shown}") as connection:
             if compacts:
-                return [_of_markers(await compact(connection, subjects, dry_run=dry_run), subjects)]
+                found = await compact(connection, subjects, dry_run=dry_run)
+                return [_of_markers(found, subjects, dry_run=dry_run)]
             made = await make(
                 connection,
                 subjects,
@@ -196,12 +197,12 @@ def provision(
     _report(made, as_json=as_json, dry_run=dry_run)
 
 
-def _of_markers(found: Compacted, subjects: Subjects) -> Made:
+def _of_markers(found: Compacted, subjects: Subjects, *, dry_run: bool) -> Made:
     what = f"deletion markers of bucket {subjects.state_bucket}"
-    detail = f"{found.old} older than 1 h, {found.young} kept"
+    detail = f"{found.old} older than 1 h, {found.kept} kept"
     if not found.old:
         return Made(what, "found", detail)
-    return Made(what, "removed" if found.removed else "stale", detail)
+    return Made(what, "stale" if dry_run else "removed", detail)
 
 
 def _report(made: Sequence[Made], *, as_json: bool, dry_run: bool) -> None:

@@ -69,11 +69,11 @@ async def test_old_markers_go_and_values_and_new_markers_stay(tmp_path: Path, pr
         done = await compact(host.admin, SUBJECTS, now=later())
         again = await compact(host.admin, SUBJECTS, now=later())
 
-        assert now == Compacted(old=0, young=2, removed=True)
-        assert seen == Compacted(old=2, young=0, removed=False)
+        assert now == Compacted(old=0, kept=2)
+        assert seen == Compacted(old=2, kept=0)
         assert (before, await messages(host)) == (4, 2)
-        assert done == Compacted(old=2, young=0, removed=True)
-        assert again == Compacted(old=0, young=0, removed=True)
+        assert done == Compacted(old=2, kept=0)
+        assert again == Compacted(old=0, kept=0)
         assert [await host.bus.read_state(f"{HOST}.{name}") is None for name in "abcd"] == [
             True,
             False,
@@ -141,7 +141,7 @@ async def test_a_marker_with_a_wildcard_as_its_subject_removes_no_values(
 
         done = await compact(host.admin, SUBJECTS, now=later())
 
-        assert (done.old, done.young) == (0, 1)
+        assert (done.old, done.kept) == (0, 1)
         assert await host.bus.read_state(f"{HOST}.a") is not None
 
 

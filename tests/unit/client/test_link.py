@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from worker.bus.message import Message
-from worker.bus.protocol import BusError
+from worker.bus.protocol import BusError, Unsendable
 from worker.client import link as link_module
 from worker.client.errors import NoAnswer, NotFound
 from worker.client.link import Link
@@ -39,6 +39,7 @@ class Electing:
     timeouts: int
     is_clustered: bool = True
     denied: str = ""
+    raised: type[BusError] = BusError
     asked: list[str] = field(default_factory=list[str])
 
     @property
@@ -54,7 +55,7 @@ class Electing:
     async def request(self, subject: str, _payload: bytes, **_: object) -> Message:
         self.asked.append(subject)
         if len(self.asked) <= self.timeouts:
-            raise BusError(f"{subject}: timeout")
+            raise self.raised(f"{subject}: timeout")
         state = {"last_seq": 7}
         return Message("", "", json.dumps({"state": state, "success": True}).encode(), {})
 
@@ -78,8 +79,9 @@ async def test_a_stream_that_does_not_answer_while_it_elects_a_leader_is_read_ag
     [
         Electing(timeouts=9, is_clustered=False),
         Electing(timeouts=9, denied="permissions violation"),
+        Electing(timeouts=9, raised=Unsendable),
     ],
-    ids=["single server", "denied"],
+    ids=["single server", "denied", "too large"],
 )
 async def test_what_no_election_explains_is_asked_once(
     connection: Electing, monkeypatch: pytest.MonkeyPatch

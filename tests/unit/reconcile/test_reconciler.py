@@ -198,6 +198,26 @@ async def test_an_inventory_that_takes_long_is_made_less_often(
         assert looks == [began, began + pause_s]
 
 
+async def test_a_look_for_vmms_without_a_record_that_takes_long_is_made_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+    async with memory_worker(tmp_path / "j", seeded()) as worker:
+        made = reconciled(worker)
+
+        async def look(_host: object) -> tuple[()]:
+            looks.append(made.now_s)
+            made.now_s += 0.1
+            return ()
+
+        monkeypatch.setattr(module, "look_for_unrecorded", look)
+        for at_s in (0.0, 99.0, 100.0):
+            made.now_s = at_s
+            await made.reconciler.once()
+
+    assert looks == [0.0, 100.0]
+
+
 async def test_what_two_passes_find_without_a_record_is_counted_as_an_orphan(
     tmp_path: Path,
 ) -> None:
