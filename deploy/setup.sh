@@ -25,8 +25,13 @@ fresh() { # NAME DIGEST: was this part done from just this?
 
 done_with() { printf '%s\n' "$2" >"$STAMPS/$1"; }
 
+# Debian's first, whatever is in PATH: hostd's package runs on it, and what is measured is its speed (ADR 1108).
 python() {
-    local name
+    local name packaged=/usr/bin/python3.11
+    if [[ -x $packaged ]] && { [[ $(id -u) == 0 ]] || has_ensurepip "$packaged"; }; then
+        echo "$packaged"
+        return
+    fi
     for name in python3.11 python3 python3.12 python3.13; do
         if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
             command -v "$name"
@@ -125,7 +130,8 @@ venv_inputs() { # scripts in there name their path
 
 venv_is_fresh() {
     [[ -x .venv/bin/python && -x .venv/bin/hostd ]] && fresh venv "$(venv_inputs)" &&
-        head -n 1 .venv/bin/hostd | grep -qF "$(realpath .venv)"
+        head -n 1 .venv/bin/hostd | grep -qF "$(realpath .venv)" &&
+        { [[ $(id -u) != 0 ]] || fresh python "$(python)"; }
 }
 
 venv() {
@@ -133,6 +139,7 @@ venv() {
     if [[ -x .venv/bin/hostd ]] && ! head -n 1 .venv/bin/hostd | grep -qF "$(realpath .venv)"; then
         rm -rf .venv # moved or copied from elsewhere
     fi
+    fresh python "$(python)" || rm -rf .venv # of another interpreter
     [[ -x .venv/bin/python ]] && .venv/bin/python -m pip --version >/dev/null 2>&1 || empty_venv
     say "installing into .venv from PyPI"
     local pip=(.venv/bin/python -m pip --disable-pip-version-check --quiet)
@@ -154,11 +161,13 @@ empty_venv() {
     fi
     if has_ensurepip "$from"; then
         "$from" -m venv --clear .venv || die "cannot make .venv with $from"
+        done_with python "$from"
         return
     fi
     "$from" -m venv --clear --without-pip .venv || die "cannot make .venv with $from"
     .venv/bin/python deploy/fetch_pip.py "$PIP_VERSION" "$PIP_SHA256" ||
         die "this Python has no ensurepip: as root, apt-get install python3-venv; or set PIP_INDEX_URL to an index that has pip"
+    done_with python "$from"
 }
 
 has_ensurepip() { "$1" -c 'import ensurepip' 2>/dev/null; }
