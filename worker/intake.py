@@ -69,6 +69,30 @@ class _Message:
     trace: TraceContext | None
 
 
+class _Failed:
+    """Messages whose commit failed and that are tried again: the later ones of their lane wait for
+    them, so that it keeps the order of the stream."""
+
+    def __init__(self) -> None:
+        self._ends: dict[int, tuple[Lane, asyncio.Future[None]]] = {}  # by place in the stream
+
+    async def precede(self, lane: Lane, stream_seq: int) -> None:
+        """Wait for the end of those before this one."""
+        while before := [
+            end for seq, (of, end) in self._ends.items() if of == lane and seq < stream_seq
+        ]:
+            await asyncio.wait(before)
+
+    def add(self, lane: Lane, stream_seq: int) -> None:
+        if stream_seq not in self._ends:
+            self._ends[stream_seq] = lane, asyncio.get_running_loop().create_future()
+
+    def end(self, stream_seq: int) -> None:
+        """It is taken in, or left to the stream."""
+        if (found := self._ends.pop(stream_seq, None)) is not None:
+            found[1].set_result(None)
+
+
 class Intake:
     """Answers or journals each delivery; `receive` is what the bus calls.
 
@@ -102,6 +126,7 @@ class Intake:
         self._clock_ms = clock_ms
         self._subjects = journal.store.subjects
         self._started = time.monotonic()
+        self._failed = _Failed()
         journal.store.watch(self._pause_or_resume)
         self._pause_or_resume()
 
@@ -138,6 +163,8 @@ class Intake:
         except BusError as error:
             # the stream still has the message and delivers it again
             log.warning("intake.ack_skipped", stream_seq=delivery.stream_seq, error=str(error))
+        finally:
+            self._failed.end(delivery.stream_seq)
 
     async def _when_writable(self, do: Callable[[bool], Awaitable[None]]) -> None:
         """`do` is told whether an earlier run failed: what that wrote may be in the journal."""
@@ -221,7 +248,17 @@ class Intake:
             case Command(request=Ping()) as command:
                 await self._answer_ping(message, command)
             case command:
-                await self._take_in(message, command, again=again)
+                await self._in_turn(message, command, again=again)
+
+    async def _in_turn(self, message: _Message, command: Command, *, again: bool) -> None:
+        """Take it in behind the earlier ones of its lane, also those whose commit failed."""
+        place = message.lane, message.delivery.stream_seq
+        await self._failed.precede(*place)
+        try:
+            await self._take_in(message, command, again=again)
+        except JournalFault:
+            self._failed.add(*place)
+            raise
 
     async def _take_in(self, message: _Message, command: Command, *, again: bool) -> None:
         delivery = message.delivery

@@ -101,7 +101,8 @@ class JournalCommands:
         after `row.stored()`. If its commit fails it is `withdrawn`. A copy of an unfinished
         command joins it and gets the outcome on its own `reply_to`. A redelivered message that
         was taken in before joins without a second answer. Those of a lane are returned in the order
-        of the calls: behind one that waits for its commit, none is returned before its own.
+        of the calls: behind one that waits for its commit, none is returned before its own. If the
+        commit of one fails, so does each that was called before the failure could be known.
         """
         request = codec.encode_request(command.request)
         row = CommandRow(0, command, request, lane, stream_seq, received_at_ms)
@@ -121,7 +122,9 @@ class JournalCommands:
         self._awaited[lane] += 1
         try:
             with self._deciding(command.id):
-                decision = await self._store.writer.submit(do, apply=apply, durable=True)
+                decision = await self._store.writer.submit(
+                    do, apply=apply, durable=True, in_order=True
+                )
         finally:
             self._awaited -= Counter((lane,))
         if decision.row is not None and self._store.mirror.commands.get(row.id) is not decision.row:

@@ -27,6 +27,10 @@ If one part of a batch is durable, the whole batch is. `submit_soon` is `submit(
 leaves two turns of the loop for further parts to join, so that a command that changes nothing is
 admitted and finished in one commit.
 
+Commands are admitted in the order in which they came, also around a fault: a part that is
+`in_order` fails as well if one before it failed and whoever waits for that could not know yet, so
+that both are submitted again, in order.
+
 After a commit. `committed` brings memory up to date, then each part's `apply`, then each caller's
 future: on the loop, in one callback, in the order of the file. So no task sees memory ahead of
 the file, or half of a commit.
@@ -89,6 +93,7 @@ class _Part(Generic[T]):
     durable: bool = False
     read: bool = False
     failed: Callable[[BaseException], None] | None = None
+    faults: int | None = None  # if it is in order: those that the loop knew of at its submission
     result: T | None = None
     error: BaseException | None = None
 
@@ -155,6 +160,7 @@ class Writer:
         self._seq = self._n = self._at_ms = 0
         self._syncs: bool | None = None  # what the connection's `synchronous` was set to
         self._faulty = False
+        self._faults = self._known_faults = 0  # commits that failed; those that the loop knows of
         self._closing = False
 
     def start(self, connection: sqlite3.Connection) -> None:
@@ -168,14 +174,19 @@ class Writer:
         *,
         apply: Callable[[T], None] | None = None,
         durable: bool = False,
+        in_order: bool = False,
     ) -> asyncio.Future[T]:
         """Run `do` in the next commit; the future is done after it, synced if `durable`.
 
         Raises:
-            JournalFault: from the future; the commit failed.
+            JournalFault: from the future; the commit failed, or if it is `in_order`, one before it.
         """
         future: asyncio.Future[T] = self._loop.create_future()
-        self._put(_Part(do, apply, future, durable))
+        faults = self._known_faults if in_order else None
+        if in_order and not self.writable:
+            future.set_exception(self._overtakes())
+        else:
+            self._put(_Part(do, apply, future, durable, faults=faults))
         return future
 
     def submit_soon(
@@ -185,13 +196,15 @@ class Writer:
         apply: Callable[[T], None],
         failed: Callable[[BaseException], None],
     ) -> None:
-        """Like `submit`, durably; parts of the next two turns of the loop join its commit.
+        """Like `submit`, durably and in order; parts of the next two turns of the loop join its
+        commit. For a time at which the journal is writable.
 
         `failed` is called, with the error, where `apply` would have been.
         """
         if self._closing:
             raise JournalFault(f"the journal {self._path} is closed")
-        self._later.append(_Part(do, apply, durable=True, failed=failed))
+        faults = self._known_faults
+        self._later.append(_Part(do, apply, durable=True, failed=failed, faults=faults))
         self._loop.call_soon(self._loop.call_soon, self._flush)
 
     @property
@@ -257,7 +270,7 @@ class Writer:
         more = True
         while more:
             batch, more = self._gather()
-            writes = [part for part in batch if not part.read]
+            writes = self._in_order([part for part in batch if not part.read])
             if writes or self._faulty:
                 self._write(writes)
             for part in batch:
@@ -281,6 +294,19 @@ class Writer:
                 batch += parts
                 timeout = 0.0
         return batch, True
+
+    def _in_order(self, parts: list[_Part[Any]]) -> list[_Part[Any]]:
+        """Those that may be committed; the others fail, since one before them has failed."""
+        late = [part for part in parts if part.faults not in (None, self._faults)]
+        if not late:
+            return parts
+        for part in late:
+            part.error = self._overtakes()
+        self._loop.call_soon_threadsafe(_resolve, late)
+        return [part for part in parts if part.error is None]
+
+    def _overtakes(self) -> JournalFault:
+        return JournalFault(f"a commit to the journal {self._path} before this one failed")
 
     def _adopt(self, connection: sqlite3.Connection) -> sqlite3.Connection:
         self._connection, self._syncs = connection, None
@@ -350,6 +376,7 @@ class Writer:
 
     def _fail(self, batch: list[_Part[Any]], error: Exception) -> None:
         first, self._faulty = not self._faulty, True
+        self._faults += 1
         if self._connection is not None:
             self._connection.close()  # rolls back
         self._connection = None
@@ -362,7 +389,7 @@ class Writer:
                 f"cannot commit to the journal {self._path}: {error}; check its file system"
             )
             part.error.__cause__ = error
-        self._loop.call_soon_threadsafe(self._broke, batch, error, first)
+        self._loop.call_soon_threadsafe(self._broke, batch, error, first, self._faults)
 
     # -- back on the loop ----------------------------------------------------------------------
 
@@ -389,8 +416,9 @@ class Writer:
             self.writable = True
             self._changed(True)
 
-    def _broke(self, batch: list[_Part[Any]], error: Exception, first: bool) -> None:
+    def _broke(self, batch: list[_Part[Any]], error: Exception, first: bool, faults: int) -> None:
         self.writable = False
+        self._known_faults = faults
         _resolve(batch)
         if first:
             log.error("journal.commit_failed", error=str(error), path=self._path)

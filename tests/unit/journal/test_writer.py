@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from structlog.testing import capture_logs
 
 from handlers.errors import HostFault
 from schemas.codes import Code
-from schemas.envelopes import EventKind
+from schemas.envelopes import Command, EventKind
 from schemas.requests import Request
 from tests.fakes.shell_worker import FakeHandlers, ShellWorker, command, shell_worker, start, stop
 from tests.unit.journal.journals import accept, events, opened, record
@@ -284,6 +285,91 @@ async def test_a_command_whose_failed_commit_is_in_the_file_runs_once(
         )
         assert worker.meters.done == [("StartInstance", Code.OK)]
         assert worker.lanes.counts() == {"busy": 0, "waiting": 0}
+
+
+def fail_behind(
+    worker: ShellWorker, monkeypatch: pytest.MonkeyPatch, arrive: Callable[[], None]
+) -> None:
+    """The next commit fails once what arrives meanwhile waits for the commit behind it."""
+    writer = worker.journal.store.writer
+    transact, loop = writer._transact, asyncio.get_running_loop()
+
+    def failing(connection: sqlite3.Connection, batch: list[Any]) -> Transaction:
+        monkeypatch.setattr(writer, "_transact", transact)
+        loop.call_soon_threadsafe(arrive)
+        wait_until(lambda: not writer._queue.empty())
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(writer, "_transact", failing)
+
+
+def ran(worker: ShellWorker) -> list[str]:
+    """The commands that ran, by their first run."""
+    return list(dict.fromkeys(command_id for command_id, _ in worker.machine.runs))
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """In a thread."""
+    until_s = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < until_s
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_what_waits_behind_a_commit_that_fails_does_not_overtake_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, known: bool
+) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        if known:
+            monkeypatch.setattr(worker.journal.commands, "_is_stored", known_as)
+        fail_behind(worker, monkeypatch, lambda: worker.send(stop(), "c2"))
+        worker.send(stop(), "c1")
+        await worker.bus.until_acked()
+        await worker.bus.until(replies=2)
+
+        assert ran(worker) == ["c1", "c2"]
+
+
+@pytest.mark.parametrize("writable", [False, True])
+async def test_what_arrives_while_a_failed_commit_waits_does_not_overtake_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, writable: bool
+) -> None:
+    """It arrives when the journal cannot be written, or when it just can again."""
+    async with shell_worker(tmp_path / "j") as worker:
+        store, sent = worker.journal.store, list[str]()
+
+        def changed() -> None:
+            if store.writable is writable and not sent:
+                sent.append("c2")
+                worker.send(stop(), "c2")
+
+        store.watch(changed)
+        fail_behind(worker, monkeypatch, lambda: worker.send(stop("a2"), "other"))
+        worker.send(stop(), "c1")
+        await worker.bus.until_acked()
+        await worker.bus.until(replies=3)
+
+        assert [each for each in ran(worker) if each != "other"] == ["c1", "c2"]
+
+
+async def test_a_message_that_intake_gives_up_holds_up_no_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with shell_worker(tmp_path / "j") as worker:
+        take_in, failures = worker.journal.commands.take_in, iter([JournalFault("no"), KeyError()])
+
+        async def failing(command: Command, **more: Any) -> Any:
+            if command.id == "c1" and (failure := next(failures, None)) is not None:
+                if isinstance(failure, JournalFault):
+                    worker.send(stop(), "c2")
+                raise failure
+            return await take_in(command, **more)
+
+        monkeypatch.setattr(worker.journal.commands, "take_in", failing)
+        worker.send(stop(), "c1")
+        assert (await worker.reply("c2")).code is Code.OK
+        assert list(worker.bus.commands) == [1]  # c1 stays in the stream
 
 
 async def test_a_callback_that_raises_holds_up_nobody_who_waits_for_the_commit(
