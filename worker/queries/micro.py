@@ -29,6 +29,8 @@ TYPE = "io.nats.micro.v1"
 # Reply subjects of requests from other accounts, made and routed by the server to the requester of
 # that request only. A client of the same account would have to guess 14 random characters of one.
 CROSS_ACCOUNT = "_R_."
+REQUESTER = "Nats-Request-Info"
+"""The server's header of such a request, whatever its sender put there; the account is `acc`."""
 
 
 @dataclass(slots=True)
@@ -54,6 +56,20 @@ class Endpoint:
         """Count an error answer."""
         self.errors += 1
         self.last_error = error
+
+
+def asker_of(message: Message) -> str:
+    """Whose share a question takes: an account's, if it is another one, or else an inbox's.
+
+    An inbox is without its last token, which client libraries change at each request. The reply
+    subjects of other accounts have nothing of the asker in them.
+    """
+    if message.reply.startswith(CROSS_ACCOUNT):
+        try:
+            return f"account {json.loads(message.headers[REQUESTER])['acc']}"
+        except (KeyError, TypeError, ValueError, RecursionError):
+            pass  # a server that does not say: all of them are one asker
+    return message.reply.rpartition(".")[0]
 
 
 class MicroService:
@@ -165,9 +181,7 @@ class MicroService:
         except DecodeError:
             self._invalid += 1
             return
-        # An asker's inbox, without the last token, which client libraries change at each request.
-        asker = message.reply.rpartition(".")[0]
-        self._queue.put(asker, partial(self._run, work, message))
+        self._queue.put(asker_of(message), partial(self._run, work, message))
 
     async def _run(self, work: Callable[[Message], Awaitable[None]], message: Message) -> None:
         try:
