@@ -1,6 +1,7 @@
 """What a page of one host, one command or one instance shows while it stays open."""
 
 import datetime as dt
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -136,6 +137,58 @@ async def test_after_a_reconnect_no_list_has_a_gap(
         events = page.get_by_role("table", name="Events").locator("tbody tr:visible:not(.space)")
         has_all = missed < EVENTS_READ - 1
         await expect(events).to_have_count(3 if has_all else 1)
+    alone.complaints.clear()  # the browser's own lines about the refused connection
+
+
+async def let_events_be_read(bus: Cell, *, allowed: bool) -> None:
+    api, name = "$JS.API.STREAM", SUBJECTS.events_stream
+    async with connection_to(bus.url("admin")) as admin:
+        info = json.loads((await admin.request(f"{api}.INFO.{name}", b"")).data)
+        config = info["config"] | {"allow_direct": allowed}
+        answer = await admin.request(f"{api}.UPDATE.{name}", json.dumps(config).encode())
+        assert "error" not in json.loads(answer.data)
+
+
+async def test_what_comes_between_two_interruptions_closes_no_gap(
+    alone: Browser, bus: Cell, host: Connection
+) -> None:
+    """The events cannot be read after the first one: only those that come meanwhile are known."""
+    sender = Sender(host)
+    sender.seq = 390_000  # between the events of the tests before and behind
+    lane = "instance.calm.web.twice"
+    async with (
+        proxied(bus.server.web_port) as proxy,
+        alone.page("#/instance/h3/calm/web/twice") as page,
+    ):
+        await enter(page, bus, f"ws://127.0.0.1:{proxy.port}")
+        await expect(page.get_by_text("Reading")).to_have_count(0)
+        await sender.publish(f"{lane}.calm", {"reason": "before"})
+        history, status = page.get_by_role("table", name="History"), page.get_by_role("status")
+        await expect(history).to_contain_text("before")
+
+        await let_events_be_read(bus, allowed=False)
+        try:
+            await proxy.close()
+            await expect(status).to_contain_text("Connection lost")
+            await sender.publish(f"{lane}.calm", {"reason": "missed"})
+            await proxy.start()
+            await expect(status).not_to_contain_text("Connection lost")
+            await sender.fill("host.noise", EVENTS_READ)
+            await sender.publish(f"{lane}.calm", {"reason": "between"})
+            await expect(history).to_contain_text("between")
+            await page.wait_for_timeout(5_000)  # longer than between two readings: an interruption
+            await expect(status).not_to_have_text("Live")
+        finally:
+            await let_events_be_read(bus, allowed=True)
+        await expect(status).to_have_text("Live", timeout=20_000)
+        for reason in ("before", "missed", "between"):
+            await expect(history).to_contain_text(reason)
+
+        await page.evaluate("location.hash = '#/events'")
+        await page.get_by_label("Search").fill("twice")
+        events = page.get_by_role("table", name="Events").locator("tbody tr:visible:not(.space)")
+        await expect(events).to_have_count(1)
+        await expect(events).to_contain_text("between")
     alone.complaints.clear()  # the browser's own lines about the refused connection
 
 
