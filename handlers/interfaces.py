@@ -16,6 +16,7 @@ from handlers.admission.ranking import Ranking
 from handlers.claims.facts import DiskProof
 from handlers.claims.unrecorded import TapOwner, UnrecordedVmms, VmmProcess
 from handlers.concurrency import Slots
+from handlers.errors import Failure
 from handlers.mechanism import Mechanism
 from handlers.specs import (
     Ack,
@@ -136,6 +137,12 @@ class SharedFiles(Protocol):
 
     async def instance(self, ref: InstanceRef) -> InstanceFile:
         """`instance.json`, validated."""
+        ...
+
+    async def instances(
+        self, refs: Sequence[InstanceRef]
+    ) -> Mapping[InstanceRef, InstanceFile | Failure | OSError]:
+        """Each one's `instance.json`, or why it cannot be read."""
         ...
 
     async def of_launch(self, ref: InstanceRef) -> tuple[TenantConfig, PoolSpec, InstanceFile]:

@@ -1,6 +1,8 @@
 """Names and specs of a tenant's network and of an instance's port in it, and who else has them."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
 
 from handlers.errors import Conflict
 from handlers.interfaces import Records
@@ -9,6 +11,9 @@ from schemas import naming
 from schemas.naming import subnet_of
 from schemas.records import InstanceRecord, NetworkRecord
 from schemas.requests import InstanceRef, TenantNet
+
+PORTS_KNOWN: Final = 4096
+"""Each pass of the reconciler asks for the specs of all ports."""
 
 
 def network_specs(tenant_id: str, net: TenantNet) -> tuple[TenantRulesSpec, BridgeSpec]:
@@ -75,4 +80,9 @@ def port_specs(record: InstanceRecord, uid_base: int) -> tuple[PinSpec, TapSpec]
     names = names_of(record)
     if names is None or record.uid_slot is None:
         raise Conflict(f"instance {record.ref} has no network port in the journal")
-    return names.pin, names.tap_spec(record.ref, uid_base + record.uid_slot)
+    return _port(names, record.ref, uid_base + record.uid_slot)
+
+
+@lru_cache(maxsize=PORTS_KNOWN)
+def _port(names: Names, ref: InstanceRef, uid: int) -> tuple[PinSpec, TapSpec]:
+    return names.pin, names.tap_spec(ref, uid)

@@ -299,7 +299,7 @@ def _warm(host: Host) -> Any:
 
 
 def _shared(host: Host) -> Any:
-    reads = ("tenant", "pool", "instance", "of_launch", "of_start", "secrets")
+    reads = ("tenant", "pool", "instance", "instances", "of_launch", "of_start", "secrets")
     nothing = _later(None)
     return ReadOnly(
         host.shared,

@@ -11,6 +11,7 @@ from handlers.errors import Failure, NotFound
 from handlers.instance.launch_plan import cgroup_spec
 from handlers.interfaces import Host
 from handlers.specs import Restored
+from schemas.files import InstanceFile
 from schemas.records import InstanceRecord, Status
 from schemas.requests import InstanceRef
 
@@ -36,9 +37,10 @@ async def survey_running(records: Sequence[InstanceRecord], host: Host) -> list[
     vmms = {record.jail_id: record.vmm for record in expected if record.vmm is not None}
     limits = await host.cgroups.differing([cgroup_spec(record, host) for record in expected])
     lacking = await host.vmms.lacking(vmms)
+    files = await host.shared.instances([record.ref for record in expected])
     found: list[InstanceRecord] = []
     for record in expected:
-        file = await compare_file(record, host)
+        file = compare_file(record, files[record.ref])
         if (
             record.cgroup_key in limits
             or record.jail_id in lacking
@@ -65,7 +67,7 @@ async def restore_running(ref: InstanceRef, launch: int, host: Host) -> Restored
     lacking = await host.vmms.lacking({record.jail_id: record.vmm})
     jail = f"{host.jails.name} {record.jail_id}"
     lost += [f"{jail} {name}" for name in lacking.get(record.jail_id, ())]
-    file = await compare_file(record, host)
+    file = compare_file(record, (await host.shared.instances([ref]))[ref])
     if file.changes:
         await host.shared.update_instance(ref, dict(file.changes))
         repaired += [f"instance.json {ref} {name}" for name in file.changes]
@@ -74,14 +76,12 @@ async def restore_running(ref: InstanceRef, launch: int, host: Host) -> Restored
     return Restored(tuple(repaired), tuple(lost))
 
 
-async def compare_file(record: InstanceRecord, host: Host) -> FileDrift:
+def compare_file(record: InstanceRecord, file: InstanceFile | Failure | OSError) -> FileDrift:
     """`instance.json` against the journal. That agentd removed it is no drift."""
-    try:
-        file = await host.shared.instance(record.ref)
-    except NotFound:
+    if isinstance(file, NotFound):
         return FileDrift({})
-    except (Failure, OSError) as error:
-        return FileDrift({}, str(error))
+    if isinstance(file, Failure | OSError):
+        return FileDrift({}, str(file))
     expected: dict[str, object] = {
         "status": str(Status.RUNNING),
         "firecracker_pid": record.vmm.pid if record.vmm is not None else None,

@@ -484,6 +484,17 @@ class FakeShared:
     async def instance(self, ref: InstanceRef) -> InstanceFile:
         return _known(self.machine.files, ref, "instance.json")
 
+    async def instances(
+        self, refs: Sequence[InstanceRef]
+    ) -> Mapping[InstanceRef, InstanceFile | Failure | OSError]:
+        found: dict[InstanceRef, InstanceFile | Failure | OSError] = {}
+        for ref in refs:
+            try:
+                found[ref] = await self.instance(ref)
+            except (Failure, OSError) as error:
+                found[ref] = error
+        return found
+
     async def of_launch(self, ref: InstanceRef) -> tuple[TenantConfig, PoolSpec, InstanceFile]:
         tenant = await self.tenant(ref.tenant_id)
         return tenant, await self.pool(ref.tenant_id, ref.pool_id), await self.instance(ref)

@@ -64,6 +64,27 @@ async def test_what_a_launch_reads_takes_one_thread_call(
     assert len(begun) == 2  # one each
 
 
+async def test_files_of_many_instances_take_one_thread_call_and_each_may_fail(
+    shared: SharedFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[object] = []
+
+    async def counted(work: Callable[[], T]) -> T:
+        begun.append(work)
+        return await run_in_thread(work)
+
+    alone = await shared.instance(REF)
+    monkeypatch.setattr(agentd_files, "run_in_thread", counted)
+    gone, hostile = InstanceRef("acme", "web", "gone"), InstanceRef("acme", "..", "i-1")
+
+    found = await shared.instances([gone, REF, hostile])
+
+    assert found[REF] == alone
+    assert isinstance(found[gone], NotFound)
+    assert isinstance(found[hostile], Invalid)
+    assert len(begun) == 1
+
+
 @pytest.mark.parametrize(
     "hostile", [InstanceRef("acme", "..", "i-1"), InstanceRef("acme", "web", "../i-0a1b2c3d")]
 )
