@@ -353,6 +353,18 @@ async def test_what_arrives_while_a_failed_commit_waits_does_not_overtake_it(
         assert [each for each in ran(worker) if each != "other"] == ["c1", "c2"]
 
 
+async def test_what_is_in_order_is_not_taken_while_nothing_can_be_written(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+        writer, done = journal.store.writer, list[int]()
+        await set_pages(journal, 1)
+        await fill(journal)
+        assert not writer.writable
+
+        with pytest.raises(JournalFault, match="before this one failed"):
+            await writer.submit(lambda tx: done.append(1), in_order=True)
+        assert done == []
+
+
 async def test_a_message_that_intake_gives_up_holds_up_no_later_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
