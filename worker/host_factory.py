@@ -102,7 +102,7 @@ def open_real_host(
         used = live.mem_mib + live.instances * limits.vmm_overhead_mib
         return facts.memory_mib() - limits.mem_reserve_mib - used
 
-    warm = WarmPool(settings, slot_in_use, free_mib, binaries)
+    warm = WarmPool(settings, slot_in_use, free_mib, facts.cpus(), binaries)
     paths = settings.paths
     jails = Jails(
         data=paths.data,

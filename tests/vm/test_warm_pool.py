@@ -30,13 +30,15 @@ SLOT, UIDS = UID - 2_000_000_000, 64
 class Pooled:
     """A pool over the rig, with its run in the background."""
 
-    def __init__(self, rig: VmmRig, size: int = 1) -> None:
+    def __init__(self, rig: VmmRig, size: int = 1, cores: int = 2) -> None:
         self.rig = rig
         vmm = msgspec.structs.replace(rig.settings.vmm, warm_pool=size, uid_count=UIDS)
         self.settings = msgspec.structs.replace(rig.settings, vmm=vmm)
         self.free_mib = 1024
         self.binaries = VmmBinaries(self.settings)
-        self.pool = WarmPool(self.settings, self.has_slot, lambda: self.free_mib, self.binaries)
+        self.pool = WarmPool(
+            self.settings, self.has_slot, lambda: self.free_mib, cores, self.binaries
+        )
         self.task: asyncio.Task[None] | None = None
 
     def has_slot(self, slot: int) -> bool:
@@ -171,6 +173,42 @@ async def test_it_is_refilled_beside_a_guest_that_takes_long_to_boot(
         pooled.claim(store, 1)
         await store.boot(1, pooled.pool)
         await pooled.until(ready=1)
+
+
+async def test_it_is_not_refilled_beside_a_burst_of_launches(
+    pooled: Pooled, store: StoreRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All claims are made at its beginning; its launches end one by one."""
+    monkeypatch.setattr("handlers.host.vmm.warm_pool.PATIENCE_S", 2.0)
+
+    async with pooled.pool.launch():
+        pooled.claim(store, 1)
+        await store.boot(1, pooled.pool)
+        for _ in range(2):
+            async with pooled.pool.launch():
+                await asyncio.sleep(1.4)
+            assert pooled.pool.counts() == {"ready": 0, "starting": 0}
+            assert len(pooled.leaves()) == 1
+
+    await pooled.until(ready=1)
+
+
+async def test_it_is_refilled_beside_launches_on_cores_that_they_leave(
+    rig: VmmRig, store: StoreRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handlers.host.vmm.warm_pool.PATIENCE_S", 60.0)
+    pooled = Pooled(rig, cores=4)
+    pooled.start()
+    try:
+        await pooled.until(ready=1)
+        async with pooled.pool.launch():
+            async with pooled.pool.launch():
+                pooled.claim(store, 1)
+                await store.boot(1, pooled.pool)
+                assert pooled.pool.counts() == {"ready": 0, "starting": 0}
+            await pooled.until(ready=1)
+    finally:
+        await pooled.stop()
 
 
 async def test_a_claim_that_is_given_back_is_killed(pooled: Pooled) -> None:

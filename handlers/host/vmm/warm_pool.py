@@ -26,8 +26,9 @@ from handlers.host.vmm.warm_vmms import WarmVmm, WarmVmms
 from handlers.specs import LaunchSpec
 from schemas.settings import Settings
 
-QUIET_S: Final = 0.05  # no launch for so long before one VMM is launched ahead
-PATIENCE_S: Final = 1.0  # after the last claim, whatever launch still goes on
+CORES_OF_A_LAUNCH: Final = 2  # the worker's, and that of jailer, VMM and guest
+QUIET_S: Final = 0.05  # a launch that has just ended is often followed by another
+PATIENCE_S: Final = 1.0  # without a claim or the end of a launch, whatever launch still goes on
 NOT_NOW_S: Final = 1.0  # the host is not ready, or has no memory or uid for one more
 REMOVE_AGAIN_S: Final = 1.0
 REMOVAL_S: Final = 10.0
@@ -66,6 +67,7 @@ class WarmPool:
         settings: `[vmm] warm_pool` is how many.
         slot_in_use: whether a record has the uid slot, that of a pending reservation included.
         free_mib: the memory that no VM is allocated.
+        cores: those that the worker may use, and its VMMs with it.
         binaries: what launches execute; by default the pair of the settings.
     """
 
@@ -74,14 +76,17 @@ class WarmPool:
         settings: Settings,
         slot_in_use: Callable[[int], bool],
         free_mib: Callable[[], int],
+        cores: int,
         binaries: VmmBinaries | None = None,
     ) -> None:
         self.size = settings.vmm.warm_pool
         self._overhead_mib = settings.limits.vmm_overhead_mib
         self._vmms = WarmVmms(settings, binaries)
         self._slot_in_use, self._free_mib = slot_in_use, free_mib
+        self._cores = cores
         self._ready: dict[str, WarmVmm] = {}
         self._claimed: dict[str, WarmVmm] = {}
+        self._used: list[WarmVmm] = []
         self._slots: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -129,7 +134,7 @@ class WarmPool:
 
     @contextlib.asynccontextmanager
     async def launch(self) -> AsyncGenerator[None]:
-        """While a launch goes on, and for a moment after it, nothing is launched ahead."""
+        """A launch goes on: on cores that it needs, nothing is launched ahead."""
         self._launches += 1
         try:
             yield
@@ -190,7 +195,8 @@ class WarmPool:
                 self._start(self._until_removed(warm_id))
 
     async def run(self, may_launch: Callable[[], bool]) -> None:
-        """Keep the pool full until cancelled: one VMM at a time, and only between launches."""
+        """Keep the pool full until cancelled: one VMM at a time, beside launches only on cores
+        that these do not need."""
         failures = 0
         while True:
             self._changed.clear()
@@ -230,12 +236,14 @@ class WarmPool:
     def _wait_s(self) -> float:
         """How long to leave the host to its launches, then ask again; 0 or less: not at all.
 
-        A launch whose guest takes long to boot does not keep the pool empty.
+        Launches of which none ends, such as of guests that take long to boot, do not keep the pool
+        empty.
         """
-        now = asyncio.get_running_loop().time()
-        if self._launches:
-            return min(QUIET_S, self._asked_at + PATIENCE_S - now)
-        return max(self._asked_at, self._ended_at) + QUIET_S - now
+        quiet_s = asyncio.get_running_loop().time() - max(self._asked_at, self._ended_at)
+        launches = max(self._launches, 1 if quiet_s < QUIET_S else 0)
+        if launches * CORES_OF_A_LAUNCH < self._cores:
+            return 0.0
+        return min(QUIET_S, PATIENCE_S - quiet_s)
 
     def _has_room(self) -> bool:
         held = (len(self._ready) + len(self._claimed) + 1) * self._overhead_mib
@@ -285,18 +293,27 @@ class WarmPool:
         os.close(warm.pidfd)
         self.totals[result] += 1
         self._changed.set()
-        self._start(self._remove(warm, after_launches=result == "used"))
+        if result != "used":
+            self._start(self._remove(warm))
+            return
+        self._used.append(warm)
+        if len(self._used) == 1:
+            self._start(self._remove_used())
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _remove(self, warm: WarmVmm, *, after_launches: bool) -> None:
-        """Of one that was used only its empty cgroup is left, which can wait."""
-        while after_launches and not self._closing.is_set() and (wait_s := self._wait_s()) > 0:
+    async def _remove_used(self) -> None:
+        """Of those that were used only an empty cgroup is left, which can wait for the launches."""
+        while not self._closing.is_set() and (wait_s := self._wait_s()) > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), wait_s)
+        used, self._used = self._used, []
+        await asyncio.gather(*(self._remove(warm) for warm in used))
+
+    async def _remove(self, warm: WarmVmm) -> None:
         await self._until_removed(warm.warm_id)
         self._slots.discard(warm.slot)
 
