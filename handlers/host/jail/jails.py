@@ -23,7 +23,6 @@ from handlers.host.linux.file_threads import run_in_thread
 from handlers.host.linux.openat2 import Directory
 from handlers.host.linux.procfs import list_pids
 from handlers.host.linux.rmtree import remove_names, remove_tree
-from handlers.host.linux.state_dirs import make_dir
 from handlers.host.linux.syscalls import link_open
 from handlers.host.storage import disk_ownership, wipe
 from handlers.host.storage.agentd_files import open_tenant, split_tenant_path
@@ -178,7 +177,7 @@ class Jails:
         if log:
             ours[LOG] = log
         else:
-            make_dir(self._layout.base)
+            self._layout.make_base()
             os.mkdir(directory, 0o700)
             self._layout.write_metadata(spec.jail_id, metadata)
             os.mkdir(root, 0o700)

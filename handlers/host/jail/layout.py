@@ -15,6 +15,8 @@ from handlers import jail_names
 from handlers.errors import HostFault, Invalid
 from handlers.host.linux.checksummed_json import read_sealed, write_sealed
 from handlers.host.linux.file_id import FileId
+from handlers.host.linux.state_dirs import make_dir
+from handlers.host.linux.syscalls import spread_subdirectories
 from schemas import naming
 from schemas.records import InstanceRecord
 from schemas.requests import InstanceRef
@@ -46,6 +48,24 @@ class JailLayout:
     def __init__(self, jail_base: str) -> None:
         self.jail_base = jail_base
         self.base = jail_names.jails_dir(jail_base)
+        self._spread = False
+
+    def make_base(self) -> None:
+        """Make the directory of all jails, if it is missing.
+
+        ext4 searches a free inode past each that was deleted in the last minutes, and all jails
+        would search the same block group: their parent's. Other file systems do not need it.
+        """
+        if self._spread and os.path.isdir(self.base):
+            return
+        make_dir(self.base)
+        base = os.open(self.base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):
+                spread_subdirectories(base)
+        finally:
+            os.close(base)
+        self._spread = True
 
     def directory(self, jail_id: str) -> str:
         """Raises Invalid: not a jail ID; the jailer itself accepts some non-ASCII letters."""

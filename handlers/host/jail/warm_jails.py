@@ -15,7 +15,6 @@ from handlers.host.jail.layout import JailLayout, JailMetadata
 from handlers.host.linux.checksummed_json import write_sealed
 from handlers.host.linux.file_id import FileId
 from handlers.host.linux.rmtree import remove_path
-from handlers.host.linux.state_dirs import make_dir
 from handlers.jail_names import LOG, METADATA, ROOT, SECRETS_DIR, jail_dir
 from schemas import naming
 
@@ -52,7 +51,7 @@ class WarmJails:
         """Raises HostFault, Exhausted: it could not be made; nothing of it is left."""
         directory, root = self._layout.directory(warm_id), self._layout.root(warm_id)
         try:
-            make_dir(self._layout.base)
+            self._layout.make_base()
             os.mkdir(directory, 0o700)
             os.mkdir(root, 0o700)
             secrets_tmpfs.mount_empty(f"{root}/{SECRETS_DIR}", uid)

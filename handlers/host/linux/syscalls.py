@@ -24,6 +24,9 @@ FALLOC_FL_KEEP_SIZE = 0x1
 FALLOC_FL_PUNCH_HOLE = 0x2
 
 _FICLONE = 0x4004_9409
+_FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x8008_6601, 0x4008_6602
+_FS_TOPDIR_FL = 0x0002_0000
+_INODE_FLAGS = struct.Struct("=i")
 _SYS_OPENAT2 = 437
 _OPEN_HOW = struct.Struct("=QQQ")
 
@@ -92,6 +95,16 @@ def reflink(target: int, source: int) -> None:
     Source: ioctl_ficlone(2). EOPNOTSUPP, EXDEV, EINVAL: this file system cannot.
     """
     fcntl.ioctl(target, _FICLONE, source)
+
+
+def spread_subdirectories(directory: int) -> None:
+    """Say that the subdirectories are unrelated: ext4 puts each into another block group.
+
+    Source: ioctl_iflags(2), FS_TOPDIR_FL. ENOTTY, EOPNOTSUPP: this file system knows nothing of it.
+    """
+    found = fcntl.ioctl(directory, _FS_IOC_GETFLAGS, bytes(_INODE_FLAGS.size))
+    (flags,) = _INODE_FLAGS.unpack(found)
+    fcntl.ioctl(directory, _FS_IOC_SETFLAGS, _INODE_FLAGS.pack(flags | _FS_TOPDIR_FL))
 
 
 def give_back_memory() -> None:

@@ -153,6 +153,7 @@ TRUSTED = {
     "handlers/host/jail/layout.py:launch_of:int": NAME,
     "handlers/host/jail/logs.py:_kept:int": NAME,
     "handlers/host/linux/procfs.py:_unescape:int": MATCHED,
+    "handlers/host/linux/syscalls.py:spread_subdirectories:unpack": KERNEL,
     "handlers/host/net/chains.py:one_later:int": CONSTANT,
     "handlers/host/net/conntrack.py:touches_subnet:int": NO_TEXT,
     "handlers/host/net/drift_watch.py:_of_links:unpack_from": KERNEL,
