@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import structlog
 
 from schemas.decode_error import DecodeError
@@ -31,6 +32,7 @@ TYPE = "io.nats.micro.v1"
 CROSS_ACCOUNT = "_R_."
 REQUESTER = "Nats-Request-Info"
 """The server's header of such a request, whatever its sender put there; the account is `acc`."""
+ACCOUNT_MAX = 256  # characters; that of an account with a JWT has 56
 
 
 @dataclass(slots=True)
@@ -58,6 +60,10 @@ class Endpoint:
         self.last_error = error
 
 
+class _Requester(msgspec.Struct):
+    account: Annotated[str, msgspec.Meta(max_length=ACCOUNT_MAX)] = msgspec.field(name="acc")
+
+
 def asker_of(message: Message) -> str:
     """Whose share a question takes: an account's, if it is another one, or else an inbox's.
 
@@ -66,9 +72,11 @@ def asker_of(message: Message) -> str:
     """
     if message.reply.startswith(CROSS_ACCOUNT):
         try:
-            return f"account {json.loads(message.headers[REQUESTER])['acc']}"
-        except (KeyError, TypeError, ValueError, RecursionError):
+            requester = msgspec.json.decode(message.headers[REQUESTER], type=_Requester)
+        except (KeyError, ValueError, RecursionError):
             pass  # a server that does not say: all of them are one asker
+        else:
+            return f"account {requester.account}"
     return message.reply.rpartition(".")[0]
 
 

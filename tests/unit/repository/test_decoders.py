@@ -148,7 +148,7 @@ TRUSTED = {
     "worker/tracing/collector.py:send:int": NO_TEXT,
     "worker/tracing/tracing.py:_root:int": CONSTANT,
     "worker/tracing/tracing.py:sent:decode": CAUGHT,
-    "worker/queries/micro.py:asker_of:json.loads": CAUGHT,
+    "worker/queries/micro.py:asker_of:msgspec.json.decode": CAUGHT,
     "worker/queries/forms.py:write:msgspec.msgpack.decode": PACKED,
     "handlers/host/jail/layout.py:launch_of:int": NAME,
     "handlers/host/jail/logs.py:_kept:int": NAME,
