@@ -5,6 +5,7 @@ repeated. The configuration that the server returns is compared with the one sen
 drops fields that it does not know without an error.
 """
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -21,6 +22,10 @@ FIXED = frozenset(
     {"retention", "storage", "max_consumers", "deny_delete", "deny_purge", "name", "sealed"}
 ) | {"mirror"}
 NO_STORAGE = (10023, 10047)  # insufficient resources, insufficient storage
+NO_PEERS, OFFLINE = 10005, "peer offline"
+JOINS_WITHIN_S = 15.0
+"""A server that has just started counts as offline until the cluster's leader has heard it."""
+ASK_AGAIN_S = 0.5
 
 
 class Requester(Protocol):
@@ -273,6 +278,10 @@ class _Api:
 
     async def make(self, endpoint: str, body: Mapping[str, Any], what: str) -> dict[str, Any]:
         answer = await self._call(endpoint, body)
+        last = asyncio.get_running_loop().time() + JOINS_WITHIN_S
+        while _waits_for_peer(answer) and asyncio.get_running_loop().time() < last:
+            await asyncio.sleep(ASK_AGAIN_S)
+            answer = await self._call(endpoint, body)
         if "error" in answer:
             why = str(answer["error"].get("description"))
             if answer["error"].get("err_code") in NO_STORAGE:
@@ -292,3 +301,9 @@ class _Api:
                 f" imports $JS.API.> of {accounts.OWNER}"
             ) from error
         return api_reply.read_reply(answer.data, f"reply to $JS.API.{endpoint}")
+
+
+def _waits_for_peer(answer: Mapping[str, Any]) -> bool:
+    """Whether a server of the cluster is missing, and not e.g. one with the tags asked for."""
+    error: Mapping[str, Any] = answer.get("error", {})
+    return error.get("err_code") == NO_PEERS and OFFLINE in str(error.get("description"))
