@@ -129,6 +129,18 @@ async def test_a_jail_has_hard_links_log_and_drives(ready: Ready) -> None:
     assert stat.S_IMODE(ready.root.parent.stat().st_mode) == 0o700
 
 
+async def test_the_directory_of_all_jails_is_marked_before_the_first_one(
+    ready: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked: list[int] = []
+    monkeypatch.setattr("handlers.host.jail.layout.spread_subdirectories", marked.append)
+
+    for _ in range(2):
+        await ready.jails.ensure(ready.spec)
+
+    assert len(marked) == 1
+
+
 async def test_secrets_are_on_a_bounded_tmpfs_of_the_uid(ready: Ready) -> None:
     await ready.jails.ensure(ready.spec)
 

@@ -68,7 +68,7 @@ def stat(vm: PlainVm) -> dict[str, Any]:
 
 
 def ask_once(vm: PlainVm, request: Any) -> Any:
-    """The answer to what the guest counts: a slow one is waited for, not asked for anew."""
+    """Send a request once, without the retries of `PlainVm.ask`: the guest counts it."""
     return agent.ask(vm.vsock, request, timeout_s=10)
 
 
